@@ -1,0 +1,41 @@
+"""vmibridge: async Python handlers for what a guest asks by one instruction.
+
+The names of this module are the public interface; see `docs/`.
+"""
+
+from vmibridge.backend import open_backend
+from vmibridge.context import BridgeContext
+from vmibridge.contract import BridgeContract
+from vmibridge.dispatch import Bridge, BridgeDispatch
+from vmibridge.errors import GuestMemoryError, VmiBridgeError
+from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapReason
+from vmibridge.handler import BridgeHandler, method
+from vmibridge.outcome import Outcome, OutcomeKind
+from vmibridge.packet import BridgePacket
+from vmibridge.response import BridgeResponse
+from vmibridge.server import BridgeServer
+from vmibridge.status import Gate, Status, StatusKind
+
+__all__ = [
+    "Bridge",
+    "BridgeContext",
+    "BridgeContract",
+    "BridgeDispatch",
+    "BridgeHandler",
+    "BridgePacket",
+    "BridgeResponse",
+    "BridgeServer",
+    "Gate",
+    "GuestMemoryError",
+    "Outcome",
+    "OutcomeKind",
+    "RegisterWrites",
+    "Registers",
+    "Status",
+    "StatusKind",
+    "TrapEvent",
+    "TrapReason",
+    "VmiBridgeError",
+    "method",
+    "open_backend",
+]

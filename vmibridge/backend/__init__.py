@@ -1,0 +1,37 @@
+"""The backends, by the name that starts their spec.
+
+| spec | guest |
+|---|---|
+| `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated in this process |
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from vmibridge.errors import BackendSpecError
+from vmibridge.vmi import Backend
+
+
+def _unicorn(path: str, options: str, vm: str) -> Backend:
+    from vmibridge.backend.unicorn import UnicornBackend
+
+    return UnicornBackend.from_spec(path, options, vm)
+
+
+BACKENDS: Mapping[str, Callable[[str, str, str], Backend]] = MappingProxyType({"unicorn": _unicorn})
+"""From a backend's name to what makes it, given path, options and the name of the VM."""
+
+
+def open_backend(spec: str, *, vm: str = "vm") -> Backend:
+    """The backend that `spec` names: `NAME:WHERE?OPTION=VALUE&...`.
+
+    Enter it with `async with`. `vm` is the VM's name in events. Raises
+    `BackendSpecError` for a spec that is wrong, `MissingExtraError` when the backend's
+    library is not installed; whether the VM can be had shows when it is entered.
+    """
+    name, colon, rest = spec.partition(":")
+    if not colon or name not in BACKENDS:
+        known = ", ".join(f"{known}:..." for known in sorted(BACKENDS))
+        raise BackendSpecError(f"no backend for {spec!r}: specs are {known}")
+    where, _, options = rest.partition("?")
+    return BACKENDS[name](where, options, vm)

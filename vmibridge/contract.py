@@ -1,0 +1,58 @@
+"""What a handler answers to, and what it proves to the guest.
+
+The standard contract is that of vmi-utils 0.11 and later. A guest that checks the
+two stamps tells an answer from a missing host, which leaves its registers alone.
+"""
+
+import msgspec
+
+from vmibridge.response import BridgeResponse, T
+
+STANDARD_MAGIC = 0x4249_4D56
+"""`VMIB`, read as little-endian bytes."""
+STANDARD_VERIFY_VALUE3 = 0x2133_5352_2D49_4D56
+"""`VMI-RS3!`; an x86 guest sees the low 32 bits."""
+STANDARD_VERIFY_VALUE4 = 0x2134_5352_2D49_4D56
+"""`VMI-RS4!`; an x86 guest sees the low 32 bits."""
+
+
+class BridgeContract(msgspec.Struct, frozen=True, gc=False):
+    """The request that a handler takes, its magic, and its stamps.
+
+    Raises `ValueError` for a field that is out of its range.
+    """
+
+    request: int
+    """16 bits."""
+    magic: int | None = None
+    """32 bits; `None` takes any magic."""
+    verify_value1: int | None = None
+    """64 bits; written over what the handler set, only on *handled*. So are the others."""
+    verify_value2: int | None = None
+    verify_value3: int | None = None
+    verify_value4: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.request >> 16:
+            raise ValueError(f"REQUEST has 16 bits, got {self.request:#x}")
+        if self.magic is not None and self.magic >> 32:
+            raise ValueError(f"MAGIC has 32 bits, got {self.magic:#x}")
+        for slot, value in enumerate(self.verify_values, 1):
+            if value is not None and value >> 64:
+                raise ValueError(f"VERIFY_VALUE{slot} has 64 bits, got {value:#x}")
+
+    @property
+    def verify_values(self) -> tuple[int | None, int | None, int | None, int | None]:
+        """The four stamps, in order."""
+        return (self.verify_value1, self.verify_value2, self.verify_value3, self.verify_value4)
+
+    def stamp(self, response: BridgeResponse[T]) -> BridgeResponse[T]:
+        """The response with this contract's stamps over the handler's values."""
+        one, two, three, four = self.verify_values
+        return BridgeResponse(
+            response.value1 if one is None else one,
+            response.value2 if two is None else two,
+            response.value3 if three is None else three,
+            response.value4 if four is None else four,
+            response.output,
+        )

@@ -1,0 +1,178 @@
+"""From a packet to the handler that answers it.
+
+Handlers are tried in order, and the first whose magic and request match wins. The
+order is worked out once, into a table: a match is one look-up, however many handlers
+there are. A nested bridge is taken apart into its handlers; a dispatcher of another
+kind is asked itself, and passes a request on by answering *unmatched*.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from vmibridge.context import BridgeContext
+from vmibridge.contract import BridgeContract
+from vmibridge.event import TrapFilter, TrapReason
+from vmibridge.handler import BridgeHandler
+from vmibridge.outcome import Outcome, OutcomeKind
+from vmibridge.packet import BridgePacket
+from vmibridge.response import BridgeResponse
+
+log = logging.getLogger(__name__)
+
+
+class BridgeDispatch(ABC):
+    """Something that answers packets: a bridge, or a dispatcher of one's own."""
+
+    @abstractmethod
+    def contracts(self) -> Sequence[BridgeContract]:
+        """What it may answer to, in its order; fixed for its life."""
+
+    @abstractmethod
+    async def dispatch(self, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
+        """Answer a packet, stamps included. It may raise; it may be cancelled."""
+
+
+Target: TypeAlias = BridgeHandler[Any] | BridgeDispatch
+
+
+class Entry:
+    """One place in the order of a bridge: a target, and what it answers to."""
+
+    __slots__ = ("any_cpuid", "contract", "handler", "name", "stamps", "target")
+
+    def __init__(self, target: Target, contract: BridgeContract) -> None:
+        self.target = target
+        self.contract = contract
+        self.handler = target if isinstance(target, BridgeHandler) else None
+        self.stamps = any(value is not None for value in contract.verify_values)
+        self.any_cpuid = self.handler is not None and self.handler.ANY_CPUID
+        self.name = type(target).__name__ if self.handler is None else self.handler.name
+
+
+class Bridge(BridgeDispatch):
+    """An ordered set of handlers and other dispatchers; `Bridge()` answers nothing.
+
+    Raises `ValueError` when a handler's contract is out of range, `TypeError` for
+    what is neither a handler nor a dispatcher.
+    """
+
+    def __init__(self, *targets: Target) -> None:
+        self._entries: list[Entry] = []
+        for target in targets:
+            if isinstance(target, Bridge):
+                self._entries += target._entries
+            elif isinstance(target, BridgeDispatch):
+                self._entries += [Entry(target, contract) for contract in target.contracts()]
+            elif isinstance(target, BridgeHandler):
+                self._entries.append(Entry(target, target.contract))
+            else:
+                raise TypeError(f"a bridge takes handlers and dispatchers, not {target!r}")
+        self._magics = frozenset(
+            entry.contract.magic for entry in self._entries if entry.contract.magic is not None
+        )
+        self._exact: dict[tuple[int, int], tuple[Entry, ...]] = {}
+        self._any_magic: dict[int, tuple[Entry, ...]] = {}
+        self._any_cpuid: dict[int, tuple[Entry, ...]] = {}
+        self._build_tables()
+
+    def _build_tables(self) -> None:
+        by_request: dict[int, list[Entry]] = {}
+        for entry in self._entries:
+            by_request.setdefault(entry.contract.request, []).append(entry)
+        for request, entries in by_request.items():
+            anonymous = [entry for entry in entries if entry.contract.magic is None]
+            self._any_magic[request] = _until_final(anonymous)
+            self._any_cpuid[request] = _until_final(
+                [entry for entry in anonymous if entry.any_cpuid]
+            )
+            for entry in entries:
+                magic = entry.contract.magic
+                if magic is not None and (magic, request) not in self._exact:
+                    self._exact[magic, request] = _until_final(
+                        [entry for entry in entries if entry.contract.magic in (None, magic)]
+                    )
+
+    def contracts(self) -> Sequence[BridgeContract]:
+        return [entry.contract for entry in self._entries]
+
+    @property
+    def handlers(self) -> list[BridgeHandler[Any]]:
+        """The handlers in order, those of nested bridges included."""
+        return [entry.handler for entry in self._entries if entry.handler is not None]
+
+    @property
+    def trap_filter(self) -> TrapFilter:
+        """Which traps are this bridge's own."""
+        anonymous = [entry for entry in self._entries if entry.contract.magic is None]
+        return TrapFilter(
+            magics=self._magics,
+            any_hypercall=bool(anonymous),
+            any_cpuid=any(entry.any_cpuid for entry in anonymous),
+        )
+
+    def match(self, packet: BridgePacket, reason: TrapReason) -> tuple[Entry, ...]:
+        """Who may answer, first choice first; empty when nobody does.
+
+        A CPUID with a magic that no handler names goes only to those that opted in.
+        """
+        found = self._exact.get((packet.magic, packet.request))
+        if found is not None:
+            return found
+        if reason is TrapReason.CPUID and packet.magic not in self._magics:
+            return self._any_cpuid.get(packet.request, ())
+        return self._any_magic.get(packet.request, ())
+
+    async def dispatch(self, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
+        """Find the handler and await its answer.
+
+        A handler that raises makes the outcome *failed*, and is logged. There is no
+        deadline here: that is the server's. Cancellation passes through.
+        """
+        for entry in self.match(packet, vmi.event.reason):
+            try:
+                outcome = await answer(entry, vmi, packet)
+            except Exception as error:
+                return failure(entry.name, packet, error)
+            if outcome.kind is not OutcomeKind.UNMATCHED:
+                return outcome
+        return Outcome(OutcomeKind.UNMATCHED, packet)
+
+
+async def answer(entry: Entry, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
+    """Ask one target; stamp what it returns. Raises what it raises."""
+    if entry.handler is None:
+        assert isinstance(entry.target, BridgeDispatch)
+        return await entry.target.dispatch(vmi, packet)
+    response: BridgeResponse[Any] | None = await entry.handler.handle(vmi, packet)
+    if response is None:
+        return Outcome(OutcomeKind.REJECTED, packet, handler=entry.name)
+    if not isinstance(response, BridgeResponse):
+        raise TypeError(f"handle() returned {type(response).__name__}, not a BridgeResponse")
+    if entry.stamps:
+        response = entry.contract.stamp(response)
+    return Outcome(OutcomeKind.HANDLED, packet, response, entry.name)
+
+
+def failure(name: str, packet: BridgePacket | None, error: BaseException) -> Outcome[Any]:
+    """The outcome of a handler that raised; logs the error with its traceback."""
+    log.error("handler %s failed on %s", name, packet, exc_info=error)
+    return Outcome(OutcomeKind.FAILED, packet, handler=name, error=one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """An error as printable text of at most 500 characters: it may quote the guest."""
+    text = f"{type(error).__name__}: {error}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:500])
+
+
+def _until_final(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    # A handler that matches always answers, so nothing behind it is ever asked.
+    # A dispatcher that matches by two of its contracts is asked once.
+    kept: dict[int, Entry] = {}
+    for entry in entries:
+        kept.setdefault(id(entry.target), entry)
+        if entry.handler is not None:
+            break
+    return tuple(kept.values())

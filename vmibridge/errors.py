@@ -1,0 +1,59 @@
+"""Every error that vmibridge raises for its callers.
+
+All derive from `VmiBridgeError`, so one `except` takes them; each keeps its root
+cause in `__cause__`. What a guest does never surfaces as an error of the server:
+it ends in an `Outcome`.
+"""
+
+
+class VmiBridgeError(Exception):
+    """Base of the errors that vmibridge raises."""
+
+
+class GuestMemoryError(VmiBridgeError):
+    """Guest memory could not be read or written.
+
+    `address` is the first address in question, in the space that the caller used
+    (virtual or physical); `reason` says why, in words.
+    """
+
+    def __init__(self, address: int, reason: str) -> None:
+        super().__init__(f"guest memory at {address:#x}: {reason}")
+        self.address = address
+        self.reason = reason
+
+
+class UnsupportedTrapError(VmiBridgeError):
+    """A trap that has no register form, such as one of a 16-bit guest."""
+
+
+class BackendError(VmiBridgeError):
+    """A backend could not start, or lost its VM."""
+
+
+class BackendSpecError(BackendError, ValueError):
+    """A backend spec that names no backend, or an option that it does not take."""
+
+
+class MissingExtraError(VmiBridgeError, ImportError):
+    """An optional dependency that the caller asked for is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs the extra {extra!r}: pip install 'vmibridge[{extra}]'")
+        self.extra = extra
+
+
+class TrapQueueClosed(VmiBridgeError):
+    """The server takes no more traps: the vCPU is to run on by itself."""
+
+
+class ServerStateError(VmiBridgeError):
+    """A server or backend was used before it was entered, or twice."""
+
+
+class HandlerLoadError(VmiBridgeError):
+    """A handler source could not be loaded; the message names file and line."""
+
+
+class ConfigError(VmiBridgeError):
+    """A configuration file is wrong; the message names the key and the place."""

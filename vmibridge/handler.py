@@ -1,0 +1,167 @@
+"""A handler: the host's end of one request.
+
+    class Hello(BridgeHandler[int]):
+        MAGIC = 0x4249_4D56
+        REQUEST = 0x0001
+
+        @method(0x0001, timeout=2.0)
+        async def greet(self, vmi, packet): ...
+
+Rules:
+
+- `REQUEST` is a must; without `MAGIC` it takes any magic. Its verify values are
+  stamped over the response, and only when there is one.
+- Override `handle`, or mark methods with `@method`: the base class then routes by
+  the packet's method code and rejects the rest. To return `None` is to reject.
+- It may raise: the guest gets the fallback and the server goes on.
+- It is an async context manager, entered before the guest runs and left after.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from inspect import getdoc, isabstract
+from types import MappingProxyType, TracebackType
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+
+import msgspec
+
+from vmibridge.context import BridgeContext
+from vmibridge.contract import BridgeContract
+from vmibridge.packet import BridgePacket
+from vmibridge.response import BridgeResponse, T
+
+_F = TypeVar("_F", bound=Callable[..., Awaitable[BridgeResponse[Any] | None]])
+
+
+class Method(NamedTuple):
+    """One method of a handler."""
+
+    code: int
+    """16 bits: the packet's method."""
+    name: str
+    """The attribute of the handler that answers it."""
+    timeout: float | None
+    """Seconds; `None` leaves it to the handler."""
+    doc: str
+    """The first line of its docstring."""
+
+
+def method(code: int, *, timeout: float | None = None) -> Callable[[_F], _F]:
+    """Mark an async method of a `BridgeHandler` as the answer to a method code.
+
+    `code` has 16 bits, `timeout` is in seconds and overrides the handler's. Raises
+    `ValueError` for either out of range.
+    """
+    if code >> 16:
+        raise ValueError(f"a method code has 16 bits, got {code:#x}")
+    _check_timeout(timeout)
+
+    def mark(function: _F) -> _F:
+        doc = (getdoc(function) or "").partition("\n")[0]
+        function.__bridge_method__ = Method(code, function.__name__, timeout, doc)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"a timeout is a positive number of seconds, got {timeout!r}")
+
+
+class BridgeHandler(Generic[T]):
+    """Base of all handlers; `T` is the type of its output."""
+
+    REQUEST: ClassVar[int]
+    """16 bits."""
+    MAGIC: ClassVar[int | None] = None
+    """32 bits; `None` takes any magic."""
+    VERIFY_VALUE1: ClassVar[int | None] = None
+    """64 bits; stamped over the response. So are the others."""
+    VERIFY_VALUE2: ClassVar[int | None] = None
+    VERIFY_VALUE3: ClassVar[int | None] = None
+    VERIFY_VALUE4: ClassVar[int | None] = None
+    ANY_CPUID: ClassVar[bool] = False
+    """Without `MAGIC`: make every CPUID of the guest ours, not only every VMCALL."""
+
+    name: ClassVar[str] = "bridge_handler"
+    """Its name in outcomes and in the configuration; by default the class's, in snake case."""
+    timeout: ClassVar[float | None] = None
+    """Seconds for one request; `None` leaves it to the server."""
+    Settings: ClassVar[type[msgspec.Struct] | None] = None
+    """The type of `[handlers.NAME]` in the configuration; an instance of it is then
+    the only argument of the constructor."""
+    methods: ClassVar[Mapping[int, Method]] = MappingProxyType({})
+    """The methods by code, as marked with `@method`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+        _check_timeout(cls.timeout)
+        cls.methods = MappingProxyType(_collect_methods(cls))
+
+    @classmethod
+    def is_concrete(cls) -> bool:
+        """Whether this class can answer: it has a `REQUEST`, and nothing abstract."""
+        answers = bool(cls.methods) or cls.handle is not BridgeHandler.handle
+        return hasattr(cls, "REQUEST") and answers and not isabstract(cls)
+
+    @property
+    def contract(self) -> BridgeContract:
+        """What this handler answers to. Raises `ValueError` for a code out of range."""
+        if not hasattr(self, "REQUEST"):
+            raise ValueError(f"{type(self).__name__} has no REQUEST")
+        return BridgeContract(
+            self.REQUEST,
+            self.MAGIC,
+            self.VERIFY_VALUE1,
+            self.VERIFY_VALUE2,
+            self.VERIFY_VALUE3,
+            self.VERIFY_VALUE4,
+        )
+
+    def timeout_of(self, method: int) -> float | None:
+        """Seconds for a method code: the method's, else the handler's, else `None`."""
+        marked = self.methods.get(method)
+        if marked is not None and marked.timeout is not None:
+            return marked.timeout
+        return self.timeout
+
+    async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[T] | None:
+        """Answer one request; `None` rejects it.
+
+        Cancelled at its deadline, and when the server stops: the guest then has its
+        fallback already, and `vmi.memory` is closed.
+        """
+        marked = self.methods.get(packet.method)
+        if marked is None:
+            return None
+        response: BridgeResponse[T] | None = await getattr(self, marked.name)(vmi, packet)
+        return response
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return None
+
+
+def _collect_methods(cls: type[BridgeHandler[Any]]) -> dict[int, Method]:
+    methods: dict[int, Method] = {}
+    for attribute in dir(cls):
+        marked = getattr(getattr(cls, attribute), "__bridge_method__", None)
+        if not isinstance(marked, Method):
+            continue
+        if marked.code in methods:
+            raise TypeError(
+                f"{cls.__name__}: {methods[marked.code].name} and {attribute}"
+                f" both answer method {marked.code:#06x}"
+            )
+        methods[marked.code] = marked._replace(name=attribute)
+    return methods

@@ -1,0 +1,42 @@
+"""Run a coroutine inside another, and learn when it first waits.
+
+Most handlers answer without waiting. They are run to their end in the worker that
+took the trap, with no task switch; only a trap that does wait costs a second worker.
+Each trap runs in a copy of the context, so that context variables that one handler
+sets never reach the next trap.
+"""
+
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import copy_context
+from types import coroutine
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+
+@coroutine
+def run_inline(body: Coroutine[Any, Any, R], on_wait: Callable[[], None]) -> Generator[Any, Any, R]:
+    """Await `body`; call `on_wait` once, right before it is first suspended.
+
+    What the event loop sends or throws goes to `body` unchanged, cancellation included.
+    """
+    run = copy_context().run
+    try:
+        wish = run(body.send, None)
+    except StopIteration as end:
+        result: R = end.value
+        return result
+    on_wait()
+    while True:
+        try:
+            reply = yield wish
+        except BaseException as error:
+            step: Callable[[Any], Any] = body.throw
+            reply = error
+        else:
+            step = body.send
+        try:
+            wish = run(step, reply)
+        except StopIteration as end:
+            result = end.value
+            return result

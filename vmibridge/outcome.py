@@ -1,0 +1,60 @@
+"""What became of one trap.
+
+| kind | the handler | the guest gets |
+|---|---|---|
+| handled | returned a response | the response, stamped |
+| rejected | matched, returned nothing | the fallback |
+| unmatched | none for this request | its registers as they were |
+| timeout | ran past its deadline, was cancelled | the fallback |
+| failed | raised, or the trap has no register form | the fallback |
+| denied | was not asked: policy | the fallback |
+| cancelled | was cancelled, or the server stopped | the fallback |
+
+The default fallback leaves the registers alone. In every case the guest moves on.
+"""
+
+from enum import Enum
+from typing import Generic
+
+import msgspec
+
+from vmibridge.event import RegisterWrites, TrapEvent
+from vmibridge.packet import BridgePacket
+from vmibridge.response import BridgeResponse, T
+
+
+class OutcomeKind(Enum):
+    """How a trap ended; see the table of this module."""
+
+    HANDLED = "handled"
+    REJECTED = "rejected"
+    UNMATCHED = "unmatched"
+    TIMEOUT = "timeout"
+    FAILED = "failed"
+    DENIED = "denied"
+    CANCELLED = "cancelled"
+
+
+class Outcome(msgspec.Struct, Generic[T], frozen=True):
+    """One trap from end to end."""
+
+    kind: OutcomeKind
+    packet: BridgePacket | None
+    """What the guest asked; `None` when its registers have no form."""
+    response: BridgeResponse[T] | None = None
+    """The answer as it was sent, stamps included; `None` where there was none."""
+    handler: str | None = None
+    """The name of the handler that matched."""
+    error: str | None = None
+    """Why it failed, in one line of printable text."""
+    event: TrapEvent | None = None
+    """The trap; `None` for a dispatch without one."""
+    writes: RegisterWrites | None = None
+    """What was written to the vCPU; `None` when nothing could be."""
+    duration: float = 0.0
+    """Seconds from taking the trap off its lane to the written answer."""
+
+    @property
+    def output(self) -> T | None:
+        """The typed output of a handled request."""
+        return None if self.response is None else self.response.output

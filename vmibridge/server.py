@@ -1,0 +1,125 @@
+"""The server: a backend and a bridge, brought together.
+
+    async with open_backend("unicorn:guest.bin") as backend:
+        server = BridgeServer(backend, Bridge(Hello()), timeout=5.0)
+        async for outcome in server.run():
+            ...
+
+The tasks that `run` starts belong to the backend's `async with`: leaving it answers
+whatever is pending, stops the guest, and only then goes on.
+"""
+
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Self
+
+from vmibridge.dispatch import Bridge, Target
+from vmibridge.engine import Engine, EngineSettings, Summary
+from vmibridge.errors import ServerStateError
+from vmibridge.outcome import Outcome
+from vmibridge.outcomes import OutcomeQueue
+from vmibridge.response import BridgeResponse
+from vmibridge.vmi import Backend
+
+OUTCOMES_AHEAD = 1024
+"""Outcomes that are kept for a consumer that lags, before vCPUs wait for it."""
+
+
+class BridgeServer:
+    """Answers the traps of one backend with the handlers of one bridge.
+
+    `timeout` is in seconds, for each request, where neither its handler nor its
+    method says otherwise. `fallback` is what the guest gets when a handler matched but
+    did not answer; by default its registers stay as they were. `queue` bounds the
+    traps that wait, `stop_timeout` the seconds that a shutdown may take. Raises
+    `ValueError` for a number that makes no sense.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        bridge: Target,
+        *,
+        timeout: float = 5.0,
+        fallback: BridgeResponse[Any] | None = None,
+        queue: int = 256,
+        stop_timeout: float = 5.0,
+    ) -> None:
+        self._backend = backend
+        self._bridge = bridge if isinstance(bridge, Bridge) else Bridge(bridge)
+        self._settings = EngineSettings(timeout, fallback or BridgeResponse(), queue, stop_timeout)
+        self._engine: Engine | None = None
+
+    @property
+    def summary(self) -> Summary:
+        """Counts so far, and how the guest ended. Raises `ServerStateError` before `run`."""
+        if self._engine is None:
+            raise ServerStateError("the server has not run yet: iterate over server.run()")
+        return self._engine.summary
+
+    def run(self) -> "Run":
+        """Run the guest, and iterate over what became of each of its traps.
+
+        Must be called inside the backend's `async with`, once. The guest starts with
+        the first step of the iteration and the iteration ends with the guest. Leaving
+        the loop early stops the server, as `stop` does.
+
+        Iterating raises `BackendError` when the VM cannot be run, and what a handler
+        raised when it was entered. Cancelled, it answers what is pending on the way out.
+        Raises `ServerStateError` outside the backend's `async with`, and a second time.
+        """
+        if self._engine is not None:
+            raise ServerStateError("a server runs once: make another for another run")
+        tasks = self._backend.tasks
+        outcomes = OutcomeQueue(OUTCOMES_AHEAD)
+        self._engine = Engine(self._backend, self._bridge, self._settings, outcomes)
+        return Run(self._engine, outcomes, tasks.start_soon)
+
+    def stop(self) -> None:
+        """End the run in good order: answer what is pending, stop the guest.
+
+        Returns at once; the iteration ends when it is done, within `stop_timeout`.
+        """
+        if self._engine is not None:
+            self._engine.stop()
+
+
+class Run(AsyncIterator[Outcome[Any]]):
+    """The outcomes of one run. `async with` it, or `aclose` it, to wait for its end."""
+
+    def __init__(self, engine: Engine, outcomes: OutcomeQueue, start_soon: Any) -> None:
+        self._engine = engine
+        self._outcomes = outcomes
+        self._start_soon = start_soon
+        self._started = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Outcome[Any]:
+        if not self._started:
+            self._started = True
+            self._start_soon(self._engine.main)
+        return await self._outcomes.get()
+
+    async def aclose(self) -> None:
+        """Stop the server and wait until it has ended. Cancelled, it stops waiting."""
+        self._engine.stop()
+        if self._started:
+            await self._engine.ended()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # A consumer that left its loop early: nobody will read on, so do not hold the guest.
+        if self._started:
+            self._engine.stop()

@@ -1,0 +1,124 @@
+"""Test handlers without a guest, and servers without a VM.
+
+`drive` runs one handler on one packet. `FakeBackend` feeds trap events from a list
+and keeps the register writes. Both run on either event loop.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import anyio
+
+from vmibridge.context import BridgeContext
+from vmibridge.dispatch import Bridge, Target
+from vmibridge.errors import BackendError, GuestMemoryError, TrapQueueClosed
+from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
+from vmibridge.outcome import Outcome
+from vmibridge.packet import BridgePacket
+from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
+
+
+class FakeMemory:
+    """Guest memory for tests: regions of bytes by address, and nothing in between."""
+
+    def __init__(self, regions: Mapping[int, bytes] | None = None) -> None:
+        self.regions = {address: bytearray(data) for address, data in (regions or {}).items()}
+
+    def __getitem__(self, address: int) -> bytes:
+        """The region that starts at `address`, as it is now. Raises `KeyError`."""
+        return bytes(self.regions[address])
+
+    def _find(self, address: int, size: int) -> tuple[bytearray, int]:
+        for start, data in self.regions.items():
+            if start <= address and address + size <= start + len(data):
+                return data, address - start
+        raise GuestMemoryError(address, "not mapped")
+
+    def read(self, address: int, size: int) -> bytes:
+        """`size` bytes of one region. Raises `GuestMemoryError` beyond it."""
+        data, at = self._find(address, size)
+        return bytes(data[at : at + size])
+
+    def write(self, address: int, data: bytes) -> None:
+        """Put `data` into one region. Raises `GuestMemoryError` beyond it."""
+        region, at = self._find(address, len(data))
+        region[at : at + len(data)] = data
+
+
+class FakeBackend(Backend):
+    """A VM that consists of a list of traps.
+
+    Traps are fed in order, as fast as the queue takes them. The run ends when each
+    one is answered; the answers are in `writes`. An answer that comes twice raises.
+    """
+
+    def __init__(
+        self,
+        events: Iterable[TrapEvent] = (),
+        *,
+        memory: Mapping[int, bytes] | None = None,
+        vm: str = "fake",
+    ) -> None:
+        super().__init__(vm)
+        self.events = list(events)
+        self.memory = FakeMemory(memory)
+        self.writes: dict[int, RegisterWrites | None] = {}
+        """The answer by sequence number; `None` for a trap that ran natively."""
+        self._open: set[int] = set()
+        self._answered = anyio.Event()
+
+    async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
+        """Feed the traps, then wait for the last answer."""
+        try:
+            for event in self.events:
+                self._open.add(event.seq)
+                try:
+                    sink.put_nowait(event)
+                except anyio.WouldBlock:
+                    await sink.put(event)
+        except TrapQueueClosed:
+            self._open.discard(event.seq)
+        while self._open:
+            self._answered = anyio.Event()
+            await self._answered.wait()
+        return GuestEnd(tuple(VcpuEnd(vcpu, "halted") for vcpu in sorted({e.vcpu for e in self.events})))
+
+    async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
+        """Keep the answer. Raises `BackendError` for a trap that waits for none."""
+        if event.seq not in self._open:
+            raise BackendError(f"trap {event.seq} was answered before, or never fed")
+        self._open.remove(event.seq)
+        self.writes[event.seq] = writes
+        if not self._open:
+            self._answered.set()
+
+    async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
+        return self.memory.read(address, size)
+
+    async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
+        self.memory.write(address, data)
+
+
+async def drive(
+    handler: Target,
+    packet: BridgePacket,
+    memory: Mapping[int, bytes] | FakeMemory | None = None,
+    *,
+    event: TrapEvent | None = None,
+) -> Outcome[Any]:
+    """Run one handler on one packet, as a VMCALL of a 64-bit guest without paging.
+
+    `memory` maps addresses to the bytes there; pass a `FakeMemory` to see what the
+    handler wrote. `event` stands for the trap where the handler looks at it. There is
+    no deadline. A handler that raises gives a *failed* outcome; the handler is entered
+    before and left after.
+    """
+    backend = FakeBackend()
+    backend.memory = memory if isinstance(memory, FakeMemory) else FakeMemory(memory)
+    event = event or TrapEvent(1, TrapReason.VMCALL, Registers(), length=3)
+    context = BridgeContext(event, backend)
+    bridge = Bridge(handler)
+    if not bridge.handlers:
+        return await bridge.dispatch(context, packet)
+    async with bridge.handlers[0]:
+        return await bridge.dispatch(context, packet)
