@@ -16,6 +16,8 @@ from vmibridge.response import BridgeResponse
 from vmibridge.server import BridgeServer
 from vmibridge.status import Gate, Status, StatusKind
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Bridge",
     "BridgeContext",
@@ -36,6 +38,7 @@ __all__ = [
     "TrapEvent",
     "TrapReason",
     "VmiBridgeError",
+    "__version__",
     "method",
     "open_backend",
 ]

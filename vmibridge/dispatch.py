@@ -18,6 +18,7 @@ from vmibridge.handler import BridgeHandler
 from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
+from vmibridge.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +60,19 @@ class Bridge(BridgeDispatch):
     """
 
     def __init__(self, *targets: Target) -> None:
-        self._entries: list[Entry] = []
+        self.entries: list[Entry] = []
+        """Who is asked, in order; nested bridges are taken apart."""
         for target in targets:
             if isinstance(target, Bridge):
-                self._entries += target._entries
+                self.entries += target.entries
             elif isinstance(target, BridgeDispatch):
-                self._entries += [Entry(target, contract) for contract in target.contracts()]
+                self.entries += [Entry(target, contract) for contract in target.contracts()]
             elif isinstance(target, BridgeHandler):
-                self._entries.append(Entry(target, target.contract))
+                self.entries.append(Entry(target, target.contract))
             else:
                 raise TypeError(f"a bridge takes handlers and dispatchers, not {target!r}")
         self._magics = frozenset(
-            entry.contract.magic for entry in self._entries if entry.contract.magic is not None
+            entry.contract.magic for entry in self.entries if entry.contract.magic is not None
         )
         self._exact: dict[tuple[int, int], tuple[Entry, ...]] = {}
         self._any_magic: dict[int, tuple[Entry, ...]] = {}
@@ -79,7 +81,7 @@ class Bridge(BridgeDispatch):
 
     def _build_tables(self) -> None:
         by_request: dict[int, list[Entry]] = {}
-        for entry in self._entries:
+        for entry in self.entries:
             by_request.setdefault(entry.contract.request, []).append(entry)
         for request, entries in by_request.items():
             anonymous = [entry for entry in entries if entry.contract.magic is None]
@@ -95,17 +97,17 @@ class Bridge(BridgeDispatch):
                     )
 
     def contracts(self) -> Sequence[BridgeContract]:
-        return [entry.contract for entry in self._entries]
+        return [entry.contract for entry in self.entries]
 
     @property
     def handlers(self) -> list[BridgeHandler[Any]]:
         """The handlers in order, those of nested bridges included."""
-        return [entry.handler for entry in self._entries if entry.handler is not None]
+        return [entry.handler for entry in self.entries if entry.handler is not None]
 
     @property
     def trap_filter(self) -> TrapFilter:
         """Which traps are this bridge's own."""
-        anonymous = [entry for entry in self._entries if entry.contract.magic is None]
+        anonymous = [entry for entry in self.entries if entry.contract.magic is None]
         return TrapFilter(
             magics=self._magics,
             any_hypercall=bool(anonymous),
@@ -163,8 +165,7 @@ def failure(name: str, packet: BridgePacket | None, error: BaseException) -> Out
 
 def one_line(error: BaseException) -> str:
     """An error as printable text of at most 500 characters: it may quote the guest."""
-    text = f"{type(error).__name__}: {error}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:500])
+    return printable(f"{type(error).__name__}: {error}"[:500])
 
 
 def _until_final(entries: Sequence[Entry]) -> tuple[Entry, ...]:

@@ -64,7 +64,9 @@ class EngineSettings(msgspec.Struct, frozen=True):
         if not self.timeout > 0:
             raise ValueError(f"timeout is a positive number of seconds, got {self.timeout!r}")
         if not self.stop_timeout > 0:
-            raise ValueError(f"stop_timeout is a positive number of seconds, got {self.stop_timeout!r}")
+            raise ValueError(
+                f"stop_timeout is a positive number of seconds, got {self.stop_timeout!r}"
+            )
         if self.queue < 1:
             raise ValueError(f"queue holds at least one trap, got {self.queue!r}")
 
@@ -91,7 +93,15 @@ class _Worker:
     """A task that answers traps, one after the other, and the trap that it is at."""
 
     __slots__ = (
-        "context", "deadline", "entry", "event", "on_wait", "overtaken", "packet", "scope", "started",
+        "context",
+        "deadline",
+        "entry",
+        "event",
+        "on_wait",
+        "overtaken",
+        "packet",
+        "scope",
+        "started",
     )
 
     scope: anyio.CancelScope
@@ -126,7 +136,6 @@ class Engine:
         self._ended = anyio.Event()
         self._error: BaseException | None = None
         self._shield = anyio.CancelScope(shield=True)
-        self._guest = anyio.CancelScope()
         self._guest_done = False
         self._wake_at = math.inf
         self._poke = anyio.Event()
@@ -175,9 +184,8 @@ class Engine:
 
     async def _run_guest(self) -> None:
         try:
-            with self._guest:
-                if not self._stopping:
-                    self.summary.guest = await self._backend.run(self._filter, self._lanes)
+            if not self._stopping:
+                self.summary.guest = await self._backend.run(self._filter, self._lanes)
         except Exception as error:
             self._error = self._error or error
         finally:
@@ -220,7 +228,9 @@ class Engine:
             timeout = None
             if worker.entry.handler is not None:
                 timeout = worker.entry.handler.timeout_of(worker.packet.method)
-            worker.deadline = worker.started + (self._settings.timeout if timeout is None else timeout)
+            worker.deadline = worker.started + (
+                self._settings.timeout if timeout is None else timeout
+            )
             self._waiting.add(worker)
             if worker.deadline < self._wake_at:
                 self._poke.set()
@@ -279,7 +289,10 @@ class Engine:
                 if worker.overtaken:
                     raise
                 return Outcome(
-                    OutcomeKind.CANCELLED, packet, handler=entry.name, error="the handler was cancelled"
+                    OutcomeKind.CANCELLED,
+                    packet,
+                    handler=entry.name,
+                    error="the handler was cancelled",
                 )
             except BaseException as error:
                 # Such as SystemExit: the server goes down with it, in good order.
@@ -304,11 +317,18 @@ class Engine:
         try:
             await self._backend.resume(event, writes)
         except Exception as lost:
-            log.error("the answer to trap %d of vm %s was not written", event.seq, event.vm, exc_info=lost)
+            log.exception("the answer to trap %d of vm %s was not written", event.seq, event.vm)
             kind, writes, error = OutcomeKind.FAILED, None, f"not written: {one_line(lost)}"
         self.summary.outcomes[kind] += 1
         done: Outcome[Any] = Outcome(
-            kind, outcome.packet, response, outcome.handler, error, event, writes, _clock() - started
+            kind,
+            outcome.packet,
+            response,
+            outcome.handler,
+            error,
+            event,
+            writes,
+            _clock() - started,
         )
         if not self._outcomes.put_nowait(done):
             await self._outcomes.put(done)
@@ -318,8 +338,8 @@ class Engine:
         self.summary.native += 1
         try:
             await self._backend.resume(event, None)
-        except Exception as lost:
-            log.error("trap %d of vm %s did not run natively", event.seq, event.vm, exc_info=lost)
+        except Exception:
+            log.exception("trap %d of vm %s did not run natively", event.seq, event.vm)
         self._lanes.release(event.vcpu)
 
     # --- deadlines and shutdown: the two that overtake a worker ---------------------
@@ -328,7 +348,11 @@ class Engine:
         while True:
             now = _clock()
             for worker in [worker for worker in self._waiting if worker.deadline <= now]:
-                self._overtake(worker, OutcomeKind.TIMEOUT, f"no answer within {worker.deadline - worker.started:g} s")
+                self._overtake(
+                    worker,
+                    OutcomeKind.TIMEOUT,
+                    f"no answer within {worker.deadline - worker.started:g} s",
+                )
             self._wake_at = min((worker.deadline for worker in self._waiting), default=math.inf)
             self._poke = anyio.Event()
             with anyio.move_on_after(self._wake_at - now):
@@ -336,13 +360,16 @@ class Engine:
 
     def _overtake(self, worker: _Worker, kind: OutcomeKind, error: str) -> None:
         """Answer in the place of a handler that runs, and cancel it."""
-        assert self._tasks is not None and worker.entry is not None
+        assert self._tasks is not None
+        assert worker.entry is not None
         self._waiting.discard(worker)
         worker.overtaken = True
         worker.context.close()
         worker.scope.cancel()
         outcome: Outcome[Any] = Outcome(kind, worker.packet, handler=worker.entry.name, error=error)
-        self._tasks.start_soon(self._finish_overtaken, worker.event, worker.started, outcome, self._tasks)
+        self._tasks.start_soon(
+            self._finish_overtaken, worker.event, worker.started, outcome, self._tasks
+        )
 
     async def _finish_overtaken(
         self, event: TrapEvent, started: float, outcome: Outcome[Any], tasks: TaskGroup
@@ -371,7 +398,9 @@ class Engine:
             if packet is not None and not self._is_ours(event, packet):
                 await self._run_natively(event)
                 continue
-            outcome: Outcome[Any] = Outcome(OutcomeKind.CANCELLED, packet, error="the server stopped")
+            outcome: Outcome[Any] = Outcome(
+                OutcomeKind.CANCELLED, packet, error="the server stopped"
+            )
             await self._finish(event, _clock(), outcome)
         await self._lanes.quiet()
-        self._guest.cancel()
+        self._backend.stop()

@@ -43,7 +43,7 @@ class MissingExtraError(VmiBridgeError, ImportError):
         self.extra = extra
 
 
-class TrapQueueClosed(VmiBridgeError):
+class TrapQueueClosedError(VmiBridgeError):
     """The server takes no more traps: the vCPU is to run on by itself."""
 
 
@@ -53,6 +53,10 @@ class ServerStateError(VmiBridgeError):
 
 class HandlerLoadError(VmiBridgeError):
     """A handler source could not be loaded; the message names file and line."""
+
+
+class HandlerSourceError(HandlerLoadError):
+    """There is no such handler source, or it offers no handler."""
 
 
 class ConfigError(VmiBridgeError):

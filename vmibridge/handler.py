@@ -97,7 +97,9 @@ class BridgeHandler(Generic[T]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):
-            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+            cls.name = re.sub(
+                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__
+            ).lower()
         _check_timeout(cls.timeout)
         cls.methods = MappingProxyType(_collect_methods(cls))
 
@@ -110,16 +112,7 @@ class BridgeHandler(Generic[T]):
     @property
     def contract(self) -> BridgeContract:
         """What this handler answers to. Raises `ValueError` for a code out of range."""
-        if not hasattr(self, "REQUEST"):
-            raise ValueError(f"{type(self).__name__} has no REQUEST")
-        return BridgeContract(
-            self.REQUEST,
-            self.MAGIC,
-            self.VERIFY_VALUE1,
-            self.VERIFY_VALUE2,
-            self.VERIFY_VALUE3,
-            self.VERIFY_VALUE4,
-        )
+        return contract_of(self)
 
     def timeout_of(self, method: int) -> float | None:
         """Seconds for a method code: the method's, else the handler's, else `None`."""
@@ -150,6 +143,21 @@ class BridgeHandler(Generic[T]):
         traceback: TracebackType | None,
     ) -> bool | None:
         return None
+
+
+def contract_of(handler: BridgeHandler[Any] | type[BridgeHandler[Any]]) -> BridgeContract:
+    """The contract of a handler, or of a class of them. Raises `ValueError`."""
+    if not hasattr(handler, "REQUEST"):
+        name = handler.__name__ if isinstance(handler, type) else type(handler).__name__
+        raise ValueError(f"{name} has no REQUEST")
+    return BridgeContract(
+        handler.REQUEST,
+        handler.MAGIC,
+        handler.VERIFY_VALUE1,
+        handler.VERIFY_VALUE2,
+        handler.VERIFY_VALUE3,
+        handler.VERIFY_VALUE4,
+    )
 
 
 def _collect_methods(cls: type[BridgeHandler[Any]]) -> dict[int, Method]:

@@ -15,7 +15,7 @@ from collections import deque
 
 import anyio
 
-from vmibridge.errors import TrapQueueClosed
+from vmibridge.errors import TrapQueueClosedError
 from vmibridge.event import TrapEvent
 
 
@@ -51,9 +51,9 @@ class Lanes:
         return self._waking or bool(self._idle)
 
     def put_nowait(self, event: TrapEvent) -> None:
-        """Raises `anyio.WouldBlock` when full, `TrapQueueClosed` when closed."""
+        """Raises `anyio.WouldBlock` when full, `TrapQueueClosedError` when closed."""
         if self._closed:
-            raise TrapQueueClosed("the server takes no more traps")
+            raise TrapQueueClosedError("the server takes no more traps")
         if self._queued >= self._capacity:
             raise anyio.WouldBlock
         self._queued += 1
@@ -67,7 +67,7 @@ class Lanes:
             backlog.append(event)
 
     async def put(self, event: TrapEvent) -> None:
-        """Wait for room. Raises `TrapQueueClosed`. Cancelled, nothing was put."""
+        """Wait for room. Raises `TrapQueueClosedError`. Cancelled, nothing was put."""
         while True:
             try:
                 return self.put_nowait(event)

@@ -52,7 +52,7 @@ class GuestMemory:
         while size:
             page = await self._translate(address, write=False)
             count = min(size, page.left)
-            parts.append(await self._physical.read_physical(self._event, page.physical, count))
+            parts.append(await self._fetch(address, page.physical, count))
             address += count
             size -= count
         return b"".join(parts)
@@ -65,19 +65,22 @@ class GuestMemory:
         several pages may be left in part.
         """
         self._bound(address, len(data))
-        places: list[tuple[int, bytes]] = []
+        places: list[tuple[int, int, bytes]] = []
         at = 0
         while at < len(data):
             page = await self._translate(address + at, write=True)
             part = data[at : at + page.left]
-            places.append((page.physical, part))
+            places.append((address + at, page.physical, part))
             at += len(part)
         if len(places) > 1:
-            for physical, part in places:
-                await self._probe(address, physical, len(part))
-        for physical, part in places:
-            self._bound(address, 0)
-            await self._physical.write_physical(self._event, physical, part)
+            for start, physical, part in places:
+                await self._fetch(start, physical, len(part))
+        for start, physical, part in places:
+            self._bound(start, 0)
+            try:
+                await self._physical.write_physical(self._event, physical, part)
+            except GuestMemoryError as error:
+                raise GuestMemoryError(start, error.reason) from error
 
     async def read_string(self, address: int, limit: int = 4096, encoding: str = "utf-8") -> str:
         """Text that ends at a NUL byte, or after `limit` bytes.
@@ -107,20 +110,25 @@ class GuestMemory:
             await self._physical.write_physical(self._event, address, data)
 
     async def _read_until(self, address: int, limit: int, end: bytes) -> bytes:
-        # A page at a time: what lies behind the end need not be mapped.
-        self._bound(address, limit)
-        found = b""
+        # To the next 4 KiB boundary at a time: what lies behind the end need neither be
+        # mapped nor, where a large page or no paging maps it, be memory or an address.
+        self._bound(address, 0)
+        self._bound(address, min(limit, (1 << 64) - address))
+        found = bytearray()
         width = len(end)
         while len(found) < limit:
-            page = await self._translate(address + len(found), write=False)
-            count = min(limit - len(found), page.left)
-            found += await self._physical.read_physical(self._event, page.physical, count)
-            at = found.find(end)
+            start = address + len(found)
+            self._bound(start, 1)
+            page = await self._translate(start, write=False)
+            count = min(limit - len(found), page.left, 4096 - start % 4096)
+            searched = len(found) - len(found) % width
+            found += await self._fetch(start, page.physical, count)
+            at = found.find(end, searched)
             while at % width and at >= 0:
                 at = found.find(end, at + 1)
             if at >= 0:
-                return found[:at]
-        return found
+                return bytes(found[:at])
+        return bytes(found)
 
     async def _translate(self, address: int, *, write: bool) -> Page:
         event = self._event
@@ -138,11 +146,13 @@ class GuestMemory:
             page: Page = found.value
             return page
 
-    async def _probe(self, address: int, physical: int, size: int) -> None:
+    async def _fetch(self, address: int, physical: int, size: int) -> bytes:
+        # The caller asked by virtual address, so that is what an error names.
+        self._bound(address, 0)
         try:
-            await self._physical.read_physical(self._event, physical, size)
+            return await self._physical.read_physical(self._event, physical, size)
         except GuestMemoryError as error:
-            raise GuestMemoryError(address, "not all of it is in memory") from error
+            raise GuestMemoryError(address, error.reason) from error
 
     def _bound(self, address: int, size: int) -> None:
         if not self._open:

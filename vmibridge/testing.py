@@ -11,7 +11,7 @@ import anyio
 
 from vmibridge.context import BridgeContext
 from vmibridge.dispatch import Bridge, Target
-from vmibridge.errors import BackendError, GuestMemoryError, TrapQueueClosed
+from vmibridge.errors import BackendError, GuestMemoryError, TrapQueueClosedError
 from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
 from vmibridge.outcome import Outcome
 from vmibridge.packet import BridgePacket
@@ -69,19 +69,25 @@ class FakeBackend(Backend):
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Feed the traps, then wait for the last answer."""
-        try:
-            for event in self.events:
-                self._open.add(event.seq)
+        for event in self.events:
+            self._open.add(event.seq)
+            try:
                 try:
                     sink.put_nowait(event)
                 except anyio.WouldBlock:
                     await sink.put(event)
-        except TrapQueueClosed:
-            self._open.discard(event.seq)
+            except TrapQueueClosedError:
+                self._open.discard(event.seq)
+                break
         while self._open:
             self._answered = anyio.Event()
             await self._answered.wait()
-        return GuestEnd(tuple(VcpuEnd(vcpu, "halted") for vcpu in sorted({e.vcpu for e in self.events})))
+        return GuestEnd(
+            tuple(VcpuEnd(vcpu, "halted") for vcpu in sorted({e.vcpu for e in self.events}))
+        )
+
+    def stop(self) -> None:
+        """Nothing to do: the run ends when each trap that was fed is answered."""
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Keep the answer. Raises `BackendError` for a trap that waits for none."""

@@ -23,10 +23,10 @@ class TrapSink(Protocol):
     """Where a backend puts its traps; bounded. A full sink holds the vCPU."""
 
     def put_nowait(self, event: TrapEvent) -> None:
-        """Raises `anyio.WouldBlock` when full, `TrapQueueClosed` when no more are taken."""
+        """Raises `anyio.WouldBlock` when full, `TrapQueueClosedError` when no more are taken."""
 
     async def put(self, event: TrapEvent) -> None:
-        """Wait for room. Raises `TrapQueueClosed`. Cancelled, the event was not taken."""
+        """Wait for room. Raises `TrapQueueClosedError`. Cancelled, the event was not taken."""
 
 
 class VcpuEnd(msgspec.Struct, frozen=True):
@@ -91,7 +91,13 @@ class Backend(ABC):
         traceback: TracebackType | None,
     ) -> bool | None:
         self._tasks = None
-        return await self._stack.__aexit__(kind, error, traceback)
+        try:
+            return await self._stack.__aexit__(kind, error, traceback)
+        except BaseExceptionGroup as group:
+            # The task group wraps what the block raised; callers want to catch it as it was.
+            if group.exceptions == (error,):
+                return False
+            raise
 
     async def _close_shielded(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -107,9 +113,16 @@ class Backend(ABC):
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Run the guest until it ends, with each trap that `traps` wants put into `sink`.
 
-        Cancelled, it stops or detaches from the guest before it returns; a vCPU that
-        waits for an answer then goes on without one. Raises `BackendError` when the
-        VM cannot be run at all: a guest that fails is a `GuestEnd`.
+        Cancelled, it does as `stop` says before it lets go; a vCPU that waits for an
+        answer then goes on without one. Raises `BackendError` when the VM cannot be
+        run at all: a guest that fails is a `GuestEnd`.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Make `run` return soon: disarm the traps, and stop the guest or detach from it.
+
+        Called on the event loop, when every trap is answered and no more are taken.
         """
 
     @abstractmethod

@@ -93,9 +93,7 @@ def read_packet(event: TrapEvent) -> BridgePacket:
     magic, selector, *values = form.get(event.registers)
     mask = form.mask
     if mask == _MASK64:
-        return BridgePacket(
-            magic & _MASK32, selector & 0xFFFF, selector >> 16 & 0xFFFF, *values
-        )
+        return BridgePacket(magic & _MASK32, selector & 0xFFFF, selector >> 16 & 0xFFFF, *values)
     return BridgePacket(
         magic & _MASK32,
         selector & 0xFFFF,
@@ -133,6 +131,4 @@ def is_guest_request(event: TrapEvent) -> bool:
         return False
     if event.width == 64:
         return registers.rdi & _MASK32 == XEN_GUEST_REQUEST and registers.rsi == 0
-    return (
-        registers.rbx & _MASK32 == XEN_GUEST_REQUEST and registers.rcx & _MASK32 == 0
-    )
+    return registers.rbx & _MASK32 == XEN_GUEST_REQUEST and registers.rcx & _MASK32 == 0

@@ -26,7 +26,9 @@ def decode_trap(code: bytes, width: int) -> tuple[TrapReason, int] | None:
     at = 0
     while at < len(code) and code[at] in _LEGACY_PREFIXES:
         at += 1
-    while width == 64 and at < len(code) and (code[at] & 0xF0 == 0x40 or code[at] in _LEGACY_PREFIXES):
+    while (
+        width == 64 and at < len(code) and (code[at] & 0xF0 == 0x40 or code[at] in _LEGACY_PREFIXES)
+    ):
         at += 1
     for size in (2, 3):
         reason = _OPCODES.get(code[at : at + size])

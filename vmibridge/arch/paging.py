@@ -54,7 +54,8 @@ def walk(registers: Registers, address: int, *, write: bool = False, ring: int =
     fault: not canonical, not mapped, or not allowed in this ring.
     """
     if not registers.cr0 & CR0_PG:
-        return (yield from _unpaged(address))
+        # To the top of the address space: without paging nothing else bounds it.
+        return Page(address, (1 << 64) - address)
     long_mode = bool(registers.efer & EFER_LMA)
     if not long_mode and address >> 32:
         raise GuestMemoryError(address, "beyond 32 bits")
@@ -72,23 +73,18 @@ def walk(registers: Registers, address: int, *, write: bool = False, ring: int =
         if not pointer & _PRESENT:
             raise GuestMemoryError(address, "not mapped")
         table, levels = pointer & _ADDRESS, 2
-    for level in range(levels - 1, -1, -1):
+    level = levels
+    while True:
+        level -= 1
         shift = 12 + 9 * level
         entry = yield table + 8 * (address >> shift & 0x1FF), 8
         if not entry & _PRESENT:
             raise GuestMemoryError(address, "not mapped")
         rights &= entry
         if level == 0 or (level <= 2 and entry & _LARGE):
-            break
+            _check(registers, address, rights, write, ring)
+            return _page(entry & _ADDRESS, address, shift)
         table = entry & _ADDRESS
-    _check(registers, address, rights, write, ring)
-    return _page(entry & _ADDRESS, address, shift)
-
-
-def _unpaged(address: int) -> Walk:
-    # Ends at the top of the address space: without paging nothing else bounds it.
-    return Page(address, (1 << 64) - address)
-    yield
 
 
 def _walk_32bit(registers: Registers, address: int, write: bool, ring: int) -> Walk:

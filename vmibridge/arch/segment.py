@@ -37,3 +37,8 @@ def width_of(descriptor: int, efer: int) -> int:
     if efer & EFER_LMA and descriptor & _DESCRIPTOR_L:
         return 64
     return 32 if descriptor & _DESCRIPTOR_D else 16
+
+
+def base_of(descriptor: int) -> int:
+    """The 32-bit base address of an 8-byte descriptor."""
+    return descriptor >> 16 & 0xFF_FFFF | descriptor >> 56 << 24

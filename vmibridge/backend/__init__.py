@@ -1,8 +1,8 @@
 """The backends, by the name that starts their spec.
 
-| spec | guest |
+| spec | the VM |
 |---|---|
-| `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated in this process |
+| `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
 """
 
 from collections.abc import Callable, Mapping

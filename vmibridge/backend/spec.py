@@ -40,9 +40,7 @@ def parse_options(spec: str, options: str, kind: type[S], numbers: Mapping[str, 
         try:
             values[name] = parse_size(value) if name in numbers else value
         except ValueError:
-            raise BackendSpecError(
-                f"{spec}: {name}={value} is not {numbers[name]}"
-            ) from None
+            raise BackendSpecError(f"{spec}: {name}={value} is not {numbers[name]}") from None
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:

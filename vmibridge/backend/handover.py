@@ -1,0 +1,90 @@
+"""The hand-over between a vCPU's thread and the event loop, on either loop.
+
+A blocking backend runs each vCPU in a thread. The thread posts its trap to the loop
+and sleeps on a lock; the answer, given on the loop, opens it. There is one trap per
+vCPU at a time, so one slot is enough, and nothing here can pile up.
+"""
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from vmibridge.errors import TrapQueueClosedError
+from vmibridge.event import RegisterWrites, TrapEvent
+from vmibridge.vmi import TrapSink
+
+Soon = Callable[..., Any]
+"""Run a function on the loop, soon: `soon(function, *arguments)`, from any thread."""
+
+
+def loop_door() -> Soon:
+    """A way for other threads into the running event loop.
+
+    Both loops raise `RuntimeError` when they are closed by then.
+    """
+    if anyio.get_cancelled_exc_class().__module__.startswith("trio"):
+        import trio
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
+    import asyncio
+
+    return asyncio.get_running_loop().call_soon_threadsafe
+
+
+class VcpuSlot:
+    """Where one vCPU's thread and the loop meet."""
+
+    def __init__(self, soon: Soon, sink: TrapSink, tasks: TaskGroup) -> None:
+        self._soon = soon
+        self._sink = sink
+        self._tasks = tasks
+        self._answered = Lock()
+        self._answered.acquire()
+        self._waiting = False
+        self._released = False
+        self._writes: RegisterWrites | None = None
+
+    def ask(self, event: TrapEvent) -> tuple[bool, RegisterWrites | None]:
+        """In the vCPU's thread: hand a trap over, and wait for what to write.
+
+        Whether there was an answer, and the answer; a slot that was released gives
+        none. Raises `RuntimeError` when the loop is closed.
+        """
+        self._soon(self._deliver, event)
+        self._answered.acquire()
+        return not self._released, self._writes
+
+    def answer(self, writes: RegisterWrites | None) -> None:
+        """On the loop: let the vCPU go on, with these writes or natively.
+
+        Without a trap that waits, this does nothing: the slot was released before.
+        """
+        if self._waiting:
+            self._waiting = False
+            self._writes = writes
+            self._answered.release()
+
+    def release(self) -> None:
+        """On the loop: let the vCPU go without an answer, now and from here on."""
+        self._released = True
+        self.answer(None)
+
+    def _deliver(self, event: TrapEvent) -> None:
+        self._waiting = True
+        if self._released:
+            return self.answer(None)
+        try:
+            self._sink.put_nowait(event)
+        except anyio.WouldBlock:
+            self._tasks.start_soon(self._deliver_later, event)
+        except TrapQueueClosedError:
+            self.release()
+
+    async def _deliver_later(self, event: TrapEvent) -> None:
+        try:
+            await self._sink.put(event)
+        except TrapQueueClosedError:
+            self.release()

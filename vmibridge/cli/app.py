@@ -1,0 +1,96 @@
+"""The commands, their options and their help."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Group, Parameter
+
+from vmibridge import __version__
+
+app = App(
+    name="vmibridge",
+    help="Answer what a virtual machine asks by one instruction with async Python handlers.",
+    version=__version__,
+)
+handlers_app = App(name="handlers", help="Look at handlers.")
+app.command(handlers_app)
+
+_CHECKS = Group("Looking at what happens")
+
+
+@app.command
+def run(
+    *,
+    backend: Annotated[
+        str, Parameter(help="The VM: unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1.")
+    ],
+    handlers: Annotated[
+        list[str],
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Python files, folders or dotted modules that offer handlers.",
+        ),
+    ],
+    async_backend: Annotated[
+        Literal["asyncio", "trio"], Parameter(help="The event loop.")
+    ] = "asyncio",
+    timeout: Annotated[
+        float | None,
+        Parameter(help="Seconds for one request, where its handler says nothing; 5 by default."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        Parameter(help="A TOML file: [server] and [handlers.NAME]; see docs/configuration.md."),
+    ] = None,
+    uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
+    json: Annotated[
+        bool, Parameter(group=_CHECKS, negative=(), help="One JSON object a trap, then a summary.")
+    ] = False,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Parameter(group=_CHECKS, help="What goes to standard error; debug shows tracebacks."),
+    ] = "info",
+) -> int:
+    """Run a guest and answer its traps until it ends.
+
+    On a terminal a table shows the latest traps and the counts; otherwise each trap
+    is a line. Ctrl-C answers what is pending and stops the guest; a second one does
+    not wait for handlers.
+
+    Exit status: 0 when the guest ended by itself, 1 when it, its backend or a handler
+    module failed, 2 for wrong usage.
+
+    Example: vmibridge run --backend unicorn:guest.bin --handlers handlers/hello.py
+    """
+    from vmibridge.cli.run import RunOptions, run_guest
+
+    return run_guest(
+        RunOptions(
+            backend=backend,
+            handlers=handlers,
+            loop="uvloop" if uvloop else async_backend,
+            timeout=timeout,
+            config=config,
+            json=json,
+            log_level=log_level,
+        )
+    )
+
+
+@handlers_app.command(name="list")
+def list_handlers(
+    sources: Annotated[
+        list[str], Parameter(help="Python files, folders or dotted modules that offer handlers.")
+    ],
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object a handler.")] = False,
+) -> int:
+    """Show each handler's contract and methods, without making any.
+
+    Example: vmibridge handlers list handlers/
+    """
+    from vmibridge.cli.handlers import show_handlers
+
+    return show_handlers(sources, as_json=json)

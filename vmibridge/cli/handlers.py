@@ -1,0 +1,102 @@
+"""`vmibridge handlers list`: each handler's contract and methods."""
+
+import sys
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vmibridge.errors import HandlerLoadError
+from vmibridge.handler import BridgeHandler, contract_of
+from vmibridge.loading import Offered, find_handlers
+
+
+class MethodLine(msgspec.Struct):
+    """One method, for `--json`."""
+
+    code: int
+    name: str
+    timeout: float | None
+    doc: str
+
+
+class HandlerLine(msgspec.Struct):
+    """One handler, for `--json`."""
+
+    name: str
+    source: str
+    magic: int | None
+    request: int
+    verify: list[int | None]
+    timeout: float | None
+    methods: list[MethodLine]
+    settings: list[str]
+    doc: str
+
+
+def show_handlers(sources: list[str], *, as_json: bool) -> int:
+    """Print them; returns the exit status."""
+    lines = [_line(offered) for offered in find_handlers(sources)]
+    if as_json:
+        for line in lines:
+            sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+        return 0
+    console = Console()
+    for line in lines:
+        console.print(_table(line))
+    return 0
+
+
+def _line(offered: Offered) -> HandlerLine:
+    handler = offered.handler
+    kind: type[BridgeHandler[Any]] = handler if isinstance(handler, type) else type(handler)
+    try:
+        contract = contract_of(handler)
+    except ValueError as error:
+        raise HandlerLoadError(f"{offered.source}: {error}") from error
+    return HandlerLine(
+        name=handler.name,
+        source=offered.source,
+        magic=contract.magic,
+        request=contract.request,
+        verify=list(contract.verify_values),
+        timeout=handler.timeout,
+        methods=[
+            MethodLine(method.code, method.name, method.timeout, method.doc)
+            for _, method in sorted(kind.methods.items())
+        ],
+        settings=[] if kind.Settings is None else list(kind.Settings.__struct_encode_fields__),
+        doc=(kind.__doc__ or "").strip().partition("\n")[0],
+    )
+
+
+def _table(line: HandlerLine) -> Table:
+    table = Table(
+        title=Text(f"{line.name}  ({line.source})"), title_justify="left", show_header=False
+    )
+    table.add_column("what", style="bold")
+    table.add_column("value", overflow="fold")
+    rows = [("about", line.doc)]
+    rows.append(("magic", "any" if line.magic is None else f"{line.magic:#010x}"))
+    rows.append(("request", f"{line.request:#06x}"))
+    rows += [
+        (f"stamp {slot}", f"{value:#018x}")
+        for slot, value in enumerate(line.verify, 1)
+        if value is not None
+    ]
+    rows.append(("timeout", _seconds(line.timeout)))
+    rows.append(("settings", ", ".join(line.settings) or "none"))
+    if not line.methods:
+        rows.append(("methods", "all: handle() takes any"))
+    for method in line.methods:
+        limit = "" if method.timeout is None else f" ({_seconds(method.timeout)})"
+        rows.append((f"{method.code:#06x}", f"{method.name}{limit}: {method.doc}"))
+    for what, value in rows:
+        table.add_row(Text(what), Text(value))
+    return table
+
+
+def _seconds(timeout: float | None) -> str:
+    return "the server's" if timeout is None else f"{timeout:g} s"

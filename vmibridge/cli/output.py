@@ -1,0 +1,161 @@
+"""Standard output without stopping the event loop: a slow reader only slows its guest.
+
+| writer | for |
+|---|---|
+| `JsonWriter` | `--json` |
+| `LineWriter` | people, where standard output is no terminal |
+| `TableWriter` | people at a terminal |
+"""
+
+import os
+import select
+import sys
+from collections import deque
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import anyio
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
+from vmibridge.engine import Summary
+from vmibridge.outcome import Outcome, OutcomeKind
+
+_WIDTHS = (6, 4, 9, 12, 20, 9, 24, 7)
+# At a narrow terminal these give their room to the output.
+_WIDE_ONLY = ("magic/request/method", "answer")
+_NARROW = 120
+_STYLES = {
+    OutcomeKind.HANDLED: "green",
+    OutcomeKind.REJECTED: "yellow",
+    OutcomeKind.UNMATCHED: "yellow",
+}
+
+
+class Writer(Protocol):
+    """Shows the outcomes of one run. Raises `BrokenPipeError` when nobody reads on."""
+
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+    async def show(self, outcome: Outcome[Any]) -> None:
+        """Show one outcome. Cancelled, a line may be left in part."""
+
+    async def end(self, summary: Summary) -> None:
+        """Show the counts."""
+
+
+class _Stream:
+    """Bytes to a file descriptor, waiting for it on the loop when it is full."""
+
+    def __init__(self) -> None:
+        self._fd = sys.stdout.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLOUT)
+
+    async def __aenter__(self) -> Self:
+        sys.stdout.flush()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return None
+
+    async def write(self, data: bytes) -> None:
+        """A pipe that polls as writable takes PIPE_BUF bytes without blocking."""
+        while data:
+            while not self._poll.poll(0):
+                await anyio.wait_writable(self._fd)
+            data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
+
+
+class JsonWriter(_Stream):
+    """One JSON object a line."""
+
+    async def show(self, outcome: Outcome[Any]) -> None:
+        await self.write(trap_json(outcome))
+
+    async def end(self, summary: Summary) -> None:
+        await self.write(summary_json(summary))
+
+
+class LineWriter(_Stream):
+    """One plain line a trap."""
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        await self._line(COLUMNS)
+        return self
+
+    async def show(self, outcome: Outcome[Any]) -> None:
+        await self._line(trap_columns(outcome))
+
+    async def end(self, summary: Summary) -> None:
+        await self.write(f"{summary_text(summary)}\n".encode())
+
+    async def _line(self, columns: list[str]) -> None:
+        cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
+        await self.write(f"{' '.join([*cells, columns[-1]]).rstrip()}\n".encode())
+
+
+class TableWriter:
+    """A live table of the latest traps over the counts, eight times a second."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._latest: deque[Outcome[Any]] = deque(maxlen=max(4, min(20, console.height - 8)))
+        self._summary = Summary(dict.fromkeys(OutcomeKind, 0))
+        self._live = Live(
+            get_renderable=self._render, console=console, refresh_per_second=8, transient=False
+        )
+
+    async def __aenter__(self) -> Self:
+        self._live.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    async def show(self, outcome: Outcome[Any]) -> None:
+        self._latest.append(outcome)
+        self._summary.outcomes[outcome.kind] += 1
+
+    async def end(self, summary: Summary) -> None:
+        self._summary = summary
+        self._live.refresh()
+
+    def _render(self) -> Group:
+        narrow = self._console.width < _NARROW
+        shown = [at for at, name in enumerate(COLUMNS) if not (narrow and name in _WIDE_ONLY)]
+        table = Table(expand=True, box=SIMPLE_HEAD, pad_edge=False)
+        for at in shown:
+            last = COLUMNS[at] == "output"
+            table.add_column(
+                COLUMNS[at],
+                no_wrap=True,
+                overflow="ellipsis",
+                ratio=1 if last else None,
+                min_width=None if last else min(_WIDTHS[at], 9),
+            )
+        for outcome in list(self._latest):
+            cells = [Text(cell) for cell in trap_columns(outcome)]
+            cells[COLUMNS.index("outcome")].stylize(_STYLES.get(outcome.kind, "red"))
+            table.add_row(*[cells[at] for at in shown])
+        return Group(table, Text(summary_text(self._summary)))

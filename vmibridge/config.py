@@ -1,0 +1,141 @@
+"""The configuration file: TOML, decoded by msgspec.
+
+    [server]
+    timeout = 2.5
+    fallback = { value1 = 0xffffffff }
+
+    [handlers.fetch]
+    allow = ["https://example.com/samples/"]
+
+An error names the file, the line where it can be found, and the key.
+"""
+
+import re
+import tomllib
+from collections.abc import Collection
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from vmibridge.engine import EngineSettings
+from vmibridge.errors import ConfigError
+from vmibridge.response import BridgeResponse
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+_AT = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+
+
+class _Fallback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    value1: int | None = None
+    value2: int | None = None
+    value3: int | None = None
+    value4: int | None = None
+
+
+class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    timeout: float = 5.0
+    fallback: _Fallback = _Fallback()
+    queue: int = 256
+    stop_timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        self.settings  # noqa: B018 - its checks are wanted here, where the key is known
+
+    @property
+    def settings(self) -> EngineSettings:
+        fallback: BridgeResponse[Any] = BridgeResponse(*msgspec.structs.astuple(self.fallback))
+        return EngineSettings(self.timeout, fallback, self.queue, self.stop_timeout)
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    server: _Server = _Server()
+    handlers: dict[str, dict[str, Any]] = {}
+
+
+class Config:
+    """A configuration; `Config()` is the one without a file."""
+
+    def __init__(self, source: str = "", text: str = "") -> None:
+        """Decode `text`, which errors call `source`. Raises `ConfigError`."""
+        self._source = source
+        self._text = text
+        try:
+            tree = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        self._file = self._convert(tree, _File, ())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The configuration in a file. Raises `ConfigError`."""
+        try:
+            return cls(str(path), path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    @property
+    def server(self) -> EngineSettings:
+        """`[server]`, with defaults for what is not there."""
+        return self._file.server.settings
+
+    def settings_of(self, handler: str, kind: type[S]) -> S:
+        """`[handlers.NAME]`, decoded. Raises `ConfigError`."""
+        return self._convert(self._file.handlers.get(handler, {}), kind, ("handlers", handler))
+
+    def check_handlers(self, known: Collection[str]) -> None:
+        """Raises `ConfigError` when there are settings for a handler that is not loaded."""
+        for name in self._file.handlers:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = (
+                    f"did you mean {near[0]!r}?" if near else f"loaded: {', '.join(sorted(known))}"
+                )
+                raise self._error(("handlers", name), f"no such handler is loaded; {hint}")
+
+    def _convert(self, tree: dict[str, Any], kind: type[S], path: tuple[str, ...]) -> S:
+        try:
+            return msgspec.convert(tree, kind)
+        except msgspec.ValidationError as error:
+            message = str(error)
+            at = _AT.search(message)
+            inside = re.findall(r"[\w-]+", at["path"]) if at else []
+            unknown = re.search(r"unknown field `([^`]+)`", message)
+            if unknown:
+                inside.append(unknown[1])
+                message = f"no such key; there are {', '.join(_fields_at(kind, inside[:-1]))}"
+            raise self._error((*path, *inside), _AT.sub("", message)) from error
+
+    def _error(self, path: tuple[str, ...], message: str) -> ConfigError:
+        line = _line_of(self._text, path)
+        place = self._source if line is None else f"{self._source}:{line}"
+        return ConfigError(f"{place}: {'.'.join(path) or 'the file'}: {message}")
+
+
+def _fields_at(kind: type[msgspec.Struct], path: list[str]) -> tuple[str, ...]:
+    for key in path:
+        field = kind.__annotations__.get(key)
+        if isinstance(field, type) and issubclass(field, msgspec.Struct):
+            kind = field
+    return kind.__struct_encode_fields__
+
+
+def _line_of(text: str, path: tuple[str, ...]) -> int | None:
+    """The line of a key, for the usual forms of TOML; the nearest table's otherwise."""
+    table: tuple[str, ...] = ()
+    best: int | None = None
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[\[?([^\]]+)\]", line)
+        entry = re.match(r"\s*([\w\-.\"']+)\s*=", line)
+        if header:
+            table = tuple(part.strip().strip("\"'") for part in header[1].split("."))
+            here = table
+        elif entry:
+            here = (*table, *(part.strip("\"'") for part in entry[1].split(".")))
+        else:
+            continue
+        if here and here == path[: len(here)]:
+            best = number
+    return best

@@ -1,0 +1,156 @@
+"""Handlers from files, folders and dotted modules.
+
+A module offers what its `handlers()` function returns, or else every concrete
+`BridgeHandler` that it defines, in order. A class that has `Settings` is made with
+them, decoded from the configuration; another is made without arguments.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+from vmibridge.config import Config
+from vmibridge.errors import HandlerLoadError, HandlerSourceError, VmiBridgeError
+from vmibridge.handler import BridgeHandler
+
+Offer: TypeAlias = BridgeHandler[Any] | type[BridgeHandler[Any]]
+
+
+class Offered(NamedTuple):
+    """One handler that a source offers: a class to make it of, or the handler itself."""
+
+    source: str
+    """The file, or the dotted module."""
+    handler: Offer
+
+
+def find_handlers(sources: Iterable[str]) -> list[Offered]:
+    """What the sources offer, in order, each once; none is made yet.
+
+    Raises `HandlerSourceError` for a source that is not there or offers nothing,
+    `HandlerLoadError` for a module that cannot be imported.
+    """
+    found: dict[int, Offered] = {}
+    for source in sources:
+        offers = [offer for module in _modules(source) for offer in _offers(*module)]
+        if not offers:
+            raise HandlerSourceError(
+                f"{source}: offers no handler; a handler is a BridgeHandler with a REQUEST"
+            )
+        for offer in offers:
+            found.setdefault(id(offer.handler), offer)
+    return list(found.values())
+
+
+def load_handlers(sources: Iterable[str], config: Config | None = None) -> list[BridgeHandler[Any]]:
+    """The handlers of all sources, made with their settings.
+
+    Raises as `find_handlers` does; `ConfigError` for settings that are wrong or for a
+    handler that no source offers; `HandlerLoadError` when making one fails.
+    """
+    offered = find_handlers(sources)
+    config = config or Config()
+    config.check_handlers({offer.handler.name for offer in offered})
+    return [_make(offer, config) for offer in offered]
+
+
+def _make(offer: Offered, config: Config) -> BridgeHandler[Any]:
+    handler = offer.handler
+    if isinstance(handler, BridgeHandler):
+        return handler
+    try:
+        if handler.Settings is None:
+            return handler()
+        return handler(config.settings_of(handler.name, handler.Settings))  # type: ignore[call-arg]
+    except VmiBridgeError:
+        raise
+    except Exception as error:
+        raise HandlerLoadError(f"{offer.source}: {handler.__name__}: {_tell(error)}") from error
+
+
+def _modules(source: str) -> list[tuple[str, ModuleType]]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.py") if not file.name.startswith("_"))
+        return [(str(file), _import_file(file)) for file in files]
+    if path.is_file():
+        return [(source, _import_file(path))]
+    if path.suffix == ".py" or not all(part.isidentifier() for part in source.split(".")):
+        raise HandlerSourceError(f"{source}: there is no such file, folder or module")
+    return [(source, _import_dotted(source))]
+
+
+def _import_file(path: Path) -> ModuleType:
+    # Two files of one name are two modules.
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"vmibridge_handlers_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise HandlerSourceError(f"{path}: is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise HandlerLoadError(_place(error, str(path))) from error
+    return module
+
+
+def _import_dotted(name: str) -> ModuleType:
+    # As `python -m` does: modules of the current folder can be named.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise HandlerSourceError(f"{name}: there is no such file, folder or module") from error
+        raise HandlerLoadError(_place(error, name)) from error
+    except Exception as error:
+        raise HandlerLoadError(_place(error, name)) from error
+
+
+def _offers(source: str, module: ModuleType) -> list[Offered]:
+    maker = vars(module).get("handlers")
+    if not callable(maker):
+        return [
+            Offered(source, value)
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, BridgeHandler)
+            and value.__module__ == module.__name__
+            and value.is_concrete()
+        ]
+    try:
+        made: Sequence[object] = list(maker())
+    except Exception as error:
+        raise HandlerLoadError(_place(error, source)) from error
+    for handler in made:
+        if not isinstance(handler, BridgeHandler) and not (
+            isinstance(handler, type) and issubclass(handler, BridgeHandler)
+        ):
+            raise HandlerLoadError(f"{source}: handlers() returned {handler!r}, not a handler")
+    return [Offered(source, handler) for handler in made]  # type: ignore[arg-type]
+
+
+def _place(error: Exception, source: str) -> str:
+    """`FILE:LINE: what happened`, with the line of the source itself where it is known."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or source}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.endswith(source)] or frames[-1:]
+    line = own[-1].lineno if own and own[-1].filename.endswith(source) else None
+    return f"{source}{'' if line is None else f':{line}'}: {_tell(error)}"
+
+
+def _tell(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
