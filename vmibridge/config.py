@@ -95,6 +95,11 @@ class Config:
                 )
                 raise self._error(("handlers", name), f"no such handler is loaded; {hint}")
 
+    def refuse_settings(self, handler: str, why: str) -> None:
+        """Raises `ConfigError`, saying `why`, when there are settings for this handler."""
+        if handler in self._file.handlers:
+            raise self._error(("handlers", handler), f"the handler {why}")
+
     def _convert(self, tree: dict[str, Any], kind: type[S], path: tuple[str, ...]) -> S:
         try:
             return msgspec.convert(tree, kind)

@@ -9,6 +9,7 @@ kind is asked itself, and passes a request on by answering *unmatched*.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 from vmibridge.context import BridgeContext
@@ -21,6 +22,9 @@ from vmibridge.response import BridgeResponse
 from vmibridge.text import printable
 
 log = logging.getLogger(__name__)
+
+_MAX_ERROR = 500
+"""Characters."""
 
 
 class BridgeDispatch(ABC):
@@ -80,21 +84,20 @@ class Bridge(BridgeDispatch):
         self._build_tables()
 
     def _build_tables(self) -> None:
-        by_request: dict[int, list[Entry]] = {}
-        for entry in self.entries:
-            by_request.setdefault(entry.contract.request, []).append(entry)
-        for request, entries in by_request.items():
-            anonymous = [entry for entry in entries if entry.contract.magic is None]
-            self._any_magic[request] = _until_final(anonymous)
-            self._any_cpuid[request] = _until_final(
-                [entry for entry in anonymous if entry.any_cpuid]
-            )
-            for entry in entries:
-                magic = entry.contract.magic
-                if magic is not None and (magic, request) not in self._exact:
-                    self._exact[magic, request] = _until_final(
-                        [entry for entry in entries if entry.contract.magic in (None, magic)]
-                    )
+        anonymous: dict[int, list[tuple[int, Entry]]] = {}
+        named: dict[tuple[int, int], list[tuple[int, Entry]]] = {}
+        for place, entry in enumerate(self.entries):
+            request, magic = entry.contract.request, entry.contract.magic
+            if magic is None:
+                anonymous.setdefault(request, []).append((place, entry))
+            else:
+                named.setdefault((magic, request), []).append((place, entry))
+        for request, placed in anonymous.items():
+            self._any_magic[request] = _until_final(placed)
+            self._any_cpuid[request] = _until_final([each for each in placed if each[1].any_cpuid])
+        for key, placed in named.items():
+            others = anonymous.get(key[1], [])
+            self._exact[key] = _until_final(sorted(placed + others, key=itemgetter(0)))
 
     def contracts(self) -> Sequence[BridgeContract]:
         return [entry.contract for entry in self.entries]
@@ -146,7 +149,10 @@ async def answer(entry: Entry, vmi: BridgeContext, packet: BridgePacket) -> Outc
     """Ask one target; stamp what it returns. Raises what it raises."""
     if entry.handler is None:
         assert isinstance(entry.target, BridgeDispatch)
-        return await entry.target.dispatch(vmi, packet)
+        outcome = await entry.target.dispatch(vmi, packet)
+        if not isinstance(outcome, Outcome):
+            raise TypeError(f"dispatch() returned {type(outcome).__name__}, not an Outcome")
+        return outcome
     response: BridgeResponse[Any] | None = await entry.handler.handle(vmi, packet)
     if response is None:
         return Outcome(OutcomeKind.REJECTED, packet, handler=entry.name)
@@ -157,22 +163,28 @@ async def answer(entry: Entry, vmi: BridgeContext, packet: BridgePacket) -> Outc
     return Outcome(OutcomeKind.HANDLED, packet, response, entry.name)
 
 
-def failure(name: str, packet: BridgePacket | None, error: BaseException) -> Outcome[Any]:
+def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:
     """The outcome of a handler that raised; logs the error with its traceback."""
-    log.error("handler %s failed on %s", name, packet, exc_info=error)
-    return Outcome(OutcomeKind.FAILED, packet, handler=name, error=one_line(error))
+    told = one_line(error)
+    log.error("handler %s failed on method %#06x: %s", name, packet.method, told, exc_info=error)
+    return Outcome(OutcomeKind.FAILED, packet, handler=name, error=told)
 
 
 def one_line(error: BaseException) -> str:
     """An error as printable text of at most 500 characters: it may quote the guest."""
-    return printable(f"{type(error).__name__}: {error}"[:500])
+    kind = type(error).__name__
+    try:
+        text = f"{kind}: {error}"
+    except Exception:
+        text = kind
+    return printable(text[:_MAX_ERROR])[:_MAX_ERROR]
 
 
-def _until_final(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+def _until_final(placed: Sequence[tuple[int, Entry]]) -> tuple[Entry, ...]:
     # A handler that matches always answers, so nothing behind it is ever asked.
     # A dispatcher that matches by two of its contracts is asked once.
     kept: dict[int, Entry] = {}
-    for entry in entries:
+    for _, entry in placed:
         kept.setdefault(id(entry.target), entry)
         if entry.handler is not None:
             break

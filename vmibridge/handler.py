@@ -163,7 +163,7 @@ def contract_of(handler: BridgeHandler[Any] | type[BridgeHandler[Any]]) -> Bridg
 def _collect_methods(cls: type[BridgeHandler[Any]]) -> dict[int, Method]:
     methods: dict[int, Method] = {}
     for attribute in dir(cls):
-        marked = getattr(getattr(cls, attribute), "__bridge_method__", None)
+        marked = getattr(getattr(cls, attribute, None), "__bridge_method__", None)
         if not isinstance(marked, Method):
             continue
         if marked.code in methods:

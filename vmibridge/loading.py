@@ -63,9 +63,11 @@ def load_handlers(sources: Iterable[str], config: Config | None = None) -> list[
 def _make(offer: Offered, config: Config) -> BridgeHandler[Any]:
     handler = offer.handler
     if isinstance(handler, BridgeHandler):
+        config.refuse_settings(handler.name, f"is made by handlers() of {offer.source}")
         return handler
     try:
         if handler.Settings is None:
+            config.refuse_settings(handler.name, "takes no settings")
             return handler()
         return handler(config.settings_of(handler.name, handler.Settings))  # type: ignore[call-arg]
     except VmiBridgeError:

@@ -15,6 +15,8 @@ from vmibridge.event import TrapEvent
 MAX_ACCESS = 16 << 20
 """Bytes that one call may read or write: a guest's length is not to be trusted."""
 
+_PAGE = 4096
+
 
 class PhysicalMemory(Protocol):
     """What a backend offers: bytes by physical address, while the vCPU stands still."""
@@ -97,6 +99,17 @@ class GuestMemory:
         """
         raw = await self._read_until(address, limit & ~1, b"\0\0")
         return raw.decode("utf-16-le", "replace")
+
+    async def read_c_string(self, address: int, limit: int) -> bytes:
+        """The bytes before a NUL, at most `limit` of them: for what must not be cut short.
+
+        Raises `GuestMemoryError` when there is no NUL within `limit` + 1 bytes, and as
+        `read_string` does.
+        """
+        found = await self._read_until(address, limit + 1, b"\0")
+        if len(found) > limit:
+            raise GuestMemoryError(address, f"no NUL within {limit} bytes")
+        return found
 
     async def read_physical(self, address: int, size: int) -> bytes:
         """`size` bytes at a physical address. Raises `GuestMemoryError`."""

@@ -47,9 +47,10 @@ class OutcomeQueue:
                 raise error or StopAsyncIteration
             self._arrived = anyio.Event()
             await self._arrived.wait()
+        outcome = self._items.popleft()
         if self._room is not None and len(self._items) <= self._capacity // 2:
             self._free()
-        return self._items.popleft()
+        return outcome
 
     def unbind(self) -> None:
         """Hold any number from here on: at the end nobody may be left to read."""

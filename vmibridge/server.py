@@ -10,8 +10,11 @@ whatever is pending, stops the guest, and only then goes on.
 """
 
 from collections.abc import AsyncIterator
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
+
+from anyio.abc import TaskGroup
 
 from vmibridge.dispatch import Bridge, Target
 from vmibridge.engine import Engine, EngineSettings, Summary
@@ -73,7 +76,7 @@ class BridgeServer:
         tasks = self._backend.tasks
         outcomes = OutcomeQueue(OUTCOMES_AHEAD)
         self._engine = Engine(self._backend, self._bridge, self._settings, outcomes)
-        return Run(self._engine, outcomes, tasks.start_soon)
+        return Run(self._engine, outcomes, tasks)
 
     def stop(self) -> None:
         """End the run in good order: answer what is pending, stop the guest.
@@ -87,11 +90,12 @@ class BridgeServer:
 class Run(AsyncIterator[Outcome[Any]]):
     """The outcomes of one run. `async with` it, or `aclose` it, to wait for its end."""
 
-    def __init__(self, engine: Engine, outcomes: OutcomeQueue, start_soon: Any) -> None:
+    def __init__(self, engine: Engine, outcomes: OutcomeQueue, tasks: TaskGroup) -> None:
         self._engine = engine
         self._outcomes = outcomes
-        self._start_soon = start_soon
+        self._tasks = tasks
         self._started = False
+        self._thread = get_ident()
 
     def __aiter__(self) -> Self:
         return self
@@ -99,7 +103,7 @@ class Run(AsyncIterator[Outcome[Any]]):
     async def __anext__(self) -> Outcome[Any]:
         if not self._started:
             self._started = True
-            self._start_soon(self._engine.main)
+            self._tasks.start_soon(self._engine.main)
         return await self._outcomes.get()
 
     async def aclose(self) -> None:
@@ -121,5 +125,6 @@ class Run(AsyncIterator[Outcome[Any]]):
 
     def __del__(self) -> None:
         # A consumer that left its loop early: nobody will read on, so do not hold the guest.
-        if self._started:
+        # Collected in another thread, it is left to the end of the backend's block.
+        if self._started and get_ident() == self._thread:
             self._engine.stop()

@@ -17,9 +17,15 @@ from vmibridge.outcome import Outcome
 from vmibridge.packet import BridgePacket
 from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
 
+_PAGE = 4096
+
 
 class FakeMemory:
-    """Guest memory for tests: regions of bytes by address, and nothing in between."""
+    """Guest memory for tests: regions of bytes by address.
+
+    As memory comes in pages, what stands beside a region in its pages of 4 KiB reads as
+    zeros. It cannot be written: a handler that writes past its buffer is found out.
+    """
 
     def __init__(self, regions: Mapping[int, bytes] | None = None) -> None:
         self.regions = {address: bytearray(data) for address, data in (regions or {}).items()}
@@ -28,21 +34,31 @@ class FakeMemory:
         """The region that starts at `address`, as it is now. Raises `KeyError`."""
         return bytes(self.regions[address])
 
-    def _find(self, address: int, size: int) -> tuple[bytearray, int]:
-        for start, data in self.regions.items():
-            if start <= address and address + size <= start + len(data):
-                return data, address - start
-        raise GuestMemoryError(address, "not mapped")
-
     def read(self, address: int, size: int) -> bytes:
-        """`size` bytes of one region. Raises `GuestMemoryError` beyond it."""
-        data, at = self._find(address, size)
-        return bytes(data[at : at + size])
+        """`size` bytes. Raises `GuestMemoryError` where no page of a region is."""
+        found = bytearray(size)
+        mapped: set[int] = set()
+        for start, data in self.regions.items():
+            first, last = max(start, address), min(start + len(data), address + size)
+            if first < last:
+                found[first - address : last - address] = data[first - start : last - start]
+            mapped |= _pages(start, len(data)) & _pages(address, size)
+        missing = _pages(address, size) - mapped
+        if missing:
+            raise GuestMemoryError(max(address, min(missing) * _PAGE), "not mapped")
+        return bytes(found)
 
     def write(self, address: int, data: bytes) -> None:
         """Put `data` into one region. Raises `GuestMemoryError` beyond it."""
-        region, at = self._find(address, len(data))
-        region[at : at + len(data)] = data
+        for start, region in self.regions.items():
+            if start <= address and address + len(data) <= start + len(region):
+                region[address - start : address - start + len(data)] = data
+                return
+        raise GuestMemoryError(address, "not mapped")
+
+
+def _pages(address: int, size: int) -> set[int]:
+    return set(range(address // _PAGE, -(-(address + size) // _PAGE)))
 
 
 class FakeBackend(Backend):

@@ -136,6 +136,18 @@ class TestCalls:
             assert seqs == sorted(seqs)
         assert sorted(o.event.seq for o in outcomes) == list(range(1, 603))
 
+    async def test_a_full_queue_holds_the_vcpus_and_loses_nothing(self, build_guest):
+        class Slow(Echo):
+            @method(1)
+            async def invert(self, vmi, packet):
+                await anyio.sleep(0.001)
+                return await super().invert(vmi, packet)
+
+        image = build_guest("calls", WIDTH=64, HOW=CPUID, PAGING=1, COUNT=40)
+        outcomes, summary, _ = await serve(f"unicorn:{image}?vcpus=4", Slow(), queue=1)
+        assert [final(summary, vcpu)["rax"] for vcpu in range(4)] == [PASSED] * 4
+        assert len(outcomes) == 4 * 41
+
     async def test_width_and_ring_come_from_the_code_segment(self, build_guest):
         outcomes, summary, _ = await serve(f"unicorn:{build_guest('rings')}", Echo())
         seen = [(o.event.reason, o.event.width, o.event.ring, o.writes.rax) for o in outcomes]
@@ -290,13 +302,14 @@ class TestMisbehavingHandlers:
 
 
 class TestEndlessGuests:
-    ENDLESS = [
-        "jmp $",
-        "again: inc rax\n jmp again",
-        "again: mov esi, 0x1000\n mov ecx, esi\n rep lodsb\n jmp again",
-    ]
-
-    @pytest.mark.parametrize("code", ENDLESS)
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "jmp $",
+            "again: inc rax\n jmp again",
+            "again: mov esi, 0x1000\n mov ecx, esi\n rep lodsb\n jmp again",
+        ],
+    )
     async def test_one_is_stopped_when_its_block_is_left(self, guest_code, code):
         async with open_backend(f"unicorn:{guest_code(code)}") as backend:
             server = BridgeServer(backend, Bridge(Echo()))

@@ -5,12 +5,12 @@ and sleeps on a lock; the answer, given on the loop, opens it. There is one trap
 vCPU at a time, so one slot is enough, and nothing here can pile up.
 """
 
+from collections import deque
 from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
 import anyio
-from anyio.abc import TaskGroup
 
 from vmibridge.errors import TrapQueueClosedError
 from vmibridge.event import RegisterWrites, TrapEvent
@@ -34,13 +34,42 @@ def loop_door() -> Soon:
     return asyncio.get_running_loop().call_soon_threadsafe
 
 
+class Handover:
+    """The loop's end for all vCPUs of one backend."""
+
+    def __init__(self, sink: TrapSink) -> None:
+        """On the loop that is to serve the vCPUs."""
+        self.soon = loop_door()
+        self.sink = sink
+        self._held: deque[tuple[VcpuSlot, TrapEvent]] = deque()
+        self._arrived = anyio.Event()
+
+    def hold(self, slot: "VcpuSlot", event: TrapEvent) -> None:
+        """Keep a trap that found the queue full; its vCPU waits."""
+        self._held.append((slot, event))
+        self._arrived.set()
+
+    async def feed(self) -> None:
+        """Put held traps into the queue as it has room, until cancelled.
+
+        A task of its own: what a thread posts runs outside of any task and cannot wait.
+        """
+        while True:
+            while self._held:
+                slot, event = self._held.popleft()
+                try:
+                    await self.sink.put(event)
+                except TrapQueueClosedError:
+                    slot.release()
+            self._arrived = anyio.Event()
+            await self._arrived.wait()
+
+
 class VcpuSlot:
     """Where one vCPU's thread and the loop meet."""
 
-    def __init__(self, soon: Soon, sink: TrapSink, tasks: TaskGroup) -> None:
-        self._soon = soon
-        self._sink = sink
-        self._tasks = tasks
+    def __init__(self, handover: Handover) -> None:
+        self._handover = handover
         self._answered = Lock()
         self._answered.acquire()
         self._waiting = False
@@ -53,7 +82,7 @@ class VcpuSlot:
         Whether there was an answer, and the answer; a slot that was released gives
         none. Raises `RuntimeError` when the loop is closed.
         """
-        self._soon(self._deliver, event)
+        self._handover.soon(self._deliver, event)
         self._answered.acquire()
         return not self._released, self._writes
 
@@ -77,14 +106,9 @@ class VcpuSlot:
         if self._released:
             return self.answer(None)
         try:
-            self._sink.put_nowait(event)
+            self._handover.sink.put_nowait(event)
         except anyio.WouldBlock:
-            self._tasks.start_soon(self._deliver_later, event)
+            self._handover.hold(self, event)
         except TrapQueueClosedError:
             self.release()
-
-    async def _deliver_later(self, event: TrapEvent) -> None:
-        try:
-            await self._sink.put(event)
-        except TrapQueueClosedError:
-            self.release()
+        return None

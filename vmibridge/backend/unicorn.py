@@ -23,7 +23,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from vmibridge.backend.handover import VcpuSlot, loop_door
+from vmibridge.backend.handover import Handover, VcpuSlot
 from vmibridge.backend.spec import parse_options
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, MissingExtraError
 from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
@@ -152,10 +152,10 @@ class UnicornBackend(Backend):
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Run every vCPU in a thread of its own until all have ended."""
         ends: list[VcpuEnd] = []
-        soon = loop_door()
+        handover = Handover(sink)
+        self._slots = {vcpu.number: VcpuSlot(handover) for vcpu in self._vcpus}
         threads = anyio.CapacityLimiter(len(self._vcpus))
-        async with anyio.create_task_group() as slots, anyio.create_task_group() as stopper:
-            self._slots = {vcpu.number: VcpuSlot(soon, sink, slots) for vcpu in self._vcpus}
+        async with anyio.create_task_group() as tasks:
 
             async def emulate(vcpu: UnicornVcpu) -> None:
                 end = await anyio.to_thread.run_sync(
@@ -163,11 +163,12 @@ class UnicornBackend(Backend):
                 )
                 ends.append(end)
                 if len(ends) == len(self._vcpus):
-                    stopper.cancel_scope.cancel()
+                    tasks.cancel_scope.cancel()
 
             for vcpu in self._vcpus:
-                slots.start_soon(emulate, vcpu)
-            stopper.start_soon(self._stop_when_asked, ends)
+                tasks.start_soon(emulate, vcpu)
+            tasks.start_soon(handover.feed)
+            tasks.start_soon(self._stop_when_asked, ends)
         return GuestEnd(tuple(sorted(ends, key=lambda end: end.vcpu)))
 
     def stop(self) -> None:

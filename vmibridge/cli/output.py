@@ -25,7 +25,7 @@ from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_co
 from vmibridge.engine import Summary
 from vmibridge.outcome import Outcome, OutcomeKind
 
-_WIDTHS = (6, 4, 9, 12, 20, 9, 24, 7)
+_WIDTHS = (6, 4, 9, 12, 20, 9, 38, 7)
 # At a narrow terminal these give their room to the output.
 _WIDE_ONLY = ("magic/request/method", "answer")
 _NARROW = 120

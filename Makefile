@@ -1,0 +1,68 @@
+# Each target does its own set-up; a second run needs no network.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup system check lint types layers coverage test test-slow demo bench lock clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: system $(INSTALLED)  ## the virtual environment in .venv, from locked versions
+
+# nasm assembles the guests; Debian keeps what `python3 -m venv` needs in a package of its own.
+system:
+	@missing=; \
+	command -v nasm >/dev/null || missing="$$missing nasm"; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y $$missing; \
+	else \
+		echo "missing system packages:$$missing (as root: apt-get install$$missing)" >&2; exit 1; \
+	fi
+
+$(INSTALLED): requirements.lock pyproject.toml | system
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+check: lint types layers coverage  ## format, lint, types, layers, and the tests with coverage
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+layers: setup
+	$(BIN)/lint-imports --no-logo
+
+coverage: setup
+	$(BIN)/coverage erase
+	$(PYTEST) -q --cov --cov-report=term
+
+test: setup  ## all tests but the slow ones; minutes
+	$(PYTEST) -q
+
+test-slow: setup  ## the tests that take long
+	$(PYTEST) -q -m slow
+
+demo: setup  ## a real guest calls the ready-made handlers and checks every answer
+	@$(BIN)/python guest/demo/demo.py
+
+bench: setup  ## what a trap costs, against a loop written by hand; pinned to one core
+	$(BIN)/python benchmarks/dispatch.py
+
+lock: setup  ## lock the newest versions that pyproject.toml allows
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
+		--generate-hashes --no-annotate --no-header pyproject.toml -o requirements.lock
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
