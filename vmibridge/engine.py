@@ -137,6 +137,7 @@ class Engine:
         self._error: BaseException | None = None
         self._shield = anyio.CancelScope(shield=True)
         self._guest_done = False
+        self._told = False
         self._wake_at = math.inf
         self._poke = anyio.Event()
         self._tasks: TaskGroup | None = None
@@ -253,7 +254,11 @@ class Engine:
             return await self._run_natively(event)
         entries = self._bridge.match(packet, event.reason)
         if event.width == 16:
-            log.warning("vm %s vcpu %d: %s", event.vm, event.vcpu, _NO_16_BIT)
+            # Told once: a guest may not fill the log.
+            log.log(
+                logging.DEBUG if self._told else logging.WARNING, "vm %s: %s", event.vm, _NO_16_BIT
+            )
+            self._told = True
             outcome = Outcome(OutcomeKind.FAILED, packet, error=_NO_16_BIT)
         elif not entries:
             outcome = Outcome(OutcomeKind.UNMATCHED, packet)

@@ -2,53 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-HANDLERS = '''
-import anyio
-from vmibridge import BridgeHandler, BridgeResponse, method
-
-class Probe(BridgeHandler[str]):
-    """Answers the guests of these tests."""
-    MAGIC = 0x42494D56
-    REQUEST = 0x0100
-    VERIFY_VALUE3 = 0x213353522D494D56
-
-    @method(1)
-    async def add(self, vmi, packet):
-        """Adds one."""
-        return BridgeResponse(value1=packet.value1 + 1).with_output("\\x1b[31mred\\n")
-
-    @method(2, timeout=0.05)
-    async def hang(self, vmi, packet):
-        await anyio.sleep_forever()
-
-    @method(3)
-    async def fail(self, vmi, packet):
-        raise RuntimeError("told to,\\x1b[2J twice")
-
-    @method(4, timeout=60)
-    async def wait(self, vmi, packet):
-        await anyio.sleep_forever()
-
-    @method(5)
-    async def give(self, vmi, packet):
-        return BridgeResponse().with_output(object)
-'''
-
-CALL = """
-    mov r8, {value}
-    mov ecx, 0x42494d56
-    mov edx, {method} << 16 | {request}
-    vmcall
-"""
-
-
-def calls(*methods, value="0x41", request="0x100", tail="hlt"):
-    return "".join(CALL.format(value=value, method=m, request=request) for m in methods) + tail
+from probe_guest import HANDLERS, command
 
 
 @pytest.fixture
@@ -68,10 +25,6 @@ def handlers(tmp_path):
     path = tmp_path / "probe.py"
     path.write_text(HANDLERS)
     return str(path)
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "vmibridge", *arguments]
 
 
 @pytest.fixture

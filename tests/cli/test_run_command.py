@@ -10,7 +10,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import calls, command
+from probe_guest import calls, command
 
 LOOPS = [["--async-backend", "asyncio"], ["--async-backend", "trio"], ["--uvloop"]]
 

@@ -1,0 +1,331 @@
+"""The documentation, run: its examples, its links, and its reference tables against the code.
+
+| in a document | is |
+|---|---|
+| a `console` block | run in a folder like the root of a checkout; its output is compared |
+| `<!-- file: NAME -->` before a block | written to NAME in that folder |
+| `<!-- run -->` before a `python` block | executed |
+| any `python` block | compiled, and its imports from vmibridge are resolved |
+
+Of an output only durations are left out, and what the document leaves out by `...`.
+"""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from vmibridge import Gate, OutcomeKind, StatusKind
+from vmibridge.backend.spec import parse_size
+from vmibridge.backend.unicorn import UnicornOptions
+from vmibridge.cli.handlers import HandlerLine, MethodLine
+from vmibridge.cli.trap_line import TrapLine, VcpuLine, summary_json
+from vmibridge.config import Config
+from vmibridge.engine import EngineSettings, Summary
+from vmibridge.errors import ConfigError
+from vmibridge.loading import find_handlers
+from vmibridge.memory import GuestMemory
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_RUN = ("make", "pip", "apt-get", "git")
+SECONDS = 60
+
+documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+class Block(NamedTuple):
+    """A fenced block, and the comment on the line before it."""
+
+    line: int
+    language: str
+    note: str
+    text: str
+
+
+def blocks(document: Path) -> list[Block]:
+    found, note, opened = [], "", None
+    for number, line in enumerate(document.read_text("utf-8").splitlines(), 1):
+        if opened is not None:
+            if line != "```":
+                opened[3].append(line)
+                continue
+            at, language, before, lines = opened
+            found.append(Block(at, language, before, "\n".join([*lines, ""])))
+            opened, note = None, ""
+        elif line.startswith("```"):
+            opened = (number, line.removeprefix("```"), note, [])
+        else:
+            comment = re.fullmatch(r"<!-- (.*) -->", line)
+            note = comment[1] if comment else ""
+    assert opened is None, f"{document.name}: a block is not closed"
+    return found
+
+
+def prose(document: Path) -> str:
+    """The document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", document.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def section(document: str, heading: str) -> str:
+    """What is below a heading, up to the next one of its level or above."""
+    text = prose(ROOT / document)
+    level = heading.partition(" ")[0]
+    found = re.search(
+        rf"^{re.escape(heading)}$\n(.*?)(?=^#{{1,{len(level)}}} |\Z)",
+        text,
+        re.DOTALL | re.MULTILINE,
+    )
+    assert found, f"{document} has no {heading!r}"
+    return found[1]
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The cells of all table rows, by the name (or names) in code in their first cell."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
+    return {
+        code: row for row in cells for code in re.findall(r"`(?:await )?([\w-]+)[^`]*`", row[0])
+    }
+
+
+# --- examples ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with what a document may name of the repository."""
+    for name in ("guest", "handlers", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.fixture
+def environment():
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+        "COLUMNS": "100",
+        "NO_COLOR": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+@documents
+def test_examples_do_what_the_document_says(document, checkout, environment):
+    for block in blocks(document):
+        place = f"{document.name}:{block.line}"
+        if block.note.startswith("file: "):
+            file = checkout / block.note.removeprefix("file: ")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text)
+        elif block.language == "console":
+            for command, printed in commands(block.text):
+                run_command(place, command, printed, checkout, environment)
+        elif block.note == "run":
+            done = run([sys.executable, "-W", "error", "-c", block.text], checkout, environment)
+            assert done.returncode == 0, f"{place}: {done.stdout}"
+        else:
+            assert not block.note, f"{place}: what is {block.note!r}?"
+
+
+def commands(text):
+    """Each command of a console block, with the lines that it prints."""
+    assert text.startswith("$ "), "a console block begins with a command"
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        command, *printed = part.splitlines()
+        yield command, printed
+
+
+def run_command(place, command, printed, folder, environment):
+    if command.split()[0] in NOT_RUN:
+        return
+    status = re.search(r"# exits with (\d+)$", command)
+    done = run(["bash", "-c", command], folder, environment)
+    told = f"{place}: {command}\n{done.stdout}"
+    assert done.returncode == (int(status[1]) if status else 0), told
+    pattern = "".join(line_pattern(line) for line in printed)
+    seen = "".join(f"{without_durations(line)}\n" for line in done.stdout.splitlines())
+    assert re.fullmatch(pattern, seen), told
+
+
+def run(command, folder, environment):
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def line_pattern(line):
+    if line == "...":
+        return r"(?:.*\n)*?"
+    return re.escape(without_durations(line)).replace(r"\.\.\.", ".*") + r"\n"
+
+
+def without_durations(line):
+    """One line of output with single blanks, and with N for what differs from run to run."""
+    words = line.split()
+    if len(words) > 10 and re.fullmatch(r"(cpuid|vmcall|vmmcall)\d\d", words[2]):
+        words[10] = "N"  # behind the four values of the answer
+    line = re.sub(r'"duration_us":[0-9.]+', '"duration_us":N', " ".join(words))
+    return re.sub(r" in [0-9.]+s$", " in N s", line)
+
+
+@documents
+def test_python_compiles_and_imports_what_is_there(document):
+    for block in blocks(document):
+        if block.language != "python":
+            continue
+        place = f"{document.name}:{block.line}"
+        tree = ast.parse(block.text, place)
+        compile(tree, place, "exec")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "vmibridge":
+                module = importlib.import_module(node.module)
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert not missing, f"{place}: {node.module} has no {missing}"
+
+
+# --- links ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name) if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert ROOT in file.resolve().parents, f"{page.name}: {target} is not of this project"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+def anchors(document):
+    headings = re.findall(r"^#+ (.*)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# --- reference tables -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["run", "handlers list"])
+def test_every_option_is_there(command, environment):
+    help_text = run(
+        [sys.executable, "-m", "vmibridge", *command.split(), "--help"],
+        ROOT,
+        {**environment, "COLUMNS": "200"},
+    ).stdout
+    options = set(re.findall(r"--[a-z][a-z-]*", help_text))
+    table = rows(section("docs/command-line.md", f"## vmibridge {command}"))
+    assert {name for name in table if name.startswith("--")} == options
+
+
+def test_every_json_field_is_there():
+    told = section("docs/command-line.md", "### JSON lines")
+    summary = msgspec.json.decode(summary_json(Summary(dict.fromkeys(OutcomeKind, 0))))["summary"]
+    trap_fields, summary_fields, vcpu_fields = told.split("| field of ")
+    assert set(rows(trap_fields)) == set(TrapLine.__struct_fields__)
+    assert set(rows(summary_fields)) == set(summary)
+    assert set(rows(vcpu_fields)) == set(VcpuLine.__struct_fields__)
+
+
+def test_every_field_of_the_handlers_list_is_there():
+    table = rows(section("docs/command-line.md", "## vmibridge handlers list"))
+    assert set(HandlerLine.__struct_fields__) == set(table) - {"SOURCES", "--json"}
+    assert all(f"`{field}`" in table["methods"][2] for field in MethodLine.__struct_fields__)
+
+
+def test_every_key_of_the_server_is_there():
+    text = section("docs/configuration.md", "## `[server]`")
+    keys, fallback_keys = map(rows, text.split("### `server.fallback`"))
+    assert list(keys) == config_keys("server") == list(EngineSettings.__struct_fields__)
+    assert list(fallback_keys) == config_keys("server.fallback")
+    for field in msgspec.structs.fields(EngineSettings):
+        if field.name != "fallback":
+            assert ast.literal_eval(keys[field.name][2]) == field.default
+
+
+def config_keys(table):
+    """The keys that a table of the file may have, as the error for another one tells."""
+    with pytest.raises(ConfigError) as told:
+        Config("", f"[{table}]\nno_such_key = 1\n")
+    return str(told.value).partition("there are ")[2].split(", ")
+
+
+HANDLERS = [offered.handler for offered in find_handlers([str(ROOT / "handlers")])]
+
+
+@pytest.mark.parametrize("handler", HANDLERS, ids=lambda handler: handler.name)
+def test_every_method_and_setting_of_a_handler_is_there(handler):
+    text = section("docs/handlers.md", f"## {handler.name}")
+    assert f"Request {handler.REQUEST:#06x}." in text
+    for method in handler.methods.values():
+        assert f"| {method.code:#06x} {method.name.upper()} |" in text
+    settings = rows(text)
+    overview = rows_of_overview()[handler.name]
+    if handler.Settings is None:
+        assert settings == {}
+        assert overview == "none"
+        return
+    fields = msgspec.structs.fields(handler.Settings)
+    assert list(settings) == [field.name for field in fields]
+    assert overview == ", ".join(f"`{field.name}`" for field in fields)
+    for field in fields:
+        told = settings[field.name][1].strip("`")
+        if told == "none":
+            assert not field.default_factory()
+        else:
+            assert ast.literal_eval(told) == field.default
+
+
+def rows_of_overview():
+    lines = prose(ROOT / "docs/handlers.md").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return {row[0].strip("[").partition("]")[0]: row[3] for row in cells if len(row) == 4}
+
+
+def test_every_call_of_guest_memory_is_there():
+    calls = {name for name in vars(GuestMemory) if not name.startswith("_")} - {"close"}
+    table = rows(section("docs/guide.md", "## Guest memory"))
+    assert set(table) == calls
+
+
+def test_every_option_of_unicorn_is_there():
+    table = rows(section("docs/backends.md", "## Unicorn").split("###")[0])
+    defaults = {name: parse_size(row[1]) for name, row in table.items()}
+    assert defaults == msgspec.structs.asdict(UnicornOptions())
+
+
+def test_every_outcome_status_and_gate_is_there():
+    outcomes = section("docs/protocol.md", "## Outcomes")
+    statuses = section("docs/protocol.md", "## Encoded status")
+    gates = section("docs/protocol.md", "## Gates")
+    assert re.findall(r"^\| \*(\w+)\* \|", outcomes, re.MULTILINE) == [k.value for k in OutcomeKind]
+    assert named_codes(statuses) == [(kind.value, kind.name) for kind in StatusKind]
+    assert named_codes(gates) == [(gate.value, gate.name) for gate in Gate]
+
+
+def named_codes(text):
+    found = re.findall(r"^\| (0x\w+|\d) \| `([A-Z_]+)` \|", text, re.MULTILINE)
+    return [(int(code, 0), name) for code, name in found]
