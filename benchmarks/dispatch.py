@@ -76,8 +76,11 @@ def make_events(count: int, request: int = 0x0100) -> list[TrapEvent]:
     ]
 
 
-async def engine(events: list[TrapEvent], handlers: int = 1) -> None:
-    bridge = Bridge(*[Add(0x0100 + index) for index in range(handlers)])
+def make_bridge(handlers: int) -> Bridge:
+    return Bridge(*[Add(0x0100 + index) for index in range(handlers)])
+
+
+async def engine(events: list[TrapEvent], bridge: Bridge) -> None:
     async with FakeBackend(events) as backend:
         server = BridgeServer(backend, bridge, timeout=TIMEOUT, queue=QUEUE)
         async for _ in server.run():
@@ -154,6 +157,7 @@ def main() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     first = make_events(options.events)
     last = make_events(options.events, 0x0100 + 999)
+    one_handler, thousand_handlers = make_bridge(1), make_bridge(1000)
     if not options.json:
         print(f"{options.events} events, median of {options.rounds} rounds, us an event")
         print("loop     by hand  engine  ratio | 1000 handlers  ratio to 1")
@@ -161,8 +165,8 @@ def main() -> None:
         hand, one, many = [], [], []
         for _ in range(options.rounds):
             hand.append(seconds(loop, by_hand, first))
-            one.append(seconds(loop, engine, first))
-            many.append(seconds(loop, engine, last, 1000))
+            one.append(seconds(loop, engine, first, one_handler))
+            many.append(seconds(loop, engine, last, thousand_handlers))
         us = [statistics.median(side) / options.events * 1e6 for side in (hand, one, many)]
         if options.json:
             line = {

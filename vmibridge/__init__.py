@@ -5,7 +5,12 @@ The names of this module are the public interface; see `docs/`.
 
 from vmibridge.backend import open_backend
 from vmibridge.context import BridgeContext
-from vmibridge.contract import BridgeContract
+from vmibridge.contract import (
+    STANDARD_MAGIC,
+    STANDARD_VERIFY_VALUE3,
+    STANDARD_VERIFY_VALUE4,
+    BridgeContract,
+)
 from vmibridge.dispatch import Bridge, BridgeDispatch
 from vmibridge.errors import GuestMemoryError, VmiBridgeError
 from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapReason
@@ -19,6 +24,9 @@ from vmibridge.status import Gate, Status, StatusKind
 __version__ = "0.1.0"
 
 __all__ = [
+    "STANDARD_MAGIC",
+    "STANDARD_VERIFY_VALUE3",
+    "STANDARD_VERIFY_VALUE4",
     "Bridge",
     "BridgeContext",
     "BridgeContract",

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 
@@ -28,18 +28,22 @@ S = TypeVar("S", bound=msgspec.Struct)
 _AT = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _Fallback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    value1: int | None = None
-    value2: int | None = None
-    value3: int | None = None
-    value4: int | None = None
+    value1: _Unsigned | None = None
+    value2: _Unsigned | None = None
+    value3: _Unsigned | None = None
+    value4: _Unsigned | None = None
 
 
 class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    timeout: float = 5.0
+    timeout: _Seconds = 5.0
     fallback: _Fallback = _Fallback()
-    queue: int = 256
-    stop_timeout: float = 5.0
+    queue: Annotated[int, msgspec.Meta(ge=1)] = 256
+    stop_timeout: _Seconds = 5.0
 
     def __post_init__(self) -> None:
         self.settings  # noqa: B018 - its checks are wanted here, where the key is known

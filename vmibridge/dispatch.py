@@ -10,12 +10,12 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from vmibridge.context import BridgeContext
 from vmibridge.contract import BridgeContract
 from vmibridge.event import TrapFilter, TrapReason
-from vmibridge.handler import BridgeHandler
+from vmibridge.handler import BridgeHandler, check_timeout
 from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
@@ -29,6 +29,9 @@ _MAX_ERROR = 500
 
 class BridgeDispatch(ABC):
     """Something that answers packets: a bridge, or a dispatcher of one's own."""
+
+    ANY_CPUID: ClassVar[bool] = False
+    """With a contract without magic: make every CPUID of the guest ours."""
 
     @abstractmethod
     def contracts(self) -> Sequence[BridgeContract]:
@@ -52,7 +55,9 @@ class Entry:
         self.contract = contract
         self.handler = target if isinstance(target, BridgeHandler) else None
         self.stamps = any(value is not None for value in contract.verify_values)
-        self.any_cpuid = self.handler is not None and self.handler.ANY_CPUID
+        self.any_cpuid = target.ANY_CPUID
+        if self.handler is not None:
+            check_timeout(self.handler.timeout)
         self.name = type(target).__name__ if self.handler is None else self.handler.name
 
 
@@ -67,7 +72,8 @@ class Bridge(BridgeDispatch):
         self.entries: list[Entry] = []
         """Who is asked, in order; nested bridges are taken apart."""
         for target in targets:
-            if isinstance(target, Bridge):
+            # One that answers in its own way is asked itself.
+            if isinstance(target, Bridge) and type(target).dispatch is Bridge.dispatch:
                 self.entries += target.entries
             elif isinstance(target, BridgeDispatch):
                 self.entries += [Entry(target, contract) for contract in target.contracts()]
@@ -93,11 +99,13 @@ class Bridge(BridgeDispatch):
             else:
                 named.setdefault((magic, request), []).append((place, entry))
         for request, placed in anonymous.items():
-            self._any_magic[request] = _until_final(placed)
-            self._any_cpuid[request] = _until_final([each for each in placed if each[1].any_cpuid])
+            opted_in = _until_final([each for each in placed if each[1].any_cpuid])
+            self._any_cpuid[request] = tuple(entry for _, entry in opted_in)
+            anonymous[request] = _until_final(placed)
+            self._any_magic[request] = tuple(entry for _, entry in anonymous[request])
         for key, placed in named.items():
-            others = anonymous.get(key[1], [])
-            self._exact[key] = _until_final(sorted(placed + others, key=itemgetter(0)))
+            merged = sorted(placed + anonymous.get(key[1], []), key=itemgetter(0))
+            self._exact[key] = tuple(entry for _, entry in _until_final(merged))
 
     def contracts(self) -> Sequence[BridgeContract]:
         return [entry.contract for entry in self.entries]
@@ -105,7 +113,13 @@ class Bridge(BridgeDispatch):
     @property
     def handlers(self) -> list[BridgeHandler[Any]]:
         """The handlers in order, those of nested bridges included."""
-        return [entry.handler for entry in self.entries if entry.handler is not None]
+        found: list[BridgeHandler[Any]] = []
+        for entry in self.entries:
+            if entry.handler is not None:
+                found.append(entry.handler)
+            elif isinstance(entry.target, Bridge):
+                found += entry.target.handlers
+        return found
 
     @property
     def trap_filter(self) -> TrapFilter:
@@ -180,12 +194,12 @@ def one_line(error: BaseException) -> str:
     return printable(text[:_MAX_ERROR])[:_MAX_ERROR]
 
 
-def _until_final(placed: Sequence[tuple[int, Entry]]) -> tuple[Entry, ...]:
+def _until_final(placed: Sequence[tuple[int, Entry]]) -> list[tuple[int, Entry]]:
     # A handler that matches always answers, so nothing behind it is ever asked.
     # A dispatcher that matches by two of its contracts is asked once.
-    kept: dict[int, Entry] = {}
-    for _, entry in placed:
-        kept.setdefault(id(entry.target), entry)
+    kept: dict[int, tuple[int, Entry]] = {}
+    for place, entry in placed:
+        kept.setdefault(id(entry.target), (place, entry))
         if entry.handler is not None:
             break
-    return tuple(kept.values())
+    return list(kept.values())

@@ -18,8 +18,8 @@ Rules that it lives by:
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,9 @@ from anyio.abc import TaskGroup
 from vmibridge.arch import is_guest_request, read_packet, write_response
 from vmibridge.context import BridgeContext
 from vmibridge.dispatch import Bridge, Entry, answer, failure, one_line
-from vmibridge.errors import UnsupportedTrapError
+from vmibridge.errors import HandlerLifeError, UnsupportedTrapError
 from vmibridge.event import RegisterWrites, TrapEvent, TrapReason
+from vmibridge.handler import BridgeHandler
 from vmibridge.inline import run_inline
 from vmibridge.lanes import Lanes
 from vmibridge.outcome import Outcome, OutcomeKind
@@ -160,7 +161,8 @@ class Engine:
         try:
             async with AsyncExitStack() as handlers:
                 for handler in dict.fromkeys(self._bridge.handlers):
-                    await handlers.enter_async_context(handler)
+                    if handler.has_life():
+                        await handlers.enter_async_context(_life(handler))
                 async with anyio.create_task_group() as outside:
                     outside.start_soon(self._serve, outside.cancel_scope)
                     try:
@@ -245,12 +247,8 @@ class Engine:
     async def _answer(self, worker: _Worker) -> None:
         event = worker.event
         worker.started = _clock()
-        try:
-            packet = read_packet(event)
-        except UnsupportedTrapError as error:
-            outcome: Outcome[Any] = Outcome(OutcomeKind.FAILED, None, error=str(error))
-            return await self._finish(event, worker.started, outcome)
-        if not self._is_ours(event, packet):
+        packet = self._read_ours(event)
+        if packet is None:
             return await self._run_natively(event)
         entries = self._bridge.match(packet, event.reason)
         if event.width == 16:
@@ -259,7 +257,7 @@ class Engine:
                 logging.DEBUG if self._told else logging.WARNING, "vm %s: %s", event.vm, _NO_16_BIT
             )
             self._told = True
-            outcome = Outcome(OutcomeKind.FAILED, packet, error=_NO_16_BIT)
+            outcome: Outcome[Any] = Outcome(OutcomeKind.FAILED, packet, error=_NO_16_BIT)
         elif not entries:
             outcome = Outcome(OutcomeKind.UNMATCHED, packet)
         else:
@@ -273,12 +271,18 @@ class Engine:
             worker.context.close()
         return await self._finish(event, worker.started, outcome)
 
-    def _is_ours(self, event: TrapEvent, packet: BridgePacket) -> bool:
+    def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
+        """The request of a trap that is ours; `None` for others, which carry none for us."""
+        try:
+            packet = read_packet(event)
+        except UnsupportedTrapError:
+            return None
         if not self._filter.wants(event.reason, packet.magic):
-            return False
-        if self._backend.other_hypercalls and event.reason is not TrapReason.CPUID:
-            return is_guest_request(event)
-        return True
+            return None
+        hypercall = event.reason is not TrapReason.CPUID
+        if hypercall and self._backend.other_hypercalls and not is_guest_request(event):
+            return None
+        return packet
 
     async def _ask(self, worker: _Worker, entries: tuple[Entry, ...]) -> Outcome[Any]:
         packet = worker.packet
@@ -396,11 +400,8 @@ class Engine:
 
     async def _let_go(self, queued: list[TrapEvent]) -> None:
         for event in queued:
-            try:
-                packet = read_packet(event)
-            except UnsupportedTrapError:
-                packet = None
-            if packet is not None and not self._is_ours(event, packet):
+            packet = self._read_ours(event)
+            if packet is None:
                 await self._run_natively(event)
                 continue
             outcome: Outcome[Any] = Outcome(
@@ -409,3 +410,23 @@ class Engine:
             await self._finish(event, _clock(), outcome)
         await self._lanes.quiet()
         self._backend.stop()
+
+
+@asynccontextmanager
+async def _life(handler: BridgeHandler[Any]) -> AsyncIterator[None]:
+    """Enter and leave a handler; an error of it names the handler."""
+    try:
+        await handler.__aenter__()
+    except Exception as error:
+        raise HandlerLifeError(
+            f"handler {handler.name} did not start: {one_line(error)}"
+        ) from error
+    try:
+        yield
+    finally:
+        try:
+            await handler.__aexit__(None, None, None)
+        except Exception as error:
+            raise HandlerLifeError(
+                f"handler {handler.name} did not end: {one_line(error)}"
+            ) from error

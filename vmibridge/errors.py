@@ -55,6 +55,10 @@ class HandlerLoadError(VmiBridgeError):
     """A handler source could not be loaded; the message names file and line."""
 
 
+class HandlerLifeError(VmiBridgeError):
+    """A handler could not be entered before the guest ran, or left after it."""
+
+
 class HandlerSourceError(HandlerLoadError):
     """There is no such handler source, or it offers no handler."""
 

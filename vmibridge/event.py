@@ -106,8 +106,8 @@ class TrapFilter(msgspec.Struct, frozen=True):
 
     def wants(self, reason: TrapReason, magic: int) -> bool:
         """Whether a trap with this magic (its low 32 bits) is ours."""
-        if magic & 0xFFFF_FFFF in self.magics:
-            return True
         if reason is TrapReason.CPUID:
-            return self.any_cpuid
-        return self.any_hypercall and reason in (TrapReason.VMCALL, TrapReason.VMMCALL)
+            return self.any_cpuid or magic & 0xFFFF_FFFF in self.magics
+        if reason is TrapReason.VMCALL or reason is TrapReason.VMMCALL:
+            return self.any_hypercall or magic & 0xFFFF_FFFF in self.magics
+        return False

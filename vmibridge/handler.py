@@ -19,7 +19,7 @@ Rules:
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from inspect import getdoc, isabstract
+from inspect import getdoc, isabstract, iscoroutinefunction
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
@@ -50,13 +50,16 @@ def method(code: int, *, timeout: float | None = None) -> Callable[[_F], _F]:
     """Mark an async method of a `BridgeHandler` as the answer to a method code.
 
     `code` has 16 bits, `timeout` is in seconds and overrides the handler's. Raises
-    `ValueError` for either out of range.
+    `ValueError` for either out of range, `TypeError` for a function that is not async.
     """
     if code >> 16:
         raise ValueError(f"a method code has 16 bits, got {code:#x}")
-    _check_timeout(timeout)
+    check_timeout(timeout)
 
     def mark(function: _F) -> _F:
+        is_async = iscoroutinefunction(function)
+        if not is_async:
+            raise TypeError(f"{function.__qualname__} answers a method, so it has to be async")
         doc = (getdoc(function) or "").partition("\n")[0]
         function.__bridge_method__ = Method(code, function.__name__, timeout, doc)  # type: ignore[attr-defined]
         return function
@@ -64,7 +67,8 @@ def method(code: int, *, timeout: float | None = None) -> Callable[[_F], _F]:
     return mark
 
 
-def _check_timeout(timeout: float | None) -> None:
+def check_timeout(timeout: float | None) -> None:
+    """Raise `ValueError` for what is no time limit in seconds; `None` is none."""
     if timeout is not None and not timeout > 0:
         raise ValueError(f"a timeout is a positive number of seconds, got {timeout!r}")
 
@@ -100,7 +104,7 @@ class BridgeHandler(Generic[T]):
             cls.name = re.sub(
                 r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__
             ).lower()
-        _check_timeout(cls.timeout)
+        check_timeout(cls.timeout)
         cls.methods = MappingProxyType(_collect_methods(cls))
 
     @classmethod
@@ -108,6 +112,12 @@ class BridgeHandler(Generic[T]):
         """Whether this class can answer: it has a `REQUEST`, and nothing abstract."""
         answers = bool(cls.methods) or cls.handle is not BridgeHandler.handle
         return hasattr(cls, "REQUEST") and answers and not isabstract(cls)
+
+    @classmethod
+    def has_life(cls) -> bool:
+        """Whether there is something to enter or leave: most handlers have nothing."""
+        plain = (BridgeHandler.__aenter__, BridgeHandler.__aexit__)
+        return (cls.__aenter__, cls.__aexit__) != plain
 
     @property
     def contract(self) -> BridgeContract:
@@ -161,15 +171,19 @@ def contract_of(handler: BridgeHandler[Any] | type[BridgeHandler[Any]]) -> Bridg
 
 
 def _collect_methods(cls: type[BridgeHandler[Any]]) -> dict[int, Method]:
+    # A method that overrides a marked one answers in its place, marked again or not.
+    marks: dict[str, Method] = {}
+    for base in reversed(cls.__mro__):
+        for attribute, value in vars(base).items():
+            marked = getattr(value, "__bridge_method__", None)
+            if isinstance(marked, Method):
+                marks[attribute] = marked._replace(name=attribute)
     methods: dict[int, Method] = {}
-    for attribute in dir(cls):
-        marked = getattr(getattr(cls, attribute, None), "__bridge_method__", None)
-        if not isinstance(marked, Method):
-            continue
+    for attribute, marked in marks.items():
         if marked.code in methods:
             raise TypeError(
                 f"{cls.__name__}: {methods[marked.code].name} and {attribute}"
                 f" both answer method {marked.code:#06x}"
             )
-        methods[marked.code] = marked._replace(name=attribute)
+        methods[marked.code] = marked
     return methods

@@ -124,7 +124,8 @@ class Lanes:
     async def quiet(self) -> None:
         """Wait until every trap that was put has been released."""
         while self._busy:
-            self._quiet = anyio.Event()
+            if self._quiet is None or self._quiet.is_set():
+                self._quiet = anyio.Event()
             await self._quiet.wait()
 
     def close(self) -> None:

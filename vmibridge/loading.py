@@ -1,13 +1,15 @@
 """Handlers from files, folders and dotted modules.
 
 A module offers what its `handlers()` function returns, or else every concrete
-`BridgeHandler` that it defines, in order. A class that has `Settings` is made with
-them, decoded from the configuration; another is made without arguments.
+`BridgeHandler` that it defines, in order; a folder or a package, what its modules offer.
+A class that has `Settings` is made with them, decoded from the configuration; another is
+made without arguments.
 """
 
 import hashlib
 import importlib
 import importlib.util
+import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -85,7 +87,12 @@ def _modules(source: str) -> list[tuple[str, ModuleType]]:
         return [(source, _import_file(path))]
     if path.suffix == ".py" or not all(part.isidentifier() for part in source.split(".")):
         raise HandlerSourceError(f"{source}: there is no such file, folder or module")
-    return [(source, _import_dotted(source))]
+    module = _import_dotted(source)
+    if not hasattr(module, "__path__"):
+        return [(source, module)]
+    inner = sorted(found.name for found in pkgutil.iter_modules(module.__path__, f"{source}."))
+    names = [name for name in inner if not name.rpartition(".")[2].startswith("_")]
+    return [(source, module), *((name, _import_dotted(name)) for name in names)]
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -6,7 +6,7 @@
 | rejected | matched, returned nothing | the fallback |
 | unmatched | none for this request | its registers as they were |
 | timeout | ran past its deadline, was cancelled | the fallback |
-| failed | raised, or the trap has no register form | the fallback |
+| failed | raised, or the guest is 16-bit code | the fallback |
 | denied | was not asked: policy | the fallback |
 | cancelled | was cancelled, or the server stopped | the fallback |
 
@@ -39,8 +39,8 @@ class Outcome(msgspec.Struct, Generic[T], frozen=True):
     """One trap from end to end."""
 
     kind: OutcomeKind
-    packet: BridgePacket | None
-    """What the guest asked; `None` when its registers have no form."""
+    packet: BridgePacket
+    """What the guest asked."""
     response: BridgeResponse[T] | None = None
     """The answer as it was sent, stamps included; `None` where there was none."""
     handler: str | None = None

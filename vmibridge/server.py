@@ -81,7 +81,8 @@ class BridgeServer:
     def stop(self) -> None:
         """End the run in good order: answer what is pending, stop the guest.
 
-        Returns at once; the iteration ends when it is done, within `stop_timeout`.
+        Returns at once. The answers are written within `stop_timeout`; the iteration
+        ends when every handler has unwound, which one that shields itself puts off.
         """
         if self._engine is not None:
             self._engine.stop()

@@ -5,6 +5,7 @@ and keeps the register writes. Both run on either event loop.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -140,7 +141,7 @@ async def drive(
     event = event or TrapEvent(1, TrapReason.VMCALL, Registers(), length=3)
     context = BridgeContext(event, backend)
     bridge = Bridge(handler)
-    if not bridge.handlers:
-        return await bridge.dispatch(context, packet)
-    async with bridge.handlers[0]:
+    async with AsyncExitStack() as handlers:
+        for each in dict.fromkeys(bridge.handlers):
+            await handlers.enter_async_context(each)
         return await bridge.dispatch(context, packet)

@@ -174,6 +174,18 @@ class TestExitStatus:
                 "bad.toml:1: x",
             ),
             (["--backend", "unicorn:G", "--handlers", "H", "--colour"], "colour"),
+            (
+                [
+                    "--backend",
+                    "unicorn:G",
+                    "--handlers",
+                    "H",
+                    "--uvloop",
+                    "--async-backend",
+                    "trio",
+                ],
+                "--uvloop",
+            ),
         ],
     )
     def test_2_for_wrong_usage_in_one_line(
@@ -199,6 +211,32 @@ class TestExitStatus:
         done = vmibridge("run")
         assert done.returncode == 2
         assert "cyclopts is missing: pip install 'vmibridge[cli]'" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("body", "told"),
+        [
+            (
+                "async def __aenter__(self): raise OSError('no disk')",
+                "x did not start: OSError: no",
+            ),
+            (
+                "async def __aexit__(self, *e): raise OSError('no disk')",
+                "x did not end: OSError: no",
+            ),
+            ("async def handle(self, vmi, packet): raise SystemExit(3)", "asked to exit, with 3"),
+        ],
+    )
+    def test_1_when_a_handler_ends_the_server(self, vmibridge, image, tmp_path, body, told):
+        (tmp_path / "x.py").write_text(
+            "from vmibridge import BridgeHandler\nclass X(BridgeHandler[None]):\n"
+            "    MAGIC = 0x42494D56\n    REQUEST = 0x100\n"
+            f"    async def handle(self, vmi, packet): ...\n    {body}\n"
+        )
+        spec = f"unicorn:{image(calls(1))}"
+        done = vmibridge("run", "--backend", spec, "--handlers", "x.py", "--log-level", "error")
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert told in done.stderr.splitlines()[-1]
 
 
 class TestOptions:
@@ -249,6 +287,27 @@ class TestSignals:
         *rest, last = [json.loads(line) for line in out.splitlines()]
         assert [trap["outcome"] for trap in rest] == ["cancelled"] * 2
         assert [end["reason"] for end in last["summary"]["guest"]] == ["stopped"] * 2
+
+    def test_a_third_one_ends_even_a_handler_that_shields_itself(self, image, tmp_path):
+        (tmp_path / "shielded.py").write_text(
+            "import anyio\nfrom vmibridge import BridgeHandler\n"
+            "class Shielded(BridgeHandler[None]):\n    MAGIC = 0x42494D56\n    REQUEST = 0x100\n"
+            "    async def handle(self, vmi, packet):\n"
+            "        print('waiting', flush=True)\n"
+            "        with anyio.CancelScope(shield=True):\n"
+            "            await anyio.sleep(3600)\n"
+        )
+        run = subprocess.Popen(
+            command("run", "--backend", f"unicorn:{image(calls(1))}", "--handlers", "shielded.py",
+                    "--json"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert run.stdout.readline() == "waiting\n"
+        for _ in range(3):
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.2)  # signals that come at once are one signal
+        assert run.wait(30) == 130
+        run.communicate()
 
     def test_an_endless_guest_is_stopped(self, image, handlers, tmp_path):
         run = subprocess.Popen(

@@ -694,7 +694,7 @@ async def test_a_handler_that_overrides_handle_sees_every_method():
 
 
 def test_two_methods_for_one_code_are_a_mistake_of_the_class():
-    with pytest.raises(TypeError, match=r"Twice: again and first both answer method 0x0007"):
+    with pytest.raises(TypeError, match=r"Twice: first and again both answer method 0x0007"):
 
         class Twice(BridgeHandler):
             @method(7)

@@ -19,7 +19,7 @@ from vmibridge import (
     method,
 )
 from vmibridge.arch.forms import XEN_GUEST_REQUEST, XEN_HVM_OP
-from vmibridge.errors import BackendError, ServerStateError
+from vmibridge.errors import BackendError, HandlerLifeError, ServerStateError
 from vmibridge.testing import FakeBackend
 from vmibridge.vmi import GuestEnd
 
@@ -185,13 +185,6 @@ class TestEachOutcome:
         assert outcomes[0].kind is OutcomeKind.FAILED
         assert "0xdead000" in outcomes[0].error
 
-    async def test_a_trap_that_carries_no_request_fails(self):
-        event = TrapEvent(1, TrapReason.PORT_IO, Registers(), ip=0x1000, length=1)
-        outcomes, backend, _ = await serve([event])
-        assert outcomes[0].kind is OutcomeKind.FAILED
-        assert outcomes[0].packet is None
-        assert backend.writes[1] == RegisterWrites(0x1001)
-
     async def test_a_16_bit_guest_fails_and_moves_on(self):
         event = TrapEvent(
             1, TrapReason.CPUID, Registers(rax=MAGIC, rcx=0x10001), ip=0xFFFF, length=2, width=16
@@ -227,6 +220,13 @@ class TestEachOutcome:
 
 
 class TestWhoseTrapItIs:
+    @pytest.mark.parametrize("reason", [TrapReason.PORT_IO, TrapReason.MSR, TrapReason.BREAKPOINT])
+    async def test_a_trap_that_carries_no_request_runs_natively(self, reason):
+        registers = Registers(rax=MAGIC, rcx=MAGIC, rdx=1)
+        outcomes, backend, _ = await serve([TrapEvent(1, reason, registers, ip=0x1000, length=1)])
+        assert outcomes == []
+        assert backend.writes[1] is None
+
     async def test_a_magic_of_others_runs_natively(self):
         events = [trap(1, 1, magic=0x40000000, reason=TrapReason.CPUID), trap(2, ANSWER)]
         outcomes, backend, server = await serve(events)
@@ -390,10 +390,9 @@ class TestOrder:
         async with backend:
             run = BridgeServer(backend, probe).run()
             others = [(await anext(run)).event.vcpu for _ in range(10)]
-            assert sorted(others) == list(range(2, 12))
-            assert probe.most_running == 10
             probe.release.set()
             assert [o.event.vcpu async for o in run] == [0]
+        assert sorted(others) == list(range(2, 12))
 
     async def test_a_queue_smaller_than_the_load_loses_nothing(self):
         events = [
@@ -550,11 +549,25 @@ class TestTheEnd:
                 raise OSError("no such device")
 
         backend = FakeBackend([trap(1, ANSWER)])
-        with pytest.raises(OSError, match="no such device"):
+        told = "handler broken did not start: OSError: no such device"
+        with pytest.raises(HandlerLifeError, match=told) as error:
             async with backend:
                 async for _ in BridgeServer(backend, Broken()).run():
                     pass
+        assert isinstance(error.value.__cause__, OSError)
         assert backend.writes == {}
+
+    async def test_an_error_in_leaving_a_handler_comes_after_the_last_outcome(self):
+        class Broken(Probe):
+            async def __aexit__(self, *error):
+                raise OSError("still busy")
+
+        outcomes = []
+        with pytest.raises(HandlerLifeError, match="handler broken did not end: OSError: still"):
+            async with FakeBackend([trap(1, ANSWER)]) as backend:
+                async for outcome in BridgeServer(backend, Broken()).run():
+                    outcomes.append(outcome)
+        assert len(outcomes) == 1
 
     async def test_handlers_are_entered_before_and_left_after_once_each(self):
         steps = []
@@ -596,9 +609,17 @@ class TestTheEnd:
 
 
 class TestManyVcpus:
-    async def test_a_thousand_sleeping_handlers_run_at_once(self):
-        probe = Probe()
+    async def test_a_thousand_waiting_handlers_run_at_once(self):
+        class AllTogether(Probe):
+            @method(WAIT)
+            async def wait(self, vmi, packet):
+                self.running += 1
+                if self.running == 1000:
+                    self.release.set()
+                await self.release.wait()
+                return BridgeResponse()
+
         events = [trap(seq, WAIT, vcpu=seq % 1000) for seq in range(1, 3001)]
-        outcomes, _, _ = await serve(events, probe, queue=4096)
+        outcomes, _, _ = await serve(events, AllTogether(), queue=4096)
+        assert {o.kind for o in outcomes} == {OutcomeKind.HANDLED}
         assert len(outcomes) == 3000
-        assert probe.most_running == 1000

@@ -394,6 +394,35 @@ async def test_a_worker_that_is_cancelled_as_it_is_woken_loses_no_trap():
         assert tasks.done[-1].seq == 2
 
 
+def test_a_worker_that_dies_between_its_wake_up_and_its_turn_leaves_the_trap_to_the_next(
+    monkeypatch,
+):
+    # asyncio itself can cancel a task at that point, so the steps are taken by hand here.
+    class Turn:
+        def set(self) -> None: ...
+
+        async def wait(self) -> None:
+            await self
+
+        def __await__(self):
+            yield
+
+    monkeypatch.setattr(anyio, "Event", Turn)
+    lanes = Lanes(8)
+    workers = [lanes.get(), lanes.get()]
+    for worker in workers:
+        worker.send(None)
+    lanes.put_nowait(trap(1))
+    with pytest.raises(LookupError):
+        workers[1].throw(LookupError())
+    assert (lanes.has_ready, lanes.idle, lanes.attended) == (True, 1, True)
+    assert lanes.wake()
+    assert lanes.idle == 0
+    with pytest.raises(StopIteration) as end:
+        workers[0].send(None)
+    assert end.value.value.seq == 1
+
+
 # --- the end ------------------------------------------------------------------------
 
 

@@ -102,6 +102,14 @@ class TestSources:
         paths = [source(ONE, "one/same.py"), source(ONE, "two/same.py")]
         assert len(load_handlers(paths)) == 4
 
+    def test_a_package_offers_what_its_modules_offer(self, source):
+        source("", "package_of_tests/__init__.py")
+        source(ONE, "package_of_tests/two.py")
+        source(SETTINGS, "package_of_tests/one.py")
+        source("raise RuntimeError", "package_of_tests/_private.py")
+        handlers = load_handlers(["package_of_tests"])
+        assert [handler.name for handler in handlers] == ["careful", "first", "second_one"]
+
 
 class TestWhatIsTold:
     @pytest.mark.parametrize("name", ["nothing.py", "no/such/folder", "no_such_module_here", "a b"])
@@ -205,13 +213,16 @@ class TestServerSettings:
         ("text", "told"),
         [
             ("[server]\ntimeout = 'soon'", "c.toml:2: server.timeout: Expected `float`"),
-            ("[server]\ntimeout = -1", "c.toml:1: server: timeout is a positive number"),
-            ("[server]\nqueue = 0", "c.toml:1: server: queue holds"),
+            ("[server]\ntimeout = -1", "c.toml:2: server.timeout: Expected `float` > 0"),
+            ("[server]\nqueue = 0", "c.toml:2: server.queue: Expected `int` >= 1"),
             (
                 "[server]\n\nfallback = { value9 = 1 }",
                 "c.toml:3: server.fallback.value9: no such key; there are value1",
             ),
-            ("[server]\nfallback = { value1 = -1 }", "c.toml:1: server: out of range"),
+            (
+                "[server]\nfallback = { value1 = -1 }",
+                "c.toml:2: server.fallback.value1: Expected `int` >= 0",
+            ),
             ("[sever]\n", "c.toml:1: sever: no such key; there are server, handlers"),
             ("[server", "c.toml: Expected ']'"),
             ("server = 5", "c.toml:1: server: Expected `object`"),

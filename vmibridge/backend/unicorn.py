@@ -11,6 +11,7 @@
   instruction that is undefined, as a VMCALL of others is, ends the vCPU.
 - Code that a handler writes is seen by the vCPU that asked for it when it goes on, and
   by the others from their next trap: Unicorn translates code, and has to be told.
+- A locked instruction is not atomic against other vCPUs: they are separate emulators.
 """
 
 import ctypes

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        return _fail(f"{error}; see 'vmibridge {' '.join(_commands(tokens))}--help'", 2)
+        told = str(error).rstrip(".")
+        return _fail(f"{told}; see 'vmibridge {''.join(_commands(tokens))}--help'", 2)
     except _USAGE_ERRORS as error:
         return _fail(str(error), 2)
     except VmiBridgeError as error:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Group, Parameter
 
 from vmibridge import __version__
+from vmibridge.errors import ConfigError
 
 app = App(
     name="vmibridge",
@@ -55,8 +56,8 @@ def run(
     """Run a guest and answer its traps until it ends.
 
     On a terminal a table shows the latest traps and the counts; otherwise each trap
-    is a line. Ctrl-C answers what is pending and stops the guest; a second one does
-    not wait for handlers.
+    is a line. Ctrl-C answers what is pending and stops the guest; a second one cuts
+    that short, a third ends the process at once.
 
     Exit status: 0 when the guest ended by itself, 1 when it, its backend or a handler
     module failed, 2 for wrong usage.
@@ -65,6 +66,8 @@ def run(
     """
     from vmibridge.cli.run import RunOptions, run_guest
 
+    if uvloop and async_backend == "trio":
+        raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
     return run_guest(
         RunOptions(
             backend=backend,

@@ -1,6 +1,7 @@
 """`vmibridge run`: a guest, its handlers, and what is shown of them."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -104,6 +105,8 @@ async def _serve(backend: Backend, server: BridgeServer, writer: Writer) -> int:
             failure = BackendError("standard output was closed: nobody reads the outcomes")
         except VmiBridgeError as error:
             failure = error
+        except SystemExit as error:
+            failure = BackendError(f"a handler asked to exit, with {error.code!r}")
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
@@ -116,10 +119,13 @@ async def _serve(backend: Backend, server: BridgeServer, writer: Writer) -> int:
 
 
 async def _stop_on_signal(server: BridgeServer, run: CancelScope, received: list[int]) -> None:
-    """The first signal stops in good order, a second one does not wait."""
+    """The first signal stops in good order, a second cuts that short, a third exits."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for number in signals:
             received.append(number)
+            if len(received) > 2:
+                # A handler may shield itself from being cancelled; the user has the last word.
+                os._exit(128 + number)
             if len(received) > 1:
                 run.cancel()
             server.stop()

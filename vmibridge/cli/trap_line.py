@@ -16,9 +16,9 @@ class TrapLine(msgspec.Struct):
     vcpu: int
     trap: str
     width: int
-    magic: int | None
-    request: int | None
-    method: int | None
+    magic: int
+    request: int
+    method: int
     values: list[int]
     outcome: str
     response: list[int | None]
@@ -47,10 +47,10 @@ def trap_line(outcome: Outcome[Any]) -> TrapLine:
         vcpu=event.vcpu,
         trap=event.reason.value,
         width=event.width,
-        magic=None if packet is None else packet.magic,
-        request=None if packet is None else packet.request,
-        method=None if packet is None else packet.method,
-        values=[0, 0, 0, 0] if packet is None else list(packet.values),
+        magic=packet.magic,
+        request=packet.request,
+        method=packet.method,
+        values=list(packet.values),
         outcome=outcome.kind.value,
         response=[None] * 4 if writes is None else list(writes.values),
         output=outcome.output,
@@ -77,7 +77,7 @@ def summary_json(summary: Summary) -> bytes:
 def trap_columns(outcome: Outcome[Any]) -> list[str]:
     """What people see of one outcome: the columns of the table and of the plain lines."""
     line = trap_line(outcome)
-    call = "-" if line.magic is None else f"{line.magic:08x}/{line.request:04x}/{line.method:04x}"
+    call = f"{line.magic:08x}/{line.request:04x}/{line.method:04x}"
     answer = " ".join("." if value is None else f"{value:x}" for value in line.response)
     told = (
         line.error if line.error is not None else "" if line.output is None else repr(line.output)
