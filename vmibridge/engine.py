@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import anyio
@@ -44,6 +45,7 @@ from vmibridge.vmi import Backend, GuestEnd
 log = logging.getLogger(__name__)
 
 _clock = time.monotonic
+_deadline = attrgetter("deadline")
 
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
@@ -356,7 +358,8 @@ class Engine:
     async def _watch(self) -> None:
         while True:
             now = _clock()
-            for worker in [worker for worker in self._waiting if worker.deadline <= now]:
+            due = [worker for worker in self._waiting if worker.deadline <= now]
+            for worker in sorted(due, key=_deadline):
                 self._overtake(
                     worker,
                     OutcomeKind.TIMEOUT,

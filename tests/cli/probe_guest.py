@@ -3,6 +3,7 @@
 import sys
 
 HANDLERS = '''
+import sys
 import anyio
 from vmibridge import BridgeHandler, BridgeResponse, method
 
@@ -27,6 +28,7 @@ class Probe(BridgeHandler[str]):
 
     @method(4, timeout=60)
     async def wait(self, vmi, packet):
+        print("waiting", file=sys.stderr, flush=True)
         await anyio.sleep_forever()
 
     @method(5)

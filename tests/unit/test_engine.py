@@ -39,6 +39,7 @@ class Probe(BridgeHandler[str]):
         self.most_running = 0
         self.seen = []
         self.unwound = anyio.Event()
+        self.hanging = anyio.Event()
         self.release = anyio.Event()
 
     @method(ANSWER)
@@ -57,6 +58,9 @@ class Probe(BridgeHandler[str]):
 
     @method(HANG)
     async def hang(self, vmi, packet):
+        self.running += 1
+        if self.running == 4:
+            self.hanging.set()
         try:
             await anyio.sleep_forever()
         finally:
@@ -109,6 +113,11 @@ async def serve(events, *targets, backend=None, **options):
         outcomes = [outcome async for outcome in server.run()]
     assert sorted(backend.writes) == sorted(event.seq for event in backend.events)
     return outcomes, backend, server
+
+
+async def cancel_after(event, scope):
+    await event.wait()
+    scope.cancel()
 
 
 MOVED_ON = RegisterWrites(0x1003)
@@ -437,30 +446,33 @@ class TestTheEnd:
     EVENTS = staticmethod(lambda: [trap(seq, HANG, vcpu=seq % 4) for seq in range(1, 21)])
 
     async def test_leaving_the_block_answers_what_is_pending_and_queued(self):
-        backend = FakeBackend(self.EVENTS())
-        async with backend:
-            server = BridgeServer(backend, Probe())
-            with anyio.move_on_after(0.02):
+        backend, probe = FakeBackend(self.EVENTS()), Probe()
+        async with anyio.create_task_group() as tasks, backend:
+            server = BridgeServer(backend, probe)
+            with anyio.CancelScope() as scope:
+                tasks.start_soon(cancel_after, probe.hanging, scope)
                 async for _ in server.run():
                     pytest.fail("nothing is answered yet")
         assert sorted(backend.writes) == list(range(1, 21))
         assert server.summary.outcomes[OutcomeKind.CANCELLED] == 20
 
     async def test_cancelling_from_outside_answers_what_is_pending(self):
-        backend = FakeBackend(self.EVENTS())
-        with anyio.move_on_after(0.02):
-            async with backend:
-                async for _ in BridgeServer(backend, Probe()).run():
-                    pytest.fail("nothing is answered yet")
+        backend, probe = FakeBackend(self.EVENTS()), Probe()
+        async with anyio.create_task_group() as tasks:
+            with anyio.CancelScope() as scope:
+                tasks.start_soon(cancel_after, probe.hanging, scope)
+                async with backend:
+                    async for _ in BridgeServer(backend, probe).run():
+                        pytest.fail("nothing is answered yet")
         assert sorted(backend.writes) == list(range(1, 21))
 
     async def test_stop_gives_the_outcomes_of_what_it_cancelled(self):
-        backend = FakeBackend(self.EVENTS())
+        backend, probe = FakeBackend(self.EVENTS()), Probe()
         async with backend, anyio.create_task_group() as tasks:
-            server = BridgeServer(backend, Probe())
+            server = BridgeServer(backend, probe)
 
             async def stop():
-                await anyio.sleep(0.02)
+                await probe.hanging.wait()
                 server.stop()
                 server.stop()
 
@@ -492,29 +504,36 @@ class TestTheEnd:
     async def test_a_write_that_is_under_way_is_finished(self):
         class SlowWrites(FakeBackend):
             async def resume(self, event, writes):
+                if event.seq == 2:
+                    writing.set()
                 await anyio.sleep(0.03)
                 await super().resume(event, writes)
 
+        writing = anyio.Event()
         backend = SlowWrites([trap(1, ANSWER), trap(2, ANSWER, vcpu=1)])
-        with anyio.move_on_after(0.01):
-            async with backend:
-                async for _ in BridgeServer(backend, Probe()).run():
-                    pass
+        async with anyio.create_task_group() as tasks:
+            with anyio.CancelScope() as scope:
+                tasks.start_soon(cancel_after, writing, scope)
+                async with backend:
+                    async for _ in BridgeServer(backend, Probe()).run():
+                        pass
         assert sorted(backend.writes) == [1, 2]
         assert backend.writes[1].rax == 2
 
     async def test_a_write_that_hangs_ends_with_the_stop_timeout(self):
         class HangingWrites(FakeBackend):
             async def resume(self, event, writes):
+                writing.set()
                 await anyio.sleep_forever()
 
+        writing = anyio.Event()
         backend = HangingWrites([trap(1, ANSWER)])
-        with anyio.fail_after(5):
-            async with backend:
-                server = BridgeServer(backend, Probe(), stop_timeout=0.05)
-                with anyio.move_on_after(0.01):
-                    async for _ in server.run():
-                        pytest.fail("nothing is answered")
+        async with anyio.create_task_group() as tasks, backend:
+            server = BridgeServer(backend, Probe(), stop_timeout=0.05)
+            with anyio.CancelScope() as scope:
+                tasks.start_soon(cancel_after, writing, scope)
+                async for _ in server.run():
+                    pytest.fail("nothing is answered")
 
     async def test_a_write_that_fails_is_told_and_the_rest_goes_on(self):
         class LosesOne(FakeBackend):
