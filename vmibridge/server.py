@@ -9,10 +9,10 @@ The tasks that `run` starts belong to the backend's `async with`: leaving it ans
 whatever is pending, stops the guest, and only then goes on.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from anyio.abc import TaskGroup
 
@@ -26,6 +26,10 @@ from vmibridge.vmi import Backend
 
 OUTCOMES_AHEAD = 1024
 """Outcomes that are kept for a consumer that lags, before vCPUs wait for it."""
+
+
+Until: TypeAlias = Literal["output"] | Callable[[Outcome[Any]], bool]
+"""When a run ends, other than with its guest."""
 
 
 class BridgeServer:
@@ -60,12 +64,17 @@ class BridgeServer:
             raise ServerStateError("the server has not run yet: iterate over server.run()")
         return self._engine.summary
 
-    def run(self) -> "Run":
+    def run(self, until: Until | None = None) -> "Run":
         """Run the guest, and iterate over what became of each of its traps.
 
         Must be called inside the backend's `async with`, once. The guest starts with
         the first step of the iteration and the iteration ends with the guest. Leaving
         the loop early stops the server, as `stop` does.
+
+        `until` ends it sooner: `"output"` with the first outcome that has an output, as
+        the dispatch loop of vmi-utils 0.5 to 0.7 does, or a function with the first
+        outcome that it is true for. That outcome is the last one of the iteration, which
+        ends when the server has stopped; what was still pending is in the summary only.
 
         Iterating raises `BackendError` when the VM cannot be run, and what a handler
         raised when it was entered. Cancelled, it answers what is pending on the way out.
@@ -76,7 +85,7 @@ class BridgeServer:
         tasks = self._backend.tasks
         outcomes = OutcomeQueue(OUTCOMES_AHEAD)
         self._engine = Engine(self._backend, self._bridge, self._settings, outcomes)
-        return Run(self._engine, outcomes, tasks)
+        return Run(self._engine, outcomes, tasks, _has_output if until == "output" else until)
 
     def stop(self) -> None:
         """End the run in good order: answer what is pending, stop the guest.
@@ -91,10 +100,18 @@ class BridgeServer:
 class Run(AsyncIterator[Outcome[Any]]):
     """The outcomes of one run. `async with` it, or `aclose` it, to wait for its end."""
 
-    def __init__(self, engine: Engine, outcomes: OutcomeQueue, tasks: TaskGroup) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        outcomes: OutcomeQueue,
+        tasks: TaskGroup,
+        until: Callable[[Outcome[Any]], bool] | None,
+    ) -> None:
         self._engine = engine
         self._outcomes = outcomes
         self._tasks = tasks
+        self._until = until
+        self._over = False
         self._started = False
         self._thread = get_ident()
 
@@ -105,7 +122,14 @@ class Run(AsyncIterator[Outcome[Any]]):
         if not self._started:
             self._started = True
             self._tasks.start_soon(self._engine.main)
-        return await self._outcomes.get()
+        while self._over:
+            # To its end, where the error is told that it may have ended with.
+            await self._outcomes.get()
+        outcome = await self._outcomes.get()
+        if self._until is not None and self._until(outcome):
+            self._over = True
+            self._engine.stop()
+        return outcome
 
     async def aclose(self) -> None:
         """Stop the server and wait until it has ended. Cancelled, it stops waiting."""
@@ -129,3 +153,7 @@ class Run(AsyncIterator[Outcome[Any]]):
         # Collected in another thread, it is left to the end of the backend's block.
         if self._started and get_ident() == self._thread:
             self._engine.stop()
+
+
+def _has_output(outcome: Outcome[Any]) -> bool:
+    return outcome.output is not None

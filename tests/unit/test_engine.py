@@ -627,6 +627,59 @@ class TestTheEnd:
                 server.run()
 
 
+class TestUntil:
+    EVENTS = staticmethod(
+        lambda: [trap(1, REJECT), trap(2, ANSWER), trap(3, WAIT), trap(4, HANG, vcpu=1)]
+    )
+
+    async def run_until(self, until, events=None):
+        backend = FakeBackend(events or self.EVENTS())
+        async with backend:
+            server = BridgeServer(backend, Probe())
+            outcomes = [outcome async for outcome in server.run(until=until)]
+            # It has stopped by now, not only with the block.
+            assert sorted(backend.writes) == [1, 2, 3, 4]
+            assert server.summary.total == 4
+        return [outcome.event.seq for outcome in outcomes], server
+
+    async def test_the_first_output_is_the_last_outcome(self):
+        seqs, server = await self.run_until("output")
+        assert seqs == [1, 2]
+        assert server.summary.outcomes[OutcomeKind.CANCELLED] >= 1
+
+    async def test_a_predicate_decides(self):
+        seqs, _ = await self.run_until(lambda outcome: outcome.output == "later")
+        assert seqs == [1, 2, 3]
+
+    async def test_without_one_it_ends_with_the_guest(self):
+        events = [trap(seq, ANSWER) for seq in range(1, 5)]
+        assert (await self.run_until(None, events))[0] == [1, 2, 3, 4]
+
+    async def test_one_that_is_never_true_ends_with_the_guest(self):
+        events = [trap(seq, ANSWER) for seq in range(1, 5)]
+        assert (await self.run_until(lambda outcome: False, events))[0] == [1, 2, 3, 4]
+
+    async def test_one_that_raises_is_the_consumers_to_handle(self):
+        backend = FakeBackend([trap(1, ANSWER), trap(2, HANG, vcpu=1)])
+        with pytest.raises(ZeroDivisionError):
+            async with backend:
+                async for _ in BridgeServer(backend, Probe()).run(until=lambda _: 1 / 0):
+                    pass
+        assert sorted(backend.writes) == [1, 2]
+
+    async def test_an_error_on_the_way_out_is_told(self):
+        class Broken(Probe):
+            async def __aexit__(self, *error):
+                raise OSError("still busy")
+
+        outcomes = []
+        with pytest.raises(HandlerLifeError, match="still busy"):
+            async with FakeBackend([trap(1, ANSWER), trap(2, ANSWER)]) as backend:
+                async for outcome in BridgeServer(backend, Broken()).run(until="output"):
+                    outcomes.append(outcome)
+        assert len(outcomes) == 1
+
+
 class TestManyVcpus:
     async def test_a_thousand_waiting_handlers_run_at_once(self):
         class AllTogether(Probe):
