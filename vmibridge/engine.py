@@ -165,6 +165,8 @@ class Engine:
                 for handler in dict.fromkeys(self._bridge.handlers):
                     if handler.has_life():
                         await handlers.enter_async_context(_life(handler))
+                if self._stop.is_set():
+                    return
                 async with anyio.create_task_group() as outside:
                     outside.start_soon(self._serve, outside.cancel_scope)
                     try:

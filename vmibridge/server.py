@@ -56,6 +56,7 @@ class BridgeServer:
         self._bridge = bridge if isinstance(bridge, Bridge) else Bridge(bridge)
         self._settings = EngineSettings(timeout, fallback or BridgeResponse(), queue, stop_timeout)
         self._engine: Engine | None = None
+        self._stopped = False
 
     @property
     def summary(self) -> Summary:
@@ -85,6 +86,8 @@ class BridgeServer:
         tasks = self._backend.tasks
         outcomes = OutcomeQueue(OUTCOMES_AHEAD)
         self._engine = Engine(self._backend, self._bridge, self._settings, outcomes)
+        if self._stopped:
+            self._engine.stop()
         return Run(self._engine, outcomes, tasks, _has_output if until == "output" else until)
 
     def stop(self) -> None:
@@ -92,7 +95,9 @@ class BridgeServer:
 
         Returns at once. The answers are written within `stop_timeout`; the iteration
         ends when every handler has unwound, which one that shields itself puts off.
+        Before `run`, it makes that run end before it begins.
         """
+        self._stopped = True
         if self._engine is not None:
             self._engine.stop()
 

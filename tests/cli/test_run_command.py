@@ -309,6 +309,19 @@ class TestSignals:
         assert run.returncode == 130
         run.communicate()
 
+    def test_one_that_comes_while_handlers_are_loaded_ends_the_command(self, image, tmp_path):
+        (tmp_path / "slow.py").write_text(
+            "import time\nprint('loading', flush=True)\ntime.sleep(3600)\n"
+        )
+        run = subprocess.Popen(
+            command("run", "--backend", f"unicorn:{image('hlt')}", "--handlers", "slow.py"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert run.stdout.readline() == "loading\n"
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=30)
+        assert (run.returncode, err) == (130, "")
+
     def test_an_endless_guest_is_stopped(self, image, handlers, tmp_path):
         run = subprocess.Popen(
             command("run", "--backend", f"unicorn:{image(calls(1, tail='jmp $'))}", "--handlers",

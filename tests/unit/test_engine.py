@@ -614,6 +614,14 @@ class TestTheEnd:
         _, _, server = await serve([], Probe(), backend=Ends())
         assert server.summary.guest == GuestEnd()
 
+    async def test_a_server_that_was_stopped_before_ends_before_it_begins(self):
+        async with FakeBackend([trap(1, ANSWER)]) as backend:
+            server = BridgeServer(backend, Probe())
+            server.stop()
+            assert [outcome async for outcome in server.run()] == []
+        assert backend.writes == {}
+        assert server.summary.guest is None
+
     async def test_a_server_runs_once_and_inside_its_backend(self):
         backend = FakeBackend()
         server = BridgeServer(backend, Bridge())

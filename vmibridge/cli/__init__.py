@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except VmiBridgeError as error:
         return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        # Before there is a run to stop, as while handlers are loaded.
+        return 130
     return status if isinstance(status, int) else 0
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import anyio
 import msgspec
 from anyio import CancelScope
+from anyio.abc import TaskStatus
 from rich.console import Console
 
 from vmibridge.backend import open_backend
@@ -95,7 +96,7 @@ async def _serve(backend: Backend, server: BridgeServer, writer: Writer) -> int:
     received: list[int] = []
     failure: VmiBridgeError | None = None
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_stop_on_signal, server, tasks.cancel_scope, received)
+        await tasks.start(_stop_on_signal, server, tasks.cancel_scope, received)
         try:
             async with backend, writer:
                 async for outcome in server.run():
@@ -118,9 +119,16 @@ async def _serve(backend: Backend, server: BridgeServer, writer: Writer) -> int:
     return 0
 
 
-async def _stop_on_signal(server: BridgeServer, run: CancelScope, received: list[int]) -> None:
+async def _stop_on_signal(
+    server: BridgeServer,
+    run: CancelScope,
+    received: list[int],
+    *,
+    task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+) -> None:
     """The first signal stops in good order, a second cuts that short, a third exits."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
         async for number in signals:
             received.append(number)
             if len(received) > 2:
