@@ -96,12 +96,14 @@ async def _serve(backend: Backend, server: BridgeServer, writer: Writer) -> int:
     received: list[int] = []
     failure: VmiBridgeError | None = None
     async with anyio.create_task_group() as tasks:
-        await tasks.start(_stop_on_signal, server, tasks.cancel_scope, received)
+        run = anyio.CancelScope()
+        await tasks.start(_stop_on_signal, server, run, received)
         try:
-            async with backend, writer:
-                async for outcome in server.run():
-                    await writer.show(outcome)
-                await writer.end(server.summary)
+            with run:
+                async with backend, writer:
+                    async for outcome in server.run():
+                        await writer.show(outcome)
+                    await writer.end(server.summary)
         except BrokenPipeError:
             failure = BackendError("standard output was closed: nobody reads the outcomes")
         except VmiBridgeError as error:
