@@ -55,9 +55,6 @@ class Add(BridgeHandler[int]):
     VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
     VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
 
-    def __init__(self, request: int = 0x0100) -> None:
-        self.REQUEST = request  # type: ignore[misc]
-
     async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[int]:
         return BridgeResponse(value1=packet.value1 + 1)
 
@@ -77,7 +74,7 @@ def make_events(count: int, request: int = 0x0100) -> list[TrapEvent]:
 
 
 def make_bridge(handlers: int) -> Bridge:
-    return Bridge(*[Add(0x0100 + index) for index in range(handlers)])
+    return Bridge(*[type("Add", (Add,), {"REQUEST": 0x0100 + n})() for n in range(handlers)])
 
 
 async def engine(events: list[TrapEvent], bridge: Bridge) -> None:

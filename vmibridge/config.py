@@ -38,15 +38,16 @@ class _Fallback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value3: _Unsigned | None = None
     value4: _Unsigned | None = None
 
+    def __post_init__(self) -> None:
+        # A number of more than 64 bits is told here, where its key is known.
+        BridgeResponse(*msgspec.structs.astuple(self))
+
 
 class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout: _Seconds = 5.0
     fallback: _Fallback = _Fallback()
     queue: Annotated[int, msgspec.Meta(ge=1)] = 256
     stop_timeout: _Seconds = 5.0
-
-    def __post_init__(self) -> None:
-        self.settings  # noqa: B018 - its checks are wanted here, where the key is known
 
     @property
     def settings(self) -> EngineSettings:

@@ -190,6 +190,7 @@ def one_line(error: BaseException) -> str:
     try:
         text = f"{kind}: {error}"
     except Exception:
+        # An error that cannot say what it is.
         text = kind
     return printable(text[:_MAX_ERROR])[:_MAX_ERROR]
 

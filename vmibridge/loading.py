@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
@@ -71,6 +71,7 @@ def _make(offer: Offered, config: Config) -> BridgeHandler[Any]:
         if handler.Settings is None:
             config.refuse_settings(handler.name, "takes no settings")
             return handler()
+        # The base class takes no arguments; one that has Settings says that it takes them.
         return handler(config.settings_of(handler.name, handler.Settings))  # type: ignore[call-arg]
     except VmiBridgeError:
         raise
@@ -108,7 +109,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise HandlerLoadError(_place(error, str(path))) from error
     return module
@@ -124,7 +125,7 @@ def _import_dotted(name: str) -> ModuleType:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise HandlerSourceError(f"{name}: there is no such file, folder or module") from error
         raise HandlerLoadError(_place(error, name)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise HandlerLoadError(_place(error, name)) from error
 
 
@@ -140,18 +141,19 @@ def _offers(source: str, module: ModuleType) -> list[Offered]:
             and value.is_concrete()
         ]
     try:
-        made: Sequence[object] = list(maker())
-    except Exception as error:
+        made: list[Any] = list(maker())
+    except (Exception, SystemExit) as error:
         raise HandlerLoadError(_place(error, source)) from error
+    offered = []
     for handler in made:
-        if not isinstance(handler, BridgeHandler) and not (
-            isinstance(handler, type) and issubclass(handler, BridgeHandler)
-        ):
+        is_class = isinstance(handler, type) and issubclass(handler, BridgeHandler)
+        if not is_class and not isinstance(handler, BridgeHandler):
             raise HandlerLoadError(f"{source}: handlers() returned {handler!r}, not a handler")
-    return [Offered(source, handler) for handler in made]  # type: ignore[arg-type]
+        offered.append(Offered(source, handler))
+    return offered
 
 
-def _place(error: Exception, source: str) -> str:
+def _place(error: BaseException, source: str) -> str:
     """`FILE:LINE: what happened`, with the line of the source itself where it is known."""
     if isinstance(error, SyntaxError):
         return f"{error.filename or source}:{error.lineno}: {type(error).__name__}: {error.msg}"
@@ -161,5 +163,5 @@ def _place(error: Exception, source: str) -> str:
     return f"{source}{'' if line is None else f':{line}'}: {_tell(error)}"
 
 
-def _tell(error: Exception) -> str:
+def _tell(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

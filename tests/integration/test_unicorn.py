@@ -159,6 +159,32 @@ class TestCalls:
         ]
         assert summary.guest.failed  # it ends by ud2, for ring 3 cannot halt
 
+    @pytest.mark.parametrize("trap", ["vmcall", "cpuid"])
+    async def test_a_code_segment_may_have_a_base(self, guest_code, trap):
+        # 32-bit code of a 64-bit guest: eip counts from 0x100000, not from 0.
+        code = f"""
+            default rel
+            lgdt [gdt_pointer]
+            push 0x18
+            push based - 0x100000
+            retfq
+        bits 32
+        based:
+            mov eax, {STANDARD_MAGIC}
+            mov ebp, eax
+            mov ecx, 0x30100
+            mov edx, 0x30100
+            {trap}
+            hlt
+        align 8
+        gdt: dq 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cf9b100000ffff
+        gdt_pointer: dw $ - gdt - 1
+            dq gdt"""
+        outcomes, summary, _ = await serve(f"unicorn:{guest_code(code)}", Echo())
+        assert [(o.kind, o.event.width) for o in outcomes] == [(OutcomeKind.HANDLED, 32)]
+        assert outcomes[0].event.length == (2 if trap == "cpuid" else 3)
+        final(summary)
+
 
 class TestNotOurs:
     async def test_10_000_cpuids_give_the_same_answers_with_and_without_a_bridge(self, build_guest):
@@ -376,9 +402,12 @@ class TestEndlessGuests:
 class TestGuestMemory:
     @pytest.mark.parametrize("trap", ["cpuid", "vmcall"])
     @pytest.mark.parametrize("paging", [False, True], ids=["unpaged", "paged"])
+    @pytest.mark.parametrize("aliases", [64, 0], ids=["tracked", "too-many-aliases"])
     async def test_code_that_a_handler_writes_is_what_the_guest_runs_next(
-        self, guest_code, trap, paging
+        self, guest_code, trap, paging, aliases, monkeypatch
     ):
+        monkeypatch.setattr("vmibridge.backend.unicorn_vcpu._MAX_ALIASES", aliases)
+
         class Patches(Echo):
             @method(4)
             async def patch(self, vmi, packet):
@@ -410,6 +439,47 @@ class TestGuestMemory:
         outcomes, summary, _ = await serve(f"unicorn:{guest_code(code)}", Patches())
         assert [o.kind for o in outcomes] == [OutcomeKind.HANDLED]
         assert final(summary)["r15"] == PASSED
+
+    async def test_code_at_any_number_of_virtual_addresses_takes_bounded_memory(self, guest_code):
+        # One page of code, at 512 virtual pages: each alias runs a jump to the next.
+        code = f"""
+            %include "paging.inc"
+            ENABLE_PAGING_4_LEVEL
+            mov dword [abs PAGE_TABLES + 0x2008], PAGE_TABLES + 0x3007
+            mov edi, PAGE_TABLES + 0x3000
+            mov ecx, 512
+            lea rax, [rel aliased]
+            or rax, 7
+        fill: mov [rdi], rax
+            add rdi, 8
+            dec ecx
+            jnz fill
+            mov ebx, 0x200000
+            mov ecx, 512
+            lea rdx, [rel done]
+            mov rax, cr3
+            mov cr3, rax
+            jmp rbx
+        done:
+            mov eax, {STANDARD_MAGIC}
+            mov ecx, 0x10100
+            cpuid
+            mov r15d, {PASSED}
+            hlt
+        align 4096
+        aliased:
+            add rbx, 4096
+            dec ecx
+            jz out
+            jmp rbx
+        out: jmp rdx"""
+        async with open_backend(f"unicorn:{guest_code(code)}") as backend:
+            server = BridgeServer(backend, Bridge(Echo()))
+            kinds = [outcome.kind async for outcome in server.run()]
+            (vcpu,) = backend._vcpus
+            assert sum(map(len, vcpu._code_pages.values())) < 100
+        assert kinds == [OutcomeKind.HANDLED]
+        assert final(server.summary)["r15"] == PASSED
 
     async def test_ring_3_cannot_have_the_host_read_what_it_could_not_read_itself(self, guest_code):
         # The page at 2 MiB is the kernel's: its entry lacks the user bit.

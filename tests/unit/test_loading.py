@@ -127,6 +127,8 @@ class TestWhatIsTold:
             ("x = 1\nraise ValueError('broken')", r"mine\.py:2: ValueError: broken"),
             ("x = 1\n\nclass:", r"mine\.py:3: SyntaxError"),
             ("import no_such_dependency", r"mine\.py:1: ModuleNotFoundError"),
+            ("x = 1\nraise SystemExit(0)", r"mine\.py:2: SystemExit: 0"),
+            ("def handlers():\n    raise SystemExit", r"mine\.py:2: SystemExit"),
             ("def handlers():\n    return [5]", r"handlers\(\) returned 5, not a handler"),
             ("def handlers():\n    1 / 0", r"mine\.py:2: ZeroDivisionError"),
             (
@@ -222,6 +224,10 @@ class TestServerSettings:
             (
                 "[server]\nfallback = { value1 = -1 }",
                 "c.toml:2: server.fallback.value1: Expected `int` >= 0",
+            ),
+            (
+                f"[server]\nfallback = {{ value1 = {1 << 64} }}",
+                "c.toml:2: server.fallback: out of range",
             ),
             ("[sever]\n", "c.toml:1: sever: no such key; there are server, handlers"),
             ("[server", "c.toml: Expected ']'"),

@@ -7,6 +7,7 @@ would raise one ends the vCPU, with a diagnosis.
 
 import mmap
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from unicorn import UC_ARCH_X86, Uc, UcError, x86_const
 from unicorn import unicorn_const as uc
@@ -42,6 +43,16 @@ _EXCEPTIONS = {
 }  # fmt: skip
 _PAGE = 4096
 _MAX_TRANSLATIONS = 1024
+_MAX_ALIASES = 64
+"""Virtual pages that one physical page of code is kept track of at: a guest may make any number."""
+
+
+class CodeSegment(NamedTuple):
+    """Where code runs: its address width in bits, its ring, its linear base address."""
+
+    width: int
+    ring: int
+    base: int
 
 
 class UnicornVcpu:
@@ -113,9 +124,9 @@ class UnicornVcpu:
         state = self._registers.read()
         if not self._traps.wants(TrapReason.CPUID, state.registers.rax):
             return False
-        width, ring = self._code_segment(state)
-        _, length = self._trap_at(state, width) or (TrapReason.CPUID, 2)
-        writes = self._ask(self._event(TrapReason.CPUID, state, width, ring, length))
+        segment = self._code_segment(state)
+        _, length = self._trap_at(state, segment) or (TrapReason.CPUID, 2)
+        writes = self._ask(self._event(TrapReason.CPUID, state, segment, length))
         if writes is None:
             return self._stopping
         self._registers.write(writes, move=False)
@@ -124,13 +135,13 @@ class UnicornVcpu:
     def _on_invalid(self, _engine: Uc, _data: object) -> bool:
         """Whether the guest goes on; otherwise it ends here."""
         state = self._registers.read()
-        width, ring = self._code_segment(state)
-        found = self._trap_at(state, width)
+        segment = self._code_segment(state)
+        found = self._trap_at(state, segment)
         if found is None or found[0] is TrapReason.CPUID:
             self._diagnosis = f"undefined instruction at {self._where()}"
             return False
         reason, length = found
-        event = self._event(reason, state, width, ring, length)
+        event = self._event(reason, state, segment, length)
         magic = magic_of(event)
         if self._traps.wants(reason, magic):
             writes = self._ask(event)
@@ -183,8 +194,13 @@ class UnicornVcpu:
 
     def _note_code(self, registers: Registers, address: int) -> None:
         physical = self._translate(registers, address)
-        if physical is not None:
-            self._code_pages.setdefault(physical // _PAGE, set()).add(address // _PAGE)
+        if physical is None:
+            return
+        aliases = self._code_pages.setdefault(physical // _PAGE, set())
+        aliases.add(address // _PAGE)
+        if len(aliases) > _MAX_ALIASES:
+            # It is translated, and noted, anew when it runs again.
+            self._forget_code(physical // _PAGE)
 
     def _forget_code(self, page: int) -> None:
         for virtual in self._code_pages.pop(page, ()):
@@ -193,7 +209,7 @@ class UnicornVcpu:
     # --- the trapping instruction --------------------------------------------------
 
     def _event(
-        self, reason: TrapReason, state: Snapshot, width: int, ring: int, length: int
+        self, reason: TrapReason, state: Snapshot, segment: CodeSegment, length: int
     ) -> TrapEvent:
         return TrapEvent(
             seq=next(self._seq),
@@ -203,18 +219,22 @@ class UnicornVcpu:
             vcpu=self.number,
             ip=state.registers.rip,
             length=length,
-            width=width,
-            ring=ring,
+            width=segment.width,
+            ring=segment.ring,
         )
 
-    def _code_segment(self, state: Snapshot) -> tuple[int, int]:
-        """Address width and ring of the code that runs."""
+    def _code_segment(self, state: Snapshot) -> CodeSegment:
+        """The segment of the code that runs."""
         registers = state.registers
         ring = ring_of(state.cs, registers.cr0, registers.rflags)
         if is_segmented_16(registers.cr0, registers.rflags):
-            return 16, ring
+            return CodeSegment(16, ring, state.cs << 4)
         descriptor = self._descriptor(state)
-        return self._width if descriptor is None else width_of(descriptor, registers.efer), ring
+        if descriptor is None:
+            return CodeSegment(self._width, ring, 0)
+        width = width_of(descriptor, registers.efer)
+        # 64-bit code has no base, whatever its descriptor says.
+        return CodeSegment(width, ring, 0 if width == 64 else base_of(descriptor))
 
     def _descriptor(self, state: Snapshot) -> int | None:
         """The descriptor of CS; `None` before the guest has loaded one of its own."""
@@ -225,21 +245,18 @@ class UnicornVcpu:
         raw = self._read_linear(state.registers, base + offset, DESCRIPTOR_SIZE)
         return int.from_bytes(raw, "little") if len(raw) == DESCRIPTOR_SIZE else None
 
-    def _code_at(self, state: Snapshot) -> bytes:
-        registers = state.registers
-        address = registers.rip
-        if is_segmented_16(registers.cr0, registers.rflags):
-            address += state.cs << 4
-        elif (descriptor := self._descriptor(state)) is not None and self._width != 64:
-            address = base_of(descriptor) + address & 0xFFFF_FFFF
-        return self._read_linear(registers, address, MAX_INSTRUCTION)
+    def _code_at(self, state: Snapshot, segment: CodeSegment) -> bytes:
+        address = segment.base + state.registers.rip
+        if segment.width != 64:
+            address &= 0xFFFF_FFFF
+        return self._read_linear(state.registers, address, MAX_INSTRUCTION)
 
-    def _trap_at(self, state: Snapshot, width: int) -> tuple[TrapReason, int] | None:
-        found = decode_trap(self._code_at(state), width)
+    def _trap_at(self, state: Snapshot, segment: CodeSegment) -> tuple[TrapReason, int] | None:
+        found = decode_trap(self._code_at(state, segment), segment.width)
         if found is None and self._translations:
             # The guest may have changed its page tables since.
             self._translations.clear()
-            found = decode_trap(self._code_at(state), width)
+            found = decode_trap(self._code_at(state, segment), segment.width)
         return found
 
     def _read_linear(self, registers: Registers, address: int, size: int) -> bytes:
@@ -279,5 +296,5 @@ class UnicornVcpu:
 
     def _where(self) -> str:
         state = self._registers.read()
-        code = self._code_at(state)[:8].hex(" ") or "no code there"
+        code = self._code_at(state, self._code_segment(state))[:8].hex(" ") or "no code there"
         return f"{state.registers.rip:#x} ({code})"

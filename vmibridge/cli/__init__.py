@@ -49,5 +49,5 @@ def _commands(tokens: list[str]) -> list[str]:
 
 def _fail(message: str, status: int) -> int:
     line = " ".join(printable(part.strip()) for part in message.splitlines() if part.strip())
-    print(f"vmibridge: {line}", file=sys.stderr)  # noqa: T201
+    sys.stderr.write(f"vmibridge: {line}\n")
     return status

@@ -10,9 +10,10 @@
 import os
 import select
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import anyio
 from rich.box import SIMPLE_HEAD
@@ -36,33 +37,10 @@ _STYLES = {
 }
 
 
-class Writer(Protocol):
+class Writer(ABC):
     """Shows the outcomes of one run. Raises `BrokenPipeError` when nobody reads on."""
 
-    async def __aenter__(self) -> Self: ...
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
-    async def show(self, outcome: Outcome[Any]) -> None:
-        """Show one outcome. Cancelled, a line may be left in part."""
-
-    async def end(self, summary: Summary) -> None:
-        """Show the counts."""
-
-
-class _Stream:
-    """Bytes to a file descriptor, waiting for it on the loop when it is full."""
-
-    def __init__(self) -> None:
-        self._fd = sys.stdout.fileno()
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLOUT)
-
     async def __aenter__(self) -> Self:
-        sys.stdout.flush()
         return self
 
     async def __aexit__(
@@ -71,7 +49,28 @@ class _Stream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        return None
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+    @abstractmethod
+    async def show(self, outcome: Outcome[Any]) -> None:
+        """Show one outcome. Cancelled, a line may be left in part."""
+
+    @abstractmethod
+    async def end(self, summary: Summary) -> None:
+        """Show the counts."""
+
+
+class _StreamWriter(Writer):
+    """Bytes to a file descriptor, waiting for it on the loop when it is full."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        self._fd = sys.stdout.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLOUT)
 
     async def write(self, data: bytes) -> None:
         """A pipe that polls as writable takes PIPE_BUF bytes without blocking."""
@@ -81,7 +80,7 @@ class _Stream:
             data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
 
 
-class JsonWriter(_Stream):
+class JsonWriter(_StreamWriter):
     """One JSON object a line."""
 
     async def show(self, outcome: Outcome[Any]) -> None:
@@ -91,11 +90,10 @@ class JsonWriter(_Stream):
         await self.write(summary_json(summary))
 
 
-class LineWriter(_Stream):
+class LineWriter(_StreamWriter):
     """One plain line a trap."""
 
     async def __aenter__(self) -> Self:
-        await super().__aenter__()
         await self._line(COLUMNS)
         return self
 
@@ -110,7 +108,7 @@ class LineWriter(_Stream):
         await self.write(f"{' '.join([*cells, columns[-1]]).rstrip()}\n".encode())
 
 
-class TableWriter:
+class TableWriter(Writer):
     """A live table of the latest traps over the counts, eight times a second."""
 
     def __init__(self, console: Console) -> None:
@@ -125,12 +123,7 @@ class TableWriter:
         self._live.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._live.stop()
 
     async def show(self, outcome: Outcome[Any]) -> None:
