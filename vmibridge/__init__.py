@@ -9,6 +9,7 @@ from vmibridge.contract import (
     STANDARD_MAGIC,
     STANDARD_VERIFY_VALUE3,
     STANDARD_VERIFY_VALUE4,
+    STANDARD_WAIT,
     BridgeContract,
 )
 from vmibridge.dispatch import Bridge, BridgeDispatch
@@ -27,6 +28,7 @@ __all__ = [
     "STANDARD_MAGIC",
     "STANDARD_VERIFY_VALUE3",
     "STANDARD_VERIFY_VALUE4",
+    "STANDARD_WAIT",
     "Bridge",
     "BridgeContext",
     "BridgeContract",

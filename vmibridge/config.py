@@ -19,9 +19,11 @@ from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 
-from vmibridge.engine import EngineSettings
 from vmibridge.errors import ConfigError
+from vmibridge.policy import Policy
 from vmibridge.response import BridgeResponse
+from vmibridge.settings import ServerSettings
+from vmibridge.status import Gate
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -29,10 +31,11 @@ _AT = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_Count = Annotated[int, msgspec.Meta(ge=1)]
 _Unsigned = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class _Fallback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value1: _Unsigned | None = None
     value2: _Unsigned | None = None
     value3: _Unsigned | None = None
@@ -45,14 +48,26 @@ class _Fallback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout: _Seconds = 5.0
-    fallback: _Fallback = _Fallback()
-    queue: Annotated[int, msgspec.Meta(ge=1)] = 256
+    soft_timeout: _Seconds | None = None
+    wait: _Reply = _Reply(int(Gate.WAIT))
+    retry_values: tuple[Annotated[int, msgspec.Meta(ge=1, le=4)], ...] = (1, 2, 3, 4)
+    result_timeout: _Seconds = 60.0
+    fallback: _Reply = _Reply()
+    queue: _Count = 256
+    in_flight: _Count = 1024
+    in_flight_total: _Count = 8192
+    grace: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     stop_timeout: _Seconds = 5.0
+    handshake: bool = True
 
-    @property
-    def settings(self) -> EngineSettings:
-        fallback: BridgeResponse[Any] = BridgeResponse(*msgspec.structs.astuple(self.fallback))
-        return EngineSettings(self.timeout, fallback, self.queue, self.stop_timeout)
+    def settings(self, policy: Policy | None) -> ServerSettings:
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        replies = {
+            name: BridgeResponse(*msgspec.structs.astuple(value))
+            for name, value in values.items()
+            if isinstance(value, _Reply)
+        }
+        return ServerSettings(**{**values, **replies}, policy=policy)
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,9 +97,9 @@ class Config:
             raise ConfigError(f"{path}: {error}") from error
 
     @property
-    def server(self) -> EngineSettings:
-        """`[server]`, with defaults for what is not there."""
-        return self._file.server.settings
+    def server(self) -> ServerSettings:
+        """`[server]` with `[policy]`, and defaults for what is not there."""
+        return self._file.server.settings(None)
 
     def settings_of(self, handler: str, kind: type[S]) -> S:
         """`[handlers.NAME]`, decoded. Raises `ConfigError`."""

@@ -1,17 +1,23 @@
-"""What a handler gets beside the packet: the trap, and the guest's memory."""
+"""What a handler gets beside the packet: the trap, and the guest's memory.
+
+A request that outlives its soft deadline loses its trap, and gets another one when the
+guest sends it again: `event` is then the new one. Its memory waits in between.
+"""
 
 from vmibridge.event import TrapEvent
 from vmibridge.memory import GuestMemory, PhysicalMemory
 
 
 class BridgeContext:
-    """The guest at one trap. It ends with the answer to that trap."""
+    """The guest at one request. It ends with the final answer to it."""
 
-    __slots__ = ("_memory", "_physical", "event")
+    __slots__ = ("_closed", "_memory", "_physical", "event")
 
     def __init__(self, event: TrapEvent, physical: PhysicalMemory) -> None:
         self.event = event
+        """The trap; after a soft deadline the one that was answered WAIT, until the retry."""
         self._physical = physical
+        self._closed = False
         self._memory: GuestMemory | None = None
 
     @property
@@ -19,6 +25,8 @@ class BridgeContext:
         """Guest memory by virtual and physical address."""
         if self._memory is None:
             self._memory = GuestMemory(self._physical, self.event)
+            if self._closed:
+                self._memory.close()
         return self._memory
 
     @property
@@ -31,6 +39,18 @@ class BridgeContext:
         """The number of the vCPU, from 0."""
         return self.event.vcpu
 
+    def park(self) -> None:
+        """The guest runs on for now: accesses to its memory wait for `attach`."""
+        self.memory.park()
+
+    def attach(self, event: TrapEvent) -> None:
+        """Go on with the trap of a retry."""
+        self.event = event
+        self.memory.attach(event)
+
     def close(self) -> None:
         """Cut the handler off from the guest, which runs again."""
-        self.memory.close()
+        # Most handlers never look at memory, and then it is never made.
+        self._closed = True
+        if self._memory is not None:
+            self._memory.close()

@@ -4,9 +4,12 @@ The standard contract is that of vmi-utils 0.11 and later. A guest that checks t
 two stamps tells an answer from a missing host, which leaves its registers alone.
 """
 
+from typing import Any
+
 import msgspec
 
 from vmibridge.response import BridgeResponse, T
+from vmibridge.status import Gate
 
 STANDARD_MAGIC = 0x4249_4D56
 """`VMIB`, read as little-endian bytes."""
@@ -14,6 +17,9 @@ STANDARD_VERIFY_VALUE3 = 0x2133_5352_2D49_4D56
 """`VMI-RS3!`; an x86 guest sees the low 32 bits."""
 STANDARD_VERIFY_VALUE4 = 0x2134_5352_2D49_4D56
 """`VMI-RS4!`; an x86 guest sees the low 32 bits."""
+
+STANDARD_WAIT: BridgeResponse[Any] = BridgeResponse(value1=int(Gate.WAIT))
+"""The gate's WAIT: the guest sleeps (upstream: 250 ms) and sends the request again."""
 
 
 class BridgeContract(msgspec.Struct, frozen=True, gc=False):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 from vmibridge.context import BridgeContext
 from vmibridge.contract import BridgeContract
 from vmibridge.event import TrapFilter, TrapReason
-from vmibridge.handler import BridgeHandler, check_timeout
+from vmibridge.handler import BridgeHandler, check_retry_values, check_timeout
 from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
@@ -48,7 +48,7 @@ Target: TypeAlias = BridgeHandler[Any] | BridgeDispatch
 class Entry:
     """One place in the order of a bridge: a target, and what it answers to."""
 
-    __slots__ = ("any_cpuid", "contract", "handler", "name", "stamps", "target")
+    __slots__ = ("any_cpuid", "contract", "handler", "name", "serial", "stamps", "target")
 
     def __init__(self, target: Target, contract: BridgeContract) -> None:
         self.target = target
@@ -56,8 +56,12 @@ class Entry:
         self.handler = target if isinstance(target, BridgeHandler) else None
         self.stamps = any(value is not None for value in contract.verify_values)
         self.any_cpuid = target.ANY_CPUID
+        self.serial = self.handler is not None and self.handler.serial
         if self.handler is not None:
+            # An instance may have set its own.
             check_timeout(self.handler.timeout)
+            check_timeout(self.handler.soft_timeout, "soft_timeout")
+            check_retry_values(self.handler.retry_values)
         self.name = type(target).__name__ if self.handler is None else self.handler.name
 
 

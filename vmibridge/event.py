@@ -8,6 +8,13 @@ from enum import Enum
 
 import msgspec
 
+_CR0_PG = 1 << 31
+_CR4_PAE = 1 << 5
+_EFER_LMA = 1 << 10
+_ROOT = 0x000F_FFFF_FFFF_F000
+_ROOT_PAE = 0xFFFF_FFE0
+_ROOT_32BIT = 0xFFFF_F000
+
 
 class TrapReason(Enum):
     """The instruction that a backend intercepted."""
@@ -73,8 +80,25 @@ class TrapEvent(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def address_space(self) -> int:
-        """CR3 at the trap."""
-        return self.registers.cr3
+        """The physical address of the root of the page tables, which names the address space.
+
+        It is CR3 without the bits that do not name the root: a guest changes those from one
+        switch of tasks to the next (PCID), or per task (LAM). Intel SDM volume 3A, tables
+        4-3 (32-bit paging), 4-7 (PAE) and 4-12 and 4-13 (4 and 5 levels):
+
+        | paging | bits of the root |
+        |---|---|
+        | 4 or 5 levels, or none | 12 to 51 |
+        | PAE | 5 to 31 |
+        | 32-bit | 12 to 31 |
+
+        A kernel that isolates its page tables (Linux with PTI) has two roots for one
+        process: one that ring 3 runs on, and one for ring 0.
+        """
+        registers = self.registers
+        if registers.efer & _EFER_LMA or not registers.cr0 & _CR0_PG:
+            return registers.cr3 & _ROOT
+        return registers.cr3 & (_ROOT_PAE if registers.cr4 & _CR4_PAE else _ROOT_32BIT)
 
 
 class RegisterWrites(msgspec.Struct, frozen=True, gc=False):

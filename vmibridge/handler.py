@@ -41,36 +41,56 @@ class Method(NamedTuple):
     name: str
     """The attribute of the handler that answers it."""
     timeout: float | None
-    """Seconds; `None` leaves it to the handler."""
+    """Seconds; `None` leaves it to the handler. So it does for the next three."""
     doc: str
     """The first line of its docstring."""
+    soft_timeout: float | None = None
+    wait: BridgeResponse[Any] | None = None
+    retry_values: tuple[int, ...] | None = None
 
 
-def method(code: int, *, timeout: float | None = None) -> Callable[[_F], _F]:
+def method(
+    code: int,
+    *,
+    timeout: float | None = None,
+    soft_timeout: float | None = None,
+    wait: BridgeResponse[Any] | None = None,
+    retry_values: tuple[int, ...] | None = None,
+) -> Callable[[_F], _F]:
     """Mark an async method of a `BridgeHandler` as the answer to a method code.
 
-    `code` has 16 bits, `timeout` is in seconds and overrides the handler's. Raises
-    `ValueError` for either out of range, `TypeError` for a function that is not async.
+    `code` has 16 bits. The others override what the handler says under the same name.
+    Raises `ValueError` for one out of range, `TypeError` for a function that is not async.
     """
     if code >> 16:
         raise ValueError(f"a method code has 16 bits, got {code:#x}")
     check_timeout(timeout)
+    check_timeout(soft_timeout, "soft_timeout")
+    check_retry_values(retry_values)
 
     def mark(function: _F) -> _F:
         is_async = iscoroutinefunction(function)
         if not is_async:
             raise TypeError(f"{function.__qualname__} answers a method, so it has to be async")
         doc = (getdoc(function) or "").partition("\n")[0]
-        function.__bridge_method__ = Method(code, function.__name__, timeout, doc)  # type: ignore[attr-defined]
+        function.__bridge_method__ = Method(  # type: ignore[attr-defined]
+            code, function.__name__, timeout, doc, soft_timeout, wait, retry_values
+        )
         return function
 
     return mark
 
 
-def check_timeout(timeout: float | None) -> None:
+def check_timeout(timeout: float | None, name: str = "timeout") -> None:
     """Raise `ValueError` for what is no time limit in seconds; `None` is none."""
     if timeout is not None and not timeout > 0:
-        raise ValueError(f"a timeout is a positive number of seconds, got {timeout!r}")
+        raise ValueError(f"{name} is a positive number of seconds, got {timeout!r}")
+
+
+def check_retry_values(values: tuple[int, ...] | None) -> None:
+    """Raise `ValueError` for what are no numbers of values, 1 to 4; `None` is none."""
+    if values is not None and not set(values) <= {1, 2, 3, 4}:
+        raise ValueError(f"retry_values are numbers of values, 1 to 4, got {values!r}")
 
 
 class BridgeHandler(Generic[T]):
@@ -91,7 +111,20 @@ class BridgeHandler(Generic[T]):
     name: ClassVar[str] = "bridge_handler"
     """Its name in outcomes and in the configuration; by default the class's, in snake case."""
     timeout: ClassVar[float | None] = None
-    """Seconds for one request; `None` leaves it to the server."""
+    """Seconds to the hard deadline of one request: it is cancelled, and the guest gets the
+    fallback. `None` leaves it to the server; so it does for the next three."""
+    soft_timeout: ClassVar[float | None] = None
+    """Seconds to the soft deadline: the guest is told to wait and to ask again, while the
+    handler goes on. `math.inf`: none, whatever the server says."""
+    wait: ClassVar[BridgeResponse[Any] | None] = None
+    """What the guest is told at the soft deadline, before stamps; see `STANDARD_WAIT`."""
+    retry_values: ClassVar[tuple[int, ...] | None] = None
+    """Which of value1 to value4 a retry has in common with its request. Leave out one that
+    counts the attempts."""
+    serial: ClassVar[bool] = False
+    """Answer one request at a time; the others wait for their turn."""
+    shared: ClassVar[bool] = False
+    """One instance may serve several VMs: it keeps nothing of a guest."""
     Settings: ClassVar[type[msgspec.Struct] | None] = None
     """The type of `[handlers.NAME]` in the configuration; an instance of it is then
     the only argument of the constructor."""
@@ -105,6 +138,8 @@ class BridgeHandler(Generic[T]):
                 r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__
             ).lower()
         check_timeout(cls.timeout)
+        check_timeout(cls.soft_timeout, "soft_timeout")
+        check_retry_values(cls.retry_values)
         cls.methods = MappingProxyType(_collect_methods(cls))
 
     @classmethod
@@ -124,18 +159,12 @@ class BridgeHandler(Generic[T]):
         """What this handler answers to. Raises `ValueError` for a code out of range."""
         return contract_of(self)
 
-    def timeout_of(self, method: int) -> float | None:
-        """Seconds for a method code: the method's, else the handler's, else `None`."""
-        marked = self.methods.get(method)
-        if marked is not None and marked.timeout is not None:
-            return marked.timeout
-        return self.timeout
-
     async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[T] | None:
         """Answer one request; `None` rejects it.
 
-        Cancelled at its deadline, and when the server stops: the guest then has its
-        fallback already, and `vmi.memory` is closed.
+        Cancelled at its hard deadline, and when the server stops: the guest then has its
+        fallback already, and `vmi.memory` is closed. From its soft deadline on, an access
+        to `vmi.memory` waits until the guest has asked again.
         """
         marked = self.methods.get(packet.method)
         if marked is None:

@@ -8,7 +8,7 @@ Rules:
 - Queued traps, ready or not, are bounded by `capacity`. `put` waits for room, which
   comes in batches of half the capacity: a task switch is then paid per batch.
 - One waiting worker at a time is woken. It takes traps until one makes it wait, and
-  only then is the next one woken (`Engine._promote`).
+  only then is the next one woken (`Workers._promote`).
 """
 
 from collections import deque

@@ -5,12 +5,15 @@
 | handled | returned a response | the response, stamped |
 | rejected | matched, returned nothing | the fallback |
 | unmatched | none for this request | its registers as they were |
-| timeout | ran past its deadline, was cancelled | the fallback |
+| waiting | ran past its soft deadline, goes on | WAIT, stamped |
+| timeout | ran past its hard deadline, was cancelled | the fallback |
 | failed | raised, or the guest is 16-bit code | the fallback |
-| denied | was not asked: policy | the fallback |
+| denied | was not asked: policy | what the policy says; by default the instruction runs natively |
 | cancelled | was cancelled, or the server stopped | the fallback |
 
-The default fallback leaves the registers alone. In every case the guest moves on.
+The default fallback leaves the registers alone. In every case the guest moves on. A
+request that was told to wait has an outcome for each of its traps: *waiting*, until a
+retry gets the result.
 """
 
 from enum import Enum
@@ -29,6 +32,7 @@ class OutcomeKind(Enum):
     HANDLED = "handled"
     REJECTED = "rejected"
     UNMATCHED = "unmatched"
+    WAITING = "waiting"
     TIMEOUT = "timeout"
     FAILED = "failed"
     DENIED = "denied"

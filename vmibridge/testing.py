@@ -1,10 +1,11 @@
 """Test handlers without a guest, and servers without a VM.
 
 `drive` runs one handler on one packet. `FakeBackend` feeds trap events from a list
-and keeps the register writes. Both run on either event loop.
+and keeps the register writes. `FakeGuest` is a guest as a coroutine, which calls, looks
+at its answer, and calls again. All run on either event loop.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -120,6 +121,88 @@ class FakeBackend(Backend):
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         self.memory.write(address, data)
+
+
+class FakeGuest(FakeBackend):
+    """A VM whose guest is a coroutine function: it is given this backend, to `call` by.
+
+        async def guest(vm):
+            while (await vm.call(packet)).rax == Gate.WAIT:
+                await anyio.sleep(0.01)
+
+    The run ends when it returns; what it raises is raised by the run. A stop cancels it.
+    For several vCPUs it starts tasks of its own.
+    """
+
+    def __init__(
+        self,
+        guest: Callable[["FakeGuest"], Awaitable[object]],
+        *,
+        memory: Mapping[int, bytes] | None = None,
+        vm: str = "fake",
+    ) -> None:
+        super().__init__(memory=memory, vm=vm)
+        self._guest = guest
+        self._sink: TrapSink | None = None
+        self._waiting: dict[int, anyio.Event] = {}
+        self._running = anyio.CancelScope()
+
+    async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
+        """Run the guest to its end."""
+        self._sink = sink
+        with self._running:
+            await self._guest(self)
+        reason = "stopped" if self._running.cancel_called else "halted"
+        vcpus = {event.vcpu for event in self.events}
+        return GuestEnd(tuple(VcpuEnd(vcpu, reason) for vcpu in sorted(vcpus)))
+
+    def stop(self) -> None:
+        """Cancel the guest."""
+        self._running.cancel()
+
+    async def call(
+        self,
+        packet: BridgePacket,
+        *,
+        vcpu: int = 0,
+        address_space: int = 0,
+        ring: int = 0,
+        ip: int = 0x1000,
+    ) -> RegisterWrites | None:
+        """Send a packet by VMCALL, as 64-bit code without paging; returns the answer.
+
+        `None` stands for a trap that ran natively. A vCPU has one trap at a time. Raises
+        `TrapQueueClosedError` when the server takes no more.
+        """
+        assert self._sink is not None, "the guest runs in a server"
+        registers = Registers(
+            rcx=packet.magic,
+            rdx=packet.request | packet.method << 16,
+            r8=packet.value1,
+            r9=packet.value2,
+            r10=packet.value3,
+            r11=packet.value4,
+            cr3=address_space,
+        )
+        seq = len(self.events) + 1
+        event = TrapEvent(
+            seq, TrapReason.VMCALL, registers, self.vm, vcpu, ip=ip, length=3, ring=ring
+        )
+        self.events.append(event)
+        answered = self._waiting[seq] = anyio.Event()
+        self._open.add(seq)
+        try:
+            await self._sink.put(event)
+        except TrapQueueClosedError:
+            self._open.discard(seq)
+            raise
+        await answered.wait()
+        return self.writes[seq]
+
+    async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
+        """Give the guest its answer. Raises `BackendError` for a trap that waits for none."""
+        await super().resume(event, writes)
+        self._waiting.pop(event.seq).set()
 
 
 async def drive(

@@ -17,6 +17,7 @@ from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
 from vmibridge.status import Status
+from vmibridge.settings import ServerSettings
 from vmibridge.testing import FakeBackend
 
 MAGIC, OTHER_MAGIC, UNKNOWN_MAGIC = 0x4249_4D56, 0x5245_4854, 0xDEAD_BEEF
@@ -730,17 +731,18 @@ async def test_a_marked_method_can_be_called_as_any_other():
     ],
 )
 def test_a_methods_timeout_comes_before_the_handlers(code, seconds):
-    assert Files().timeout_of(code) == seconds
+    assert ServerSettings(timeout=7.0).terms(Files(), code).timeout == seconds
 
 
 def test_without_any_timeout_the_server_decides():
-    assert Answering().timeout_of(1) is None
+    assert ServerSettings(timeout=7.0).terms(Answering(), 1).timeout == 7.0
 
 
 def test_an_instance_may_have_a_timeout_of_its_own():
     files = Files()
     files.timeout = 9.0
-    assert (files.timeout_of(0x0001), files.timeout_of(0x0002)) == (9.0, 0.5)
+    terms = ServerSettings().terms
+    assert (terms(files, 0x0001).timeout, terms(files, 0x0002).timeout) == (9.0, 0.5)
 
 
 @pytest.mark.parametrize("timeout", [0, 0.0, -1, -0.5, float("nan"), float("-inf")])

@@ -28,7 +28,8 @@ from vmibridge.backend.unicorn import UnicornOptions
 from vmibridge.cli.handlers import HandlerLine, MethodLine
 from vmibridge.cli.trap_line import TrapLine, VcpuLine, summary_json
 from vmibridge.config import Config
-from vmibridge.engine import EngineSettings, Summary
+from vmibridge.settings import ServerSettings
+from vmibridge.summary import Summary
 from vmibridge.errors import ConfigError
 from vmibridge.loading import find_handlers
 from vmibridge.memory import GuestMemory
@@ -259,9 +260,9 @@ def test_every_field_of_the_handlers_list_is_there():
 def test_every_key_of_the_server_is_there():
     text = section("docs/configuration.md", "## `[server]`")
     keys, fallback_keys = map(rows, text.split("### `server.fallback`"))
-    assert list(keys) == config_keys("server") == list(EngineSettings.__struct_fields__)
+    assert list(keys) == config_keys("server") == list(ServerSettings.__struct_fields__)
     assert list(fallback_keys) == config_keys("server.fallback")
-    for field in msgspec.structs.fields(EngineSettings):
+    for field in msgspec.structs.fields(ServerSettings):
         if field.name != "fallback":
             assert ast.literal_eval(keys[field.name][2]) == field.default
 

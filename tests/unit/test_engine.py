@@ -358,17 +358,16 @@ class TestDeadlines:
         assert backend.memory[0x2000] == b"calm"
 
     async def test_many_deadlines_of_different_lengths_are_each_kept(self):
-        class Timed(BridgeHandler[None]):
-            MAGIC = MAGIC
-            REQUEST = 1
-
-            def timeout_of(self, method):
-                return method / 1000
-
-            async def handle(self, vmi, packet):
+        def timed(milliseconds):
+            @method(milliseconds, timeout=milliseconds / 1000)
+            async def hang(self, vmi, packet):
                 await anyio.sleep_forever()
 
+            return hang
+
         lengths = [80, 10, 40, 20, 60, 30]
+        methods = {f"hang_{length}": timed(length) for length in lengths}
+        Timed = type("Timed", (BridgeHandler,), {"MAGIC": MAGIC, "REQUEST": 1, **methods})
         events = [trap(seq, length, vcpu=seq) for seq, length in enumerate(lengths)]
         outcomes, _, _ = await serve(events, Timed())
         assert [o.packet.method for o in outcomes] == sorted(lengths)

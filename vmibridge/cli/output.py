@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
-from vmibridge.engine import Summary
+from vmibridge.summary import Summary
 from vmibridge.outcome import Outcome, OutcomeKind
 
 _WIDTHS = (6, 4, 9, 12, 20, 9, 38, 7)

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from vmibridge.engine import Summary
+from vmibridge.summary import Summary
 from vmibridge.outcome import Outcome
 from vmibridge.text import printable
 
