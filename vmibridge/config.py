@@ -4,6 +4,10 @@
     timeout = 2.5
     fallback = { value1 = 0xffffffff }
 
+    [policy]
+    rings = [3]
+    vm.requests = { burst = 100, rate = 50 }
+
     [handlers.fetch]
     allow = ["https://example.com/samples/"]
 
@@ -12,15 +16,17 @@ An error names the file, the line where it can be found, and the key.
 
 import re
 import tomllib
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 from vmibridge.errors import ConfigError
-from vmibridge.policy import Policy
+from vmibridge.policy import AddressRange, Policy, Quota
 from vmibridge.response import BridgeResponse
 from vmibridge.settings import ServerSettings
 from vmibridge.status import Gate
@@ -70,8 +76,30 @@ class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ServerSettings(**{**values, **replies}, policy=policy)
 
 
+_Ring = Annotated[int, msgspec.Meta(ge=0, le=3)]
+_Root = Annotated[int, msgspec.Meta(ge=0, le=(1 << 52) - 1, multiple_of=32)]
+
+
+class _Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rings: Annotated[frozenset[_Ring], msgspec.Meta(min_length=1)] = frozenset({0, 1, 2, 3})
+    address_spaces: frozenset[_Root] | None = None
+    instructions: tuple[AddressRange, ...] | None = None
+    vm: Quota = Quota()
+    address_space: Quota = Quota()
+    max_address_spaces: _Count = 4096
+    denied: Literal["native", "skip"] | _Reply = "native"
+
+    @property
+    def policy(self) -> Policy:
+        values = msgspec.structs.asdict(self)
+        if isinstance(self.denied, _Reply):
+            values["denied"] = BridgeResponse(*msgspec.structs.astuple(self.denied))
+        return Policy(**values)
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     server: _Server = _Server()
+    policy: _Policy | None = None
     handlers: dict[str, dict[str, Any]] = {}
 
 
@@ -99,7 +127,12 @@ class Config:
     @property
     def server(self) -> ServerSettings:
         """`[server]` with `[policy]`, and defaults for what is not there."""
-        return self._file.server.settings(None)
+        return self._file.server.settings(self.policy)
+
+    @property
+    def policy(self) -> Policy | None:
+        """`[policy]`; `None` where the file has no such table."""
+        return None if self._file.policy is None else self._file.policy.policy
 
     def settings_of(self, handler: str, kind: type[S]) -> S:
         """`[handlers.NAME]`, decoded. Raises `ConfigError`."""
@@ -129,8 +162,10 @@ class Config:
             inside = re.findall(r"[\w-]+", at["path"]) if at else []
             unknown = re.search(r"unknown field `([^`]+)`", message)
             if unknown:
+                message = f"no such key; there are {', '.join(_keys_at(kind, inside))}"
                 inside.append(unknown[1])
-                message = f"no such key; there are {', '.join(_fields_at(kind, inside[:-1]))}"
+            elif message.startswith("Invalid enum value") and (known := _words_at(kind, inside)):
+                message = f"no such value; there are {', '.join(known)}"
             raise self._error((*path, *inside), _AT.sub("", message)) from error
 
     def _error(self, path: tuple[str, ...], message: str) -> ConfigError:
@@ -139,28 +174,71 @@ class Config:
         return ConfigError(f"{place}: {'.'.join(path) or 'the file'}: {message}")
 
 
-def _fields_at(kind: type[msgspec.Struct], path: list[str]) -> tuple[str, ...]:
+def _keys_at(kind: Any, path: Iterable[str]) -> list[str]:
+    """The keys that a table may have."""
+    return [field.encode_name for option in _types_at(kind, path) for field in _fields(option)]
+
+
+def _words_at(kind: Any, path: Iterable[str]) -> list[str]:
+    """The words that a key may have for a value."""
+    literals = [option for option in _types_at(kind, path) if get_origin(option) is Literal]
+    return [str(word) for literal in literals for word in get_args(literal)]
+
+
+def _types_at(kind: Any, path: Iterable[str]) -> list[Any]:
+    """What the value of a key may be: the parts of a union. An index is a key, too."""
+    kinds = _options(kind)
     for key in path:
-        field = kind.__annotations__.get(key)
-        if isinstance(field, type) and issubclass(field, msgspec.Struct):
-            kind = field
-    return kind.__struct_encode_fields__
+        inside: list[Any] = []
+        for option in kinds:
+            inside += [field.type for field in _fields(option) if field.encode_name == key]
+            # The values of a dict, the items of what else holds any.
+            inside += get_args(option)[1:] if get_origin(option) is dict else get_args(option)[:1]
+        kinds = [option for part in inside for option in _options(part)]
+    return kinds
+
+
+def _options(kind: Any) -> list[Any]:
+    if get_origin(kind) is Annotated:
+        return _options(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [option for part in get_args(kind) for option in _options(part)]
+    return [kind]
+
+
+def _fields(kind: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
+    struct = get_origin(kind) or kind
+    if isinstance(struct, type) and issubclass(struct, msgspec.Struct):
+        return msgspec.structs.fields(kind)
+    return ()
 
 
 def _line_of(text: str, path: tuple[str, ...]) -> int | None:
-    """The line of a key, for the usual forms of TOML; the nearest table's otherwise."""
+    """The line of a key, for the usual forms of TOML.
+
+    Otherwise the first line of what is in it, or that of the nearest table around it.
+    """
     table: tuple[str, ...] = ()
-    best: int | None = None
+    inside: int | None = None
+    around: int | None = None
+    lengths: Counter[tuple[str, ...]] = Counter()
     for number, line in enumerate(text.splitlines(), 1):
         header = re.match(r"\s*\[\[?([^\]]+)\]", line)
         entry = re.match(r"\s*([\w\-.\"']+)\s*=", line)
         if header:
             table = tuple(part.strip().strip("\"'") for part in header[1].split("."))
+            if line.lstrip().startswith("[["):
+                lengths[table] += 1
+                table = (*table, str(lengths[table] - 1))
             here = table
         elif entry:
             here = (*table, *(part.strip("\"'") for part in entry[1].split(".")))
         else:
             continue
-        if here and here == path[: len(here)]:
-            best = number
-    return best
+        if here == path:
+            return number
+        if here == path[: len(here)]:
+            around = number
+        elif inside is None and path and path == here[: len(path)]:
+            inside = number
+    return inside or around

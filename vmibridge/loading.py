@@ -3,7 +3,7 @@
 A module offers what its `handlers()` function returns, or else every concrete
 `BridgeHandler` that it defines, in order; a folder or a package, what its modules offer.
 A class that has `Settings` is made with them, decoded from the configuration; another is
-made without arguments.
+made without arguments. Each VM gets handlers of its own, but for those that say `shared`.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 from vmibridge.config import Config
+from vmibridge.dispatch import Bridge
 from vmibridge.errors import HandlerLoadError, HandlerSourceError, VmiBridgeError
 from vmibridge.handler import BridgeHandler
 
@@ -50,16 +51,44 @@ def find_handlers(sources: Iterable[str]) -> list[Offered]:
     return list(found.values())
 
 
-def load_handlers(sources: Iterable[str], config: Config | None = None) -> list[BridgeHandler[Any]]:
-    """The handlers of all sources, made with their settings.
+class HandlerFactory:
+    """Makes the handlers of one VM after the other: what a server of several VMs takes.
 
-    Raises as `find_handlers` does; `ConfigError` for settings that are wrong or for a
-    handler that no source offers; `HandlerLoadError` when making one fails.
+    Raises as `find_handlers` does, and `ConfigError` for settings of a handler that no
+    source offers.
     """
-    offered = find_handlers(sources)
-    config = config or Config()
-    config.check_handlers({offer.handler.name for offer in offered})
-    return [_make(offer, config) for offer in offered]
+
+    def __init__(self, sources: Iterable[str], config: Config | None = None) -> None:
+        self._sources = list(sources)
+        self._config = config or Config()
+        self._shared: dict[tuple[str, int], BridgeHandler[Any]] = {}
+        offered = find_handlers(self._sources)
+        self._config.check_handlers({offer.handler.name for offer in offered})
+
+    def __call__(self, vm: str) -> Bridge:
+        """The bridge of a VM. Raises as `make` does."""
+        return Bridge(*self.make())
+
+    def make(self) -> list[BridgeHandler[Any]]:
+        """The handlers of one more VM, made with their settings.
+
+        Raises `ConfigError` for settings that are wrong, `HandlerLoadError` when making
+        one fails.
+        """
+        # Asked anew, so that what a `handlers()` function makes is made for each VM.
+        handlers = []
+        for place, offer in enumerate(find_handlers(self._sources)):
+            key = (offer.source, place)
+            handler = self._shared.get(key) or _make(offer, self._config)
+            if handler.shared:
+                self._shared[key] = handler
+            handlers.append(handler)
+        return handlers
+
+
+def load_handlers(sources: Iterable[str], config: Config | None = None) -> list[BridgeHandler[Any]]:
+    """The handlers of all sources, for one VM. Raises as `HandlerFactory` and its `make` do."""
+    return HandlerFactory(sources, config).make()
 
 
 def _make(offer: Offered, config: Config) -> BridgeHandler[Any]:

@@ -46,9 +46,9 @@ class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not 0 < self.burst < math.inf:
-            raise ValueError(f"burst is a number above 0, got {self.burst!r}")
+            raise ValueError(f"burst is a finite number above 0, got {self.burst!r}")
         if not 0 <= self.rate < math.inf:
-            raise ValueError(f"rate is a number from 0, got {self.rate!r}")
+            raise ValueError(f"rate is a finite number from 0, got {self.rate!r}")
 
 
 class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +119,11 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"max_address_spaces is 1 or more, got {self.max_address_spaces!r}")
         if not isinstance(self.denied, BridgeResponse) and self.denied not in ("native", "skip"):
             raise ValueError(f"denied is 'native', 'skip' or a response, got {self.denied!r}")
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether requests or bytes are limited, for the VM or for each address space."""
+        return self.vm != Quota() or self.address_space != Quota()
 
 
 class _Account:

@@ -526,9 +526,7 @@ class Workers:
                 self._pending.remove(request)
                 self.summary.abandoned += 1
 
-    async def _finish_for(
-        self, event: TrapEvent, started: float, outcome: Outcome[Any]
-    ) -> None:
+    async def _finish_for(self, event: TrapEvent, started: float, outcome: Outcome[Any]) -> None:
         await self._finish(event, started, outcome)
         self._promote()
 

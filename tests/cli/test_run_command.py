@@ -33,6 +33,7 @@ class TestJson:
         assert first.pop("duration_us") > 0
         assert first == {
             "seq": 1,
+            "vm": "vm",
             "vcpu": 0,
             "trap": "vmcall",
             "width": 64,
@@ -372,7 +373,8 @@ class TestHandlersList:
         done = vmibridge("handlers", "list", handlers, "--json")
         (line,) = [json.loads(line) for line in done.stdout.splitlines()]
         assert (line["name"], line["magic"], line["request"]) == ("probe", 0x42494D56, 0x100)
-        assert line["methods"][0] == {"code": 1, "name": "add", "timeout": None, "doc": "Adds one."}
+        method = line["methods"][0]
+        assert (method["code"], method["name"], method["doc"]) == (1, "add", "Adds one.")
 
     def test_tells_what_is_wrong(self, vmibridge, tmp_path):
         assert vmibridge("handlers", "list", "none.py").returncode == 2

@@ -16,8 +16,8 @@ from vmibridge.handler import BridgeHandler, method
 from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
-from vmibridge.status import Status
 from vmibridge.settings import ServerSettings
+from vmibridge.status import Status
 from vmibridge.testing import FakeBackend
 
 MAGIC, OTHER_MAGIC, UNKNOWN_MAGIC = 0x4249_4D56, 0x5245_4854, 0xDEAD_BEEF

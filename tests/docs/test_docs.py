@@ -28,11 +28,12 @@ from vmibridge.backend.unicorn import UnicornOptions
 from vmibridge.cli.handlers import HandlerLine, MethodLine
 from vmibridge.cli.trap_line import TrapLine, VcpuLine, summary_json
 from vmibridge.config import Config
-from vmibridge.settings import ServerSettings
-from vmibridge.summary import Summary
 from vmibridge.errors import ConfigError
 from vmibridge.loading import find_handlers
 from vmibridge.memory import GuestMemory
+from vmibridge.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.settings import ServerSettings
+from vmibridge.summary import Summary
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -244,7 +245,7 @@ def test_every_option_is_there(command, environment):
 
 def test_every_json_field_is_there():
     told = section("docs/command-line.md", "### JSON lines")
-    summary = msgspec.json.decode(summary_json(Summary(dict.fromkeys(OutcomeKind, 0))))["summary"]
+    summary = msgspec.json.decode(summary_json({"vm": Summary()}))["summary"]
     trap_fields, summary_fields, vcpu_fields = told.split("| field of ")
     assert set(rows(trap_fields)) == set(TrapLine.__struct_fields__)
     assert set(rows(summary_fields)) == set(summary)
@@ -267,10 +268,39 @@ def test_every_key_of_the_server_is_there():
             assert ast.literal_eval(keys[field.name][2]) == field.default
 
 
+def test_every_key_of_the_policy_is_there():
+    text = section("docs/configuration.md", "## `[policy]`")
+    keys, ranges, quota, rate, denied = re.split(r"^### .*$", text, flags=re.MULTILINE)
+    assert config_keys("policy") == list(rows(keys)) == list(Policy.__struct_fields__)
+    assert config_keys("[policy.instructions]") == list(rows(ranges))
+    assert list(rows(ranges)) == list(AddressRange.__struct_fields__)
+    for table in ("policy.vm", "policy.address_space"):
+        assert config_keys(table) == list(rows(quota)) == list(Quota.__struct_fields__)
+        for key in rows(quota):
+            assert config_keys(f"{table}.{key}") == list(rows(rate)) == list(Rate.__struct_fields__)
+    words = re.findall(r'^\| "(\w+)" \|', denied, re.MULTILINE)
+    assert words == known('[policy]\ndenied = "no such word"\n')
+    assert config_keys("policy.denied") == config_keys("server.fallback")
+
+
+def test_every_default_of_the_policy_is_there():
+    keys = rows(section("docs/configuration.md", "## `[policy]`"))
+    default = Policy()
+    assert ast.literal_eval(keys["rings"][2]) == sorted(default.rings)
+    assert ast.literal_eval(keys["max_address_spaces"][2]) == default.max_address_spaces
+    assert ast.literal_eval(keys["denied"][2]) == default.denied
+    assert ast.literal_eval(keys["rate"][2]) == Rate(burst=1).rate
+
+
 def config_keys(table):
     """The keys that a table of the file may have, as the error for another one tells."""
+    return known(f"[{table}]\nno_such_key = 1\n")
+
+
+def known(wrong):
+    """What there is, as the error for a file tells that has something else."""
     with pytest.raises(ConfigError) as told:
-        Config("", f"[{table}]\nno_such_key = 1\n")
+        Config("", wrong)
     return str(told.value).partition("there are ")[2].split(", ")
 
 

@@ -229,7 +229,7 @@ class TestServerSettings:
                 f"[server]\nfallback = {{ value1 = {1 << 64} }}",
                 "c.toml:2: server.fallback: out of range",
             ),
-            ("[sever]\n", "c.toml:1: sever: no such key; there are server, handlers"),
+            ("[sever]\n", "c.toml:1: sever: no such key; there are server, policy, handlers"),
             ("[server", "c.toml: Expected ']'"),
             ("server = 5", "c.toml:1: server: Expected `object`"),
         ],

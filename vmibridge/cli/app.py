@@ -23,7 +23,12 @@ _CHECKS = Group("Looking at what happens")
 def run(
     *,
     backend: Annotated[
-        str, Parameter(help="The VM: unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1.")
+        list[str],
+        Parameter(
+            negative=(),
+            help="The VM: unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1."
+            " NAME=SPEC names it. Several may be given: each has handlers of its own.",
+        ),
     ],
     handlers: Annotated[
         list[str],
@@ -40,9 +45,15 @@ def run(
         float | None,
         Parameter(help="Seconds for one request, where its handler says nothing; 5 by default."),
     ] = None,
+    soft_timeout: Annotated[
+        float | None,
+        Parameter(help="Seconds until the guest is told to wait and ask again; none by default."),
+    ] = None,
     config: Annotated[
         Path | None,
-        Parameter(help="A TOML file: [server] and [handlers.NAME]; see docs/configuration.md."),
+        Parameter(
+            help="A TOML file: [server], [policy], [handlers.NAME]; see docs/configuration.md."
+        ),
     ] = None,
     uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
     json: Annotated[
@@ -56,8 +67,8 @@ def run(
     """Run a guest and answer its traps until it ends.
 
     On a terminal a table shows the latest traps and the counts; otherwise each trap
-    is a line. Ctrl-C answers what is pending and stops the guest; a second one cuts
-    that short, a third ends the process at once.
+    is a line. Ctrl-C takes no more traps, answers what is pending, and lets the guest go;
+    a second one leaves handlers no time to end, a third ends the process at once.
 
     Exit status: 0 when the guest ended by itself, 1 when it, its backend or a handler
     module failed, 2 for wrong usage.
@@ -70,10 +81,11 @@ def run(
         raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
     return run_guest(
         RunOptions(
-            backend=backend,
+            backends=backend,
             handlers=handlers,
             loop="uvloop" if uvloop else async_backend,
             timeout=timeout,
+            soft_timeout=soft_timeout,
             config=config,
             json=json,
             log_level=log_level,

@@ -19,6 +19,7 @@ class MethodLine(msgspec.Struct):
     code: int
     name: str
     timeout: float | None
+    soft_timeout: float | None
     doc: str
 
 
@@ -31,6 +32,9 @@ class HandlerLine(msgspec.Struct):
     request: int
     verify: list[int | None]
     timeout: float | None
+    soft_timeout: float | None
+    serial: bool
+    shared: bool
     methods: list[MethodLine]
     settings: list[str]
     doc: str
@@ -63,8 +67,11 @@ def _line(offered: Offered) -> HandlerLine:
         request=contract.request,
         verify=list(contract.verify_values),
         timeout=handler.timeout,
+        soft_timeout=handler.soft_timeout,
+        serial=handler.serial,
+        shared=handler.shared,
         methods=[
-            MethodLine(method.code, method.name, method.timeout, method.doc)
+            MethodLine(method.code, method.name, method.timeout, method.soft_timeout, method.doc)
             for _, method in sorted(kind.methods.items())
         ],
         settings=[] if kind.Settings is None else list(kind.Settings.__struct_encode_fields__),
@@ -87,11 +94,18 @@ def _table(line: HandlerLine) -> Table:
         if value is not None
     ]
     rows.append(("timeout", _seconds(line.timeout)))
+    rows.append(("soft timeout", _seconds(line.soft_timeout)))
+    rows += [(name, "yes") for name in ("serial", "shared") if getattr(line, name)]
     rows.append(("settings", ", ".join(line.settings) or "none"))
     if not line.methods:
         rows.append(("methods", "all: handle() takes any"))
     for method in line.methods:
-        limit = "" if method.timeout is None else f" ({_seconds(method.timeout)})"
+        limits = [
+            f"{what}{seconds:g} s"
+            for what, seconds in (("soft ", method.soft_timeout), ("", method.timeout))
+            if seconds is not None
+        ]
+        limit = f" ({', '.join(limits)})" if limits else ""
         rows.append((f"{method.code:#06x}", f"{method.name}{limit}: {method.doc}"))
     for what, value in rows:
         table.add_row(Text(what), Text(value))

@@ -12,6 +12,7 @@ import select
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
-from vmibridge.summary import Summary
 from vmibridge.outcome import Outcome, OutcomeKind
+from vmibridge.summary import Summary
 
 _WIDTHS = (6, 4, 9, 12, 20, 9, 38, 7)
 # At a narrow terminal these give their room to the output.
@@ -34,6 +35,8 @@ _STYLES = {
     OutcomeKind.HANDLED: "green",
     OutcomeKind.REJECTED: "yellow",
     OutcomeKind.UNMATCHED: "yellow",
+    OutcomeKind.WAITING: "cyan",
+    OutcomeKind.DENIED: "magenta",
 }
 
 
@@ -59,8 +62,8 @@ class Writer(ABC):
         """Show one outcome. Cancelled, a line may be left in part."""
 
     @abstractmethod
-    async def end(self, summary: Summary) -> None:
-        """Show the counts."""
+    async def end(self, summaries: Mapping[str, Summary]) -> None:
+        """Show the counts of the VMs, by their names."""
 
 
 class _StreamWriter(Writer):
@@ -86,8 +89,8 @@ class JsonWriter(_StreamWriter):
     async def show(self, outcome: Outcome[Any]) -> None:
         await self.write(trap_json(outcome))
 
-    async def end(self, summary: Summary) -> None:
-        await self.write(summary_json(summary))
+    async def end(self, summaries: Mapping[str, Summary]) -> None:
+        await self.write(summary_json(summaries))
 
 
 class LineWriter(_StreamWriter):
@@ -100,8 +103,8 @@ class LineWriter(_StreamWriter):
     async def show(self, outcome: Outcome[Any]) -> None:
         await self._line(trap_columns(outcome))
 
-    async def end(self, summary: Summary) -> None:
-        await self.write(f"{summary_text(summary)}\n".encode())
+    async def end(self, summaries: Mapping[str, Summary]) -> None:
+        await self.write(f"{summary_text(Summary.of_all(summaries.values()))}\n".encode())
 
     async def _line(self, columns: list[str]) -> None:
         cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
@@ -114,7 +117,7 @@ class TableWriter(Writer):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._latest: deque[Outcome[Any]] = deque(maxlen=max(4, min(20, console.height - 8)))
-        self._summary = Summary(dict.fromkeys(OutcomeKind, 0))
+        self._summary = Summary()
         self._live = Live(
             get_renderable=self._render, console=console, refresh_per_second=8, transient=False
         )
@@ -130,8 +133,8 @@ class TableWriter(Writer):
         self._latest.append(outcome)
         self._summary.outcomes[outcome.kind] += 1
 
-    async def end(self, summary: Summary) -> None:
-        self._summary = summary
+    async def end(self, summaries: Mapping[str, Summary]) -> None:
+        self._summary = Summary.of_all(summaries.values())
         self._live.refresh()
 
     def _render(self) -> Group:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -19,20 +19,29 @@ from vmibridge.backend import open_backend
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.output import JsonWriter, LineWriter, TableWriter, Writer
 from vmibridge.config import Config
-from vmibridge.dispatch import Bridge
 from vmibridge.errors import BackendError, ConfigError, MissingExtraError, VmiBridgeError
-from vmibridge.loading import load_handlers
+from vmibridge.loading import HandlerFactory
 from vmibridge.server import BridgeServer
 from vmibridge.vmi import Backend, GuestEnd
+
+log = logging.getLogger(__name__)
+
+_LAST_LINES = 1.0
+"""Seconds, after a second signal, in which the last outcomes are shown."""
+_MORE = {
+    1: "handlers have their grace period, again to cancel them",
+    2: "handlers are cancelled, again to end at once",
+}
 
 
 class RunOptions(msgspec.Struct, frozen=True):
     """The options of the command."""
 
-    backend: str
+    backends: list[str]
     handlers: list[str]
     loop: Literal["asyncio", "uvloop", "trio"]
     timeout: float | None
+    soft_timeout: float | None
     config: Path | None
     json: bool
     log_level: str
@@ -42,13 +51,15 @@ def run_guest(options: RunOptions) -> int:
     """Run a guest until it ends; returns the exit status. Raises `VmiBridgeError`."""
     config = Config() if options.config is None else Config.read(options.config)
     settings = config.server
-    if options.timeout is not None:
-        try:
-            settings = msgspec.structs.replace(settings, timeout=options.timeout)
-        except ValueError as error:
-            raise ConfigError(f"--timeout: {error}") from error
+    for name in ("timeout", "soft_timeout"):
+        seconds = getattr(options, name)
+        if seconds is not None:
+            try:
+                settings = msgspec.structs.replace(settings, **{name: seconds})
+            except ValueError as error:
+                raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
     _check_loop(options.loop)
-    backend = open_backend(options.backend)
+    backends = _open_backends(options.backends)
     console = None if options.json or not sys.stdout.isatty() else Console()
     writer: Writer
     if options.json:
@@ -58,16 +69,31 @@ def run_guest(options: RunOptions) -> int:
     else:
         writer = TableWriter(console)
     with _logging(log_handler(options.log_level, console), options.log_level):
-        bridge = Bridge(*load_handlers(options.handlers, config))
-        server = BridgeServer(backend, bridge, **msgspec.structs.asdict(settings))
+        factory = HandlerFactory(options.handlers, config)
+        try:
+            server = BridgeServer(backends, factory, **msgspec.structs.asdict(settings))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         return anyio.run(
             _serve,
-            backend,
+            backends,
             server,
             writer,
             backend="trio" if options.loop == "trio" else "asyncio",
             backend_options={"use_uvloop": True} if options.loop == "uvloop" else {},
         )
+
+
+def _open_backends(specs: list[str]) -> list[Backend]:
+    """`NAME=SPEC` names the VM; without, it is `vm`, or `vm0` and on when there are several."""
+    backends = []
+    for number, text in enumerate(specs):
+        name, named, spec = text.partition("=")
+        if named and ":" not in name:
+            backends.append(open_backend(spec, vm=name))
+        else:
+            backends.append(open_backend(text, vm=f"vm{number}" if len(specs) > 1 else "vm"))
+    return backends
 
 
 def _check_loop(loop: str) -> None:
@@ -92,7 +118,7 @@ def _logging(handler: logging.Handler, level: str) -> Iterator[None]:
         root.setLevel(before)
 
 
-async def _serve(backend: Backend, server: BridgeServer, writer: Writer) -> int:
+async def _serve(backends: list[Backend], server: BridgeServer, writer: Writer) -> int:
     received: list[int] = []
     failure: VmiBridgeError | None = None
     async with anyio.create_task_group() as tasks:
@@ -100,10 +126,13 @@ async def _serve(backend: Backend, server: BridgeServer, writer: Writer) -> int:
         await tasks.start(_stop_on_signal, server, run, received)
         try:
             with run:
-                async with backend, writer:
+                async with AsyncExitStack() as stack:
+                    for backend in backends:
+                        await stack.enter_async_context(backend)
+                    await stack.enter_async_context(writer)
                     async for outcome in server.run():
                         await writer.show(outcome)
-                    await writer.end(server.summary)
+                    await writer.end(server.summaries)
         except BrokenPipeError:
             failure = BackendError("standard output was closed: nobody reads the outcomes")
         except VmiBridgeError as error:
@@ -115,9 +144,14 @@ async def _serve(backend: Backend, server: BridgeServer, writer: Writer) -> int:
         raise failure
     if received:
         return 128 + received[0]
-    guest = server.summary.guest
-    if guest is None or guest.failed:
-        raise BackendError(_diagnosis(guest))
+    ends = {vm: summary.guest for vm, summary in server.summaries.items()}
+    failed = [
+        f"vm {vm}: {_diagnosis(guest)}" if len(ends) > 1 else _diagnosis(guest)
+        for vm, guest in ends.items()
+        if guest is None or guest.failed
+    ]
+    if failed:
+        raise BackendError("; ".join(failed))
     return 0
 
 
@@ -128,7 +162,7 @@ async def _stop_on_signal(
     *,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """The first signal stops in good order, a second cuts that short, a third exits."""
+    """The first signal stops in good order, a second leaves no grace, a third exits."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for number in signals:
@@ -136,9 +170,11 @@ async def _stop_on_signal(
             if len(received) > 2:
                 # A handler may shield itself from being cancelled; the user has the last word.
                 os._exit(128 + number)
+            log.info("%s: stopping; %s", signal.Signals(number).name, _MORE[len(received)])
+            server.stop(now=len(received) > 1)
             if len(received) > 1:
-                run.cancel()
-            server.stop()
+                # Whoever reads standard output may not read on.
+                run.deadline = anyio.current_time() + _LAST_LINES
 
 
 def _diagnosis(guest: GuestEnd | None) -> str:

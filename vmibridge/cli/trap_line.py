@@ -1,11 +1,12 @@
 """A trap and a summary as the command line shows them: JSON objects and plain lines."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from vmibridge.summary import Summary
 from vmibridge.outcome import Outcome
+from vmibridge.summary import Summary
 from vmibridge.text import printable
 
 
@@ -13,6 +14,7 @@ class TrapLine(msgspec.Struct):
     """One trap, for `--json`."""
 
     seq: int
+    vm: str
     vcpu: int
     trap: str
     width: int
@@ -32,6 +34,7 @@ class TrapLine(msgspec.Struct):
 class VcpuLine(msgspec.Struct):
     """How one vCPU ended, for `--json`."""
 
+    vm: str
     vcpu: int
     reason: str
     detail: str
@@ -44,6 +47,7 @@ def trap_line(outcome: Outcome[Any]) -> TrapLine:
     assert event is not None, "outcomes of a server have their trap"
     return TrapLine(
         seq=event.seq,
+        vm=event.vm,
         vcpu=event.vcpu,
         trap=event.reason.value,
         width=event.width,
@@ -65,13 +69,24 @@ def trap_json(outcome: Outcome[Any]) -> bytes:
     return msgspec.json.encode(trap_line(outcome), enc_hook=repr) + b"\n"
 
 
-def summary_json(summary: Summary) -> bytes:
+def summary_json(summaries: Mapping[str, Summary]) -> bytes:
     """The last line of `--json`: counts by outcome, and how each vCPU ended."""
-    counts = {kind.value: count for kind, count in summary.outcomes.items()}
-    vcpus = [] if summary.guest is None else summary.guest.vcpus
-    guest = [VcpuLine(end.vcpu, end.reason, end.detail, end.registers) for end in vcpus]
-    line = {"summary": {**counts, "total": summary.total, "native": summary.native, "guest": guest}}
-    return msgspec.json.encode(line) + b"\n"
+    whole = Summary.of_all(summaries.values())
+    line = {
+        **{kind.value: count for kind, count in whole.outcomes.items()},
+        "total": whole.total,
+        "native": whole.native,
+        "retries": whole.retries,
+        "uncollected": whole.uncollected,
+        "abandoned": whole.abandoned,
+        "guest": [
+            VcpuLine(vm, end.vcpu, end.reason, end.detail, end.registers)
+            for vm, summary in summaries.items()
+            if summary.guest is not None
+            for end in summary.guest.vcpus
+        ],
+    }
+    return msgspec.json.encode({"summary": line}) + b"\n"
 
 
 def trap_columns(outcome: Outcome[Any]) -> list[str]:
@@ -84,7 +99,7 @@ def trap_columns(outcome: Outcome[Any]) -> list[str]:
     )
     return [
         str(line.seq),
-        str(line.vcpu),
+        str(line.vcpu) if line.vm == "vm" else f"{line.vm}/{line.vcpu}",
         f"{line.trap}{line.width}",
         line.handler or "-",
         call,
@@ -110,6 +125,14 @@ COLUMNS = [
 
 def summary_text(summary: Summary) -> str:
     """One line for people: counts by outcome."""
-    counts = ", ".join(f"{count} {kind.value}" for kind, count in summary.outcomes.items() if count)
-    native = f", {summary.native} not ours" if summary.native else ""
-    return f"{summary.total} traps: {counts or 'none'}{native}"
+    counts = [f"{count} {kind.value}" for kind, count in summary.outcomes.items() if count]
+    others = [
+        f"{count} {what}"
+        for count, what in (
+            (summary.native, "not ours"),
+            (summary.uncollected, "results not collected"),
+            (summary.abandoned, "handlers abandoned"),
+        )
+        if count
+    ]
+    return f"{summary.total} traps: {', '.join([', '.join(counts) or 'none', *others])}"
