@@ -70,6 +70,7 @@ class Engine:
         """
         if now:
             self._grace.cancel()
+        self._workers.take_no_more()
         self._stop.set()
 
     async def ended(self) -> None:
@@ -89,12 +90,14 @@ class Engine:
                     outside.start_soon(self._serve, outside.cancel_scope)
                     try:
                         await self._stop.wait()
-                        self._take_no_more()
+                        self._begin_stop()
                         with self._grace:
-                            self._grace.deadline = anyio.current_time() + self._settings.grace
+                            self._grace.deadline = anyio.current_time() + min(
+                                self._settings.grace, self._settings.stop_timeout / 2
+                            )
                             await self._workers.lanes.quiet()
                     finally:
-                        self._take_no_more()
+                        self._begin_stop()
                         self._end()
         except Exception as error:
             self._error = self._error or error
@@ -128,15 +131,12 @@ class Engine:
         self._error = self._error or error
         self.stop()
 
-    def _take_no_more(self) -> None:
-        if self._stopping:
-            return
-        self._stopping = True
-        self._shield.deadline = anyio.current_time() + self._settings.stop_timeout
-        queued = self._workers.lanes.drain()
-        self._outcomes.unbind()
-        if queued and self._tasks is not None:
-            self._tasks.start_soon(self._workers.let_go, queued)
+    def _begin_stop(self) -> None:
+        if not self._stopping:
+            self._stopping = True
+            self._shield.deadline = anyio.current_time() + self._settings.stop_timeout
+            self._workers.take_no_more()
+            self._outcomes.unbind()
 
     def _end(self) -> None:
         if self._tasks is not None and not self._guest_done:

@@ -137,14 +137,3 @@ class Lanes:
         if self._room is not None:
             self._room.set()
             self._room = None
-
-    def drain(self) -> list[TrapEvent]:
-        """Close, and take all that is queued, in order per vCPU."""
-        self.close()
-        drained = list(self._ready)
-        self._ready.clear()
-        for backlog in self._busy.values():
-            drained += backlog
-            backlog.clear()
-        self._queued = 0
-        return drained

@@ -5,6 +5,7 @@ and keeps the register writes. `FakeGuest` is a guest as a coroutine, which call
 at its answer, and calls again. All run on either event loop.
 """
 
+import itertools
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
@@ -146,6 +147,7 @@ class FakeGuest(FakeBackend):
         self._sink: TrapSink | None = None
         self._waiting: dict[int, anyio.Event] = {}
         self._running = anyio.CancelScope()
+        self._seq = itertools.count(1)
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Run the guest to its end."""
@@ -171,8 +173,8 @@ class FakeGuest(FakeBackend):
     ) -> RegisterWrites | None:
         """Send a packet by VMCALL, as 64-bit code without paging; returns the answer.
 
-        `None` stands for a trap that ran natively. A vCPU has one trap at a time. Raises
-        `TrapQueueClosedError` when the server takes no more.
+        `None` stands for a trap that ran natively. A vCPU has one trap at a time. When the
+        server takes no more, the vCPU stands still until the guest is let go.
         """
         assert self._sink is not None, "the guest runs in a server"
         registers = Registers(
@@ -184,7 +186,7 @@ class FakeGuest(FakeBackend):
             r11=packet.value4,
             cr3=address_space,
         )
-        seq = len(self.events) + 1
+        seq = next(self._seq)
         event = TrapEvent(
             seq, TrapReason.VMCALL, registers, self.vm, vcpu, ip=ip, length=3, ring=ring
         )
@@ -195,7 +197,8 @@ class FakeGuest(FakeBackend):
             await self._sink.put(event)
         except TrapQueueClosedError:
             self._open.discard(seq)
-            raise
+            self.events.remove(event)
+            await anyio.sleep_forever()
         await answered.wait()
         return self.writes[seq]
 

@@ -156,17 +156,13 @@ class Workers:
         self._pending: PendingRequests[_Worker] = PendingRequests(
             settings.result_timeout, settings.in_flight, lambda worker: worker.event is not None
         )
+        self._stopping = False
         self._guest_gone = False
         self._told = False
         self._wake_at = math.inf
         self._poke = anyio.Event()
         self._tasks: TaskGroup | None = None
         self._cancelled = anyio.get_cancelled_exc_class()
-
-    @property
-    def at_rest(self) -> bool:
-        """Whether no handler is suspended."""
-        return not self._waiting
 
     def start(self, tasks: TaskGroup) -> None:
         """Answer traps, in tasks of this group, until the lanes are closed and empty."""
@@ -243,7 +239,9 @@ class Workers:
                 )
                 return await self._finish(event, started, outcome)
         entries = self._bridge.match(packet, event.reason)
-        if event.width == 16:
+        if self._stopping:
+            outcome = Outcome(OutcomeKind.CANCELLED, packet, error=_STOPPED)
+        elif event.width == 16:
             # Told once: a guest may not fill the log.
             log.log(
                 logging.DEBUG if self._told else logging.WARNING, "vm %s: %s", event.vm, _NO_16_BIT
@@ -539,20 +537,15 @@ class Workers:
                 self._overtake(worker, OutcomeKind.CANCELLED, "the guest has ended")
         self.summary.uncollected += self._pending.drop_results()
 
+    def take_no_more(self) -> None:
+        """From here on traps are answered without asking anybody."""
+        self._stopping = True
+        self.lanes.close()
+
     def cancel(self) -> None:
         """Answer all that waits for a handler, and cancel the handlers."""
         for worker in list(self._waiting):
             self._overtake(worker, OutcomeKind.CANCELLED, _STOPPED)
-
-    async def let_go(self, queued: list[TrapEvent]) -> None:
-        """Answer traps that no worker has taken."""
-        for event in queued:
-            packet = self._read_ours(event)
-            if packet is None:
-                await self._run_natively(event)
-                continue
-            outcome: Outcome[Any] = Outcome(OutcomeKind.CANCELLED, packet, error=_STOPPED)
-            await self._finish(event, _clock(), outcome)
 
 
 def _told_to_wait(worker: _Worker, packet: BridgePacket) -> Outcome[Any]:

@@ -158,7 +158,12 @@ def test_lanes_agree_with_a_simple_model(capacity, steps):
                 ready.append(following)
         assert lanes.has_ready is bool(ready)
 
-    rest = lanes.drain()
+    for vcpu in taken:
+        lanes.release(vcpu)
+    rest = []
+    while (event := lanes.get_nowait()) is not None:
+        rest.append(event)
+        lanes.release(event.vcpu)
     assert sorted(event.seq for event in rest) == sorted(event.seq for event in ready + waiting)
     for vcpu in range(4):
         order = [event.seq for event in rest if event.vcpu == vcpu]
@@ -462,41 +467,17 @@ async def test_a_close_ends_all_that_wait_for_a_trap():
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("end", [Lanes.close, Lanes.drain])
-async def test_a_close_ends_all_that_wait_for_room(end):
+async def test_a_close_ends_all_that_wait_for_room():
     lanes, _ = filled(1, 0)
     async with Tasks() as tasks:
         for seq in (2, 3):
             await tasks.start(lanes.put, trap(seq, seq))
-        end(lanes)
+        lanes.close()
         await settle()
         assert [type(result) for result in tasks.done] == [
             TrapQueueClosedError,
             TrapQueueClosedError,
         ]
-
-
-@pytest.mark.anyio
-async def test_a_drain_takes_all_that_is_queued_in_order_for_each_vcpu():
-    lanes, (taken, *queued) = filled(8, 0, 0, 1, 0, 1)
-    assert lanes.get_nowait() is taken
-    drained = lanes.drain()
-    for vcpu in (0, 1):
-        assert [e for e in drained if e.vcpu == vcpu] == [e for e in queued if e.vcpu == vcpu]
-    assert len(drained) == len(queued)
-    assert not lanes.has_ready
-    assert await lanes.get() is None
-    assert lanes.drain() == []
-    with pytest.raises(TrapQueueClosedError):
-        lanes.put_nowait(trap(9))
-
-
-def test_after_a_drain_a_release_makes_nothing_ready():
-    lanes, _ = filled(8, 0, 0)
-    lanes.get_nowait()
-    lanes.drain()
-    lanes.release(0)
-    assert lanes.get_nowait() is None
 
 
 @pytest.mark.anyio
@@ -521,18 +502,5 @@ async def test_lanes_are_quiet_when_every_trap_that_was_put_is_released():
         await settle()
         assert tasks.done == [], "taken is not yet answered"
         lanes.release(0)
-        await settle()
-        assert tasks.done == [None]
-
-
-@pytest.mark.anyio
-async def test_what_was_drained_counts_until_it_is_released():
-    lanes, _ = filled(8, 0, 0, 1)
-    async with Tasks() as tasks:
-        drained = lanes.drain()
-        await tasks.start(lanes.quiet)
-        assert tasks.done == []
-        for event in drained:
-            lanes.release(event.vcpu)
         await settle()
         assert tasks.done == [None]

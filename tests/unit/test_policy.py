@@ -11,7 +11,7 @@ from vmibridge import BridgeResponse
 from vmibridge.context import BridgeContext
 from vmibridge.errors import GuestMemoryError
 from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.policy import AddressRange, Guard, MeteredMemory, Policy, Quota, Rate
+from vmibridge.policy import AddressRange, Guard, MeteredMemory, Policy, Quota, Rate, _Buckets
 from vmibridge.testing import FakeBackend
 
 laws = settings(max_examples=200, deadline=None)
@@ -188,13 +188,15 @@ def test_a_bucket_of_bytes_does_not_hold_more_than_its_burst():
     assert guard.denies(trap(), 1000.0) == VM_BYTES
 
 
-def test_a_slow_rate_is_not_lost_beside_a_large_burst():
-    # 1e-3 does not change 1e15 - 1e9; traps and charges in between must not lose it.
-    guard = Guard(Policy(vm=Quota(Rate(1e6, 1e6), Rate(burst=1e15, rate=1000))))
-    guard.charge(trap(), 10**15 + 10, 0.0)
-    for step in range(1, 10_001):
-        assert guard.denies(trap(), step * 1e-6) == VM_BYTES
-    assert guard.denies(trap(), 0.010_001) is None
+def test_a_slow_rate_is_not_lost_beside_a_large_bucket():
+    # Each trap is worth a thousandth of a byte: too little to change what the bucket holds.
+    guard = Guard(Policy(vm=Quota(bytes=Rate(burst=1e15, rate=1000))))
+    guard.charge(trap(), 10**6, 0.0)
+    assert all(guard.denies(trap(), step * 1e-6) is None for step in range(10_000))
+    guard.charge(trap(), 10**15 - 10**6 + 5, 0.01)
+    assert guard.denies(trap(), 0.01) is None
+    guard.charge(trap(), 5, 0.01)
+    assert guard.denies(trap(), 0.01) == VM_BYTES
 
 
 @pytest.mark.parametrize(
@@ -415,19 +417,19 @@ def test_no_table_is_kept_where_address_spaces_have_no_quota():
 
 
 @pytest.mark.parametrize(
-    ("quota", "pause"),
+    ("quota", "pause", "count"),
     [
-        pytest.param(Quota(Rate(burst=2)), 1e-6, id="none is ever free again"),
-        pytest.param(Quota(Rate(burst=2, rate=1e9)), 1e-6, id="all are free at once"),
-        pytest.param(Quota(Rate(burst=2, rate=1)), 1 / 4096, id="one is free at each trap"),
-        pytest.param(Quota(Rate(burst=2, rate=1)), 1 / 40960, id="one is free now and then"),
-        pytest.param(Quota(bytes=Rate(burst=2, rate=1)), 1e-6, id="none uses what it has"),
+        pytest.param(Quota(Rate(2)), 1e-6, 1_000_000, id="none is ever free again"),
+        pytest.param(Quota(Rate(2, 1)), 1 / 4096, 1_000_000, id="one is free at each trap"),
+        pytest.param(Quota(Rate(2, 1)), 1 / 40960, 200_000, id="one is free now and then"),
+        pytest.param(Quota(Rate(2, 1e9)), 1e-6, 200_000, id="all are free at once"),
+        pytest.param(Quota(bytes=Rate(2, 1)), 1e-6, 200_000, id="none uses what it has"),
     ],
 )
-def test_a_million_address_spaces_are_bounded_in_memory_and_time(quota, pause):
+def test_a_million_address_spaces_are_bounded_in_memory_and_time(quota, pause, count):
     guard = Guard(Policy(address_space=quota, max_address_spaces=4096))
     begin, now = time.monotonic(), 0.0
-    for number in range(1_000_000):
+    for number in range(count):
         now += pause
         event = TrapEvent(number, TrapReason.VMCALL, Registers(cr3=number << 12))
         assert guard.denies(event, now) in (None, TOO_MANY)
@@ -438,37 +440,20 @@ def test_a_million_address_spaces_are_bounded_in_memory_and_time(quota, pause):
     assert time.monotonic() - begin < 60
 
 
-def test_a_guest_that_keeps_its_address_spaces_busy_pays_for_each_look_at_them():
-    # The worst for the heap: whenever a new one comes, all others were charged since the last.
-    most = 512
-    policy = Policy(address_space=Quota(Rate(burst=1e6, rate=1)), max_address_spaces=most)
-    guard, now, looks = Guard(policy), 0.0, 0
-    full_at = guard._space.full_at
-
-    def counted(account):
-        nonlocal looks
-        looks += 1
-        return full_at(account)
-
-    guard._space = CountingBuckets(guard._space, counted)
-    traps = 0
-    for turn in range(100):
-        for number in range(most):
-            traps += guard.denies(trap(number + 1 << 12), now) is None
+def test_a_guest_that_keeps_its_address_spaces_busy_pays_for_each_look_at_them(monkeypatch):
+    # The worst for the heap: all were charged since it was last looked at, and none is free.
+    looks, full_at = [], _Buckets.full_at
+    monkeypatch.setattr(_Buckets, "full_at", lambda *of: looks.append(of) or full_at(*of))
+    most, now, traps = 256, 0.0, 0
+    guard = Guard(Policy(address_space=Quota(Rate(1e6, rate=1)), max_address_spaces=most))
+    for _ in range(50):
+        for number in range(1, most + 1):
+            traps += let_through(guard, now, number << 12, most=2)
         now += 1.5
-        traps += guard.denies(trap(most + turn + 1 << 12), now) is None
-    assert looks <= 2 * traps + most
-
-
-class CountingBuckets:
-    """The buckets of a guard, with another `full_at`."""
-
-    def __init__(self, buckets, full_at) -> None:
-        self._buckets = buckets
-        self.full_at = full_at
-
-    def __getattr__(self, name):
-        return getattr(self._buckets, name)
+        for number in range(most + 1, 2 * most):
+            assert guard.denies(trap(number << 12), now) == TOO_MANY
+    assert traps == 50 * most * 2
+    assert len(looks) <= traps
 
 
 # --- metered memory -----------------------------------------------------------------
