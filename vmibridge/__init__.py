@@ -18,6 +18,7 @@ from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapReason
 from vmibridge.handler import BridgeHandler, method
 from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.packet import BridgePacket
+from vmibridge.policy import AddressRange, Policy, Quota, Rate
 from vmibridge.response import BridgeResponse
 from vmibridge.server import BridgeServer
 from vmibridge.status import Gate, Status, StatusKind
@@ -29,6 +30,7 @@ __all__ = [
     "STANDARD_VERIFY_VALUE3",
     "STANDARD_VERIFY_VALUE4",
     "STANDARD_WAIT",
+    "AddressRange",
     "Bridge",
     "BridgeContext",
     "BridgeContract",
@@ -41,6 +43,9 @@ __all__ = [
     "GuestMemoryError",
     "Outcome",
     "OutcomeKind",
+    "Policy",
+    "Quota",
+    "Rate",
     "RegisterWrites",
     "Registers",
     "Status",
