@@ -2,7 +2,7 @@
 
 Rules that they live by:
 
-- Every trap is answered once. `_Worker.event` is the trap that waits for a worker;
+- Every trap is answered once. `Worker.event` is the trap that waits for a worker;
   whoever answers it takes it out of there first: the worker when the handler ends, the
   watchdog at a deadline, the shutdown when it comes.
 - A worker takes a ready trap and runs its handler inline. When the handler waits,
@@ -33,12 +33,12 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
-from vmibridge.arch import is_guest_request, read_packet, write_response
+from vmibridge.arch import is_guest_request, read_packet
 from vmibridge.concurrency import InFlight, Turns
 from vmibridge.context import BridgeContext
-from vmibridge.dispatch import Bridge, Entry, answer, failure, one_line
+from vmibridge.dispatch import Bridge, Entry, answer, failure
 from vmibridge.errors import UnsupportedTrapError
-from vmibridge.event import RegisterWrites, TrapEvent, TrapReason
+from vmibridge.event import TrapEvent, TrapReason
 from vmibridge.inline import run_inline
 from vmibridge.lanes import Lanes
 from vmibridge.memory import PhysicalMemory
@@ -47,10 +47,11 @@ from vmibridge.outcomes import OutcomesIn
 from vmibridge.packet import BridgePacket
 from vmibridge.pending import PendingRequest, PendingRequests
 from vmibridge.policy import Guard, MeteredMemory
-from vmibridge.response import BridgeResponse
+from vmibridge.replies import Replies
 from vmibridge.settings import ServerSettings, Terms
 from vmibridge.summary import Summary
 from vmibridge.vmi import Backend
+from vmibridge.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -60,61 +61,8 @@ _deadline = attrgetter("deadline")
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
 
-_REPLIED = frozenset({OutcomeKind.HANDLED, OutcomeKind.WAITING, OutcomeKind.DENIED})
-"""Outcomes that bring their own reply, where the others give the fallback."""
-
 _NO_16_BIT = "16-bit guest code has no register form in the bridge protocol"
 _STOPPED = "the server stopped"
-
-
-class _Worker:
-    """A task that answers traps, one after the other, and the request that it is at."""
-
-    __slots__ = (
-        "context",
-        "deadline",
-        "entry",
-        "event",
-        "first",
-        "hard_deadline",
-        "on_wait",
-        "overtaken",
-        "packet",
-        "pending",
-        "placed",
-        "queued",
-        "scope",
-        "started",
-        "terms",
-        "waited",
-    )
-
-    scope: anyio.CancelScope
-    on_wait: Callable[[], None]
-    event: TrapEvent | None
-    """The trap that waits for it; `None` after the soft deadline, until a retry."""
-    started: float
-    """When that trap was taken."""
-    packet: BridgePacket
-    context: BridgeContext
-    first: Entry
-    """Who is asked first; a request and its retry have it in common."""
-    entry: Entry | None
-    """Who was asked last; `None` unless the handler runs."""
-    waited: bool
-    """It was suspended at this request: it has terms and deadlines."""
-    terms: Terms
-    deadline: float
-    """The nearer of its two."""
-    hard_deadline: float
-    queued: bool
-    """The handler has not begun: it waits for its turn, or for a place."""
-    placed: bool
-    """It holds a place in flight."""
-    pending: "PendingRequest[_Worker] | None"
-    """The request, when it was told to wait."""
-    overtaken: bool
-    """Somebody else has answered this request, and cancelled the scope."""
 
 
 class Workers:
@@ -136,24 +84,19 @@ class Workers:
         self._backend = backend
         self._bridge = bridge
         self._settings = settings
-        self._outcomes = outcomes
+        self._replies = Replies(backend, settings, outcomes, self.lanes, self.summary)
         self._in_flight = InFlight(settings.in_flight, in_flight)
         self._turns = turns
         self._on_fatal = on_fatal
         self._guard: Guard | None = None
-        self._native_denial = False
-        self._denial: BridgeResponse[Any] | None = None
         self._memory: PhysicalMemory = backend
         if settings.policy is not None:
             self._guard = Guard(settings.policy)
-            denied = settings.policy.denied
-            self._native_denial = denied == "native"
-            self._denial = denied if isinstance(denied, BridgeResponse) else None
             if self._guard.meters_bytes:
                 self._memory = MeteredMemory(backend, self._guard)
         self._terms: dict[tuple[Entry, int | None], Terms] = {}
-        self._waiting: set[_Worker] = set()
-        self._pending: PendingRequests[_Worker] = PendingRequests(
+        self._waiting: set[Worker] = set()
+        self._pending: PendingRequests[Worker] = PendingRequests(
             settings.result_timeout, settings.in_flight, lambda worker: worker.event is not None
         )
         self._stopping = False
@@ -172,7 +115,7 @@ class Workers:
     # --- one trap -------------------------------------------------------------------
 
     async def _work(self) -> None:
-        worker = _Worker()
+        worker = Worker()
         worker.on_wait = partial(self._worker_waits, worker)
         while True:
             try:
@@ -185,7 +128,7 @@ class Workers:
                     raise
                 log.debug("a handler raised while it was being cancelled", exc_info=True)
 
-    async def _answer_traps(self, worker: _Worker) -> bool:
+    async def _answer_traps(self, worker: Worker) -> bool:
         """Answer traps while there are any; returns whether to go on with a new scope."""
         lanes = self.lanes
         worker.overtaken = False
@@ -203,7 +146,7 @@ class Workers:
             await run_inline(self._answer(worker, event), worker.on_wait)
         return True
 
-    def _worker_waits(self, worker: _Worker) -> None:
+    def _worker_waits(self, worker: Worker) -> None:
         if worker.entry is not None:
             if not worker.queued:
                 self._in_flight.enter_nowait()
@@ -214,7 +157,7 @@ class Workers:
             self._arm(worker)
         self._promote()
 
-    def _arm(self, worker: _Worker) -> None:
+    def _arm(self, worker: Worker) -> None:
         worker.deadline = min(worker.hard_deadline, worker.started + worker.terms.soft_timeout)
         self._waiting.add(worker)
         if worker.deadline < self._wake_at:
@@ -226,18 +169,16 @@ class Workers:
             assert self._tasks is not None
             self._tasks.start_soon(self._work)
 
-    async def _answer(self, worker: _Worker, event: TrapEvent) -> None:
+    async def _answer(self, worker: Worker, event: TrapEvent) -> None:
         started = worker.started = _clock()
         packet = self._read_ours(event)
         if packet is None:
-            return await self._run_natively(event)
+            return await self._replies.run_natively(event)
         if self._guard is not None:
             denied = self._guard.denies(event, started)
             if denied is not None:
-                outcome: Outcome[Any] = Outcome(
-                    OutcomeKind.DENIED, packet, self._denial, error=denied
-                )
-                return await self._finish(event, started, outcome)
+                outcome: Outcome[Any] = Outcome(OutcomeKind.DENIED, packet, error=denied)
+                return await self._replies.finish(event, started, outcome)
         entries = self._bridge.match(packet, event.reason)
         if self._stopping:
             outcome = Outcome(OutcomeKind.CANCELLED, packet, error=_STOPPED)
@@ -270,7 +211,7 @@ class Workers:
                 self._waiting.discard(worker)
                 if worker.pending is not None:
                     return await self._end_pending(worker, worker.pending, outcome)
-        return await self._finish(event, started, outcome)
+        return await self._replies.finish(event, started, outcome)
 
     def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
         """The request of a trap that is ours; `None` for others, which carry none for us."""
@@ -285,7 +226,7 @@ class Workers:
             return None
         return packet
 
-    async def _ask(self, worker: _Worker, entries: tuple[Entry, ...]) -> Outcome[Any]:
+    async def _ask(self, worker: Worker, entries: tuple[Entry, ...]) -> Outcome[Any]:
         packet = worker.packet
         try:
             for entry in entries:
@@ -322,7 +263,7 @@ class Workers:
             if worker.placed:
                 self._in_flight.leave()
 
-    async def _answer_in_turn(self, worker: _Worker, entry: Entry) -> Outcome[Any]:
+    async def _answer_in_turn(self, worker: Worker, entry: Entry) -> Outcome[Any]:
         """Wait for the handler's turn and for a place, as far as it needs them."""
         worker.queued = True
         if entry.serial:
@@ -331,51 +272,12 @@ class Workers:
                 return await self._answer_in_place(worker, entry)
         return await self._answer_in_place(worker, entry)
 
-    async def _answer_in_place(self, worker: _Worker, entry: Entry) -> Outcome[Any]:
+    async def _answer_in_place(self, worker: Worker, entry: Entry) -> Outcome[Any]:
         if not worker.placed and (worker.waited or self._in_flight.full):
             await self._in_flight.enter()
             worker.placed = True
         worker.queued = False
         return await answer(entry, worker.context, worker.packet)
-
-    async def _finish(self, event: TrapEvent, started: float, outcome: Outcome[Any]) -> None:
-        """Write the answer, then tell of it, then let the vCPU's next trap in."""
-        kind, error = outcome.kind, outcome.error
-        response = outcome.response
-        writes: RegisterWrites | None = None
-        if kind is OutcomeKind.UNMATCHED:
-            response = None
-        elif kind not in _REPLIED:
-            response = self._settings.fallback
-        if not (kind is OutcomeKind.DENIED and self._native_denial):
-            writes = write_response(event, response)
-        try:
-            await self._backend.resume(event, writes)
-        except Exception as lost:
-            log.exception("the answer to trap %d of vm %s was not written", event.seq, event.vm)
-            kind, writes, error = OutcomeKind.FAILED, None, f"not written: {one_line(lost)}"
-        self.summary.outcomes[kind] += 1
-        done: Outcome[Any] = Outcome(
-            kind,
-            outcome.packet,
-            response,
-            outcome.handler,
-            error,
-            event,
-            writes,
-            _clock() - started,
-        )
-        if not self._outcomes.put_nowait(done):
-            await self._outcomes.put(done)
-        self.lanes.release(event.vcpu)
-
-    async def _run_natively(self, event: TrapEvent) -> None:
-        self.summary.native += 1
-        try:
-            await self._backend.resume(event, None)
-        except Exception:
-            log.exception("trap %d of vm %s did not run natively", event.seq, event.vm)
-        self.lanes.release(event.vcpu)
 
     # --- requests that were told to wait, and their retries -------------------------
 
@@ -400,7 +302,7 @@ class Workers:
 
     def _join(
         self,
-        request: PendingRequest[_Worker],
+        request: PendingRequest[Worker],
         event: TrapEvent,
         packet: BridgePacket,
         started: float,
@@ -421,7 +323,7 @@ class Workers:
         return None
 
     async def _end_pending(
-        self, worker: _Worker, request: PendingRequest[_Worker], outcome: Outcome[Any]
+        self, worker: Worker, request: PendingRequest[Worker], outcome: Outcome[Any]
     ) -> None:
         event, worker.event = worker.event, None
         if event is None:
@@ -429,9 +331,9 @@ class Workers:
             return
         self._pending.remove(request)
         outcome = msgspec.structs.replace(outcome, packet=worker.packet)
-        await self._finish(event, worker.started, outcome)
+        await self._replies.finish(event, worker.started, outcome)
 
-    def _keep(self, request: PendingRequest[_Worker], outcome: Outcome[Any]) -> None:
+    def _keep(self, request: PendingRequest[Worker], outcome: Outcome[Any]) -> None:
         if self._guest_gone:
             self._pending.remove(request)
             self.summary.uncollected += 1
@@ -462,7 +364,7 @@ class Workers:
             with anyio.move_on_after(self._wake_at - now):
                 await self._poke.wait()
 
-    def _tell_to_wait(self, worker: _Worker) -> None:
+    def _tell_to_wait(self, worker: Worker) -> None:
         """The soft deadline: answer WAIT, and let the handler go on."""
         event = worker.event
         assert event is not None
@@ -498,13 +400,13 @@ class Workers:
             await context.memory.settled()
         await self._finish_for(event, started, outcome)
 
-    def _overtake(self, worker: _Worker, kind: OutcomeKind, error: str) -> None:
+    def _overtake(self, worker: Worker, kind: OutcomeKind, error: str) -> None:
         assert worker.entry is not None
         self._answer_for(
             worker, Outcome(kind, worker.packet, handler=worker.entry.name, error=error)
         )
 
-    def _answer_for(self, worker: _Worker, outcome: Outcome[Any]) -> None:
+    def _answer_for(self, worker: Worker, outcome: Outcome[Any]) -> None:
         """Answer in the place of a handler that runs, and cancel it."""
         self._waiting.discard(worker)
         worker.overtaken = True
@@ -525,7 +427,7 @@ class Workers:
                 self.summary.abandoned += 1
 
     async def _finish_for(self, event: TrapEvent, started: float, outcome: Outcome[Any]) -> None:
-        await self._finish(event, started, outcome)
+        await self._replies.finish(event, started, outcome)
         self._promote()
 
     def guest_ended(self) -> None:
@@ -548,7 +450,7 @@ class Workers:
             self._overtake(worker, OutcomeKind.CANCELLED, _STOPPED)
 
 
-def _told_to_wait(worker: _Worker, packet: BridgePacket) -> Outcome[Any]:
+def _told_to_wait(worker: Worker, packet: BridgePacket) -> Outcome[Any]:
     """The outcome of a trap whose handler goes on."""
     entry = worker.entry
     assert entry is not None

@@ -36,7 +36,6 @@ import gc
 import itertools
 import json
 import logging
-import os
 import resource
 import statistics
 import sys
@@ -698,12 +697,13 @@ class _Process:
 class _Ask:
     """A request that may be told to wait, and is then asked again."""
 
-    __slots__ = ("echoed", "kind", "process", "values")
+    __slots__ = ("echoed", "kind", "process", "seqs", "values")
 
     def __init__(self, kind: Kind, values: tuple[int, int, int, int], process: _Process) -> None:
         self.kind = kind
         self.values = values
         self.process = process
+        self.seqs: set[int] = set()
         self.echoed = False
 
 
@@ -728,8 +728,8 @@ class _Lane:
 
     __slots__ = (
         "again",
-        "hammer",
-        "hammer_left",
+        "debtor",
+        "hammers",
         "last_outcome",
         "number",
         "open",
@@ -748,8 +748,8 @@ class _Lane:
         self.steps = 0
         self.process: _Process | None = None
         self.uses_left = 0
-        self.hammer: _Process | None = None
-        self.hammer_left = 0
+        self.hammers = False
+        self.debtor: _Process | None = None
         self.waiting = False
         self.last_outcome = 0
 
@@ -791,6 +791,7 @@ class Guest(Backend):
         """Whether it is still at what was planned: the time in which memory is looked at."""
         self.stop_server: Callable[[], None] = lambda: None
         self.uncollected: Callable[[], int] = lambda: 0
+        self._planned_lanes = lanes
         self._ledger = ledger
         self._handler = handler
         self._quota = quota
@@ -872,7 +873,7 @@ class Guest(Backend):
 
     async def _leave_some_open(self) -> None:
         """A handler that hangs, and a trap behind it, in each of so many lanes."""
-        more = self._more_lanes(self._handler.lanes)
+        more = self._more_lanes(self._planned_lanes)
         for lane in more:
             for _ in range(2):
                 await self._sink.put(self._make(lane, Kind.LAST, 0, self._new_process()))
@@ -881,7 +882,7 @@ class Guest(Backend):
 
     async def _use_up_the_quota(self) -> None:
         """What is left of it, and then some; the hanging handlers have had theirs."""
-        ledger, first = self._ledger, self.lanes[: self._handler.lanes]
+        ledger, first = self._ledger, self.lanes[: self._planned_lanes]
         left = self._quota - ledger.let_through - self._handler.hanging
         ledger.check(left >= 0, f"the quota of {self._quota} let through {-left} more")
         for number, lane in enumerate(first):
@@ -921,19 +922,19 @@ class Guest(Backend):
         return _Process(next(self._roots) << 12)
 
     def _process_for(self, lane: _Lane, kind: Kind) -> _Process:
-        if kind is Kind.IN_DEBT or kind is Kind.HAMMER and lane.hammer_left:
-            lane.hammer_left -= 1
-        elif kind is Kind.HAMMER or kind in OWN_PROCESS:
-            lane.hammer = self._new_process()
-            lane.hammer_left = HAMMER_LENGTH - 1 if kind is Kind.HAMMER else 0
-        else:
-            if not lane.uses_left:
-                lane.process, lane.uses_left = self._new_process(), PROCESS_USES
-            lane.uses_left -= 1
-            assert lane.process is not None
-            return lane.process
-        assert lane.hammer is not None
-        return lane.hammer
+        if kind is Kind.IN_DEBT:
+            assert lane.debtor is not None
+            return lane.debtor
+        if kind in OWN_PROCESS:
+            lane.debtor = self._new_process()
+            return lane.debtor
+        if not lane.uses_left or lane.hammers != (kind is Kind.HAMMER):
+            lane.hammers = kind is Kind.HAMMER
+            lane.process = self._new_process()
+            lane.uses_left = HAMMER_LENGTH if lane.hammers else PROCESS_USES
+        lane.uses_left -= 1
+        assert lane.process is not None
+        return lane.process
 
     def _make(self, lane: _Lane, kind: Kind, way: int, process: _Process) -> TrapEvent:
         key = self._seq + 1
@@ -963,8 +964,8 @@ class Guest(Backend):
         address = ask.values[0]
         sent.expected = address + 1
         if ask.kind is Kind.SLOW_READ:
-            # It is to read what is there now, not what was there before it waited.
-            sent.expected = sent.seq
+            # It is to read what is there while a trap of this request is open.
+            ask.seqs.add(sent.seq)
             self._memory[address : address + 8] = sent.seq.to_bytes(8, "little")
         return self._event(lane, sent, ask.values, 0)
 
@@ -1085,7 +1086,7 @@ class Guest(Backend):
         if others == [None, None, STAMP]:
             if one == Gate.WAIT:
                 return Reply.WAIT
-            if one != sent.expected:
+            if one != sent.expected and (sent.ask is None or one not in sent.ask.seqs):
                 return Reply.WRONG
             if sent.kind is Kind.MEMORY:
                 slot = sent.slot
@@ -1145,7 +1146,7 @@ class Guest(Backend):
     def _ask_later(self, lane: _Lane, ask: _Ask, *, elsewhere: bool = False) -> None:
         way = ask.values[1]
         if elsewhere or way >> 4 & 3 == 0:
-            lane = self.lanes[(lane.number + 1) % self._handler.lanes]
+            lane = self.lanes[(lane.number + 1) % self._planned_lanes]
         due = lane.steps + RETRY_AFTER[way % len(RETRY_AFTER)]
         heappush(lane.again, (due, next(self._ties), ask))
         self._feed_soon(lane)
@@ -1233,9 +1234,7 @@ OURS = ("vmibridge.workers", "vmibridge.pending", "vmibridge.context", "vmibridg
 def objects_alive() -> Counter[str]:
     """Workers, pending requests, contexts: what a run has to leave nothing of."""
     gc.collect()
-    found = Counter(type(each).__name__ for each in gc.get_objects() if type(each).__module__ in OURS)
-    # A context variable's copy may hold on to the last of them until the loop turns.
-    return found
+    return Counter(type(one).__name__ for one in gc.get_objects() if type(one).__module__ in OURS)
 
 
 class Soak:

@@ -1,0 +1,95 @@
+"""The last step of a trap: write the answer, tell of it, and let the vCPU's next trap in.
+
+What an outcome gives the guest stands in the table of `outcome`. An answer that cannot be
+written makes its outcome *failed*; the trap is done with in any case.
+"""
+
+import logging
+import time
+from typing import Any
+
+from vmibridge.arch import write_response
+from vmibridge.dispatch import one_line
+from vmibridge.event import RegisterWrites, TrapEvent
+from vmibridge.lanes import Lanes
+from vmibridge.outcome import Outcome, OutcomeKind
+from vmibridge.outcomes import OutcomesIn
+from vmibridge.response import BridgeResponse
+from vmibridge.settings import ServerSettings
+from vmibridge.summary import Summary
+from vmibridge.vmi import Backend
+
+log = logging.getLogger(__name__)
+
+_clock = time.monotonic
+
+
+class Replies:
+    """The replies to the traps of one VM."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        settings: ServerSettings,
+        outcomes: OutcomesIn,
+        lanes: Lanes,
+        summary: Summary,
+    ) -> None:
+        self._backend = backend
+        self._outcomes = outcomes
+        self._lanes = lanes
+        self._summary = summary
+        denied = "native" if settings.policy is None else settings.policy.denied
+        self._denied_natively = denied == "native"
+        # Of the others the response is in the outcome.
+        self._responses: dict[OutcomeKind, BridgeResponse[Any] | None] = {
+            OutcomeKind.UNMATCHED: None,
+            OutcomeKind.DENIED: denied if isinstance(denied, BridgeResponse) else None,
+            **dict.fromkeys(
+                (
+                    OutcomeKind.REJECTED,
+                    OutcomeKind.TIMEOUT,
+                    OutcomeKind.FAILED,
+                    OutcomeKind.CANCELLED,
+                ),
+                settings.fallback,
+            ),
+        }
+
+    async def finish(self, event: TrapEvent, started: float, outcome: Outcome[Any]) -> None:
+        """Answer a trap that was taken at `started`, in seconds of the monotonic clock."""
+        kind, error = outcome.kind, outcome.error
+        response = outcome.response
+        if kind is not OutcomeKind.HANDLED and kind in self._responses:
+            response = self._responses[kind]
+        writes: RegisterWrites | None = None
+        if kind is not OutcomeKind.DENIED or not self._denied_natively:
+            writes = write_response(event, response)
+        try:
+            await self._backend.resume(event, writes)
+        except Exception as lost:
+            log.exception("the answer to trap %d of vm %s was not written", event.seq, event.vm)
+            kind, writes, error = OutcomeKind.FAILED, None, f"not written: {one_line(lost)}"
+        self._summary.outcomes[kind] += 1
+        done: Outcome[Any] = Outcome(
+            kind,
+            outcome.packet,
+            response,
+            outcome.handler,
+            error,
+            event,
+            writes,
+            _clock() - started,
+        )
+        if not self._outcomes.put_nowait(done):
+            await self._outcomes.put(done)
+        self._lanes.release(event.vcpu)
+
+    async def run_natively(self, event: TrapEvent) -> None:
+        """Answer a trap that is not ours."""
+        self._summary.native += 1
+        try:
+            await self._backend.resume(event, None)
+        except Exception:
+            log.exception("trap %d of vm %s did not run natively", event.seq, event.vm)
+        self._lanes.release(event.vcpu)

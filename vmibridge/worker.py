@@ -1,0 +1,62 @@
+"""What one worker is at: a request, the trap that waits for it, and its deadlines."""
+
+from collections.abc import Callable
+
+import anyio
+
+from vmibridge.context import BridgeContext
+from vmibridge.dispatch import Entry
+from vmibridge.event import TrapEvent
+from vmibridge.packet import BridgePacket
+from vmibridge.pending import PendingRequest
+from vmibridge.settings import Terms
+
+
+class Worker:
+    """A task that answers traps, one after the other, and the request that it is at."""
+
+    __slots__ = (
+        "context",
+        "deadline",
+        "entry",
+        "event",
+        "first",
+        "hard_deadline",
+        "on_wait",
+        "overtaken",
+        "packet",
+        "pending",
+        "placed",
+        "queued",
+        "scope",
+        "started",
+        "terms",
+        "waited",
+    )
+
+    scope: anyio.CancelScope
+    on_wait: Callable[[], None]
+    event: TrapEvent | None
+    """The trap that waits for it; `None` after the soft deadline, until a retry."""
+    started: float
+    """When that trap was taken."""
+    packet: BridgePacket
+    context: BridgeContext
+    first: Entry
+    """Who is asked first; a request and its retry have it in common."""
+    entry: Entry | None
+    """Who was asked last; `None` unless the handler runs."""
+    waited: bool
+    """It was suspended at this request: it has terms and deadlines."""
+    terms: Terms
+    deadline: float
+    """The nearer of its two."""
+    hard_deadline: float
+    queued: bool
+    """The handler has not begun: it waits for its turn, or for a place."""
+    placed: bool
+    """It holds a place in flight."""
+    pending: "PendingRequest[Worker] | None"
+    """The request, when it was told to wait."""
+    overtaken: bool
+    """Somebody else has answered this request, and cancelled the scope."""
