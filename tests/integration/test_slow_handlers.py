@@ -38,15 +38,19 @@ PASSED = 0x600D
 MASK32 = 0xFFFF_FFFF
 
 SOFT = 0.05
-HELD = SOFT + 2.0
-"""Seconds that no vCPU is ever held for, on a machine that is busy with other things."""
+HELD = SOFT + 1.0
+"""Seconds that no vCPU is held for, on a machine that is busy with other things."""
 
 # The methods of `Jobs`.
 JOB, FAST, COUNTED, COUNTED_IN_VALUE2, FILL, FILL_WHEN_TOLD, MEETING = 1, 2, 3, 4, 5, 6, 7
 
 
 class Jobs(BridgeHandler[str]):
-    """What the guests of `slow_job.asm` and `buffer.asm` expect."""
+    """What the guests of `slow_job.asm` and `buffer.asm` expect.
+
+    A job that takes its time is over when its guest has been told to wait at least once,
+    and never before: so no test depends on how busy the machine is.
+    """
 
     MAGIC = STANDARD_MAGIC
     REQUEST = 0x0300
@@ -69,7 +73,7 @@ class Jobs(BridgeHandler[str]):
     async def job(self, vmi, packet):
         self.runs.append((vmi.vm, packet.value1))
         try:
-            await anyio.sleep(self.seconds)
+            await self.take_time()
             await self.may_end.wait()
         except anyio.get_cancelled_exc_class():
             self.cancelled += 1
@@ -91,7 +95,7 @@ class Jobs(BridgeHandler[str]):
 
     @method(FILL)
     async def fill(self, vmi, packet):
-        await anyio.sleep(self.seconds)
+        await self.take_time()
         return await self.write(vmi, packet)
 
     @method(FILL_WHEN_TOLD)
@@ -105,6 +109,11 @@ class Jobs(BridgeHandler[str]):
         await self.wants_to_write.wait()
         return BridgeResponse()
 
+    async def take_time(self):
+        if self.seconds:
+            await anyio.sleep(self.seconds)
+            await self.told_to_wait.wait()
+
     async def write(self, vmi, packet):
         self.runs.append((vmi.vm, packet.value1))
         data = bytes((7 * n + 3) & 0xFF for n in range(packet.value2))
@@ -112,14 +121,24 @@ class Jobs(BridgeHandler[str]):
         return BridgeResponse(value1=self.answer)
 
 
-async def serve(spec, handler, *, each=lambda outcome, server: None, **options):
-    """Run a guest to its end, with `each` called on every outcome."""
+async def outcomes_of(server, *jobs, each=lambda outcome, server: None):
+    """All outcomes. Tells the jobs when a guest was told to wait, and calls `each`."""
     outcomes = []
-    async with open_backend(spec) as backend:
-        server = BridgeServer(backend, Bridge(handler), **options)
+    with anyio.fail_after(60):
         async for outcome in server.run():
             outcomes.append(outcome)
+            if outcome.kind is OutcomeKind.WAITING:
+                for job in jobs:
+                    job.told_to_wait.set()
             each(outcome, server)
+    return outcomes
+
+
+async def serve(spec, jobs, *, each=lambda outcome, server: None, **options):
+    """Run a guest to its end: the outcomes, and the summary."""
+    async with open_backend(spec) as backend:
+        server = BridgeServer(backend, Bridge(jobs), **options)
+        outcomes = await outcomes_of(server, jobs, each=each)
     return outcomes, server.summary
 
 
@@ -142,6 +161,12 @@ def end_of(summary, vcpu=0):
     end = summary.guest.vcpus[vcpu]
     assert (end.reason, end.detail) == ("halted", "")
     return end.registers
+
+
+def answered_during(held, outcomes):
+    """How many traps of other vCPUs came, and were answered, while one vCPU was held."""
+    before = outcomes[: outcomes.index(held)]
+    return sum(outcome.event.seq > held.event.seq for outcome in before)
 
 
 def kinds(outcomes):
@@ -181,6 +206,8 @@ class TestAGate:
         assert end_of(summary, 0)["rcx"] == summary.retries == waits
         assert kinds(of_others) == [OutcomeKind.HANDLED] * calls
         assert outcomes.index(of_others[-1]) < outcomes.index(of_job[-1])
+        # Not only between the polls: while vCPU 0 was held for its soft deadline, too.
+        assert sum(answered_during(poll, outcomes) for poll in of_job) > calls / 10
         assert max(outcome.duration for outcome in outcomes) < HELD
 
     @every_form
@@ -194,7 +221,6 @@ class TestAGate:
         assert kinds(outcomes) == [OutcomeKind.WAITING] * waits + [OutcomeKind.HANDLED]
         assert end_of(summary)["rcx"] == summary.retries == waits
         assert len(jobs.runs) == 1
-        assert max(outcome.duration for outcome in outcomes) < HELD
 
     @every_form
     async def test_may_count_its_attempts_in_a_value(self, build_guest, width, how):
@@ -230,8 +256,9 @@ class TestAGate:
         jobs.timeout = 4 * SOFT
         outcomes, summary = await serve(spec_of(slow_job(build_guest, width, how), width), jobs)
         assert end_of(summary)["rax"] == 1  # nobody answered: there are no stamps
-        assert kinds(outcomes)[0] is OutcomeKind.WAITING
-        assert kinds(outcomes)[-1] is OutcomeKind.TIMEOUT
+        waits = len(outcomes) - 1
+        assert kinds(outcomes) == [OutcomeKind.WAITING] * waits + [OutcomeKind.TIMEOUT]
+        assert end_of(summary)["rcx"] == waits
         assert (len(jobs.runs), jobs.cancelled) == (1, 1)
 
     def test_knows_the_words_of_the_host(self):
@@ -258,13 +285,8 @@ class TestTheGuestsBuffer:
     @every_form
     async def test_is_left_alone_while_the_handler_waits_to_write(self, build_guest, width, how):
         jobs = Jobs()
-
-        def tell(outcome, server):
-            if outcome.kind is OutcomeKind.WAITING:
-                jobs.told_to_wait.set()
-
         image = buffer_guest(build_guest, width, how, METHOD=FILL_WHEN_TOLD, MEET=1)
-        outcomes, summary = await serve(spec_of(image, width, vcpus=2), jobs, each=tell)
+        outcomes, summary = await serve(spec_of(image, width, vcpus=2), jobs)
         assert end_of(summary, 0)["rax"] == end_of(summary, 1)["rax"] == PASSED
         # vCPU 1 heard of the write before vCPU 0 asked again; the bytes came after that.
         order = [(outcome.event.vcpu, outcome.kind) for outcome in outcomes]
@@ -277,9 +299,7 @@ class TestTheGuestsBuffer:
         jobs = Jobs()
         async with open_backend(spec_of(image, vcpus=2)) as backend:
             server = BridgeServer(backend, Bridge(jobs))
-            async for outcome in server.run():
-                if outcome.kind is OutcomeKind.WAITING:
-                    jobs.told_to_wait.set()
+            await outcomes_of(server, jobs)
             before, after = (bytes(backend._ram[at : at + (2 << 20)]) for at in (2 << 20, 8 << 20))
         assert end_of(server.summary, 0)["rax"] == PASSED
         assert not any(before)
@@ -698,10 +718,9 @@ class TestAStop:
             outcomes = []
             async for outcome in server.run():
                 outcomes.append(outcome)
-                if len(outcomes) == 1:
-                    while not jobs.runs:
-                        await anyio.sleep(0.005)
-                    server.stop()
+                while not jobs.runs:
+                    await anyio.sleep(0.005)
+                server.stop()
         assert [(outcome.event.vcpu, outcome.kind) for outcome in outcomes] == [
             (1, OutcomeKind.HANDLED),
             (0, OutcomeKind.CANCELLED),
@@ -747,14 +766,14 @@ class TestSeveralVms:
         handlers = {"a": Jobs(seconds=2 * SOFT), "b": Jobs(seconds=4 * SOFT)}
         spec = spec_of(slow_job(build_guest, COUNT=200), vcpus=2)
         async with serving({"a": spec, "b": spec}, lambda vm: Bridge(handlers[vm])) as server:
-            outcomes = [outcome async for outcome in server.run()]
+            outcomes = await outcomes_of(server, *handlers.values())
         for vm, jobs in handlers.items():
             summary = server.summaries[vm]
             own = [outcome for outcome in outcomes if outcome.event.vm == vm]
             assert end_of(summary, 0)["rax"] == end_of(summary, 1)["rax"] == PASSED
             assert jobs.runs == [(vm, 0x70C0FFEE)]
             assert kinds(own).count(OutcomeKind.HANDLED) == 201
-            assert kinds(own).count(OutcomeKind.WAITING) == end_of(summary, 0)["rcx"] >= 1
+            assert kinds(own).count(OutcomeKind.WAITING) == end_of(summary, 0)["rcx"]
         assert server.summary.total == len(outcomes)
 
     async def test_may_have_one_that_is_shared(self, build_guest):
@@ -764,8 +783,7 @@ class TestSeveralVms:
         jobs = Shared(seconds=2 * SOFT)
         spec = spec_of(slow_job(build_guest))
         async with serving({"a": spec, "b": spec}, lambda vm: Bridge(jobs)) as server:
-            async for _ in server.run():
-                pass
+            await outcomes_of(server, jobs)
         # The same request of another VM is another request.
         assert sorted(jobs.runs) == [("a", 0x70C0FFEE), ("b", 0x70C0FFEE)]
         for summary in server.summaries.values():

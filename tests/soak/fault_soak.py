@@ -36,6 +36,7 @@ import gc
 import itertools
 import json
 import logging
+import math
 import resource
 import statistics
 import sys
@@ -92,7 +93,7 @@ HARD = 0.02
 LONG = 60.0
 """For handlers that are not to meet a deadline, however busy the machine is."""
 RESULT_TIMEOUT = 0.2
-STALLED = 60.0
+STALLED = 120.0
 """Without any answer for so long, the soak gives up."""
 
 DEPTH = 3
@@ -148,6 +149,8 @@ REPLY_OF = {
 
 class Kind(IntEnum):
     """What a trap is about; also its method code. See `KINDS`."""
+
+    __hash__ = int.__hash__  # That of an enum is slow.
 
     ANSWER = 1
     YIELD = 2
@@ -206,10 +209,10 @@ KINDS = {
     Kind.SCOPES: _spec(10, "handled"),
     Kind.FORWARDED: _spec(10, "handled"),
     # Faults of handlers, and answers that the VM does not take.
-    Kind.RAISE: _spec(10, "failed"),
-    Kind.HANG: _spec(10, "timeout"),
-    Kind.CANCEL: _spec(10, "cancelled"),
-    Kind.BAD_POINTER: _spec(10, "failed"),
+    Kind.RAISE: _spec(10.5, "failed"),
+    Kind.HANG: _spec(10.5, "timeout"),
+    Kind.CANCEL: _spec(10.5, "cancelled"),
+    Kind.BAD_POINTER: _spec(10.5, "failed"),
     Kind.LOST: _spec(1, "failed"),
     # Past the soft deadline, with retries that come, and with retries that never do.
     Kind.SLOW: _spec(6, "handled", "waiting", "denied"),
@@ -238,7 +241,7 @@ KINDS = {
     Kind.TURN_SLOW: _spec(0.5, "handled", "waiting", "denied"),
     # At the end only.
     Kind.GATHER: _spec(0, "handled"),
-    Kind.LAST: _spec(0, "cancelled"),
+    Kind.LAST: _spec(0, "cancelled", "denied"),
     Kind.OVER: _spec(0, "denied"),
 }
 
@@ -359,7 +362,7 @@ class Faults(BridgeHandler[None]):
 
     def __init__(self, ledger: Ledger, places: int, lanes: int) -> None:
         self._ledger = ledger
-        self._running: set[int] = set()
+        self._running: Counter[tuple[Kind, int]] = Counter()
         self._places = places
         self._lanes = lanes
         self.gathered = 0
@@ -539,57 +542,70 @@ class Faults(BridgeHandler[None]):
         await vmi.memory.read_physical(HUGE, DEBT)
         return plus_one(packet)
 
+    @contextmanager
+    def _slow(self, kind: Kind, packet, *, asked_at_once: int = 1):
+        """One run of a kind that may wait: a retry must not begin another one beside it."""
+        key = (kind, packet.value3 or packet.value1)
+        self._ledger.starts[kind] += 1
+        self._running[key] += 1
+        self._ledger.check(
+            self._running[key] <= asked_at_once, f"one {kind.name} runs {self._running[key]} times"
+        )
+        try:
+            yield
+        finally:
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
+
     @method(Kind.SLOW, soft_timeout=SOFT)
     async def slow(self, vmi, packet):
-        self._ledger.starts[Kind.SLOW] += 1
-        await anyio.sleep(SLOW)
+        with self._slow(Kind.SLOW, packet):
+            await anyio.sleep(SLOW)
         return plus_one(packet)
 
     @method(Kind.ECHO, soft_timeout=SOFT)
     async def echo(self, vmi, packet):
-        self._ledger.starts[Kind.ECHO] += 1
-        key = packet.value1
-        self._ledger.check(key not in self._running, "one request runs twice at a time")
-        self._running.add(key)
-        await anyio.sleep(SLOW)
-        self._running.discard(key)
+        # When the result has expired, both begin anew, and none was told to wait as yet.
+        with self._slow(Kind.ECHO, packet, asked_at_once=2):
+            await anyio.sleep(SLOW)
         return plus_one(packet)
 
     @method(Kind.SLOW_FAIL, soft_timeout=SOFT)
     async def slow_fail(self, vmi, packet):
-        self._ledger.starts[Kind.SLOW_FAIL] += 1
-        await anyio.sleep(SLOW)
-        raise LookupError("late")
+        with self._slow(Kind.SLOW_FAIL, packet):
+            await anyio.sleep(SLOW)
+            raise LookupError("late")
 
     @method(Kind.SLOW_READ, soft_timeout=SOFT)
     async def slow_read(self, vmi, packet):
-        self._ledger.starts[Kind.SLOW_READ] += 1
-        await anyio.sleep(SLOW * (packet.value2 % 2))
-        data = await vmi.memory.read_physical(DELAYED + packet.value1, 8)
+        with self._slow(Kind.SLOW_READ, packet):
+            await anyio.sleep(SLOW * (packet.value2 % 2))
+            data = await vmi.memory.read_physical(DELAYED + packet.value1, 8)
         return BridgeResponse(value1=int.from_bytes(data, "little"))
 
     @method(Kind.SLOW_HANG, soft_timeout=SOFT, timeout=HARD)
     async def slow_hang(self, vmi, packet):
-        self._ledger.starts[Kind.SLOW_HANG] += 1
-        await anyio.sleep_forever()
+        with self._slow(Kind.SLOW_HANG, packet):
+            await anyio.sleep_forever()
 
     @method(Kind.NEVER, soft_timeout=SOFT)
     async def never(self, vmi, packet):
-        self._ledger.starts[Kind.NEVER] += 1
-        await anyio.sleep(SLOW)
+        with self._slow(Kind.NEVER, packet):
+            await anyio.sleep(SLOW)
         return plus_one(packet)
 
     @method(Kind.NEVER_READ, soft_timeout=SOFT, timeout=HARD)
     async def never_read(self, vmi, packet):
-        self._ledger.starts[Kind.NEVER_READ] += 1
-        await anyio.sleep(SLOW)
-        await vmi.memory.read(0, 8)
+        with self._slow(Kind.NEVER_READ, packet):
+            await anyio.sleep(SLOW)
+            await vmi.memory.read(0, 8)
         return plus_one(packet)
 
     @method(Kind.NEVER_HANG, soft_timeout=SOFT, timeout=HARD)
     async def never_hang(self, vmi, packet):
-        self._ledger.starts[Kind.NEVER_HANG] += 1
-        await anyio.sleep_forever()
+        with self._slow(Kind.NEVER_HANG, packet):
+            await anyio.sleep_forever()
 
     @method(Kind.RING)
     async def ring(self, vmi, packet):
@@ -853,7 +869,7 @@ class Guest(Backend):
     async def _wait_for_the_last_results(self) -> None:
         """Results that nobody collects expire, and nothing has to happen for it."""
         ledger = self._ledger
-        with anyio.move_on_after(LONG):
+        with anyio.move_on_after(LONG + 10):
             while ledger.starts.total() != ledger.ends + self.uncollected():
                 await anyio.sleep(RESULT_TIMEOUT / 4)
         left = ledger.starts.total() - ledger.ends - self.uncollected()
@@ -1102,7 +1118,7 @@ class Guest(Backend):
     def _denied(self, sent: _Sent) -> None:
         """Too many requests by now, or too many bytes: anything else is no reason."""
         process = sent.process
-        if sent.kind in (Kind.RING, Kind.OVER, Kind.IN_DEBT):
+        if sent.kind in (Kind.RING, Kind.OVER, Kind.LAST, Kind.IN_DEBT):
             return
         # Another lane's retry may have been taken before this one.
         nth = sent.nth if sent.ask is None else process.fed
@@ -1228,13 +1244,15 @@ def tasks_alive() -> int:
     return len(asyncio.all_tasks())
 
 
-OURS = ("vmibridge.workers", "vmibridge.pending", "vmibridge.context", "vmibridge.memory")
+OURS = {"server", "engine", "workers", "worker", "pending", "context", "memory"}
 
 
 def objects_alive() -> Counter[str]:
     """Workers, pending requests, contexts: what a run has to leave nothing of."""
     gc.collect()
-    return Counter(type(one).__name__ for one in gc.get_objects() if type(one).__module__ in OURS)
+    modules = {f"vmibridge.{name}" for name in OURS}
+    kinds = (type(each) for each in gc.get_objects())
+    return Counter(kind.__name__ for kind in kinds if kind.__module__ in modules)
 
 
 class Soak:
@@ -1255,10 +1273,13 @@ class Soak:
         self._loop = loop
         self._progress = progress
         self._samples: list[float] = []
+        self._next_sample = traps * WARM_UP if traps >= FEWEST_FOR_FLAT else math.inf
         self._most_tasks = 0
 
     async def run(self) -> Report:
         """The whole soak. Its report tells what was wrong."""
+        # By the first wait, a loop has started what it needs for itself.
+        await anyio.sleep(0.01)
         threads, tasks, alive = threading.active_count(), tasks_alive(), objects_alive()
         started = time.monotonic()
         with self._logged() as log:
@@ -1270,20 +1291,27 @@ class Soak:
         with anyio.move_on_after(5):
             while tasks_alive() > tasks:
                 await anyio.sleep(0.01)
+        # The loop lets go of what ended last a turn later.
+        await anyio.sleep(0.01)
+        left = objects_alive() - alive
         check = self.ledger.check
+        check(not left, f"left in memory: {dict(left)}")
         check(tasks_alive() <= tasks, f"{tasks_alive() - tasks} tasks are left")
         check(
             threading.active_count() <= threads,
-            f"{threading.active_count() - threads} threads are left",
+            f"threads are left: {threading.enumerate()}",
         )
-        left = objects_alive() - alive
-        check(not left, f"left in memory: {dict(left)}")
         return self._report(summary, seconds)
 
     @contextmanager
     def _logged(self):
         log = Log(self.ledger)
-        logging.getLogger().addHandler(log)
+        # Nobody else gets the records: they hold tracebacks, and those a whole run.
+        ours = logging.getLogger("vmibridge")
+        ours.propagate = False
+        loggers = [ours, logging.getLogger("asyncio"), logging.getLogger("trio")]
+        for logger in loggers:
+            logger.addHandler(log)
         unraisable = sys.unraisablehook
         sys.unraisablehook = lambda what: self.ledger.wrong(f"nobody caught {what.exc_value!r}")
         try:
@@ -1291,7 +1319,9 @@ class Soak:
             gc.collect()
         finally:
             sys.unraisablehook = unraisable
-            logging.getLogger().removeHandler(log)
+            for logger in loggers:
+                logger.removeHandler(log)
+            ours.propagate = True
 
     async def _serve(self) -> BridgeServer:
         places = 2 * self._lanes
@@ -1352,10 +1382,7 @@ class Soak:
         if guest.in_plan and ledger.answered >= self._next_sample:
             gc.collect()
             self._samples.append(resident())
-
-    @property
-    def _next_sample(self) -> float:
-        return self._traps * (WARM_UP + (1 - WARM_UP) * len(self._samples) / SAMPLES)
+            self._next_sample += self._traps * (1 - WARM_UP) / SAMPLES
 
     async def _watch(self, guest: Guest, server: BridgeServer) -> None:
         """Tell of the progress; give up when there is none."""
@@ -1394,7 +1421,9 @@ class Soak:
         check(counted == by_outcome, f"counted {counted}, told {by_outcome}")
         native = ledger.sent[Kind.NOT_OURS]
         check(summary.native == native, f"{native} not ours, {summary.native} ran natively")
-        # The last ones hang, and the trap behind each was never let in.
+        # Those that hang at the end are cancelled; behind each there is one more.
+        last = ledger.outcomes[Kind.LAST, OutcomeKind.CANCELLED]
+        check(last >= self._lanes, f"{last} of {self._lanes} handlers were cancelled by the stop")
         starts, lost = ledger.starts.total(), summary.uncollected + summary.abandoned
         check(
             starts == ledger.ends + lost,

@@ -19,8 +19,17 @@ def numbers(outcomes: list[Outcome]) -> list[int]:
     return [item.packet.method for item in outcomes]
 
 
-def filled(capacity: int, count: int) -> OutcomeQueue:
-    queue = OutcomeQueue(capacity)
+class Queue(OutcomeQueue):
+    """With one way in, under the same name."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        way = self.way_in()
+        self.put, self.put_nowait, self.unbind = way.put, way.put_nowait, way.unbind
+
+
+def filled(capacity: int, count: int) -> Queue:
+    queue = Queue(capacity)
     for number in range(count):
         assert queue.put_nowait(outcome(number))
     return queue
@@ -71,7 +80,7 @@ async def test_outcomes_come_in_the_order_in_which_they_were_put():
 
 @pytest.mark.anyio
 async def test_a_consumer_waits_for_the_next_outcome():
-    queue = OutcomeQueue(8)
+    queue = Queue(8)
     async with Waiting(queue.get) as consumer:
         assert consumer.results == []
         queue.put_nowait(outcome(7))
@@ -102,7 +111,7 @@ async def test_a_producer_waits_for_room_which_comes_in_batches():
 @pytest.mark.anyio
 @pytest.mark.parametrize("capacity", [1, 2, 3, 4, 16])
 async def test_nothing_is_lost_between_many_producers_and_a_consumer(capacity):
-    queue = OutcomeQueue(capacity)
+    queue = Queue(capacity)
     taken: list[int] = []
 
     async def produce(first: int) -> None:
@@ -147,7 +156,7 @@ async def test_a_producer_that_is_cancelled_has_put_nothing():
 
 @pytest.mark.anyio
 async def test_a_consumer_that_is_cancelled_has_taken_nothing():
-    queue = OutcomeQueue(2)
+    queue = Queue(2)
     async with Waiting(queue.get):
         pass
     queue.put_nowait(outcome(1))
@@ -207,9 +216,38 @@ async def test_an_error_comes_once_after_the_last_outcome():
 @pytest.mark.anyio
 @pytest.mark.parametrize("error", [None, LookupError("the VM is gone")])
 async def test_the_end_wakes_a_consumer_that_waits(error):
-    queue = OutcomeQueue(8)
+    queue = Queue(8)
     async with Waiting(queue.get) as consumer:
         queue.end(error)
         await settle()
         (result,) = consumer.results
         assert isinstance(result, StopAsyncIteration) if error is None else result is error
+
+
+# --- several ways in ----------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_the_bound_is_for_all_ways_in_together():
+    queue = OutcomeQueue(2)
+    one, other = queue.way_in(), queue.way_in()
+    assert one.put_nowait(outcome(1))
+    assert other.put_nowait(outcome(2))
+    assert not one.put_nowait(outcome(3))
+    async with Waiting(one.put, outcome(3)) as first, Waiting(other.put, outcome(4)) as second:
+        assert await take(queue, 2) == [1, 2]
+        await settle()
+        assert (first.results, second.results) == ([None], [None])
+    assert sorted(await take(queue, 2)) == [3, 4]
+
+
+@pytest.mark.anyio
+async def test_one_that_is_unbound_lets_the_others_wait():
+    queue = OutcomeQueue(1)
+    one, other = queue.way_in(), queue.way_in()
+    assert one.put_nowait(outcome(1))
+    async with Waiting(other.put, outcome(9)) as waiting:
+        one.unbind()
+        assert one.put_nowait(outcome(2))
+        await settle()
+        assert waiting.results == []
