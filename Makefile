@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup system check lint types layers coverage test test-slow demo bench lock clean
+.PHONY: help setup system check lint types layers coverage test test-slow soak demo bench lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,10 @@ test: setup  ## all tests but the slow ones; minutes
 
 test-slow: setup  ## the tests that take long
 	$(PYTEST) -q -m slow
+
+soak: setup  ## 1,000,000 traps with faults over 64 lanes, on asyncio and on trio; minutes
+	$(BIN)/python tests/soak/fault_soak.py --loop asyncio
+	$(BIN)/python tests/soak/fault_soak.py --loop trio
 
 demo: setup  ## a real guest calls the ready-made handlers and checks every answer
 	@$(BIN)/python guest/demo/demo.py

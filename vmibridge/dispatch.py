@@ -48,7 +48,16 @@ Target: TypeAlias = BridgeHandler[Any] | BridgeDispatch
 class Entry:
     """One place in the order of a bridge: a target, and what it answers to."""
 
-    __slots__ = ("any_cpuid", "contract", "handler", "name", "serial", "stamps", "target")
+    __slots__ = (
+        "any_cpuid",
+        "contract",
+        "handler",
+        "instant",
+        "name",
+        "serial",
+        "stamps",
+        "target",
+    )
 
     def __init__(self, target: Target, contract: BridgeContract) -> None:
         self.target = target
@@ -56,6 +65,7 @@ class Entry:
         self.handler = target if isinstance(target, BridgeHandler) else None
         self.stamps = any(value is not None for value in contract.verify_values)
         self.any_cpuid = target.ANY_CPUID
+        self.instant = self.handler is not None and self.handler.instant
         self.serial = self.handler is not None and self.handler.serial
         if self.handler is not None:
             # An instance may have set its own.

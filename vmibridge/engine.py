@@ -4,8 +4,8 @@ Rules that it lives by:
 
 - Handlers are entered before the guest runs, and left after the last answer.
 - A stop has four steps: no trap is taken any more, and what is queued is answered;
-  handlers that run have the grace period to end by themselves; those that are left are
-  answered for, and cancelled; the backend disarms its traps and lets the guest go.
+  handlers that a trap waits for have the grace period to end by themselves; the others
+  are answered for, and cancelled; the backend disarms its traps and lets the guest go.
 - All of this is shielded from cancellation from outside, which `main` turns into a stop
   without grace: so an answer that is being written is always written.
 """
@@ -66,7 +66,7 @@ class Engine:
     def stop(self, *, now: bool = False) -> None:
         """Ask for the end: pending traps are answered, then the guest is let go.
 
-        `now` leaves handlers that run no time to end by themselves.
+        `now` leaves handlers no time to end by themselves.
         """
         if now:
             self._grace.cancel()

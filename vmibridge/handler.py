@@ -123,6 +123,8 @@ class BridgeHandler(Generic[T]):
     counts the attempts."""
     serial: ClassVar[bool] = False
     """Answer one request at a time; the others wait for their turn."""
+    instant: ClassVar[bool] = False
+    """It answers without awaiting anything, so it needs no place in flight."""
     shared: ClassVar[bool] = False
     """One instance may serve several VMs: it keeps nothing of a guest."""
     Settings: ClassVar[type[msgspec.Struct] | None] = None

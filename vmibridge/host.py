@@ -99,6 +99,7 @@ class Host(BridgeHandler[None]):
     VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
     name = "host"
     shared = True
+    instant = True
 
     def __init__(self, info: HostInfo) -> None:
         soft = 0 if info.soft_timeout is None else _milliseconds(info.soft_timeout)

@@ -79,7 +79,9 @@ class HandlerFactory:
         handlers = []
         for place, offer in enumerate(find_handlers(self._sources)):
             key = (offer.source, place)
-            handler = self._shared.get(key) or _make(offer, self._config)
+            handler = self._shared.get(key)
+            if handler is None:
+                handler = _make(offer, self._config)
             if handler.shared:
                 self._shared[key] = handler
             handlers.append(handler)

@@ -174,8 +174,8 @@ class BridgeServer:
         """End the run in good order: take no more traps, answer those that are there, and
         let the guests go.
 
-        Returns at once. Handlers that run have the grace period to end by themselves;
-        with `now`, also in a second call, they are cancelled. All is answered within
+        Returns at once. Handlers that a trap waits for have the grace period to end by
+        themselves; with `now`, also in a second call, they are cancelled. All is answered within
         `stop_timeout`; the iteration ends when every handler has unwound, which one that
         shields itself puts off. Before `run`, it makes that run end before it begins.
         """
@@ -335,5 +335,5 @@ def _host_info(bridge: Bridge, settings: ServerSettings) -> HostInfo:
         max(soft, default=None),
         max(each.timeout for each in terms),
         settings.result_timeout,
-        settings.in_flight,
+        min(settings.in_flight, settings.in_flight_total),
     )

@@ -51,8 +51,8 @@ class ServerSettings(msgspec.Struct, frozen=True):
     in_flight_total: int = 8192
     """The same for all VMs of the server together."""
     grace: float = 1.0
-    """Seconds that handlers have at a stop to end by themselves, at most half of
-    `stop_timeout`."""
+    """Seconds that handlers have at a stop to end by themselves, when a trap waits for
+    them; at most half of `stop_timeout`."""
     stop_timeout: float = 5.0
     """Seconds in which a stop has to have answered every trap."""
     policy: Policy | None = None

@@ -19,11 +19,11 @@ class Summary(msgspec.Struct):
     native: int = 0
     """Traps that were not ours and ran natively."""
     retries: int = 0
-    """Traps that asked again for what was under way; counted among the outcomes, too."""
+    """Traps that asked again for what was told to wait; counted among the outcomes, too."""
     uncollected: int = 0
     """Results that no retry came for, before they expired or the run ended."""
     abandoned: int = 0
-    """Handlers that were cancelled at the end of the run with no trap waiting for them."""
+    """Handlers that were cancelled at the end of the run, with no trap waiting for them."""
     guest: GuestEnd | None = None
     """`None` until the guest has ended."""
 

@@ -2,9 +2,9 @@
 
 Rules that they live by:
 
-- Every trap is answered once. `Worker.event` is the trap that waits for a worker;
-  whoever answers it takes it out of there first: the worker when the handler ends, the
-  watchdog at a deadline, the shutdown when it comes.
+- Every trap is answered once: by its worker, when the handler ends, or in its place by
+  the watchdog at a deadline, or by the shutdown. Those two find it in `_waiting`, and take
+  the trap (`Worker.event`) or the whole worker out of there before they answer.
 - A worker takes a ready trap and runs its handler inline. When the handler waits,
   another worker takes over the lanes (`_promote`), and the deadlines are armed: one
   watchdog for all, no cancel scope per trap. A handler that never waits can miss no
@@ -148,7 +148,7 @@ class Workers:
 
     def _worker_waits(self, worker: Worker) -> None:
         if worker.entry is not None:
-            if not worker.queued:
+            if not worker.queued and not worker.entry.instant:
                 self._in_flight.enter_nowait()
                 worker.placed = True
             worker.waited = True
@@ -234,7 +234,9 @@ class Workers:
                 try:
                     outcome = await (
                         self._answer_in_turn(worker, entry)
-                        if entry.serial or worker.waited or self._in_flight.full
+                        if entry.serial
+                        or worker.waited
+                        or (self._in_flight.full and not entry.instant)
                         else answer(entry, worker.context, packet)
                     )
                 except Exception as error:
@@ -290,10 +292,14 @@ class Workers:
         return terms
 
     def _key(self, event: TrapEvent, packet: BridgePacket, entry: Entry) -> Hashable:
-        """What a retry has in common with its request; the VM is that of these workers."""
+        """What a retry has in common with its request; the VM is that of these workers.
+
+        The ring, too: what was begun for a program may not go on with a kernel's rights.
+        """
         values = packet.values
         return (
             event.address_space,
+            event.ring,
             packet.magic,
             packet.request,
             packet.method,
@@ -372,7 +378,7 @@ class Workers:
             self._overtake(worker, OutcomeKind.CANCELLED, "the guest has ended")
             return
         outcome = _told_to_wait(worker, worker.packet)
-        if worker.queued:
+        if worker.queued and worker.pending is None:
             # Nothing has begun that is worth keeping; so nothing piles up, either.
             self._answer_for(worker, outcome)
             return

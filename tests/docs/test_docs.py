@@ -12,23 +12,28 @@ Of an output only durations are left out, and what the document leaves out by `.
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
+import tomllib
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import pytest
 
-from vmibridge import Gate, OutcomeKind, StatusKind
+from vmibridge import BridgeHandler, BridgeServer, Gate, OutcomeKind, StatusKind
+from vmibridge import method as mark_method
 from vmibridge.backend.spec import parse_size
 from vmibridge.backend.unicorn import UnicornOptions
 from vmibridge.cli.handlers import HandlerLine, MethodLine
 from vmibridge.cli.trap_line import TrapLine, VcpuLine, summary_json
 from vmibridge.config import Config
 from vmibridge.errors import ConfigError
+from vmibridge.host import VERSION, Feature, Host, Limit
 from vmibridge.loading import find_handlers
 from vmibridge.memory import GuestMemory
 from vmibridge.policy import AddressRange, Policy, Quota, Rate
@@ -260,12 +265,65 @@ def test_every_field_of_the_handlers_list_is_there():
 
 def test_every_key_of_the_server_is_there():
     text = section("docs/configuration.md", "## `[server]`")
-    keys, fallback_keys = map(rows, text.split("### `server.fallback`"))
-    assert list(keys) == config_keys("server") == list(ServerSettings.__struct_fields__)
-    assert list(fallback_keys) == config_keys("server.fallback")
-    for field in msgspec.structs.fields(ServerSettings):
-        if field.name != "fallback":
-            assert ast.literal_eval(keys[field.name][2]) == field.default
+    keys, reply_keys = map(rows, text.split("### `server.wait` and `server.fallback`"))
+    settings = list(ServerSettings.__struct_fields__)
+    settings.remove("policy")  # a table of its own
+    assert list(keys) == config_keys("server") == settings
+    for reply in ("wait", "fallback"):
+        assert list(reply_keys) == config_keys(f"server.{reply}")
+
+
+def test_every_default_of_the_server_is_there():
+    """The documented defaults, written into a file, are those of a server without one."""
+    keys = rows(section("docs/configuration.md", "## `[server]`").split("###")[0])
+    told = {key: row[2].strip("`") for key, row in keys.items()}
+    without = [key for key, default in told.items() if default == "none"]
+    lines = [f"{key} = {default}\n" for key, default in told.items() if key not in without]
+    default = ServerSettings()
+    assert Config("", "".join(["[server]\n", *lines])).server == default == Config().server
+    assert [getattr(default, key) for key in without] == [None] * len(without)
+
+
+def test_the_server_takes_its_settings_as_arguments():
+    """In Python and in the file there are the same settings, with the same defaults."""
+    arguments = {
+        name: argument.default
+        for name, argument in inspect.signature(BridgeServer).parameters.items()
+        if argument.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert list(arguments) == list(ServerSettings.__struct_fields__)
+    default = msgspec.structs.asdict(ServerSettings())
+    assert {**arguments, "fallback": default["fallback"]} == default
+    assert arguments["fallback"] is None
+
+
+def test_every_attribute_of_a_handler_is_there():
+    own = rows(section("docs/configuration.md", "## What a handler says"))
+    contract = section("docs/protocol.md", "## Contract, handler, dispatch")
+    attributes = set(BridgeHandler.__annotations__) - {"methods"}
+    assert {name for name in attributes if name.isupper() and f"`{name}`" not in contract} == {
+        f"VERIFY_VALUE{slot}" for slot in (2, 3)
+    }
+    assert set(own) == {name for name in attributes if not name.isupper()}
+    marked = set(inspect.signature(mark_method).parameters) - {"code"}
+    assert {name for name, row in own.items() if row[2] == "yes"} == marked
+    for name, row in own.items():
+        if name != "name":
+            told = row[1].strip("`").capitalize()
+            assert ast.literal_eval(told) == getattr(BridgeHandler, name)
+
+
+def test_every_limit_of_concurrency_is_there():
+    keys = rows(section("docs/guide.md", "## Order and concurrency"))
+    assert list(keys) == ["in_flight", "in_flight_total"]
+    for name, row in keys.items():
+        assert int(row[1]) == getattr(ServerSettings(), name)
+
+
+def test_every_count_of_the_summary_is_there():
+    keys = rows(section("docs/guide.md", "## Stopping"))
+    counts = set(Summary.__struct_fields__) - {"guest"}
+    assert {key for key in keys if key in Summary.__struct_fields__} == counts
 
 
 def test_every_key_of_the_policy_is_there():
@@ -337,7 +395,8 @@ def rows_of_overview():
 
 
 def test_every_call_of_guest_memory_is_there():
-    calls = {name for name in vars(GuestMemory) if not name.startswith("_")} - {"close"}
+    engine = {"attach", "close", "park", "settled"}  # what the engine does with it
+    calls = {name for name in vars(GuestMemory) if not name.startswith("_")} - engine
     table = rows(section("docs/guide.md", "## Guest memory"))
     assert set(table) == calls
 
@@ -360,3 +419,29 @@ def test_every_outcome_status_and_gate_is_there():
 def named_codes(text):
     found = re.findall(r"^\| (0x\w+|\d) \| `([A-Z_]+)` \|", text, re.MULTILINE)
     return [(int(code, 0), name) for code, name in found]
+
+
+def test_every_method_feature_and_limit_of_the_handshake_is_there():
+    text = section("docs/protocol.md", "## The handshake")
+    methods = re.findall(r"^\| (0x\w{4}) ([A-Z_]+) \|", text, re.MULTILINE)
+    assert [(int(code, 0), name) for code, name in methods] == [
+        (marked.code, marked.name.upper()) for _, marked in sorted(Host.methods.items())
+    ]
+    features, limits = text.split("| bit | `Feature` |")[1].split("| number | `Limit` |")
+    assert [(1 << bit, name) for bit, name in named_codes(features)] == [
+        (feature.value, feature.name) for feature in Feature
+    ]
+    assert named_codes(limits) == [(limit.value, limit.name) for limit in Limit]
+    assert f"now {VERSION:#010x}" in text
+
+
+def test_every_layer_is_there():
+    """Each module of the contract is in the table of the design, in the order of its layers."""
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = [layer.split(" | ") for layer in contract["contracts"][0]["layers"]]
+    lines = section("docs/design.md", "## Layers").splitlines()
+    table = [re.findall(r"`(\w+)`", line.split(" | ")[0]) for line in lines if line[:3] == "| `"]
+    assert sorted(chain(*table)) == sorted(chain(*layers))
+    row_of = {module: row for row, modules in enumerate(table) for module in modules}
+    for above, below in pairwise(layers):
+        assert max(row_of[module] for module in above) <= min(row_of[module] for module in below)

@@ -261,6 +261,29 @@ class TestAGate:
         assert end_of(summary)["rcx"] == waits
         assert (len(jobs.runs), jobs.cancelled) == (1, 1)
 
+    async def test_of_each_vcpu_gets_an_answer_when_two_ask_the_very_same(self, guest_code):
+        code = f"""
+            %include "bridge.inc"
+            %include "gate.inc"
+            mov r8d, 0x12345678
+            BRIDGE_GATE BRIDGE_VMCALL, 0x300, {JOB}, failed
+            cmp ebx, ~0x12345678 & 0xffffffff
+            jne failed
+            mov eax, 0x600d
+            hlt
+        failed:
+            mov eax, 0xbad
+            hlt"""
+        jobs = Jobs(seconds=3 * SOFT)
+        outcomes, summary = await serve(spec_of(guest_code(code), vcpus=2), jobs)
+        assert [end_of(summary, vcpu)["rax"] for vcpu in (0, 1)] == [PASSED, PASSED]
+        answers = [outcome for outcome in outcomes if outcome.kind is OutcomeKind.HANDLED]
+        assert sorted(outcome.event.vcpu for outcome in answers) == [0, 1]
+        assert kinds(outcomes).count(OutcomeKind.WAITING) == len(outcomes) - 2
+        # They differ in nothing, so either may get what was made for the other.
+        assert len(jobs.runs) == 2
+        assert summary.uncollected == summary.abandoned == 0
+
     def test_knows_the_words_of_the_host(self):
         words = {f"BRIDGE_{gate.name}": int(gate) for gate in Gate}
         lines = (ROOT / "guest/include/gate.inc").read_text().splitlines()
@@ -392,6 +415,50 @@ class TestAFlood:
         assert len({outcome.packet.request for outcome in outcomes}) > 5_000
         assert len({outcome.packet.method for outcome in outcomes}) > 5_000
         assert caplog.records == []  # a guest may not fill the log
+
+    async def test_of_jobs_that_nobody_comes_back_for_gets_the_places_that_there_are(
+        self, guest_code
+    ):
+        # Asks for 40 jobs, once each; then for one more, as it should. No job ends before that.
+        code = f"""
+            %include "bridge.inc"
+            %include "gate.inc"
+            mov r15d, 40
+        again:
+            mov r8d, r15d
+            BRIDGE_CALL BRIDGE_VMCALL, 0x300, {JOB}
+            BRIDGE_CHECK_STAMPS failed
+            cmp eax, BRIDGE_WAIT
+            jne failed
+            dec r15d
+            jnz again
+            mov r8d, 0x12345678
+            BRIDGE_GATE BRIDGE_VMCALL, 0x300, {JOB}, failed
+            cmp ebx, ~0x12345678 & 0xffffffff
+            jne failed
+            mov eax, 0x600d
+            hlt
+        failed:
+            mov eax, 0xbad
+            hlt"""
+        jobs = Jobs()
+        jobs.soft_timeout = 0.01
+        jobs.may_end = anyio.Event()
+        told = []
+
+        def end_the_jobs(outcome, server):
+            told.append(outcome.packet.value1)
+            if len(told) == 40:
+                assert len(jobs.runs) == 8
+                jobs.may_end.set()
+
+        image = guest_code(code)
+        outcomes, summary = await serve(spec_of(image), jobs, each=end_the_jobs, in_flight=8)
+        assert end_of(summary)["rax"] == PASSED
+        assert kinds(outcomes)[:40] == [OutcomeKind.WAITING] * 40
+        assert told[:40] == list(range(40, 0, -1))
+        assert [value1 for _, value1 in jobs.runs] == [*range(40, 32, -1), 0x12345678]
+        assert summary.uncollected == 8
 
     @pytest.mark.parametrize(
         ("how", "denied", "left_in_rbx"),

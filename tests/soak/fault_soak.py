@@ -70,7 +70,7 @@ from vmibridge import (
     TrapReason,
     method,
 )
-from vmibridge.errors import BackendError
+from vmibridge.errors import BackendError, TrapQueueClosedError
 from vmibridge.memory import MAX_ACCESS
 from vmibridge.policy import Policy, Quota, Rate
 from vmibridge.vmi import Backend, GuestEnd, VcpuEnd
@@ -90,11 +90,14 @@ DENIED = 0xDE41
 SOFT = 0.004
 SLOW = 0.006
 HARD = 0.02
-LONG = 60.0
+LONG = 30.0
 """For handlers that are not to meet a deadline, however busy the machine is."""
 RESULT_TIMEOUT = 0.2
-STALLED = 120.0
+STALLED = 60.0
 """Without any answer for so long, the soak gives up."""
+
+MOST_WRONGS = 100
+"""It gives up after so many, too."""
 
 DEPTH = 3
 """Traps that a lane has open at a time; a vCPU has one, but the order is promised for more."""
@@ -432,7 +435,7 @@ class Faults(BridgeHandler[None]):
 
     @method(Kind.RAISE)
     async def fail(self, vmi, packet):
-        way = packet.value2 % 10
+        way = packet.value2 % 11
         if packet.value2 & 16:
             await anyio.sleep(0)
         if way == 0:
@@ -451,6 +454,9 @@ class Faults(BridgeHandler[None]):
             await vmi.memory.read_physical(BROKEN, 8)
         if way == 6:
             with anyio.fail_after(0.001):
+                await anyio.sleep_forever()
+        if way == 10 and not on_trio():
+            async with asyncio.timeout(0.001):
                 await anyio.sleep_forever()
         if way == 7:
             raise MemoryError
@@ -495,7 +501,7 @@ class Faults(BridgeHandler[None]):
 
     @method(Kind.CANCEL)
     async def cancel(self, vmi, packet):
-        way = packet.value2 % 4
+        way = packet.value2 % 6
         if way == 0 and not on_trio():
             await anyio.sleep(0)
             raise asyncio.CancelledError
@@ -504,6 +510,12 @@ class Faults(BridgeHandler[None]):
             task = asyncio.ensure_future(asyncio.sleep(3600))
             asyncio.get_running_loop().call_soon(task.cancel)
             await task
+        if way == 3 and not on_trio():
+            # Its own task is, by means that anyio does not know of.
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await anyio.sleep(0)
         # The cancellation of a scope of its own gets out of it.
         with anyio.CancelScope() as scope:
             scope.cancel()
@@ -805,6 +817,8 @@ class Guest(Backend):
             lane.plan = draw(Random(f"{seed}.{number}"), share)
         self.in_plan = True
         """Whether it is still at what was planned: the time in which memory is looked at."""
+        self.done = False
+        """Whether it came to the end of what it does."""
         self.stop_server: Callable[[], None] = lambda: None
         self.uncollected: Callable[[], int] = lambda: 0
         self._planned_lanes = lanes
@@ -821,27 +835,27 @@ class Guest(Backend):
         self._hungry: deque[_Lane] = deque()
         self._open = 0
         self._answered = anyio.Event()
-        self._stopped = anyio.Event()
+        self._running = anyio.CancelScope()
 
     async def run(self, traps, sink):
         self._sink = sink
-        try:
-            await self._send(self.lanes)
-            self.in_plan = False
-            await self._wait_for_the_last_results()
-            await self._fill_the_places()
-            await self._leave_some_open()
-            await self._use_up_the_quota()
-        except Exception as error:
-            # A stop that nobody asked for closes the queue; all else is a bug of this program.
-            self._ledger.wrong(f"the guest was interrupted: {error!r}")
-            raise
-        self.stop_server()
-        await self._stopped.wait()
+        with self._running:
+            try:
+                await self._send(self.lanes)
+                self.in_plan = False
+                await self._wait_for_the_last_results()
+                await self._fill_the_places()
+                await self._leave_some_open()
+                await self._use_up_the_quota()
+                self.done = True
+                self.stop_server()
+            except TrapQueueClosedError:
+                pass
+            await anyio.sleep_forever()
         return GuestEnd(tuple(VcpuEnd(lane.number, "stopped") for lane in self.lanes))
 
     def stop(self) -> None:
-        self._stopped.set()
+        self._running.cancel()
 
     # What it does, in order.
 
@@ -1358,11 +1372,11 @@ class Soak:
                 )
                 guest.stop_server = server.stop
                 guest.uncollected = lambda: server.summary.uncollected
-                run = server.run()
                 around.start_soon(self._watch, guest, server)
-                async for outcome in run:
+                async for outcome in server.run():
                     self._look_at(outcome, guest)
             around.cancel_scope.cancel()
+        self.ledger.check(guest.done, "the guest was stopped before its end")
         return server
 
     def _look_at(self, outcome: Outcome, guest: Guest) -> None:
@@ -1391,8 +1405,9 @@ class Soak:
             answered, now = self.ledger.answered, time.monotonic()
             if answered != before:
                 before, since = answered, now
-            elif now - since > STALLED:
-                self.ledger.wrong(f"nothing is answered any more; open are {guest.oldest()}")
+            stalled = now - since > STALLED
+            if stalled or self.ledger.wrongs > MOST_WRONGS:
+                self.ledger.wrong(f"gave up{' after a standstill' * stalled}: {guest.oldest()}")
                 server.stop(now=True)
                 return
             self._most_tasks = max(self._most_tasks, tasks_alive())

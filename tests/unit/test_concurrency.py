@@ -158,6 +158,33 @@ async def test_a_handler_that_does_not_wait_needs_no_place():
     await serve([guest], handler, in_flight=1)
 
 
+async def test_an_instant_handler_is_not_held_up_by_others():
+    class Instant(Counted):
+        REQUEST = 2
+        instant = True
+
+    slow, instant = Counted(), Instant()
+
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_call, vm, CALL, 0)
+            while not slow.running:
+                await anyio.sleep(0.001)
+            assert (await vm.call(BridgePacket(MAGIC, 2, 2), vcpu=1)).rax == 0
+            assert slow.running
+
+    await serve([guest], slow, instant, in_flight=1)
+
+
+async def test_an_instant_handler_that_waits_after_all_is_answered_too():
+    class Liar(Counted):
+        instant = True
+
+    handler = Liar()
+    await serve([calls(3)], handler, in_flight=1)
+    assert handler.most == 3
+
+
 async def test_a_handler_that_does_not_end_when_cancelled_keeps_its_place():
     class Stubborn(Counted):
         @method(1)

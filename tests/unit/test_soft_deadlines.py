@@ -7,12 +7,16 @@ import pytest
 
 from vmibridge import (
     Bridge,
+    BridgeContract,
+    BridgeDispatch,
     BridgeHandler,
     BridgePacket,
     BridgeResponse,
     BridgeServer,
     Gate,
     GuestMemoryError,
+    Outcome,
+    OutcomeKind,
     method,
 )
 from vmibridge.testing import FakeGuest
@@ -256,6 +260,7 @@ class TestWhichRetry:
             (WORK.with_value1(6), {}),
             (WORK.with_value4(1), {}),
             (WORK, {"address_space": 0x2000}),
+            (WORK, {"ring": 3}),
         ],
     )
     async def test_another_request_is_none(self, again, where):
@@ -489,3 +494,44 @@ class TestHardDeadline:
         assert kinds(outcomes)[-1] == "timeout"
         assert outcomes[-1].error == "no answer within 0.1 s"
         assert slow.runs == [5]
+
+
+class TestDispatchers:
+    async def test_one_that_was_asked_is_not_asked_again_by_a_retry(self):
+        """Not even when the next in order waits for its turn by then."""
+        asked, turn = [], anyio.Event()
+
+        class Passing(BridgeDispatch):
+            def contracts(self):
+                return [BridgeContract(1, MAGIC)]
+
+            async def dispatch(self, vmi, packet):
+                asked.append(packet.value1)
+                await anyio.sleep(2 * SOFT)
+                return Outcome(OutcomeKind.UNMATCHED, packet)
+
+        class Serial(Slow):
+            serial = True
+            soft_timeout = SOFT
+
+            @method(1)
+            async def work(self, vmi, packet):
+                self.runs.append(packet.value1)
+                await turn.wait()
+                return BridgeResponse(value1=packet.value1 + 100)
+
+        serial = Serial()
+
+        async def poll(vm, vcpu):
+            while (answer := await vm.call(WORK.with_value1(vcpu), vcpu=vcpu)).rax == Gate.WAIT:
+                if len(vm.events) > 12:
+                    turn.set()
+            assert answer.rax == 100 + vcpu
+
+        async def guest(vm):
+            async with anyio.create_task_group() as tasks:
+                for vcpu in range(2):
+                    tasks.start_soon(poll, vm, vcpu)
+
+        await serve(guest, Passing(), serial, soft_timeout=SOFT)
+        assert sorted(asked) == sorted(serial.runs) == [0, 1]

@@ -46,7 +46,6 @@ from vmibridge import (
     BridgeContract,
     BridgeDispatch,
     BridgeHandler,
-    BridgePacket,
     BridgeResponse,
     BridgeServer,
     GuestMemoryError,
@@ -299,13 +298,13 @@ class Fate(Enum):
 class Run:
     """One run of a handler."""
 
-    def __init__(self, number: int, ask: Ask, request: "Request"):
+    def __init__(self, number: int, ask: Ask, request: "Request", manner: Manner):
         self.number = number
         self.ask = ask
         self.request = request
         self.orders: deque[Order] = deque([Order(ask.first)] if ask.first else [])
         self.ordered = anyio.Event()
-        self.manner = Manner.GO
+        self.manner = manner
         self.let_go = anyio.Event()
         self.unwinding = False
         self.ended = False
@@ -352,7 +351,8 @@ class Request:
 class Requests:
     """The rules for traps and requests, followed by what is seen of them."""
 
-    def __init__(self):
+    def __init__(self, manners: list[Manner]):
+        self.manners = manners
         self.now: Callable[[], float] = lambda: 0.0
         self.faults: list[str] = []
         self.traps: dict[int, Trap] = {}
@@ -414,7 +414,9 @@ class Requests:
             trap.fate = Fate.NEW
             trap.request = Request(trap.ask, self.now() if trap.taken is None else trap.taken)
         assert trap.request is not None
-        run = trap.request.run = Run(len(self.runs), trap.ask, trap.request)
+        number = len(self.runs)
+        manner = self.manners[number % len(self.manners)]
+        run = trap.request.run = Run(number, trap.ask, trap.request, manner)
         if trap.ask.request == SERIAL and any(r.ask.request == SERIAL for r in self.alive):
             self.fault(f"two runs of the serial handler at a time, the second for {trap}")
         self.runs.append(run)
@@ -516,14 +518,14 @@ class Requests:
         """Whether something is due for this key that may have happened, or not yet."""
         now = self.now()
         if any(
-            now >= trap.taken + min(ask.terms) or trap.request is not None and trap.request.overdue(now)
+            now >= trap.taken + min(ask.terms) or (trap.request is not None and trap.request.overdue(now))
             for trap in self.of_key(ask)
             if trap.taken is not None
         ):
             return True
         results = 0
         for request in sum(self.pending.values(), []):
-            if request.run is not None and request.run.ended or request.kept is not None:
+            if (request.run is not None and request.run.ended) or request.kept is not None:
                 results += 1
             if request.ask == ask and (
                 request.overdue(now)
@@ -942,9 +944,8 @@ class End(Enum):
 class Stage:
     """One run of a server, for the machine to play on."""
 
-    def __init__(self, loop: type[Asyncio] | type[Trio]):
-        self.loop = loop
-        self.requests = Requests()
+    def __init__(self, manners: list[Manner]):
+        self.requests = Requests(manners)
         self.requests.now = anyio.current_time
         self.requests.accessing = lambda ask: any(
             access.trap.ask == ask for access in self.vm.accesses
@@ -1127,16 +1128,13 @@ ASKS = st.builds(
     what=st.integers(0, 1),
     first=st.sampled_from([0, 0, 0, *(order.value for order in Order if order is not Order.EXIT)]),
     detour=st.integers(0, 1),
-).map(
-    lambda ask: (
-        ask._replace(method=SOFT) if ask.request == PASSED else ask._replace(detour=0)
-    )
-)
+).map(lambda ask: ask._replace(**{"method": SOFT} if ask.request == PASSED else {"detour": 0}))
+VCPU = st.integers(0, VCPUS - 1)
 WHICH = st.integers(0, 5)
 
 
 class TrapLife(RuleBasedStateMachine):
-    """The moves. One is made in one piece; the loop runs in between."""
+    """The moves. Each is made in one piece; the loop runs in between."""
 
     loop: ClassVar[type[Asyncio] | type[Trio]]
 
@@ -1145,24 +1143,31 @@ class TrapLife(RuleBasedStateMachine):
         self.stack = ExitStack()
         self.batch: list[Callable[[], None]] = []
         self.batch_size = 1
-        self.asked: list[Ask] = []
+        self.steps = self.lag = 0
         self.broken = False
-        self.finale = End.STOP
+        self.stage: Stage | None = None
 
-    @initialize(seed=st.integers(0, 0xFFFF), finale=st.sampled_from(End))
-    def begins(self, seed, finale):
+    @initialize(
+        seed=st.integers(0, 0xFFFF),
+        asks=st.lists(ASKS, min_size=1, max_size=4),
+        manners=st.lists(st.sampled_from(Manner), min_size=1, max_size=4),
+        life=st.integers(0, 40),
+        finale=st.sampled_from(End),
+    )
+    def begins(self, seed, asks, manners, life, finale):
+        """`life` is the number of steps before which nothing comes to its end."""
         trio._core._run._r.seed(seed)
-        self.finale = finale
+        self.asks, self.life, self.finale = asks, life, finale
         self.portal = self.stack.enter_context(
             anyio.from_thread.start_blocking_portal(self.loop.name, self.loop.options())
         )
-        self.call(self._set_up)
+        self.call(self._set_up, manners)
         self.portal.start_task_soon(self.stage.play)
         self.step(lambda: None)
 
-    async def _set_up(self):
+    async def _set_up(self, manners):
         self.tasks = len(anyio.get_running_tasks())
-        self.stage = Stage(self.loop)
+        self.stage = Stage(manners)
 
     # Steps.
 
@@ -1173,9 +1178,13 @@ class TrapLife(RuleBasedStateMachine):
             self.broken = True
             raise
 
-    def step(self, move: Callable[[], None]) -> None:
+    def step(self, move: Callable[[], object]) -> None:
         """Make a move, or keep it for those that are made at once."""
+        self.steps += 1
         self.batch.append(move)
+        self.lag -= 1
+        if self.lag == 0:
+            self.batch.append(lambda: self.stage.read(True))
         if len(self.batch) >= self.batch_size:
             self.flush()
 
@@ -1191,51 +1200,40 @@ class TrapLife(RuleBasedStateMachine):
 
     # The guest.
 
-    @rule(vcpu=st.integers(0, VCPUS - 1), ask=ASKS)
-    def a_guest_asks(self, vcpu, ask):
-        self.asked.append(ask)
-        self.step(lambda: self._trap(vcpu, Kind.OURS, ask))
+    @rule(vcpu=VCPU, which=WHICH)
+    def a_guest_asks(self, vcpu, which):
+        self.step(lambda: self._trap(vcpu, Kind.OURS, self.asks[which % len(self.asks)]))
 
-    @precondition(lambda self: self.asked)
-    @rule(vcpu=st.integers(0, VCPUS - 1), back=WHICH)
-    def a_guest_asks_again(self, vcpu, back):
-        known = list(dict.fromkeys(reversed(self.asked)))
-        ask = known[back % len(known)]
-        self.asked.append(ask)
-        self.step(lambda: self._trap(vcpu, Kind.OURS, ask))
+    @rule(which=WHICH)
+    def a_guest_that_was_told_to_wait_asks_again(self, which):
+        def move():
+            told = [t for t in self.stage.requests.traps.values() if t.reply is Reply.WAIT]
+            if told:
+                trap = told[-1 - which % len(told)]
+                self._trap(trap.vcpu, Kind.OURS, trap.ask)
 
-    @rule(vcpu=st.integers(0, VCPUS - 1), kind=st.sampled_from(Kind), ask=ASKS)
-    def a_guest_traps_otherwise(self, vcpu, kind, ask):
-        self.step(lambda: self._trap(vcpu, kind, ask))
+        self.step(move)
+
+    @rule(vcpu=VCPU, kind=st.sampled_from(Kind), which=WHICH)
+    def a_guest_traps_otherwise(self, vcpu, kind, which):
+        self.step(lambda: self._trap(vcpu, kind, self.asks[which % len(self.asks)]))
 
     def _trap(self, vcpu: int, kind: Kind, ask: Ask) -> None:
         traps = self.stage.requests.traps
         trap = traps[len(traps) + 1] = Trap(len(traps) + 1, vcpu, kind, ask)
         self.stage.vm.trap(trap)
 
-    @precondition(lambda self: self.asked)
-    @rule(how=st.sampled_from([End.GUEST_ENDS, End.GUEST_LOST]))
-    def the_guest_ends(self, how):
-        self.step(lambda: self.stage.end(how))
-
     # The handlers.
 
-    @precondition(lambda self: self.asked)
     @rule(which=WHICH, order=ORDERS)
     def a_handler_is_told(self, which, order):
-        self.step(lambda: self._each(which, lambda run: run.tell(order)))
+        if order is not Order.EXIT or self.steps >= self.life:
+            self.step(lambda: self._each(which, lambda run: run.tell(order)))
 
-    @precondition(lambda self: self.asked)
     @rule(which=WHICH)
     def a_handler_answers(self, which):
         self.step(lambda: self._each(which, lambda run: run.tell(Order.ANSWER)))
 
-    @precondition(lambda self: self.asked)
-    @rule(which=WHICH, manner=st.sampled_from(Manner))
-    def a_handler_will_unwind(self, which, manner):
-        self.step(lambda: self._each(which, lambda run: setattr(run, "manner", manner)))
-
-    @precondition(lambda self: self.asked)
     @rule(which=WHICH)
     def a_handler_has_unwound(self, which):
         self.step(lambda: self._each(which, lambda run: run.let_go.set()))
@@ -1247,7 +1245,6 @@ class TrapLife(RuleBasedStateMachine):
 
     # The backend.
 
-    @precondition(lambda self: self.asked)
     @rule(which=WHICH)
     def an_access_is_done(self, which):
         def move():
@@ -1257,12 +1254,10 @@ class TrapLife(RuleBasedStateMachine):
 
         self.step(move)
 
-    @precondition(lambda self: self.asked)
-    @rule(vcpu=st.integers(0, VCPUS - 1))
+    @rule(vcpu=VCPU)
     def the_next_write_is_slow(self, vcpu):
         self.step(lambda: self.stage.vm.slow_vcpus.add(vcpu))
 
-    @precondition(lambda self: self.asked)
     @rule(which=WHICH)
     def a_slow_write_is_done(self, which):
         def move():
@@ -1272,25 +1267,26 @@ class TrapLife(RuleBasedStateMachine):
 
         self.step(move)
 
-    @precondition(lambda self: len(self.asked) > 2)
+    @precondition(lambda self: self.steps >= self.life)
     @rule()
     def the_backend_loses_the_vm(self):
         self.step(lambda: setattr(self.stage.vm, "lost", True))
 
     # The consumer, and the end.
 
-    @rule(on=st.booleans())
-    def the_consumer_reads(self, on):
-        self.step(lambda: self.stage.read(on))
+    @rule(steps=st.integers(1, 6))
+    def the_consumer_lags(self, steps):
+        self.lag = steps + 1
+        self.step(lambda: self.stage.read(False))
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.steps >= self.life)
     @rule(how=st.sampled_from(End))
     def the_end_begins(self, how):
         self.step(lambda: self.stage.end(how))
 
     # Time.
 
-    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 4.0]))
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 3.0]))
     def time_passes(self, seconds):
         self.step(lambda: self.loop.advance(seconds))
 
@@ -1302,23 +1298,20 @@ class TrapLife(RuleBasedStateMachine):
 
     def teardown(self):
         try:
-            if not self.broken and self.batch:
-                self.flush()
-            if not self.broken and hasattr(self, "stage"):
-                self._end()
+            if not self.broken and self.stage is not None:
+                if self.batch:
+                    self.flush()
+                self._end(self.stage)
         finally:
-            if self.broken and hasattr(self, "stage"):
+            if self.broken and self.stage is not None:
                 with suppress(Exception):
                     self.portal.start_task_soon(self._give_up).result(5)
             self.stack.close()
 
-    def _end(self):
-        stage = self.stage
-        guest = self.finale in (End.GUEST_ENDS, End.GUEST_LOST)
-        stopped = stage.requests.stopped_at < math.inf
+    def _end(self, stage):
         self.step(lambda: stage.end(self.finale))
-        if guest and not stopped:
-            # No handler is held back by anything but itself: its deadlines do the rest.
+        if stage.requests.stopped_at == math.inf:
+            # The guest has ended: the deadlines of the handlers do the rest.
             self.step(lambda: stage.read(True))
             for _ in range(100):
                 if not stage.unanswered():

@@ -19,7 +19,13 @@ from vmibridge.backend import open_backend
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.output import JsonWriter, LineWriter, TableWriter, Writer
 from vmibridge.config import Config
-from vmibridge.errors import BackendError, ConfigError, MissingExtraError, VmiBridgeError
+from vmibridge.errors import (
+    BackendError,
+    BackendSpecError,
+    ConfigError,
+    MissingExtraError,
+    VmiBridgeError,
+)
 from vmibridge.loading import HandlerFactory
 from vmibridge.server import BridgeServer
 from vmibridge.vmi import Backend, GuestEnd
@@ -90,6 +96,8 @@ def _open_backends(specs: list[str]) -> list[Backend]:
     for number, text in enumerate(specs):
         name, named, spec = text.partition("=")
         if named and ":" not in name:
+            if not name:
+                raise BackendSpecError(f"{text}: the name of the VM is missing before '='")
             backends.append(open_backend(spec, vm=name))
         else:
             backends.append(open_backend(text, vm=f"vm{number}" if len(specs) > 1 else "vm"))
