@@ -550,9 +550,12 @@ gdt_pointer:
 """
 
 
-def guest_of_two_rings(in_ring_3):
-    """A call in ring 0, which has to be answered; then code in ring 3. It ends there, with
-    its check in r15: an undefined instruction, for ring 3 cannot halt."""
+def guest_of_two_rings(in_ring_3, after_ring_0="BRIDGE_CHECK_STAMPS failed"):
+    """A VMCALL and a CPUID in ring 0, with a check after each; then code in ring 3.
+
+    It ends by an undefined instruction, for ring 3 cannot halt. What it leaves in r15 is
+    0x600d, or the ring where a check failed, plus 1: 1 or 4.
+    """
     return f"""
         %include "bridge.inc"
         %include "paging.inc"
@@ -562,10 +565,10 @@ def guest_of_two_rings(in_ring_3):
         mov r15d, 1
         mov r8d, 0x12345678
         BRIDGE_CALL BRIDGE_VMCALL, 0x300, 2
-        BRIDGE_CHECK_STAMPS failed
+        {after_ring_0}
         mov r8d, 0x12345678
         BRIDGE_CALL BRIDGE_CPUID, 0x300, 2
-        BRIDGE_CHECK_STAMPS failed
+        {after_ring_0}
         push 0x1b
         push 0x380000
         push 0x23
@@ -573,12 +576,49 @@ def guest_of_two_rings(in_ring_3):
         push rax
         retfq
     ring3:
-        mov r15d, 2
+        mov r15d, 4
         {in_ring_3}
         mov r15d, {PASSED}
     failed:
         ud2
     {GDT}"""
+
+
+def guest_of_two_address_spaces(calls):
+    """Makes calls with page tables at 0x70000, then with tables at 0x7f000 that map the same.
+    Ends with how many of them were answered, in rax and rbx.
+
+    Before each other call it changes bits of CR3 that do not name the tables.
+    """
+    return f"""
+        %include "bridge.inc"
+        %include "paging.inc"
+        default rel
+        ENABLE_PAGING_4_LEVEL
+        mov eax, [abs PAGE_TABLES]
+        mov [abs 0x7f000], rax
+        mov edi, PAGE_TABLES
+        call make_calls
+        mov r13d, r12d
+        mov edi, 0x7f000
+        call make_calls
+        mov eax, r13d
+        mov ebx, r12d
+        hlt
+    make_calls:
+        xor r12d, r12d
+        mov r15d, {calls}
+    .again:
+        mov cr3, rdi
+        xor edi, 0x18                   ; PWT and PCD
+        mov r8d, 0x12345678
+        BRIDGE_CALL BRIDGE_VMCALL, 0x300, 2
+        BRIDGE_CHECK_STAMPS .none
+        inc r12d
+    .none:
+        dec r15d
+        jnz .again
+        ret"""
 
 
 class TestAPolicy:
@@ -609,17 +649,20 @@ class TestAPolicy:
         (end,) = summary.guest.vcpus
         if (trap, denied) == ("vmcall", "native"):
             # What the instruction does without a host, and Unicorn has none.
-            assert end.registers["r15"] == 2
+            assert end.registers["r15"] == 4
             assert "vmcall" in end.detail
         else:
             assert end.registers["r15"] == PASSED
             assert "undefined instruction" in end.detail
 
     async def test_may_let_ring_3_in_and_keep_the_kernel_out(self, guest_code):
-        code = guest_of_two_rings("""
+        code = guest_of_two_rings(
+            """
             mov r8d, 0x12345678
             BRIDGE_CALL BRIDGE_VMCALL, 0x300, 2
-            BRIDGE_CHECK_STAMPS failed""").replace("BRIDGE_CHECK_STAMPS failed", "", 2)
+            BRIDGE_CHECK_STAMPS failed""",
+            after_ring_0="",
+        )
         policy = Policy(rings=frozenset({3}), denied="skip")
         outcomes, summary = await serve(spec_of(guest_code(code)), Jobs(), policy=policy)
         assert kinds(outcomes) == [OutcomeKind.DENIED] * 2 + [OutcomeKind.HANDLED]
@@ -691,43 +734,6 @@ class TestAPolicy:
         one_space = [OutcomeKind.HANDLED] * 10 + [OutcomeKind.DENIED] * 40
         assert kinds(outcomes) == 2 * one_space
         assert (end_of(summary)["rax"], end_of(summary)["rbx"]) == (10, 10)
-
-
-def guest_of_two_address_spaces(calls):
-    """Makes calls with page tables at 0x70000, then with tables at 0x7f000 that map the same.
-    Ends with how many of them were answered, in rax and rbx.
-
-    Before each other call it changes bits of CR3 that do not name the tables.
-    """
-    return f"""
-        %include "bridge.inc"
-        %include "paging.inc"
-        default rel
-        ENABLE_PAGING_4_LEVEL
-        mov eax, [abs PAGE_TABLES]
-        mov [abs 0x7f000], rax
-        mov edi, PAGE_TABLES
-        call make_calls
-        mov r13d, r12d
-        mov edi, 0x7f000
-        call make_calls
-        mov eax, r13d
-        mov ebx, r12d
-        hlt
-    make_calls:
-        xor r12d, r12d
-        mov r15d, {calls}
-    .again:
-        mov cr3, rdi
-        xor edi, 0x18                   ; PWT and PCD
-        mov r8d, 0x12345678
-        BRIDGE_CALL BRIDGE_VMCALL, 0x300, 2
-        BRIDGE_CHECK_STAMPS .none
-        inc r12d
-    .none:
-        dec r15d
-        jnz .again
-        ret"""
 
 
 def were_let_go(summary):

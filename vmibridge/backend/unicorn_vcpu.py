@@ -143,6 +143,7 @@ class UnicornVcpu:
         reason, length = found
         event = self._event(reason, state, segment, length)
         magic = magic_of(event)
+        why = "no handler claims"
         if self._traps.wants(reason, magic):
             writes = self._ask(event)
             if writes is not None:
@@ -150,8 +151,9 @@ class UnicornVcpu:
                 return True
             if self._stopping:
                 return True
+            why = "runs natively, as one that is denied may"
         self._diagnosis = (
-            f"{reason.value} that no handler claims (magic {magic:#x}) at {self._where()}:"
+            f"{reason.value} that {why} (magic {magic:#x}) at {self._where()}:"
             " Unicorn delivers no #UD to a guest"
         )
         return False
