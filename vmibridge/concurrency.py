@@ -6,6 +6,7 @@ and hold it until they have unwound: a handler that was cancelled and does not e
 counts. A serial handler has a turn of its own before that.
 """
 
+from collections import deque
 from typing import Any
 
 import anyio
@@ -17,35 +18,57 @@ class InFlight:
     """The places of one VM, or of a server: `above` is what it shares with others."""
 
     def __init__(self, most: int, above: "InFlight | None" = None) -> None:
-        self._places = anyio.Semaphore(most, fast_acquire=True)
+        self.free = most
+        """Places that nobody holds; one that is handed on is held all the time."""
         self._above = above
+        self._line: deque[anyio.Event] = deque()
 
     @property
     def full(self) -> bool:
         """Whether one more has to wait."""
-        return not self._places.value or (self._above is not None and self._above.full)
+        return not self.free or (self._above is not None and not self._above.free)
 
     async def enter(self) -> None:
         """Take a place, and wait for it. Cancelled, none was taken."""
-        await self._places.acquire()
+        if self.free:
+            self.free -= 1
+        else:
+            turn = anyio.Event()
+            self._line.append(turn)
+            try:
+                await turn.wait()
+            except BaseException:
+                if turn.is_set():
+                    self._hand_on()
+                else:
+                    self._line.remove(turn)
+                raise
         if self._above is not None:
             try:
                 await self._above.enter()
             except BaseException:
-                self._places.release()
+                self._hand_on()
                 raise
 
     def enter_nowait(self) -> None:
         """Take a place. Raises `anyio.WouldBlock` when it is full."""
+        if self.full:
+            raise anyio.WouldBlock
+        self.free -= 1
         if self._above is not None:
             self._above.enter_nowait()
-        self._places.acquire_nowait()
 
     def leave(self) -> None:
         """Give the place to whoever has waited longest."""
-        self._places.release()
+        self._hand_on()
         if self._above is not None:
             self._above.leave()
+
+    def _hand_on(self) -> None:
+        if self._line:
+            self._line.popleft().set()
+        else:
+            self.free += 1
 
 
 class Turns:

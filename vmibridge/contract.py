@@ -54,11 +54,10 @@ class BridgeContract(msgspec.Struct, frozen=True, gc=False):
 
     def stamp(self, response: BridgeResponse[T]) -> BridgeResponse[T]:
         """The response with this contract's stamps over the handler's values."""
-        one, two, three, four = self.verify_values
         return BridgeResponse(
-            response.value1 if one is None else one,
-            response.value2 if two is None else two,
-            response.value3 if three is None else three,
-            response.value4 if four is None else four,
+            response.value1 if self.verify_value1 is None else self.verify_value1,
+            response.value2 if self.verify_value2 is None else self.verify_value2,
+            response.value3 if self.verify_value3 is None else self.verify_value3,
+            response.value4 if self.verify_value4 is None else self.verify_value4,
             response.output,
         )

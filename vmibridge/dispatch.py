@@ -8,7 +8,7 @@ kind is asked itself, and passes a request on by answering *unmatched*.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from operator import itemgetter
 from typing import Any, ClassVar, TypeAlias
 
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _MAX_ERROR = 500
 """Characters."""
+
+# Asking an Enum for a member takes as long as a call before Python 3.12.
+_HANDLED = OutcomeKind.HANDLED
 
 
 class BridgeDispatch(ABC):
@@ -165,7 +168,7 @@ class Bridge(BridgeDispatch):
         """
         for entry in self.match(packet, vmi.event.reason):
             try:
-                outcome = await answer(entry, vmi, packet)
+                outcome = outcome_of(entry, packet, await ask(entry, vmi, packet))
             except Exception as error:
                 return failure(entry.name, packet, error)
             if outcome.kind is not OutcomeKind.UNMATCHED:
@@ -173,22 +176,31 @@ class Bridge(BridgeDispatch):
         return Outcome(OutcomeKind.UNMATCHED, packet)
 
 
-async def answer(entry: Entry, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
-    """Ask one target; stamp what it returns. Raises what it raises."""
+Answer: TypeAlias = BridgeResponse[Any] | Outcome[Any] | None
+"""What a handler returns, or a dispatcher of another kind."""
+
+
+def ask(entry: Entry, vmi: BridgeContext, packet: BridgePacket) -> Awaitable[Answer]:
+    """Ask one target; `outcome_of` tells what its answer means."""
     if entry.handler is None:
         assert isinstance(entry.target, BridgeDispatch)
-        outcome = await entry.target.dispatch(vmi, packet)
-        if not isinstance(outcome, Outcome):
-            raise TypeError(f"dispatch() returned {type(outcome).__name__}, not an Outcome")
-        return outcome
-    response: BridgeResponse[Any] | None = await entry.handler.handle(vmi, packet)
+        return entry.target.dispatch(vmi, packet)
+    return entry.handler.handle(vmi, packet)
+
+
+def outcome_of(entry: Entry, packet: BridgePacket, response: Answer) -> Outcome[Any]:
+    """The outcome of an answer, stamped. Raises `TypeError` for what is no answer."""
+    if entry.handler is None:
+        if not isinstance(response, Outcome):
+            raise TypeError(f"dispatch() returned {type(response).__name__}, not an Outcome")
+        return response
     if response is None:
         return Outcome(OutcomeKind.REJECTED, packet, handler=entry.name)
     if not isinstance(response, BridgeResponse):
         raise TypeError(f"handle() returned {type(response).__name__}, not a BridgeResponse")
     if entry.stamps:
         response = entry.contract.stamp(response)
-    return Outcome(OutcomeKind.HANDLED, packet, response, entry.name)
+    return Outcome(_HANDLED, packet, response, entry.name)
 
 
 def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:

@@ -28,6 +28,13 @@ class TrapReason(Enum):
     MSR = "msr"
     BREAKPOINT = "breakpoint"
 
+    # Members are singletons, and the hash of an Enum is a function in Python.
+    __hash__ = object.__hash__
+
+
+# Asking an Enum for a member takes as long as a call before Python 3.12.
+_CPUID, _VMCALL, _VMMCALL = TrapReason.CPUID, TrapReason.VMCALL, TrapReason.VMMCALL
+
 
 class Registers(msgspec.Struct, frozen=True, gc=False):
     """The registers of one vCPU at a trap, 64 bits each.
@@ -130,8 +137,8 @@ class TrapFilter(msgspec.Struct, frozen=True):
 
     def wants(self, reason: TrapReason, magic: int) -> bool:
         """Whether a trap with this magic (its low 32 bits) is ours."""
-        if reason is TrapReason.CPUID:
+        if reason is _CPUID:
             return self.any_cpuid or magic & 0xFFFF_FFFF in self.magics
-        if reason is TrapReason.VMCALL or reason is TrapReason.VMMCALL:
+        if reason is _VMCALL or reason is _VMMCALL:
             return self.any_hypercall or magic & 0xFFFF_FFFF in self.magics
         return False

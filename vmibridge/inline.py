@@ -20,9 +20,9 @@ def run_inline(body: Coroutine[Any, Any, R], on_wait: Callable[[], None]) -> Gen
 
     What the event loop sends or throws goes to `body` unchanged, cancellation included.
     """
-    run = copy_context().run
+    context = copy_context()
     try:
-        wish = run(body.send, None)
+        wish = context.run(body.send, None)
     except StopIteration as end:
         result: R = end.value
         return result
@@ -36,7 +36,7 @@ def run_inline(body: Coroutine[Any, Any, R], on_wait: Callable[[], None]) -> Gen
         else:
             step = body.send
         try:
-            wish = run(step, reply)
+            wish = context.run(step, reply)
         except StopIteration as end:
             result = end.value
             return result

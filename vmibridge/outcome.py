@@ -38,6 +38,9 @@ class OutcomeKind(Enum):
     DENIED = "denied"
     CANCELLED = "cancelled"
 
+    # Members are singletons, and the hash of an Enum is a function in Python.
+    __hash__ = object.__hash__
+
 
 class Outcome(msgspec.Struct, Generic[T], frozen=True):
     """One trap from end to end."""

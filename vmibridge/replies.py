@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
+# Asking an Enum for a member takes as long as a call before Python 3.12.
+_HANDLED, _DENIED = OutcomeKind.HANDLED, OutcomeKind.DENIED
+
 
 class Replies:
     """The replies to the traps of one VM."""
@@ -60,10 +63,10 @@ class Replies:
         """Answer a trap that was taken at `started`, in seconds of the monotonic clock."""
         kind, error = outcome.kind, outcome.error
         response = outcome.response
-        if kind is not OutcomeKind.HANDLED and kind in self._responses:
+        if kind is not _HANDLED and kind in self._responses:
             response = self._responses[kind]
         writes: RegisterWrites | None = None
-        if kind is not OutcomeKind.DENIED or not self._denied_natively:
+        if kind is not _DENIED or not self._denied_natively:
             writes = write_response(event, response)
         try:
             await self._backend.resume(event, writes)

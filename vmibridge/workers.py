@@ -36,7 +36,7 @@ from anyio.abc import TaskGroup
 from vmibridge.arch import is_guest_request, read_packet
 from vmibridge.concurrency import InFlight, Turns
 from vmibridge.context import BridgeContext
-from vmibridge.dispatch import Bridge, Entry, answer, failure
+from vmibridge.dispatch import Answer, Bridge, Entry, ask, failure, outcome_of
 from vmibridge.errors import UnsupportedTrapError
 from vmibridge.event import TrapEvent, TrapReason
 from vmibridge.inline import run_inline
@@ -60,6 +60,9 @@ _deadline = attrgetter("deadline")
 
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
+
+# Asking an Enum for a member takes as long as a call before Python 3.12.
+_UNMATCHED = OutcomeKind.UNMATCHED
 
 _NO_16_BIT = "16-bit guest code has no register form in the bridge protocol"
 _STOPPED = "the server stopped"
@@ -221,8 +224,11 @@ class Workers:
             return None
         if not self.filter.wants(event.reason, packet.magic):
             return None
-        hypercall = event.reason is not TrapReason.CPUID
-        if hypercall and self._backend.other_hypercalls and not is_guest_request(event):
+        if (
+            self._backend.other_hypercalls
+            and event.reason is not TrapReason.CPUID
+            and not is_guest_request(event)
+        ):
             return None
         return packet
 
@@ -232,13 +238,14 @@ class Workers:
             for entry in entries:
                 worker.entry = entry
                 try:
-                    outcome = await (
-                        self._answer_in_turn(worker, entry)
+                    found = await (
+                        self._ask_in_turn(worker, entry)
                         if entry.serial
                         or worker.waited
                         or (self._in_flight.full and not entry.instant)
-                        else answer(entry, worker.context, packet)
+                        else ask(entry, worker.context, packet)
                     )
+                    outcome = outcome_of(entry, packet, found)
                 except Exception as error:
                     if worker.overtaken:
                         raise
@@ -258,28 +265,28 @@ class Workers:
                         raise
                     self._on_fatal(error)
                     return failure(entry.name, packet, error)
-                if outcome.kind is not OutcomeKind.UNMATCHED:
+                if outcome.kind is not _UNMATCHED:
                     return outcome
             return Outcome(OutcomeKind.UNMATCHED, packet)
         finally:
             if worker.placed:
                 self._in_flight.leave()
 
-    async def _answer_in_turn(self, worker: Worker, entry: Entry) -> Outcome[Any]:
+    async def _ask_in_turn(self, worker: Worker, entry: Entry) -> Answer:
         """Wait for the handler's turn and for a place, as far as it needs them."""
         worker.queued = True
         if entry.serial:
             assert entry.handler is not None
             async with self._turns.of(entry.handler):
-                return await self._answer_in_place(worker, entry)
-        return await self._answer_in_place(worker, entry)
+                return await self._ask_in_place(worker, entry)
+        return await self._ask_in_place(worker, entry)
 
-    async def _answer_in_place(self, worker: Worker, entry: Entry) -> Outcome[Any]:
+    async def _ask_in_place(self, worker: Worker, entry: Entry) -> Answer:
         if not worker.placed and (worker.waited or self._in_flight.full):
             await self._in_flight.enter()
             worker.placed = True
         worker.queued = False
-        return await answer(entry, worker.context, worker.packet)
+        return await ask(entry, worker.context, worker.packet)
 
     # --- requests that were told to wait, and their retries -------------------------
 
