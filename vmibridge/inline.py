@@ -6,7 +6,9 @@ Each trap runs in a copy of the context, so that context variables that one hand
 sets never reach the next trap.
 """
 
+import asyncio
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
 from contextvars import copy_context
 from types import coroutine
 from typing import Any, TypeVar
@@ -40,3 +42,20 @@ def run_inline(body: Coroutine[Any, Any, R], on_wait: Callable[[], None]) -> Gen
         except StopIteration as end:
             result = end.value
             return result
+
+
+def asyncio_task() -> "asyncio.Task[object] | None":
+    """The task that this runs in, where the loop is asyncio."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+async def forget_cancellation(task: "asyncio.Task[object]") -> None:
+    """Take back what a handler did that cancelled the task it was run in."""
+    while task.cancelling():
+        task.uncancel()
+    # What is not delivered yet.
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)

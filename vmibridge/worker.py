@@ -1,5 +1,6 @@
 """What one worker is at: a request, the trap that waits for it, and its deadlines."""
 
+import asyncio
 from collections.abc import Callable
 
 import anyio
@@ -30,10 +31,13 @@ class Worker:
         "queued",
         "scope",
         "started",
+        "task",
         "terms",
         "waited",
     )
 
+    task: "asyncio.Task[object] | None"
+    """Its own, on asyncio: what a handler may cancel without asking anybody."""
     scope: anyio.CancelScope
     on_wait: Callable[[], None]
     event: TrapEvent | None

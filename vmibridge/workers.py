@@ -21,13 +21,14 @@ Rules that they live by:
 | no trap | | fallback is kept | answer is kept | dropped |
 """
 
+import asyncio
 import logging
 import math
 import time
 from collections.abc import Callable, Hashable
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeGuard
 
 import anyio
 import msgspec
@@ -39,7 +40,7 @@ from vmibridge.context import BridgeContext
 from vmibridge.dispatch import Answer, Bridge, Entry, ask, failure, outcome_of
 from vmibridge.errors import UnsupportedTrapError
 from vmibridge.event import TrapEvent, TrapReason
-from vmibridge.inline import run_inline
+from vmibridge.inline import asyncio_task, forget_cancellation, run_inline
 from vmibridge.lanes import Lanes
 from vmibridge.memory import PhysicalMemory
 from vmibridge.outcome import Outcome, OutcomeKind
@@ -119,12 +120,17 @@ class Workers:
 
     async def _work(self) -> None:
         worker = Worker()
+        worker.task = asyncio_task()
         worker.on_wait = partial(self._worker_waits, worker)
         while True:
             try:
                 with anyio.CancelScope() as worker.scope:
                     if not await self._answer_traps(worker):
                         return
+            except self._cancelled:
+                if not worker.overtaken or not _is_cancelled_natively(worker.task):
+                    raise
+                await forget_cancellation(worker.task)
             except Exception:
                 # A handler that was overtaken may end as it likes: its trap is answered.
                 if not worker.overtaken:
@@ -261,14 +267,14 @@ class Workers:
                     )
                 except BaseException as error:
                     # Such as SystemExit: the server goes down with it, in good order.
-                    if worker.overtaken:
-                        raise
                     self._on_fatal(error)
                     return failure(entry.name, packet, error)
                 if outcome.kind is not _UNMATCHED:
                     return outcome
             return Outcome(OutcomeKind.UNMATCHED, packet)
         finally:
+            if _is_cancelled_natively(worker.task):
+                await forget_cancellation(worker.task)
             if worker.placed:
                 self._in_flight.leave()
 
@@ -461,6 +467,17 @@ class Workers:
         """Answer all that waits for a handler, and cancel the handlers."""
         for worker in list(self._waiting):
             self._overtake(worker, OutcomeKind.CANCELLED, _STOPPED)
+
+
+def _is_cancelled_natively(
+    task: "asyncio.Task[object] | None",
+) -> "TypeGuard[asyncio.Task[object]]":
+    """Whether a handler has cancelled its worker's task past all cancel scopes."""
+    return (
+        task is not None
+        and bool(task.cancelling())
+        and anyio.current_effective_deadline() != -math.inf
+    )
 
 
 def _told_to_wait(worker: Worker, packet: BridgePacket) -> Outcome[Any]:

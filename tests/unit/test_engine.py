@@ -1,5 +1,8 @@
 """The engine's promises, over `FakeBackend`: every trap is answered exactly once."""
 
+import asyncio
+from collections import Counter
+
 import anyio
 import pytest
 
@@ -126,6 +129,71 @@ async def cancel_after(event, scope):
 
 
 MOVED_ON = RegisterWrites(0x1003)
+
+
+class CancelsItsTask(BridgeHandler[None]):
+    """On asyncio a handler can reach the task that it is run in."""
+
+    MAGIC = MAGIC
+    REQUEST = 1
+
+    @method(1)
+    async def and_returns(self, vmi, packet):
+        asyncio.current_task().cancel()
+        return BridgeResponse(value1=1)
+
+    @method(2)
+    async def and_waits(self, vmi, packet):
+        asyncio.current_task().cancel()
+        await anyio.sleep_forever()
+
+    @method(3, timeout=0.01)
+    async def when_it_is_overtaken(self, vmi, packet):
+        try:
+            await anyio.sleep_forever()
+        finally:
+            asyncio.current_task().cancel()
+
+    @method(4)
+    async def well_behaved(self, vmi, packet):
+        await anyio.sleep(0.001)
+        return BridgeResponse(value1=4)
+
+
+@pytest.mark.parametrize(
+    "anyio_backend", [("asyncio", {}), ("asyncio", {"use_uvloop": True})], ids=["asyncio", "uvloop"]
+)
+@pytest.mark.parametrize(("code", "kind"), [(1, "handled"), (2, "cancelled"), (3, "timeout")])
+async def test_a_handler_that_cancels_its_task_harms_nobody_else(code, kind):
+    class SlowAnswers(FakeBackend):
+        async def resume(self, event, writes):
+            await anyio.sleep(0)
+            await super().resume(event, writes)
+
+    codes = [code, 4, 4] * 5
+    events = [trap(seq, each, vcpu=seq % 2) for seq, each in enumerate(codes)]
+    outcomes, _, _ = await serve(events, CancelsItsTask(), backend=SlowAnswers(events))
+    counts = Counter(outcome.kind.value for outcome in outcomes)
+    assert counts == Counter([kind, "handled", "handled"] * 5)
+
+
+async def test_an_exit_of_a_handler_that_was_cancelled_ends_the_server_in_good_order():
+    class Exits(BridgeHandler[None]):
+        MAGIC = MAGIC
+        REQUEST = 1
+
+        async def handle(self, vmi, packet):
+            try:
+                await anyio.sleep_forever()
+            finally:
+                raise SystemExit(3)
+
+    events = [trap(1, 1), trap(2, 1, vcpu=1)]
+    async with FakeBackend(events) as backend:
+        with pytest.raises(SystemExit):
+            async for _ in server_of(backend, Bridge(Exits()), timeout=0.01).run():
+                pass
+    assert set(backend.writes) == {1, 2}
 
 
 class TestEachOutcome:
