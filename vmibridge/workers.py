@@ -266,7 +266,10 @@ class Workers:
                         error="the handler was cancelled",
                     )
                 except BaseException as error:
-                    # Such as SystemExit: the server goes down with it, in good order.
+                    # Such as SystemExit: the server goes down with it, in good order. On trio
+                    # a cancellation may come in a group with what the handler raised.
+                    if worker.overtaken and not isinstance(error, SystemExit | KeyboardInterrupt):
+                        raise
                     self._on_fatal(error)
                     return failure(entry.name, packet, error)
                 if outcome.kind is not _UNMATCHED:

@@ -177,6 +177,29 @@ async def test_a_handler_that_cancels_its_task_harms_nobody_else(code, kind):
     assert counts == Counter([kind, "handled", "handled"] * 5)
 
 
+async def test_tasks_of_a_handler_may_fail_while_it_is_cancelled():
+    """Which on trio raises a group of the cancellation and of what failed."""
+
+    class Fails(BridgeHandler[None]):
+        MAGIC = MAGIC
+        REQUEST = 1
+
+        async def fail(self):
+            try:
+                await anyio.sleep_forever()
+            finally:
+                raise LookupError("on the way out")
+
+        async def handle(self, vmi, packet):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.fail)
+                tasks.start_soon(anyio.sleep_forever)
+                await anyio.sleep_forever()
+
+    outcomes, _, _ = await serve([trap(seq, 1) for seq in (1, 2, 3)], Fails(), timeout=0.01)
+    assert [outcome.kind for outcome in outcomes] == [OutcomeKind.TIMEOUT] * 3
+
+
 async def test_an_exit_of_a_handler_that_was_cancelled_ends_the_server_in_good_order():
     class Exits(BridgeHandler[None]):
         MAGIC = MAGIC

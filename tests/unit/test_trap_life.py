@@ -21,16 +21,20 @@ import math
 import selectors
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from concurrent.futures import Future
+from contextlib import suppress
 from enum import Enum
+from functools import partial
+from threading import Thread
 from typing import Any, ClassVar, NamedTuple
 
 import anyio
-import anyio.from_thread
 import anyio.lowlevel
 import pytest
 import trio
 import trio.testing
+import vmibridge.workers
+from anyio.from_thread import BlockingPortal
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -43,6 +47,7 @@ from hypothesis.stateful import (
 
 from vmibridge import (
     Bridge,
+    BridgeContext,
     BridgeContract,
     BridgeDispatch,
     BridgeHandler,
@@ -131,6 +136,35 @@ class Trio:
         trio.lowlevel.current_clock().jump(seconds)
 
 
+class LoopThread:
+    """A loop in a thread of its own, and a way into it. One that hangs is left behind."""
+
+    def __init__(self, loop: type[Asyncio] | type[Trio]):
+        self._loop = loop
+        self._portal: Future[BlockingPortal] = Future()
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with suppress(BaseException):
+            anyio.run(self._main, backend=self._loop.name, backend_options=self._loop.options())
+
+    async def _main(self) -> None:
+        async with BlockingPortal() as portal:
+            self._portal.set_result(portal)
+            await portal.sleep_until_stopped()
+
+    def start(self, function, *args) -> Future[Any]:
+        """Start a task in the loop."""
+        return self._portal.result().start_task_soon(function, *args)
+
+    def close(self) -> None:
+        """End it; what is left there is cancelled."""
+        with suppress(RuntimeError):
+            self.start(self._portal.result().stop, True)
+        self._thread.join(5)
+
+
 # --- what a guest may ask, and on what terms ----------------------------------------
 
 MAGIC = 0x1234_5678
@@ -140,7 +174,7 @@ WAIT, FALLBACK, LATE, RESULT = 0x1, 0xBAD, 0x1A7E, 0x1000
 
 VCPUS = 3
 QUEUE = 4
-IN_FLIGHT = 3
+IN_FLIGHT = 2
 OUTCOMES_AHEAD = 2
 TIMEOUT, SOFT_TIMEOUT, RESULT_TIMEOUT = 4.0, 1.0, 3.0
 GRACE, STOP_TIMEOUT = 2.0, 6.0
@@ -180,6 +214,7 @@ class Order(Enum):
     WRITE = 11
     WRITE_SLOWLY = 12
     EXIT = 13
+    CANCEL_ITS_TASK_LATE = 14
 
 
 class Manner(Enum):
@@ -308,6 +343,8 @@ class Run:
         self.let_go = anyio.Event()
         self.unwinding = False
         self.ended = False
+        self.in_memory = False
+        """It waits for an access to guest memory."""
         self.answered = False
         """It ended by itself, with an answer."""
         self.delivered: Trap | None = None
@@ -336,15 +373,19 @@ class Request:
         self.run: Run | None = None
         self.kept: float | None = None
         """Since when its result waits for a retry."""
+        self.good = False
+        """Whether that is an answer."""
 
     def overdue(self, now: float) -> bool:
         """Past its hard deadline without a result."""
         return self.kept is None and now >= self.first + self.ask.terms.hard
 
     def fruitless(self, now: float) -> bool:
-        """Whether all that it can still give is the fallback."""
-        if self.run is not None and self.run.ended:
-            return not self.run.answered
+        """Whether it may give the fallback."""
+        if self.kept is not None:
+            return not self.good
+        if self.run is not None and self.run.ended and not self.run.answered:
+            return True
         return now >= self.first + self.ask.terms.hard
 
 
@@ -357,11 +398,13 @@ class Requests:
         self.faults: list[str] = []
         self.traps: dict[int, Trap] = {}
         self.runs: list[Run] = []
+        self.passed: dict[BridgeContext, Run] = {}
+        """Those that the dispatcher has begun, and the handler goes on with."""
         self.pending: dict[Ask, list[Request]] = defaultdict(list)
         """Those that were told to wait after their handler had begun."""
         self.unsure: set[Ask] = set()
         self.told = self.collected = self.uncollected = 0
-        self.ending = False
+        self.ending = self.guest_gone = False
         self.stopped_at = math.inf
         self.reading = True
         self.accessing: Callable[[Ask], bool] = lambda ask: False
@@ -498,21 +541,18 @@ class Requests:
 
     def _fallback(self, trap: Trap) -> None:
         now = self.now()
-        if trap.fate is Fate.NEW:
-            assert trap.request is not None
-            if not (trap.request.fruitless(now) or self.ending):
-                self.fault(f"{trap} got the fallback without a reason")
-        elif trap.fate is Fate.RETRY:
+        if trap.fate is Fate.RETRY:
             pending = self.pending[trap.ask]
             ready = [request for request in pending if request.fruitless(now)]
             if not ready and self.ending:
                 ready = pending
             if ready:
-                self._collect(trap, ready[0])
-            elif trap.ask not in self.unsure:
-                self.fault(f"{trap} got the fallback without a reason")
-        elif not (self.ending or trap.ask in self.unsure):
+                return self._collect(trap, ready[0])
+        elif trap.request is not None and trap.request.fruitless(now):
+            return None
+        if not (self.ending or trap.ask in self.unsure):
             self.fault(f"{trap} got the fallback without a reason")
+        return None
 
     def _in_a_race(self, ask: Ask) -> bool:
         """Whether something is due for this key that may have happened, or not yet."""
@@ -543,6 +583,8 @@ class Requests:
                 self.fault(f"{trap} was taken and is not answered")
             elif trap.taken is not None:
                 self._check_open(trap, now)
+        for run in self.alive:
+            self._check_run(run)
         if not self.ending:
             self._check_results(now)
             if self.reading:
@@ -576,13 +618,28 @@ class Requests:
                     self.fault(f"{trap} waits for a place, and there is one")
         return None
 
+    def _check_run(self, run: Run) -> None:
+        """A handler goes on for somebody, and as far as it can."""
+        if self.accessing(run.ask) or run.ask in self.unsure:
+            return
+        traps = self.of_key(run.ask)
+        if self.guest_gone and not run.unwinding and not traps:
+            self.fault(f"the guest is gone, and a handler goes on for it: {run.ask}")
+        alone = self.pending[run.ask] == [run.request]
+        attached = [t for t in traps if t.request is run.request or (alone and t.fate is Fate.RETRY)]
+        if run.in_memory and attached:
+            self.fault(f"a handler waits for memory, and its vCPU stands still: {run.ask}")
+
     def _check_results(self, now: float) -> None:
         """Results are kept for a while, and only so many."""
         for requests in self.pending.values():
             for request in list(requests):
-                done = request.run is not None and request.run.ended
-                if request.kept is None and (done or request.overdue(now)):
+                run = request.run
+                if request.kept is None and run is not None and (run.ended or request.overdue(now)):
+                    if run.ended and request.overdue(now):
+                        self.unsure.add(request.ask)
                     request.kept = now
+                    request.good = run.ended and run.answered
                 if request.kept is not None and now >= request.kept + RESULT_TIMEOUT:
                     requests.remove(request)
                     self.uncollected += 1
@@ -632,6 +689,7 @@ class Vm(Backend):
         self.arrived = anyio.Event()
         self.over = anyio.Event()
         self.failure: Exception | None = None
+        self.failed = False
         self.lost = False
         self.slow_vcpus: set[int] = set()
         self.writing: dict[int, anyio.Event] = {}
@@ -639,12 +697,16 @@ class Vm(Backend):
 
     async def run(self, traps, sink):
         self.sink = sink
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._feed)
-            self.started.set()
-            await self.over.wait()
-            tasks.cancel_scope.cancel()
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._feed)
+                self.started.set()
+                await self.over.wait()
+                tasks.cancel_scope.cancel()
+        finally:
+            self.requests.guest_gone = True
         if self.failure is not None:
+            self.failed = True
             raise self.failure
         return GuestEnd()
 
@@ -795,9 +857,8 @@ class Free(BridgeHandler[int]):
         return await self._serve(vmi, packet)
 
     async def _serve(self, vmi, packet):
-        trap = self.requests.traps[packet.value4]
-        run = trap.request.run if trap.request is not None and trap.ask.detour else None
-        run = run or self.requests.begins(trap)
+        run = self.requests.passed.pop(vmi, None)
+        run = run or self.requests.begins(self.requests.traps[packet.value4])
         try:
             return await self._obey(vmi, run)
         except anyio.get_cancelled_exc_class():
@@ -828,6 +889,10 @@ class Free(BridgeHandler[int]):
                     return await self._cancel_itself(run)
                 case Order.CANCEL_ITS_TASK:
                     return await self._cancel_its_task(run)
+                case Order.CANCEL_ITS_TASK_LATE:
+                    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+                        asyncio.current_task().cancel()
+                    return None
                 case Order.STEP:
                     await anyio.lowlevel.checkpoint()
                 case order:
@@ -836,6 +901,7 @@ class Free(BridgeHandler[int]):
     async def _access(self, vmi, run, order):
         self.requests.waits()
         memory = vmi.memory
+        run.in_memory = True
         try:
             match order:
                 case Order.READ:
@@ -856,6 +922,8 @@ class Free(BridgeHandler[int]):
             if not (self.requests.ending or run.request.overdue(self.requests.now())):
                 self.requests.fault(f"a handler was cut off from memory too early: {run.ask}")
             raise
+        finally:
+            run.in_memory = False
 
     async def _cancel_itself(self, run):
         # As when something that it awaits was cancelled by others.
@@ -922,6 +990,7 @@ class Passes(BridgeDispatch):
             except BaseException:
                 run.unwinding = run.ended = True
                 raise
+            self.requests.passed[vmi] = run
         return Outcome(OutcomeKind.UNMATCHED, packet)
 
 
@@ -938,7 +1007,8 @@ class End(Enum):
     CLOSE = "the consumer closes the run"
     CANCEL = "the consumer's task is cancelled"
     GUEST_ENDS = "the guest ends"
-    GUEST_LOST = "the backend loses the guest"
+    GUEST_LOST = "the backend loses the guest, and says so"
+    WRITES_FAIL = "the backend loses the guest, and no reply can be written any more"
 
 
 class Stage:
@@ -1007,7 +1077,26 @@ class Stage:
         if self.how is End.CLOSE:
             await run.aclose()
 
+    @property
+    def told(self) -> list[Trap]:
+        """Traps that were told to wait."""
+        return [trap for trap in self.requests.traps.values() if trap.reply is Reply.WAIT]
+
+    @property
+    def held(self) -> list[Callable[[], None]]:
+        """What takes its time: call one to end it."""
+        return [
+            *[written.set for written in self.vm.writing.values()],
+            *[partial(self.vm.finish, access) for access in self.vm.accesses],
+            *[run.let_go.set for run in self.requests.alive if run.unwinding],
+        ]
+
     # What may happen.
+
+    def trap(self, vcpu: int, kind: Kind, ask: Ask) -> None:
+        traps = self.requests.traps
+        trap = traps[len(traps) + 1] = Trap(len(traps) + 1, vcpu, kind, ask)
+        self.vm.trap(trap)
 
     def read(self, on: bool) -> None:
         self.requests.reading = on
@@ -1018,6 +1107,10 @@ class Stage:
 
     def end(self, how: End) -> None:
         """Begin the end."""
+        if how is End.WRITES_FAIL:
+            # The traps that are there are the server's all the same.
+            self.vm.lost = True
+            return
         self.requests.ending = True
         guest = how in (End.GUEST_ENDS, End.GUEST_LOST)
         if not guest:
@@ -1050,11 +1143,9 @@ class Stage:
 
     def release(self) -> None:
         """Let everything go that is held."""
-        self.finish_writes()
-        for access in list(self.vm.accesses):
-            self.vm.finish(access)
-        for run in self.requests.alive:
-            run.let_go.set()
+        self.vm.slow_vcpus.clear()
+        for end in self.held:
+            end()
         self.read(True)
 
     def check(self) -> None:
@@ -1080,8 +1171,7 @@ class Stage:
         assert set(seen) <= told
         if self.read_to_the_end:
             assert set(seen) == told
-            if self.vm.failure is not None:
-                assert self.error is not None
+            assert self.error is not None or not self.vm.failed
         for outcome in self.outcomes:
             self.check_outcome(outcome)
         if not requests.unsure:
@@ -1117,196 +1207,215 @@ class Stage:
             assert outcome.packet.value4 == trap.seq
 
 
-# --- the machine --------------------------------------------------------------------
+# --- the moves ----------------------------------------------------------------------
 
-ORDERS = st.sampled_from(Order)
-ASKS = st.builds(
-    Ask,
-    space=st.sampled_from([0x1000, 0x2000]),
-    request=st.sampled_from([FREE, SERIAL, PASSED]),
-    method=st.sampled_from([SOFT, PATIENT, BOTH, STRICT]),
-    what=st.integers(0, 1),
-    first=st.sampled_from([0, 0, 0, *(order.value for order in Order if order is not Order.EXIT)]),
-    detour=st.integers(0, 1),
-).map(lambda ask: ask._replace(**{"method": SOFT} if ask.request == PASSED else {"detour": 0}))
+
+class Traps(NamedTuple):
+    """A vCPU traps. It asks, asks again what was told to wait, or is none of ours."""
+
+    vcpu: int
+    what: str | Kind
+    which: int
+
+    def make(self, life: "TrapLife") -> None:
+        told = life.stage.told
+        if self.what == "again" and told:
+            last = told[-1 - self.which % len(told)]
+            life.stage.trap(last.vcpu, Kind.OURS, last.ask)
+        else:
+            kind = self.what if isinstance(self.what, Kind) else Kind.OURS
+            life.stage.trap(self.vcpu, kind, life.asks[self.which % len(life.asks)])
+
+
+class Tell(NamedTuple):
+    """A handler gets an order."""
+
+    which: int
+    order: Order
+
+    def make(self, life: "TrapLife") -> None:
+        alive = life.stage.requests.alive
+        if alive and (self.order is not Order.EXIT or life.may_end):
+            alive[self.which % len(alive)].tell(self.order)
+
+
+class SlowWrite(NamedTuple):
+    """The next write to a vCPU takes its time."""
+
+    vcpu: int
+
+    def make(self, life: "TrapLife") -> None:
+        life.stage.vm.slow_vcpus.add(self.vcpu)
+
+
+class Lag(NamedTuple):
+    """The consumer stops reading for some steps."""
+
+    steps: int
+
+    def make(self, life: "TrapLife") -> None:
+        life.lag = self.steps
+        life.stage.read(False)
+
+
+class Done(NamedTuple):
+    """Something that takes its time is done."""
+
+    which: int
+
+    def make(self, life: "TrapLife") -> None:
+        held = life.stage.held
+        if held:
+            held[self.which % len(held)]()
+
+
+class Time(NamedTuple):
+    """Time passes."""
+
+    seconds: float
+
+    def make(self, life: "TrapLife") -> None:
+        life.loop.advance(self.seconds)
+
+
+class Ends(NamedTuple):
+    """The end begins."""
+
+    how: End
+
+    def make(self, life: "TrapLife") -> None:
+        if life.may_end:
+            life.stage.end(self.how)
+
+
+FIELDS = {
+    "space": st.sampled_from([0x1000, 0x2000]),
+    "request": st.sampled_from([FREE, FREE, SERIAL, PASSED]),
+    "method": st.sampled_from([SOFT, SOFT, SOFT, PATIENT, BOTH, STRICT]),
+    "what": st.integers(0, 1),
+    "first": st.sampled_from([0] * len(Order) + [o.value for o in Order if o is not Order.EXIT]),
+    "detour": st.integers(0, 1),
+}
+
+
+def possible(ask: Ask) -> Ask:
+    """The dispatcher has the terms of the server; only it makes a detour."""
+    return ask._replace(**{"method": SOFT} if ask.request == PASSED else {"detour": 0})
+
+
+@st.composite
+def repertoires(draw) -> list[Ask]:
+    """What a guest may ask: a few requests that have much in common."""
+    ask = draw(st.builds(Ask, **FIELDS))
+    asks = [possible(ask)]
+    for field in draw(st.lists(st.sampled_from(list(FIELDS)), max_size=3)):
+        asks.append(possible(ask._replace(**{field: draw(FIELDS[field])})))
+    return asks
+
+
 VCPU = st.integers(0, VCPUS - 1)
 WHICH = st.integers(0, 5)
+WHAT = st.sampled_from(["ask"] * 6 + ["again"] * 6 + list(Kind))
+ORDERS = st.sampled_from([Order.ANSWER] * len(Order) + list(Order))
+SECONDS = st.sampled_from([0.5, 1.0, 1.0, 2.0, 3.0])
+MOVES = st.sampled_from(
+    [
+        *[st.builds(Traps, VCPU, WHAT, WHICH)] * 6,
+        *[st.builds(Tell, WHICH, ORDERS)] * 4,
+        *[st.builds(Time, SECONDS)] * 3,
+        *[st.builds(Done, WHICH)] * 3,
+        st.builds(SlowWrite, VCPU),
+        st.builds(Lag, st.integers(1, 6)),
+        st.builds(Ends, st.sampled_from(End)),
+    ]
+).flatmap(lambda move: move)
+
+
+# --- the machine --------------------------------------------------------------------
 
 
 class TrapLife(RuleBasedStateMachine):
-    """The moves. Each is made in one piece; the loop runs in between."""
+    """Makes the moves, one or several at a time; the loop runs in between."""
 
     loop: ClassVar[type[Asyncio] | type[Trio]]
+    stage: Stage
 
     def __init__(self):
         super().__init__()
-        self.stack = ExitStack()
-        self.batch: list[Callable[[], None]] = []
-        self.batch_size = 1
+        self.thread: LoopThread | None = None
         self.steps = self.lag = 0
-        self.broken = False
-        self.stage: Stage | None = None
+        self.playing = False
 
     @initialize(
         seed=st.integers(0, 0xFFFF),
-        asks=st.lists(ASKS, min_size=1, max_size=4),
+        asks=repertoires(),
         manners=st.lists(st.sampled_from(Manner), min_size=1, max_size=4),
-        life=st.integers(0, 40),
-        finale=st.sampled_from(End),
+        idle=st.sampled_from([1, 1024]),
+        life=st.sampled_from([0, 10, 20, 30]),
+        racing=st.booleans(),
+        finale=st.sampled_from([end for end in End if end is not End.WRITES_FAIL]),
     )
-    def begins(self, seed, asks, manners, life, finale):
-        """`life` is the number of steps before which nothing comes to its end."""
-        trio._core._run._r.seed(seed)
-        self.asks, self.life, self.finale = asks, life, finale
-        self.portal = self.stack.enter_context(
-            anyio.from_thread.start_blocking_portal(self.loop.name, self.loop.options())
-        )
+    def begins(self, seed, asks, manners, idle, life, racing, finale):
+        """`idle` is the number of idle workers that are kept, `life` that of the steps before
+        anything comes to its end."""
+        vmibridge.workers._MAX_IDLE = idle
+        self.seed, self.asks, self.life, self.finale = seed, asks, life, finale
+        self.racing = racing
+        self.thread = LoopThread(self.loop)
         self.call(self._set_up, manners)
-        self.portal.start_task_soon(self.stage.play)
-        self.step(lambda: None)
+        self.thread.start(self.stage.play)
+        self.playing = True
+        self.step()
 
     async def _set_up(self, manners):
         self.tasks = len(anyio.get_running_tasks())
         self.stage = Stage(manners)
 
+    @rule(move=MOVES)
+    def something_happens(self, move):
+        self.step(partial(move.make, self))
+
+    @precondition(lambda self: self.racing)
+    @rule(moves=st.lists(MOVES, min_size=2, max_size=4))
+    def much_happens_at_once(self, moves):
+        self.step(*[partial(move.make, self) for move in moves])
+
+    @property
+    def may_end(self) -> bool:
+        return self.steps > self.life
+
     # Steps.
 
     def call(self, function, *args):
-        try:
-            return self.portal.start_task_soon(function, *args).result(20)
-        except BaseException:
-            self.broken = True
-            raise
+        return self.thread.start(function, *args).result(20)
 
-    def step(self, move: Callable[[], object]) -> None:
-        """Make a move, or keep it for those that are made at once."""
-        self.steps += 1
-        self.batch.append(move)
-        self.lag -= 1
-        if self.lag == 0:
-            self.batch.append(lambda: self.stage.read(True))
-        if len(self.batch) >= self.batch_size:
-            self.flush()
-
-    def flush(self) -> None:
-        moves, self.batch, self.batch_size = self.batch, [], 1
+    def step(self, *moves: Callable[[], object]) -> None:
         self.call(self._make, moves)
 
     async def _make(self, moves):
+        trio._core._run._r.seed(self.seed + self.steps)
+        self.steps += 1
+        self.lag -= 1
         for move in moves:
             move()
+        if self.lag == 0:
+            self.stage.read(True)
         await self.loop.quiet()
         self.stage.check()
-
-    # The guest.
-
-    @rule(vcpu=VCPU, which=WHICH)
-    def a_guest_asks(self, vcpu, which):
-        self.step(lambda: self._trap(vcpu, Kind.OURS, self.asks[which % len(self.asks)]))
-
-    @rule(which=WHICH)
-    def a_guest_that_was_told_to_wait_asks_again(self, which):
-        def move():
-            told = [t for t in self.stage.requests.traps.values() if t.reply is Reply.WAIT]
-            if told:
-                trap = told[-1 - which % len(told)]
-                self._trap(trap.vcpu, Kind.OURS, trap.ask)
-
-        self.step(move)
-
-    @rule(vcpu=VCPU, kind=st.sampled_from(Kind), which=WHICH)
-    def a_guest_traps_otherwise(self, vcpu, kind, which):
-        self.step(lambda: self._trap(vcpu, kind, self.asks[which % len(self.asks)]))
-
-    def _trap(self, vcpu: int, kind: Kind, ask: Ask) -> None:
-        traps = self.stage.requests.traps
-        trap = traps[len(traps) + 1] = Trap(len(traps) + 1, vcpu, kind, ask)
-        self.stage.vm.trap(trap)
-
-    # The handlers.
-
-    @rule(which=WHICH, order=ORDERS)
-    def a_handler_is_told(self, which, order):
-        if order is not Order.EXIT or self.steps >= self.life:
-            self.step(lambda: self._each(which, lambda run: run.tell(order)))
-
-    @rule(which=WHICH)
-    def a_handler_answers(self, which):
-        self.step(lambda: self._each(which, lambda run: run.tell(Order.ANSWER)))
-
-    @rule(which=WHICH)
-    def a_handler_has_unwound(self, which):
-        self.step(lambda: self._each(which, lambda run: run.let_go.set()))
-
-    def _each(self, which: int, does: Callable[[Run], object]) -> None:
-        alive = self.stage.requests.alive
-        if alive:
-            does(alive[which % len(alive)])
-
-    # The backend.
-
-    @rule(which=WHICH)
-    def an_access_is_done(self, which):
-        def move():
-            accesses = self.stage.vm.accesses
-            if accesses:
-                self.stage.vm.finish(accesses[which % len(accesses)])
-
-        self.step(move)
-
-    @rule(vcpu=VCPU)
-    def the_next_write_is_slow(self, vcpu):
-        self.step(lambda: self.stage.vm.slow_vcpus.add(vcpu))
-
-    @rule(which=WHICH)
-    def a_slow_write_is_done(self, which):
-        def move():
-            writing = list(self.stage.vm.writing.values())
-            if writing:
-                writing[which % len(writing)].set()
-
-        self.step(move)
-
-    @precondition(lambda self: self.steps >= self.life)
-    @rule()
-    def the_backend_loses_the_vm(self):
-        self.step(lambda: setattr(self.stage.vm, "lost", True))
-
-    # The consumer, and the end.
-
-    @rule(steps=st.integers(1, 6))
-    def the_consumer_lags(self, steps):
-        self.lag = steps + 1
-        self.step(lambda: self.stage.read(False))
-
-    @precondition(lambda self: self.steps >= self.life)
-    @rule(how=st.sampled_from(End))
-    def the_end_begins(self, how):
-        self.step(lambda: self.stage.end(how))
-
-    # Time.
-
-    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 3.0]))
-    def time_passes(self, seconds):
-        self.step(lambda: self.loop.advance(seconds))
-
-    @rule(moves=st.integers(2, 4))
-    def what_follows_happens_at_once(self, moves):
-        self.batch_size = moves
 
     # The end of the play.
 
     def teardown(self):
+        if self.thread is None:
+            return
         try:
-            if not self.broken and self.stage is not None:
-                if self.batch:
-                    self.flush()
+            if self.playing and not self.stage.requests.faults:
                 self._end(self.stage)
         finally:
-            if self.broken and self.stage is not None:
+            if self.playing and not self.stage.done:
                 with suppress(Exception):
-                    self.portal.start_task_soon(self._give_up).result(5)
-            self.stack.close()
+                    self.thread.start(self._give_up).result(5)
+            self.thread.close()
 
     def _end(self, stage):
         self.step(lambda: stage.end(self.finale))
@@ -1329,6 +1438,7 @@ class TrapLife(RuleBasedStateMachine):
             if stage.done:
                 break
             self.step(stage.release)
+            self.step(lambda: self.loop.advance(LONGEST))
         assert stage.done, "the server does not end"
         self.call(self._check_whole)
 
