@@ -60,8 +60,10 @@ soak: setup  ## 1,000,000 traps with faults over 64 lanes, on asyncio and on tri
 demo: setup  ## a real guest calls the ready-made handlers and checks every answer
 	@$(BIN)/python guest/demo/demo.py
 
-bench: setup  ## what a trap costs, against a loop written by hand; pinned to one core
+bench: setup  ## what a trap costs, and how many may wait; minutes, pinned to one core
 	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/lanes.py
+	$(BIN)/python benchmarks/waiting.py
 
 lock: setup  ## lock the newest versions that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv

@@ -33,6 +33,7 @@ from typing import Any, TypeGuard
 import anyio
 import msgspec
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from vmibridge.arch import is_guest_request, read_packet
 from vmibridge.concurrency import InFlight, Turns
@@ -128,7 +129,7 @@ class Workers:
                     if not await self._answer_traps(worker):
                         return
             except self._cancelled:
-                if not worker.overtaken or not _is_cancelled_natively(worker.task):
+                if not _is_cancelled_natively(worker.task):
                     raise
                 await forget_cancellation(worker.task)
             except Exception:
@@ -136,6 +137,11 @@ class Workers:
                 if not worker.overtaken:
                     raise
                 log.debug("a handler raised while it was being cancelled", exc_info=True)
+            except BaseExceptionGroup as error:
+                # What a handler that was overtaken left, without the cancellations.
+                if not worker.overtaken or anyio.current_effective_deadline() == -math.inf:
+                    raise
+                self._on_fatal(error)
 
     async def _answer_traps(self, worker: Worker) -> bool:
         """Answer traps while there are any; returns whether to go on with a new scope."""
@@ -266,10 +272,10 @@ class Workers:
                         error="the handler was cancelled",
                     )
                 except BaseException as error:
-                    # Such as SystemExit: the server goes down with it, in good order. On trio
-                    # a cancellation may come in a group with what the handler raised.
-                    if worker.overtaken and not isinstance(error, SystemExit | KeyboardInterrupt):
+                    # A group may hold the cancellation, which is the scope's to take out.
+                    if worker.overtaken and isinstance(error, BaseExceptionGroup):
                         raise
+                    # Such as SystemExit: the server goes down with it, in good order.
                     self._on_fatal(error)
                     return failure(entry.name, packet, error)
                 if outcome.kind is not _UNMATCHED:
@@ -294,6 +300,9 @@ class Workers:
         if not worker.placed and (worker.waited or self._in_flight.full):
             await self._in_flight.enter()
             worker.placed = True
+        if worker.waited:
+            # Answered for between its turn and now, it must not begin.
+            await checkpoint_if_cancelled()
         worker.queued = False
         return await ask(entry, worker.context, worker.packet)
 

@@ -103,7 +103,7 @@ DEPTH = 3
 """Traps that a lane has open at a time; a vCPU has one, but the order is promised for more."""
 
 # The quotas, and how much of them is used: see `_Process`.
-BURST, RATE = 16, 16.0
+BURST, RATE = 16, 32.0
 PROCESS_USES = 8
 DEBT = 4 << 20
 BYTES_BURST, BYTES_RATE = 64 << 10, 512 << 10
@@ -121,7 +121,7 @@ WARM_UP = 0.15
 """Of the traps, before memory is looked at."""
 SAMPLES = 80
 FLAT = 0.05
-FEWEST_FOR_FLAT = 200_000
+FEWEST_FOR_FLAT = 500_000
 """Traps; in a shorter run the memory of the process says nothing."""
 
 
@@ -284,7 +284,7 @@ class Ledger:
         self.outcomes: Counter[tuple[Kind, OutcomeKind]] = Counter()
         self.starts: Counter[Kind] = Counter()
         """Handlers that were begun, of kinds that may wait."""
-        self.ends = 0
+        self.ends: Counter[Kind] = Counter()
         """Final replies to those kinds."""
         self.answered = 0
         self.let_through = 0
@@ -305,6 +305,15 @@ class Ledger:
     @property
     def all_sent(self) -> int:
         return self.sent.total()
+
+    @property
+    def slow(self) -> str:
+        """What ran past its soft deadline, for people."""
+        told = (
+            f"{kind.name} {began} began, {self.ends[kind]} ended, {self.sent[kind]} sent"
+            for kind, began in sorted(self.starts.items())
+        )
+        return "; ".join(told)
 
     def sent_of(self, kinds: set[Kind]) -> int:
         return sum(self.sent[kind] for kind in kinds)
@@ -356,6 +365,13 @@ async def raise_lookup_error() -> None:
     raise LookupError("on purpose")
 
 
+async def fail_on_the_way_out() -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        raise LookupError("on the way out")
+
+
 class Faults(BridgeHandler[None]):
     """Does what the method says; value2 picks one of several ways to."""
 
@@ -365,7 +381,8 @@ class Faults(BridgeHandler[None]):
 
     def __init__(self, ledger: Ledger, places: int, lanes: int) -> None:
         self._ledger = ledger
-        self._running: Counter[tuple[Kind, int]] = Counter()
+        self.running: Counter[tuple[Kind, int]] = Counter()
+        """Those that may wait, by kind and request."""
         self._places = places
         self._lanes = lanes
         self.gathered = 0
@@ -466,13 +483,21 @@ class Faults(BridgeHandler[None]):
 
     @method(Kind.HANG, timeout=HARD)
     async def hang(self, vmi, packet):
-        way = packet.value2 % 7
+        way = packet.value2 % 9
         if way == 0:
             while True:
                 await anyio.sleep(HARD / 4)
+        elif way == 7:
+            while True:
+                await vmi.memory.read_physical(DELAYED, 8)
+        elif way == 8:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(fail_on_the_way_out)
+                tasks.start_soon(fail_on_the_way_out)
+                await anyio.sleep_forever()
         elif way == 1:
             # Takes its time to end, and is cut off meanwhile.
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(LONG, shield=True):
                 try:
                     while True:
                         await vmi.memory.read(0, 8)
@@ -485,10 +510,7 @@ class Faults(BridgeHandler[None]):
             except anyio.get_cancelled_exc_class():
                 return plus_one(packet)
         elif way == 3:
-            try:
-                await anyio.sleep_forever()
-            finally:
-                raise LookupError("on the way out")
+            await fail_on_the_way_out()
         elif way == 4:
             await vmi.memory.read_physical(STUCK, 8)
         elif way == 5:
@@ -559,16 +581,16 @@ class Faults(BridgeHandler[None]):
         """One run of a kind that may wait: a retry must not begin another one beside it."""
         key = (kind, packet.value3 or packet.value1)
         self._ledger.starts[kind] += 1
-        self._running[key] += 1
+        self.running[key] += 1
         self._ledger.check(
-            self._running[key] <= asked_at_once, f"one {kind.name} runs {self._running[key]} times"
+            self.running[key] <= asked_at_once, f"one {kind.name} runs {self.running[key]} times"
         )
         try:
             yield
         finally:
-            self._running[key] -= 1
-            if not self._running[key]:
-                del self._running[key]
+            self.running[key] -= 1
+            if not self.running[key]:
+                del self.running[key]
 
     @method(Kind.SLOW, soft_timeout=SOFT)
     async def slow(self, vmi, packet):
@@ -725,7 +747,7 @@ class _Process:
 class _Ask:
     """A request that may be told to wait, and is then asked again."""
 
-    __slots__ = ("echoed", "kind", "process", "seqs", "values")
+    __slots__ = ("echoed", "kind", "process", "retried", "seqs", "values")
 
     def __init__(self, kind: Kind, values: tuple[int, int, int, int], process: _Process) -> None:
         self.kind = kind
@@ -733,6 +755,7 @@ class _Ask:
         self.process = process
         self.seqs: set[int] = set()
         self.echoed = False
+        self.retried = False
 
 
 class _Sent:
@@ -883,11 +906,15 @@ class Guest(Backend):
     async def _wait_for_the_last_results(self) -> None:
         """Results that nobody collects expire, and nothing has to happen for it."""
         ledger = self._ledger
-        with anyio.move_on_after(LONG + 10):
-            while ledger.starts.total() != ledger.ends + self.uncollected():
-                await anyio.sleep(RESULT_TIMEOUT / 4)
-        left = ledger.starts.total() - ledger.ends - self.uncollected()
-        ledger.check(not left, f"{left} results are neither collected nor expired")
+        pauses = 0
+        while ledger.starts.total() != ledger.ends.total() + self.uncollected():
+            await anyio.sleep(RESULT_TIMEOUT / 4)
+            # One that waits for memory has until its hard deadline.
+            pauses += not self._handler.running
+            if pauses > 100:
+                break
+        left = ledger.starts.total() - ledger.ends.total() - self.uncollected()
+        ledger.check(not left, f"{left} results are neither collected nor expired: {ledger.slow}")
 
     async def _fill_the_places(self) -> None:
         """As many handlers as there are places, and some more."""
@@ -1168,7 +1195,7 @@ class Guest(Backend):
                 self._ask_later(lane, other, elsewhere=True)
             return
         if reply not in (Reply.WAIT, Reply.DENIED):
-            self._ledger.ends += 1
+            self._ledger.ends[kind] += 1
         # Denied, it gives up.
         if kind is Kind.SLOW_READ:
             self._ask_slots.append(ask.values[0])
@@ -1177,7 +1204,9 @@ class Guest(Backend):
         way = ask.values[1]
         if elsewhere or way >> 4 & 3 == 0:
             lane = self.lanes[(lane.number + 1) % self._planned_lanes]
-        due = lane.steps + RETRY_AFTER[way % len(RETRY_AFTER)]
+        # Once it was late, it hurries: else a result that expires each time is never collected.
+        due = lane.steps + (0 if ask.retried else RETRY_AFTER[way % len(RETRY_AFTER)])
+        ask.retried = True
         heappush(lane.again, (due, next(self._ties), ask))
         self._feed_soon(lane)
 
@@ -1311,6 +1340,8 @@ class Soak:
         check = self.ledger.check
         check(not left, f"left in memory: {dict(left)}")
         check(tasks_alive() <= tasks, f"{tasks_alive() - tasks} tasks are left")
+        most = tasks + 4 * self._lanes + 64
+        check(self._most_tasks <= most, f"there were {self._most_tasks} tasks, {most} are enough")
         check(
             threading.active_count() <= threads,
             f"threads are left: {threading.enumerate()}",
@@ -1441,8 +1472,8 @@ class Soak:
         check(last >= self._lanes, f"{last} of {self._lanes} handlers were cancelled by the stop")
         starts, lost = ledger.starts.total(), summary.uncollected + summary.abandoned
         check(
-            starts == ledger.ends + lost,
-            f"{starts} slow handlers ran, {ledger.ends} were collected and {lost} were not",
+            starts == ledger.ends.total() + lost,
+            f"{starts} slow handlers ran, {ledger.ends.total()} were collected, {lost} were not",
         )
         # A retry finds its request, or is a request of its own; one that waited for its turn
         # was told to wait and forgotten.

@@ -1,15 +1,21 @@
 """The short form of the fault soak, on each loop; `make soak` runs the long one."""
 
-import pytest
-from fault_soak import KINDS, Kind, Soak
+import json
+import subprocess
+import sys
 
-pytestmark = pytest.mark.anyio
+import fault_soak
+import pytest
+from fault_soak import KINDS, LOOPS, Faults, Kind, Soak
+
+from vmibridge import BridgeResponse
 
 TRAPS = 20_000
 LANES = 64
 SEED = 1
 
 
+@pytest.mark.anyio
 async def test_all_is_as_it_has_to_be():
     report = await Soak(TRAPS, LANES, SEED).run()
     assert report.first_wrongs == []
@@ -18,15 +24,46 @@ async def test_all_is_as_it_has_to_be():
     assert report.traps >= sum(report.planned.values()) + report.retries
 
 
-async def test_each_kind_is_sent_as_often_as_its_share_says():
-    first, again = [(await Soak(2_000, 8, SEED).run()).planned for _ in range(2)]
-    assert first == again
-
-
-async def test_all_on_one_lane():
+@pytest.mark.anyio
+async def test_one_lane_does():
     report = await Soak(500, 1, SEED).run()
     assert report.first_wrongs == []
 
 
+@pytest.mark.anyio
+async def test_the_seed_fixes_what_is_sent():
+    first, again, other = [(await Soak(1_000, 8, seed).run()).planned for seed in (1, 1, 2)]
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.anyio
+async def test_what_is_wrong_is_found(monkeypatch):
+    async def answer(self, vmi, packet):
+        return BridgeResponse(value1=packet.value1 + packet.value2 % 2)
+
+    monkeypatch.setattr(Faults, "answer", answer)
+    report = await Soak(100, 2, SEED).run()
+    assert report.wrongs > 0
+    assert "ANSWER got wrong" in report.first_wrongs[0]
+
+
 def test_each_kind_is_in_the_table():
     assert set(KINDS) == set(Kind)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_command_prints_its_report(loop):
+    done = subprocess.run(
+        [
+            *[sys.executable, fault_soak.__file__, "--traps", "200", "--lanes", "4"],
+            *["--loop", loop, "--json"],
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["first_wrongs"]) == (0, [])
+    assert (report["loop"], report["lanes"]) == (loop, 4)

@@ -1,5 +1,6 @@
 """How many handlers are under way at a time: serial ones, limits per VM and in all."""
 
+import time
 from contextlib import AsyncExitStack
 
 import anyio
@@ -12,6 +13,7 @@ from vmibridge import (
     BridgeResponse,
     BridgeServer,
     Gate,
+    OutcomeKind,
     method,
 )
 from vmibridge.testing import FakeGuest
@@ -203,6 +205,37 @@ async def test_a_handler_that_does_not_end_when_cancelled_keeps_its_place():
 
     await serve([guest], handler, in_flight=2, timeout=0.01, fallback=BridgeResponse(0xBAD))
     assert handler.most == 2
+
+
+async def test_a_handler_whose_trap_was_answered_as_its_turn_came_does_not_begin():
+    class Serial(Counted):
+        serial = True
+
+        @method(3, timeout=0.02)
+        async def next(self, vmi, packet):
+            self.order.append("begun")
+            return BridgeResponse(value1=DONE)
+
+    class Blocks(BridgeHandler[None]):
+        MAGIC, REQUEST = MAGIC, 2
+
+        async def handle(self, vmi, packet):
+            await anyio.sleep(0)
+            time.sleep(0.05)  # Meanwhile the turn comes, and the deadline passes.
+
+    serial = Serial(0.01)
+
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            for vcpu, packet in enumerate(
+                (CALL, BridgePacket(MAGIC, 1, 3), BridgePacket(MAGIC, 2, 0))
+            ):
+                tasks.start_soon(_call, vm, packet, vcpu)
+                await anyio.sleep(0.001)
+
+    outcomes, _ = await serve([guest], serial, Blocks())
+    (second,) = [outcome for outcome in outcomes if outcome.event.vcpu == 1]
+    assert (second.kind is OutcomeKind.HANDLED) == ("begun" in serial.order)
 
 
 class TestSoftDeadline:

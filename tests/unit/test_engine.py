@@ -10,6 +10,7 @@ from vmibridge import (
     Bridge,
     BridgeDispatch,
     BridgeHandler,
+    BridgePacket,
     BridgeResponse,
     BridgeServer,
     GuestMemoryError,
@@ -23,7 +24,7 @@ from vmibridge import (
 )
 from vmibridge.arch.forms import XEN_GUEST_REQUEST, XEN_HVM_OP
 from vmibridge.errors import BackendError, HandlerLifeError, ServerStateError
-from vmibridge.testing import FakeBackend
+from vmibridge.testing import FakeBackend, FakeGuest
 from vmibridge.vmi import GuestEnd
 
 pytestmark = pytest.mark.anyio
@@ -154,15 +155,23 @@ class CancelsItsTask(BridgeHandler[None]):
         finally:
             asyncio.current_task().cancel()
 
+    @method(5)
+    async def later(self, vmi, packet):
+        asyncio.get_running_loop().call_later(0.001, asyncio.current_task().cancel)
+        return BridgeResponse(value1=5)
+
     @method(4)
     async def well_behaved(self, vmi, packet):
         await anyio.sleep(0.001)
         return BridgeResponse(value1=4)
 
 
-@pytest.mark.parametrize(
+on_asyncio = pytest.mark.parametrize(
     "anyio_backend", [("asyncio", {}), ("asyncio", {"use_uvloop": True})], ids=["asyncio", "uvloop"]
 )
+
+
+@on_asyncio
 @pytest.mark.parametrize(("code", "kind"), [(1, "handled"), (2, "cancelled"), (3, "timeout")])
 async def test_a_handler_that_cancels_its_task_harms_nobody_else(code, kind):
     class SlowAnswers(FakeBackend):
@@ -175,6 +184,20 @@ async def test_a_handler_that_cancels_its_task_harms_nobody_else(code, kind):
     outcomes, _, _ = await serve(events, CancelsItsTask(), backend=SlowAnswers(events))
     counts = Counter(outcome.kind.value for outcome in outcomes)
     assert counts == Counter([kind, "handled", "handled"] * 5)
+
+
+@on_asyncio
+async def test_a_worker_that_a_handler_cancels_when_it_has_nothing_to_do_goes_on():
+    async def guest(vm):
+        assert (await vm.call(BridgePacket(MAGIC, 1, 5))).rax == 5
+        await anyio.sleep(0.02)
+        assert (await vm.call(BridgePacket(MAGIC, 1, 4))).rax == 4
+
+    async with FakeGuest(guest) as backend:
+        server = server_of(backend, Bridge(CancelsItsTask()))
+        outcomes = [outcome async for outcome in server.run()]
+    assert [outcome.kind for outcome in outcomes] == [OutcomeKind.HANDLED] * 2
+    assert server.summary.guest is not None
 
 
 async def test_tasks_of_a_handler_may_fail_while_it_is_cancelled():
