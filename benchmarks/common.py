@@ -32,6 +32,7 @@ LOOPS: dict[str, Loop] = {
 }
 REQUEST = 0x0100
 ADDRESS_SPACE = 0x7000
+IP = 0x1000
 QUEUE = 256
 
 
@@ -71,7 +72,7 @@ def make_events(count: int, vcpus: int, request: int = REQUEST) -> list[TrapEven
             TrapReason.VMCALL,
             Registers(rcx=STANDARD_MAGIC, rdx=request, r8=seq, cr3=ADDRESS_SPACE),
             vcpu=(seq - 1) % vcpus,
-            ip=0x1000,
+            ip=IP,
             length=3,
         )
         for seq in range(1, count + 1)
@@ -122,11 +123,12 @@ class ClosedLoop(Backend):
             self._arrived.set()
 
     def _send(self, event: TrapEvent) -> None:
-        if not self._in_line:
-            try:
-                return self._sink.put_nowait(event)
-            except anyio.WouldBlock:
-                pass
+        try:
+            if not self._in_line:
+                self._sink.put_nowait(event)
+                return
+        except anyio.WouldBlock:
+            pass
         self._in_line.append(event)
         self._arrived.set()
 

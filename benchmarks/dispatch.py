@@ -10,85 +10,71 @@ Both sides get the same traps and the same handler, which does not wait:
   feeder and the loop, and for each trap a `start_soon` and a `fail_after` around
   reading the packet, finding the handler in a dict, awaiting it, and answering.
 
-Then the engine again with 1,000 handlers instead of 1. The process pins itself to one
-core; rounds alternate between the sides, and the ratio is that of the medians.
+Then the engine again, in two ways:
+
+- *all on*: with a soft deadline, and a policy that has every rule and denies nothing. The
+  handshake and the limits of handlers in flight are on in any case.
+- *1000 handlers* instead of 1.
+
+The process pins itself to one core; rounds alternate between the sides, and a ratio is
+that of the medians.
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import time
-from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from typing import Any
 
 import anyio
-
-from vmibridge import (
-    Bridge,
-    BridgeContext,
-    BridgeHandler,
-    BridgePacket,
-    BridgeResponse,
-    BridgeServer,
-    Registers,
-    TrapEvent,
-    TrapReason,
+from common import (
+    ADDRESS_SPACE,
+    IP,
+    LOOPS,
+    QUEUE,
+    REQUEST,
+    Add,
+    make_bridge,
+    make_events,
+    pin,
+    seconds,
 )
+
+from vmibridge import Bridge, BridgeContext, BridgeResponse, BridgeServer, OutcomeKind, TrapEvent
 from vmibridge.arch import read_packet, write_response
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.contract import STANDARD_MAGIC
+from vmibridge.policy import AddressRange, Policy, Quota, Rate
 from vmibridge.testing import FakeBackend
 
-Loop: TypeAlias = tuple[str, dict[str, object]]
-
 VCPUS = 4
-QUEUE = 256
+HANDLERS = 1000
 TIMEOUT = 5.0
+_NEVER_EMPTY = Rate(burst=1e9, rate=1e9)
+_QUOTA = Quota(requests=_NEVER_EMPTY, bytes=_NEVER_EMPTY)
+ALL_ON = {
+    "soft_timeout": 1.0,
+    "policy": Policy(
+        rings=frozenset({0, 3}),
+        address_spaces=frozenset({ADDRESS_SPACE, 2 * ADDRESS_SPACE}),
+        instructions=(AddressRange(IP, IP + 0xFFF), AddressRange(16 * IP, 16 * IP + 0xFFF)),
+        vm=_QUOTA,
+        address_space=_QUOTA,
+    ),
+}
 
 
-class Add(BridgeHandler[int]):
-    """Adds one, without waiting for anything."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
-
-    async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[int]:
-        return BridgeResponse(value1=packet.value1 + 1)
-
-
-def make_events(count: int, request: int = 0x0100) -> list[TrapEvent]:
-    return [
-        TrapEvent(
-            seq,
-            TrapReason.VMCALL,
-            Registers(rcx=STANDARD_MAGIC, rdx=request, r8=seq),
-            vcpu=seq % VCPUS,
-            ip=0x1000,
-            length=3,
-        )
-        for seq in range(1, count + 1)
-    ]
-
-
-def make_bridge(handlers: int) -> Bridge:
-    return Bridge(*[type("Add", (Add,), {"REQUEST": 0x0100 + n})() for n in range(handlers)])
-
-
-async def engine(events: list[TrapEvent], bridge: Bridge) -> None:
+async def engine(events: list[TrapEvent], bridge: Bridge, settings: dict[str, Any]) -> None:
     async with FakeBackend(events) as backend:
-        server = BridgeServer(backend, bridge, timeout=TIMEOUT, queue=QUEUE)
+        server = BridgeServer(backend, bridge, timeout=TIMEOUT, queue=QUEUE, **settings)
         async for _ in server.run():
             pass
     assert len(backend.writes) == len(events)
-    assert server.summary.total == len(events)
+    assert server.summary.outcomes[OutcomeKind.HANDLED] == len(events)
 
 
 async def by_hand(events: list[TrapEvent]) -> None:
     add = Add()
-    handlers = {(STANDARD_MAGIC, 0x0100): (add, add.contract)}
+    handlers = {(STANDARD_MAGIC, REQUEST): (add, add.contract)}
     writes = {}
     backend = FakeBackend()
     send, receive = anyio.create_memory_object_stream[TrapEvent](QUEUE)
@@ -129,56 +115,52 @@ async def by_hand(events: list[TrapEvent]) -> None:
     assert len(writes) == len(events)
 
 
-def seconds(loop: Loop, side: Callable[..., Awaitable[None]], *arguments: object) -> float:
-    async def timed() -> float:
-        start = time.perf_counter()
-        await side(*arguments)
-        return time.perf_counter() - start
-
-    return anyio.run(timed, backend=loop[0], backend_options=loop[1])
-
-
-LOOPS: dict[str, Loop] = {
-    "asyncio": ("asyncio", {}),
-    "uvloop": ("asyncio", {"use_uvloop": True}),
-    "trio": ("trio", {}),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--events", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    first = make_events(options.events)
-    last = make_events(options.events, 0x0100 + 999)
-    one_handler, thousand_handlers = make_bridge(1), make_bridge(1000)
+    pin()
+    first = make_events(options.events, VCPUS)
+    last = make_events(options.events, VCPUS, REQUEST + HANDLERS - 1)
+    one, many = make_bridge(1), make_bridge(HANDLERS)
+    sides = (
+        (by_hand, first),
+        (engine, first, one, {}),
+        (engine, first, one, ALL_ON),
+        (engine, last, many, {}),
+    )
     if not options.json:
         print(f"{options.events} events, median of {options.rounds} rounds, us an event")
-        print("loop     by hand  engine  ratio | 1000 handlers  ratio to 1")
+        print(
+            "loop     by hand  engine  ratio |  all on  ratio  to engine |"
+            f" {HANDLERS} handlers  ratio to 1"
+        )
     for name, loop in LOOPS.items():
-        hand, one, many = [], [], []
+        taken: list[list[float]] = [[] for _ in sides]
         for _ in range(options.rounds):
-            hand.append(seconds(loop, by_hand, first))
-            one.append(seconds(loop, engine, first, one_handler))
-            many.append(seconds(loop, engine, last, thousand_handlers))
-        us = [statistics.median(side) / options.events * 1e6 for side in (hand, one, many)]
+            for each, side in zip(taken, sides, strict=True):
+                each.append(seconds(loop, *side))
+        us = [statistics.median(each) / options.events * 1e6 for each in taken]
+        line = {
+            "loop": name,
+            "by_hand_us": us[0],
+            "engine_us": us[1],
+            "ratio": us[1] / us[0],
+            "all_on_us": us[2],
+            "all_on_ratio": us[2] / us[0],
+            "all_on_to_engine": us[2] / us[1],
+            "handlers_1000_us": us[3],
+            "handlers_ratio": us[3] / us[1],
+        }
         if options.json:
-            line = {
-                "loop": name,
-                "by_hand_us": us[0],
-                "engine_us": us[1],
-                "ratio": us[1] / us[0],
-                "handlers_1000_us": us[2],
-                "handlers_ratio": us[2] / us[1],
-            }
             print(json.dumps(line))
         else:
             print(
                 f"{name:8} {us[0]:7.2f} {us[1]:7.2f} {us[1] / us[0]:6.2f} |"
-                f" {us[2]:13.2f} {us[2] / us[1]:11.2f}"
+                f" {us[2]:7.2f} {us[2] / us[0]:6.2f} {us[2] / us[1]:10.2f} |"
+                f" {us[3]:13.2f} {us[3] / us[1]:11.2f}"
             )
         sys.stdout.flush()
 

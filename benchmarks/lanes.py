@@ -22,21 +22,15 @@ from common import LOOPS, QUEUE, Add, ClosedLoop, make_events, pin, seconds
 from vmibridge import BridgeServer, OutcomeKind, TrapEvent
 from vmibridge.testing import FakeBackend
 
-
-async def closed(events: list[TrapEvent], lanes: int) -> None:
-    await serve(ClosedLoop(events, lanes), len(events))
+WAYS = ("closed", "open")
 
 
-async def opened(events: list[TrapEvent], lanes: int) -> None:
-    await serve(FakeBackend(events), len(events))
-
-
-async def serve(backend: FakeBackend | ClosedLoop, count: int) -> None:
-    async with backend:
+async def engine(way: str, events: list[TrapEvent], lanes: int) -> None:
+    async with ClosedLoop(events, lanes) if way == "closed" else FakeBackend(events) as backend:
         server = BridgeServer(backend, Add(), queue=QUEUE)
         async for _ in server.run():
             pass
-    assert server.summary.outcomes[OutcomeKind.HANDLED] == count
+    assert server.summary.outcomes[OutcomeKind.HANDLED] == len(events)
 
 
 def main() -> None:
@@ -48,19 +42,20 @@ def main() -> None:
     options = parser.parse_args()
     pin()
     traps = {lanes: make_events(options.events, lanes) for lanes in (1, options.lanes)}
-    ways = {"closed": closed, "open": opened}
+    sides = [(way, lanes) for way in WAYS for lanes in traps]
     if not options.json:
         print(f"{options.events} events, median of {options.rounds} rounds, us an event")
-        print(f"{'':8} closed: {'':17} | open:")
-        print(f"loop     1 lane {options.lanes:5} lanes  ratio | 1 lane {options.lanes:5} lanes  ratio")
+        lanes = f"1 lane {options.lanes:5} lanes  ratio"
+        print(f"{'':8} {'closed':{len(lanes)}} | open")
+        print(f"loop     {lanes} | {lanes}")
     for name, loop in LOOPS.items():
-        taken: dict[tuple[str, int], list[float]] = {(w, n): [] for w in ways for n in traps}
+        taken: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
         for _ in range(options.rounds):
             for (way, lanes), each in taken.items():
-                each.append(seconds(loop, ways[way], traps[lanes], lanes))
+                each.append(seconds(loop, engine, way, traps[lanes], lanes))
         us = {side: statistics.median(each) / options.events * 1e6 for side, each in taken.items()}
         line: dict[str, object] = {"loop": name, "lanes": options.lanes}
-        for way in ways:
+        for way in WAYS:
             one, many = us[way, 1], us[way, options.lanes]
             line |= {f"{way}_1_us": one, f"{way}_us": many, f"{way}_ratio": many / one}
         if options.json:
@@ -68,7 +63,7 @@ def main() -> None:
         else:
             cells = [
                 f"{line[f'{way}_1_us']:6.2f} {line[f'{way}_us']:11.2f} {line[f'{way}_ratio']:6.2f}"
-                for way in ways
+                for way in WAYS
             ]
             print(f"{name:8} {cells[0]} | {cells[1]}")
         sys.stdout.flush()
