@@ -21,14 +21,13 @@ Rules that they live by:
 | no trap | | fallback is kept | answer is kept | dropped |
 """
 
-import asyncio
 import logging
 import math
 import time
 from collections.abc import Callable, Hashable
 from functools import partial
 from operator import attrgetter
-from typing import Any, TypeGuard
+from typing import Any
 
 import anyio
 import msgspec
@@ -129,7 +128,8 @@ class Workers:
                     if not await self._answer_traps(worker):
                         return
             except self._cancelled:
-                if not _is_cancelled_natively(worker.task):
+                # On asyncio a handler can raise this without any scope that was cancelled.
+                if worker.task is None or _is_being_cancelled():
                     raise
                 await forget_cancellation(worker.task)
             except Exception:
@@ -139,7 +139,7 @@ class Workers:
                 log.debug("a handler raised while it was being cancelled", exc_info=True)
             except BaseExceptionGroup as error:
                 # What a handler that was overtaken left, without the cancellations.
-                if not worker.overtaken or anyio.current_effective_deadline() == -math.inf:
+                if not worker.overtaken or _is_being_cancelled():
                     raise
                 self._on_fatal(error)
 
@@ -282,7 +282,7 @@ class Workers:
                     return outcome
             return Outcome(OutcomeKind.UNMATCHED, packet)
         finally:
-            if _is_cancelled_natively(worker.task):
+            if worker.task is not None and worker.task.cancelling() and not _is_being_cancelled():
                 await forget_cancellation(worker.task)
             if worker.placed:
                 self._in_flight.leave()
@@ -481,15 +481,9 @@ class Workers:
             self._overtake(worker, OutcomeKind.CANCELLED, _STOPPED)
 
 
-def _is_cancelled_natively(
-    task: "asyncio.Task[object] | None",
-) -> "TypeGuard[asyncio.Task[object]]":
-    """Whether a handler has cancelled its worker's task past all cancel scopes."""
-    return (
-        task is not None
-        and bool(task.cancelling())
-        and anyio.current_effective_deadline() != -math.inf
-    )
+def _is_being_cancelled() -> bool:
+    """Whether a cancel scope around this was cancelled."""
+    return anyio.current_effective_deadline() == -math.inf
 
 
 def _told_to_wait(worker: Worker, packet: BridgePacket) -> Outcome[Any]:

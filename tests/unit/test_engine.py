@@ -5,6 +5,7 @@ from collections import Counter
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from vmibridge import (
     Bridge,
@@ -198,6 +199,40 @@ async def test_a_worker_that_a_handler_cancels_when_it_has_nothing_to_do_goes_on
         outcomes = [outcome async for outcome in server.run()]
     assert [outcome.kind for outcome in outcomes] == [OutcomeKind.HANDLED] * 2
     assert server.summary.guest is not None
+
+
+@on_asyncio
+async def test_a_cancelled_handler_that_awaits_what_others_cancelled_ends_only_itself():
+    """A `CancelledError` that no cancel scope made, from a handler that was overtaken."""
+    release, ended = anyio.Event(), anyio.Event()
+
+    class Stubborn(BridgeHandler[None]):
+        MAGIC = MAGIC
+        REQUEST = 1
+        timeout = 0.01
+
+        async def handle(self, vmi, packet):
+            if not packet.value1:
+                with anyio.CancelScope(shield=True):
+                    await release.wait()
+                other = asyncio.get_running_loop().create_future()
+                other.cancel()
+                ended.set()
+                await other
+            return BridgeResponse(value1=packet.value1)
+
+    async def guest(vm):
+        assert (await vm.call(BridgePacket(MAGIC, 1, 1))).rax == 0xBAD
+        release.set()
+        await ended.wait()
+        for _ in range(10):
+            await checkpoint()
+        assert (await vm.call(BridgePacket(MAGIC, 1, 1, 7))).rax == 7
+
+    async with FakeGuest(guest) as backend:
+        server = server_of(backend, Bridge(Stubborn()), fallback=BridgeResponse(value1=0xBAD))
+        outcomes = [outcome async for outcome in server.run()]
+    assert [outcome.kind.value for outcome in outcomes] == ["timeout", "handled"]
 
 
 async def test_tasks_of_a_handler_may_fail_while_it_is_cancelled():
