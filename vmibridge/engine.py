@@ -10,7 +10,7 @@ Rules that it lives by:
   without grace: so an answer that is being written is always written.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from vmibridge.handler import BridgeHandler
 from vmibridge.outcomes import OutcomesIn
 from vmibridge.settings import ServerSettings
 from vmibridge.summary import Summary
+from vmibridge.tap import Tap
 from vmibridge.vmi import Backend
 from vmibridge.workers import Workers
 
@@ -39,6 +40,7 @@ class Engine:
         outcomes: OutcomesIn,
         in_flight: InFlight,
         turns: Turns,
+        taps: Sequence[Tap],
         on_end: Callable[[str, BaseException | None], None],
     ) -> None:
         self._backend = backend
@@ -47,8 +49,10 @@ class Engine:
         self._settings = settings
         self._outcomes = outcomes
         self._workers = Workers(
-            backend, bridge, settings, outcomes, in_flight, turns, self._stop_for
+            backend, bridge, settings, outcomes, in_flight, turns, taps, self._stop_for
         )
+        self._bridge = bridge
+        self._taps = taps
         self._stop = anyio.Event()
         self._grace = anyio.CancelScope()
         self._stopping = False
@@ -106,13 +110,19 @@ class Engine:
             self._ended.set()
 
     async def _serve(self, outside: anyio.CancelScope) -> None:
-        with self._shield:
-            async with anyio.create_task_group() as watch:
-                watch.start_soon(self._workers.watch)
-                async with anyio.create_task_group() as self._tasks:
-                    self._workers.start(self._tasks)
-                    await self._run_guest()
-                watch.cancel_scope.cancel()
+        for tap in self._taps:
+            tap.begin(self._backend.vm, self._bridge, self._settings, self._stop_for)
+        try:
+            with self._shield:
+                async with anyio.create_task_group() as watch:
+                    watch.start_soon(self._workers.watch)
+                    async with anyio.create_task_group() as self._tasks:
+                        self._workers.start(self._tasks)
+                        await self._run_guest()
+                    watch.cancel_scope.cancel()
+        finally:
+            for tap in self._taps:
+                tap.end(self._backend.vm, self.summary)
         outside.cancel()
 
     async def _run_guest(self) -> None:

@@ -63,5 +63,13 @@ class HandlerSourceError(HandlerLoadError):
     """There is no such handler source, or it offers no handler."""
 
 
+class RecordingError(VmiBridgeError):
+    """A recording could not be written."""
+
+
+class RecordingReadError(RecordingError):
+    """A file is no recording, or cannot be read at all."""
+
+
 class ConfigError(VmiBridgeError):
     """A configuration file is wrong; the message names the key and the place."""

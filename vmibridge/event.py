@@ -36,7 +36,7 @@ class TrapReason(Enum):
 _CPUID, _VMCALL, _VMMCALL = TrapReason.CPUID, TrapReason.VMCALL, TrapReason.VMMCALL
 
 
-class Registers(msgspec.Struct, frozen=True, gc=False):
+class Registers(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The registers of one vCPU at a trap, 64 bits each.
 
     CR0, CR3, CR4 and EFER say how the guest's virtual addresses are mapped.
@@ -66,7 +66,7 @@ class Registers(msgspec.Struct, frozen=True, gc=False):
     efer: int = 0
 
 
-class TrapEvent(msgspec.Struct, frozen=True, gc=False):
+class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One trap of one vCPU."""
 
     seq: int
@@ -108,7 +108,7 @@ class TrapEvent(msgspec.Struct, frozen=True, gc=False):
         return registers.cr3 & (_ROOT_PAE if registers.cr4 & _CR4_PAE else _ROOT_32BIT)
 
 
-class RegisterWrites(msgspec.Struct, frozen=True, gc=False):
+class RegisterWrites(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What goes back into the vCPU; `None` leaves a register as it was.
 
     `rip` moves past the trapping instruction, so that it does not run natively.

@@ -60,6 +60,9 @@ class Outcome(msgspec.Struct, Generic[T], frozen=True):
     """What was written to the vCPU; `None` when nothing could be."""
     duration: float = 0.0
     """Seconds from taking the trap off its lane to the written answer."""
+    retry_of: int | None = None
+    """For a trap that asked again for what was told to wait: the sequence number of the
+    trap that the request came with first."""
 
     @property
     def output(self) -> T | None:

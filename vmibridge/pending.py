@@ -23,10 +23,12 @@ W = TypeVar("W")
 class PendingRequest(Generic[W]):
     """One request that was told to wait."""
 
-    __slots__ = ("expires", "key", "outcome", "running")
+    __slots__ = ("expires", "key", "outcome", "running", "seq")
 
-    def __init__(self, key: Hashable, running: W) -> None:
+    def __init__(self, key: Hashable, running: W, seq: int) -> None:
         self.key = key
+        self.seq = seq
+        """Of the trap that it came with."""
         self.running: W | None = running
         self.outcome: Outcome[Any] | None = None
         self.expires = 0.0
@@ -54,9 +56,9 @@ class PendingRequests(Generic[W]):
         first = next(iter(self._results), None)
         return math.inf if first is None else first.expires
 
-    def add(self, key: Hashable, running: W) -> PendingRequest[W]:
-        """A worker's request was told to wait."""
-        request = PendingRequest(key, running)
+    def add(self, key: Hashable, running: W, seq: int) -> PendingRequest[W]:
+        """A worker's request, which came with trap `seq`, was told to wait."""
+        request = PendingRequest(key, running, seq)
         self._requests.setdefault(key, []).append(request)
         return request
 

@@ -6,6 +6,7 @@ written makes its outcome *failed*; the trap is done with in any case.
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from vmibridge.arch import write_response
@@ -17,6 +18,7 @@ from vmibridge.outcomes import OutcomesIn
 from vmibridge.response import BridgeResponse
 from vmibridge.settings import ServerSettings
 from vmibridge.summary import Summary
+from vmibridge.tap import Tap
 from vmibridge.vmi import Backend
 
 log = logging.getLogger(__name__)
@@ -37,11 +39,13 @@ class Replies:
         outcomes: OutcomesIn,
         lanes: Lanes,
         summary: Summary,
+        taps: Sequence[Tap],
     ) -> None:
         self._backend = backend
         self._outcomes = outcomes
         self._lanes = lanes
         self._summary = summary
+        self._taps = taps
         denied = "native" if settings.policy is None else settings.policy.denied
         self._denied_natively = denied == "native"
         # Of the others the response is in the outcome.
@@ -83,7 +87,12 @@ class Replies:
             event,
             writes,
             _clock() - started,
+            outcome.retry_of,
         )
+        for tap in self._taps:
+            tap.answered(done)
+            if tap.full:
+                await tap.room()
         if not self._outcomes.put_nowait(done):
             await self._outcomes.put(done)
         self._lanes.release(event.vcpu)

@@ -36,6 +36,7 @@ from vmibridge.policy import Policy
 from vmibridge.response import BridgeResponse
 from vmibridge.settings import ServerSettings
 from vmibridge.summary import Summary
+from vmibridge.tap import Tap
 from vmibridge.vmi import Backend
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class BridgeServer:
     | `stop_timeout` | seconds in which a stop has to have answered every trap |
     | `policy` | who may ask, and how much |
     | `handshake` | whether to answer the handshake of the standard contract |
+    | `taps` | what sees the traffic, such as a `Recorder` |
 
     The first four, where neither the handler nor its method says otherwise. Raises
     `ValueError` for a number that makes no sense, for two VMs of one name, and for a
@@ -96,6 +98,7 @@ class BridgeServer:
         stop_timeout: float = 5.0,
         policy: Policy | None = None,
         handshake: bool = True,
+        taps: Sequence[Tap] = (),
     ) -> None:
         self._settings = ServerSettings(
             timeout,
@@ -120,6 +123,7 @@ class BridgeServer:
                 raise ValueError(f"{count} VMs are named {vm!r}: give each a name of its own")
         self._bridges = [self._bridge_for(backend.vm, bridge) for backend in self._backends]
         _check_shared(self._bridges)
+        self._taps = tuple(taps)
         self._owner: _Owner | None = None
         self._stopped = False
 
@@ -165,7 +169,7 @@ class BridgeServer:
         """
         if self._owner is not None:
             raise ServerStateError("a server runs once: make another for another run")
-        self._owner = _Owner(self._backends, self._bridges, self._settings)
+        self._owner = _Owner(self._backends, self._bridges, self._settings, self._taps)
         if self._stopped:
             self._owner.stop()
         return Run(self._owner, _has_output if until == "output" else until)
@@ -188,14 +192,25 @@ class _Owner:
     """Owns one run: its engines, and the handlers that they share."""
 
     def __init__(
-        self, backends: list[Backend], bridges: list[Bridge], settings: ServerSettings
+        self,
+        backends: list[Backend],
+        bridges: list[Bridge],
+        settings: ServerSettings,
+        taps: Sequence[Tap],
     ) -> None:
         self._places = [backend.tasks for backend in backends]
         self.outcomes = OutcomeQueue(OUTCOMES_AHEAD)
         in_flight, turns = InFlight(settings.in_flight_total), Turns()
         self.engines = {
             backend.vm: Engine(
-                backend, bridge, settings, self.outcomes.way_in(), in_flight, turns, self._on_end
+                backend,
+                bridge,
+                settings,
+                self.outcomes.way_in(),
+                in_flight,
+                turns,
+                taps,
+                self._on_end,
             )
             for backend, bridge in zip(backends, bridges, strict=True)
         }

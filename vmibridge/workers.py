@@ -24,7 +24,7 @@ Rules that they live by:
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -51,6 +51,7 @@ from vmibridge.policy import Guard, MeteredMemory
 from vmibridge.replies import Replies
 from vmibridge.settings import ServerSettings, Terms
 from vmibridge.summary import Summary
+from vmibridge.tap import Tap, TappedMemory
 from vmibridge.vmi import Backend
 from vmibridge.worker import Worker
 
@@ -80,6 +81,7 @@ class Workers:
         outcomes: OutcomesIn,
         in_flight: InFlight,
         turns: Turns,
+        taps: Sequence[Tap],
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self.summary = Summary()
@@ -88,16 +90,17 @@ class Workers:
         self._backend = backend
         self._bridge = bridge
         self._settings = settings
-        self._replies = Replies(backend, settings, outcomes, self.lanes, self.summary)
+        self._taps = taps
+        self._replies = Replies(backend, settings, outcomes, self.lanes, self.summary, taps)
         self._in_flight = InFlight(settings.in_flight, in_flight)
         self._turns = turns
         self._on_fatal = on_fatal
         self._guard: Guard | None = None
-        self._memory: PhysicalMemory = backend
+        self._memory: PhysicalMemory = TappedMemory(backend, taps) if taps else backend
         if settings.policy is not None:
             self._guard = Guard(settings.policy)
             if self._guard.meters_bytes:
-                self._memory = MeteredMemory(backend, self._guard)
+                self._memory = MeteredMemory(self._memory, self._guard)
         self._terms: dict[tuple[Entry, int | None], Terms] = {}
         self._waiting: set[Worker] = set()
         self._pending: PendingRequests[Worker] = PendingRequests(
@@ -229,7 +232,7 @@ class Workers:
         return await self._replies.finish(event, started, outcome)
 
     def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
-        """The request of a trap that is ours; `None` for others, which carry none for us."""
+        """The request of a trap that is ours, which taps are told of; `None` for others."""
         try:
             packet = read_packet(event)
         except UnsupportedTrapError:
@@ -242,6 +245,8 @@ class Workers:
             and not is_guest_request(event)
         ):
             return None
+        for tap in self._taps:
+            tap.trap(event)
         return packet
 
     async def _ask(self, worker: Worker, entries: tuple[Entry, ...]) -> Outcome[Any]:
@@ -340,11 +345,13 @@ class Workers:
     ) -> Outcome[Any] | None:
         """What a retry is answered at once; `None`: it waits with its worker now."""
         self.summary.retries += 1
+        for tap in self._taps:
+            tap.retried(event, request.seq)
         worker = request.running
         if worker is None:
             assert request.outcome is not None
             self._pending.remove(request)
-            return msgspec.structs.replace(request.outcome, packet=packet)
+            return msgspec.structs.replace(request.outcome, packet=packet, retry_of=request.seq)
         assert worker.entry is not None
         if worker.event is not None:
             return _told_to_wait(worker, packet)
@@ -361,7 +368,7 @@ class Workers:
             self._keep(request, outcome)
             return
         self._pending.remove(request)
-        outcome = msgspec.structs.replace(outcome, packet=worker.packet)
+        outcome = msgspec.structs.replace(outcome, packet=worker.packet, retry_of=request.seq)
         await self._replies.finish(event, worker.started, outcome)
 
     def _keep(self, request: PendingRequest[Worker], outcome: Outcome[Any]) -> None:
@@ -412,7 +419,7 @@ class Workers:
         worker.context.park()
         if worker.pending is None:
             key = self._key(event, worker.packet, worker.first)
-            worker.pending = self._pending.add(key, worker)
+            worker.pending = self._pending.add(key, worker, event.seq)
         assert self._tasks is not None
         self._tasks.start_soon(
             self._finish_waiting, event, worker.started, outcome, worker.context, worker.deadline
@@ -434,7 +441,14 @@ class Workers:
     def _overtake(self, worker: Worker, kind: OutcomeKind, error: str) -> None:
         assert worker.entry is not None
         self._answer_for(
-            worker, Outcome(kind, worker.packet, handler=worker.entry.name, error=error)
+            worker,
+            Outcome(
+                kind,
+                worker.packet,
+                handler=worker.entry.name,
+                error=error,
+                retry_of=_retry_of(worker),
+            ),
         )
 
     def _answer_for(self, worker: Worker, outcome: Outcome[Any]) -> None:
@@ -491,4 +505,8 @@ def _told_to_wait(worker: Worker, packet: BridgePacket) -> Outcome[Any]:
     entry = worker.entry
     assert entry is not None
     response = entry.contract.stamp(worker.terms.wait) if entry.stamps else worker.terms.wait
-    return Outcome(OutcomeKind.WAITING, packet, response, entry.name)
+    return Outcome(OutcomeKind.WAITING, packet, response, entry.name, retry_of=_retry_of(worker))
+
+
+def _retry_of(worker: Worker) -> int | None:
+    return None if worker.pending is None else worker.pending.seq

@@ -20,14 +20,14 @@ def table(result_timeout=10.0, most_results=3):
 
 def test_a_retry_finds_its_request_by_the_key():
     requests = table()
-    request = requests.add("a", Worker())
+    request = requests.add("a", Worker(), 1)
     assert requests.find("a") is request
     assert requests.find("b") is None
 
 
 def test_of_two_requests_alike_the_first_that_no_trap_waits_for_is_found():
     requests = table()
-    first, second = requests.add("a", Worker(attended=True)), requests.add("a", Worker())
+    first, second = requests.add("a", Worker(attended=True), 1), requests.add("a", Worker(), 1)
     assert requests.find("a") is second
     second.running.attended = True
     assert requests.find("a") is first
@@ -37,7 +37,7 @@ def test_of_two_requests_alike_the_first_that_no_trap_waits_for_is_found():
 
 def test_a_result_is_found_until_it_is_removed():
     requests = table()
-    request = requests.add("a", Worker())
+    request = requests.add("a", Worker(), 1)
     assert requests.keep(request, OUTCOME, 0.0) == 0
     assert requests.find("a") is request
     assert (request.running, request.outcome) == (None, OUTCOME)
@@ -50,7 +50,7 @@ def test_results_expire_in_their_order():
     requests = table()
     assert requests.next_expiry == math.inf
     for at, key in enumerate("abc"):
-        requests.keep(requests.add(key, Worker()), OUTCOME, float(at))
+        requests.keep(requests.add(key, Worker(), 1), OUTCOME, float(at))
     assert requests.next_expiry == 10.0
     assert requests.expire(9.9) == 0
     assert requests.expire(11.0) == 2
@@ -60,14 +60,14 @@ def test_results_expire_in_their_order():
 
 def test_a_running_request_does_not_expire():
     requests = table()
-    requests.add("a", Worker())
+    requests.add("a", Worker(), 1)
     assert requests.expire(math.inf) == 0
     assert len(requests) == 1
 
 
 def test_of_too_many_results_the_oldest_goes():
     requests = table(most_results=3)
-    assert [requests.keep(requests.add(n, Worker()), OUTCOME, 0.0) for n in range(5)] == [
+    assert [requests.keep(requests.add(n, Worker(), 1), OUTCOME, 0.0) for n in range(5)] == [
         0, 0, 0, 1, 1,
     ]  # fmt: skip
     assert [requests.find(n) is None for n in range(5)] == [True, True, False, False, False]
@@ -75,7 +75,7 @@ def test_of_too_many_results_the_oldest_goes():
 
 def test_at_the_end_results_are_dropped_and_running_requests_stay():
     requests = table()
-    running = requests.add("a", Worker())
-    requests.keep(requests.add("b", Worker()), OUTCOME, 0.0)
+    running = requests.add("a", Worker(), 1)
+    requests.keep(requests.add("b", Worker(), 1), OUTCOME, 0.0)
     assert requests.drop_results() == 1
     assert (requests.find("a"), requests.find("b")) == (running, None)

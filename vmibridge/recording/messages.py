@@ -1,0 +1,153 @@
+"""What a recording holds: one struct for each kind of message.
+
+| channel | a message is | written |
+|---|---|---|
+| `session` | a `Session` | for each VM, before its guest runs |
+| `trap` | a `TrapEvent` | when the trap was taken |
+| `memory` | a `MemoryAccess` | when it was done, or had failed |
+| `reply` | a `Reply` | when the answer was written to the guest |
+| `note` | a `Note` | right behind a trap that is a retry; at the end of each VM |
+
+The order in the file is that of the event loop. A trap has one reply; what lies between
+the two and names the trap belongs to it. Times are nanoseconds since the Unix epoch, taken
+from the monotonic clock, so that they never go back. Payloads are MessagePack maps; each
+channel has a JSON Schema.
+
+Memory is recorded as it was accessed, by physical address, page tables included: a replay
+walks them again.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+
+from vmibridge.event import RegisterWrites, TrapEvent
+from vmibridge.outcome import OutcomeKind
+from vmibridge.packet import BridgePacket
+from vmibridge.recording.redaction import RedactionRule
+from vmibridge.settings import ServerSettings
+
+FORMAT = 1
+"""The version of these structs; another one means other fields."""
+
+
+class RecordedMethod(msgspec.Struct, frozen=True):
+    """One method of a handler."""
+
+    code: int
+    name: str
+
+
+class RecordedHandler(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One handler of a bridge, as it was at recording time."""
+
+    name: str
+    type: str
+    """Its class, with the module."""
+    request: int
+    magic: int | None = None
+    verify_values: tuple[int | None, int | None, int | None, int | None] = (None,) * 4
+    methods: tuple[RecordedMethod, ...] = ()
+    source: str | None = None
+    """The name of the file that its class stands in, without folders."""
+    sha256: str | None = None
+    """Of that file."""
+
+
+class Session(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One VM, and what served it."""
+
+    vm: str
+    format: int = FORMAT
+    started: str = ""
+    """ISO 8601, UTC."""
+    versions: dict[str, str] = {}
+    """Of vmibridge, Python and the libraries that recorded."""
+    loop: str = ""
+    handlers: tuple[RecordedHandler, ...] = ()
+    settings: ServerSettings = ServerSettings()
+    redaction: tuple[RedactionRule, ...] = ()
+    """What was left out."""
+
+
+class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """One access to physical memory."""
+
+    vm: str
+    seq: int
+    """Of the trap that it was made for."""
+    address: int
+    size: int
+    """Bytes."""
+    data: bytes | None = None
+    """What was read or written; `None`: left out, or a read that failed."""
+    write: bool = False
+    failed: bool = False
+
+
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of one trap: its `Outcome`, without the trap itself."""
+
+    vm: str
+    seq: int
+    vcpu: int
+    kind: OutcomeKind
+    packet: BridgePacket
+    writes: RegisterWrites | None = None
+    """What went back into the vCPU; `None`: the instruction ran natively, or nothing could."""
+    handler: str | None = None
+    error: str | None = None
+    output: str | None = None
+    """The typed output as JSON, or its `repr`; cut after 4,096 characters."""
+    duration: float = 0.0
+    """Seconds from taking the trap to the written answer."""
+    retry_of: int | None = None
+    """Of a retry: the trap that the request came with first."""
+
+
+class Note(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Something to know about the recording."""
+
+    kind: Literal["end", "retry", "lost"]
+    """`end`: a VM has ended, and its recording is whole; `retry`: the trap before this one
+    asks again for what was told to wait; `lost`: something is missing."""
+    text: str
+    vm: str | None = None
+    seq: int | None = None
+    """Of the retry."""
+    retry_of: int | None = None
+    """The trap that its request came with first."""
+    counts: dict[str, int] = {}
+    """At the end: how many traps came to each outcome, and how many ran natively."""
+
+
+RecordedMessage: TypeAlias = Session | TrapEvent | MemoryAccess | Reply | Note
+
+
+class ChannelKind(NamedTuple):
+    """One channel of a recording."""
+
+    id: int
+    """Its number in the files that we write."""
+    topic: str
+    kind: type[Any]
+
+
+SESSION, TRAP, MEMORY, REPLY, NOTE = CHANNELS = (
+    ChannelKind(1, "session", Session),
+    ChannelKind(2, "trap", TrapEvent),
+    ChannelKind(3, "memory", MemoryAccess),
+    ChannelKind(4, "reply", Reply),
+    ChannelKind(5, "note", Note),
+)
+
+CHANNEL_OF_TOPIC: Mapping[str, ChannelKind] = MappingProxyType(
+    {channel.topic: channel for channel in CHANNELS}
+)
+
+
+def json_schema(channel: ChannelKind) -> bytes:
+    """The JSON Schema of a channel's messages."""
+    return msgspec.json.encode(msgspec.json.schema(channel.kind))

@@ -1,0 +1,369 @@
+"""Records what a server does.
+
+    async with Recorder("run.mcap") as recorder:
+        server = BridgeServer(backend, bridge, taps=[recorder])
+        async for outcome in server.run():
+            ...
+
+Rules:
+
+- On the loop a message is encoded into a buffer; a thread compresses and writes.
+- At any moment, what is not in the file yet is at most `flush_traps` traps, none of them
+  older than `flush_interval`, as long as the disk keeps up and the loop runs. When the
+  disk does not keep up, the guests wait (`full`): nothing is dropped.
+- When the file cannot be written any more, nothing waits for it. What is next was chosen
+  before: the VMs are stopped, or go on unrecorded; `lost` counts the traps.
+"""
+
+import asyncio
+import hashlib
+import inspect
+import logging
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import anyio
+import anyio.to_thread
+import msgspec
+from anyio.abc import TaskGroup
+
+from vmibridge.arch import read_packet
+from vmibridge.dispatch import Bridge, one_line
+from vmibridge.errors import RecordingError, ServerStateError
+from vmibridge.event import TrapEvent
+from vmibridge.handler import BridgeHandler
+from vmibridge.outcome import Outcome
+from vmibridge.recording.chunk import ChunkBuilder
+from vmibridge.recording.messages import (
+    MEMORY,
+    NOTE,
+    REPLY,
+    SESSION,
+    TRAP,
+    ChannelKind,
+    MemoryAccess,
+    Note,
+    RecordedHandler,
+    RecordedMethod,
+    Reply,
+    Session,
+)
+from vmibridge.recording.redaction import Redaction, RedactionRule
+from vmibridge.recording.writer import RecordingWriter
+from vmibridge.settings import ServerSettings
+from vmibridge.summary import Summary
+from vmibridge.tap import Tap
+
+log = logging.getLogger(__name__)
+
+_clock = time.monotonic_ns
+
+_MOST_TEXT = 4096
+_CHUNK = 1 << 20
+"""Bytes before compression after which a chunk is cut."""
+_MOST_UNWRITTEN = 32 << 20
+"""The same, of all that is not written yet: then the guests wait."""
+_NOTHING: frozenset[str] = frozenset()
+
+
+class Recorder(Tap):
+    """A tap that writes all it sees into one file."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        flush_interval: float = 0.2,
+        flush_traps: int = 1000,
+        on_error: Literal["stop", "continue"] = "stop",
+        redact: Iterable[RedactionRule | str] = (),
+        overwrite: bool = False,
+    ) -> None:
+        """Raises `ValueError` for numbers that make no sense, `ConfigError` for a wrong rule."""
+        if not flush_interval > 0:
+            raise ValueError(f"flush_interval is a number of seconds, got {flush_interval!r}")
+        if flush_traps < 2:
+            raise ValueError(f"flush_traps is at least 2, got {flush_traps!r}")
+        self.path = Path(path)
+        self.lost = 0
+        """Traps that were taken after the file could not be written any more."""
+        self.error: RecordingError | None = None
+        """Why it could not be written."""
+        # Half a period fills up while the other half is being written.
+        self._interval = flush_interval / 2
+        self._cut_at = flush_traps // 2
+        self._most_traps = flush_traps
+        self._on_error = on_error
+        self._redaction = Redaction(redact)
+        self._redacts = bool(self._redaction.rules)
+        self._left_out: dict[tuple[str, int], frozenset[str]] = {}
+        self._overwrite = overwrite
+        self._writer: RecordingWriter
+        self._stops: dict[str, Callable[[Exception], None]] = {}
+        self._chunk = ChunkBuilder()
+        self._waiting: deque[ChunkBuilder] = deque()
+        self._unwritten = 0
+        self._unwritten_traps = 0
+        self._wake: anyio.Event | None = None
+        self._room: anyio.Event | None = None
+        self._epoch = time.time_ns() - _clock()
+        self._encode_output = msgspec.json.Encoder(enc_hook=repr).encode
+        self._tasks: TaskGroup | None = None
+
+    async def __aenter__(self) -> Self:
+        """Make the file. Raises `RecordingError` when it is there already, or cannot be made."""
+        library = f"vmibridge {version('vmibridge')}"
+        self._writer = await anyio.to_thread.run_sync(
+            lambda: RecordingWriter(self.path, library, overwrite=self._overwrite)
+        )
+        tasks = self._tasks = await anyio.create_task_group().__aenter__()
+        tasks.start_soon(self._write_on)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Write what is left and the index. Shielded from cancellation.
+
+        Raises `RecordingError` where `on_error` is "stop" and it cannot be written.
+        """
+        assert self._tasks is not None
+        self._tasks.cancel_scope.cancel()
+        await self._tasks.__aexit__(None, None, None)
+        self._tasks = None
+        with anyio.CancelScope(shield=True):
+            await self._write_waiting()
+            finish = self._writer.finish if self.error is None else self._writer.abandon
+            try:
+                await anyio.to_thread.run_sync(finish)
+            except OSError as lost:
+                self._fail(lost)
+        if self.error is not None:
+            log.error("%s; %d traps were not recorded", self.error, self.lost)
+            if self._on_error == "stop" and kind is None:
+                raise self.error
+
+    # --- what a server tells --------------------------------------------------------
+
+    async def room(self) -> None:
+        """Wait for the disk."""
+        while self.full:
+            if self._room is None:
+                self._room = anyio.Event()
+            await self._room.wait()
+
+    def begin(
+        self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
+    ) -> None:
+        if self._tasks is None:
+            raise ServerStateError(
+                "the recorder is not open: use it in 'async with Recorder(...) as recorder:'"
+            )
+        self._stops[vm] = stop
+        self._add(SESSION, _session(vm, bridge, settings, self._redaction))
+        self._cut()
+
+    def trap(self, event: TrapEvent) -> None:
+        if self._redacts:
+            left_out = self._redaction.of(read_packet(event).request)
+            if left_out:
+                self._left_out[event.vm, event.seq] = left_out
+                event = self._redaction.trap(event, left_out)
+        self._add(TRAP, event)
+        self._chunk.traps += 1
+        if self._chunk.traps >= self._cut_at:
+            self._cut()
+
+    def retried(self, event: TrapEvent, first: int) -> None:
+        text = f"trap {event.seq} asks again for what came with trap {first}"
+        self._add(NOTE, Note("retry", text, event.vm, event.seq, first))
+
+    def read(self, event: TrapEvent, address: int, size: int, data: bytes | None) -> None:
+        self._access(
+            event, MemoryAccess(event.vm, event.seq, address, size, data, False, data is None)
+        )
+
+    def wrote(self, event: TrapEvent, address: int, data: bytes, *, done: bool) -> None:
+        self._access(
+            event, MemoryAccess(event.vm, event.seq, address, len(data), data, True, not done)
+        )
+
+    def answered(self, outcome: Outcome[Any]) -> None:
+        event, output, packet, writes = (
+            outcome.event,
+            outcome.output,
+            outcome.packet,
+            outcome.writes,
+        )
+        assert event is not None
+        error = outcome.error
+        told = None if output is None else self._tell(output)
+        if self._redacts and (left_out := self._left_out.pop((event.vm, event.seq), None)):
+            packet = self._redaction.packet(packet, left_out)
+            writes = None if writes is None else self._redaction.writes(writes, left_out)
+            told, error = None, None if error is None else "left out"
+        self._add(
+            REPLY,
+            Reply(
+                event.vm,
+                event.seq,
+                event.vcpu,
+                outcome.kind,
+                packet,
+                writes,
+                outcome.handler,
+                error,
+                told,
+                outcome.duration,
+                outcome.retry_of,
+            ),
+        )
+        self.full = (
+            self._unwritten_traps + self._chunk.traps >= self._most_traps
+            or self._unwritten >= _MOST_UNWRITTEN
+        ) and self.error is None
+
+    def end(self, vm: str, summary: Summary) -> None:
+        counts = {kind.value: count for kind, count in summary.outcomes.items()}
+        self._stops.pop(vm, None)
+        text = f"{summary.total} traps"
+        self._add(NOTE, Note("end", text, vm, counts={**counts, "native": summary.native}))
+
+    # --- into the file --------------------------------------------------------------
+
+    def _access(self, event: TrapEvent, access: MemoryAccess) -> None:
+        if "memory" in self._left_out.get((event.vm, event.seq), _NOTHING):
+            access = msgspec.structs.replace(access, data=None)
+        self._add(MEMORY, access)
+        self.full = self.error is None and self._unwritten >= _MOST_UNWRITTEN
+
+    def _tell(self, output: object) -> str:
+        try:
+            text = self._encode_output(output).decode()
+        except Exception:
+            # An output of any kind: one that cannot be told is no reason to end anything.
+            text = type(output).__name__
+        return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
+
+    def _add(self, channel: ChannelKind, message: Any) -> None:
+        if self.error is not None:
+            self.lost += channel is TRAP
+            return
+        if self._chunk.add(channel.id, self._epoch + _clock(), message) >= _CHUNK:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Hand what is collected to the writer."""
+        chunk = self._chunk
+        if not len(chunk):
+            return
+        self._waiting.append(chunk)
+        self._unwritten += len(chunk)
+        self._unwritten_traps += chunk.traps
+        self._chunk = ChunkBuilder()
+        if self._wake is not None:
+            self._wake.set()
+
+    async def _write_on(self) -> None:
+        """Write chunks as they are cut, and what is left at each interval."""
+        while True:
+            self._wake = anyio.Event()
+            if not self._waiting:
+                with anyio.move_on_after(self._interval):
+                    await self._wake.wait()
+            with anyio.CancelScope(shield=True):
+                await self._write_waiting()
+
+    async def _write_waiting(self) -> None:
+        """Write all that is collected."""
+        self._cut()
+        while self._waiting and self.error is None:
+            chunk = self._waiting.popleft()
+            try:
+                await anyio.to_thread.run_sync(self._write, chunk)
+            except Exception as lost:
+                self._fail(lost)
+                return
+            self._unwritten -= len(chunk)
+            self._unwritten_traps -= chunk.traps
+            self._free()
+
+    def _write(self, chunk: ChunkBuilder) -> None:
+        self._writer.add(chunk.pack())
+
+    def _fail(self, error: Exception) -> None:
+        if self.error is not None:
+            return
+        told = error.strerror if isinstance(error, OSError) else one_line(error)
+        self.error = RecordingError(f"{self.path}: the recording ends here: {told}")
+        self.error.__cause__ = error
+        self.lost += self._unwritten_traps + self._chunk.traps
+        self._waiting.clear()
+        self._chunk = ChunkBuilder()
+        self._free()
+        if self._on_error == "continue":
+            log.error("%s; the run goes on unrecorded", self.error)
+            return
+        for stop in self._stops.values():
+            stop(self.error)
+
+    def _free(self) -> None:
+        self.full = False
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+
+
+def _session(vm: str, bridge: Bridge, settings: ServerSettings, redaction: Redaction) -> Session:
+    """What is known of a VM before it runs."""
+    return Session(
+        vm,
+        started=datetime.now(UTC).isoformat(),
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("vmibridge", "anyio", "msgspec")},
+        },
+        loop=_loop(),
+        handlers=tuple(map(recorded_handler, bridge.handlers)),
+        settings=settings,
+        redaction=redaction.rules,
+    )
+
+
+def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
+    """What a recording keeps of a handler."""
+    cls, contract = type(handler), handler.contract
+    source = digest = None
+    try:
+        file = Path(inspect.getfile(cls))
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        source = file.name
+    except (OSError, TypeError):
+        # Made without a file, as at a prompt.
+        pass
+    return RecordedHandler(
+        handler.name,
+        f"{cls.__module__}.{cls.__qualname__}",
+        contract.request,
+        contract.magic,
+        contract.verify_values,
+        tuple(RecordedMethod(each.code, each.name) for each in handler.methods.values()),
+        source,
+        digest,
+    )
+
+
+def _loop() -> str:
+    if anyio.get_cancelled_exc_class().__module__.startswith("trio"):
+        return "trio"
+    return type(asyncio.get_running_loop()).__module__.partition(".")[0]

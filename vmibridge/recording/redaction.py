@@ -1,0 +1,79 @@
+"""What is left out of a recording, by rules such as `memory` and `0x0002:value3`.
+
+| rule | leaves out |
+|---|---|
+| `memory` | the bytes of each access to guest memory; address and size stay |
+| `value1` to `value4` | that value of the request, and of its answer |
+| `REQUEST:...` | the same, of one request only |
+
+A trap that a rule is for loses its output and the text of its error, too: they may quote
+what was left out. Magic, request and method always stay.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Literal, Self
+
+import msgspec
+
+from vmibridge.arch.forms import form_of
+from vmibridge.errors import ConfigError
+from vmibridge.event import RegisterWrites, TrapEvent
+from vmibridge.packet import BridgePacket
+
+_RULE = re.compile(r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|\d{1,5}):)?(?P<what>memory|value[1-4])")
+_VALUES = ("value1", "value2", "value3", "value4")
+_ANSWERS = ("rax", "rbx", "rcx", "rdx")
+
+
+class RedactionRule(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One thing that is left out."""
+
+    what: Literal["memory", "value1", "value2", "value3", "value4"]
+    request: int | None = None
+    """Of this request; `None`: of all."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `[REQUEST:]WHAT`. Raises `ConfigError`."""
+        found = _RULE.fullmatch(text)
+        request = None if found is None or not found["request"] else int(found["request"], 0)
+        if found is None or (request or 0) >> 16:
+            raise ConfigError(
+                f"{text!r} is no redaction: it is memory, value1 to value4, or one of them"
+                " behind a request, as in 0x0002:value3"
+            )
+        return msgspec.convert({"what": found["what"], "request": request}, cls)
+
+    def __str__(self) -> str:
+        return self.what if self.request is None else f"{self.request:#06x}:{self.what}"
+
+
+class Redaction:
+    """A set of rules."""
+
+    def __init__(self, rules: Iterable[RedactionRule | str] = ()) -> None:
+        """Raises `ConfigError` for text that is no rule."""
+        self.rules = tuple(
+            RedactionRule.parse(rule) if isinstance(rule, str) else rule for rule in rules
+        )
+
+    def of(self, request: int) -> frozenset[str]:
+        """What is left out of a request: `memory`, names of values."""
+        return frozenset(rule.what for rule in self.rules if rule.request in (None, request))
+
+    def trap(self, event: TrapEvent, left_out: frozenset[str]) -> TrapEvent:
+        """The trap with zeros for the values that are left out."""
+        names = form_of(event.reason, event.width).names[2:]
+        zeros = {name: 0 for name, value in zip(names, _VALUES, strict=False) if value in left_out}
+        registers = msgspec.structs.replace(event.registers, **zeros)
+        return msgspec.structs.replace(event, registers=registers)
+
+    def packet(self, packet: BridgePacket, left_out: frozenset[str]) -> BridgePacket:
+        """The packet, in the same way."""
+        return msgspec.structs.replace(packet, **dict.fromkeys(left_out & {*_VALUES}, 0))
+
+    def writes(self, writes: RegisterWrites, left_out: frozenset[str]) -> RegisterWrites:
+        """The answer without the values that are left out."""
+        names = (name for name, value in zip(_ANSWERS, _VALUES, strict=True) if value in left_out)
+        return msgspec.structs.replace(writes, **dict.fromkeys(names))

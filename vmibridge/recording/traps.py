@@ -1,0 +1,87 @@
+"""A recording trap by trap: what was asked, the memory that was accessed, the reply.
+
+A trap is given when its reply was read, so in the order of the replies; one without a
+reply at the end. Only traps without a reply yet are held, and those are bounded: a file may
+hold any number.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from vmibridge.arch import read_packet
+from vmibridge.errors import UnsupportedTrapError
+from vmibridge.event import TrapEvent
+from vmibridge.packet import BridgePacket
+from vmibridge.recording.messages import MemoryAccess, Reply
+from vmibridge.recording.reader import TimedMessage
+
+_MOST_OPEN = 16_384
+"""Traps that may wait for their reply; beyond it the oldest is given without."""
+_MOST_HELD = 32 << 20
+"""Bytes of memory accesses that they may have; beyond it further ones are left out."""
+
+
+class RecordedTrap(msgspec.Struct):
+    """One trap of a recording."""
+
+    time: int
+    """When it was taken, in nanoseconds since the Unix epoch."""
+    event: TrapEvent
+    packet: BridgePacket | None
+    """`None` for a trap that has no register form."""
+    accesses: list[MemoryAccess] = []
+    """In the order that they were made."""
+    left_out: int = 0
+    """Further accesses, which were too much to hold."""
+    reply: Reply | None = None
+    """`None`: the recording ends before it, or it is among what was lost."""
+    reply_time: int | None = None
+
+
+def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
+    """The traps among these messages. Accesses and replies whose trap was lost are left out."""
+    open_traps: dict[tuple[str, int], RecordedTrap] = {}
+    held = 0
+    for time, message in messages:
+        if isinstance(message, TrapEvent):
+            key = (message.vm, message.seq)
+            stale = open_traps.pop(key, None)
+            if stale is None and len(open_traps) >= _MOST_OPEN:
+                stale = open_traps.pop(next(iter(open_traps)))
+            if stale is not None:
+                held -= _size(stale)
+                yield stale
+            open_traps[key] = RecordedTrap(time, message, _packet(message))
+        elif isinstance(message, MemoryAccess):
+            trap = open_traps.get((message.vm, message.seq))
+            if trap is not None:
+                size = _access_size(message)
+                if held + size > _MOST_HELD:
+                    trap.left_out += 1
+                else:
+                    trap.accesses.append(message)
+                    held += size
+        elif isinstance(message, Reply):
+            trap = open_traps.pop((message.vm, message.seq), None)
+            if trap is not None:
+                trap.reply, trap.reply_time = message, time
+                held -= _size(trap)
+                yield trap
+    yield from open_traps.values()
+
+
+def _packet(event: TrapEvent) -> BridgePacket | None:
+    try:
+        return read_packet(event)
+    except UnsupportedTrapError:
+        return None
+
+
+def _size(trap: RecordedTrap) -> int:
+    return sum(map(_access_size, trap.accesses))
+
+
+def _access_size(access: MemoryAccess) -> int:
+    # An access without bytes takes room, too.
+    return 256 + (0 if access.data is None else len(access.data))
