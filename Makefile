@@ -13,10 +13,11 @@ help:  ## what there is
 
 setup: system $(INSTALLED)  ## the virtual environment in .venv, from locked versions
 
-# nasm assembles the guests; Debian keeps what `python3 -m venv` needs in a package of its own.
+# nasm assembles the guests; chromium opens the report in the tests. Debian keeps what `python3 -m venv` needs in a package of its own.
 system:
 	@missing=; \
 	command -v nasm >/dev/null || missing="$$missing nasm"; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	[ -z "$$missing" ] && exit 0; \
 	if [ "$$(id -u)" = 0 ]; then \

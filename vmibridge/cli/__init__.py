@@ -4,7 +4,7 @@
 |---|---|
 | 0 | the guest ended by itself, or the command did what it says |
 | 1 | the guest, its backend, or a handler module failed |
-| 2 | wrong usage: an option, a spec, a source or the configuration |
+| 2 | wrong usage: an option, a spec, a source or the configuration; a recording that is none |
 | 130, 143 | ended by SIGINT, SIGTERM, after answering what was pending |
 
 An error is one line on standard error that says what to do.
@@ -13,10 +13,16 @@ An error is one line on standard error that says what to do.
 import sys
 from collections.abc import Sequence
 
-from vmibridge.errors import BackendSpecError, ConfigError, HandlerSourceError, VmiBridgeError
+from vmibridge.errors import (
+    BackendSpecError,
+    ConfigError,
+    HandlerSourceError,
+    RecordingReadError,
+    VmiBridgeError,
+)
 from vmibridge.text import printable
 
-_USAGE_ERRORS = (BackendSpecError, ConfigError, HandlerSourceError)
+_USAGE_ERRORS = (BackendSpecError, ConfigError, HandlerSourceError, RecordingReadError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
