@@ -22,6 +22,7 @@ from vmibridge.errors import (
 )
 from vmibridge.text import printable
 
+_COMMANDS = ("run", "handlers", "replay", "inspect", "report", "export", "recover")
 _USAGE_ERRORS = (BackendSpecError, ConfigError, HandlerSourceError, RecordingReadError)
 
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _commands(tokens: list[str]) -> list[str]:
-    return [f"{token} " for token in tokens[:1] if token in ("run", "handlers")]
+    return [f"{token} " for token in tokens[:1] if token in _COMMANDS]
 
 
 def _fail(message: str, status: int) -> int:
