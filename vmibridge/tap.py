@@ -48,11 +48,13 @@ class Tap:
     def retried(self, event: TrapEvent, first: int) -> None:
         """The trap asks again for what came with trap `first`, a sequence number."""
 
-    def read(self, event: TrapEvent, address: int, size: int, data: bytes | None) -> None:
-        """`size` bytes were read at a physical address; `None`: they could not be."""
+    def read(
+        self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
+    ) -> None:
+        """`size` bytes were read at a physical address, or could not be: `error` says why."""
 
-    def wrote(self, event: TrapEvent, address: int, data: bytes, *, done: bool) -> None:
-        """`data` was written to a physical address or, unless `done`, could not be."""
+    def wrote(self, event: TrapEvent, address: int, data: bytes, error: str | None) -> None:
+        """`data` was written to a physical address, or could not be: `error` says why."""
 
     def answered(self, outcome: Outcome[Any]) -> None:
         """A trap was answered. The outcome has its event."""
@@ -74,12 +76,12 @@ class TappedMemory:
         """`size` bytes. Raises what the memory behind it raises."""
         try:
             data = await self._physical.read_physical(event, address, size)
-        except GuestMemoryError:
+        except GuestMemoryError as error:
             for tap in self._taps:
-                tap.read(event, address, size, None)
+                tap.read(event, address, size, None, error.reason)
             raise
         for tap in self._taps:
-            tap.read(event, address, size, data)
+            tap.read(event, address, size, data, None)
             if tap.full:
                 await tap.room()
         return data
@@ -88,11 +90,11 @@ class TappedMemory:
         """All of `data` or nothing. Raises what the memory behind it raises."""
         try:
             await self._physical.write_physical(event, address, data)
-        except GuestMemoryError:
+        except GuestMemoryError as error:
             for tap in self._taps:
-                tap.wrote(event, address, data, done=False)
+                tap.wrote(event, address, data, error.reason)
             raise
         for tap in self._taps:
-            tap.wrote(event, address, data, done=True)
+            tap.wrote(event, address, data, None)
             if tap.full:
                 await tap.room()

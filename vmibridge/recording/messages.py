@@ -84,7 +84,8 @@ class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     data: bytes | None = None
     """What was read or written; `None`: left out, or a read that failed."""
     write: bool = False
-    failed: bool = False
+    error: str | None = None
+    """Why it failed."""
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

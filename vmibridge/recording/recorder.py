@@ -188,14 +188,14 @@ class Recorder(Tap):
         text = f"trap {event.seq} asks again for what came with trap {first}"
         self._add(NOTE, Note("retry", text, event.vm, event.seq, first))
 
-    def read(self, event: TrapEvent, address: int, size: int, data: bytes | None) -> None:
-        self._access(
-            event, MemoryAccess(event.vm, event.seq, address, size, data, False, data is None)
-        )
+    def read(
+        self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
+    ) -> None:
+        self._access(event, MemoryAccess(event.vm, event.seq, address, size, data, False, error))
 
-    def wrote(self, event: TrapEvent, address: int, data: bytes, *, done: bool) -> None:
+    def wrote(self, event: TrapEvent, address: int, data: bytes, error: str | None) -> None:
         self._access(
-            event, MemoryAccess(event.vm, event.seq, address, len(data), data, True, not done)
+            event, MemoryAccess(event.vm, event.seq, address, len(data), data, True, error)
         )
 
     def answered(self, outcome: Outcome[Any]) -> None:
