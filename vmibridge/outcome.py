@@ -25,6 +25,9 @@ from vmibridge.event import RegisterWrites, TrapEvent
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse, T
 
+STOPPED = "the server stopped"
+"""The error of a trap that was cancelled by the end of the server."""
+
 
 class OutcomeKind(Enum):
     """How a trap ended; see the table of this module."""

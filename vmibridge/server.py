@@ -196,7 +196,7 @@ class _Owner:
         backends: list[Backend],
         bridges: list[Bridge],
         settings: ServerSettings,
-        taps: Sequence[Tap],
+        taps: tuple[Tap, ...],
     ) -> None:
         self._places = [backend.tasks for backend in backends]
         self.outcomes = OutcomeQueue(OUTCOMES_AHEAD)
@@ -209,7 +209,8 @@ class _Owner:
                 self.outcomes.way_in(),
                 in_flight,
                 turns,
-                taps,
+                # A backend may want to know what became of its traps, as a replay does.
+                (*taps, backend) if isinstance(backend, Tap) else taps,
                 self._on_end,
             )
             for backend, bridge in zip(backends, bridges, strict=True)

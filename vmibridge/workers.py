@@ -43,7 +43,7 @@ from vmibridge.event import TrapEvent, TrapReason
 from vmibridge.inline import asyncio_task, forget_cancellation, run_inline
 from vmibridge.lanes import Lanes
 from vmibridge.memory import PhysicalMemory
-from vmibridge.outcome import Outcome, OutcomeKind
+from vmibridge.outcome import STOPPED, Outcome, OutcomeKind
 from vmibridge.outcomes import OutcomesIn
 from vmibridge.packet import BridgePacket
 from vmibridge.pending import PendingRequest, PendingRequests
@@ -67,7 +67,6 @@ _MAX_IDLE = 1024
 _UNMATCHED = OutcomeKind.UNMATCHED
 
 _NO_16_BIT = "16-bit guest code has no register form in the bridge protocol"
-_STOPPED = "the server stopped"
 
 
 class Workers:
@@ -199,7 +198,7 @@ class Workers:
                 return await self._replies.finish(event, started, outcome)
         entries = self._bridge.match(packet, event.reason)
         if self._stopping:
-            outcome = Outcome(OutcomeKind.CANCELLED, packet, error=_STOPPED)
+            outcome = Outcome(OutcomeKind.CANCELLED, packet, error=STOPPED)
         elif event.width == 16:
             # Told once: a guest may not fill the log.
             log.log(
@@ -492,7 +491,7 @@ class Workers:
     def cancel(self) -> None:
         """Answer all that waits for a handler, and cancel the handlers."""
         for worker in list(self._waiting):
-            self._overtake(worker, OutcomeKind.CANCELLED, _STOPPED)
+            self._overtake(worker, OutcomeKind.CANCELLED, STOPPED)
 
 
 def _is_being_cancelled() -> bool:

@@ -2,13 +2,16 @@
 
 | spec | the VM |
 |---|---|
+| `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false` | a recording, played from its file |
 | `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
-from vmibridge.errors import BackendSpecError
+from vmibridge.backend.spec import parse_options
+from vmibridge.errors import BackendSpecError, MissingExtraError
 from vmibridge.vmi import Backend
 
 
@@ -18,7 +21,21 @@ def _unicorn(path: str, options: str, vm: str) -> Backend:
     return UnicornBackend.from_spec(path, options, vm)
 
 
-BACKENDS: Mapping[str, Callable[[str, str, str], Backend]] = MappingProxyType({"unicorn": _unicorn})
+def _replay(path: str, options: str, vm: str) -> Backend:
+    if not path:
+        raise BackendSpecError("replay: needs the path of a recording, as in replay:run.mcap")
+    try:
+        from vmibridge.recording.replay import ReplayBackend, ReplayOptions
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("a replay", "recording") from error
+    return ReplayBackend(
+        Path(path), parse_options(f"replay:{path}", options, ReplayOptions, {}), vm
+    )
+
+
+BACKENDS: Mapping[str, Callable[[str, str, str], Backend]] = MappingProxyType(
+    {"replay": _replay, "unicorn": _unicorn}
+)
 """From a backend's name to what makes it, given path, options and the name of the VM."""
 
 

@@ -42,6 +42,6 @@ def parse_options(spec: str, options: str, kind: type[S], numbers: Mapping[str, 
         except ValueError:
             raise BackendSpecError(f"{spec}: {name}={value} is not {numbers[name]}") from None
     try:
-        return msgspec.convert(values, kind)
+        return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         raise BackendSpecError(f"{spec}: {error}") from None

@@ -29,6 +29,9 @@ from vmibridge.packet import BridgePacket
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.settings import ServerSettings
 
+_MOST_TEXT = 4096
+"""Characters of an output."""
+
 FORMAT = 1
 """The version of these structs; another one means other fields."""
 
@@ -88,7 +91,7 @@ class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Why it failed."""
 
 
-class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What became of one trap: its `Outcome`, without the trap itself."""
 
     vm: str
@@ -147,6 +150,18 @@ SESSION, TRAP, MEMORY, REPLY, NOTE = CHANNELS = (
 CHANNEL_OF_TOPIC: Mapping[str, ChannelKind] = MappingProxyType(
     {channel.topic: channel for channel in CHANNELS}
 )
+
+
+def output_text(output: object) -> str | None:
+    """How a typed output is told: as JSON, or by its `repr`; `None` for none."""
+    if output is None:
+        return None
+    try:
+        text = msgspec.json.encode(output, enc_hook=repr).decode()
+    except Exception:
+        # An output is of any kind: one that cannot be told is no reason to end anything.
+        text = type(output).__name__
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
 
 def json_schema(channel: ChannelKind) -> bytes:

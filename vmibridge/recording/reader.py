@@ -105,6 +105,10 @@ class RecordingReader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def messages(self, *kinds: ChannelKind) -> Iterator[TimedMessage]:

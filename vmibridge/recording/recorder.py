@@ -54,6 +54,7 @@ from vmibridge.recording.messages import (
     RecordedMethod,
     Reply,
     Session,
+    output_text,
 )
 from vmibridge.recording.redaction import Redaction, RedactionRule
 from vmibridge.recording.writer import RecordingWriter
@@ -65,7 +66,6 @@ log = logging.getLogger(__name__)
 
 _clock = time.monotonic_ns
 
-_MOST_TEXT = 4096
 _CHUNK = 1 << 20
 """Bytes before compression after which a chunk is cut."""
 _MOST_UNWRITTEN = 32 << 20
@@ -114,7 +114,6 @@ class Recorder(Tap):
         self._wake: anyio.Event | None = None
         self._room: anyio.Event | None = None
         self._epoch = time.time_ns() - _clock()
-        self._encode_output = msgspec.json.Encoder(enc_hook=repr).encode
         self._tasks: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
@@ -207,7 +206,7 @@ class Recorder(Tap):
         )
         assert event is not None
         error = outcome.error
-        told = None if output is None else self._tell(output)
+        told = output_text(output)
         if self._redacts and (left_out := self._left_out.pop((event.vm, event.seq), None)):
             packet = self._redaction.packet(packet, left_out)
             writes = None if writes is None else self._redaction.writes(writes, left_out)
@@ -246,14 +245,6 @@ class Recorder(Tap):
             access = msgspec.structs.replace(access, data=None)
         self._add(MEMORY, access)
         self.full = self.error is None and self._unwritten >= _MOST_UNWRITTEN
-
-    def _tell(self, output: object) -> str:
-        try:
-            text = self._encode_output(output).decode()
-        except Exception:
-            # An output of any kind: one that cannot be told is no reason to end anything.
-            text = type(output).__name__
-        return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
     def _add(self, channel: ChannelKind, message: Any) -> None:
         if self.error is not None:

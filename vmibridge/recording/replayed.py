@@ -1,0 +1,292 @@
+"""One request of a recording, served again: what its handler did then, and does now.
+
+A request is the trap that it came with and, where it was told to wait, the traps that asked
+for it again: they share its memory accesses and its final reply.
+
+| a handler now | gets | is a difference |
+|---|---|---|
+| reads what it read then | the bytes of then | in a strict replay, in another order |
+| reads something else, of bytes that it knew then | them | in a strict replay |
+| reads what it did not know then | `GuestMemoryError` | yes |
+| writes what it wrote then | what became of it then | in a strict replay, in another order |
+| writes something else | success | yes |
+| leaves out a read | | in a strict replay |
+| leaves out a write | | yes |
+"""
+
+import re
+from collections import deque
+
+import msgspec
+
+from vmibridge.arch import read_packet
+from vmibridge.errors import GuestMemoryError, UnsupportedTrapError
+from vmibridge.event import TrapEvent
+from vmibridge.outcome import Outcome
+from vmibridge.packet import BridgePacket
+from vmibridge.recording.messages import MemoryAccess, Reply, output_text
+
+_MOST_PAST = 64
+"""Accesses that are kept when they are done, to tell of them and to read from."""
+_MOST_FIELDS = 64
+_SHOWN = 16
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
+"""In the `repr` of an object: another one each time."""
+
+
+class FieldDifference(msgspec.Struct, frozen=True):
+    """One thing that is not as it was."""
+
+    field: str
+    """`outcome`, `handler`, `value1` to `value4`, `rip`, `output`, `error`, `read`, `write`."""
+    expected: str
+    got: str
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """A request that was answered in another way than in the recording."""
+
+    vm: str
+    vcpu: int
+    seq: int
+    """Of the trap that it came with."""
+    time: int
+    """When that was recorded, in nanoseconds since the Unix epoch."""
+    packet: BridgePacket | None
+    fields: tuple[FieldDifference, ...]
+    accesses: tuple[MemoryAccess, ...] = ()
+    """The last ones that its handler made now."""
+
+
+class ReplayedRequest:
+    """See the module."""
+
+    __slots__ = (
+        "_differences",
+        "_strict",
+        "answered",
+        "blocked",
+        "event",
+        "held",
+        "outcome",
+        "over",
+        "past",
+        "pending",
+        "reply",
+        "retries",
+        "seqs",
+        "time",
+        "unchecked",
+        "wants_retry",
+    )
+
+    def __init__(self, event: TrapEvent, time: int, *, strict: bool) -> None:
+        self.event = event
+        self.time = time
+        self.seqs = [event.seq]
+        """Of all its traps."""
+        self.pending: deque[MemoryAccess] = deque()
+        """Recorded, and not made yet."""
+        self.past: deque[MemoryAccess] = deque(maxlen=_MOST_PAST)
+        """Made now."""
+        self.held = 0
+        """Bytes in `pending`."""
+        self.reply: Reply | None = None
+        """The final one, once it was read."""
+        self.over = False
+        """Whether all that was recorded of it was read."""
+        self.outcome: Outcome[object] | None = None
+        """Its final one, now."""
+        self.answered = False
+        self.blocked = False
+        """Whether its handler waits for an access that was not read yet."""
+        self.retries: deque[TrapEvent] = deque()
+        """Traps that asked again then, and were not needed yet."""
+        self.wants_retry = False
+        """Whether it was told to wait now, so that it needs the next one."""
+        self.unchecked: str | None = None
+        """Why it cannot be compared."""
+        self._strict = strict
+        self._differences: list[FieldDifference] = []
+
+    def attach(self, access: MemoryAccess) -> int:
+        """One more recorded access; returns the bytes that it holds."""
+        self.pending.append(access)
+        size = held_size(access)
+        self.held += size
+        return size
+
+    def take_read(self, address: int, size: int) -> bytes | None:
+        """The bytes of then; `None`: not recorded, as far as is known yet.
+
+        Raises `GuestMemoryError` for a read that failed then, or was left out.
+        """
+        for place, access in enumerate(self.pending):
+            if access.address == address and access.size == size and not access.write:
+                self._take(place, access)
+                if access.error is not None:
+                    raise GuestMemoryError(address, access.error)
+                if access.data is None:
+                    self.unchecked = "memory was left out of the recording"
+                    raise GuestMemoryError(address, "it was left out of the recording")
+                return access.data
+        return None
+
+    def read_unrecorded(self, address: int, size: int) -> bytes:
+        """The bytes there, as far as other accesses tell. Raises `GuestMemoryError`."""
+        data = self._compose(address, size)
+        access = MemoryAccess(self.event.vm, self.event.seq, address, size, data)
+        self.past.append(access)
+        if data is None or self._strict:
+            self.differ("read", self._next(), describe(access))
+        if data is None:
+            raise GuestMemoryError(address, "it is not in the recording")
+        return data
+
+    def take_write(self, address: int, data: bytes) -> bool:
+        """Whether this was written then, as far as is known yet.
+
+        Raises `GuestMemoryError` for a write that failed then.
+        """
+        for place, access in enumerate(self.pending):
+            if (
+                access.write
+                and access.address == address
+                and access.size == len(data)
+                and access.data in (data, None)
+            ):
+                self._take(place, access)
+                if access.error is not None:
+                    raise GuestMemoryError(address, access.error)
+                return True
+        return False
+
+    def write_unrecorded(self, address: int, data: bytes) -> None:
+        """It was not written then."""
+        access = MemoryAccess(self.event.vm, self.event.seq, address, len(data), data, True)
+        self.past.append(access)
+        self.differ("write", self._next(), describe(access))
+
+    def differ(self, field: str, expected: str, got: str) -> None:
+        """Note a difference; the first 64 are kept."""
+        if len(self._differences) < _MOST_FIELDS and expected != got:
+            self._differences.append(FieldDifference(field, expected, got))
+
+    def leave_out(self, access: MemoryAccess) -> None:
+        """A recorded access that is not made now."""
+        if self._strict or access.write:
+            self.differ("write" if access.write else "read", describe(access), "not made")
+
+    def compare(self, *, whole: bool) -> Difference | None:
+        """What is not as it was, when both replies are known; `None`: nothing.
+
+        Unless `whole`, texts are not compared: something of it was left out.
+        """
+        reply, outcome = self.reply, self.outcome
+        assert reply is not None
+        if outcome is None:
+            self.differ("outcome", reply.kind.value, "not ours: it ran natively")
+        else:
+            self._compare_outcomes(reply, outcome)
+            if whole:
+                self._compare_texts("error", reply.error, outcome.error)
+                self._compare_texts("output", reply.output, output_text(outcome.output))
+        for access in self.pending:
+            self.leave_out(access)
+        if not self._differences:
+            return None
+        event = self.event
+        return Difference(
+            event.vm,
+            event.vcpu,
+            event.seq,
+            self.time,
+            packet_of(event),
+            tuple(self._differences),
+            tuple(self.past)[-_SHOWN:],
+        )
+
+    def _compare_outcomes(self, reply: Reply, outcome: Outcome[object]) -> None:
+        if (reply.kind, reply.handler, reply.writes) == (
+            outcome.kind,
+            outcome.handler,
+            outcome.writes,
+        ):
+            return
+        self.differ("outcome", reply.kind.value, outcome.kind.value)
+        self.differ("handler", str(reply.handler), str(outcome.handler))
+        for name, then, now in zip(
+            ("rip", "value1", "value2", "value3", "value4"),
+            _numbers(reply),
+            _numbers(outcome),
+            strict=True,
+        ):
+            self.differ(name, _number(then), _number(now))
+
+    def _compare_texts(self, field: str, then: str | None, now: str | None) -> None:
+        if then != now:
+            self.differ(field, _stable(then), _stable(now))
+
+    def _take(self, place: int, access: MemoryAccess) -> None:
+        if place and self._strict:
+            self.differ("write" if access.write else "read", self._next(), describe(access))
+        del self.pending[place]
+        self.held -= held_size(access)
+        self.past.append(access)
+
+    def _next(self) -> str:
+        return describe(self.pending[0]) if self.pending else "no further access"
+
+    def _compose(self, address: int, size: int) -> bytes | None:
+        """Put together from what was read or written already, then from what was read later."""
+        found, known = bytearray(size), bytearray(size)
+        later = (access for access in self.pending if not access.write)
+        for access in (*reversed(self.past), *later):
+            data = access.data
+            if data is None or access.error is not None:
+                continue
+            first = max(address, access.address)
+            last = min(address + size, access.address + len(data))
+            for at in range(first, last):
+                if not known[at - address]:
+                    found[at - address] = data[at - access.address]
+                    known[at - address] = 1
+        return bytes(found) if all(known) else None
+
+
+def packet_of(event: TrapEvent) -> BridgePacket | None:
+    """What a trap asked; `None` for one that carries no request."""
+    try:
+        return read_packet(event)
+    except UnsupportedTrapError:
+        return None
+
+
+def held_size(access: MemoryAccess) -> int:
+    """Bytes that an access holds, its own fields included."""
+    return 200 + (0 if access.data is None else len(access.data))
+
+
+def describe(access: MemoryAccess) -> str:
+    """One access, in one line."""
+    what = "write" if access.write else "read"
+    if access.error is not None:
+        told = f"failed: {access.error}"
+    elif access.data is None:
+        told = "left out"
+    else:
+        told = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
+    return f"{what} of {access.size} bytes at {access.address:#x}: {told}"
+
+
+def _numbers(answer: Reply | Outcome[object]) -> tuple[int | None, ...]:
+    writes = answer.writes
+    return (None,) * 5 if writes is None else (writes.rip, *writes.values)
+
+
+def _number(value: int | None) -> str:
+    return "left alone" if value is None else f"{value:#x}"
+
+
+def _stable(text: str | None) -> str:
+    return "none" if text is None else _ADDRESS.sub(" at ...>", text)
