@@ -71,5 +71,9 @@ class RecordingReadError(RecordingError):
     """A file is no recording, or cannot be read at all."""
 
 
+class NotReplayedError(VmiBridgeError):
+    """A replay could not be made, so that nothing was compared."""
+
+
 class ConfigError(VmiBridgeError):
     """A configuration file is wrong; the message names the key and the place."""

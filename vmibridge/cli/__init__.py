@@ -17,13 +17,20 @@ from vmibridge.errors import (
     BackendSpecError,
     ConfigError,
     HandlerSourceError,
+    NotReplayedError,
     RecordingReadError,
     VmiBridgeError,
 )
 from vmibridge.text import printable
 
 _COMMANDS = ("run", "handlers", "replay", "inspect", "report", "export", "recover")
-_USAGE_ERRORS = (BackendSpecError, ConfigError, HandlerSourceError, RecordingReadError)
+_USAGE_ERRORS = (
+    BackendSpecError,
+    ConfigError,
+    HandlerSourceError,
+    NotReplayedError,
+    RecordingReadError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

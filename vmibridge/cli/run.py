@@ -1,14 +1,12 @@
 """`vmibridge run`: a guest, its handlers, and what is shown of them."""
 
-import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import anyio
 import msgspec
@@ -17,6 +15,7 @@ from anyio.abc import TaskStatus
 from rich.console import Console
 
 from vmibridge.backend import open_backend
+from vmibridge.cli.event_loop import Loop, check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.output import JsonWriter, LineWriter, TableWriter, Writer
 from vmibridge.config import Config
@@ -24,7 +23,6 @@ from vmibridge.errors import (
     BackendError,
     BackendSpecError,
     ConfigError,
-    MissingExtraError,
     VmiBridgeError,
 )
 from vmibridge.loading import HandlerFactory
@@ -33,8 +31,6 @@ from vmibridge.vmi import Backend, GuestEnd
 
 log = logging.getLogger(__name__)
 
-_COLLECT_AFTER = 10_000
-"""New objects; see docs/benchmarks.md."""
 _LAST_LINES = 1.0
 """Seconds, after a second signal, in which the last outcomes are shown."""
 _MORE = {
@@ -48,7 +44,7 @@ class RunOptions(msgspec.Struct, frozen=True):
 
     backends: list[str]
     handlers: list[str]
-    loop: Literal["asyncio", "uvloop", "trio"]
+    loop: Loop
     timeout: float | None
     soft_timeout: float | None
     config: Path | None
@@ -67,7 +63,7 @@ def run_guest(options: RunOptions) -> int:
                 settings = msgspec.structs.replace(settings, **{name: seconds})
             except ValueError as error:
                 raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
-    _check_loop(options.loop)
+    check_loop(options.loop)
     backends = _open_backends(options.backends)
     console = None if options.json or not sys.stdout.isatty() else Console()
     writer: Writer
@@ -77,23 +73,13 @@ def run_guest(options: RunOptions) -> int:
         writer = LineWriter()
     else:
         writer = TableWriter(console)
-    with _logging(log_handler(options.log_level, console), options.log_level):
+    with logging_to(log_handler(options.log_level, console), options.log_level):
         factory = HandlerFactory(options.handlers, config)
         try:
             server = BridgeServer(backends, factory, **msgspec.structs.asdict(settings))
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        # With many handlers that wait, trio makes objects so fast that the default of 700
-        # spends a good part of a core on collections.
-        gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
-        return anyio.run(
-            _serve,
-            backends,
-            server,
-            writer,
-            backend="trio" if options.loop == "trio" else "asyncio",
-            backend_options={"use_uvloop": True} if options.loop == "uvloop" else {},
-        )
+        return run_on(options.loop, partial(_serve, backends, server, writer))
 
 
 def _open_backends(specs: list[str]) -> list[Backend]:
@@ -108,28 +94,6 @@ def _open_backends(specs: list[str]) -> list[Backend]:
         else:
             backends.append(open_backend(text, vm=f"vm{number}" if len(specs) > 1 else "vm"))
     return backends
-
-
-def _check_loop(loop: str) -> None:
-    if loop == "asyncio":
-        return
-    try:
-        __import__(loop)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"the event loop {loop}", loop) from error
-
-
-@contextmanager
-def _logging(handler: logging.Handler, level: str) -> Iterator[None]:
-    root = logging.getLogger()
-    before = root.level
-    root.addHandler(handler)
-    root.setLevel(level.upper())
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(before)
 
 
 async def _serve(backends: list[Backend], server: BridgeServer, writer: Writer) -> int:
