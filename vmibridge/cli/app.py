@@ -77,15 +77,98 @@ def run(
     """
     from vmibridge.cli.run import RunOptions, run_guest
 
-    if uvloop and async_backend == "trio":
-        raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
     return run_guest(
         RunOptions(
             backends=backend,
             handlers=handlers,
-            loop="uvloop" if uvloop else async_backend,
+            loop=_loop(async_backend, uvloop),
             timeout=timeout,
             soft_timeout=soft_timeout,
+            config=config,
+            json=json,
+            log_level=log_level,
+        )
+    )
+
+
+@app.command
+def replay(
+    file: Annotated[Path, Parameter(help="The recording.")],
+    /,
+    *,
+    handlers: Annotated[
+        list[str],
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Python files, folders or dotted modules that offer handlers.",
+        ),
+    ],
+    vm: Annotated[
+        list[str] | None, Parameter(negative=(), help="Only this VM; may be given several times.")
+    ] = None,
+    speed: Annotated[
+        float, Parameter(help="1: as fast as it was; N: N times as fast; 0: without waiting.")
+    ] = 0.0,
+    order: Annotated[
+        Literal["recorded", "vcpu"],
+        Parameter(
+            help="What a trap waits for: every reply that was recorded before it, or those of"
+            " its vCPU."
+        ),
+    ] = "recorded",
+    strict: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help="The same memory accesses in the same order, and nothing missing in the file.",
+        ),
+    ] = False,
+    async_backend: Annotated[
+        Literal["asyncio", "trio"], Parameter(help="The event loop.")
+    ] = "asyncio",
+    uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
+    timeout: Annotated[
+        float | None, Parameter(help="Seconds for one request; as recorded by default.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        Parameter(help="A TOML file for [handlers.NAME]; the server's settings are as recorded."),
+    ] = None,
+    json: Annotated[
+        bool,
+        Parameter(
+            group=_CHECKS, negative=(), help="One JSON object a difference, then the counts."
+        ),
+    ] = False,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Parameter(group=_CHECKS, help="What goes to standard error; debug shows tracebacks."),
+    ] = "warning",
+) -> int:
+    """Ask handlers again what a recording was asked, and compare.
+
+    The guest's memory is served from the recording. The first difference is shown with what
+    led to it.
+
+    Exit status: 0 when all is the same, 1 when something is different, 2 when nothing could
+    be compared.
+
+    Example: vmibridge replay run.mcap --handlers handlers/hello.py
+    """
+    from vmibridge.cli.replay import ReplayCommand
+    from vmibridge.cli.replay import replay as replay_file
+
+    return replay_file(
+        ReplayCommand(
+            file=file,
+            handlers=handlers,
+            vms=vm or [],
+            speed=speed,
+            order=order,
+            strict=strict,
+            loop=_loop(async_backend, uvloop),
+            timeout=timeout,
             config=config,
             json=json,
             log_level=log_level,
@@ -109,3 +192,13 @@ def list_handlers(
     from vmibridge.cli.handlers import show_handlers
 
     return show_handlers(sources, as_json=json)
+
+
+def _loop(
+    async_backend: Literal["asyncio", "trio"], uvloop: bool
+) -> Literal["asyncio", "uvloop", "trio"]:
+    if not uvloop:
+        return async_backend
+    if async_backend == "trio":
+        raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
+    return "uvloop"

@@ -6,7 +6,8 @@ On standard error, and only on a terminal; it is gone when the command is done.
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,27 +22,48 @@ _EVERY = 256
 """Items from one look at the clock to the next."""
 
 
+class ReadingBar:
+    """A bar for one pass over a recording, to be told of each item."""
+
+    def __init__(self, reader: RecordingReader, label: str) -> None:
+        self._reader = reader
+        self._shown_at = time.monotonic() + _QUIET
+        self._items = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task(label, total=max(reader.size, 1))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def step(self) -> None:
+        """One more item is done."""
+        self._items += 1
+        if self._items % _EVERY:
+            return
+        if not self._bar.live.is_started and time.monotonic() >= self._shown_at:
+            self._bar.start()
+        self._bar.update(self._task, completed=self._reader.bytes_read)
+
+
 def with_progress(items: Iterable[T], reader: RecordingReader, label: str) -> Iterator[T]:
     """The same items, which come of a pass over `reader`, with a bar beside them."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    shown_at = time.monotonic() + _QUIET
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    task = bar.add_task(label, total=max(reader.size, 1))
-    try:
-        for number, item in enumerate(items):
-            if number % _EVERY == 0:
-                if not bar.live.is_started and time.monotonic() >= shown_at:
-                    bar.start()
-                bar.update(task, completed=reader.bytes_read)
+    with ReadingBar(reader, label) as bar:
+        for item in items:
+            bar.step()
             yield item
-    finally:
-        bar.stop()

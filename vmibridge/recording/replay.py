@@ -37,10 +37,12 @@ from vmibridge.errors import (
 )
 from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
 from vmibridge.outcome import STOPPED, Outcome, OutcomeKind
+from vmibridge.policy import Quota, Rate
 from vmibridge.recording.messages import SESSION, TRAP, MemoryAccess, Note, Reply, Session
 from vmibridge.recording.reader import RecordingReader, TimedMessage
 from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replayed import Difference, ReplayedRequest, packet_of
+from vmibridge.settings import ServerSettings
 from vmibridge.tap import Tap
 from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
 
@@ -48,8 +50,14 @@ _BATCH = 1024
 """Messages that are read at a time."""
 _MOST_HELD = 32 << 20
 """Bytes of memory accesses that may be held for requests that run."""
+_MUCH = 1e15
+"""Requests or bytes: more than a recording has."""
 _MOST_OPEN = 16_384
 """Requests that may be open at a time."""
+_NO_REPLY = "its reply is missing"
+_TWICE = "its trap is in the recording twice"
+MISSING = frozenset({_NO_REPLY, _TWICE})
+"""Why a request was not compared, where the recording is to blame."""
 _NOTHING: frozenset[str] = frozenset()
 
 
@@ -76,6 +84,24 @@ class ReplayResult(msgspec.Struct):
     first: Difference | None = None
     unchecked: dict[str, int] = {}
     """Requests that could not be compared, by the reason."""
+
+
+def replay_settings(recorded: ServerSettings) -> ServerSettings:
+    """The settings of a server that replays what was recorded under these.
+
+    Quotas are lifted: what they denied is not asked again, and time goes by faster.
+    """
+    policy = recorded.policy
+    if policy is None:
+        return recorded
+    lifted = {name: _lifted(getattr(policy, name)) for name in ("vm", "address_space")}
+    return msgspec.structs.replace(recorded, policy=msgspec.structs.replace(policy, **lifted))
+
+
+def _lifted(quota: Quota) -> Quota:
+    # One that there is stays one: a guest can ask whether there are any.
+    rates = (quota.requests, quota.bytes)
+    return Quota(*(None if rate is None else Rate(_MUCH, _MUCH) for rate in rates))
 
 
 class ReplayBackend(Backend, Tap):
@@ -116,6 +142,8 @@ class ReplayBackend(Backend, Tap):
         self._sink: TrapSink
         self._full: deque[TrapEvent] = deque()
         self._start: tuple[float, int] | None = None
+        self.started = 0
+        """When the first trap was taken then, in nanoseconds since the Unix epoch."""
         self._pause = 0.0
 
     # --- the life of a backend ------------------------------------------------------
@@ -276,14 +304,15 @@ class ReplayBackend(Backend, Tap):
         self._poked.set()
 
     def _walk_trap(self, time: int, event: TrapEvent) -> bool:
+        self.started = self.started or time
         if self.options.speed and not self._is_due(time):
             return False
         if len(self._open) >= _MOST_OPEN:
             if self._unanswered:
                 return False
-            self._close(next(iter(self._open.values())), "its reply is missing")
+            self._close(next(iter(self._open.values())), _NO_REPLY)
         if event.seq in self._open:
-            self._leave_unchecked("its trap is in the recording twice")
+            self._leave_unchecked(_TWICE)
             return True
         after = self._batch[self._place + 1].message if self._place + 1 < len(self._batch) else None
         if event.vm != self.vm:
@@ -441,7 +470,7 @@ class ReplayBackend(Backend, Tap):
         self._held -= request.held
         reply = request.reply
         if reply is None:
-            why = why or "its reply is missing"
+            why = why or _NO_REPLY
         elif reply.kind is OutcomeKind.CANCELLED and reply.error == STOPPED:
             why = "the server stopped before its answer"
         why = request.unchecked or why
