@@ -6,8 +6,9 @@ Rules:
 
 - The file is walked in its order, once (`_walk`). A trap is given to the server; a memory
   access is kept for its request; a reply holds the walk until the server has answered that
-  trap, too. So handlers see requests in the order of then, and together where they were
-  together then. With `order=vcpu` only the traps of one vCPU wait for each other.
+  trap, too, and a trap until the server has taken the one before. So handlers begin in the
+  order of then, and run together where they did then. With `order=vcpu` only the traps of
+  one vCPU wait for each other.
 - Memory is served from the recording, to the request that accessed it (`replayed`).
 - A request that was told to wait then, and is answered at once now, is done: its retries
   are left out. One that is told to wait now asks again, with the retries of then.
@@ -133,6 +134,7 @@ class ReplayBackend(Backend, Tap):
         self._at_end = False
         self._open: dict[int, ReplayedRequest] = {}
         self._unanswered: set[int] = set()
+        self._untaken: TrapEvent | None = None
         self._busy: dict[int, deque[TrapEvent]] = {}
         self._vcpus: set[int] = set()
         self._held = 0
@@ -239,6 +241,11 @@ class ReplayBackend(Backend, Tap):
                 return
             await self._further_accesses(request)
 
+    def trap(self, event: TrapEvent) -> None:
+        if event is self._untaken:
+            self._untaken = None
+            self._walk()
+
     def answered(self, outcome: Outcome[Any]) -> None:
         assert outcome.event is not None
         self._answer(outcome.event, outcome)
@@ -305,7 +312,7 @@ class ReplayBackend(Backend, Tap):
 
     def _walk_trap(self, time: int, event: TrapEvent) -> bool:
         self.started = self.started or time
-        if self.options.speed and not self._is_due(time):
+        if self._untaken is not None or (self.options.speed and not self._is_due(time)):
             return False
         if len(self._open) >= _MOST_OPEN:
             if self._unanswered:
@@ -413,6 +420,8 @@ class ReplayBackend(Backend, Tap):
                 queue.append(event)
                 return
             self._busy[event.vcpu] = deque()
+        else:
+            self._untaken = event
         self._put(event)
 
     def _put(self, event: TrapEvent) -> None:
@@ -439,6 +448,9 @@ class ReplayBackend(Backend, Tap):
         if event.seq not in self._unanswered:
             return
         self._unanswered.discard(event.seq)
+        if event is self._untaken:
+            # It ran natively: of that no tap is told.
+            self._untaken = None
         if self.options.order == "vcpu":
             queue = self._busy[event.vcpu]
             if queue:

@@ -62,7 +62,9 @@ class ReplayedRequest:
     """See the module."""
 
     __slots__ = (
+        "_attached",
         "_differences",
+        "_latest",
         "_strict",
         "answered",
         "blocked",
@@ -85,8 +87,8 @@ class ReplayedRequest:
         self.time = time
         self.seqs = [event.seq]
         """Of all its traps."""
-        self.pending: deque[MemoryAccess] = deque()
-        """Recorded, and not made yet."""
+        self.pending: deque[tuple[int, MemoryAccess]] = deque()
+        """Recorded, and not made yet; with their places in the recording."""
         self.past: deque[MemoryAccess] = deque(maxlen=_MOST_PAST)
         """Made now."""
         self.held = 0
@@ -107,11 +109,14 @@ class ReplayedRequest:
         self.unchecked: str | None = None
         """Why it cannot be compared."""
         self._strict = strict
+        self._attached = 0
+        self._latest = -1
         self._differences: list[FieldDifference] = []
 
     def attach(self, access: MemoryAccess) -> int:
         """One more recorded access; returns the bytes that it holds."""
-        self.pending.append(access)
+        self.pending.append((self._attached, access))
+        self._attached += 1
         size = held_size(access)
         self.held += size
         return size
@@ -121,9 +126,9 @@ class ReplayedRequest:
 
         Raises `GuestMemoryError` for a read that failed then, or was left out.
         """
-        for place, access in enumerate(self.pending):
+        for place, (number, access) in enumerate(self.pending):
             if access.address == address and access.size == size and not access.write:
-                self._take(place, access)
+                self._take(place, number, access)
                 if access.error is not None:
                     raise GuestMemoryError(address, access.error)
                 if access.data is None:
@@ -148,14 +153,14 @@ class ReplayedRequest:
 
         Raises `GuestMemoryError` for a write that failed then.
         """
-        for place, access in enumerate(self.pending):
+        for place, (number, access) in enumerate(self.pending):
             if (
                 access.write
                 and access.address == address
                 and access.size == len(data)
                 and access.data in (data, None)
             ):
-                self._take(place, access)
+                self._take(place, number, access)
                 if access.error is not None:
                     raise GuestMemoryError(address, access.error)
                 return True
@@ -191,7 +196,7 @@ class ReplayedRequest:
             if whole:
                 self._compare_texts("error", reply.error, outcome.error)
                 self._compare_texts("output", reply.output, output_text(outcome.output))
-        for access in self.pending:
+        for _, access in self.pending:
             self.leave_out(access)
         if not self._differences:
             return None
@@ -227,20 +232,23 @@ class ReplayedRequest:
         if then != now:
             self.differ(field, _stable(then), _stable(now))
 
-    def _take(self, place: int, access: MemoryAccess) -> None:
-        if place and self._strict:
-            self.differ("write" if access.write else "read", self._next(), describe(access))
+    def _take(self, place: int, number: int, access: MemoryAccess) -> None:
+        if number > self._latest:
+            self._latest = number
+        elif self._strict:
+            told = describe(access)
+            self.differ("write" if access.write else "read", told, f"after others: {told}")
         del self.pending[place]
         self.held -= held_size(access)
         self.past.append(access)
 
     def _next(self) -> str:
-        return describe(self.pending[0]) if self.pending else "no further access"
+        return describe(self.pending[0][1]) if self.pending else "no further access"
 
     def _compose(self, address: int, size: int) -> bytes | None:
         """Put together from what was read or written already, then from what was read later."""
         found, known = bytearray(size), bytearray(size)
-        later = (access for access in self.pending if not access.write)
+        later = (access for _, access in self.pending if not access.write)
         for access in (*reversed(self.past), *later):
             data = access.data
             if data is None or access.error is not None:
