@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 _QUIET = 1.0
 """Seconds without a bar."""
-_EVERY = 256
-"""Items from one look at the clock to the next."""
+_PERIOD = 0.1
+"""Seconds from one look at the file to the next."""
 
 
 class ReadingBar:
@@ -27,8 +27,7 @@ class ReadingBar:
 
     def __init__(self, reader: RecordingReader, label: str) -> None:
         self._reader = reader
-        self._shown_at = time.monotonic() + _QUIET
-        self._items = 0
+        self._look_at = time.monotonic() + _QUIET
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,12 +52,11 @@ class ReadingBar:
 
     def step(self) -> None:
         """One more item is done."""
-        self._items += 1
-        if self._items % _EVERY:
-            return
-        if not self._bar.live.is_started and time.monotonic() >= self._shown_at:
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _PERIOD
             self._bar.start()
-        self._bar.update(self._task, completed=self._reader.bytes_read)
+            self._bar.update(self._task, completed=self._reader.bytes_read)
 
 
 def with_progress(items: Iterable[T], reader: RecordingReader, label: str) -> Iterator[T]:

@@ -85,7 +85,10 @@ async def _replay(
     session = next((sessions[name] for name in names if name in sessions), None)
     settings = replay_settings(ServerSettings() if session is None else session.settings)
     if command.timeout is not None:
-        settings = msgspec.structs.replace(settings, timeout=command.timeout)
+        try:
+            settings = msgspec.structs.replace(settings, timeout=command.timeout)
+        except ValueError as error:
+            raise NotReplayedError(f"--timeout: {error}") from error
     async with AsyncExitStack() as stack:
         for backend in backends:
             await stack.enter_async_context(backend)
