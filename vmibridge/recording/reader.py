@@ -84,6 +84,8 @@ class RecordingReader:
         """After a pass: whether the file ends as a recorder ends it."""
         self.bytes_read = 0
         """How far this pass has come."""
+        self.bytes_unpacked = 0
+        """What the chunks came to, in this pass."""
         self._next = 0
         try:
             self._file = self.path.open("rb")
@@ -124,6 +126,7 @@ class RecordingReader:
         """The records of each chunk, unpacked, with the chunk's place in the file."""
         self.problems, self.problem_count = [], 0
         self.complete = False
+        self.bytes_unpacked = 0
         self._channels = {channel.id: channel for channel in CHANNELS}
         self._decoders = {channel.id: msgspec.msgpack.Decoder(channel.kind) for channel in CHANNELS}
         for at, opcode, length in self._records():
@@ -137,6 +140,7 @@ class RecordingReader:
                     if not self._is_record(end):
                         self._next = self._search(at + 1) or self.size
                 else:
+                    self.bytes_unpacked += len(data)
                     yield at, data
             elif opcode == Opcode.HEADER:
                 self._check_header(self._at(start, length))

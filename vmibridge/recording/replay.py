@@ -18,7 +18,6 @@ Rules:
 Nothing in here is bounded by the file: what is held is bounded by `_MOST_HELD`.
 """
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -47,8 +46,10 @@ from vmibridge.settings import ServerSettings
 from vmibridge.tap import Tap
 from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
 
-_BATCH = 1024
+_BATCH = 4096
 """Messages that are read at a time."""
+_BATCH_BYTES = 8 << 20
+"""The same in bytes: a batch ends with the chunk that goes beyond."""
 _MOST_HELD = 32 << 20
 """Bytes of memory accesses that may be held for requests that run."""
 _MUCH = 1e15
@@ -135,6 +136,7 @@ class ReplayBackend(Backend, Tap):
         self._open: dict[int, ReplayedRequest] = {}
         self._unanswered: set[int] = set()
         self._untaken: TrapEvent | None = None
+        self._awaited: ReplayedRequest | None = None
         self._busy: dict[int, deque[TrapEvent]] = {}
         self._vcpus: set[int] = set()
         self._held = 0
@@ -271,8 +273,14 @@ class ReplayBackend(Backend, Tap):
             )
 
     def _read_batch(self) -> list[TimedMessage]:
-        vm = self._recorded_vm
-        batch = [each for each in itertools.islice(self._messages, _BATCH) if each.message.vm == vm]
+        vm, reader = self._recorded_vm, self.reader
+        most = reader.bytes_unpacked + _BATCH_BYTES
+        batch: list[TimedMessage] = []
+        for each in self._messages:
+            if each.message.vm == vm:
+                batch.append(each)
+                if len(batch) >= _BATCH or reader.bytes_unpacked > most:
+                    break
         # What tells that a trap is a retry, or was denied, stands right behind it.
         while batch and type(batch[-1].message) is TrapEvent:
             further = next((each for each in self._messages if each.message.vm == vm), None)
@@ -284,7 +292,7 @@ class ReplayBackend(Backend, Tap):
     async def _read_on(self) -> None:
         self._batch = await anyio.to_thread.run_sync(self._read_batch)
         self._place = 0
-        if not self._batch and self.reader.bytes_read >= self.reader.size:
+        if not self._batch:
             self._at_end = True
             for request in dict.fromkeys(self._open.values()):
                 request.over = True
@@ -294,6 +302,10 @@ class ReplayBackend(Backend, Tap):
 
     def _walk(self) -> None:
         """Go on in the file as far as nothing has to be waited for."""
+        if self._awaited is not None:
+            if not self._awaited.answered and not self._stopped:
+                return
+            self._awaited = None
         batch = self._batch
         while not self._stopped and not self._full and self._place < len(batch):
             time, message = batch[self._place]
@@ -339,7 +351,7 @@ class ReplayBackend(Backend, Tap):
         return True
 
     def _walk_retry(self, request: ReplayedRequest, event: TrapEvent) -> None:
-        request.seqs.append(event.seq)
+        request.seqs = (*request.seqs, event.seq)
         self._open[event.seq] = request
         if request.wants_retry:
             request.wants_retry = False
@@ -376,7 +388,10 @@ class ReplayBackend(Backend, Tap):
         if request.answered:
             self._close(request)
             return True
-        return self.options.order == "vcpu"
+        if self.options.order == "recorded":
+            self._awaited = request
+            return False
+        return True
 
     def _is_due(self, time: int) -> bool:
         now = anyio.current_time()
@@ -463,7 +478,7 @@ class ReplayBackend(Backend, Tap):
                 self._ask_again(request, event)
             else:
                 request.answered, request.outcome = True, outcome
-                request.retries.clear()
+                request.drop_retries()
                 if request.over and self.options.order == "vcpu":
                     self._close(request)
         self._walk()
@@ -477,7 +492,7 @@ class ReplayBackend(Backend, Tap):
             request.wants_retry = True
 
     def _close(self, request: ReplayedRequest, why: str | None = None) -> None:
-        for seq in request.seqs:
+        for seq in (request.event.seq, *request.seqs):
             self._open.pop(seq, None)
         self._held -= request.held
         reply = request.reply

@@ -16,6 +16,7 @@ for it again: they share its memory accesses and its final reply.
 
 import re
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 
@@ -61,57 +62,57 @@ class Difference(msgspec.Struct, frozen=True):
 class ReplayedRequest:
     """See the module."""
 
-    __slots__ = (
-        "_attached",
-        "_differences",
-        "_latest",
-        "_strict",
-        "answered",
-        "blocked",
-        "event",
-        "held",
-        "outcome",
-        "over",
-        "past",
-        "pending",
-        "reply",
-        "retries",
-        "seqs",
-        "time",
-        "unchecked",
-        "wants_retry",
-    )
+    # Most requests access no memory and are never told to wait: what only others need is a
+    # default of the class until then.
+    held = 0
+    """Bytes in `pending`."""
+    reply: Reply | None = None
+    """The final one, once it was read."""
+    over = False
+    """Whether all that was recorded of it was read."""
+    outcome: Outcome[object] | None = None
+    """Its final one, now."""
+    answered = False
+    blocked = False
+    """Whether its handler waits for an access that was not read yet."""
+    wants_retry = False
+    """Whether it was told to wait now, so that it needs the next retry."""
+    unchecked: str | None = None
+    """Why it cannot be compared."""
+    seqs: Sequence[int] = ()
+    """Of the traps that asked again."""
+    _pending: "deque[tuple[int, MemoryAccess]] | None" = None
+    _past: "deque[MemoryAccess] | None" = None
+    _retries: "deque[TrapEvent] | None" = None
+    _differences: Sequence[FieldDifference] = ()
+    _attached = 0
+    _latest = -1
 
     def __init__(self, event: TrapEvent, time: int, *, strict: bool) -> None:
         self.event = event
         self.time = time
-        self.seqs = [event.seq]
-        """Of all its traps."""
-        self.pending: deque[tuple[int, MemoryAccess]] = deque()
-        """Recorded, and not made yet; with their places in the recording."""
-        self.past: deque[MemoryAccess] = deque(maxlen=_MOST_PAST)
-        """Made now."""
-        self.held = 0
-        """Bytes in `pending`."""
-        self.reply: Reply | None = None
-        """The final one, once it was read."""
-        self.over = False
-        """Whether all that was recorded of it was read."""
-        self.outcome: Outcome[object] | None = None
-        """Its final one, now."""
-        self.answered = False
-        self.blocked = False
-        """Whether its handler waits for an access that was not read yet."""
-        self.retries: deque[TrapEvent] = deque()
-        """Traps that asked again then, and were not needed yet."""
-        self.wants_retry = False
-        """Whether it was told to wait now, so that it needs the next one."""
-        self.unchecked: str | None = None
-        """Why it cannot be compared."""
         self._strict = strict
-        self._attached = 0
-        self._latest = -1
-        self._differences: list[FieldDifference] = []
+
+    @property
+    def pending(self) -> "deque[tuple[int, MemoryAccess]]":
+        """Accesses that were recorded, and are not made yet; with their places in order."""
+        if self._pending is None:
+            self._pending = deque()
+        return self._pending
+
+    @property
+    def past(self) -> "deque[MemoryAccess]":
+        """Accesses that were made now."""
+        if self._past is None:
+            self._past = deque(maxlen=_MOST_PAST)
+        return self._past
+
+    @property
+    def retries(self) -> "deque[TrapEvent]":
+        """Traps that asked again then, and were not needed yet."""
+        if self._retries is None:
+            self._retries = deque()
+        return self._retries
 
     def attach(self, access: MemoryAccess) -> int:
         """One more recorded access; returns the bytes that it holds."""
@@ -120,6 +121,10 @@ class ReplayedRequest:
         size = held_size(access)
         self.held += size
         return size
+
+    def drop_retries(self) -> None:
+        """It is answered: nobody has to ask again."""
+        self._retries = None
 
     def take_read(self, address: int, size: int) -> bytes | None:
         """The bytes of then; `None`: not recorded, as far as is known yet.
@@ -175,7 +180,7 @@ class ReplayedRequest:
     def differ(self, field: str, expected: str, got: str) -> None:
         """Note a difference; the first 64 are kept."""
         if len(self._differences) < _MOST_FIELDS and expected != got:
-            self._differences.append(FieldDifference(field, expected, got))
+            self._differences = (*self._differences, FieldDifference(field, expected, got))
 
     def leave_out(self, access: MemoryAccess) -> None:
         """A recorded access that is not made now."""
@@ -196,7 +201,7 @@ class ReplayedRequest:
             if whole:
                 self._compare_texts("error", reply.error, outcome.error)
                 self._compare_texts("output", reply.output, output_text(outcome.output))
-        for _, access in self.pending:
+        for _, access in self._pending or ():
             self.leave_out(access)
         if not self._differences:
             return None

@@ -74,7 +74,8 @@ def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
 def _packet(event: TrapEvent) -> BridgePacket | None:
     try:
         return read_packet(event)
-    except UnsupportedTrapError:
+    except (UnsupportedTrapError, ValueError):
+        # `ValueError`: a file may have a register that is negative.
         return None
 
 
