@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from vmibridge.backend.spec import parse_options
-from vmibridge.errors import BackendSpecError, MissingExtraError
+from vmibridge.errors import BackendSpecError
 from vmibridge.vmi import Backend
 
 
@@ -24,10 +24,8 @@ def _unicorn(path: str, options: str, vm: str) -> Backend:
 def _replay(path: str, options: str, vm: str) -> Backend:
     if not path:
         raise BackendSpecError("replay: needs the path of a recording, as in replay:run.mcap")
-    try:
-        from vmibridge.recording.replay import ReplayBackend, ReplayOptions
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("a replay", "recording") from error
+    from vmibridge.recording import ReplayBackend, ReplayOptions
+
     return ReplayBackend(
         Path(path), parse_options(f"replay:{path}", options, ReplayOptions, {}), vm
     )

@@ -1,5 +1,8 @@
 """Recording what a server does, and reading it back.
 
+    async with Recorder("run.mcap") as recorder:
+        server = BridgeServer(backend, bridge, taps=[recorder])
+
 | module | holds |
 |---|---|
 | `messages` | what a recording holds, as structs |
@@ -7,4 +10,38 @@
 | `recorder` | the tap that records |
 | `chunk`, `writer` | MCAP, on the way in |
 | `reader` | MCAP, on the way out, believing nothing |
+| `traps`, `select` | a recording trap by trap, and which of them |
+| `replay`, `replayed` | a recording as a backend, and the comparison |
+| `recover` | a clean file from a damaged one |
+| `export`, `report` | for other tools, and for people |
 """
+
+from vmibridge.errors import MissingExtraError
+
+try:
+    from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
+    from vmibridge.recording.reader import RecordingReader
+    from vmibridge.recording.recorder import Recorder
+    from vmibridge.recording.redaction import RedactionRule
+    from vmibridge.recording.replay import ReplayBackend, ReplayOptions, ReplayResult
+    from vmibridge.recording.replayed import Difference, FieldDifference
+    from vmibridge.recording.traps import RecordedTrap, recorded_traps
+except ModuleNotFoundError as error:
+    raise MissingExtraError("a recording", "recording") from error
+
+__all__ = [
+    "Difference",
+    "FieldDifference",
+    "MemoryAccess",
+    "Note",
+    "RecordedTrap",
+    "Recorder",
+    "RecordingReader",
+    "RedactionRule",
+    "ReplayBackend",
+    "ReplayOptions",
+    "ReplayResult",
+    "Reply",
+    "Session",
+    "recorded_traps",
+]
