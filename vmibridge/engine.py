@@ -59,6 +59,7 @@ class Engine:
         self._ended = anyio.Event()
         self._error: BaseException | None = None
         self._shield = anyio.CancelScope(shield=True)
+        self._answered_by = 0.0
         self._guest_done = False
         self._tasks: TaskGroup | None = None
 
@@ -144,11 +145,16 @@ class Engine:
     def _begin_stop(self) -> None:
         if not self._stopping:
             self._stopping = True
-            self._shield.deadline = anyio.current_time() + self._settings.stop_timeout
+            self._answered_by = anyio.current_time() + self._settings.stop_timeout
             self._workers.take_no_more()
             self._outcomes.unbind()
 
     def _end(self) -> None:
+        # Not before: where something held up the loop for longer than all of this takes, the
+        # answers that are given now would be cut short before they were begun.
+        self._shield.deadline = max(
+            self._answered_by, anyio.current_time() + self._settings.stop_timeout / 2
+        )
         if self._tasks is not None and not self._guest_done:
             self._tasks.start_soon(self._release_guest)
         self._workers.cancel()

@@ -234,7 +234,8 @@ class Workers:
         """The request of a trap that is ours, which taps are told of; `None` for others."""
         try:
             packet = read_packet(event)
-        except UnsupportedTrapError:
+        except (UnsupportedTrapError, ValueError):
+            # A recording may have registers that no machine has.
             return None
         if not self.filter.wants(event.reason, packet.magic):
             return None

@@ -162,6 +162,17 @@ async def test_the_deadline_for_the_lot_is_kept_when_the_grace_period_is_longer(
     assert (outcomes, stage.job.cancelled) == (["cancelled"], True)
 
 
+async def test_a_loop_that_is_held_up_for_longer_cuts_no_answer_short():
+    async def act(server, vm):
+        server.stop()
+        await anyio.sleep(0.01)
+        time.sleep(0.15)
+
+    stage = Stage(grace=0.04, stop_timeout=0.1)
+    outcomes, _ = await stage.run(act)
+    assert (outcomes, stage.job.cancelled) == (["cancelled"], True)
+
+
 async def test_a_handler_without_a_trap_is_abandoned_and_counted():
     async def act(server, vm):
         while stage.answer is None:

@@ -271,7 +271,7 @@ def packet_of(event: TrapEvent) -> BridgePacket | None:
     """What a trap asked; `None` for one that carries no request."""
     try:
         return read_packet(event)
-    except UnsupportedTrapError:
+    except (UnsupportedTrapError, ValueError):
         return None
 
 
