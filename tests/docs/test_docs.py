@@ -37,6 +37,8 @@ from vmibridge.host import VERSION, Feature, Host, Limit
 from vmibridge.loading import find_handlers
 from vmibridge.memory import GuestMemory
 from vmibridge.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.recording.export.jsonl import FullTrapRecord
+from vmibridge.recording.export.rows import ACCESS_COLUMNS, TRAP_COLUMNS
 from vmibridge.settings import ServerSettings
 from vmibridge.summary import Summary
 
@@ -236,7 +238,7 @@ def anchors(document):
 # --- reference tables -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["run", "handlers list"])
+@pytest.mark.parametrize("command", ["run", "handlers list", "inspect", "export"])
 def test_every_option_is_there(command, environment):
     help_text = run(
         [sys.executable, "-m", "vmibridge", *command.split(), "--help"],
@@ -255,6 +257,24 @@ def test_every_json_field_is_there():
     assert set(rows(trap_fields)) == set(TrapLine.__struct_fields__)
     assert set(rows(summary_fields)) == set(summary)
     assert set(rows(vcpu_fields)) == set(VcpuLine.__struct_fields__)
+
+
+def test_every_field_and_column_of_a_recorded_trap_is_there():
+    told = section("docs/command-line.md", "## vmibridge inspect").partition("| field |")[2]
+    assert names_in(told) == {*FullTrapRecord.__struct_fields__}
+    traps, accesses = section("docs/command-line.md", "### Columns").split("Of `accesses`")
+    assert names_in(traps) == {*TRAP_COLUMNS}
+    assert names_in(accesses) == {*ACCESS_COLUMNS}
+
+
+def names_in(table):
+    """All names in code in the first cells."""
+    return {
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split(" | ")[0])
+    }
 
 
 def test_every_field_of_the_handlers_list_is_there():

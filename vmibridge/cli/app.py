@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, Group, Parameter, validators
 
 from vmibridge import __version__
+from vmibridge.cli.selection import SelectionOptions
 from vmibridge.errors import ConfigError
 
 app = App(
@@ -17,6 +18,7 @@ handlers_app = App(name="handlers", help="Look at handlers.")
 app.command(handlers_app)
 
 _CHECKS = Group("Looking at what happens")
+_RECORDING = Group("Recording")
 
 
 @app.command
@@ -56,6 +58,26 @@ def run(
         ),
     ] = None,
     uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
+    record: Annotated[
+        Path | None, Parameter(group=_RECORDING, help="Record all that happens in this file.")
+    ] = None,
+    redact: Annotated[
+        list[str] | None,
+        Parameter(
+            group=_RECORDING,
+            negative=(),
+            help="Leave out memory, value1 to value4, or one of them of one request, as in"
+            " 0x0002:value3; may be given several times.",
+        ),
+    ] = None,
+    unrecorded: Annotated[
+        Literal["stop", "continue"] | None,
+        Parameter(
+            group=_RECORDING,
+            help="When the file cannot be written any more: stop the run, or go on; stop by"
+            " default.",
+        ),
+    ] = None,
     json: Annotated[
         bool, Parameter(group=_CHECKS, negative=(), help="One JSON object a trap, then a summary.")
     ] = False,
@@ -85,10 +107,34 @@ def run(
             timeout=timeout,
             soft_timeout=soft_timeout,
             config=config,
+            record=record,
+            redact=redact or [],
+            unrecorded=unrecorded,
             json=json,
             log_level=log_level,
         )
     )
+
+
+@app.command
+def recover(
+    file: Annotated[Path, Parameter(help="A recording that was cut short or damaged.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(alias="-o", help="The file to make.")],
+    json: Annotated[
+        bool, Parameter(group=_CHECKS, negative=(), help="What was kept, as one JSON object.")
+    ] = False,
+) -> int:
+    """Make a clean recording of a damaged one, with all of it that can be read.
+
+    Exit status: 0 when it was made, 2 when there is nothing to make it of.
+
+    Example: vmibridge recover run.mcap -o clean.mcap
+    """
+    from vmibridge.cli.recover import recover_recording
+
+    return recover_recording(file, output, as_json=json)
 
 
 @app.command
@@ -174,6 +220,93 @@ def replay(
             log_level=log_level,
         )
     )
+
+
+@app.command
+def inspect(
+    file: Annotated[Path, Parameter(help="A recording.")],
+    /,
+    *,
+    selection: SelectionOptions | None = None,
+    limit: Annotated[
+        int | None,
+        Parameter(validator=validators.Number(gte=1), help="Stop after so many traps."),
+    ] = None,
+    full: Annotated[
+        bool, Parameter(negative=(), help="Registers and accesses to memory, too.")
+    ] = False,
+    json: Annotated[
+        bool, Parameter(negative=(), help="One JSON object a session and a trap, then a summary.")
+    ] = False,
+) -> int:
+    """List the traps of a recording, in the order of their replies.
+
+    Example: vmibridge inspect run.mcap --outcome failed --since 2.5
+    """
+    from vmibridge.cli.inspect import InspectOptions, inspect_recording
+
+    chosen = (selection or SelectionOptions()).selection()
+    return inspect_recording(InspectOptions(file, chosen, limit, json, full))
+
+
+@app.command
+def export(
+    file: Annotated[Path, Parameter(help="A recording.")],
+    /,
+    *,
+    to: Annotated[Literal["jsonl", "perfetto", "sqlite", "parquet"], Parameter(help="The format.")],
+    output: Annotated[
+        Path | None,
+        Parameter(
+            name=("--output", "-o"),
+            allow_leading_hyphen=True,
+            help="The file to make; by default FILE with another suffix. - is standard output,"
+            " for jsonl.",
+        ),
+    ] = None,
+    selection: SelectionOptions | None = None,
+) -> int:
+    """Write the traps of a recording in the format of another tool.
+
+    Example: vmibridge export run.mcap --to sqlite -o run.sqlite
+    """
+    from vmibridge.cli.export import ExportOptions, export_recording
+
+    chosen = (selection or SelectionOptions()).selection()
+    return export_recording(ExportOptions(file, to, output, chosen))
+
+
+@app.command
+def report(
+    file: Annotated[Path, Parameter(help="A recording.")],
+    /,
+    *,
+    output: Annotated[
+        Path | None,
+        Parameter(
+            name=("--output", "-o"), help="The page to make; by default FILE with .html at its end."
+        ),
+    ] = None,
+    limit: Annotated[
+        int,
+        Parameter(
+            validator=validators.Number(gte=1, lte=500_000),
+            help="Show so many traps, and of the rest the slowest and up to 1000 that failed;"
+            " totals and latencies count all.",
+        ),
+    ] = 100_000,
+    title: Annotated[str | None, Parameter(help="The heading of the page.")] = None,
+    force: Annotated[
+        bool, Parameter(negative=(), help="Write over a page that is there already.")
+    ] = False,
+) -> int:
+    """Make one HTML page of a recording, which needs no network.
+
+    Example: vmibridge report run.mcap -o report.html
+    """
+    from vmibridge.cli.report import ReportOptions, write_report
+
+    return write_report(ReportOptions(file, output, limit, title, force))
 
 
 @handlers_app.command(name="list")

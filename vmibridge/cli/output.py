@@ -12,9 +12,10 @@ import select
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import anyio
 from rich.box import SIMPLE_HEAD
@@ -24,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
+from vmibridge.errors import RecordingError
 from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.summary import Summary
 
@@ -38,6 +40,23 @@ _STYLES = {
     OutcomeKind.WAITING: "cyan",
     OutcomeKind.DENIED: "magenta",
 }
+
+
+@contextmanager
+def standard_output() -> Iterator[BinaryIO]:
+    """Standard output, for a command that needs no event loop.
+
+    The block ends quietly when nobody reads on. Raises `RecordingError` when what was read
+    cannot be written.
+    """
+    try:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise RecordingError(f"standard output: {error.strerror}") from error
 
 
 class Writer(ABC):

@@ -7,6 +7,7 @@ import sys
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import msgspec
@@ -29,6 +30,9 @@ from vmibridge.loading import HandlerFactory
 from vmibridge.server import BridgeServer
 from vmibridge.vmi import Backend, GuestEnd
 
+if TYPE_CHECKING:
+    from vmibridge.recording import Recorder
+
 log = logging.getLogger(__name__)
 
 _LAST_LINES = 1.0
@@ -48,6 +52,9 @@ class RunOptions(msgspec.Struct, frozen=True):
     timeout: float | None
     soft_timeout: float | None
     config: Path | None
+    record: Path | None
+    redact: list[str]
+    unrecorded: Literal["stop", "continue"] | None
     json: bool
     log_level: str
 
@@ -64,6 +71,7 @@ def run_guest(options: RunOptions) -> int:
             except ValueError as error:
                 raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
     check_loop(options.loop)
+    taps = _taps(options)
     backends = _open_backends(options.backends)
     console = None if options.json or not sys.stdout.isatty() else Console()
     writer: Writer
@@ -76,10 +84,10 @@ def run_guest(options: RunOptions) -> int:
     with logging_to(log_handler(options.log_level, console), options.log_level):
         factory = HandlerFactory(options.handlers, config)
         try:
-            server = BridgeServer(backends, factory, **msgspec.structs.asdict(settings))
+            server = BridgeServer(backends, factory, **msgspec.structs.asdict(settings), taps=taps)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return run_on(options.loop, partial(_serve, backends, server, writer))
+        return run_on(options.loop, partial(_serve, taps, backends, server, writer))
 
 
 def _open_backends(specs: list[str]) -> list[Backend]:
@@ -96,7 +104,20 @@ def _open_backends(specs: list[str]) -> list[Backend]:
     return backends
 
 
-async def _serve(backends: list[Backend], server: BridgeServer, writer: Writer) -> int:
+def _taps(options: RunOptions) -> "list[Recorder]":
+    if options.record is None:
+        for name in ("redact", "unrecorded"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name} is about a recording: give --record FILE, too")
+        return []
+    from vmibridge.recording import Recorder
+
+    return [Recorder(options.record, on_error=options.unrecorded or "stop", redact=options.redact)]
+
+
+async def _serve(
+    taps: "list[Recorder]", backends: list[Backend], server: BridgeServer, writer: Writer
+) -> int:
     received: list[int] = []
     failure: VmiBridgeError | None = None
     async with anyio.create_task_group() as tasks:
@@ -105,6 +126,8 @@ async def _serve(backends: list[Backend], server: BridgeServer, writer: Writer) 
         try:
             with run:
                 async with AsyncExitStack() as stack:
+                    for tap in taps:
+                        await stack.enter_async_context(tap)
                     for backend in backends:
                         await stack.enter_async_context(backend)
                     await stack.enter_async_context(writer)

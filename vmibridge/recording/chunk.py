@@ -83,9 +83,8 @@ class ChunkBuilder:
         if not self._buffer:
             raise ValueError("a chunk has at least one message")
         filled = {channel: entries for channel, entries in self._indexes.items() if entries}
-        # Times never go back.
-        start_time = min(entries[0] for entries in filled.values())
-        end_time = max(entries[-2] for entries in filled.values())
+        start_time = min(min(entries[::2]) for entries in filled.values())
+        end_time = max(max(entries[::2]) for entries in filled.values())
         data = bytes(self._buffer)
         compressed = zstandard.ZstdCompressor(level=_LEVEL).compress(data)
         builder = RecordBuilder()

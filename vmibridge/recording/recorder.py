@@ -142,7 +142,7 @@ class Recorder(Tap):
         self._tasks = None
         with anyio.CancelScope(shield=True):
             await self._write_waiting()
-            finish = self._writer.finish if self.error is None else self._writer.abandon
+            finish = self._writer.finish if self.error is None else self._writer.close
             try:
                 await anyio.to_thread.run_sync(finish)
             except OSError as lost:

@@ -89,11 +89,13 @@ class RecordingWriter:
         try:
             self._write(self._summary())
         finally:
-            os.close(self._fd)
+            self.close()
 
-    def abandon(self) -> None:
-        """Close the file as it is."""
-        os.close(self._fd)
+    def close(self) -> None:
+        """Close the file as it is; once more does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _write(self, data: bytes) -> None:
         left = memoryview(data)

@@ -1,0 +1,142 @@
+"""Recordings to look at: one of a server with two VMs, and files written message by message."""
+
+import anyio
+
+from vmibridge import (
+    Bridge,
+    BridgeHandler,
+    BridgePacket,
+    BridgeResponse,
+    BridgeServer,
+    Gate,
+    method,
+)
+from vmibridge.event import Registers, TrapEvent, TrapReason
+from vmibridge.outcome import OutcomeKind
+from vmibridge.recording.chunk import ChunkBuilder
+from vmibridge.recording.messages import (
+    CHANNELS,
+    RecordedHandler,
+    RecordedMethod,
+    Reply,
+    Session,
+)
+from vmibridge.recording.recorder import Recorder
+from vmibridge.recording.writer import RecordingWriter
+from vmibridge.testing import FakeGuest
+
+MAGIC = 0xFEDC_BA98
+MOST = (1 << 64) - 1
+STEER = "\u202egnp.exe\x9b2J"
+"""What a guest may put into a text: JSON leaves these characters as they are."""
+MEMORY = {0x2000: b"\0\1\2\3" * 8, 0x3000: bytes(16)}
+MISSING = 0xFFFF_FFFF_FFFF_F000
+
+ADD, COPY, FAIL, MISS, SLOW, GIVE_UP, STRANGE = (
+    BridgePacket(MAGIC, 1, 1, MOST, 1, MOST - 1, 1 << 63),
+    BridgePacket(MAGIC, 1, 2, 0x2000, 0x3000),
+    BridgePacket(MAGIC, 1, 3),
+    BridgePacket(MAGIC, 1, 4, MISSING),
+    BridgePacket(MAGIC, 1, 5, 7),
+    BridgePacket(MAGIC, 1, 6),
+    BridgePacket(MAGIC, 0x7777, 1),
+)
+
+
+class Probe(BridgeHandler[object]):
+    """Does one of each kind."""
+
+    MAGIC = MAGIC
+    REQUEST = 1
+
+    def __init__(self, go_on):
+        self.go_on = go_on
+
+    @method(1)
+    async def add(self, vmi, packet):
+        return BridgeResponse(packet.value1, packet.value2 + 1).with_output({"said": STEER})
+
+    @method(2)
+    async def copy(self, vmi, packet):
+        for place in range(4):
+            data = await vmi.memory.read_physical(packet.value1 + place * 4, 4)
+        await vmi.memory.write_physical(packet.value2, data[::-1])
+        return BridgeResponse()
+
+    @method(3)
+    async def fail(self, vmi, packet):
+        raise RuntimeError(STEER)
+
+    @method(4)
+    async def miss(self, vmi, packet):
+        await vmi.memory.read_physical(packet.value1, 8)
+
+    @method(5, soft_timeout=0.02)
+    async def slow(self, vmi, packet):
+        await self.go_on.wait()
+        return BridgeResponse(value1=packet.value1)
+
+    @method(6)
+    async def give_up(self, vmi, packet):
+        return None
+
+
+async def _record(path):
+    releases = {"red": anyio.Event(), "blue": anyio.Event()}
+
+    async def vcpu(vm, number, packets):
+        for packet in packets:
+            while (await vm.call(packet, vcpu=number, address_space=0x7000)).rax == Gate.WAIT:
+                releases[vm.vm].set()
+
+    async def red(vm):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(vcpu, vm, 0, [ADD, SLOW, COPY, FAIL])
+            tasks.start_soon(vcpu, vm, 1, [COPY, ADD, STRANGE, GIVE_UP] * 3)
+
+    async def blue(vm):
+        await vcpu(vm, 0, [MISS, SLOW, ADD])
+
+    async with (
+        Recorder(path) as recorder,
+        FakeGuest(red, vm="red", memory=MEMORY) as first,
+        FakeGuest(blue, vm="blue", memory=MEMORY) as second,
+    ):
+        server = BridgeServer(
+            [first, second], lambda vm: Bridge(Probe(releases[vm])), taps=[recorder]
+        )
+        return [outcome async for outcome in server.run()]
+
+
+def record(path):
+    """Record a server with the VMs `red`, of two vCPUs, and `blue`; returns the outcomes."""
+    return anyio.run(_record, path)
+
+
+def write_file(path, *chunks):
+    """A recording of these chunks, which are lists of (time, message)."""
+    channels = {channel.kind: channel.id for channel in CHANNELS}
+    writer = RecordingWriter(path, "tests")
+    for messages in chunks:
+        chunk = ChunkBuilder()
+        for time, message in messages:
+            chunk.add(channels[type(message)], time, message)
+        writer.add(chunk.pack())
+    writer.finish()
+    return path
+
+
+def session(vm="vm"):
+    methods = (RecordedMethod(1, "first"), RecordedMethod(2, "second"))
+    return Session(vm, handlers=(RecordedHandler("probe", "x.Probe", 1, MAGIC, methods=methods),))
+
+
+def trap(seq, *, vm="vm", vcpu=0, value=0, request=1, method=1):
+    registers = Registers(rcx=MAGIC, rdx=request | method << 16, r8=value)
+    return TrapEvent(seq, TrapReason.VMCALL, registers, vm, vcpu, ip=0x1000, length=3)
+
+
+def reply(seq, kind=OutcomeKind.HANDLED, **fields):
+    packet = BridgePacket(MAGIC, 1, 1)
+    fields = {"vm": "vm", "handler": "probe", **fields}
+    return Reply(seq=seq, vcpu=0, kind=kind, packet=packet, **fields)

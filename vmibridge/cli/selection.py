@@ -1,0 +1,53 @@
+"""The options that say which traps of a recording a command is about; the same for each.
+
+Without the extra `recording` there is their help only.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Group, Parameter
+
+if TYPE_CHECKING:
+    from vmibridge.recording.select import Selection
+
+_GROUP = Group("Which traps", help="What is given twice is an or; different options are an and.")
+
+
+@Parameter(name="*", group=_GROUP, show_default=False)
+@dataclass(frozen=True)
+class SelectionOptions:
+    """As given."""
+
+    request: Annotated[
+        list[str],
+        Parameter(negative=(), help="Of this request (0x0100 or 256), or taken by this handler."),
+    ] = field(default_factory=list)
+    outcome: Annotated[
+        list[str],
+        Parameter(negative=(), help="That ended so: handled, failed, ...; none: without a reply."),
+    ] = field(default_factory=list)
+    vcpu: Annotated[list[int], Parameter(negative=(), help="Of this vCPU.")] = field(
+        default_factory=list
+    )
+    vm: Annotated[list[str], Parameter(negative=(), help="Of this VM.")] = field(
+        default_factory=list
+    )
+    since: Annotated[
+        str | None,
+        Parameter(help="Taken then or later: seconds since the first trap, or ISO 8601."),
+    ] = None
+    until: Annotated[str | None, Parameter(help="Taken then or earlier.")] = None
+
+    def selection(self) -> "Selection":
+        """Raises `ConfigError` for what makes no sense, `MissingExtraError`."""
+        from vmibridge.recording.select import Selection
+
+        return Selection.parse(
+            requests=self.request,
+            outcomes=self.outcome,
+            vcpus=self.vcpu,
+            vms=self.vm,
+            since=self.since,
+            until=self.until,
+        )

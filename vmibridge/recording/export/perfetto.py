@@ -1,0 +1,202 @@
+"""Perfetto's own trace format: what happened when, on each vCPU.
+
+| in the trace | is |
+|---|---|
+| a process | a VM |
+| a thread | a vCPU |
+| a slice | a trap, from when it was taken to its reply, named `handler/method` |
+| its category | the outcome |
+| its debug annotations | what was asked and answered, and how much memory was accessed |
+| an instant | a trap without a reply |
+| a flow | a request that was told to wait, from its first trap to its last retry |
+
+Rules:
+
+- A vCPU has one trap at a time. In a file that says otherwise a slice begins where the one
+  before it ended, so that they nest in any case.
+- A recording has the times of traps and of replies. Accesses to memory are told in numbers.
+- Each packet is written by itself: field 1 of the message `Trace`, with its length before it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (  # type: ignore[import-untyped]
+    TracePacket,
+    TrackEvent,
+)
+
+from vmibridge.outcome import OutcomeKind
+from vmibridge.recording.export.exporter import Exporter, MethodNames, unsigned
+from vmibridge.recording.messages import Note, Session
+from vmibridge.recording.traps import RecordedTrap
+
+_REALTIME, _BOOTTIME = 1, 6
+_SEQUENCE = 1
+_CLEARED, _NEEDED = 1, 2
+_MOST_TRACKS = 16_384
+"""VMs and vCPUs; what is beyond goes to the track of the first trap."""
+_NUMBERS = ("value1", "value2", "value3", "value4")
+_ANSWERS = ("answer1", "answer2", "answer3", "answer4")
+_HEX = frozenset(("magic", "request", "method", *_NUMBERS, *_ANSWERS))
+"""Which numbers the user interface shows in hex."""
+_NAMES = {
+    name: iid
+    for iid, name in enumerate(
+        (
+            *("seq", "trap", "magic", "request", "method", *_NUMBERS, "outcome", *_ANSWERS),
+            *("output", "error", "bytes read", "bytes written", "failed accesses"),
+        ),
+        1,
+    )
+}
+
+
+class Perfetto(Exporter):
+    """Writes the trace to a binary file."""
+
+    suffix = ".perfetto-trace"
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._names = MethodNames()
+        self._processes: dict[str, int] = {}
+        self._tracks: dict[tuple[str, int], int] = {}
+        self._last: dict[int, int] = {}
+        self._begun = False
+
+    @classmethod
+    def open(cls, paths: Sequence[Path]) -> Self:
+        """As of `Exporter`."""
+        return cls(paths[0].open("wb"))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def hear(self, message: Session | Note) -> None:
+        if isinstance(message, Session):
+            self._names.learn(message)
+
+    def add(self, trap: RecordedTrap, start: int) -> None:
+        if not self._begun:
+            self._begin(start)
+            self._begun = True
+        event, reply = trap.event, trap.reply
+        track = self._track(event.vm, event.vcpu)
+        begin = trap.time if reply is None else max(trap.time, self._last.get(track, 0))
+        packet = _packet(begin)
+        told = packet.track_event
+        told.type = TrackEvent.TYPE_INSTANT if reply is None else TrackEvent.TYPE_SLICE_BEGIN
+        told.track_uuid = track
+        told.name = self._names.of(trap)
+        told.categories.append("none" if reply is None else reply.kind.value)
+        if reply is not None and (reply.retry_of is not None or reply.kind is OutcomeKind.WAITING):
+            first = event.seq if reply.retry_of is None else reply.retry_of
+            flow = unsigned(self._processes.get(event.vm, 0) << 48 | first & (1 << 48) - 1)
+            ends = reply.kind is not OutcomeKind.WAITING
+            (told.terminating_flow_ids if ends else told.flow_ids).append(flow)
+        _annotate(told, _facts(trap))
+        self._write(packet)
+        if reply is None:
+            return
+        end = max(begin, trap.time if trap.reply_time is None else trap.reply_time)
+        self._last[track] = end
+        packet = _packet(end)
+        packet.track_event.type = TrackEvent.TYPE_SLICE_END
+        packet.track_event.track_uuid = track
+        self._write(packet)
+
+    def finish(self) -> None:
+        self._file.flush()
+
+    def _begin(self, start: int) -> None:
+        """The clock, and the names that annotations refer to."""
+        packet = TracePacket()
+        for clock in (_BOOTTIME, _REALTIME):
+            packet.clock_snapshot.clocks.add(clock_id=clock, timestamp=start)
+        self._write(packet)
+        packet = _packet(start)
+        packet.sequence_flags = _CLEARED
+        for name, iid in _NAMES.items():
+            packet.interned_data.debug_annotation_names.add(iid=iid, name=name)
+        self._write(packet)
+
+    def _track(self, vm: str, vcpu: int) -> int:
+        """The track of a vCPU, described in the trace when it is new."""
+        track = self._tracks.get((vm, vcpu))
+        if track is not None:
+            return track
+        if len(self._tracks) >= _MOST_TRACKS:
+            return next(iter(self._tracks.values()))
+        process = self._processes.get(vm)
+        number = len(self._processes) + len(self._tracks) + 1
+        if process is None:
+            process = self._processes[vm] = number
+            packet = TracePacket(trusted_packet_sequence_id=_SEQUENCE)
+            packet.track_descriptor.uuid = process
+            packet.track_descriptor.process.pid = process
+            packet.track_descriptor.process.process_name = vm
+            self._write(packet)
+            number += 1
+        self._tracks[vm, vcpu] = number
+        packet = TracePacket(trusted_packet_sequence_id=_SEQUENCE)
+        packet.track_descriptor.uuid = number
+        packet.track_descriptor.parent_uuid = process
+        packet.track_descriptor.thread.pid = process
+        packet.track_descriptor.thread.tid = number
+        packet.track_descriptor.thread.thread_name = f"vcpu {vcpu}"
+        self._write(packet)
+        return number
+
+    def _write(self, packet: TracePacket) -> None:
+        data = packet.SerializeToString()
+        self._file.write(b"\x0a" + _varint(len(data)) + data)
+
+
+def _packet(time: int) -> TracePacket:
+    return TracePacket(timestamp=time, trusted_packet_sequence_id=_SEQUENCE, sequence_flags=_NEEDED)
+
+
+def _facts(trap: RecordedTrap) -> dict[str, int | str]:
+    event, packet, reply = trap.event, trap.packet, trap.reply
+    facts: dict[str, int | str] = {"seq": event.seq, "trap": f"{event.reason.value}{event.width}"}
+    if packet is not None:
+        facts |= {"magic": packet.magic, "request": packet.request, "method": packet.method}
+        facts |= zip(_NUMBERS, packet.values, strict=True)
+    if reply is not None:
+        facts["outcome"] = reply.kind.value
+        answer = () if reply.writes is None else zip(_ANSWERS, reply.writes.values, strict=True)
+        facts |= {name: value for name, value in answer if value is not None}
+        texts = (("output", reply.output), ("error", reply.error))
+        facts |= {name: text for name, text in texts if text is not None}
+    if trap.accesses:
+        done = [access for access in trap.accesses if access.error is None]
+        facts["bytes read"] = sum(access.size for access in done if not access.write)
+        facts["bytes written"] = sum(access.size for access in done if access.write)
+        facts["failed accesses"] = len(trap.accesses) - len(done)
+    return facts
+
+
+def _annotate(event: TrackEvent, facts: Mapping[str, int | str]) -> None:
+    for name, value in facts.items():
+        annotation = event.debug_annotations.add()
+        annotation.name_iid = _NAMES[name]
+        if isinstance(value, str):
+            annotation.string_value = value
+        elif name in _HEX:
+            annotation.pointer_value = unsigned(value)
+        else:
+            annotation.uint_value = unsigned(value)
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
+
+
+EXPORTER = Perfetto
