@@ -17,6 +17,9 @@ from pathlib import Path
 from recording_file import write_recording
 
 _COMMANDS = {
+    "replay": ["replay", "--handlers", str(Path(__file__).with_name("recording_file.py"))],
+    "recover": ["recover", "-o", "{folder}/clean.mcap"],
+    "report": ["report", "-o", "{folder}/report.html"],
     "inspect": ["inspect"],
     "inspect --full --json": ["inspect", "--full", "--json"],
     "inspect --outcome failed": ["inspect", "--outcome", "failed"],
@@ -32,7 +35,8 @@ def measure(arguments: list[str], folder: Path) -> tuple[float, int, int]:
     recording = folder / "recording.mcap"
     kept = {*folder.iterdir()}
     start = time.perf_counter()
-    command = [sys.executable, "-m", "vmibridge", arguments[0], str(recording), *arguments[1:]]
+    name, *options = (argument.format(folder=folder) for argument in arguments)
+    command = [sys.executable, "-m", "vmibridge", name, str(recording), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         # Of this child alone, where getrusage has the largest of all.
         _, status, usage = os.wait4(child.pid, 0)

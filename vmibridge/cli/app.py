@@ -188,9 +188,13 @@ def replay(
         ),
     ] = False,
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        Parameter(group=_CHECKS, help="What goes to standard error; debug shows tracebacks."),
-    ] = "warning",
+        Literal["debug", "info", "warning", "error", "critical"],
+        Parameter(
+            group=_CHECKS,
+            help="What goes to standard error; error tells of handlers that fail, debug shows"
+            " tracebacks.",
+        ),
+    ] = "critical",
 ) -> int:
     """Ask handlers again what a recording was asked, and compare.
 
