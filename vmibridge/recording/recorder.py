@@ -137,6 +137,8 @@ class Recorder(Tap):
         Raises `RecordingError` where `on_error` is "stop" and it cannot be written.
         """
         assert self._tasks is not None
+        # A cancellation from outside would come out of it, and the file would be left open.
+        self._tasks.cancel_scope.shield = True
         self._tasks.cancel_scope.cancel()
         await self._tasks.__aexit__(None, None, None)
         self._tasks = None
@@ -165,10 +167,15 @@ class Recorder(Tap):
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
     ) -> None:
         if self._tasks is None:
-            raise ServerStateError(
-                "the recorder is not open: use it in 'async with Recorder(...) as recorder:'"
+            stop(
+                ServerStateError(
+                    "the recorder is not open: use it in 'async with Recorder(...) as recorder:'"
+                )
             )
+            return
         self._stops[vm] = stop
+        if self.error is not None and self._on_error == "stop":
+            stop(self.error)
         self._add(SESSION, _session(vm, bridge, settings, self._redaction))
         self._cut()
 
@@ -234,7 +241,8 @@ class Recorder(Tap):
 
     def end(self, vm: str, summary: Summary) -> None:
         counts = {kind.value: count for kind, count in summary.outcomes.items()}
-        self._stops.pop(vm, None)
+        if self._stops.pop(vm, None) is None:
+            return
         text = f"{summary.total} traps"
         self._add(NOTE, Note("end", text, vm, counts={**counts, "native": summary.native}))
 
@@ -287,7 +295,12 @@ class Recorder(Tap):
                 return
             self._unwritten -= len(chunk)
             self._unwritten_traps -= chunk.traps
-            self._free()
+            # A small chunk, or one without traps, makes too little room.
+            if (
+                self._unwritten_traps + self._chunk.traps < self._most_traps
+                and self._unwritten < _MOST_UNWRITTEN
+            ):
+                self._free()
 
     def _write(self, chunk: ChunkBuilder) -> None:
         self._writer.add(chunk.pack())
