@@ -82,22 +82,26 @@ def write_all(
 
 
 @contextmanager
-def new_files(targets: Sequence[Path]) -> Iterator[tuple[Path, ...]]:
+def new_files(targets: Sequence[Path], *, replace: bool = False) -> Iterator[tuple[Path, ...]]:
     """Files to be written, which get their names at the end of the block, and are gone when
-    it raises.
+    it raises. Unless `replace`, there may be none of these names.
 
     Raises `ConfigError`, `RecordingError`. Readable by their owner only, as a recording is.
     """
     made: list[tuple[Path, Path]] = []
     try:
         for target in targets:
-            if target.exists():
+            if target.exists() and not replace:
                 raise _is_there(target)
             path = target.with_name(f".vmibridge-{secrets.token_hex(8)}.part")
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             made.append((path, target))
         yield tuple(path for path, _ in made)
-        _give_names(made)
+        if replace:
+            for path, target in made:
+                path.replace(target)
+        else:
+            _give_names(made)
     except OSError as error:
         told = error.strerror or str(error)
         raise RecordingError(f"{' and '.join(map(str, targets))}: {told}") from error
