@@ -65,6 +65,7 @@ bench: setup  ## what a trap costs, and how many may wait; minutes, pinned to on
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/lanes.py
 	$(BIN)/python benchmarks/waiting.py
+	$(BIN)/python benchmarks/recording.py
 
 lock: setup  ## lock the newest versions that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv

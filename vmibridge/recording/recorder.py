@@ -184,7 +184,7 @@ class Recorder(Tap):
             left_out = self._redaction.of(read_packet(event).request)
             if left_out:
                 self._left_out[event.vm, event.seq] = left_out
-                event = self._redaction.trap(event, left_out)
+            event = self._redaction.trap(event, left_out)
         self._add(TRAP, event)
         self._chunk.traps += 1
         if self._chunk.traps >= self._cut_at:
@@ -249,10 +249,11 @@ class Recorder(Tap):
     # --- into the file --------------------------------------------------------------
 
     def _access(self, event: TrapEvent, access: MemoryAccess) -> None:
-        if "memory" in self._left_out.get((event.vm, event.seq), _NOTHING):
+        if self._redacts and "memory" in self._left_out.get((event.vm, event.seq), _NOTHING):
             access = msgspec.structs.replace(access, data=None)
         self._add(MEMORY, access)
-        self.full = self.error is None and self._unwritten >= _MOST_UNWRITTEN
+        if self._unwritten >= _MOST_UNWRITTEN and self.error is None:
+            self.full = True
 
     def _add(self, channel: ChannelKind, message: Any) -> None:
         if self.error is not None:

@@ -8,6 +8,10 @@
 
 A trap that a rule is for loses its output and the text of its error, too: they may quote
 what was left out. Magic, request and method always stay.
+
+A value stays in the guest's registers when its request is over. So as soon as any value is
+left out, every trap loses the general registers in which it asks nothing; but where the
+guest itself passes a value on, in another request, a rule for that request is needed.
 """
 
 import re
@@ -23,6 +27,9 @@ from vmibridge.packet import BridgePacket
 
 _RULE = re.compile(r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|\d{1,5}):)?(?P<what>memory|value[1-4])")
 _VALUES = ("value1", "value2", "value3", "value4")
+_GENERAL = frozenset({"rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp"}) | {
+    f"r{number}" for number in range(8, 16)
+}
 _ANSWERS = ("rax", "rbx", "rcx", "rdx")
 
 
@@ -57,16 +64,22 @@ class Redaction:
         self.rules = tuple(
             RedactionRule.parse(rule) if isinstance(rule, str) else rule for rule in rules
         )
+        self._values = any(rule.what != "memory" for rule in self.rules)
 
     def of(self, request: int) -> frozenset[str]:
         """What is left out of a request: `memory`, names of values."""
         return frozenset(rule.what for rule in self.rules if rule.request in (None, request))
 
     def trap(self, event: TrapEvent, left_out: frozenset[str]) -> TrapEvent:
-        """The trap with zeros for the values that are left out."""
-        names = form_of(event.reason, event.width).names[2:]
-        zeros = {name: 0 for name, value in zip(names, _VALUES, strict=False) if value in left_out}
-        registers = msgspec.structs.replace(event.registers, **zeros)
+        """The trap with zeros for the values that are left out, and for what may repeat one."""
+        if not self._values:
+            return event
+        names = form_of(event.reason, event.width).names
+        hidden = {
+            name for name, value in zip(names[2:], _VALUES, strict=False) if value in left_out
+        }
+        zeros = (hidden | _GENERAL) - ({*names} - hidden)
+        registers = msgspec.structs.replace(event.registers, **dict.fromkeys(zeros, 0))
         return msgspec.structs.replace(event, registers=registers)
 
     def packet(self, packet: BridgePacket, left_out: frozenset[str]) -> BridgePacket:
