@@ -47,6 +47,7 @@ _SEARCH = 1 << 20
 _FRAME = struct.Struct("<BQ")
 _MESSAGE = struct.Struct("<HIQQ")
 _CHUNK = struct.Struct("<QQQI")
+_INDEX = struct.Struct("<BQHI")
 # "zstd" with its length in front, and the length and the first bytes of the data behind.
 _MARK = b"\x04\0\0\0zstd"
 _MARK_AT = _FRAME.size + _CHUNK.size
@@ -87,6 +88,8 @@ class RecordingReader:
         self.bytes_unpacked = 0
         """What the chunks came to, in this pass."""
         self._next = 0
+        self._tried = 0
+        """Bytes, in this pass, that looked like a chunk and were none."""
         try:
             self._file = self.path.open("rb")
             self.size = os.fstat(self._file.fileno()).st_size
@@ -127,6 +130,7 @@ class RecordingReader:
         self.problems, self.problem_count = [], 0
         self.complete = False
         self.bytes_unpacked = 0
+        self._tried = 0
         self._channels = {channel.id: channel for channel in CHANNELS}
         self._decoders = {channel.id: msgspec.msgpack.Decoder(channel.kind) for channel in CHANNELS}
         for at, opcode, length in self._records():
@@ -137,20 +141,21 @@ class RecordingReader:
                 except ValueError as error:
                     # Its length may be wrong, too, and reach over sound chunks.
                     self._tell(at, f"a chunk is damaged: {error}")
-                    if not self._is_record(end):
+                    sound = _lengths_agree(self._at(start, length)) and self._is_record(end)
+                    if not sound:
                         self._next = self._search(at + 1) or self.size
                 else:
                     self.bytes_unpacked += len(data)
                     yield at, data
-            elif opcode == Opcode.HEADER:
+            elif opcode == Opcode.HEADER and at == len(MCAP0_MAGIC):
                 self._check_header(self._at(start, length))
             elif opcode == Opcode.CHANNEL:
                 self._learn_channel(self._at(start, length))
             elif opcode == Opcode.MESSAGE:
                 # Outside of chunks, as other tools may write it.
                 yield at, self._at(at, _FRAME.size + length)
-            elif opcode == Opcode.FOOTER:
-                self.complete = self._at(end, len(MCAP0_MAGIC)) == MCAP0_MAGIC
+            elif opcode == Opcode.FOOTER and self._at(end, len(MCAP0_MAGIC)) == MCAP0_MAGIC:
+                self.complete = True
                 break
         self.bytes_read = self.size
         if not self.complete:
@@ -161,12 +166,19 @@ class RecordingReader:
         self._next = len(MCAP0_MAGIC)
         while True:
             at = self.bytes_read = self._next
-            frame = self._at(at, _FRAME.size)
-            if len(frame) < _FRAME.size:
+            head = self._at(at, _MARK_AT + len(_MARK))
+            if len(head) < _FRAME.size:
                 return
-            opcode, length = _FRAME.unpack(frame)
+            opcode, length = _FRAME.unpack_from(head)
             end = at + _FRAME.size + length
-            if opcode and length <= MAX_RECORD and end <= self.size:
+            if opcode != Opcode.CHUNK and head[_MARK_AT:] == _MARK:
+                self._tell(at, f"a chunk is damaged: its opcode is {opcode}")
+                opcode = Opcode.CHUNK
+            fits = length <= MAX_RECORD and end <= self.size
+            if opcode == Opcode.MESSAGE_INDEX and len(head) >= _INDEX.size:
+                # A wrong length would reach over sound chunks.
+                fits = fits and length == 6 + _INDEX.unpack_from(head)[3]
+            if opcode and fits:
                 self._next = end
                 yield at, opcode, length
                 continue
@@ -180,11 +192,9 @@ class RecordingReader:
         self, offset: int, data: bytes, wanted: Collection[ChannelKind]
     ) -> Iterator[TimedMessage]:
         at, size = 0, len(data)
-        decoders = {
-            number: self._decoders[channel.id].decode
-            for number, channel in self._channels.items()
-            if channel in wanted
-        }
+        decoders = {channel.id: self._decoders[channel.id].decode for channel in wanted}
+        # A chunk may describe channels in front of their messages.
+        channel_of = self._channels.get
         view = memoryview(data)
         frame, head = _FRAME.unpack_from, _MESSAGE.unpack_from
         while at < size:
@@ -201,8 +211,9 @@ class RecordingReader:
                 if length < 22:
                     self._tell(offset, "a message is too short")
                     return
-                channel, _, time, _ = head(data, at)
-                decode = decoders.get(channel)
+                number, _, time, _ = head(data, at)
+                channel = channel_of(number)
+                decode = None if channel is None else decoders.get(channel.id)
                 if decode is not None:
                     try:
                         message = decode(view[at + 22 : end])
@@ -250,7 +261,9 @@ class RecordingReader:
                         _unpack(self._at(place + 9, length))
                     except ValueError:
                         guesses += 1
-                        if guesses > _MOST_GUESSES:
+                        self._tried += length
+                        # True chunks that are damaged do not overlap.
+                        if guesses > _MOST_GUESSES or self._tried > self.size:
                             return None
                     else:
                         return place
@@ -314,6 +327,17 @@ def _unpack(body: bytes) -> bytes:
     if crc and zlib.crc32(data) != crc:
         raise ValueError("its CRC is wrong")
     return data
+
+
+def _lengths_agree(body: bytes) -> bool:
+    """Whether what a chunk says of its data leads to where the record ends."""
+    try:
+        _, at = _text(body, _CHUNK.size)
+        (length,) = struct.unpack_from("<Q", body, at)
+    except (ValueError, struct.error):
+        return False
+    ends: bool = at + 8 + length == len(body)
+    return ends
 
 
 def _decompress(packed: memoryview, size: int) -> bytes:

@@ -20,6 +20,8 @@ _MOST_OPEN = 16_384
 """Traps that may wait for their reply; beyond it the oldest is given without."""
 _MOST_HELD = 32 << 20
 """Bytes of memory accesses that they may have; beyond it further ones are left out."""
+_MOST_NAMED = 32 << 20
+"""Characters that the names of their VMs may have; beyond it the oldest are given without."""
 
 
 class RecordedTrap(msgspec.Struct):
@@ -42,15 +44,17 @@ class RecordedTrap(msgspec.Struct):
 def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
     """The traps among these messages. Accesses and replies whose trap was lost are left out."""
     open_traps: dict[tuple[str, int], RecordedTrap] = {}
-    held = 0
+    held = named = 0
     for time, message in messages:
         if isinstance(message, TrapEvent):
             key = (message.vm, message.seq)
-            stale = open_traps.pop(key, None)
-            if stale is None and len(open_traps) >= _MOST_OPEN:
-                stale = open_traps.pop(next(iter(open_traps)))
-            if stale is not None:
+            named += len(message.vm)
+            while open_traps and (
+                key in open_traps or len(open_traps) >= _MOST_OPEN or named > _MOST_NAMED
+            ):
+                stale = open_traps.pop(key if key in open_traps else next(iter(open_traps)))
                 held -= _size(stale)
+                named -= len(stale.event.vm)
                 yield stale
             open_traps[key] = RecordedTrap(time, message, _packet(message))
         elif isinstance(message, MemoryAccess):
@@ -67,6 +71,7 @@ def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
             if trap is not None:
                 trap.reply, trap.reply_time = message, time
                 held -= _size(trap)
+                named -= len(message.vm)
                 yield trap
     yield from open_traps.values()
 
@@ -85,4 +90,4 @@ def _size(trap: RecordedTrap) -> int:
 
 def _access_size(access: MemoryAccess) -> int:
     # An access without bytes takes room, too.
-    return 256 + (0 if access.data is None else len(access.data))
+    return 256 + len(access.data or b"") + len(access.error or "") + len(access.vm)

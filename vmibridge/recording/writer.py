@@ -59,7 +59,8 @@ class RecordingWriter:
         try:
             self._write(built(builder))
         except OSError as error:
-            os.close(self._fd)
+            self.close()
+            path.unlink(missing_ok=True)
             raise RecordingError(f"{path}: {error.strerror}") from error
 
     def add(self, chunk: PackedChunk) -> None:

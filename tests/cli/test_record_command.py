@@ -1,0 +1,325 @@
+"""`vmibridge run --record` and `vmibridge recover`: what is in the file, however the run ends.
+
+A recording that is killed is a prefix of what happened: at most 1,000 traps and a fifth of a
+second are missing.
+"""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+from probe_guest import calls, command
+
+from vmibridge.recording.messages import Note, Session
+from vmibridge.recording.reader import RecordingReader
+from vmibridge.recording.recover import recover
+from vmibridge.recording.traps import recorded_traps
+
+FLUSH_TRAPS = 1000
+FLUSH_SECONDS = 0.2
+SLACK = 0.3
+"""Seconds that a busy machine may hold up the thread that writes."""
+
+# Counts in r8, which no answer changes, so that each trap has a number.
+ENDLESS = """
+    xor r8, r8
+again:
+    inc r8
+    mov ecx, 0x42494d56
+    mov edx, 1 << 16 | 0x100
+    vmcall
+    jmp again
+"""
+COUNTED = ENDLESS.replace("jmp again", "cmp r8, {count}\n    jne again\n    hlt")
+
+
+def contents(path):
+    """The sessions, traps and notes of a file that is whole."""
+    with RecordingReader(path) as reader:
+        messages = list(reader.messages())
+        assert reader.complete
+        assert reader.problems == []
+    sessions, notes = ([m for _, m in messages if type(m) is kind] for kind in (Session, Note))
+    return sessions, list(recorded_traps(messages)), notes
+
+
+def run(image, handlers, *options, code=None):
+    guest = f"unicorn:{image(code or calls(1, 2, 3, 5))}"
+    return ["run", "--backend", guest, "--handlers", handlers, *options]
+
+
+def told_by_json(lines):
+    return [(each["seq"], each["outcome"], each["values"][0]) for each in map(json.loads, lines)]
+
+
+def told_by_file(traps):
+    return [(trap.event.seq, trap.reply.kind.value, trap.packet.value1) for trap in traps]
+
+
+# --- a run that ends ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", [["--async-backend", "trio"], ["--uvloop"], []], ids=str)
+def test_the_file_holds_what_was_shown(vmibridge, image, handlers, tmp_path, loop):
+    done = vmibridge(*run(image, handlers, "--json", "--record", "run.mcap", *loop))
+    assert done.returncode == 0, done.stderr
+    sessions, traps, notes = contents(tmp_path / "run.mcap")
+    assert [each.vm for each in sessions] == ["vm"]
+    assert told_by_file(traps) == told_by_json(done.stdout.splitlines()[:-1])
+    assert [trap.reply.kind.value for trap in traps] == ["handled", "timeout", "failed", "handled"]
+    assert [(note.kind, note.counts["handled"]) for note in notes] == [("end", 2)]
+    # It may hold secrets of the guest.
+    assert (tmp_path / "run.mcap").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
+def test_a_signal_leaves_a_whole_file(image, handlers, tmp_path, number):
+    arguments = run(image, handlers, "--json", "--record", "run.mcap", code=ENDLESS)
+    with subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    ) as process:
+        lines = [process.stdout.readline()]
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    *lines, summary = [*lines, *rest.splitlines()]
+    _, traps, notes = contents(tmp_path / "run.mcap")
+    assert told_by_file(traps) == told_by_json(lines)
+    assert len(traps) == json.loads(summary)["summary"]["total"]
+    assert [note.kind for note in notes] == ["end"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "values"),
+    [
+        ([], (0x5EC2E7, 0x5EC2E8)),
+        (["value1"], (0, None)),
+        (["0x0100:value1"], (0, None)),
+        (["0x0101:value1", "memory"], (0x5EC2E7, 0x5EC2E8)),
+        (["memory", "256:value1"], (0, None)),
+    ],
+)
+def test_redaction(vmibridge, image, handlers, tmp_path, rules, values):
+    options = [option for rule in rules for option in ("--redact", rule)]
+    code = calls(1, value="0x5EC2E7")
+    done = vmibridge(*run(image, handlers, "--json", "--record", "a.mcap", *options, code=code))
+    assert done.returncode == 0, done.stderr
+    # What is shown is not what is recorded.
+    assert told_by_json(done.stdout.splitlines()[:-1]) == [(1, "handled", 0x5EC2E7)]
+    (session,), (trap,), _ = contents(tmp_path / "a.mcap")
+    assert (trap.packet.value1, trap.reply.writes.rax) == values
+    assert len(session.redaction) == len(rules)
+
+
+# --- a run that does not begin ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "told"),
+    [
+        (["--record", "new.mcap", "--redact", "value9"], 2, "'value9' is no redaction"),
+        (["--record", "new.mcap", "--redact", "0x10000:memory"], 2, "is no redaction"),
+        (["--redact", "memory"], 2, "--redact is about a recording: give --record FILE, too"),
+        (["--unrecorded", "stop"], 2, "--unrecorded is about a recording: give --record FILE, too"),
+        (["--record", "old.mcap"], 1, "old.mcap: is there already"),
+        (["--record", "none/new.mcap"], 1, "none/new.mcap: No such file or directory"),
+        (["--record", "."], 1, ".: is there already"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_the_guest_runs(
+    vmibridge, image, handlers, tmp_path, options, status, told
+):
+    (tmp_path / "old.mcap").write_bytes(b"precious")
+    done = vmibridge(*run(image, handlers, *options))
+    assert done.returncode == status
+    assert done.stdout == ""
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "old.mcap").read_bytes() == b"precious"
+    assert not (tmp_path / "new.mcap").exists()
+
+
+# --- a full disk --------------------------------------------------------------------------
+
+
+def full_after(size):
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+
+
+ENDS_HERE = "run.mcap: the recording ends here: File too large"
+
+
+@pytest.mark.parametrize("options", [[], ["--unrecorded", "stop"]], ids=str)
+def test_a_full_disk_stops_the_run(vmibridge, image, handlers, tmp_path, options):
+    arguments = run(image, handlers, "--record", "run.mcap", *options, "--json", code=ENDLESS)
+    done = vmibridge(*arguments, "--log-level", "warning", preexec_fn=full_after(90_000))
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("vmibridge: ")] == [
+        f"vmibridge: {ENDS_HERE}"
+    ]
+    assert "Traceback" not in done.stderr
+    kept = recover(tmp_path / "run.mcap", tmp_path / "clean.mcap")
+    assert [problem.text for problem in kept.problems] == [
+        "the file ends here: it is truncated, or was not finished"
+    ]
+    numbers = [trap.event.seq for trap in contents(tmp_path / "clean.mcap")[1]]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert numbers
+
+
+def test_or_lets_it_go_on_unrecorded(vmibridge, image, handlers, tmp_path):
+    code = COUNTED.format(count=5000)
+    arguments = run(image, handlers, "--json", "--record", "run.mcap", code=code)
+    done = vmibridge(*arguments, "--unrecorded", "continue", preexec_fn=full_after(90_000))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["summary"]["total"] == 5000
+    assert f"{ENDS_HERE}; the run goes on unrecorded" in done.stderr
+    lost = int(done.stderr.split("; ")[-1].split()[0])
+    recover(tmp_path / "run.mcap", tmp_path / "clean.mcap")
+    assert len(contents(tmp_path / "clean.mcap")[1]) + lost == 5000
+
+
+def test_no_room_at_all_is_told_before_the_guest_runs(vmibridge, image, handlers):
+    arguments = run(image, handlers, "--record", "run.mcap")
+    done = vmibridge(*arguments, preexec_fn=full_after(100))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "vmibridge: run.mcap: File too large\n"
+
+
+# --- vmibridge recover --------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(vmibridge, image, handlers, tmp_path):
+    assert vmibridge(*run(image, handlers, "--record", "run.mcap")).returncode == 0
+    return tmp_path / "run.mcap"
+
+
+@pytest.fixture
+def truncated(recorded):
+    recorded.write_bytes(recorded.read_bytes()[:-100])
+    return recorded
+
+
+def test_recover_tells_what_was_lost_and_what_is_kept(vmibridge, truncated, tmp_path):
+    done = vmibridge("recover", "run.mcap", "-o", "clean.mcap")
+    assert (done.returncode, done.stderr) == (0, "")
+    problem, kept = done.stdout.splitlines()
+    assert problem.startswith("run.mcap: at byte ")
+    assert problem.endswith(": the file ends here: it is truncated, or was not finished")
+    assert kept == "clean.mcap: 1 session, 4 trap, 4 reply, 2 note kept"
+    sessions, traps, notes = contents(tmp_path / "clean.mcap")
+    assert (len(sessions), len(traps), [each.kind for each in notes]) == (1, 4, ["end", "lost"])
+
+
+def test_recover_as_json(vmibridge, truncated):
+    done = vmibridge("recover", "run.mcap", "--output", "clean.mcap", "--json")
+    told = json.loads(done.stdout)
+    assert told["messages"] == {"session": 1, "trap": 4, "memory": 0, "reply": 4, "note": 2}
+    assert (told["complete"], told["problem_count"], len(told["problems"])) == (False, 1, 1)
+
+
+def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
+    done = vmibridge("recover", "run.mcap", "-o", "clean.mcap")
+    assert done.stdout.splitlines() == [
+        "run.mcap: is whole; there was nothing to recover",
+        "clean.mcap: 1 session, 4 trap, 4 reply, 1 note kept",
+    ]
+    assert contents(tmp_path / "clean.mcap") == contents(recorded)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "status", "told"),
+    [
+        ("probe.py", "clean.mcap", 2, "probe.py: is no MCAP file"),
+        ("missing.mcap", "clean.mcap", 2, "missing.mcap: No such file or directory"),
+        (".", "clean.mcap", 2, ".: Is a directory"),
+        ("run.mcap", "probe.py", 2, "probe.py: is there already"),
+        ("run.mcap", "run.mcap", 2, "run.mcap: is there already"),
+        ("run.mcap", "none/clean.mcap", 1, "none/clean.mcap: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_recovered_is_one_line(
+    vmibridge, recorded, tmp_path, source, target, status, told
+):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    done = vmibridge("recover", source, "-o", target)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith(f"vmibridge: {told}")
+    assert done.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+# --- kill -9 ------------------------------------------------------------------------------
+
+# Tells each trap to a file of its own, which outlives the process, before it answers.
+WITNESS = '''
+import os
+import time
+
+from vmibridge import BridgeHandler, BridgeResponse
+
+class Witness(BridgeHandler[None]):
+    """Writes down what it was asked, and when."""
+    MAGIC = 0x42494D56
+    REQUEST = 0x0100
+    file = os.open("witness", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    async def handle(self, vmi, packet):
+        os.write(self.file, b"%d %d\\n" % (packet.value1, time.monotonic_ns()))
+        return BridgeResponse(value1=packet.value1)
+'''
+
+
+def kill_while_recording(folder, guest, seconds):
+    """How many traps were witnessed and recorded, and what the missing ones' ages were."""
+    folder.mkdir()
+    (folder / "witness.py").write_text(WITNESS)
+    witness = folder / "witness"
+    arguments = ["--backend", f"unicorn:{guest}", "--handlers", "witness.py", "--json"]
+    with subprocess.Popen(
+        command("run", *arguments, "--record", "run.mcap"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder,
+    ) as process:  # fmt: skip
+        while not (witness.exists() and witness.stat().st_size):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        time.sleep(seconds)
+        process.kill()
+    lines = [tuple(map(int, line.split())) for line in witness.read_text().splitlines()]
+    assert [number for number, _ in lines] == list(range(1, len(lines) + 1))
+    recover(folder / "run.mcap", folder / "clean.mcap")
+    sessions, traps, notes = contents(folder / "clean.mcap")
+    assert [each.vm for each in sessions] == ["vm"]
+    assert [note.kind for note in notes] == ["lost"]
+    # From the first trap to the last, without a hole.
+    assert [trap.event.seq for trap in traps] == list(range(1, len(traps) + 1))
+    assert all(trap.packet.value1 == trap.event.seq for trap in traps)
+    last = lines[-1][1]
+    return len(lines), len(traps), [(last - at) / 1e9 for _, at in lines[len(traps) :]]
+
+
+def check_kills(folder, guest, count, seed):
+    moments = random.Random(seed)
+    jobs = [(folder / str(number), moments.uniform(0.2, 1.2)) for number in range(count)]
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda job: kill_while_recording(job[0], guest, job[1]), jobs))
+    missing = [ages for _, _, ages in ends]
+    assert max(map(len, missing)) <= FLUSH_TRAPS
+    assert max(age for ages in missing for age in [0, *ages]) <= FLUSH_SECONDS + SLACK
+    assert all(recorded for _, recorded, _ in ends)
+
+
+def test_what_a_killed_run_has_recorded_is_a_prefix_of_what_happened(image, tmp_path):
+    check_kills(tmp_path, image(ENDLESS), 8, seed=9)
+
+
+@pytest.mark.slow
+def test_and_so_it_is_at_any_moment(image, tmp_path):
+    check_kills(tmp_path, image(ENDLESS), 200, seed=200)
