@@ -271,6 +271,7 @@ class TestExitStatus:
             " pip install 'vmibridge[recording]'\n"
         )
 
+    @pytest.mark.usefixtures("unmeasured")
     @pytest.mark.parametrize("to", ["jsonl", "perfetto", "sqlite", "parquet"])
     def test_1_when_the_disk_is_full(self, hand_made, tmp_path, to):
         # A file may have one block.

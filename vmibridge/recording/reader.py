@@ -39,7 +39,11 @@ MAX_CHUNK = 32 << 20
 """Bytes of a chunk, unpacked."""
 MAX_RECORD = MAX_CHUNK + (1 << 20)
 """Bytes of a record in the file."""
+MAX_MESSAGE = MAX_CHUNK - (2 << 20)
+"""Bytes of a message: with those of before it, it still fits into a chunk when recovered."""
 _MOST_PROBLEMS = 100
+_MOST_TEXT = 200
+"""Characters of a problem, which may quote the file."""
 _MOST_GUESSES = 1000
 """Places that look like a chunk and are none, after which a search is given up."""
 _SEARCH = 1 << 20
@@ -211,6 +215,10 @@ class RecordingReader:
                 if length < 22:
                     self._tell(offset, "a message is too short")
                     return
+                if length > MAX_MESSAGE:
+                    self._tell(offset, f"a message has {length} bytes, {MAX_MESSAGE} is the most")
+                    at = end
+                    continue
                 number, _, time, _ = head(data, at)
                 channel = channel_of(number)
                 decode = None if channel is None else decoders.get(channel.id)
@@ -298,7 +306,7 @@ class RecordingReader:
     def _tell(self, offset: int, text: str) -> None:
         self.problem_count += 1
         if len(self.problems) < _MOST_PROBLEMS:
-            self.problems.append(Problem(offset, text))
+            self.problems.append(Problem(offset, text[:_MOST_TEXT]))
 
 
 def _unpack(body: bytes) -> bytes:

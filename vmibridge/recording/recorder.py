@@ -8,9 +8,10 @@
 Rules:
 
 - On the loop a message is encoded into a buffer; a thread compresses and writes.
-- At any moment, what is not in the file yet is at most `flush_traps` traps, none of them
-  older than `flush_interval`, as long as the disk keeps up and the loop runs. When the
-  disk does not keep up, the guests wait (`full`): nothing is dropped.
+- At any moment, what is not in the file yet is at most `flush_traps` traps, and one for
+  each vCPU beyond the first. None of them is older than `flush_interval`, as long as the
+  disk keeps up and the loop runs. When the disk does not keep up, the guests wait
+  (`full`): nothing is dropped.
 - When the file cannot be written any more, nothing waits for it. What is next was chosen
   before: the VMs are stopped, or go on unrecorded; `lost` counts the traps.
 """
@@ -149,7 +150,9 @@ class Recorder(Tap):
                 await anyio.to_thread.run_sync(finish)
             except OSError as lost:
                 self._fail(lost)
-        if self.error is not None:
+        if self.error is None:
+            log.info("%s: %d traps were recorded", self.path, self._writer.counts.get(TRAP.id, 0))
+        else:
             log.error("%s; %d traps were not recorded", self.error, self.lost)
             if self._on_error == "stop" and kind is None:
                 raise self.error

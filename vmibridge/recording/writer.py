@@ -51,7 +51,8 @@ class RecordingWriter:
         self._at = 0
         """Bytes of the file that are whole."""
         self._chunks: list[ChunkIndex] = []
-        self._counts: dict[int, int] = {}
+        self.counts: dict[int, int] = {}
+        """Messages in the file, by channel."""
         builder = RecordBuilder()
         builder.write(MCAP0_MAGIC)
         Header(PROFILE, library).write(builder)
@@ -60,7 +61,9 @@ class RecordingWriter:
             self._write(built(builder))
         except OSError as error:
             self.close()
-            path.unlink(missing_ok=True)
+            if not overwrite:
+                # One of nothing would be in the way; what was there before may be a device.
+                path.unlink(missing_ok=True)
             raise RecordingError(f"{path}: {error.strerror}") from error
 
     def add(self, chunk: PackedChunk) -> None:
@@ -83,7 +86,7 @@ class RecordingWriter:
             )
         )
         for channel, count in chunk.counts.items():
-            self._counts[channel] = self._counts.get(channel, 0) + count
+            self.counts[channel] = self.counts.get(channel, 0) + count
 
     def finish(self) -> None:
         """Write the index and close the file. On `OSError` it is closed without an index."""
@@ -135,9 +138,9 @@ class RecordingWriter:
         Statistics(
             attachment_count=0,
             channel_count=len(CHANNELS),
-            channel_message_counts=self._counts,
+            channel_message_counts=self.counts,
             chunk_count=len(self._chunks),
-            message_count=sum(self._counts.values()),
+            message_count=sum(self.counts.values()),
             metadata_count=0,
             message_start_time=min((each.message_start_time for each in self._chunks), default=0),
             message_end_time=max((each.message_end_time for each in self._chunks), default=0),

@@ -31,20 +31,20 @@ function shownText({ facts, count: shown }) {
   );
 }
 
-function factsOf(pairs) {
-  const list = el("dl", { className: "facts" });
+function factsOf(pairs, className = "facts") {
+  const list = el("dl", { className });
   for (const [name, value] of pairs) list.append(el("dt", {}, name), el("dd", {}, value));
   return list;
 }
 
-function sessionOf(session) {
+function sessionOf(session, at, sessions) {
   const facts = factsOf([
     ["VM", session.vm],
     ["Started", session.started || "not known"],
     ["Event loop", session.loop || "not known"],
     ["Versions", session.versions.join(", ") || "not known"],
     ["Left out", session.redaction.join(", ") || "nothing"],
-  ]);
+  ], "session-facts");
   const head = ["Handler", "Class", "Magic", "Request", "Stamps", "Methods", "Source"];
   const rows = session.handlers.map((each) => [
     each.name,
@@ -58,7 +58,7 @@ function sessionOf(session) {
   const number = session.handlers.length + session.more_handlers;
   const handlers = el(
     "details",
-    { open: number <= 4 },
+    { open: number <= 4 && sessions.length === 1 },
     el("summary", {}, `${number} ${number === 1 ? "handler" : "handlers"}`),
     el("div", { className: "scroll" }, tableOf(el("table"), head, rows)),
     session.more_handlers ? el("p", {}, `${session.more_handlers} more are not shown`) : null,
@@ -124,9 +124,11 @@ function showLatency(latencies) {
   const select = byId("latency-of");
   select.append(...latencies.map(({ label, count: number }, at) =>
     el("option", { value: at }, `${label} (${count(number)})`)));
+  const figure = byId("histogram");
+  const draw = () => figure.replaceChildren(histogramOf(latencies[select.value], figure.clientWidth));
   const show = () => {
     const latency = latencies[select.value];
-    byId("histogram").replaceChildren(histogramOf(latency));
+    draw();
     byId("quantiles").replaceChildren(
       ...["p50", "p90", "p99", "p99.9", "max"].flatMap((name) => [
         el("dt", {}, name),
@@ -136,6 +138,7 @@ function showLatency(latencies) {
   };
   select.addEventListener("change", show);
   show();
+  new ResizeObserver(draw).observe(figure);
 }
 
 function svg(name, attributes, ...children) {
@@ -146,8 +149,8 @@ function svg(name, attributes, ...children) {
 }
 
 /** Bars of a quarter of an octave over a logarithmic axis, with the quantiles. */
-function histogramOf(latency) {
-  const [width, height, foot, top] = [760, 220, 22, 44];
+function histogramOf(latency, wide) {
+  const [width, height, foot, top] = [Math.max(wide, 280), 220, 22, 44];
   const bars = new Map();
   for (const [bucket, number] of latency.buckets) {
     const bar = Math.floor(bucket / 8);
@@ -158,8 +161,9 @@ function histogramOf(latency) {
     drawing.append(svg("text", { x: 10, y: 30 }, "no trap with a reply"));
     return drawing;
   }
-  const first = Math.min(...bars.keys()) - 2;
-  const last = Math.max(...bars.keys()) + 3;
+  const beside = Math.max(2, Math.ceil((16 - (Math.max(...bars.keys()) - Math.min(...bars.keys()))) / 2));
+  const first = Math.min(...bars.keys()) - beside;
+  const last = Math.max(...bars.keys()) + beside + 1;
   const most = Math.max(...bars.values());
   const x = (bar) => ((bar - first) / (last - first)) * width;
   const xOf = (nanoseconds) => x(Math.log2(Math.max(nanoseconds, 1)) * 4);
@@ -168,7 +172,7 @@ function histogramOf(latency) {
   drawing.append(svg("line", { class: "axis", x1: 0, x2: width, y1: base, y2: base }));
   for (let decade = 1; decade < 1e17; decade *= 10) {
     const at = xOf(decade);
-    if (at < 15 || at > width - 15 || Math.log2(decade) * 4 < first) continue;
+    if (Math.log2(decade) * 4 < first || at < 15 || at > width - 15) continue;
     drawing.append(
       svg("line", { class: "axis", x1: at, x2: at, y1: top, y2: base }),
       svg("text", { x: at, y: height - 6, "text-anchor": "middle" }, durationText(decade).replace(/\.0+/, "")),
@@ -184,9 +188,11 @@ function histogramOf(latency) {
   }
   ["p50", "p90", "p99"].forEach((name, step) => {
     const at = xOf(latency[name]);
+    const y = 12 + step * 13;
+    const side = at > width - 90 ? { x: at - 4, "text-anchor": "end" } : { x: at + 4 };
     drawing.append(
-      svg("line", { class: "mark", x1: at, x2: at, y1: 12 + step * 13, y2: base }),
-      svg("text", { class: "mark-text", x: at + 3, y: 12 + step * 13 }, `${name} ${durationText(latency[name])}`),
+      svg("line", { class: "mark", x1: at, x2: at, y1: y - 9, y2: base }),
+      svg("text", { class: "mark-text", y, ...side }, `${name} ${durationText(latency[name])}`),
     );
   });
   return drawing;
