@@ -2,6 +2,7 @@
 
 | spec | the VM |
 |---|---|
+| `qemu-plugin:unix:PATH?mode=0o600` | the QEMUs that connect with the plugin |
 | `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false` | a recording, played from its file |
 | `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
 """
@@ -31,8 +32,22 @@ def _replay(path: str, options: str, vm: str) -> Backend:
     )
 
 
+def _qemu_plugin(where: str, options: str, vm: str) -> Backend:
+    from vmibridge.backend.qemu_plugin.backend import QemuPluginBackend, QemuPluginOptions
+
+    kind, _, path = where.partition(":")
+    if kind != "unix" or not path:
+        raise BackendSpecError(
+            "qemu-plugin: needs the path of a socket, as in qemu-plugin:unix:/run/vmibridge.sock"
+        )
+    given = parse_options(
+        f"qemu-plugin:{where}", options, QemuPluginOptions, {"mode": "a mode, such as 0o600"}
+    )
+    return QemuPluginBackend(Path(path), given, vm)
+
+
 BACKENDS: Mapping[str, Callable[[str, str, str], Backend]] = MappingProxyType(
-    {"replay": _replay, "unicorn": _unicorn}
+    {"qemu-plugin": _qemu_plugin, "replay": _replay, "unicorn": _unicorn}
 )
 """From a backend's name to what makes it, given path, options and the name of the VM."""
 
