@@ -31,20 +31,20 @@ function shownText({ facts, count: shown }) {
   );
 }
 
-function factsOf(pairs, className = "facts") {
-  const list = el("dl", { className });
+function factsOf(pairs) {
+  const list = el("dl", { className: "facts" });
   for (const [name, value] of pairs) list.append(el("dt", {}, name), el("dd", {}, value));
   return list;
 }
 
 function sessionOf(session, at, sessions) {
-  const facts = factsOf([
+  const facts = el("dl", { className: "session-facts" }, ...[
     ["VM", session.vm],
     ["Started", session.started || "not known"],
     ["Event loop", session.loop || "not known"],
     ["Versions", session.versions.join(", ") || "not known"],
     ["Left out", session.redaction.join(", ") || "nothing"],
-  ], "session-facts");
+  ].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
   const head = ["Handler", "Class", "Magic", "Request", "Stamps", "Methods", "Source"];
   const rows = session.handlers.map((each) => [
     each.name,
