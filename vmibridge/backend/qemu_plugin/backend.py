@@ -16,6 +16,7 @@ import itertools
 import logging
 import socket
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -68,26 +69,47 @@ class _Vcpu:
         self.lane = lane
         self.pending: TrapEvent | None = None
         self.gone = False
-        self._stream = stream
         self._socket: socket.socket = stream.extra(  # noqa: S610
             SocketAttribute.raw_socket
         )
         self._reads: deque[_Reply] = deque()
+        self._unsent = bytearray()
+        self._sending = anyio.Lock()
 
     async def send(self, data: bytes) -> None:
-        """Raises `BackendError` when the connection is gone."""
+        """Raises `BackendError` when the connection is gone.
+
+        Cancelled, what is left of the frame goes out before the next one.
+        """
+        others = bool(self._unsent)
+        self._unsent += data
         try:
             # There is room for an answer, unless something large is on its way.
-            sent = self._socket.send(data)
-        except BlockingIOError:
-            sent = 0
+            if not others:
+                self._flush()
+            if self._unsent:
+                async with self._sending:
+                    await self._flush_all()
         except OSError as error:
             raise BackendError(f"{_GONE}: {error.strerror}") from error
-        if sent < len(data):
-            try:
-                await self._stream.send(data[sent:])
-            except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                raise BackendError(_GONE) from error
+        except anyio.ClosedResourceError as error:
+            raise BackendError(_GONE) from error
+
+    async def _flush_all(self) -> None:
+        while self._unsent:
+            if self.gone:
+                raise anyio.ClosedResourceError
+            await anyio.wait_writable(self._socket)
+            self._flush()
+
+    def _flush(self) -> None:
+        with suppress(BlockingIOError):
+            del self._unsent[: self._socket.send(self._unsent)]
+
+    @property
+    def waits(self) -> bool:
+        """Whether the vCPU stands still, as far as is known."""
+        return self.pending is not None or bool(self._unsent)
 
     async def access(self, address: int, frame: bytes) -> bytes:
         """Send a memory access; returns the body of its reply. Raises `GuestMemoryError`."""
@@ -115,6 +137,7 @@ class _Vcpu:
     def lose(self) -> None:
         """The connection is gone."""
         self.gone = True
+        anyio.notify_closing(self._socket)
         for reply in self._reads:
             reply.arrived.set()
         self._reads.clear()
@@ -223,6 +246,9 @@ class QemuPluginBackend(Backend):
             self._connected -= 1
             if vcpu is not None:
                 self._lose(vcpu, why)
+            # A peer that never was a vCPU may be the last to leave.
+            if self._ends and not self._connected:
+                self._over.set()
 
     async def _shake_hands(self, stream: UNIXSocketStream, frames: FrameReader) -> Hello | None:
         while (frame := frames.next()) is None:
@@ -277,11 +303,9 @@ class QemuPluginBackend(Backend):
     def _lose(self, vcpu: _Vcpu, why: str) -> None:
         vcpu.lose()
         reason = "stopped" if self._stopped else "halted"
-        if vcpu.pending is not None and not self._stopped:
+        if vcpu.waits and not self._stopped:
             reason, why = "lost", f"{why}, with a trap that was not answered"
         self._ends[vcpu.lane] = VcpuEnd(vcpu.lane, reason, why)
-        if not self._connected:
-            self._over.set()
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Send the answer. Raises `BackendError` when the VM is gone."""

@@ -483,6 +483,7 @@ static size_t prefixes_of(const uint8_t *code, size_t size)
 
 static void on_translation(void *tb, void *unused)
 {
+    (void)unused;
     size_t count = qemu_plugin_tb_n_insns(tb);
     unsigned code_width = 0;
     bool any = false;
@@ -523,6 +524,7 @@ static void on_translation(void *tb, void *unused)
 
 static void on_vcpu(unsigned number, void *unused)
 {
+    (void)unused;
     if (number >= MOST_VCPUS) {
         say("%s", "has more vCPUs than this plugin serves; the others run natively");
         return;
