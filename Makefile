@@ -6,17 +6,18 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup system check lint types layers coverage test test-slow soak demo bench lock clean
+.PHONY: help setup system check lint types layers coverage test test-slow soak demo bench qemu plugin lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: system $(INSTALLED)  ## the virtual environment in .venv, from locked versions
 
-# nasm assembles the guests; chromium opens the report in the tests. Debian keeps what `python3 -m venv` needs in a package of its own.
+# nasm assembles the guests, gcc compiles the QEMU plugin; chromium opens the report in the tests. Debian keeps what `python3 -m venv` needs in a package of its own.
 system:
 	@missing=; \
 	command -v nasm >/dev/null || missing="$$missing nasm"; \
+	command -v cc >/dev/null || missing="$$missing gcc libc6-dev"; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	[ -z "$$missing" ] && exit 0; \
@@ -67,10 +68,16 @@ bench: setup  ## what a trap costs, and how many may wait; minutes, pinned to on
 	$(BIN)/python benchmarks/waiting.py
 	$(BIN)/python benchmarks/recording.py
 
+qemu:  ## QEMU 11.1 in .qemu, for the plugin: linked to, or unpacked from Debian's packages
+	@guest/qemu/fetch-qemu
+
+plugin: setup  ## the QEMU plugin, .qemu/vmibridge-plugin.so
+	@$(BIN)/vmibridge qemu build-plugin -o .qemu/vmibridge-plugin.so
+
 lock: setup  ## lock the newest versions that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
 		--generate-hashes --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) .qemu .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -238,7 +238,9 @@ def anchors(document):
 # --- reference tables -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["run", "handlers list", "inspect", "export"])
+@pytest.mark.parametrize(
+    "command", ["run", "handlers list", "inspect", "export", "qemu build-plugin"]
+)
 def test_every_option_is_there(command, environment):
     help_text = run(
         [sys.executable, "-m", "vmibridge", *command.split(), "--help"],

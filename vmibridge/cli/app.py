@@ -16,6 +16,8 @@ app = App(
 )
 handlers_app = App(name="handlers", help="Look at handlers.")
 app.command(handlers_app)
+qemu_app = App(name="qemu", help="What QEMU needs to be a backend.")
+app.command(qemu_app)
 
 _CHECKS = Group("Looking at what happens")
 _RECORDING = Group("Recording")
@@ -329,6 +331,27 @@ def list_handlers(
     from vmibridge.cli.handlers import show_handlers
 
     return show_handlers(sources, as_json=json)
+
+
+@qemu_app.command(name="build-plugin")
+def build_qemu_plugin(
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="The file to make.")] = Path(
+        "vmibridge-plugin.so"
+    ),
+    cc: Annotated[
+        str | None, Parameter(help="The C compiler; cc, gcc or clang by default.")
+    ] = None,
+) -> int:
+    """Compile the TCG plugin for QEMU 11.1 and later; needs a C compiler, no headers of QEMU.
+
+    Exit status: 0 when it was built, 1 when there is no compiler or it failed.
+
+    Example: vmibridge qemu build-plugin -o vmibridge-plugin.so
+    """
+    from vmibridge.cli.qemu import build
+
+    return build(output, cc)
 
 
 def _loop(

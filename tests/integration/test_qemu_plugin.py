@@ -1,0 +1,248 @@
+"""A guest in stock QEMU, with the plugin, against the whole engine. The guest checks the answers.
+
+`make qemu` brings a QEMU. In CI it is brought here; elsewhere the tests are skipped without one.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from contextlib import asynccontextmanager
+from functools import partial
+
+import anyio
+import pytest
+from conftest import ROOT
+
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, method, open_backend
+from vmibridge.backend.qemu_plugin.build import build_plugin
+from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.errors import BackendError
+
+pytestmark = pytest.mark.anyio
+
+CPUID, VMCALL, VMMCALL = 1, 2, 3
+INVERT, REVERSE, HOLD = 1, 2, 3
+ALL_RIGHT, NO_STAMPS = 33, 35
+"""Exit statuses of QEMU."""
+ENDLESS = 2_000_000_000
+MASK64 = (1 << 64) - 1
+UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
+
+
+def new_enough(path):
+    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"version (\d+)\.(\d+)", told)
+    return version is not None and (int(version[1]), int(version[2])) >= (11, 1)
+
+
+@pytest.fixture(scope="session")
+def qemu():
+    if given := os.environ.get("VMIBRIDGE_QEMU"):
+        assert new_enough(given), f"VMIBRIDGE_QEMU={given} is no QEMU of 11.1 or newer"
+        return given
+    system = shutil.which("qemu-system-x86_64")
+    for path in (str(UNPACKED), system):
+        if path and os.access(path, os.X_OK) and new_enough(path):
+            return path
+    if not os.environ.get("CI"):
+        pytest.skip("no QEMU of 11.1 or newer: run `make qemu`, or set VMIBRIDGE_QEMU")
+    subprocess.run([ROOT / "guest/qemu/fetch-qemu"], check=True, timeout=600)
+    return str(UNPACKED)
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory):
+    return build_plugin(tmp_path_factory.mktemp("plugin") / "vmibridge-plugin.so")
+
+
+class Machine:
+    """QEMU with one guest, and the hosts that serve it."""
+
+    def __init__(self, qemu, plugin, build_guest, folder):
+        self.socket = folder / "s"
+        self.outcomes = Counter()
+        self._qemu, self._plugin, self._build_guest = qemu, plugin, build_guest
+
+    def command(self, arguments="", **defines):
+        image = self._build_guest("micro", **defines)
+        options = "-accel tcg -m 32 -nodefaults -display none -no-reboot"
+        return [
+            *(self._qemu, *options.split(), "-kernel", str(image)),
+            *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
+            *("-plugin", f"file={self._plugin},socket={self.socket}{arguments}"),
+        ]
+
+    async def run(self, arguments="", **defines):
+        """Run QEMU to its end; returns what it was."""
+        self.done = await anyio.run_process(self.command(arguments, **defines), check=False)
+        return self.done.returncode
+
+    @asynccontextmanager
+    async def host(self, handler):
+        """A host in a block, which ends when the run does."""
+        async with open_backend(f"qemu-plugin:unix:{self.socket}") as backend:
+            server = BridgeServer(backend, Bridge(handler), timeout=60)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._consume, server)
+                yield server
+        self.ends = [(end.vcpu, end.reason) for end in server.summary.guest.vcpus]
+
+    async def _consume(self, server):
+        async for outcome in server.run():
+            self.outcomes[outcome.kind.value] += 1
+
+
+@pytest.fixture
+def machine(qemu, plugin, build_guest, tmp_path):
+    return Machine(qemu, plugin, build_guest, tmp_path)
+
+
+class Work(BridgeHandler[None]):
+    MAGIC = STANDARD_MAGIC
+    REQUEST = 0x0100
+    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
+    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+
+    def __init__(self):
+        self.begun = anyio.Event()
+        self.where = set()
+
+    @method(INVERT)
+    async def invert(self, vmi, packet):
+        self.where.add((vmi.event.width, vmi.event.ring, vmi.vcpu))
+        if packet.value1 == 100:
+            self.begun.set()
+        return BridgeResponse(~packet.value1 & MASK64)
+
+    @method(REVERSE)
+    async def reverse(self, vmi, packet):
+        text = await vmi.memory.read(packet.value2, packet.value3)
+        assert text == b"hello to guest!!"
+        await vmi.memory.write(packet.value2 + 16, text[13:5:-1])
+        return BridgeResponse(~packet.value1 & MASK64)
+
+    # The run ends when it has ended, or its deadline has passed.
+    @method(HOLD, timeout=1)
+    async def hold(self, vmi, packet):
+        self.begun.set()
+        await anyio.sleep_forever()
+
+
+class OfAnother(Work):
+    MAGIC = 0x1234_5678
+
+
+@pytest.mark.parametrize("how", [CPUID, VMCALL, VMMCALL], ids=["cpuid", "vmcall", "vmmcall"])
+async def test_each_instruction_is_answered(machine, how):
+    work = Work()
+    with anyio.fail_after(60):
+        async with machine.host(work):
+            assert await machine.run(HOW=how, COUNT=2000) == ALL_RIGHT, machine.done.stderr
+    assert machine.outcomes == {"handled": 2000}
+    assert (machine.ends, work.where) == ([(0, "halted")], {(64, 0, 0)})
+
+
+async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
+    with anyio.fail_after(60):
+        async with machine.host(Work()):
+            assert await machine.run(METHOD=REVERSE, COUNT=200) == ALL_RIGHT
+    assert machine.outcomes == {"handled": 200}
+
+
+async def test_twenty_thousand_traps(machine):
+    with anyio.fail_after(120):
+        async with machine.host(Work()):
+            assert await machine.run(HOW=VMCALL, COUNT=20_000) == ALL_RIGHT
+    assert machine.outcomes == {"handled": 20_000}
+
+
+async def test_the_host_may_start_last(machine):
+    statuses = []
+
+    async def run():
+        statuses.append(await machine.run(",absent=wait,verbose=on", COUNT=50))
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            await anyio.sleep(1)
+            assert not statuses
+            async with machine.host(Work()):
+                pass
+    assert (statuses, machine.outcomes) == ([ALL_RIGHT], {"handled": 50})
+    assert machine.done.stderr == b"vmibridge plugin: vCPU 0 has a host\n"
+
+
+@pytest.mark.parametrize("arguments", ["", ",absent=wait,patience=0.3"])
+async def test_without_a_host_the_guest_goes_on_natively(machine, arguments):
+    with anyio.fail_after(30):
+        assert await machine.run(arguments, HOW=CPUID) == NO_STAMPS
+
+
+async def test_a_host_that_stops_lets_the_guest_go_on_natively(machine):
+    work, statuses = Work(), []
+
+    async def run():
+        statuses.append(await machine.run(HOW=CPUID, COUNT=ENDLESS))
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks, machine.host(work) as server:
+            tasks.start_soon(run)
+            await work.begun.wait()
+            server.stop()
+    assert (statuses, machine.ends) == ([NO_STAMPS], [(0, "stopped")])
+    assert machine.outcomes["handled"] > 100
+
+
+async def test_a_qemu_that_is_killed_in_a_trap_is_lost(machine):
+    work = Work()
+    with anyio.fail_after(60):
+        async with (
+            machine.host(work),
+            await anyio.open_process(machine.command(METHOD=HOLD)) as process,
+        ):
+            await work.begun.wait()
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+    assert machine.ends == [(0, "lost")]
+
+
+async def test_what_is_not_ours_is_not_trapped(machine):
+    with anyio.fail_after(60):
+        async with machine.host(OfAnother()) as server:
+            assert await machine.run(HOW=CPUID) == NO_STAMPS
+    assert not machine.outcomes
+    assert (server.summary.native, machine.ends) == (0, [(0, "halted")])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["magic=x", "patience=soon", "absent=maybe", "cpuid=perhaps", "compat=", "what=1"],
+)
+async def test_a_wrong_argument_is_named(machine, wrong):
+    with anyio.fail_after(30):
+        assert await machine.run(f",{wrong}") == 1
+    assert f"vmibridge plugin: wrong argument: {wrong}" in machine.done.stderr.decode()
+
+
+async def test_a_socket_is_needed(machine):
+    command = [part.partition(",socket=")[0] for part in machine.command()]
+    with anyio.fail_after(30):
+        done = await anyio.run_process(command, check=False)
+    assert done.returncode == 1
+    assert b"needs socket=PATH" in done.stderr
+
+
+def test_a_compiler_that_is_missing_or_fails_is_told(tmp_path):
+    build = partial(build_plugin, tmp_path / "plugin.so")
+    with pytest.raises(BackendError, match="no C compiler 'none': install gcc"):
+        build("none")
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'a: note' >&2\necho 'a: error: bad' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    with pytest.raises(BackendError, match=r"failed: a: error: bad$"):
+        build(str(compiler))
+    assert not (tmp_path / "plugin.so").exists()
