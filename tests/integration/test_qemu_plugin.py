@@ -3,18 +3,13 @@
 `make qemu` brings a QEMU. In CI it is brought here; elsewhere the tests are skipped without one.
 """
 
-import os
-import re
-import shutil
 import signal
-import subprocess
 from collections import Counter
 from contextlib import asynccontextmanager
 from functools import partial
 
 import anyio
 import pytest
-from conftest import ROOT
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, method, open_backend
 from vmibridge.backend.qemu_plugin.build import build_plugin
@@ -29,33 +24,6 @@ ALL_RIGHT, NO_STAMPS = 33, 35
 """Exit statuses of QEMU."""
 ENDLESS = 2_000_000_000
 MASK64 = (1 << 64) - 1
-UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
-
-
-def new_enough(path):
-    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"version (\d+)\.(\d+)", told)
-    return version is not None and (int(version[1]), int(version[2])) >= (11, 1)
-
-
-@pytest.fixture(scope="session")
-def qemu():
-    if given := os.environ.get("VMIBRIDGE_QEMU"):
-        assert new_enough(given), f"VMIBRIDGE_QEMU={given} is no QEMU of 11.1 or newer"
-        return given
-    system = shutil.which("qemu-system-x86_64")
-    for path in (str(UNPACKED), system):
-        if path and os.access(path, os.X_OK) and new_enough(path):
-            return path
-    if not os.environ.get("CI"):
-        pytest.skip("no QEMU of 11.1 or newer: run `make qemu`, or set VMIBRIDGE_QEMU")
-    subprocess.run([ROOT / "guest/qemu/fetch-qemu"], check=True, timeout=600)
-    return str(UNPACKED)
-
-
-@pytest.fixture(scope="session")
-def plugin(tmp_path_factory):
-    return build_plugin(tmp_path_factory.mktemp("plugin") / "vmibridge-plugin.so")
 
 
 class Machine:
