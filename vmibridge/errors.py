@@ -35,6 +35,10 @@ class BackendSpecError(BackendError, ValueError):
     """A backend spec that names no backend, or an option that it does not take."""
 
 
+class QmpError(BackendError):
+    """QEMU's monitor refused a command, answered nonsense, or is gone."""
+
+
 class MissingExtraError(VmiBridgeError, ImportError):
     """An optional dependency that the caller asked for is not installed."""
 

@@ -1,0 +1,97 @@
+"""Finding a QEMU, and saying what is wrong with one that does not do."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from vmibridge.errors import BackendError
+
+NAME = "qemu-system-x86_64"
+UNPACKED = Path(".qemu") / NAME
+"""Where `make qemu` puts one, from the root of a checkout."""
+PLUGIN_NEEDS = (11, 1)
+"""The first whose plugins can set the program counter."""
+GDB_NEEDS = (7, 2)
+"""The oldest that was tried."""
+
+_SECONDS = 20.0
+
+
+class Qemu(msgspec.Struct, frozen=True):
+    """One that was found."""
+
+    path: str
+    version: tuple[int, int]
+
+
+def find_qemu(asked: str | None, need: tuple[int, int]) -> Qemu:
+    """The QEMU to use: `asked`, or the first that is new enough.
+
+    Looked for, in order: `VMIBRIDGE_QEMU`, `.qemu/`, `PATH`. Raises `BackendError` with what
+    was found instead, and what to do.
+    """
+    wanted = ".".join(map(str, need))
+    asked = asked or os.environ.get("VMIBRIDGE_QEMU")
+    found = []
+    for place in [asked] if asked else [str(UNPACKED), NAME]:
+        path = shutil.which(place)
+        if path is None:
+            continue
+        version = _version_of(path)
+        if version is not None and version >= need:
+            return Qemu(str(Path(path).absolute()), version)
+        told = "says no version" if version is None else f"is {version[0]}.{version[1]}"
+        found.append(f"{place} {told}")
+    if asked and not found:
+        raise BackendError(f"{asked}: there is no such program")
+    hint = "`make qemu` brings one to a Debian checkout; --qemu PATH names another"
+    if need > GDB_NEEDS:
+        hint += "; --via gdb works with older ones"
+    raise BackendError(
+        f"no QEMU of {wanted} or later ({'; '.join(found) or f'no {NAME} at all'}): {hint}"
+    )
+
+
+def _version_of(path: str) -> tuple[int, int] | None:
+    try:
+        done = subprocess.run(  # noqa: S603 - the user's own QEMU
+            [path, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    told = re.search(r"\bversion (\d+)\.(\d+)", done.stdout)
+    return None if told is None else (int(told[1]), int(told[2]))
+
+
+def asks_for_kvm(arguments: Sequence[str]) -> bool:
+    """Whether QEMU's arguments ask for KVM, also as one accelerator of several."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.lstrip("-") == "enable-kvm":
+            return True
+        option = before.lstrip("-") if before.startswith("-") else ""
+        if option == "accel" and argument.split(",")[0].removeprefix("accel=") == "kvm":
+            return True
+        if option in ("machine", "M") and re.search(r"\baccel=([\w:]*:)?kvm\b", argument):
+            return True
+    return False
+
+
+def memory_size(arguments: Sequence[str]) -> int:
+    """Bytes of guest memory that `-m` asks for; QEMU's default is 128 MiB.
+
+    Raises `BackendError` for a size that cannot be read.
+    """
+    size = "128M"
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before.lstrip("-") == "m" and before.startswith("-"):
+            size = argument
+    first = size.split(",")[0].removeprefix("size=")
+    told = re.fullmatch(r"(\d+)([bBkKmMgGtT]?)", first)
+    if told is None or not int(told[1]):
+        raise BackendError(f"-m {size}: is no size of memory")
+    return int(told[1]) << {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}[(told[2] or "m").lower()]
