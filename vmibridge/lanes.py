@@ -12,6 +12,7 @@ Rules:
 """
 
 from collections import deque
+from collections.abc import Callable
 
 import anyio
 
@@ -22,10 +23,15 @@ from vmibridge.event import TrapEvent
 class Lanes:
     """See the module. For one event loop; not for threads."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(
+        self, capacity: int, on_abandoned: Callable[[TrapEvent], None] = lambda _: None
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"a queue holds at least one trap, got {capacity}")
         self._capacity = capacity
+        self._on_abandoned = on_abandoned
+        self.abandoned: set[int] = set()
+        """Sequence numbers of the queued traps that nobody waits for any more."""
         self._queued = 0
         self._ready: deque[TrapEvent] = deque()
         self._busy: dict[int, deque[TrapEvent]] = {}
@@ -75,6 +81,20 @@ class Lanes:
                 if self._room is None:
                     self._room = anyio.Event()
                 await self._room.wait()
+
+    def abandon(self, event: TrapEvent) -> None:
+        """Nobody waits for the answer to this trap any more."""
+        if event in self._ready or event in self._busy.get(event.vcpu, ()):
+            self.abandoned.add(event.seq)
+        else:
+            self._on_abandoned(event)
+
+    def was_abandoned(self, event: TrapEvent) -> bool:
+        """Whether a trap that was taken was abandoned before; asked once."""
+        if event.seq in self.abandoned:
+            self.abandoned.remove(event.seq)
+            return True
+        return False
 
     def wake(self) -> bool:
         """Wake the worker that has waited least, unless one is waking; `False` if there is none."""

@@ -9,7 +9,7 @@
 | timeout | ran past its hard deadline, was cancelled | the fallback |
 | failed | raised, or the guest is 16-bit code | the fallback |
 | denied | was not asked: policy | what the policy says; by default the instruction runs natively |
-| cancelled | was cancelled, or the server stopped | the fallback |
+| cancelled | was cancelled, the server stopped, or the vCPU is gone | the fallback |
 
 The default fallback leaves the registers alone. In every case the guest moves on. A
 request that was told to wait has an outcome for each of its traps: *waiting*, until a
@@ -27,6 +27,8 @@ from vmibridge.response import BridgeResponse, T
 
 STOPPED = "the server stopped"
 """The error of a trap that was cancelled by the end of the server."""
+GONE = "the VM is gone"
+"""The error of a trap whose vCPU ended or was lost while it waited."""
 
 
 class OutcomeKind(Enum):

@@ -13,7 +13,7 @@ from vmibridge.arch import write_response
 from vmibridge.dispatch import one_line
 from vmibridge.event import RegisterWrites, TrapEvent
 from vmibridge.lanes import Lanes
-from vmibridge.outcome import Outcome, OutcomeKind
+from vmibridge.outcome import GONE, Outcome, OutcomeKind
 from vmibridge.outcomes import OutcomesIn
 from vmibridge.response import BridgeResponse
 from vmibridge.settings import ServerSettings
@@ -75,8 +75,10 @@ class Replies:
         try:
             await self._backend.resume(event, writes)
         except Exception as lost:
-            log.exception("the answer to trap %d of vm %s was not written", event.seq, event.vm)
-            kind, writes, error = OutcomeKind.FAILED, None, f"not written: {one_line(lost)}"
+            writes = None
+            if error is not GONE:
+                log.exception("the answer to trap %d of vm %s was not written", event.seq, event.vm)
+                kind, error = OutcomeKind.FAILED, f"not written: {one_line(lost)}"
         self._summary.outcomes[kind] += 1
         done: Outcome[Any] = Outcome(
             kind,

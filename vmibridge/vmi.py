@@ -28,6 +28,12 @@ class TrapSink(Protocol):
     async def put(self, event: TrapEvent) -> None:
         """Wait for room. Raises `TrapQueueClosedError`. Cancelled, the event was not taken."""
 
+    def abandon(self, event: TrapEvent) -> None:
+        """The vCPU of a trap that was put is gone: its handler is cancelled.
+
+        The trap is resumed all the same. Does nothing for one that was answered.
+        """
+
 
 class VcpuEnd(msgspec.Struct, frozen=True):
     """How one vCPU ended."""

@@ -43,7 +43,7 @@ from vmibridge.event import TrapEvent, TrapReason
 from vmibridge.inline import asyncio_task, forget_cancellation, run_inline
 from vmibridge.lanes import Lanes
 from vmibridge.memory import PhysicalMemory
-from vmibridge.outcome import STOPPED, Outcome, OutcomeKind
+from vmibridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.outcomes import OutcomesIn
 from vmibridge.packet import BridgePacket
 from vmibridge.pending import PendingRequest, PendingRequests
@@ -84,7 +84,7 @@ class Workers:
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self.summary = Summary()
-        self.lanes = Lanes(settings.queue)
+        self.lanes = Lanes(settings.queue, self._abandon)
         self.filter = bridge.trap_filter
         self._backend = backend
         self._bridge = bridge
@@ -188,6 +188,8 @@ class Workers:
 
     async def _answer(self, worker: Worker, event: TrapEvent) -> None:
         started = worker.started = _clock()
+        gone = self.lanes.abandoned and self.lanes.was_abandoned(event)
+        in_vain = GONE if gone else STOPPED if self._stopping else None
         packet = self._read_ours(event)
         if packet is None:
             return await self._replies.run_natively(event)
@@ -197,8 +199,8 @@ class Workers:
                 outcome: Outcome[Any] = Outcome(OutcomeKind.DENIED, packet, error=denied)
                 return await self._replies.finish(event, started, outcome)
         entries = self._bridge.match(packet, event.reason)
-        if self._stopping:
-            outcome = Outcome(OutcomeKind.CANCELLED, packet, error=STOPPED)
+        if in_vain:
+            outcome = Outcome(OutcomeKind.CANCELLED, packet, error=in_vain)
         elif event.width == 16:
             # Told once: a guest may not fill the log.
             log.log(
@@ -474,6 +476,10 @@ class Workers:
     async def _finish_for(self, event: TrapEvent, started: float, outcome: Outcome[Any]) -> None:
         await self._replies.finish(event, started, outcome)
         self._promote()
+
+    def _abandon(self, event: TrapEvent) -> None:
+        for worker in [each for each in self._waiting if each.event is event]:
+            self._overtake(worker, OutcomeKind.CANCELLED, GONE)
 
     def guest_ended(self) -> None:
         """No trap and no retry will come any more: what only waits for them is dropped."""

@@ -18,7 +18,6 @@ SOURCE = Path(protocol.__file__).with_name("plugin.c").read_text()
 NAMES = tuple(re.findall(r'"(\w+)"', re.search(r"NAMES\[\] = \{([^}]*)\}", SOURCE)[1]))
 HELLO = struct.pack("<IIQII16s", 1, 7, 1 << 63, 3, 4, b"x86_64") + ",".join(NAMES).encode()
 TRAP = {"ip": 0x4000_0000_1234, "kind": 2, "length": 3, "width": 64, "ring": 3}
-LONGEST = MAX_ACCESS + 64
 
 
 def trap(**other):
@@ -83,12 +82,13 @@ def test_frames_come_whole_however_the_stream_is_cut(data):
     assert found == frames
 
 
-def test_a_frame_that_is_too_long_is_refused_by_its_head():
-    longest, too_long = FrameReader(), FrameReader()
-    longest.feed(struct.pack("<II", 3, LONGEST))
+@pytest.mark.parametrize("most", [protocol.MOST_HELLO, MAX_ACCESS])
+def test_a_frame_that_is_too_long_is_refused_by_its_head(most):
+    longest, too_long = FrameReader(most), FrameReader(most)
+    longest.feed(struct.pack("<II", 3, most))
     assert longest.next() is None
-    too_long.feed(struct.pack("<II", 3, LONGEST + 1))
-    with pytest.raises(ValueError, match=f"a frame of {LONGEST + 1} bytes"):
+    too_long.feed(struct.pack("<II", 3, most + 1))
+    with pytest.raises(ValueError, match=f"a frame of {most + 1} bytes"):
         too_long.next()
 
 

@@ -2,7 +2,7 @@
 
 | spec | the VM |
 |---|---|
-| `qemu-plugin:unix:PATH?mode=0o600` | the QEMUs that connect with the plugin |
+| `qemu-plugin:unix:PATH?mode=0o600&stay=false` | the QEMUs that connect with the plugin |
 | `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false` | a recording, played from its file |
 | `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
 """

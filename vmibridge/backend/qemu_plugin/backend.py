@@ -1,29 +1,32 @@
 """The host's end of the QEMU plugin: a unix socket, and a connection for each vCPU.
 
-    qemu-plugin:unix:/run/vmibridge.sock?mode=0o600
+    qemu-plugin:unix:/run/vmibridge.sock?mode=0o600&stay=false
 
 - It listens. Each vCPU of each QEMU that connects is a lane; the first QEMU's vCPUs have
-  their own numbers, those of the next begin at 1024, and so on.
+  their own numbers, those of the next begin at 1024, and so on. The lanes of a QEMU that
+  has gone are given to another.
 - A connection is read by one task for all of its life, so the end of a QEMU is seen while a
   handler is at its trap. Answers are sent without waiting.
 - The run ends when the last vCPU has hung up: its QEMU has ended. It goes on for ever while
-  none has come.
+  none has come; with `stay`, until it is stopped.
+- Where a QEMU shares its memory, reads that the file can answer do not go through the plugin.
 - A peer that sends what it must not loses its connection. Its vCPU goes on as it was told
   to without a host.
 """
 
 import itertools
 import logging
-import socket
-from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import anyio
 import msgspec
-from anyio.abc import ByteStream, SocketAttribute, UNIXSocketStream
+from anyio.abc import ByteStream, UNIXSocketStream
 
 from vmibridge.backend.qemu_plugin.protocol import (
+    MOST_HELLO,
+    MOST_VCPUS,
     FrameReader,
     FrameType,
     Hello,
@@ -37,6 +40,7 @@ from vmibridge.backend.qemu_plugin.protocol import (
     welcome,
     write_memory,
 )
+from vmibridge.backend.qemu_plugin.vcpu import Vcpu
 from vmibridge.errors import (
     BackendError,
     BackendSpecError,
@@ -44,6 +48,8 @@ from vmibridge.errors import (
     TrapQueueClosedError,
 )
 from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
+from vmibridge.outcome import GONE
+from vmibridge.qemu.ram import SharedRam
 from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
 
 log = logging.getLogger(__name__)
@@ -51,8 +57,6 @@ log = logging.getLogger(__name__)
 _HANDSHAKE = 5.0
 """Seconds."""
 _MOST_CONNECTIONS = 4096
-_VCPUS_OF_ONE = 1024
-_GONE = "the VM is gone"
 
 
 class QemuPluginOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,95 +64,20 @@ class QemuPluginOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     mode: int = 0o600
     """Who may connect: the mode of the socket's file."""
+    stay: bool = False
+    """Whether the run goes on when the last QEMU has gone."""
 
 
-class _Vcpu:
-    """One connection."""
+class _Qemu:
+    """One QEMU: its vCPUs' lanes begin at 1024 times its place."""
 
-    def __init__(self, stream: UNIXSocketStream, lane: int) -> None:
-        self.lane = lane
-        self.pending: TrapEvent | None = None
-        self.gone = False
-        self._socket: socket.socket = stream.extra(  # noqa: S610
-            SocketAttribute.raw_socket
-        )
-        self._reads: deque[_Reply] = deque()
-        self._unsent = bytearray()
-        self._sending = anyio.Lock()
-
-    async def send(self, data: bytes) -> None:
-        """Raises `BackendError` when the connection is gone.
-
-        Cancelled, what is left of the frame goes out before the next one.
-        """
-        others = bool(self._unsent)
-        self._unsent += data
-        try:
-            # There is room for an answer, unless something large is on its way.
-            if not others:
-                self._flush()
-            if self._unsent:
-                async with self._sending:
-                    await self._flush_all()
-        except OSError as error:
-            raise BackendError(f"{_GONE}: {error.strerror}") from error
-        except anyio.ClosedResourceError as error:
-            raise BackendError(_GONE) from error
-
-    async def _flush_all(self) -> None:
-        while self._unsent:
-            if self.gone:
-                raise anyio.ClosedResourceError
-            await anyio.wait_writable(self._socket)
-            self._flush()
-
-    def _flush(self) -> None:
-        with suppress(BlockingIOError):
-            del self._unsent[: self._socket.send(self._unsent)]
-
-    @property
-    def waits(self) -> bool:
-        """Whether the vCPU stands still, as far as is known."""
-        return self.pending is not None or bool(self._unsent)
-
-    async def access(self, address: int, frame: bytes) -> bytes:
-        """Send a memory access; returns the body of its reply. Raises `GuestMemoryError`."""
-        if self.gone:
-            raise GuestMemoryError(address, _GONE)
-        reply = _Reply()
-        self._reads.append(reply)
-        try:
-            await self.send(frame)
-        except BackendError as error:
-            raise GuestMemoryError(address, str(error)) from error
-        await reply.arrived.wait()
-        if reply.body is None:
-            raise GuestMemoryError(address, _GONE)
-        return reply.body
-
-    def take_reply(self, body: bytes) -> None:
-        """The reply to the oldest access has come. Raises `ValueError` when there is none."""
-        if not self._reads:
-            raise ValueError("a MEMORY that nobody asked for")
-        reply = self._reads.popleft()
-        reply.body = body
-        reply.arrived.set()
-
-    def lose(self) -> None:
-        """The connection is gone."""
-        self.gone = True
-        anyio.notify_closing(self._socket)
-        for reply in self._reads:
-            reply.arrived.set()
-        self._reads.clear()
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.connections = 0
 
 
-class _Reply:
-    __slots__ = ("arrived", "body")
-
-    def __init__(self) -> None:
-        self.arrived = anyio.Event()
-        self.body: bytes | None = None
+class _RefusedError(Exception):
+    """A plugin was told why it is not served."""
 
 
 class QemuPluginBackend(Backend):
@@ -164,8 +93,8 @@ class QemuPluginBackend(Backend):
             raise BackendSpecError(f"qemu-plugin:unix:{path}: mode={self.options.mode:#o}")
         self._listener: anyio.abc.SocketListener
         self._seq = itertools.count(1)
-        self._pending: dict[int, _Vcpu] = {}
-        self._processes: dict[int, int] = {}
+        self._pending: dict[int, Vcpu] = {}
+        self._qemus: dict[int, _Qemu] = {}
         self._connected = 0
         self._ends: dict[int, VcpuEnd] = {}
         self._over = anyio.Event()
@@ -223,20 +152,21 @@ class QemuPluginBackend(Backend):
     async def _serve(self, stream: ByteStream, hello: bytes, sink: TrapSink) -> None:
         assert isinstance(stream, UNIXSocketStream)
         frames = FrameReader()
-        vcpu: _Vcpu | None = None
+        vcpu: Vcpu | None = None
         why = "QEMU has ended"
         self._connected += 1
         try:
             with anyio.fail_after(_HANDSHAKE):
-                told = await self._shake_hands(stream, frames)
-            if told is None:
-                return
-            vcpu = _Vcpu(stream, self._lane_of(told))
-            self._ends.pop(vcpu.lane, None)
-            await vcpu.send(hello)
-            await self._take_frames(vcpu, stream, frames, sink)
+                told, ram = await self._shake_hands(stream, frames)
+            with ram or nullcontext(), self._place_of(told) as place:
+                vcpu = Vcpu(stream, frames, place * MOST_VCPUS + told.vcpu, ram)
+                self._ends.pop(vcpu.lane, None)
+                await vcpu.send(hello)
+                await self._take_frames(vcpu, stream, sink)
         except (anyio.EndOfStream, anyio.BrokenResourceError, BackendError):
             pass
+        except _RefusedError as error:
+            log.warning("vm %s: %s", self.vm, error)
         except TimeoutError:
             log.warning("vm %s: a peer did not say who it is", self.vm)
         except ValueError as error:
@@ -245,38 +175,57 @@ class QemuPluginBackend(Backend):
         finally:
             self._connected -= 1
             if vcpu is not None:
-                self._lose(vcpu, why)
+                self._lose(vcpu, why, sink)
             # A peer that never was a vCPU may be the last to leave.
-            if self._ends and not self._connected:
+            if self._ends and not self._connected and not self.options.stay:
                 self._over.set()
 
-    async def _shake_hands(self, stream: UNIXSocketStream, frames: FrameReader) -> Hello | None:
-        while (frame := frames.next()) is None:
-            frames.feed(await stream.receive())
-        kind, body = frame
-        if kind != FrameType.HELLO:
-            raise ValueError(f"frame {kind} instead of HELLO")
-        told = parse_hello(body)
-        why = check_hello(told)
-        if self._connected > _MOST_CONNECTIONS:
-            why = "too many vCPUs"
-        if why is not None:
-            log.warning("vm %s: %s", self.vm, why)
-            await stream.send(refused(why))
-            return None
-        return told
-
-    def _lane_of(self, told: Hello) -> int:
-        place = self._processes.setdefault(told.process, len(self._processes))
-        return place * _VCPUS_OF_ONE + told.vcpu % _VCPUS_OF_ONE
-
-    async def _take_frames(
-        self, vcpu: _Vcpu, stream: UNIXSocketStream, frames: FrameReader, sink: TrapSink
-    ) -> None:
-        while True:
-            frame = frames.next()
-            if frame is None:
+    async def _shake_hands(
+        self, stream: UNIXSocketStream, frames: FrameReader
+    ) -> tuple[Hello, SharedRam | None]:
+        with ExitStack() as stack:
+            # Only with its first bytes: a file descriptor that comes later is dropped.
+            data, passed = await stream.receive_fds(MOST_HELLO, 1)
+            ram = None
+            if passed:
+                ram = stack.enter_context(SharedRam(passed[0]))
+            frames.feed(data)
+            while (frame := frames.next()) is None:
                 frames.feed(await stream.receive())
+            kind, body = frame
+            if kind != FrameType.HELLO:
+                raise ValueError(f"frame {kind} instead of HELLO")
+            told = parse_hello(body)
+            why = check_hello(told)
+            if self._connected > _MOST_CONNECTIONS:
+                why = "too many vCPUs"
+            if why is not None:
+                await stream.send(refused(why))
+                raise _RefusedError(why)
+            stack.pop_all()
+            return told, ram
+
+    @contextmanager
+    def _place_of(self, told: Hello) -> Iterator[int]:
+        """The number of a QEMU, which is its own while it has a connection."""
+        qemu = self._qemus.get(told.process)
+        if qemu is None:
+            taken = {other.place for other in self._qemus.values()}
+            qemu = _Qemu(next(place for place in itertools.count() if place not in taken))
+            self._qemus[told.process] = qemu
+        qemu.connections += 1
+        try:
+            yield qemu.place
+        finally:
+            qemu.connections -= 1
+            if not qemu.connections:
+                del self._qemus[told.process]
+
+    async def _take_frames(self, vcpu: Vcpu, stream: UNIXSocketStream, sink: TrapSink) -> None:
+        while not vcpu.let_go:
+            frame = vcpu.frames.next()
+            if frame is None:
+                vcpu.frames.feed(await stream.receive())
                 continue
             kind, body = frame
             if kind == FrameType.TRAP:
@@ -288,7 +237,7 @@ class QemuPluginBackend(Backend):
             else:
                 raise ValueError(f"frame {kind}")
 
-    async def _take_trap(self, vcpu: _Vcpu, body: bytes, sink: TrapSink) -> None:
+    async def _take_trap(self, vcpu: Vcpu, body: bytes, sink: TrapSink) -> None:
         event = parse_trap(body, next(self._seq), self.vm, vcpu.lane)
         vcpu.pending = event
         self._pending[event.seq] = vcpu
@@ -298,13 +247,18 @@ class QemuPluginBackend(Backend):
             except anyio.WouldBlock:
                 await sink.put(event)
         except TrapQueueClosedError:
-            await self.resume(event, None)
+            # The plugin does without a host, as it was told to, or waits for the next one.
+            vcpu.let_go = True
+            vcpu.pending = None
+            del self._pending[event.seq]
 
-    def _lose(self, vcpu: _Vcpu, why: str) -> None:
+    def _lose(self, vcpu: Vcpu, why: str, sink: TrapSink) -> None:
         vcpu.lose()
-        reason = "stopped" if self._stopped else "halted"
+        reason = "stopped" if self._stopped or vcpu.let_go else "halted"
         if vcpu.waits and not self._stopped:
             reason, why = "lost", f"{why}, with a trap that was not answered"
+        if vcpu.pending is not None:
+            sink.abandon(vcpu.pending)
         self._ends[vcpu.lane] = VcpuEnd(vcpu.lane, reason, why)
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
@@ -312,13 +266,16 @@ class QemuPluginBackend(Backend):
         vcpu = self._pending.pop(event.seq)
         vcpu.pending = None
         if vcpu.gone:
-            raise BackendError(_GONE)
+            raise BackendError(GONE)
         await vcpu.send(answer(writes))
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
-        """Asks the plugin. Cancelled, its reply is dropped when it comes."""
+        """Asks the plugin, or the file. Cancelled, the plugin's reply is dropped when it comes."""
+        vcpu = self._vcpu_of(event, address)
+        if vcpu.ram is not None and (known := vcpu.ram.read(address, size)) is not None:
+            return known
         try:
-            body = await self._vcpu_of(event, address).access(address, read_memory(address, size))
+            body = await vcpu.access(address, read_memory(address, size), size)
             data = parse_memory(body, size)
         except ValueError as error:
             raise GuestMemoryError(address, str(error)) from error
@@ -329,15 +286,16 @@ class QemuPluginBackend(Backend):
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """Asks the plugin. Cancelled, it is written none the less, or not at all."""
         try:
-            body = await self._vcpu_of(event, address).access(address, write_memory(address, data))
+            vcpu = self._vcpu_of(event, address)
+            body = await vcpu.access(address, write_memory(address, data), 0)
             done = parse_memory(body, 0)
         except ValueError as error:
             raise GuestMemoryError(address, str(error)) from error
         if done is None:
             raise GuestMemoryError(address, "the VM has no memory there")
 
-    def _vcpu_of(self, event: TrapEvent, address: int) -> _Vcpu:
+    def _vcpu_of(self, event: TrapEvent, address: int) -> Vcpu:
         vcpu = self._pending.get(event.seq)
         if vcpu is None:
-            raise GuestMemoryError(address, _GONE)
+            raise GuestMemoryError(address, GONE)
         return vcpu

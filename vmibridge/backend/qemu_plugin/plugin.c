@@ -7,13 +7,15 @@
  * change, and the table of sites, which has a lock. The protocol is in docs/qemu-plugin.md.
  *
  * Arguments: socket=PATH, magic=NUMBER (again for more), cpuid=on|off, vmcall=on|off,
- * vmmcall=on|off, absent=native|wait, patience=SECONDS, compat=SELECTOR, verbose=on|off.
+ * vmmcall=on|off, absent=native|wait, patience=SECONDS, compat=SELECTOR, ram=PATH,
+ * verbose=on|off.
  *
  * Needs QEMU 11.1 (plugin API 7): before, a plugin could not set the program counter. No
  * header of QEMU or GLib is needed; what is used of them is declared here.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -24,6 +26,7 @@
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -80,7 +83,7 @@ static const char *const NAMES[] = {
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8",  "r9", "r10", "r11",
     "r12", "r13", "r14", "r15", "eflags", "cr0", "cr3", "cr4", "efer", "cs",
 };
-enum { RAX, RBX, RCX, RDX, RBP = 6, EFLAGS = 16, CR0, CR3, CR4, EFER, CS };
+enum { RAX, RBX, RCX, RDX, RBP = 6, R8 = 8, EFLAGS = 16, CR0, CR3, CR4, EFER, CS };
 enum { REGISTERS = sizeof NAMES / sizeof *NAMES };
 
 struct frame { uint32_t type, length; };
@@ -104,14 +107,17 @@ struct welcome { uint32_t protocol, kinds, any, count; };
 
 static struct {
     char path[sizeof ((struct sockaddr_un *)0)->sun_path];
+    int ram;
     uint32_t magics[MOST_MAGICS];
     unsigned magic_count, kinds, compat;
     bool wait, verbose;
     double patience;
     uint64_t process;
     int vcpus;
+    unsigned register_size;
     char target[16];
-} settings = {.kinds = 1 << CPUID | 1 << VMCALL | 1 << VMMCALL, .patience = 30, .compat = 0x23};
+} settings = {.kinds = 1 << CPUID | 1 << VMCALL | 1 << VMMCALL, .patience = 30, .compat = 0x23,
+              .ram = -1};
 
 struct vcpu {
     int fd;
@@ -184,6 +190,26 @@ static bool send_frame(int fd, uint32_t type, const void *body, uint32_t length)
     return send_all(fd, small, sizeof frame + length);
 }
 
+/* A frame with a file descriptor: that of the guest's memory, where QEMU shares it. */
+static bool send_with(int fd, int passed, struct iovec *parts, int count)
+{
+    union { struct cmsghdr head; char room[CMSG_SPACE(sizeof passed)]; } control = {{0}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = count};
+    size_t size = 0;
+    for (int i = 0; i < count; i++) {
+        size += parts[i].iov_len;
+    }
+    if (passed >= 0) {
+        message.msg_control = &control;
+        message.msg_controllen = sizeof control;
+        control.head.cmsg_level = SOL_SOCKET;
+        control.head.cmsg_type = SCM_RIGHTS;
+        control.head.cmsg_len = CMSG_LEN(sizeof passed);
+        memcpy(CMSG_DATA(&control.head), &passed, sizeof passed);
+    }
+    return sendmsg(fd, &message, MSG_NOSIGNAL) == (ssize_t)size;
+}
+
 static void hang_up(struct vcpu *vcpu)
 {
     if (vcpu->fd >= 0) {
@@ -203,9 +229,10 @@ static bool shake_hands(struct vcpu *vcpu, unsigned number)
     for (unsigned i = 0; i < REGISTERS; i++) {
         at += snprintf(body.names + at, sizeof body.names - at, "%s%s", i ? "," : "", NAMES[i]);
     }
-    struct frame frame;
+    struct frame frame = {HELLO, sizeof body.hello + at};
     struct welcome welcome;
-    if (!send_frame(vcpu->fd, HELLO, &body, sizeof body.hello + at) ||
+    struct iovec parts[] = {{&frame, sizeof frame}, {&body, frame.length}};
+    if (!send_with(vcpu->fd, settings.ram, parts, 2) ||
         !read_all(vcpu->fd, &frame, sizeof frame)) {
         return false;
     }
@@ -271,8 +298,8 @@ static uint64_t get_register(struct vcpu *vcpu, unsigned which)
 
 static void set_register(struct vcpu *vcpu, unsigned which, uint64_t value)
 {
-    g_byte_array_set_size(vcpu->bytes, 8);
-    memcpy(vcpu->bytes->data, &value, 8);
+    g_byte_array_set_size(vcpu->bytes, settings.register_size);
+    memcpy(vcpu->bytes->data, &value, settings.register_size);
     qemu_plugin_write_register(vcpu->handles[which], vcpu->bytes);
 }
 
@@ -536,11 +563,14 @@ static void on_vcpu(unsigned number, void *unused)
     const qemu_plugin_reg_descriptor *each = (void *)found->data;
     for (unsigned i = 0; i < REGISTERS; i++) {
         for (unsigned k = 0; k < found->len; k++) {
-            if (!strcmp(each[k].name, NAMES[i])) {
+            /* A 32-bit QEMU says EAX for RAX, and has no R8. */
+            const char *name = each[k].name;
+            if (!strcmp(name, NAMES[i]) ||
+                (i < R8 && *name == 'e' && !strcmp(name + 1, NAMES[i] + 1))) {
                 vcpu->handles[i] = each[k].handle;
             }
         }
-        if (!vcpu->handles[i]) {
+        if (!vcpu->handles[i] && !(settings.register_size == 4 && i >= R8 && i < EFLAGS)) {
             say("QEMU has no register %s; this vCPU runs natively", NAMES[i]);
             return;
         }
@@ -581,6 +611,12 @@ static int take(const char *argument)
             return wrong(argument);
         }
         strcpy(settings.path, value);
+    } else if (IS("ram")) {
+        settings.ram = open(value, O_RDONLY | O_CLOEXEC);
+        if (settings.ram < 0) {
+            say("cannot open the file of ram=%s", value);
+            return 1;
+        }
     } else if (IS("magic")) {
         if (settings.magic_count == MOST_MAGICS) {
             return wrong(argument);
@@ -595,6 +631,7 @@ static int take(const char *argument)
         return settings.wait || !strcmp(value, "native") ? 0 : wrong(argument);
     } else if (IS("verbose")) {
         settings.verbose = on;
+        return on || !strcmp(value, "off") ? 0 : wrong(argument);
     } else {
         return wrong(argument);
     }
@@ -627,6 +664,7 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
         settings.magics[settings.magic_count++] = 0x42494D56;
     }
     settings.vcpus = info->system.smp_vcpus;
+    settings.register_size = strcmp(info->target_name, "i386") ? 8 : 4;
     snprintf(settings.target, sizeof settings.target, "%s", info->target_name);
     if (getrandom(&settings.process, sizeof settings.process, 0) != sizeof settings.process) {
         settings.process = (uint64_t)getpid() << 32 ^ (uint64_t)(now() * 1e9);

@@ -23,8 +23,11 @@ from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapFilter, Tr
 
 PROTOCOL = 1
 MOST_MAGICS = 64
-_MOST_BODY = (16 << 20) + 64
-"""Bytes of a frame's body: the largest access, and what is around it."""
+MOST_VCPUS = 1024
+"""Of one QEMU."""
+MOST_HELLO = 4096
+MOST_BODY = 512
+"""Bytes of a frame's body, where it has no memory in it."""
 
 REGISTER_NAMES = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
@@ -78,9 +81,13 @@ class Hello(NamedTuple):
 
 
 class FrameReader:
-    """Puts frames together out of pieces of any size."""
+    """Puts frames together out of pieces of any size.
 
-    def __init__(self) -> None:
+    `most` is the longest body, in bytes, that may come now: who asked for memory raises it.
+    """
+
+    def __init__(self, most: int = MOST_HELLO) -> None:
+        self.most = most
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
@@ -96,7 +103,7 @@ class FrameReader:
         if len(buffer) < 8:
             return None
         kind, length = _FRAME.unpack_from(buffer)
-        if length > _MOST_BODY:
+        if length > self.most:
             raise ValueError(f"a frame of {length} bytes")
         if len(buffer) < 8 + length:
             return None
@@ -107,7 +114,7 @@ class FrameReader:
 
 def parse_hello(body: bytes) -> Hello:
     """Raises `ValueError` for what is none."""
-    if not _HELLO.size <= len(body) <= 4096:
+    if not _HELLO.size <= len(body) <= MOST_HELLO:
         raise ValueError(f"a HELLO of {len(body)} bytes")
     protocol, api, process, vcpu, vcpus, target = _HELLO.unpack_from(body)
     names = tuple(body[_HELLO.size :].decode("ascii", "replace").split(","))
@@ -122,6 +129,8 @@ def check_hello(hello: Hello) -> str | None:
             f"the plugin speaks protocol {hello.protocol}, and this vmibridge {PROTOCOL}:"
             " build the plugin that comes with it"
         )
+    if hello.vcpu >= MOST_VCPUS:
+        return f"vCPU {hello.vcpu}, and {MOST_VCPUS} of a QEMU are served"
     if hello.registers != REGISTER_NAMES:
         return "the plugin has other registers: build the plugin that comes with this vmibridge"
     return None
