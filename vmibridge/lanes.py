@@ -18,6 +18,7 @@ import anyio
 
 from vmibridge.errors import TrapQueueClosedError
 from vmibridge.event import TrapEvent
+from vmibridge.loops import Parking, parking
 
 
 class Lanes:
@@ -35,7 +36,8 @@ class Lanes:
         self._queued = 0
         self._ready: deque[TrapEvent] = deque()
         self._busy: dict[int, deque[TrapEvent]] = {}
-        self._idle: list[anyio.Event] = []
+        self._idle: list[Parking] = []
+        self._spare: list[Parking] = []
         self._waking = False
         self._room: anyio.Event | None = None
         self._closed = False
@@ -99,7 +101,7 @@ class Lanes:
     def wake(self) -> bool:
         """Wake the worker that has waited least, unless one is waking; `False` if there is none."""
         if not self._waking and self._idle:
-            self._idle.pop().set()
+            self._idle.pop().wake()
             self._waking = True
         return self._waking
 
@@ -118,7 +120,7 @@ class Lanes:
         while not self._ready:
             if self._closed:
                 return None
-            turn = anyio.Event()
+            turn = self._spare.pop() if self._spare else parking()
             self._idle.append(turn)
             try:
                 await turn.wait()
@@ -129,6 +131,7 @@ class Lanes:
                     self._waking = False
                 raise
             self._waking = False
+            self._spare.append(turn)
         return self.get_nowait()
 
     def release(self, vcpu: int) -> None:
@@ -152,7 +155,7 @@ class Lanes:
         """Take no more traps. Those that are queued can still be taken."""
         self._closed = True
         for turn in self._idle:
-            turn.set()
+            turn.wake()
         self._idle.clear()
         if self._room is not None:
             self._room.set()

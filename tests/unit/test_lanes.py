@@ -8,6 +8,7 @@ from anyio.lowlevel import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmibridge import lanes as module
 from vmibridge.errors import TrapQueueClosedError
 from vmibridge.event import Registers, TrapEvent, TrapReason
 from vmibridge.lanes import Lanes
@@ -404,7 +405,7 @@ def test_a_worker_that_dies_between_its_wake_up_and_its_turn_leaves_the_trap_to_
 ):
     # asyncio itself can cancel a task at that point, so the steps are taken by hand here.
     class Turn:
-        def set(self) -> None: ...
+        def wake(self) -> None: ...
 
         async def wait(self) -> None:
             await self
@@ -412,7 +413,7 @@ def test_a_worker_that_dies_between_its_wake_up_and_its_turn_leaves_the_trap_to_
         def __await__(self):
             yield
 
-    monkeypatch.setattr(anyio, "Event", Turn)
+    monkeypatch.setattr(module, "parking", Turn)
     lanes = Lanes(8)
     workers = [lanes.get(), lanes.get()]
     for worker in workers:

@@ -169,20 +169,20 @@ async def test_a_slow_handler_holds_no_other_vcpu_and_each_qemu_has_lanes_of_its
     assert stage.ends == [(lane, "halted") for lane in stage.work.vcpus]
 
 
-@pytest.mark.parametrize(("code", "errors"), [(WAIT, 0), (COPY, 1), (FILL, 1)])
+@pytest.mark.parametrize("code", [WAIT, COPY, FILL])
 @pytest.mark.parametrize("says_nonsense", [False, True])
-async def test_a_vcpu_that_goes_in_a_trap_is_lost(stage, code, errors, says_nonsense):
+async def test_a_vcpu_that_goes_in_a_trap_is_lost(stage, code, says_nonsense):
     async with stage.run():
         plugin = await stage.plugin()
         await plugin.send(*trap(code))
         await (stage.work.begun.wait() if code == WAIT else plugin.incoming.receive_exactly(8))
         await (plugin.send(99, b"") if says_nonsense else plugin.hang_up())
-        while stage.server.summary.guest is None:
-            await anyio.sleep(0.001)
-        stage.work.end.set()
+        await stage.work.end.wait()
         await plugin.hang_up()
     assert stage.ends == [(0, "lost")]
-    assert [reason[:14] for _, reason in stage.work.errors] == ["the VM is gone"] * errors
+    # An access under way fails, or is cancelled before it can.
+    assert stage.outcomes in (["cancelled"], ["failed"])
+    assert {reason[:14] for _, reason in stage.work.errors} <= {"the VM is gone"}
 
 
 async def test_a_stop_answers_and_then_hangs_up(stage):

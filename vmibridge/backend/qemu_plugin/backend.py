@@ -162,7 +162,7 @@ class QemuPluginBackend(Backend):
                 vcpu = Vcpu(stream, frames, place * MOST_VCPUS + told.vcpu, ram)
                 self._ends.pop(vcpu.lane, None)
                 await vcpu.send(hello)
-                await self._take_frames(vcpu, stream, sink)
+                await self._take_frames(vcpu, sink)
         except (anyio.EndOfStream, anyio.BrokenResourceError, BackendError):
             pass
         except _RefusedError as error:
@@ -221,36 +221,36 @@ class QemuPluginBackend(Backend):
             if not qemu.connections:
                 del self._qemus[told.process]
 
-    async def _take_frames(self, vcpu: Vcpu, stream: UNIXSocketStream, sink: TrapSink) -> None:
-        while not vcpu.let_go:
-            frame = vcpu.frames.next()
-            if frame is None:
-                vcpu.frames.feed(await stream.receive())
-                continue
-            kind, body = frame
-            if kind == FrameType.TRAP:
-                if vcpu.pending is not None:
-                    raise ValueError("a TRAP before the answer to the one before")
-                await self._take_trap(vcpu, body, sink)
-            elif kind == FrameType.MEMORY:
-                vcpu.take_reply(body)
-            else:
-                raise ValueError(f"frame {kind}")
+    async def _take_frames(self, vcpu: Vcpu, sink: TrapSink) -> None:
+        """Take what one vCPU sends, until it hangs up or no more traps are taken."""
 
-    async def _take_trap(self, vcpu: Vcpu, body: bytes, sink: TrapSink) -> None:
-        event = parse_trap(body, next(self._seq), self.vm, vcpu.lane)
-        vcpu.pending = event
-        self._pending[event.seq] = vcpu
-        try:
+        def take(kind: int, body: bytes) -> bool:
+            if kind == FrameType.MEMORY:
+                vcpu.take_reply(body)
+                return True
+            if kind != FrameType.TRAP:
+                raise ValueError(f"frame {kind}")
+            if vcpu.pending is not None:
+                raise ValueError("a TRAP before the answer to the one before")
+            event = parse_trap(body, next(self._seq), self.vm, vcpu.lane)
+            vcpu.pending, self._pending[event.seq] = event, vcpu
             try:
                 sink.put_nowait(event)
             except anyio.WouldBlock:
-                await sink.put(event)
+                return False
+            return True
+
+        try:
+            while True:
+                await vcpu.receive(take)
+                assert vcpu.pending is not None
+                await sink.put(vcpu.pending)
         except TrapQueueClosedError:
             # The plugin does without a host, as it was told to, or waits for the next one.
             vcpu.let_go = True
-            vcpu.pending = None
-            del self._pending[event.seq]
+            if vcpu.pending is not None:
+                del self._pending[vcpu.pending.seq]
+                vcpu.pending = None
 
     def _lose(self, vcpu: Vcpu, why: str, sink: TrapSink) -> None:
         vcpu.lose()

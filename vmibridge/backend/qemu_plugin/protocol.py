@@ -100,15 +100,19 @@ class FrameReader:
         Raises `ValueError` for one that is too long.
         """
         buffer = self._buffer
-        if len(buffer) < 8:
+        size = len(buffer)
+        if size < 8:
             return None
         kind, length = _FRAME.unpack_from(buffer)
         if length > self.most:
             raise ValueError(f"a frame of {length} bytes")
-        if len(buffer) < 8 + length:
+        if size < 8 + length:
             return None
         body = bytes(buffer[8 : 8 + length])
-        del buffer[: 8 + length]
+        if size == 8 + length:
+            buffer.clear()
+        else:
+            del buffer[: 8 + length]
         return kind, body
 
 

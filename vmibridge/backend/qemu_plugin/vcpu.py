@@ -2,7 +2,7 @@
 
 import socket
 from collections import deque
-from contextlib import suppress
+from collections.abc import Callable
 
 import anyio
 from anyio.abc import SocketAttribute, UNIXSocketStream
@@ -10,8 +10,12 @@ from anyio.abc import SocketAttribute, UNIXSocketStream
 from vmibridge.backend.qemu_plugin.protocol import MOST_BODY, FrameReader
 from vmibridge.errors import BackendError, GuestMemoryError
 from vmibridge.event import TrapEvent
+from vmibridge.loops import while_readable
 from vmibridge.outcome import GONE
 from vmibridge.qemu.ram import SharedRam
+
+_PIECE, _LARGE_PIECE = 4096, 1 << 18
+"""Bytes that are received at a time, at most; the larger one where memory was asked for."""
 
 
 class Vcpu:
@@ -35,35 +39,64 @@ class Vcpu:
         self._unsent = bytearray()
         self._sending = anyio.Lock()
 
+    async def receive(self, take: Callable[[int, bytes], bool]) -> None:
+        """Give `take` the type and body of each frame, until it returns `False` or raises.
+
+        Frames that have come after that one are kept. Raises `anyio.EndOfStream` at the end,
+        `anyio.BrokenResourceError` when the connection is broken.
+        """
+
+        def receive() -> bool:
+            size = _PIECE if self.frames.most == MOST_BODY else _LARGE_PIECE
+            try:
+                data = self._socket.recv(size)
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                raise anyio.BrokenResourceError from error
+            if not data:
+                raise anyio.EndOfStream
+            self.frames.feed(data)
+            return take_all()
+
+        def take_all() -> bool:
+            while (frame := self.frames.next()) is not None:
+                if not take(*frame):
+                    return False
+            return True
+
+        if take_all():
+            await while_readable(self._socket, receive)
+
     async def send(self, data: bytes) -> None:
         """Raises `BackendError` when the connection is gone.
 
         Cancelled, what is left of the frame goes out before the next one.
         """
-        others = bool(self._unsent)
-        self._unsent += data
         try:
             # There is room for an answer, unless something large is on its way.
-            if not others:
-                self._flush()
-            if self._unsent:
+            sent = 0 if self._unsent else self._send_some(data)
+            if sent < len(data):
+                self._unsent += data[sent:]
                 async with self._sending:
-                    await self._flush_all()
+                    await self._send_unsent()
         except OSError as error:
             raise BackendError(f"{GONE}: {error.strerror}") from error
         except anyio.ClosedResourceError as error:
             raise BackendError(GONE) from error
 
-    async def _flush_all(self) -> None:
+    async def _send_unsent(self) -> None:
         while self._unsent:
             if self.gone:
                 raise anyio.ClosedResourceError
             await anyio.wait_writable(self._socket)
-            self._flush()
+            del self._unsent[: self._send_some(self._unsent)]
 
-    def _flush(self) -> None:
-        with suppress(BlockingIOError):
-            del self._unsent[: self._socket.send(self._unsent)]
+    def _send_some(self, data: bytes | bytearray) -> int:
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
 
     @property
     def waits(self) -> bool:
