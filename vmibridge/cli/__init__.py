@@ -23,7 +23,7 @@ from vmibridge.errors import (
 )
 from vmibridge.text import printable
 
-_COMMANDS = ("run", "handlers", "replay", "inspect", "report", "export", "recover", "qemu")
+_COMMANDS = ("run", "agent", "serve", "handlers", "replay", "inspect", "report", "export", "recover", "qemu")
 _USAGE_ERRORS = (
     BackendSpecError,
     ConfigError,

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 from cyclopts import App, Group, Parameter, validators
 
 from vmibridge import __version__
+from vmibridge.cli.event_loop import chosen_loop
 from vmibridge.cli.selection import SelectionOptions
-from vmibridge.errors import ConfigError
+from vmibridge.cli.server_options import ServerOptions
 
 app = App(
     name="vmibridge",
@@ -20,7 +21,6 @@ qemu_app = App(name="qemu", help="What QEMU needs to be a backend.")
 app.command(qemu_app)
 
 _CHECKS = Group("Looking at what happens")
-_RECORDING = Group("Recording")
 
 
 @app.command
@@ -42,9 +42,97 @@ def run(
             help="Python files, folders or dotted modules that offer handlers.",
         ),
     ],
+    options: ServerOptions | None = None,
+) -> int:
+    """Run a guest and answer its traps until it ends.
+
+    On a terminal a table shows the latest traps and the counts; otherwise each trap
+    is a line. Ctrl-C takes no more traps, answers what is pending, and lets the guest go;
+    a second one leaves handlers no time to end, a third ends the process at once.
+
+    Exit status: 0 when the guest ended by itself, 1 when it, its backend or a handler
+    module failed, 2 for wrong usage.
+
+    Example: vmibridge run --backend unicorn:guest.bin --handlers handlers/hello.py
+    """
+    from vmibridge.cli.run import run_guest
+
+    return run_guest(backend, handlers, options or ServerOptions())
+
+
+@app.command
+def agent(
+    *,
+    backend: Annotated[
+        str, Parameter(help="The VM, as for run. NAME=SPEC names it; by default as this machine.")
+    ],
+    connect: Annotated[
+        str,
+        Parameter(
+            help="The server: unix:PATH, tcp:HOST:PORT or tls:HOST:PORT?cert=&key=&ca=; see"
+            " docs/remote.md."
+        ),
+    ],
+    deadline: Annotated[
+        float | None,
+        Parameter(
+            help="Seconds that a vCPU waits for an answer at the most; by default a little"
+            " longer than the server's own deadline."
+        ),
+    ] = None,
     async_backend: Annotated[
         Literal["asyncio", "trio"], Parameter(help="The event loop.")
     ] = "asyncio",
+    uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
+    json: Annotated[
+        bool, Parameter(group=_CHECKS, negative=(), help="The summary as one JSON object.")
+    ] = False,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Parameter(group=_CHECKS, help="What goes to standard error; debug shows tracebacks."),
+    ] = "info",
+) -> int:
+    """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
+
+    The guest starts when the server has said which traps it wants. When the server is away,
+    the agent tries to reach it again, and a vCPU that waits goes on at its deadline.
+
+    Exit status: 0 when the guest ended by itself, 1 when it or its backend failed or the
+    server refused the agent, 2 for wrong usage.
+
+    Example: vmibridge agent --backend web=unicorn:guest.bin --connect unix:/run/vmibridge.sock
+    """
+    from vmibridge.cli.agent import AgentOptions, run_agent
+
+    return run_agent(
+        AgentOptions(backend, connect, _loop(async_backend, uvloop), deadline, json, log_level)
+    )
+
+
+@app.command
+def serve(
+    *,
+    listen: Annotated[
+        list[str],
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Where agents connect: unix:PATH?mode=0o600, tcp:127.0.0.1:PORT, or"
+            " tls:HOST:PORT?cert=&key=&ca=&names=; several may be given.",
+        ),
+    ],
+    handlers: Annotated[
+        list[str],
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Python files, folders or dotted modules that offer handlers.",
+        ),
+    ],
+    async_backend: Annotated[
+        Literal["asyncio", "trio"], Parameter(help="The event loop.")
+    ] = "asyncio",
+    uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
     timeout: Annotated[
         float | None,
         Parameter(help="Seconds for one request, where its handler says nothing; 5 by default."),
@@ -59,59 +147,54 @@ def run(
             help="A TOML file: [server], [policy], [handlers.NAME]; see docs/configuration.md."
         ),
     ] = None,
-    uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
+    keep: Annotated[
+        float, Parameter(help="Seconds that a VM is remembered whose agent is away.")
+    ] = 300.0,
+    repeated: Annotated[
+        Literal["refuse", "run"],
+        Parameter(
+            help="A trap that a server which is gone may have run: give the guest its fallback,"
+            " or run it."
+        ),
+    ] = "refuse",
     record: Annotated[
-        Path | None, Parameter(group=_RECORDING, help="Record all that happens in this file.")
-    ] = None,
-    redact: Annotated[
-        list[str] | None,
-        Parameter(
-            group=_RECORDING,
-            negative=(),
-            help="Leave out memory, value1 to value4, or one of them of one request, as in"
-            " 0x0002:value3; may be given several times.",
-        ),
-    ] = None,
-    unrecorded: Annotated[
-        Literal["stop", "continue"] | None,
-        Parameter(
-            group=_RECORDING,
-            help="When the file cannot be written any more: stop the run, or go on; stop by"
-            " default.",
-        ),
+        Path | None,
+        Parameter(group=_RECORDING, help="Record each VM in a file of its own in this folder."),
     ] = None,
     json: Annotated[
-        bool, Parameter(group=_CHECKS, negative=(), help="One JSON object a trap, then a summary.")
+        bool,
+        Parameter(
+            group=_CHECKS, negative=(), help="One JSON object a trap, and a summary of each VM."
+        ),
     ] = False,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Parameter(group=_CHECKS, help="What goes to standard error; debug shows tracebacks."),
     ] = "info",
 ) -> int:
-    """Run a guest and answer its traps until it ends.
+    """Answer the traps of VMs whose agents connect; each VM has handlers of its own.
 
-    On a terminal a table shows the latest traps and the counts; otherwise each trap
-    is a line. Ctrl-C takes no more traps, answers what is pending, and lets the guest go;
-    a second one leaves handlers no time to end, a third ends the process at once.
+    SIGHUP loads the handlers anew without dropping a trap. SIGINT and SIGTERM stop as with
+    run; traps that come then are given back to their agents, for the server that follows.
 
-    Exit status: 0 when the guest ended by itself, 1 when it, its backend or a handler
-    module failed, 2 for wrong usage.
+    Exit status: 1 when it cannot listen or a handler module fails, 2 for wrong usage.
 
-    Example: vmibridge run --backend unicorn:guest.bin --handlers handlers/hello.py
+    Example: vmibridge serve --listen unix:/run/vmibridge.sock --handlers handlers/hello.py
     """
-    from vmibridge.cli.run import RunOptions, run_guest
+    from vmibridge.cli.serve import ServeOptions
+    from vmibridge.cli.serve import serve as serve_agents
 
-    return run_guest(
-        RunOptions(
-            backends=backend,
+    return serve_agents(
+        ServeOptions(
+            listen=listen,
             handlers=handlers,
             loop=_loop(async_backend, uvloop),
             timeout=timeout,
             soft_timeout=soft_timeout,
             config=config,
+            keep=keep,
+            repeated=repeated,
             record=record,
-            redact=redact or [],
-            unrecorded=unrecorded,
             json=json,
             log_level=log_level,
         )
@@ -219,7 +302,7 @@ def replay(
             speed=speed,
             order=order,
             strict=strict,
-            loop=_loop(async_backend, uvloop),
+            loop=chosen_loop(async_backend, uvloop=uvloop),
             timeout=timeout,
             config=config,
             json=json,
@@ -354,11 +437,82 @@ def build_qemu_plugin(
     return build(output, cc)
 
 
-def _loop(
-    async_backend: Literal["asyncio", "trio"], uvloop: bool
-) -> Literal["asyncio", "uvloop", "trio"]:
-    if not uvloop:
-        return async_backend
-    if async_backend == "trio":
-        raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
-    return "uvloop"
+@qemu_app.command(name="run")
+def run_qemu(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, help="QEMU's own arguments, behind --.")
+    ],
+    handlers: Annotated[
+        list[str] | None,
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Who answers: Python files, folders or dotted modules. Without, a host that"
+            " listens at --socket.",
+        ),
+    ] = None,
+    qemu: Annotated[
+        str | None,
+        Parameter(
+            help="The QEMU to start; by default VMIBRIDGE_QEMU, .qemu/qemu-system-x86_64, or"
+            " the one in PATH."
+        ),
+    ] = None,
+    via: Annotated[
+        Literal["plugin", "gdb"],
+        Parameter(help="The TCG plugin, for QEMU 11.1 and later; or breakpoints, for any."),
+    ] = "plugin",
+    accel: Annotated[
+        Literal["tcg", "kvm"] | None,
+        Parameter(help="The accelerator, tcg by default; kvm goes with --via gdb alone."),
+    ] = None,
+    plugin: Annotated[
+        Path | None, Parameter(help="The plugin; by default it is built and kept in the cache.")
+    ] = None,
+    socket: Annotated[
+        Path | None, Parameter(help="Where host and QEMU meet; by default a path of its own.")
+    ] = None,
+    absent: Annotated[
+        Literal["native", "wait"],
+        Parameter(help="Without a host: run instructions natively, or wait for one."),
+    ] = "native",
+    share_memory: Annotated[
+        bool,
+        Parameter(negative=(), help="Keep guest memory in a file, for reads that need no trip."),
+    ] = False,
+    backend_options: Annotated[
+        str, Parameter(help="Further options of the backend, as in a spec: site=0x1000&...")
+    ] = "",
+    outcomes: Annotated[
+        Path | None, Parameter(help="Where outcomes go; by default to standard error.")
+    ] = None,
+    options: ServerOptions | None = None,
+) -> int:
+    """Start QEMU with what traps need, answer them until it ends, and take it down.
+
+    QEMU has standard input and output. Ctrl-C answers what is pending and ends QEMU through
+    its monitor.
+
+    Exit status: that of QEMU when it ended by itself, 1 when it could not be started or a
+    handler module failed, 2 for wrong usage.
+
+    Example: vmibridge qemu run --handlers handlers/hello.py -- -m 512 -kernel vmlinuz -nographic
+    """
+    from vmibridge.cli.qemu_run import QemuOptions, run_qemu_guest
+
+    return run_qemu_guest(
+        QemuOptions(
+            arguments=arguments,
+            handlers=handlers or [],
+            qemu=qemu,
+            via=via,
+            accel=accel,
+            plugin=plugin,
+            socket=socket,
+            absent=absent,
+            share_memory=share_memory,
+            backend_options=backend_options,
+            outcomes=outcomes,
+        ),
+        options or ServerOptions(),
+    )

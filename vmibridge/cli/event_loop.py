@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 import anyio
 
-from vmibridge.errors import MissingExtraError
+from vmibridge.errors import ConfigError, MissingExtraError
 
 R = TypeVar("R")
 
@@ -16,6 +16,15 @@ Loop: TypeAlias = Literal["asyncio", "uvloop", "trio"]
 
 _COLLECT_AFTER = 10_000
 """New objects; see docs/benchmarks.md."""
+
+
+def chosen_loop(async_backend: Literal["asyncio", "trio"], *, uvloop: bool) -> Loop:
+    """What `--async-backend` and `--uvloop` mean. Raises `ConfigError`: they do not go together."""
+    if not uvloop:
+        return async_backend
+    if async_backend == "trio":
+        raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
+    return "uvloop"
 
 
 def check_loop(loop: Loop) -> None:

@@ -1,9 +1,9 @@
-"""Standard output without stopping the event loop: a slow reader only slows its guest.
+"""Standard output, or a file, without stopping the event loop: a slow reader only slows its guest.
 
 | writer | for |
 |---|---|
 | `JsonWriter` | `--json` |
-| `LineWriter` | people, where standard output is no terminal |
+| `LineWriter` | people, where it is no terminal |
 | `TableWriter` | people at a terminal |
 """
 
@@ -88,9 +88,9 @@ class Writer(ABC):
 class _StreamWriter(Writer):
     """Bytes to a file descriptor, waiting for it on the loop when it is full."""
 
-    def __init__(self) -> None:
+    def __init__(self, fd: int) -> None:
         sys.stdout.flush()
-        self._fd = sys.stdout.fileno()
+        self._fd = fd
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
 
@@ -128,6 +128,11 @@ class LineWriter(_StreamWriter):
     async def _line(self, columns: list[str]) -> None:
         cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
         await self.write(f"{' '.join([*cells, columns[-1]]).rstrip()}\n".encode())
+
+
+def stream_writer(fd: int, *, as_json: bool) -> Writer:
+    """The writer for where there is no terminal."""
+    return JsonWriter(fd) if as_json else LineWriter(fd)
 
 
 class TableWriter(Writer):

@@ -4,10 +4,11 @@ import logging
 import os
 import signal
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Self
 
 import anyio
 import msgspec
@@ -16,9 +17,10 @@ from anyio.abc import TaskStatus
 from rich.console import Console
 
 from vmibridge.backend import open_backend
-from vmibridge.cli.event_loop import Loop, check_loop, logging_to, run_on
+from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.output import JsonWriter, LineWriter, TableWriter, Writer
+from vmibridge.cli.output import TableWriter, Writer, stream_writer
+from vmibridge.cli.server_options import ServerOptions
 from vmibridge.config import Config
 from vmibridge.errors import (
     BackendError,
@@ -28,6 +30,7 @@ from vmibridge.errors import (
 )
 from vmibridge.loading import HandlerFactory
 from vmibridge.server import BridgeServer
+from vmibridge.settings import ServerSettings
 from vmibridge.vmi import Backend, GuestEnd
 
 if TYPE_CHECKING:
@@ -43,51 +46,51 @@ _MORE = {
 }
 
 
-class RunOptions(msgspec.Struct, frozen=True):
-    """The options of the command."""
-
-    backends: list[str]
-    handlers: list[str]
-    loop: Loop
-    timeout: float | None
-    soft_timeout: float | None
-    config: Path | None
-    record: Path | None
-    redact: list[str]
-    unrecorded: Literal["stop", "continue"] | None
-    json: bool
-    log_level: str
-
-
-def run_guest(options: RunOptions) -> int:
+def run_guest(specs: list[str], handlers: list[str], options: ServerOptions) -> int:
     """Run a guest until it ends; returns the exit status. Raises `VmiBridgeError`."""
-    config = Config() if options.config is None else Config.read(options.config)
-    settings = config.server
-    for name in ("timeout", "soft_timeout"):
-        seconds = getattr(options, name)
-        if seconds is not None:
-            try:
-                settings = msgspec.structs.replace(settings, **{name: seconds})
-            except ValueError as error:
-                raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
-    check_loop(options.loop)
-    taps = _taps(options)
-    backends = _open_backends(options.backends)
+    prepared = Prepared.of(handlers, options)
+    backends = _open_backends(specs)
     console = None if options.json or not sys.stdout.isatty() else Console()
-    writer: Writer
-    if options.json:
-        writer = JsonWriter()
-    elif console is None:
-        writer = LineWriter()
-    else:
-        writer = TableWriter(console)
+    writer = TableWriter(console) if console else stream_writer(1, as_json=options.json)
     with logging_to(log_handler(options.log_level, console), options.log_level):
-        factory = HandlerFactory(options.handlers, config)
+        server = prepared.server(backends)
+        life = Life([*prepared.taps, *backends, writer], server, writer)
+        return run_on(options.loop, partial(serve, life))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What options ask for, checked, before any VM is there."""
+
+    handlers: list[str]
+    config: Config
+    settings: ServerSettings
+    taps: "list[Recorder]"
+
+    @classmethod
+    def of(cls, handlers: list[str], options: ServerOptions) -> Self:
+        """Raises `ConfigError`, `MissingExtraError`."""
+        config = Config() if options.config is None else Config.read(options.config)
+        settings = config.server
+        for name in ("timeout", "soft_timeout"):
+            seconds = getattr(options, name)
+            if seconds is not None:
+                try:
+                    settings = msgspec.structs.replace(settings, **{name: seconds})
+                except ValueError as error:
+                    raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
+        check_loop(options.loop)
+        return cls(handlers, config, settings, _taps(options))
+
+    def server(self, backends: list[Backend]) -> BridgeServer:
+        """Raises `HandlerLoadError` and `ConfigError`."""
+        factory = HandlerFactory(self.handlers, self.config)
         try:
-            server = BridgeServer(backends, factory, **msgspec.structs.asdict(settings), taps=taps)
+            return BridgeServer(
+                backends, factory, **msgspec.structs.asdict(self.settings), taps=self.taps
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return run_on(options.loop, partial(_serve, taps, backends, server, writer))
 
 
 def _open_backends(specs: list[str]) -> list[Backend]:
@@ -104,7 +107,7 @@ def _open_backends(specs: list[str]) -> list[Backend]:
     return backends
 
 
-def _taps(options: RunOptions) -> "list[Recorder]":
+def _taps(options: ServerOptions) -> "list[Recorder]":
     if options.record is None:
         for name in ("redact", "unrecorded"):
             if getattr(options, name):
@@ -115,34 +118,44 @@ def _taps(options: RunOptions) -> "list[Recorder]":
     return [Recorder(options.record, on_error=options.unrecorded or "stop", redact=options.redact)]
 
 
-async def _serve(
-    taps: "list[Recorder]", backends: list[Backend], server: BridgeServer, writer: Writer
-) -> int:
+@dataclass(frozen=True)
+class Life:
+    """A server and what it needs, in the order in which that is entered."""
+
+    contexts: list[AbstractAsyncContextManager[object]]
+    server: BridgeServer
+    writer: Writer
+    beside: Callable[[], Coroutine[None, None, None]] | None = None
+    """Runs beside the server, cancelled at its end; where it fails, the server stops."""
+
+
+async def serve(life: Life) -> int:
+    """Run a server to its end, or that of the user's patience; returns the exit status."""
+    server = life.server
     received: list[int] = []
-    failure: VmiBridgeError | None = None
+    failures: list[VmiBridgeError] = []
     async with anyio.create_task_group() as tasks:
         run = anyio.CancelScope()
         await tasks.start(_stop_on_signal, server, run, received)
         try:
             with run:
                 async with AsyncExitStack() as stack:
-                    for tap in taps:
-                        await stack.enter_async_context(tap)
-                    for backend in backends:
-                        await stack.enter_async_context(backend)
-                    await stack.enter_async_context(writer)
+                    for context in life.contexts:
+                        await stack.enter_async_context(context)
+                    if life.beside is not None:
+                        tasks.start_soon(_run_beside, life.beside, server, failures)
                     async for outcome in server.run():
-                        await writer.show(outcome)
-                    await writer.end(server.summaries)
+                        await life.writer.show(outcome)
+                    await life.writer.end(server.summaries)
         except BrokenPipeError:
-            failure = BackendError("standard output was closed: nobody reads the outcomes")
+            failures.append(BackendError("nobody reads the outcomes: their output was closed"))
         except VmiBridgeError as error:
-            failure = error
+            failures.append(error)
         except SystemExit as error:
-            failure = BackendError(f"a handler asked to exit, with {error.code!r}")
+            failures.append(BackendError(f"a handler asked to exit, with {error.code!r}"))
         tasks.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    if failures:
+        raise failures[0]
     if received:
         return 128 + received[0]
     ends = {vm: summary.guest for vm, summary in server.summaries.items()}
@@ -154,6 +167,18 @@ async def _serve(
     if failed:
         raise BackendError("; ".join(failed))
     return 0
+
+
+async def _run_beside(
+    beside: Callable[[], Coroutine[None, None, None]],
+    server: BridgeServer,
+    failures: list[VmiBridgeError],
+) -> None:
+    try:
+        await beside()
+    except VmiBridgeError as error:
+        failures.append(error)
+        server.stop(now=True)
 
 
 async def _stop_on_signal(

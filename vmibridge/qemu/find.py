@@ -68,17 +68,18 @@ def _version_of(path: str) -> tuple[int, int] | None:
     return None if told is None else (int(told[1]), int(told[2]))
 
 
-def asks_for_kvm(arguments: Sequence[str]) -> bool:
-    """Whether QEMU's arguments ask for KVM, also as one accelerator of several."""
+def accelerators(arguments: Sequence[str]) -> list[str]:
+    """The accelerators that QEMU's arguments ask for, in their order."""
+    found = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.lstrip("-") == "enable-kvm":
-            return True
         option = before.lstrip("-") if before.startswith("-") else ""
-        if option == "accel" and argument.split(",")[0].removeprefix("accel=") == "kvm":
-            return True
-        if option in ("machine", "M") and re.search(r"\baccel=([\w:]*:)?kvm\b", argument):
-            return True
-    return False
+        if argument.lstrip("-") == "enable-kvm":
+            found.append("kvm")
+        elif option == "accel":
+            found.append(argument.split(",")[0].removeprefix("accel="))
+        elif option in ("machine", "M") and (told := re.search(r"\baccel=([\w:]+)", argument)):
+            found += told[1].split(":")
+    return found
 
 
 def memory_size(arguments: Sequence[str]) -> int:

@@ -1,0 +1,202 @@
+"""`vmibridge qemu run`: QEMU with what traps need, and who answers them.
+
+| `--via` | order | who listens |
+|---|---|---|
+| plugin | the host, then QEMU | the host, where QEMU's vCPUs connect |
+| gdb | QEMU, halted; then the host | QEMU, where the host connects |
+"""
+
+import hashlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import anyio
+
+from vmibridge.backend import open_backend
+from vmibridge.backend.qemu_plugin.build import SOURCE, build_plugin
+from vmibridge.cli.event_loop import check_loop, logging_to, run_on
+from vmibridge.cli.logs import log_handler
+from vmibridge.cli.output import stream_writer
+from vmibridge.cli.run import Life, Prepared, serve
+from vmibridge.cli.server_options import ServerOptions
+from vmibridge.errors import BackendError, ConfigError
+from vmibridge.qemu.find import GDB_NEEDS, PLUGIN_NEEDS, accelerators, find_qemu, memory_size
+from vmibridge.qemu.process import QemuProcess
+from vmibridge.server import BridgeServer
+
+_AFTERWARDS = 2.0
+"""Seconds in which the end of QEMU is expected to end the run."""
+_LISTENS = 10.0
+"""Seconds in which QEMU is expected to listen."""
+
+
+@dataclass(frozen=True)
+class QemuOptions:
+    """The options of the command."""
+
+    arguments: tuple[str, ...]
+    handlers: list[str]
+    qemu: str | None
+    via: Literal["plugin", "gdb"]
+    accel: Literal["tcg", "kvm"] | None
+    plugin: Path | None
+    socket: Path | None
+    absent: Literal["native", "wait"]
+    share_memory: bool
+    backend_options: str
+    outcomes: Path | None
+
+
+def run_qemu_guest(given: QemuOptions, options: ServerOptions) -> int:
+    """Run QEMU to its end; returns the exit status. Raises `VmiBridgeError`."""
+    if not given.handlers and given.socket is None:
+        raise ConfigError("give --handlers that answer, or the --socket where a host listens")
+    if given.via == "plugin" and "kvm" in (given.accel, *accelerators(given.arguments)):
+        raise ConfigError(
+            "with KVM the plugin is loaded and never trapped to: use TCG, or --via gdb"
+        )
+    if given.via == "gdb" and not given.handlers:
+        raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
+        socket = given.socket or folder / "vmi.sock"
+        qemu = QemuProcess([*_command(given, stack, socket), *given.arguments])
+        if not given.handlers:
+            check_loop(options.loop)
+            with logging_to(log_handler(options.log_level, None), options.log_level):
+                return run_on(options.loop, partial(_run_alone, qemu))
+        return _serve(given, options, stack, socket, qemu)
+
+
+def _command(given: QemuOptions, stack: ExitStack, socket: Path) -> list[str]:
+    found = find_qemu(given.qemu, PLUGIN_NEEDS if given.via == "plugin" else GDB_NEEDS)
+    command = [found.path]
+    if not accelerators(given.arguments):
+        command += ["-accel", given.accel or "tcg"]
+    ram = None
+    if given.share_memory:
+        size = memory_size(given.arguments)
+        ram = stack.enter_context(_memory_file())
+        backend = f"memory-backend-file,id=vmibridge-ram,size={size},mem-path={ram},share=on"
+        command += ["-object", backend, "-machine", "memory-backend=vmibridge-ram"]
+    if given.via == "gdb":
+        return [*command, "-S", "-gdb", f"unix:{_escaped(socket)},server=on,wait=off"]
+    plugin = given.plugin or _built_plugin()
+    told = f"file={_escaped(plugin)},socket={_escaped(socket)},absent={given.absent}"
+    if ram is not None:
+        told += f",ram={ram}"
+    return [*command, "-plugin", told]
+
+
+def _escaped(path: Path) -> str:
+    """As a value among QEMU's options, where a comma is doubled."""
+    return str(path.absolute()).replace(",", ",,")
+
+
+def _built_plugin() -> Path:
+    """The plugin of this source, which is built once."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmibridge"
+    name = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    path = cache / f"plugin-{name}.so"
+    return path if path.exists() else build_plugin(path)
+
+
+@contextmanager
+def _memory_file() -> Iterator[Path]:
+    """A file for guest memory, which takes room in memory alone."""
+    shared = Path("/dev/shm")  # noqa: S108 - it is made with mode 0600, and no other name
+    descriptor, name = tempfile.mkstemp(
+        prefix="vmibridge-", suffix=".ram", dir=shared if shared.is_dir() else None
+    )
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+async def _run_alone(qemu: QemuProcess) -> int:
+    """QEMU without a host here. SIGINT and SIGTERM end it through its monitor."""
+    async with qemu, anyio.create_task_group() as tasks:
+        received: list[int] = []
+
+        async def end_on_signal() -> None:
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async for number in signals:
+                    received.append(number)
+                    await qemu.quit()
+
+        tasks.start_soon(end_on_signal)
+        status = await qemu.wait()
+        tasks.cancel_scope.cancel()
+    return 128 + received[0] if received else _exit_status(status)
+
+
+def _serve(
+    given: QemuOptions, options: ServerOptions, stack: ExitStack, socket: Path, qemu: QemuProcess
+) -> int:
+    prepared = Prepared.of(given.handlers, options)
+    kind = "qemu-plugin" if given.via == "plugin" else "qemu-gdb"
+    spec = f"{kind}:unix:{socket}"
+    if given.backend_options:
+        spec += f"?{given.backend_options}"
+    backend = open_backend(spec)
+    writer = stream_writer(_outcomes_to(given.outcomes, stack), as_json=options.json)
+    contexts: list[AbstractAsyncContextManager[object]] = [*prepared.taps, backend, writer]
+    if given.via == "gdb":
+        contexts = [qemu, _listening(qemu, socket), *contexts]
+    with logging_to(log_handler(options.log_level, None), options.log_level):
+        server = prepared.server([backend])
+        beside = partial(_run_qemu if given.via == "plugin" else _watch, qemu, server)
+        life = Life(contexts, server, writer, beside)
+        status = run_on(options.loop, partial(serve, life))
+    ended = qemu.process.returncode
+    return status or _exit_status(0 if ended is None else ended)
+
+
+@asynccontextmanager
+async def _listening(qemu: QemuProcess, socket: Path) -> AsyncIterator[None]:
+    """Wait until QEMU listens. Raises `BackendError` when it does not."""
+    with anyio.move_on_after(_LISTENS):
+        while not await anyio.Path(socket).is_socket():
+            if qemu.process.returncode is not None:
+                break
+            await anyio.sleep(0.01)
+    if qemu.process.returncode is not None:
+        raise BackendError(f"QEMU ended with status {qemu.process.returncode}")
+    yield
+
+
+async def _run_qemu(qemu: QemuProcess, server: BridgeServer) -> None:
+    """Its vCPUs connect before its monitor answers, so the server has to run by then."""
+    async with qemu:
+        await _watch(qemu, server)
+
+
+async def _watch(qemu: QemuProcess, server: BridgeServer) -> None:
+    """QEMU's end is that of the run, also when no vCPU ever came."""
+    await qemu.wait()
+    await anyio.sleep(_AFTERWARDS)
+    server.stop()
+
+
+def _outcomes_to(path: Path | None, stack: ExitStack) -> int:
+    if path is None:
+        return sys.stderr.fileno()
+    try:
+        return stack.enter_context(path.open("wb")).fileno()
+    except OSError as error:
+        raise BackendError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _exit_status(status: int) -> int:
+    """As a shell tells it: 128 and its number for a signal."""
+    return 128 - status if status < 0 else status

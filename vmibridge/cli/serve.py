@@ -1,0 +1,226 @@
+"""`vmibridge serve`: handlers for VMs whose agents are elsewhere."""
+
+import importlib
+import itertools
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup, TaskStatus
+
+from vmibridge.cli.event_loop import Loop, check_loop, logging_to, run_on
+from vmibridge.cli.logs import log_handler
+from vmibridge.cli.output import JsonWriter, LineWriter
+from vmibridge.cli.trap_line import summary_json, summary_text
+from vmibridge.config import Config
+from vmibridge.dispatch import Bridge
+from vmibridge.errors import BackendError, ConfigError, VmiBridgeError
+from vmibridge.loading import HandlerFactory
+from vmibridge.outcome import Outcome
+from vmibridge.summary import Summary
+from vmibridge.tap import Tap
+from vmibridge.transport import AgentLimits, AgentServer
+from vmibridge.transport.session import Repeated
+
+log = logging.getLogger(__name__)
+
+_LAST_LINES = 1.0
+"""Seconds, after a second signal, in which the last outcomes are shown."""
+_LOADED = "vmibridge_handlers_"
+"""What `vmibridge.loading` calls the modules that it makes of files."""
+
+
+class ServeOptions(msgspec.Struct, frozen=True):
+    """The options of the command."""
+
+    listen: list[str]
+    handlers: list[str]
+    loop: Loop
+    timeout: float | None
+    soft_timeout: float | None
+    config: Path | None
+    keep: float
+    repeated: Repeated
+    record: Path | None
+    json: bool
+    log_level: str
+
+
+def serve(options: ServeOptions) -> int:
+    """Serve agents until a signal; returns the exit status. Raises `VmiBridgeError`."""
+    # They may be loaded anew, and a change within a second would go unseen.
+    sys.dont_write_bytecode = True
+    config = Config() if options.config is None else Config.read(options.config)
+    settings = config.server
+    for name in ("timeout", "soft_timeout"):
+        seconds = getattr(options, name)
+        if seconds is not None:
+            try:
+                settings = msgspec.structs.replace(settings, **{name: seconds})
+            except ValueError as error:
+                raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
+    try:
+        limits = AgentLimits(keep=options.keep)
+    except ValueError as error:
+        raise ConfigError(f"--keep: {error}") from error
+    check_loop(options.loop)
+    with logging_to(log_handler(options.log_level, None), options.log_level):
+        # Once, to find what is wrong with them before anybody comes.
+        HandlerFactory(options.handlers, config).make()
+        command = _Command(options)
+        command.server = AgentServer(
+            options.listen,
+            partial(make_bridge, options.handlers, config),
+            settings=settings,
+            limits=limits,
+            repeated=options.repeated,
+            on_outcome=command.show,
+            on_end=command.show_end,
+            taps=None if options.record is None else _Recordings(options.record),
+        )
+        return run_on(options.loop, command.run)
+
+
+def make_bridge(sources: Sequence[str], config: Config, vm: str) -> Bridge:
+    """The handlers of one VM: all of its own, for VMs come and go."""
+    return HandlerFactory(sources, config)(vm)
+
+
+def load_anew(options: ServeOptions) -> "partial[Bridge]":
+    """Import the handlers again, and make them once. Raises `VmiBridgeError`; then those of
+    before are as they were."""
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_of(name, options)}
+    importlib.invalidate_caches()
+    try:
+        config = Config() if options.config is None else Config.read(options.config)
+        HandlerFactory(options.handlers, config).make()
+    except BaseException:
+        for name in list(sys.modules):
+            if _is_of(name, options):
+                del sys.modules[name]
+        sys.modules.update(before)
+        raise
+    return partial(make_bridge, options.handlers, config)
+
+
+def _is_of(name: str, options: ServeOptions) -> bool:
+    return name.startswith(_LOADED) or any(
+        name == source or name.startswith(f"{source}.") for source in options.handlers
+    )
+
+
+class _Recordings:
+    """A file for each set of handlers of each VM, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, vm: str) -> Sequence[Tap]:
+        from vmibridge.recording import Recorder
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stem = re.sub(r"[^\w.-]", "_", vm).lstrip(".")
+        names = (self._folder / f"{stem}-{number}.mcap" for number in itertools.count(1))
+        return [Recorder(next(name for name in names if not name.exists()))]
+
+
+class _Command:
+    """One run of the command."""
+
+    server: AgentServer
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._options = options
+        self._writer = JsonWriter() if options.json else LineWriter()
+        self._received: list[int] = []
+        self._failure: VmiBridgeError | None = None
+        self._run = anyio.CancelScope()
+        self._writing = anyio.Lock()
+
+    async def run(self) -> int:
+        """Serve until a signal."""
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(self._heed_signals, tasks)
+            try:
+                with self._run:
+                    async with self._writer:
+                        await self.server.run()
+            except BrokenPipeError:
+                self._lose_reader()
+            except VmiBridgeError as error:
+                self._failure = error
+            tasks.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+        return 128 + self._received[0] if self._received else 0
+
+    async def show(self, outcome: Outcome[Any]) -> None:
+        """A trap was answered."""
+        try:
+            async with self._writing:
+                await self._writer.show(outcome)
+        except BrokenPipeError:
+            self._lose_reader()
+
+    async def show_end(self, vm: str, summary: Summary, counts: dict[str, int]) -> None:
+        """A VM has ended."""
+        if self._options.json:
+            line = msgspec.json.decode(summary_json({vm: summary}))
+            line["summary"] |= {"vm": vm, "agent": counts}
+            data = msgspec.json.encode(line) + b"\n"
+        else:
+            data = f"vm {vm}: {summary_text(summary)}\n".encode()
+        try:
+            async with self._writing:
+                await self._writer.write(data)
+        except BrokenPipeError:
+            self._lose_reader()
+
+    def _lose_reader(self) -> None:
+        if self._failure is None:
+            self._failure = BackendError("standard output was closed: nobody reads the outcomes")
+            self.server.stop()
+
+    async def _heed_signals(
+        self, tasks: TaskGroup, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """SIGHUP loads handlers anew; SIGINT and SIGTERM stop, as with `vmibridge run`."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        reloading = anyio.Lock()
+        with anyio.open_signal_receiver(*numbers) as signals:
+            task_status.started()
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    tasks.start_soon(self._reload, reloading)
+                else:
+                    self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        received = self._received
+        received.append(number)
+        if len(received) > 2:
+            # A handler may shield itself from being cancelled; the user has the last word.
+            os._exit(128 + number)
+        log.info("%s: stopping", signal.Signals(number).name)
+        self.server.stop(now=len(received) > 1)
+        if len(received) > 1:
+            # Whoever reads standard output may not read on.
+            self._run.deadline = anyio.current_time() + _LAST_LINES
+
+    async def _reload(self, reloading: anyio.Lock) -> None:
+        async with reloading:
+            try:
+                handlers = load_anew(self._options)
+            except VmiBridgeError as error:
+                log.error("SIGHUP: the handlers stay as they are: %s", error)  # noqa: TRY400
+                return
+            done = await self.server.reload(handlers)
+            log.info("SIGHUP: handlers are loaded anew, for %d VMs that run", done)
