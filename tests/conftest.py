@@ -1,6 +1,15 @@
 """Every test that touches an event loop runs on each loop that users may choose."""
 
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
+
+ROOT = Path(__file__).parents[1]
+UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
 
 
 @pytest.fixture(
@@ -12,3 +21,25 @@ import pytest
 )
 def anyio_backend(request):
     return request.param
+
+
+def new_enough(path: str) -> bool:
+    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"version (\d+)\.(\d+)", told)
+    return version is not None and (int(version[1]), int(version[2])) >= (11, 1)
+
+
+@pytest.fixture(scope="session")
+def qemu() -> str:
+    """A QEMU that has plugins which may write registers."""
+    if given := os.environ.get("VMIBRIDGE_QEMU"):
+        assert new_enough(given), f"VMIBRIDGE_QEMU={given} is no QEMU of 11.1 or newer"
+        return given
+    system = shutil.which("qemu-system-x86_64")
+    for path in (str(UNPACKED), system):
+        if path and os.access(path, os.X_OK) and new_enough(path):
+            return path
+    if not os.environ.get("CI"):
+        pytest.skip("no QEMU of 11.1 or newer: run `make qemu`, or set VMIBRIDGE_QEMU")
+    subprocess.run([ROOT / "guest/qemu/fetch-qemu"], check=True, timeout=600)
+    return str(UNPACKED)

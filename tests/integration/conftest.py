@@ -1,19 +1,16 @@
 """Guests for the tests: assembled from their sources, once per form."""
 
-import os
-import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from qemu_machine import Machine
 
 from vmibridge.backend.qemu_plugin.build import build_plugin
 
 ROOT = Path(__file__).parents[2]
 GUESTS = Path(__file__).parent / "guests"
-UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
 
 Build = Callable[..., Path]
 
@@ -57,28 +54,19 @@ def assemble(source: Path, image: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def new_enough(path: str) -> bool:
-    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"version (\d+)\.(\d+)", told)
-    return version is not None and (int(version[1]), int(version[2])) >= (11, 1)
-
-
 @pytest.fixture(scope="session")
-def qemu() -> str:
-    """A QEMU that has plugins which may write registers."""
-    if given := os.environ.get("VMIBRIDGE_QEMU"):
-        assert new_enough(given), f"VMIBRIDGE_QEMU={given} is no QEMU of 11.1 or newer"
-        return given
-    system = shutil.which("qemu-system-x86_64")
-    for path in (str(UNPACKED), system):
-        if path and os.access(path, os.X_OK) and new_enough(path):
-            return path
-    if not os.environ.get("CI"):
-        pytest.skip("no QEMU of 11.1 or newer: run `make qemu`, or set VMIBRIDGE_QEMU")
-    subprocess.run([ROOT / "guest/qemu/fetch-qemu"], check=True, timeout=600)
-    return str(UNPACKED)
+def qemu_i386(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The QEMU for 32-bit machines that came with the other one."""
+    path = Path(qemu).with_name("qemu-system-i386")
+    assert path.exists(), f"{path} is missing: Debian has it in the same package"
+    return str(path)
 
 
 @pytest.fixture(scope="session")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_plugin(tmp_path_factory.mktemp("plugin") / "vmibridge-plugin.so")
+
+
+@pytest.fixture
+def machine(qemu: str, plugin: Path, build_guest: Build, tmp_path: Path) -> Machine:
+    return Machine(qemu, plugin, build_guest, tmp_path)

@@ -4,6 +4,7 @@ import socket
 import stat
 import struct
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import pytest
@@ -37,11 +38,16 @@ class FakePlugin:
     """One vCPU, which says what it is told to."""
 
     def __init__(self, stream):
-        self.send_bytes, self.hang_up = stream.send, stream.aclose
+        self.stream, self.send_bytes, self.hang_up = stream, stream.send, stream.aclose
         self.incoming = BufferedByteReceiveStream(stream)
 
     async def send(self, kind, body):
         await self.send_bytes(struct.pack("<II", kind, len(body)) + body)
+
+    async def hello(self, body, ram=()):
+        head = struct.pack("<II", HELLO, len(body))
+        send = partial(self.stream.send_fds, fds=ram) if ram else self.send_bytes
+        await send(head + body)
 
     async def receive(self):
         kind, size = struct.unpack("<II", await self.incoming.receive_exactly(8))
@@ -88,9 +94,10 @@ class Stage:
         self.path, self.work = path, Work()
 
     @asynccontextmanager
-    async def run(self):
+    async def run(self, options=""):
         with anyio.fail_after(60):
-            async with self.backend() as backend, anyio.create_task_group() as tasks:
+            async with self.backend(options) as backend, anyio.create_task_group() as tasks:
+                self.backend_of_the_run = backend
                 self.server = BridgeServer(backend, Bridge(self.work), timeout=60)
                 tasks.start_soon(self.consume)
                 yield
@@ -105,10 +112,10 @@ class Stage:
     async def stranger(self):
         return FakePlugin(await anyio.connect_unix(self.path))
 
-    async def plugin(self, vcpu=0, process=1, protocol=1, names=REGISTER_NAMES):
+    async def plugin(self, vcpu=0, process=1, protocol=1, names=REGISTER_NAMES, ram=()):
         plugin = await self.stranger()
-        head = struct.pack("<IIQII16s", protocol, 7, process, vcpu, 2, b"x86_64")
-        await plugin.send(HELLO, head + ",".join(names).encode())
+        body = struct.pack("<IIQII16s", protocol, 7, process, vcpu, 2, b"x86_64")
+        await plugin.hello(body + ",".join(names).encode(), ram)
         plugin.greeting = await plugin.receive()
         return plugin
 
@@ -185,6 +192,53 @@ async def test_a_vcpu_that_goes_in_a_trap_is_lost(stage, code, says_nonsense):
     assert {reason[:14] for _, reason in stage.work.errors} <= {"the VM is gone"}
 
 
+async def test_memory_that_a_qemu_shares_is_read_from_its_file(stage, tmp_path):
+    (tmp_path / "ram").write_bytes(bytes(AT) + b"abcdefgh")
+    async with stage.run():
+        with (tmp_path / "ram").open() as ram:
+            plugin = await stage.plugin(ram=[ram.fileno()])
+        await plugin.send(*trap(COPY))
+        # What is written goes through the plugin all the same.
+        assert await plugin.receive() == (WRITE, struct.pack("<QII", AT + 4, 4, 0) + b"ABCD")
+        await plugin.send(MEMORY, DONE)
+        assert await plugin.receive() == answer(1, 0)
+        await plugin.hang_up()
+    assert stage.work.errors == []
+
+
+async def test_a_qemu_that_shares_what_is_no_file_is_hung_up_on(stage, tmp_path):
+    async with stage.run():
+        good = await stage.plugin()
+        bad = await stage.stranger()
+        with socket.socket() as no_file:
+            await bad.hello(b"", [no_file.fileno()])
+        await bad.is_hung_up_on()
+        assert await good.call(ADD) == answer(1, 0)
+        await good.hang_up()
+    assert stage.ends == [(0, "halted")]
+
+
+async def test_a_host_that_stays_serves_qemus_one_after_the_other_on_the_same_lanes(stage):
+    async with stage.run("?stay=true"):
+        for process in range(3):
+            plugin = await stage.plugin(process=process)
+            assert await plugin.call(ADD) == answer(1, 0)
+            await plugin.hang_up()
+            while stage.backend_of_the_run._qemus:
+                await anyio.sleep(0.001)
+        stage.server.stop()
+    assert (stage.work.vcpus, stage.ends) == ([0, 0, 0], [(0, "halted")])
+
+
+async def test_memory_is_not_announced_before_it_was_asked_for(stage):
+    async with stage.run():
+        good, bad = await stage.plugin(0), await stage.plugin(1)
+        await bad.send_bytes(struct.pack("<II", MEMORY, 16 << 20))
+        await bad.is_hung_up_on()
+        await good.hang_up()
+    assert stage.ends == [(0, "halted"), (1, "halted")]
+
+
 async def test_a_stop_answers_and_then_hangs_up(stage):
     """A frame that was on its way goes out first, all of it."""
     async with stage.run():
@@ -204,7 +258,12 @@ async def test_a_stop_answers_and_then_hangs_up(stage):
 
 
 @pytest.mark.parametrize(
-    ("who", "why"), [({"protocol": 2}, b"protocol 2"), ({"names": ["rax"]}, b"other registers")]
+    ("who", "why"),
+    [
+        ({"protocol": 2}, b"protocol 2"),
+        ({"names": ["rax"]}, b"other registers"),
+        ({"vcpu": 1024}, b"vCPU 1024, and 1024 of a QEMU are served"),
+    ],
 )
 async def test_a_plugin_of_another_version_is_refused(stage, who, why):
     async with stage.run():

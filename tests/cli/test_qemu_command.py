@@ -1,0 +1,170 @@
+"""`vmibridge qemu`, as users run it, with a real QEMU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from probe_guest import command
+
+GUEST = Path(__file__).parents[1] / "integration/guests/micro.asm"
+ALL_RIGHT, NO_STAMPS = 33, 35
+HANDLERS = """
+from vmibridge import BridgeHandler, BridgeResponse
+from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+
+class Invert(BridgeHandler[None]):
+    MAGIC, REQUEST = STANDARD_MAGIC, 0x0100
+    VERIFY_VALUE3, VERIFY_VALUE4 = STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+
+    async def handle(self, vmi, packet):
+        return BridgeResponse(~packet.value1 & 0xFFFF_FFFF_FFFF_FFFF)
+"""
+MACHINE = ["-m", "32", "-nodefaults", "-display", "none", "-no-reboot"]
+MACHINE += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel", "guest.bin"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    return tmp_path
+
+
+@pytest.fixture
+def guest(folder):
+    def build(count):
+        target = str(folder / "guest.bin")
+        defines = [f"-DCOUNT={count}", "-DHOW=1"]
+        subprocess.run(["nasm", "-f", "bin", *defines, str(GUEST), "-o", target], check=True)
+
+    return build
+
+
+@pytest.fixture
+def start(folder, qemu):
+    environment = {**os.environ, "VMIBRIDGE_QEMU": qemu, "XDG_CACHE_HOME": str(folder / "cache")}
+
+    def start(*options, machine=MACHINE):
+        return subprocess.Popen(
+            command("qemu", "run", *options, "--", *machine),
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def ended(process):
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("more", [[], ["--share-memory"], ["--async-backend", "trio"]])
+def test_it_starts_qemu_answers_and_ends_with_its_status(start, guest, folder, more):
+    guest(50)
+    for _ in range(2):
+        status, out, err = ended(start("--handlers", "handlers.py", *more))
+        assert (status, out) == (ALL_RIGHT, "")
+        assert err.splitlines()[-1] == "50 traps: 50 handled"
+    # The plugin was built once.
+    assert len(list((folder / "cache/vmibridge").iterdir())) == 1
+
+
+def test_outcomes_go_to_a_file(start, guest, folder):
+    guest(5)
+    options = ["--handlers", "handlers.py", "--json", "--outcomes", "o.json", "--record", "r.mcap"]
+    assert ended(start(*options))[:2] == (ALL_RIGHT, "")
+    *traps, summary = map(json.loads, (folder / "o.json").read_text().splitlines())
+    assert [trap["outcome"] for trap in traps] == ["handled"] * 5
+    assert summary["summary"]["guest"][0]["reason"] == "halted"
+    assert (folder / "r.mcap").stat().st_size > 1000
+
+
+def test_a_signal_ends_qemu_through_its_monitor(start, guest, folder):
+    guest(2_000_000_000)
+    process = start("--handlers", "handlers.py", "--json", "--outcomes", "/dev/stdout")
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    status, out, err = ended(process)
+    assert status == 143
+    assert json.loads(out.splitlines()[-1])["summary"]["guest"][0]["reason"] == "stopped"
+    assert "SIGTERM: stopping" in err
+    assert "does not end" not in err
+
+
+def test_a_host_elsewhere_answers(start, guest, folder):
+    guest(20)
+    host = subprocess.Popen(
+        command("run", "--backend", "qemu-plugin:unix:s", "--handlers", "handlers.py", "--json"),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert ended(start("--socket", "s", "--absent", "wait"))[0] == ALL_RIGHT
+    assert json.loads(host.communicate(timeout=60)[0].splitlines()[-1])["summary"]["handled"] == 20
+
+
+def test_without_a_host_the_guest_runs_natively(start, guest):
+    guest(20)
+    assert ended(start("--socket", "none")) == (NO_STAMPS, "", "")
+
+
+def test_a_signal_ends_a_qemu_that_has_its_host_elsewhere(start, guest):
+    process = start(
+        "--socket", "none", machine=["-S", "-m", "32", "-display", "none", "-qmp", "stdio"]
+    )
+    assert "QMP" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    status, _, err = ended(process)
+    assert (status, err) == (130, "")
+
+
+def test_a_qemu_that_fails_says_why_itself(start, folder):
+    status, out, err = ended(start("--handlers", "handlers.py", machine=["-wrong"]))
+    assert (status, out) == (1, "")
+    assert "-wrong: invalid option" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "machine", "told"),
+    [
+        ([], MACHINE, "give --handlers that answer, or the --socket where a host listens"),
+        (["--socket", "s"], ["-enable-kvm"], "with KVM the plugin is loaded and never trapped to"),
+        (["--socket", "s", "--accel", "kvm"], MACHINE, "use TCG, or --via gdb"),
+        (["--socket", "s", "--via", "gdb"], MACHINE, "--handlers are needed here"),
+        (["--handlers", "handlers.py", "--backend-options", "x=1"], MACHINE, "no option 'x'"),
+        (["--handlers", "handlers.py", "--share-memory"], ["-m", "much"], "is no size of memory"),
+    ],
+)
+def test_wrong_usage_is_told(start, options, machine, told):
+    status, _, err = ended(start(*options, machine=machine))
+    assert status in (1, 2)
+    assert told in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_old_qemu_is_told(start, folder):
+    old = folder / "old"
+    old.write_text("#!/bin/sh\necho QEMU emulator version 7.2.1\n")
+    old.chmod(0o700)
+    status, _, err = ended(start("--handlers", "handlers.py", "--qemu", str(old)))
+    assert status == 1
+    assert f"no QEMU of 11.1 or later ({old} is 7.2)" in err
+
+
+def test_the_plugin_is_built(folder):
+    built = subprocess.run(
+        [sys.executable, "-m", "vmibridge", "qemu", "build-plugin", "-o", "p.so"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert built.stdout == f"{folder / 'p.so'}\n"
+    assert (folder / "p.so").read_bytes()[:4] == b"\x7fELF"

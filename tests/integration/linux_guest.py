@@ -1,0 +1,105 @@
+"""Boots the Linux guest, with a host or without, for the tests that need a whole system."""
+
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import pytest
+
+from vmibridge import Bridge, BridgeHandler, BridgeServer, Outcome, open_backend
+from vmibridge.loading import load_handlers
+from vmibridge.summary import Summary
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "guest/linux"
+FOLDER = ROOT / ".linux"
+
+
+def built_guest() -> Path:
+    """The folder with kernel and initramfs. In CI they are brought; else the test is skipped."""
+    if not (FOLDER / "release").exists():
+        if not os.environ.get("CI"):
+            pytest.skip("no Linux guest: run `make linux`")
+        subprocess.run([SOURCES / "fetch-linux"], check=True, timeout=600)
+    subprocess.run([SOURCES / "build-guest"], check=True, timeout=300)
+    return FOLDER
+
+
+def exchange() -> BridgeHandler:
+    """The handler that the guest's programs call."""
+    (handler,) = load_handlers([str(SOURCES / "exchange.py")])
+    return handler
+
+
+@dataclass
+class Boot:
+    """What a guest said, and what the host saw of it."""
+
+    status: int
+    lines: list[str]
+    """Those of the guest's own programs, without what they begin with."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    summary: Summary = field(default_factory=Summary)
+
+    @property
+    def ends(self) -> list[tuple[int, str]]:
+        return [(end.vcpu, end.reason) for end in self.summary.guest.vcpus]
+
+
+@dataclass
+class LinuxGuest:
+    """A guest that comes up, does `what`, and goes down."""
+
+    qemu: str
+    plugin: Path
+    folder: Path
+    place: Path
+    """Where its socket may be."""
+
+    def command(
+        self, what: str, *extra: str, cpus: int = 1, count: int = 100, model: str = "qemu64"
+    ) -> list[str]:
+        options = (
+            f"-accel tcg -M pc -m 256 -cpu {model} -smp {cpus} -nodefaults -display none -no-reboot"
+        )
+        kernel = f"console=ttyS0 quiet panic=-1 vmibridge={what} count={count}"
+        return [
+            *(self.qemu, *options.split(), "-serial", "stdio", *extra),
+            *("-kernel", str(self.folder / "vmlinuz"), "-initrd", str(self.folder / "initrd")),
+            *("-append", kernel),
+        ]
+
+    async def boot_alone(self, what: str, **options: int | str) -> Boot:
+        """Without the plugin."""
+        done = await anyio.run_process(self.command(what, **options), check=False)
+        return Boot(done.returncode, told(done.stdout))
+
+    async def boot(
+        self, what: str, handler: BridgeHandler, settings: dict | None = None, **options: int | str
+    ) -> Boot:
+        """With the plugin, and a host that has this handler."""
+        socket = self.place / "s"
+        arms = ("-plugin", f"file={self.plugin},socket={socket}")
+        outcomes = []
+        async with open_backend(f"qemu-plugin:unix:{socket}") as backend:
+            server = BridgeServer(backend, Bridge(handler), timeout=30, **settings or {})
+
+            async def consume():
+                async for outcome in server.run():
+                    outcomes.append(outcome)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(consume)
+                command = self.command(what, *arms, **options)
+                done = await anyio.run_process(command, check=False)
+                if done.returncode:
+                    server.stop()  # there may have been no vCPU, for which it would wait
+        return Boot(done.returncode, told(done.stdout), outcomes, server.summary)
+
+
+def told(output: bytes) -> list[str]:
+    """The lines of the guest's own programs on its serial line."""
+    lines = output.decode(errors="replace").splitlines()
+    return [line.partition("vmibridge: ")[2] for line in lines if line.startswith("vmibridge: ")]

@@ -1,0 +1,94 @@
+"""Which QEMU is taken, and what is said of one that does not do."""
+
+import pytest
+
+from vmibridge.errors import BackendError
+from vmibridge.qemu.find import GDB_NEEDS, PLUGIN_NEEDS, accelerators, find_qemu, memory_size
+
+NAME = "qemu-system-x86_64"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """`place(FOLDER, VERSION)` puts a program there that says that version."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("VMIBRIDGE_QEMU", raising=False)
+
+    def put(folder, version):
+        path = tmp_path / folder / NAME
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho '{version}'\n")
+        path.chmod(0o700)
+        return str(path)
+
+    return put
+
+
+def test_the_first_that_is_new_enough_is_taken(place, monkeypatch):
+    system = place("bin", "QEMU emulator version 11.2.50 (v11.2.0)")
+    assert find_qemu(None, PLUGIN_NEEDS).path == system
+    unpacked = place(".qemu", "QEMU emulator version 11.1.3 (Debian 1:11.1.3)")
+    assert find_qemu(None, PLUGIN_NEEDS) == (found := find_qemu(unpacked, PLUGIN_NEEDS))
+    assert (found.path, found.version) == (unpacked, (11, 1))
+    monkeypatch.setenv("VMIBRIDGE_QEMU", system)
+    assert find_qemu(None, PLUGIN_NEEDS).path == system
+
+
+def test_an_old_one_does_for_gdb_alone(place):
+    old = place("bin", "QEMU emulator version 7.2.22 (Debian 1:7.2)")
+    assert find_qemu(None, GDB_NEEDS).path == old
+    told = f"no QEMU of 11.1 or later ({NAME} is 7.2): `make qemu` brings one"
+    with pytest.raises(BackendError) as raised:
+        find_qemu(None, PLUGIN_NEEDS)
+    assert str(raised.value).startswith(told)
+    assert "--via gdb works with older ones" in str(raised.value)
+
+
+def test_what_is_none_is_told(place):
+    with pytest.raises(BackendError, match=rf"no QEMU of 7.2 or later \(no {NAME} at all\)"):
+        find_qemu(None, GDB_NEEDS)
+    with pytest.raises(BackendError, match=r"^/none: there is no such program$"):
+        find_qemu("/none", GDB_NEEDS)
+    other = place("bin", "hello")
+    with pytest.raises(BackendError, match="says no version"):
+        find_qemu(other, GDB_NEEDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ("-m 512 -kernel kvm", []),
+        ("-accel tcg,thread=multi", ["tcg"]),
+        ("-enable-kvm", ["kvm"]),
+        ("--enable-kvm", ["kvm"]),
+        ("-accel kvm", ["kvm"]),
+        ("-accel accel=kvm,dirty-ring-size=1", ["kvm"]),
+        ("-M q35,accel=kvm:tcg", ["kvm", "tcg"]),
+        ("-machine accel=tcg,type=pc", ["tcg"]),
+        ("-accel tcg -accel kvm", ["tcg", "kvm"]),
+    ],
+)
+def test_the_accelerators_that_arguments_ask_for(arguments, found):
+    assert accelerators(arguments.split()) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ("", 128 << 20),
+        ("-m 32", 32 << 20),
+        ("-m 2G", 2 << 30),
+        ("-m 1024k", 1 << 20),
+        ("-m size=1g,slots=2,maxmem=4G", 1 << 30),
+        ("--m 64M -m 32M", 32 << 20),
+    ],
+)
+def test_the_memory_that_arguments_ask_for(arguments, size):
+    assert memory_size(arguments.split()) == size
+
+
+@pytest.mark.parametrize("given", ["much", "0", "-1", "1.5G", ""])
+def test_a_size_that_is_none(given):
+    with pytest.raises(BackendError, match="is no size of memory"):
+        memory_size(["-m", given])
