@@ -139,6 +139,14 @@ class Backend(ABC):
         exactly once for each trap. Raises `BackendError` when the VM is gone.
         """
 
+    def give_back(self, event: TrapEvent) -> bool:
+        """Let go of a trap that no handler has begun, because the server stops.
+
+        `True`: it is resumed by whoever serves the VM next, or as the VM does without one.
+        `False`, the default: it has to be answered here.
+        """
+        return False
+
     @abstractmethod
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """`size` bytes at a physical address. Raises `GuestMemoryError`."""

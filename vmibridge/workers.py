@@ -157,6 +157,9 @@ class Workers:
                 event = await lanes.get()
                 if event is None:
                     return False
+            if self._stopping and self._backend.give_back(event):
+                lanes.release(event.vcpu)
+                continue
             worker.event = event
             worker.entry = worker.pending = None
             worker.waited = worker.placed = worker.queued = False

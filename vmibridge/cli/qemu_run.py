@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import anyio
+from anyio.abc import TaskStatus
 
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_plugin.build import SOURCE, build_plugin
@@ -125,19 +126,24 @@ def _memory_file() -> Iterator[Path]:
 
 async def _run_alone(qemu: QemuProcess) -> int:
     """QEMU without a host here. SIGINT and SIGTERM end it through its monitor."""
-    async with qemu, anyio.create_task_group() as tasks:
-        received: list[int] = []
-
-        async def end_on_signal() -> None:
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                async for number in signals:
-                    received.append(number)
-                    await qemu.quit()
-
-        tasks.start_soon(end_on_signal)
-        status = await qemu.wait()
+    status = 0
+    async with anyio.create_task_group() as tasks:
+        received = await tasks.start(_cancel_on_signal, tasks.cancel_scope)
+        async with qemu:
+            status = await qemu.wait()
         tasks.cancel_scope.cancel()
     return 128 + received[0] if received else _exit_status(status)
+
+
+async def _cancel_on_signal(
+    scope: anyio.CancelScope, *, task_status: TaskStatus[list[int]]
+) -> None:
+    received: list[int] = []
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started(received)
+        async for number in signals:
+            received.append(number)
+            scope.cancel()
 
 
 def _serve(

@@ -148,7 +148,7 @@ async def serve(life: Life) -> int:
                         await life.writer.show(outcome)
                     await life.writer.end(server.summaries)
         except BrokenPipeError:
-            failures.append(BackendError("nobody reads the outcomes: their output was closed"))
+            failures.append(BackendError("standard output was closed: nobody reads the outcomes"))
         except VmiBridgeError as error:
             failures.append(error)
         except SystemExit as error:

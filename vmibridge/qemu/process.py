@@ -121,7 +121,8 @@ class QemuProcess:
             for end in (self._process.terminate, self._process.kill):
                 if self._process.returncode is not None:
                     break
-                log.warning("QEMU does not end: %s", end.__name__)
+                if self.qmp is not None:
+                    log.warning("QEMU does not end: %s", end.__name__)
                 end()
                 with anyio.move_on_after(_PATIENCE):
                     await self._process.wait()

@@ -246,20 +246,24 @@ class QemuPluginBackend(Backend):
                 assert vcpu.pending is not None
                 await sink.put(vcpu.pending)
         except TrapQueueClosedError:
-            # The plugin does without a host, as it was told to, or waits for the next one.
-            vcpu.let_go = True
             if vcpu.pending is not None:
-                del self._pending[vcpu.pending.seq]
-                vcpu.pending = None
+                self.give_back(vcpu.pending)
 
     def _lose(self, vcpu: Vcpu, why: str, sink: TrapSink) -> None:
         vcpu.lose()
-        reason = "stopped" if self._stopped or vcpu.let_go else "halted"
+        reason = "stopped" if self._stopped or vcpu.is_let_go else "halted"
         if vcpu.waits and not self._stopped:
             reason, why = "lost", f"{why}, with a trap that was not answered"
         if vcpu.pending is not None:
             sink.abandon(vcpu.pending)
         self._ends[vcpu.lane] = VcpuEnd(vcpu.lane, reason, why)
+
+    def give_back(self, event: TrapEvent) -> bool:
+        """Hang up: the plugin does without a host, as it was told to, or waits for the next one."""
+        vcpu = self._pending.pop(event.seq)
+        vcpu.pending = None
+        vcpu.let_go()
+        return True
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Send the answer. Raises `BackendError` when the VM is gone."""

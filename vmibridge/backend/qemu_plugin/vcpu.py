@@ -3,6 +3,7 @@
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import anyio
 from anyio.abc import SocketAttribute, UNIXSocketStream
@@ -30,8 +31,7 @@ class Vcpu:
         frames.most = MOST_BODY
         self.pending: TrapEvent | None = None
         self.gone = False
-        self.let_go = False
-        """Its last trap came when no more were taken."""
+        self.is_let_go = False
         self._socket: socket.socket = stream.extra(  # noqa: S610
             SocketAttribute.raw_socket
         )
@@ -131,6 +131,12 @@ class Vcpu:
             self.frames.most = MOST_BODY
         reply.body = body
         reply.arrived.set()
+
+    def let_go(self) -> None:
+        """Hang up, of our own will."""
+        self.is_let_go = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def lose(self) -> None:
         """The connection is gone."""
