@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup system check lint types layers coverage test test-slow soak demo bench qemu plugin lock clean
+.PHONY: help setup system check lint types layers coverage test test-slow soak demo demo-linux bench qemu linux plugin lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,14 +62,23 @@ soak: setup  ## 1,000,000 traps with faults over 64 lanes, on asyncio and on tri
 demo: setup  ## a real guest calls the ready-made handlers and checks every answer
 	@$(BIN)/python guest/demo/demo.py
 
-bench: setup  ## what a trap costs, and how many may wait; minutes, pinned to one core
+demo-linux: setup qemu linux  ## a real Linux in QEMU calls from programs and from its kernel
+	@$(BIN)/python guest/linux/demo.py
+
+bench: setup qemu linux  ## what a trap costs, and how many may wait; minutes, pinned to one core
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/lanes.py
 	$(BIN)/python benchmarks/waiting.py
 	$(BIN)/python benchmarks/recording.py
+	$(BIN)/python benchmarks/qemu_plugin.py
+	$(BIN)/python benchmarks/linux_boot.py
 
 qemu:  ## QEMU 11.1 in .qemu, for the plugin: linked to, or unpacked from Debian's packages
 	@guest/qemu/fetch-qemu
+
+linux: system  ## a Linux guest in .linux: Debian's kernel and busybox, with programs and a module of ours
+	@guest/linux/fetch-linux
+	@guest/linux/build-guest
 
 plugin: setup  ## the QEMU plugin, .qemu/vmibridge-plugin.so
 	@$(BIN)/vmibridge qemu build-plugin -o .qemu/vmibridge-plugin.so
@@ -80,4 +89,4 @@ lock: setup  ## lock the newest versions that pyproject.toml allows
 		--generate-hashes --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .qemu .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) .qemu .linux .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -239,7 +239,8 @@ def anchors(document):
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "handlers list", "inspect", "export", "qemu build-plugin"]
+    "command",
+    ["run", "handlers list", "inspect", "export", "qemu build-plugin", "qemu run"],
 )
 def test_every_option_is_there(command, environment):
     help_text = run(
