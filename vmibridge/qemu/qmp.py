@@ -142,6 +142,7 @@ class Qmp:
         self._waiting: dict[int, MemoryObjectSendStream[QmpReply]] = {}
         self._listeners: list[tuple[tuple[str, ...], MemoryObjectSendStream[QmpEvent]]] = []
         self._sending = anyio.Lock()
+        self._reading = anyio.CancelScope(shield=True)
         self._why = ""
         self.gone = anyio.Event()
         """Set when QEMU has hung up."""
@@ -158,7 +159,7 @@ class Qmp:
             await stack.enter_async_context(self._stream)
             await self._negotiate()
             tasks = await stack.enter_async_context(anyio.create_task_group())
-            stack.callback(tasks.cancel_scope.cancel)
+            stack.callback(self._reading.cancel)
             tasks.start_soon(self._receive)
             self._stack = stack.pop_all()
         return self
@@ -200,9 +201,11 @@ class Qmp:
 
     async def _receive(self) -> None:
         try:
-            while True:
-                for message in self._lines.feed(await self._stream.receive()):
-                    self._take(message)
+            # Who is cancelled may still want to say `quit`.
+            with self._reading:
+                while True:
+                    for message in self._lines.feed(await self._stream.receive()):
+                        self._take(message)
         except (anyio.EndOfStream, anyio.BrokenResourceError):
             self._why = "QEMU has hung up its monitor"
         except QmpError as error:
