@@ -13,12 +13,15 @@ help:  ## what there is
 
 setup: system $(INSTALLED)  ## the virtual environment in .venv, from locked versions
 
-# nasm assembles the guests, gcc compiles the QEMU plugin; chromium opens the report in the tests. Debian keeps what `python3 -m venv` needs in a package of its own.
+# nasm assembles the guests, gcc compiles the QEMU plugin; QEMU and gdbserver are stubs to connect to, gdb is a peer of the benchmarks; chromium opens the report in the tests. Debian keeps what `python3 -m venv` needs in a package of its own.
 system:
 	@missing=; \
 	command -v nasm >/dev/null || missing="$$missing nasm"; \
 	command -v cc >/dev/null || missing="$$missing gcc libc6-dev"; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	command -v qemu-system-x86_64 >/dev/null || missing="$$missing qemu-system-x86 seabios"; \
+	command -v gdbserver >/dev/null || missing="$$missing gdbserver"; \
+	command -v gdb >/dev/null || missing="$$missing gdb"; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	[ -z "$$missing" ] && exit 0; \
 	if [ "$$(id -u)" = 0 ]; then \
@@ -71,7 +74,9 @@ bench: setup qemu linux  ## what a trap costs, and how many may wait; minutes, p
 	$(BIN)/python benchmarks/waiting.py
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/qemu_plugin.py
+	$(BIN)/python benchmarks/qemu_gdb.py
 	$(BIN)/python benchmarks/linux_boot.py
+	$(BIN)/python benchmarks/remote.py
 
 qemu:  ## QEMU 11.1 in .qemu, for the plugin: linked to, or unpacked from Debian's packages
 	@guest/qemu/fetch-qemu

@@ -61,3 +61,27 @@ class BridgeContract(msgspec.Struct, frozen=True, gc=False):
             response.value4 if self.verify_value4 is None else self.verify_value4,
             response.output,
         )
+
+
+class GuestRead(msgspec.Struct, frozen=True, gc=False):
+    """Guest memory that a handler is known to read: it can travel with the trap.
+
+    Raises `ValueError` for a field that is out of its range.
+    """
+
+    address: int
+    """Which of value1 to value4 has the virtual address, 1 to 4."""
+    size: int
+    """Bytes that are read, at the most; up to 64 KiB."""
+    size_in: int | None = None
+    """Which value has the number of bytes, where the guest tells it."""
+    method: int | None = None
+    """Only for this method code; `None`: for all."""
+
+    def __post_init__(self) -> None:
+        if self.address not in (1, 2, 3, 4) or self.size_in not in (None, 1, 2, 3, 4):
+            raise ValueError(f"values have the numbers 1 to 4: {self!r}")
+        if not 0 < self.size <= 64 << 10:
+            raise ValueError(f"a read that travels has 1 to 65536 bytes, got {self.size}")
+        if self.method is not None and self.method >> 16:
+            raise ValueError(f"a method code has 16 bits, got {self.method:#x}")

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 import msgspec
 
 from vmibridge.context import BridgeContext
-from vmibridge.contract import BridgeContract
+from vmibridge.contract import BridgeContract, GuestRead
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse, T
 
@@ -127,6 +127,8 @@ class BridgeHandler(Generic[T]):
     """It answers without awaiting anything, so it needs no place in flight."""
     shared: ClassVar[bool] = False
     """One instance may serve several VMs: it keeps nothing of a guest."""
+    reads: ClassVar[tuple[GuestRead, ...]] = ()
+    """Guest memory that it is known to read: an agent on another machine sends it along."""
     Settings: ClassVar[type[msgspec.Struct] | None] = None
     """The type of `[handlers.NAME]` in the configuration; an instance of it is then
     the only argument of the constructor."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,26 @@ def test_a_qemu_that_fails_says_why_itself(start, folder):
     status, out, err = ended(start("--handlers", "handlers.py", machine=["-wrong"]))
     assert (status, out) == (1, "")
     assert "-wrong: invalid option" in err
+
+
+@pytest.mark.parametrize("more", [[], ["--share-memory"]])
+def test_breakpoints_do_for_any_qemu(start, guest, folder, more):
+    guest(50)
+    site = 0x10_0000 + (folder / "guest.bin").read_bytes().index(b"\x0f\xa2")
+    system = shutil.which("qemu-system-x86_64")
+    assert system is not None, "no QEMU: apt-get install qemu-system-x86"
+    options = ["--handlers", "handlers.py", "--via", "gdb", "--backend-options", f"site={site:#x}"]
+    for qemu in ([], ["--qemu", system]):
+        status, out, err = ended(start(*options, *more, *qemu))
+        assert (status, out) == (ALL_RIGHT, "")
+        assert err.splitlines()[-1] == "50 traps: 50 handled"
+
+
+def test_a_qemu_that_fails_before_it_listens_is_told(start, folder):
+    options = ["--handlers", "handlers.py", "--via", "gdb", "--backend-options", "site=1"]
+    status, _, err = ended(start(*options, machine=["-wrong"]))
+    assert status == 1
+    assert err.splitlines()[-1] == "vmibridge: QEMU ended with status 1"
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,16 @@ def anchors(document):
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "handlers list", "inspect", "export", "qemu build-plugin", "qemu run"],
+    [
+        "run",
+        "handlers list",
+        "inspect",
+        "export",
+        "qemu build-plugin",
+        "qemu run",
+        "agent",
+        "serve",
+    ],
 )
 def test_every_option_is_there(command, environment):
     help_text = run(

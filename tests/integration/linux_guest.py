@@ -59,12 +59,18 @@ class LinuxGuest:
     """Where its socket may be."""
 
     def command(
-        self, what: str, *extra: str, cpus: int = 1, count: int = 100, model: str = "qemu64"
+        self,
+        what: str,
+        *extra: str,
+        cpus: int = 1,
+        count: int = 100,
+        model: str = "qemu64",
+        kernel: str = "",
     ) -> list[str]:
         options = (
             f"-accel tcg -M pc -m 256 -cpu {model} -smp {cpus} -nodefaults -display none -no-reboot"
         )
-        kernel = f"console=ttyS0 quiet panic=-1 vmibridge={what} count={count}"
+        kernel = f"console=ttyS0 quiet panic=-1 vmibridge={what} count={count} {kernel}"
         return [
             *(self.qemu, *options.split(), "-serial", "stdio", *extra),
             *("-kernel", str(self.folder / "vmlinuz"), "-initrd", str(self.folder / "initrd")),

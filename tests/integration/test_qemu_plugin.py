@@ -4,6 +4,7 @@
 """
 
 import signal
+import subprocess
 from functools import partial
 
 import anyio
@@ -138,3 +139,39 @@ def test_a_compiler_that_is_missing_or_fails_is_told(tmp_path):
     with pytest.raises(BackendError, match=r"failed: a: error: bad$"):
         build(str(compiler))
     assert not (tmp_path / "plugin.so").exists()
+
+
+OLD_QEMU = """
+#include <dlfcn.h>
+#include <stdbool.h>
+#include <stdint.h>
+struct info { const char *target; struct { int min, cur; } version; bool system; int vcpus[2]; };
+int main(int count, char **arguments)
+{
+    void *plugin = dlopen(arguments[1], RTLD_LAZY);
+    int (*install)(uint64_t, struct info *, int, char **) = dlsym(plugin, "qemu_plugin_install");
+    struct info info = {"x86_64", {0, 4}, true, {1, 1}};
+    return install(1, &info, count - 2, arguments + 2);
+}
+"""
+
+
+def test_a_qemu_of_another_plugin_api_is_told_both_versions(plugin, tmp_path):
+    (tmp_path / "old.c").write_text(OLD_QEMU)
+    command = ["cc", "-o", tmp_path / "old", tmp_path / "old.c", "-ldl"]
+    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(
+        [tmp_path / "old", plugin, "socket=s"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "vmibridge plugin: this QEMU has plugin API 0 to 4, and the plugin needs 7"
+        " (QEMU 11.1 or later)\n"
+    )
+
+
+@pytest.mark.parametrize("wrong", ["verbose=maybe", "ram=/none"])
+async def test_an_argument_that_makes_no_sense_ends_qemu(machine, wrong):
+    with anyio.fail_after(30):
+        assert await machine.run(f",{wrong}") == 1
+    assert b"vmibridge plugin: " in machine.done.stderr

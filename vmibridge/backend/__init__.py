@@ -2,7 +2,9 @@
 
 | spec | the VM |
 |---|---|
+| `qemu-gdb:unix:PATH?site=0x...&...` or `qemu-gdb:tcp:HOST:PORT?...` | a QEMU's gdbstub |
 | `qemu-plugin:unix:PATH?mode=0o600&stay=false` | the QEMUs that connect with the plugin |
+| `remote:URL` | the VM of the agent that connects there |
 | `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false` | a recording, played from its file |
 | `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
 """
@@ -46,8 +48,26 @@ def _qemu_plugin(where: str, options: str, vm: str) -> Backend:
     return QemuPluginBackend(Path(path), given, vm)
 
 
+def _qemu_gdb(where: str, options: str, vm: str) -> Backend:
+    from vmibridge.backend.qemu_gdb.backend import QemuGdbBackend
+
+    return QemuGdbBackend.from_spec(where, options, vm)
+
+
+def _remote(where: str, options: str, vm: str) -> Backend:
+    from vmibridge.transport import RemoteBackend
+
+    return RemoteBackend(f"{where}?{options}" if options else where, vm=vm)
+
+
 BACKENDS: Mapping[str, Callable[[str, str, str], Backend]] = MappingProxyType(
-    {"qemu-plugin": _qemu_plugin, "replay": _replay, "unicorn": _unicorn}
+    {
+        "qemu-gdb": _qemu_gdb,
+        "qemu-plugin": _qemu_plugin,
+        "remote": _remote,
+        "replay": _replay,
+        "unicorn": _unicorn,
+    }
 )
 """From a backend's name to what makes it, given path, options and the name of the VM."""
 

@@ -23,7 +23,10 @@ from vmibridge.errors import (
 )
 from vmibridge.text import printable
 
-_COMMANDS = ("run", "agent", "serve", "handlers", "replay", "inspect", "report", "export", "recover", "qemu")
+_COMMANDS = (
+    *("run", "agent", "serve", "handlers", "replay", "inspect", "report", "export", "recover"),
+    *("qemu", "health"),
+)
 _USAGE_ERRORS = (
     BackendSpecError,
     ConfigError,

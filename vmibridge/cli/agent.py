@@ -102,11 +102,17 @@ def _tell(agent: Agent, end: GuestEnd, *, as_json: bool) -> None:
             VcpuLine(agent.vm, each.vcpu, each.reason, each.detail, each.registers)
             for each in end.vcpus
         ]
-        line = msgspec.json.encode({"summary": {**counts.as_dict(), "guest": guest}}).decode()
+        summary = {**counts.as_dict(), "guest": guest}
+        if agent.shares:
+            summary["servers"] = agent.shares
+        line = msgspec.json.encode({"summary": summary}).decode()
     else:
         line = (
             f"{counts.traps} traps: {counts.answered} answered by the server, {counts.own} here;"
             f" {counts.connections} connections"
         )
+        if agent.shares:
+            shares = ", ".join(f"{name} {count}" for name, count in agent.shares.items())
+            line += f"; by server: {shares}"
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

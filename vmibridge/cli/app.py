@@ -21,6 +21,7 @@ qemu_app = App(name="qemu", help="What QEMU needs to be a backend.")
 app.command(qemu_app)
 
 _CHECKS = Group("Looking at what happens")
+_RECORDING = Group("Recording")
 
 
 @app.command
@@ -84,12 +85,10 @@ def agent(
         Literal["asyncio", "trio"], Parameter(help="The event loop.")
     ] = "asyncio",
     uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
-    json: Annotated[
-        bool, Parameter(group=_CHECKS, negative=(), help="The summary as one JSON object.")
-    ] = False,
+    json: Annotated[bool, Parameter(negative=(), help="The summary as one JSON object.")] = False,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Parameter(group=_CHECKS, help="What goes to standard error; debug shows tracebacks."),
+        Parameter(help="What goes to standard error; debug shows tracebacks."),
     ] = "info",
 ) -> int:
     """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
@@ -105,7 +104,14 @@ def agent(
     from vmibridge.cli.agent import AgentOptions, run_agent
 
     return run_agent(
-        AgentOptions(backend, connect, _loop(async_backend, uvloop), deadline, json, log_level)
+        AgentOptions(
+            backend,
+            connect,
+            chosen_loop(async_backend, uvloop=uvloop),
+            deadline,
+            json,
+            log_level,
+        )
     )
 
 
@@ -129,24 +135,6 @@ def serve(
             help="Python files, folders or dotted modules that offer handlers.",
         ),
     ],
-    async_backend: Annotated[
-        Literal["asyncio", "trio"], Parameter(help="The event loop.")
-    ] = "asyncio",
-    uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False,
-    timeout: Annotated[
-        float | None,
-        Parameter(help="Seconds for one request, where its handler says nothing; 5 by default."),
-    ] = None,
-    soft_timeout: Annotated[
-        float | None,
-        Parameter(help="Seconds until the guest is told to wait and ask again; none by default."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        Parameter(
-            help="A TOML file: [server], [policy], [handlers.NAME]; see docs/configuration.md."
-        ),
-    ] = None,
     keep: Annotated[
         float, Parameter(help="Seconds that a VM is remembered whose agent is away.")
     ] = 300.0,
@@ -157,22 +145,11 @@ def serve(
             " or run it."
         ),
     ] = "refuse",
-    record: Annotated[
-        Path | None,
-        Parameter(group=_RECORDING, help="Record each VM in a file of its own in this folder."),
-    ] = None,
-    json: Annotated[
-        bool,
-        Parameter(
-            group=_CHECKS, negative=(), help="One JSON object a trap, and a summary of each VM."
-        ),
-    ] = False,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        Parameter(group=_CHECKS, help="What goes to standard error; debug shows tracebacks."),
-    ] = "info",
+    options: ServerOptions | None = None,
 ) -> int:
     """Answer the traps of VMs whose agents connect; each VM has handlers of its own.
+
+    --record names a folder here: each VM has a file of its own in it.
 
     SIGHUP loads the handlers anew without dropping a trap. SIGINT and SIGTERM stop as with
     run; traps that come then are given back to their agents, for the server that follows.
@@ -184,21 +161,32 @@ def serve(
     from vmibridge.cli.serve import ServeOptions
     from vmibridge.cli.serve import serve as serve_agents
 
-    return serve_agents(
-        ServeOptions(
-            listen=listen,
-            handlers=handlers,
-            loop=_loop(async_backend, uvloop),
-            timeout=timeout,
-            soft_timeout=soft_timeout,
-            config=config,
-            keep=keep,
-            repeated=repeated,
-            record=record,
-            json=json,
-            log_level=log_level,
-        )
-    )
+    return serve_agents(ServeOptions(listen, handlers, keep, repeated), options or ServerOptions())
+
+
+@app.command
+def health(
+    where: Annotated[
+        str | None,
+        Parameter(
+            env_var="VMIBRIDGE_HEALTH",
+            help="Where somebody should listen: unix:PATH, tcp:HOST:PORT, tls:HOST:PORT or"
+            " nats://HOST:PORT.",
+        ),
+    ] = None,
+    /,
+    *,
+    within: Annotated[float, Parameter(help="Seconds until that counts as a failure.")] = 3.0,
+) -> int:
+    """Tell whether a host or a server listens: the health check of a container.
+
+    Exit status: 0 when somebody listens, 1 when nobody does, 2 for wrong usage.
+
+    Example: vmibridge health unix:/run/vmibridge/vmi.sock
+    """
+    from vmibridge.cli.health import check_health
+
+    return check_health(where, within)
 
 
 @app.command

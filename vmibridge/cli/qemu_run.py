@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import anyio
 from anyio.abc import TaskStatus
 
 from vmibridge.backend import open_backend
+from vmibridge.backend.qemu_gdb.backend import QemuGdbBackend
 from vmibridge.backend.qemu_plugin.build import SOURCE, build_plugin
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
@@ -32,6 +34,7 @@ from vmibridge.errors import BackendError, ConfigError
 from vmibridge.qemu.find import GDB_NEEDS, PLUGIN_NEEDS, accelerators, find_qemu, memory_size
 from vmibridge.qemu.process import QemuProcess
 from vmibridge.server import BridgeServer
+from vmibridge.vmi import Backend
 
 _AFTERWARDS = 2.0
 """Seconds in which the end of QEMU is expected to end the run."""
@@ -69,23 +72,23 @@ def run_qemu_guest(given: QemuOptions, options: ServerOptions) -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
         socket = given.socket or folder / "vmi.sock"
-        qemu = QemuProcess([*_command(given, stack, socket), *given.arguments])
+        ram = stack.enter_context(_memory_file()) if given.share_memory else None
+        qemu = QemuProcess([*_command(given, socket, ram), *given.arguments])
         if not given.handlers:
             check_loop(options.loop)
             with logging_to(log_handler(options.log_level, None), options.log_level):
                 return run_on(options.loop, partial(_run_alone, qemu))
-        return _serve(given, options, stack, socket, qemu)
+        outcomes = _outcomes_to(given.outcomes, stack)
+        return _serve(given, options, _backend(given, socket, ram), outcomes, qemu)
 
 
-def _command(given: QemuOptions, stack: ExitStack, socket: Path) -> list[str]:
+def _command(given: QemuOptions, socket: Path, ram: Path | None) -> list[str]:
     found = find_qemu(given.qemu, PLUGIN_NEEDS if given.via == "plugin" else GDB_NEEDS)
     command = [found.path]
     if not accelerators(given.arguments):
         command += ["-accel", given.accel or "tcg"]
-    ram = None
-    if given.share_memory:
+    if ram is not None:
         size = memory_size(given.arguments)
-        ram = stack.enter_context(_memory_file())
         backend = f"memory-backend-file,id=vmibridge-ram,size={size},mem-path={ram},share=on"
         command += ["-object", backend, "-machine", "memory-backend=vmibridge-ram"]
     if given.via == "gdb":
@@ -146,24 +149,28 @@ async def _cancel_on_signal(
             scope.cancel()
 
 
+def _backend(given: QemuOptions, socket: Path, ram: Path | None) -> Backend:
+    kind = "qemu-plugin" if given.via == "plugin" else "qemu-gdb"
+    told = [given.backend_options] if given.backend_options else []
+    if given.via == "gdb" and ram is not None:
+        told.append(f"ram={quote(str(ram))}")
+    return open_backend(f"{kind}:unix:{socket}" + ("?" + "&".join(told) if told else ""))
+
+
 def _serve(
-    given: QemuOptions, options: ServerOptions, stack: ExitStack, socket: Path, qemu: QemuProcess
+    given: QemuOptions, options: ServerOptions, backend: Backend, outcomes: int, qemu: QemuProcess
 ) -> int:
     prepared = Prepared.of(given.handlers, options)
-    kind = "qemu-plugin" if given.via == "plugin" else "qemu-gdb"
-    spec = f"{kind}:unix:{socket}"
-    if given.backend_options:
-        spec += f"?{given.backend_options}"
-    backend = open_backend(spec)
-    writer = stream_writer(_outcomes_to(given.outcomes, stack), as_json=options.json)
+    writer = stream_writer(outcomes, as_json=options.json)
     contexts: list[AbstractAsyncContextManager[object]] = [*prepared.taps, backend, writer]
-    if given.via == "gdb":
-        contexts = [qemu, _listening(qemu, socket), *contexts]
     with logging_to(log_handler(options.log_level, None), options.log_level):
         server = prepared.server([backend])
-        beside = partial(_run_qemu if given.via == "plugin" else _watch, qemu, server)
-        life = Life(contexts, server, writer, beside)
-        status = run_on(options.loop, partial(serve, life))
+        beside = partial(_run_qemu, qemu, server)
+        if isinstance(backend, QemuGdbBackend):
+            socket = Path(backend.where.removeprefix("unix:"))
+            contexts = [qemu, _listening(qemu, socket), *contexts]
+            beside = partial(_watch_gdb, qemu, server, backend)
+        status = run_on(options.loop, partial(serve, Life(contexts, server, writer, beside)))
     ended = qemu.process.returncode
     return status or _exit_status(0 if ended is None else ended)
 
@@ -185,6 +192,15 @@ async def _run_qemu(qemu: QemuProcess, server: BridgeServer) -> None:
     """Its vCPUs connect before its monitor answers, so the server has to run by then."""
     async with qemu:
         await _watch(qemu, server)
+
+
+async def _watch_gdb(qemu: QemuProcess, server: BridgeServer, backend: QemuGdbBackend) -> None:
+    """The stub says nothing of a reset; the monitor does."""
+    assert qemu.qmp is not None
+    async with anyio.create_task_group() as tasks, qemu.qmp.events("RESET") as resets:
+        tasks.start_soon(_watch, qemu, server)
+        async for _ in resets:
+            backend.was_reset()
 
 
 async def _watch(qemu: QemuProcess, server: BridgeServer) -> None:

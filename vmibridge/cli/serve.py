@@ -8,17 +8,20 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import anyio
 import msgspec
 from anyio.abc import TaskGroup, TaskStatus
 
-from vmibridge.cli.event_loop import Loop, check_loop, logging_to, run_on
+from vmibridge.cli.event_loop import logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.output import JsonWriter, LineWriter
+from vmibridge.cli.run import Prepared
+from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import Config
 from vmibridge.dispatch import Bridge
@@ -39,54 +42,43 @@ _LOADED = "vmibridge_handlers_"
 
 
 class ServeOptions(msgspec.Struct, frozen=True):
-    """The options of the command."""
+    """The options that other commands do not have."""
 
     listen: list[str]
     handlers: list[str]
-    loop: Loop
-    timeout: float | None
-    soft_timeout: float | None
-    config: Path | None
     keep: float
     repeated: Repeated
-    record: Path | None
-    json: bool
-    log_level: str
 
 
-def serve(options: ServeOptions) -> int:
+def serve(options: ServeOptions, server_options: ServerOptions) -> int:
     """Serve agents until a signal; returns the exit status. Raises `VmiBridgeError`."""
-    # They may be loaded anew, and a change within a second would go unseen.
+    # Handlers may be loaded anew, and a change within a second would go unseen.
     sys.dont_write_bytecode = True
-    config = Config() if options.config is None else Config.read(options.config)
-    settings = config.server
-    for name in ("timeout", "soft_timeout"):
-        seconds = getattr(options, name)
-        if seconds is not None:
-            try:
-                settings = msgspec.structs.replace(settings, **{name: seconds})
-            except ValueError as error:
-                raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
+    # A recorder is made for each VM; those of `run` and `qemu` are not wanted.
+    prepared = Prepared.of(
+        options.handlers, replace(server_options, record=None, redact=[], unrecorded=None)
+    )
+    recordings = _Recordings.of(server_options)
     try:
         limits = AgentLimits(keep=options.keep)
     except ValueError as error:
         raise ConfigError(f"--keep: {error}") from error
-    check_loop(options.loop)
-    with logging_to(log_handler(options.log_level, None), options.log_level):
+    level = server_options.log_level
+    with logging_to(log_handler(level, None), level):
         # Once, to find what is wrong with them before anybody comes.
-        HandlerFactory(options.handlers, config).make()
-        command = _Command(options)
+        HandlerFactory(options.handlers, prepared.config).make()
+        command = _Command(options, server_options)
         command.server = AgentServer(
             options.listen,
-            partial(make_bridge, options.handlers, config),
-            settings=settings,
+            partial(make_bridge, options.handlers, prepared.config),
+            settings=prepared.settings,
             limits=limits,
             repeated=options.repeated,
             on_outcome=command.show,
             on_end=command.show_end,
-            taps=None if options.record is None else _Recordings(options.record),
+            taps=recordings,
         )
-        return run_on(options.loop, command.run)
+        return run_on(server_options.loop, command.run)
 
 
 def make_bridge(sources: Sequence[str], config: Config, vm: str) -> Bridge:
@@ -94,34 +86,45 @@ def make_bridge(sources: Sequence[str], config: Config, vm: str) -> Bridge:
     return HandlerFactory(sources, config)(vm)
 
 
-def load_anew(options: ServeOptions) -> "partial[Bridge]":
+def load_anew(sources: list[str], config_file: Path | None) -> "partial[Bridge]":
     """Import the handlers again, and make them once. Raises `VmiBridgeError`; then those of
     before are as they were."""
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_of(name, options)}
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_of(name, sources)}
     importlib.invalidate_caches()
     try:
-        config = Config() if options.config is None else Config.read(options.config)
-        HandlerFactory(options.handlers, config).make()
+        config = Config() if config_file is None else Config.read(config_file)
+        HandlerFactory(sources, config).make()
     except BaseException:
         for name in list(sys.modules):
-            if _is_of(name, options):
+            if _is_of(name, sources):
                 del sys.modules[name]
         sys.modules.update(before)
         raise
-    return partial(make_bridge, options.handlers, config)
+    return partial(make_bridge, sources, config)
 
 
-def _is_of(name: str, options: ServeOptions) -> bool:
+def _is_of(name: str, sources: list[str]) -> bool:
     return name.startswith(_LOADED) or any(
-        name == source or name.startswith(f"{source}.") for source in options.handlers
+        name == source or name.startswith(f"{source}.") for source in sources
     )
 
 
 class _Recordings:
     """A file for each set of handlers of each VM, in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: ServerOptions) -> None:
         self._folder = folder
+        self._options = options
+
+    @classmethod
+    def of(cls, options: ServerOptions) -> Self | None:
+        """`None` where none is wanted. Raises `ConfigError`."""
+        if options.record is not None:
+            return cls(options.record, options)
+        for name in ("redact", "unrecorded"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name} is about a recording: give --record FOLDER, too")
+        return None
 
     def __call__(self, vm: str) -> Sequence[Tap]:
         from vmibridge.recording import Recorder
@@ -129,7 +132,13 @@ class _Recordings:
         self._folder.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[^\w.-]", "_", vm).lstrip(".")
         names = (self._folder / f"{stem}-{number}.mcap" for number in itertools.count(1))
-        return [Recorder(next(name for name in names if not name.exists()))]
+        return [
+            Recorder(
+                next(name for name in names if not name.exists()),
+                on_error=self._options.unrecorded or "stop",
+                redact=self._options.redact,
+            )
+        ]
 
 
 class _Command:
@@ -137,12 +146,13 @@ class _Command:
 
     server: AgentServer
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, server_options: ServerOptions) -> None:
         self._options = options
-        self._writer = JsonWriter() if options.json else LineWriter()
+        self._server_options = server_options
+        self._writer = JsonWriter(1) if server_options.json else LineWriter(1)
         self._received: list[int] = []
         self._failure: VmiBridgeError | None = None
-        self._run = anyio.CancelScope()
+        self._scope: anyio.CancelScope | None = None
         self._writing = anyio.Lock()
 
     async def run(self) -> int:
@@ -150,7 +160,7 @@ class _Command:
         async with anyio.create_task_group() as tasks:
             await tasks.start(self._heed_signals, tasks)
             try:
-                with self._run:
+                with anyio.CancelScope() as self._scope:
                     async with self._writer:
                         await self.server.run()
             except BrokenPipeError:
@@ -172,7 +182,7 @@ class _Command:
 
     async def show_end(self, vm: str, summary: Summary, counts: dict[str, int]) -> None:
         """A VM has ended."""
-        if self._options.json:
+        if self._server_options.json:
             line = msgspec.json.decode(summary_json({vm: summary}))
             line["summary"] |= {"vm": vm, "agent": counts}
             data = msgspec.json.encode(line) + b"\n"
@@ -211,14 +221,14 @@ class _Command:
             os._exit(128 + number)
         log.info("%s: stopping", signal.Signals(number).name)
         self.server.stop(now=len(received) > 1)
-        if len(received) > 1:
+        if len(received) > 1 and self._scope is not None:
             # Whoever reads standard output may not read on.
-            self._run.deadline = anyio.current_time() + _LAST_LINES
+            self._scope.deadline = anyio.current_time() + _LAST_LINES
 
     async def _reload(self, reloading: anyio.Lock) -> None:
         async with reloading:
             try:
-                handlers = load_anew(self._options)
+                handlers = load_anew(self._options.handlers, self._server_options.config)
             except VmiBridgeError as error:
                 log.error("SIGHUP: the handlers stay as they are: %s", error)  # noqa: TRY400
                 return

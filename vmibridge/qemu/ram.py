@@ -18,7 +18,19 @@ import os
 import stat
 from typing import Self
 
+from vmibridge.errors import BackendError
+
 _VIDEO, _HIGH, _SPLIT = 0xA_0000, 0x10_0000, 0x8000_0000
+
+
+def open_ram(path: str) -> "SharedRam":
+    """The memory in this file. Raises `BackendError`."""
+    try:
+        return SharedRam(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise BackendError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BackendError(f"{path}: {error}") from error
 
 
 class SharedRam:

@@ -1,0 +1,228 @@
+"""Traps a second through a QEMU's gdbstub and the whole engine, against gdb's own Python.
+
+    python benchmarks/qemu_gdb.py [--events N] [--rounds N] [--json] [QEMU ...]
+
+A small guest makes calls by VMCALL in 64-bit mode and checks every answer. Two sides take their
+turns with each QEMU, under TCG:
+
+- *engine*: `BridgeServer` over the backend `qemu-gdb`, iterated to the end, with one site.
+- *gdb*: what one writes by hand: gdb, with a breakpoint whose `stop` reads the registers,
+  computes the same answer, sets it and goes on.
+
+What counts is the time from the first trap to the last. This process and its children are
+pinned to one core. It needs gdb and nasm; the QEMUs are the system's and that of `make qemu`,
+where they are there.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common import LOOPS, Loop, pin, run
+
+from vmibridge import (
+    Bridge,
+    BridgeContext,
+    BridgeHandler,
+    BridgePacket,
+    BridgeResponse,
+    BridgeServer,
+    OutcomeKind,
+    open_backend,
+)
+from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+
+ROOT = Path(__file__).parents[1]
+GUEST = ROOT / "tests/integration/guests/gdb_micro.asm"
+VMCALL = 2
+ALL_RIGHT = 33
+"""Exit status of QEMU."""
+MASK64 = (1 << 64) - 1
+
+BY_HAND = """
+import os, time
+import gdb
+
+gdb.execute("set pagination off")
+gdb.execute("set confirm off")
+gdb.execute("set architecture i386:x86-64")
+gdb.execute("target remote " + os.environ["STUB"], to_string=True)
+SITE = int(os.environ["SITE"], 16)
+MASK = (1 << 64) - 1
+events = 0
+begin = 0.0
+
+
+class Site(gdb.Breakpoint):
+    def stop(self):
+        global events, begin
+        begin = begin or time.perf_counter()
+        frame = gdb.selected_frame()
+        rcx, rdx, r8, rip = (
+            int(frame.read_register(name)) & MASK for name in ("rcx", "rdx", "r8", "rip")
+        )
+        if rcx & 0xFFFFFFFF != 0x42494D56 or rdx & 0xFFFF != 0x0100:
+            return True
+        answer = {
+            "rax": ~r8 & MASK, "rcx": 0x213353522D494D56, "rdx": 0x213453522D494D56, "rip": rip + 3
+        }
+        for name, value in answer.items():
+            gdb.execute("set $%s=%d" % (name, value))
+        events += 1
+        return False
+
+
+Site("*%#x" % SITE)
+try:
+    gdb.execute("continue", to_string=True)
+except gdb.error:
+    pass
+print("events", events, "seconds", time.perf_counter() - begin)
+"""
+
+
+class Invert(BridgeHandler[None]):
+    """Inverts value1, without waiting for anything."""
+
+    MAGIC = STANDARD_MAGIC
+    REQUEST = 0x0100
+    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
+    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+
+    async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[None]:
+        return BridgeResponse(~packet.value1 & MASK64)
+
+
+@contextmanager
+def guest(qemu: str, image: Path, stub: Path) -> Iterator[None]:
+    """QEMU with the guest, stopped at its begin; it has to end well."""
+    stub.unlink(missing_ok=True)
+    options = "-accel tcg -m 32 -nodefaults -display none -no-reboot -S"
+    with subprocess.Popen(
+        [
+            *(qemu, *options.split(), "-kernel", str(image)),
+            *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
+            *("-gdb", f"unix:{stub},server=on,wait=off"),
+        ]
+    ) as process:
+        try:
+            while not stub.exists():
+                time.sleep(0.01)
+            yield
+            status = process.wait(30)
+            assert status == ALL_RIGHT, f"the guest was not answered as it should be: {status}"
+        finally:
+            process.kill()
+
+
+async def engine(stub: Path, site: int, events: int) -> float:
+    """Events a second."""
+    begin = end = 0.0
+    async with open_backend(f"qemu-gdb:unix:{stub}?site={site:#x}") as backend:
+        server = BridgeServer(backend, Bridge(Invert()), timeout=60.0)
+        async for _ in server.run():
+            end = time.perf_counter()
+            begin = begin or end
+    assert server.summary.outcomes[OutcomeKind.HANDLED] == events
+    return (events - 1) / (end - begin)
+
+
+def by_hand(stub: Path, site: int, events: int, script: Path) -> float:
+    """Events a second."""
+    script.write_text(BY_HAND)
+    told = subprocess.run(
+        ["gdb", "-nx", "-batch", "-x", str(script)],
+        env=os.environ | {"STUB": str(stub), "SITE": hex(site)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.search(r"events (\d+) seconds ([\d.]+)", told)
+    assert found is not None, told
+    assert int(found[1]) == events, told
+    return events / float(found[2])
+
+
+def version(qemu: str) -> str:
+    told = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"version ([\d.]+)", told)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--events", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--loop", choices=LOOPS, action="append")
+    parser.add_argument("qemu", nargs="*")
+    options = parser.parse_args()
+    pin()
+    known = (shutil.which("qemu-system-x86_64"), str(ROOT / ".qemu/qemu-system-x86_64"))
+    qemus = options.qemu or [path for path in known if path and Path(path).exists()]
+    if not options.json:
+        print(f"{options.events} traps, median of {options.rounds} rounds, traps a second")
+        print(f"{'QEMU':8} {'loop':8} {'engine':>7} {'gdb':>6} ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        image, stub, script = (Path(folder) / name for name in ("guest.bin", "stub", "loop.py"))
+        subprocess.run(
+            [
+                *("nasm", "-f", "bin", f"-DHOW={VMCALL}", f"-DCOUNT={options.events}"),
+                *(str(GUEST), "-o", str(image)),
+            ],
+            check=True,
+        )
+        # The table behind the header: site_cpuid, site_vmcall, ...
+        site: int = struct.unpack_from("<Q", image.read_bytes(), 40)[0]
+        for qemu in qemus:
+            for name in options.loop or LOOPS:
+                measure(qemu, name, LOOPS[name], image, stub, script, site, options)
+
+
+def measure(
+    qemu: str,
+    name: str,
+    loop: Loop,
+    image: Path,
+    stub: Path,
+    script: Path,
+    site: int,
+    options: argparse.Namespace,
+) -> None:
+    ours: list[float] = []
+    theirs: list[float] = []
+    for _ in range(options.rounds):
+        with guest(qemu, image, stub):
+            ours.append(run(loop, engine, stub, site, options.events))
+        with guest(qemu, image, stub):
+            theirs.append(by_hand(stub, site, options.events, script))
+    line = {
+        "qemu": version(qemu),
+        "loop": name,
+        "engine": statistics.median(ours),
+        "gdb": statistics.median(theirs),
+        "ratio": statistics.median(ours) / statistics.median(theirs),
+    }
+    if options.json:
+        print(json.dumps(line))
+    else:
+        print(
+            f"{line['qemu']:8} {name:8} {line['engine']:7.0f} {line['gdb']:6.0f}"
+            f" {line['ratio']:5.2f}"
+        )
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

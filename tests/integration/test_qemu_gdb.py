@@ -1,0 +1,347 @@
+"""A guest in a real QEMU, by its gdbstub, against the whole engine. The guest checks the answers.
+
+Debian's QEMU 7.2 and the QEMU of `make qemu` under TCG; KVM where it can be had. In CI all but
+KVM have to be there; elsewhere the tests of a QEMU are skipped without it.
+"""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+from collections import Counter
+from contextlib import asynccontextmanager
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, method, open_backend
+from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.errors import BackendError
+from vmibridge.qemu.ram import SharedRam
+
+pytestmark = pytest.mark.anyio
+
+CPUID, VMCALL, VMMCALL, ALL = 1, 2, 3, 4
+INVERT, REVERSE, HOLD = 1, 2, 3
+ALL_RIGHT, NOT_ANSWERED = 33, 35
+"""Exit statuses of QEMU."""
+ENDLESS = 2_000_000_000
+MASK64 = (1 << 64) - 1
+KVM = "/dev/kvm"
+
+
+class Work(BridgeHandler[None]):
+    MAGIC = STANDARD_MAGIC
+    REQUEST = 0x0100
+    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
+    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+
+    def __init__(self):
+        self.begun = anyio.Event()
+        self.again = anyio.Event()
+        self.calls = Counter()
+        self.where = set()
+        self.at_hundred = anyio.lowlevel.checkpoint
+
+    @method(INVERT)
+    async def invert(self, vmi, packet):
+        event = vmi.event
+        self.where.add((event.reason.value, event.length, event.width, event.ring))
+        self.calls[vmi.vcpu] += 1
+        if self.calls[vmi.vcpu] == 100:
+            self.begun.set()
+            await self.at_hundred()
+        elif self.calls[vmi.vcpu] > 100 and not packet.value1:
+            # The guest has begun anew.
+            self.again.set()
+        return BridgeResponse(~packet.value1 & MASK64)
+
+    @method(REVERSE)
+    async def reverse(self, vmi, packet):
+        text = await vmi.memory.read(packet.value2, packet.value3)
+        assert text == b"hello to guest!!"
+        await vmi.memory.write(packet.value2 + 16, text[13:5:-1])
+        return BridgeResponse(~packet.value1 & MASK64)
+
+    # The run ends when it has ended, or its deadline has passed.
+    @method(HOLD, timeout=1)
+    async def hold(self, vmi, packet):
+        self.begun.set()
+        await anyio.sleep_forever()
+
+
+class OfAnother(Work):
+    MAGIC = 0x1234_5678
+
+
+class Machine:
+    """QEMU with one guest, and the host that serves it."""
+
+    def __init__(self, qemu, accelerator, build_guest, folder):
+        self.stub, self.qmp = folder / "s", folder / "q"
+        self.outcomes = Counter()
+        self.accelerator = accelerator
+        self.status = None
+        self._command = [qemu, "-accel", accelerator]
+        if accelerator == "kvm":
+            self._command += ["-M", "microvm"]
+        self._build_guest = build_guest
+
+    @asynccontextmanager
+    async def guest(self, *more, **defines):
+        """QEMU, stopped at its begin; afterwards its exit status is known."""
+        image = self._build_guest("gdb_micro", **defines)
+        places = struct.unpack_from("<5Q", image.read_bytes(), 32)
+        self.sites, self.ud_handler = places[:3], places[3]
+        options = f"-m 32 -smp {defines.get('CPUS', 1)} -nodefaults -display none -S"
+        command = [
+            *(*self._command, *options.split(), *more, "-kernel", str(image)),
+            *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
+            *("-gdb", f"unix:{self.stub},server=on,wait=off"),
+            *("-qmp", f"unix:{self.qmp},server=on,wait=off"),
+        ]
+        self.stub.unlink(missing_ok=True)
+        async with await anyio.open_process(command, stderr=subprocess.DEVNULL) as self.process:
+            try:
+                while not (self.stub.exists() and self.qmp.exists()):
+                    await anyio.sleep(0.01)
+                yield
+                self.status = await self.process.wait()
+            finally:
+                if self.process.returncode is None:
+                    self.process.kill()
+
+    def spec(self, options="", *, ud=False):
+        sites = [f"site={address:#x}" for address in self.sites]
+        chosen = [f"ud-handler={self.ud_handler:#x}"] if ud else sites
+        return f"qemu-gdb:unix:{self.stub}?{'&'.join(chosen)}{options}"
+
+    @asynccontextmanager
+    async def host(self, handler, *options, **more):
+        """A host in a block, which ends when the run does."""
+        async with open_backend(self.spec(*options, **more)) as self.backend:
+            server = BridgeServer(self.backend, Bridge(handler), timeout=60)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._consume, server)
+                yield server
+        self.ends = [(end.vcpu, end.reason) for end in server.summary.guest.vcpus]
+
+    async def _consume(self, server):
+        async for outcome in server.run():
+            self.outcomes[outcome.kind.value] += 1
+
+    async def run(self, handler, *options, ud=False, **defines):
+        async with self.guest(**defines), self.host(handler, *options, ud=ud):
+            pass
+        return self.status
+
+    async def command(self, name):
+        """A command to QMP."""
+        async with await anyio.connect_unix(self.qmp) as stream:
+            replies = b""
+            for execute in ("qmp_capabilities", name):
+                await stream.send(json.dumps({"execute": execute}).encode() + b"\n")
+            while replies.count(b'"return"') < 2:
+                replies += await stream.receive()
+        return [json.loads(line) for line in replies.splitlines() if b'"return"' in line][-1]
+
+
+def system_qemu():
+    return shutil.which("qemu-system-x86_64")
+
+
+@pytest.fixture(params=["system", "new", "kvm"])
+def machine(request, build_guest, tmp_path):
+    kind = request.param
+    if kind == "new":
+        return Machine(request.getfixturevalue("qemu"), "tcg", build_guest, tmp_path)
+    path = system_qemu()
+    if path is None:
+        assert not os.environ.get("CI"), "no QEMU: apt-get install qemu-system-x86"
+        pytest.skip("no qemu-system-x86_64 of the system's")
+    if kind == "kvm" and not os.access(KVM, os.R_OK | os.W_OK):
+        pytest.skip(f"no {KVM} that can be opened")
+    return Machine(path, "kvm" if kind == "kvm" else "tcg", build_guest, tmp_path)
+
+
+@pytest.fixture
+def emulated(machine):
+    """A machine under TCG."""
+    if machine.accelerator != "tcg":
+        pytest.skip("with KVM no VMCALL raises #UD")
+    return machine
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_every_trap_instruction_of_every_vcpu_is_answered(machine, cpus):
+    work = Work()
+    with anyio.fail_after(60):
+        assert await machine.run(work, HOW=ALL, CPUS=cpus, COUNT=300) == ALL_RIGHT
+    assert machine.outcomes == {"handled": 300 * cpus}
+    assert work.calls == dict.fromkeys(range(cpus), 300)
+    assert machine.ends == [(vcpu, "halted") for vcpu in range(cpus)]
+    assert work.where == {("cpuid", 3, 64, 0), ("vmcall", 4, 64, 0), ("vmmcall", 4, 64, 0)}
+
+
+async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
+    with anyio.fail_after(60):
+        assert await machine.run(Work(), METHOD=REVERSE, CPUS=2, COUNT=50) == ALL_RIGHT
+    assert machine.outcomes == {"handled": 100}
+
+
+async def test_twenty_thousand_traps_of_two_vcpus(machine):
+    work = Work()
+    with anyio.fail_after(180):
+        assert await machine.run(work, CPUS=2, COUNT=10_000) == ALL_RIGHT
+    assert work.calls == {0: 10_000, 1: 10_000}
+
+
+@pytest.mark.parametrize(("user", "ring"), [(0, 0), (1, 3)])
+async def test_the_handler_of_undefined_instructions_finds_every_hypercall(emulated, user, ring):
+    work = Work()
+    with anyio.fail_after(60):
+        assert await emulated.run(work, ud=True, HOW=VMCALL, USER=user, COUNT=300) == ALL_RIGHT
+    assert emulated.outcomes == {"handled": 300}
+    assert work.where == {("vmcall", 3, 64, ring)}
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize("ud", [False, True], ids=["sites", "ud"])
+async def test_what_is_not_ours_runs_natively(emulated, cpus, ud):
+    with anyio.fail_after(60):
+        status = await emulated.run(OfAnother(), ud=ud, HOW=ALL, CPUS=cpus, COUNT=100, NATIVE=1)
+    assert (status, emulated.outcomes) == (ALL_RIGHT, {})
+
+
+async def test_with_kvm_too_what_is_not_ours_runs_natively(machine):
+    with anyio.fail_after(60):
+        assert await machine.run(OfAnother(), HOW=CPUID, CPUS=2, COUNT=100, NATIVE=1) == ALL_RIGHT
+    assert not machine.outcomes
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_a_host_that_stops_leaves_a_guest_that_runs_natively(machine, cpus):
+    """It makes calls without end: when it is let go, it sees that they are not answered."""
+    work = Work()
+    with anyio.fail_after(60):
+        guest = machine.guest(HOW=CPUID, CPUS=cpus, COUNT=ENDLESS)
+        async with guest, machine.host(work) as server:
+            await work.begun.wait()
+            server.stop()
+    assert machine.status == NOT_ANSWERED
+    assert machine.ends == [(vcpu, "stopped") for vcpu in range(cpus)]
+
+
+async def test_a_host_that_is_cancelled_in_a_trap_lets_go_of_the_guest(machine):
+    work = Work()
+    with anyio.fail_after(60):
+        async with machine.guest(HOW=CPUID, METHOD=HOLD, COUNT=ENDLESS):
+            with anyio.CancelScope() as scope:
+                async with machine.host(work):
+                    await work.begun.wait()
+                    scope.cancel()
+    assert machine.status == NOT_ANSWERED
+
+
+async def test_a_guest_that_runs_can_be_joined_and_left_again(machine):
+    work, again = Work(), Work()
+    with anyio.fail_after(60):
+        async with machine.guest(HOW=CPUID, NATIVE=1, COUNT=ENDLESS):
+            await machine.command("cont")
+            async with open_backend(machine.spec()):
+                assert not (await machine.command("query-status"))["return"]["running"]
+            assert (await machine.command("query-status"))["return"]["running"]
+            async with machine.host(OfAnother()) as server:
+                while not (await machine.command("query-status"))["return"]["running"]:
+                    await anyio.sleep(0.01)
+                server.stop()
+            assert (await machine.command("query-status"))["return"]["running"]
+            machine.process.kill()
+    assert (work.calls, again.calls) == ({}, {})
+
+
+async def test_breakpoints_are_armed_after_a_reset(machine):
+    """The reset comes while a trap is pending, and whoever knows of it tells the backend."""
+    work = Work()
+
+    async def reset():
+        await machine.command("system_reset")
+        while (await machine.command("query-status"))["return"]["status"] != "prelaunch":
+            await anyio.sleep(0.01)
+        machine.backend.was_reset()
+
+    work.at_hundred = reset
+    with anyio.fail_after(60):
+        async with machine.guest(HOW=CPUID, COUNT=ENDLESS), machine.host(work) as server:
+            await work.again.wait()
+            server.stop()
+    assert (machine.ends, machine.status) == ([(0, "stopped")], NOT_ANSWERED)
+
+
+async def test_a_monitor_tells_of_a_reset(machine, tmp_path):
+    """The same, where nobody else tells the backend."""
+    work, own = Work(), tmp_path / "q2"
+
+    async def reset():
+        await machine.command("system_reset")
+        while not machine.backend._void:
+            await anyio.sleep(0.01)
+
+    work.at_hundred = reset
+    with anyio.fail_after(60):
+        async with (
+            machine.guest("-qmp", f"unix:{own},server=on,wait=off", HOW=CPUID, COUNT=ENDLESS),
+            machine.host(work, f"&qmp={own}") as server,
+        ):
+            await work.again.wait()
+            server.stop()
+    assert (machine.ends, machine.status) == ([(0, "stopped")], NOT_ANSWERED)
+
+
+async def test_without_its_monitor_a_guest_is_served_all_the_same(machine, tmp_path, caplog):
+    with anyio.fail_after(60):
+        status = await machine.run(Work(), f"&qmp={tmp_path / 'none'}", COUNT=50)
+    assert (status, machine.outcomes) == (ALL_RIGHT, {"handled": 50})
+    assert "its monitor does not tell of resets" in caplog.text
+
+
+async def test_memory_that_qemu_shares_is_read_from_its_file(machine, tmp_path, monkeypatch):
+    ram = tmp_path / "ram"
+    ram.touch()
+    read, found = SharedRam.read, []
+
+    def reading(self, address, size):
+        found.append(read(self, address, size))
+        return found[-1]
+
+    monkeypatch.setattr(SharedRam, "read", reading)
+    backend = f"memory-backend-file,id=ram,size=32M,mem-path={ram},share=on"
+    more = ["-object", backend, "-machine", "memory-backend=ram"]
+    with anyio.fail_after(60):
+        async with (
+            machine.guest(*more, METHOD=REVERSE, COUNT=20),
+            machine.host(Work(), f"&ram={ram}"),
+        ):
+            pass
+    assert (machine.status, machine.outcomes) == (ALL_RIGHT, {"handled": 20})
+    assert b"hello to guest!!" in found
+    assert None not in found
+
+
+async def test_a_memory_file_that_is_none_is_told(machine, tmp_path):
+    async with machine.guest(COUNT=1):
+        with pytest.raises(BackendError, match="none: No such file or directory"):
+            await open_backend(machine.spec(f"&ram={tmp_path / 'none'}")).__aenter__()
+        machine.process.kill()
+
+
+async def test_a_qemu_that_is_killed_in_a_trap_is_lost(machine):
+    work = Work()
+    with anyio.fail_after(60):
+        async with machine.guest(METHOD=HOLD), machine.host(work):
+            await work.begun.wait()
+            machine.process.send_signal(signal.SIGKILL)
+    assert machine.ends == [(0, "lost")]

@@ -1,0 +1,445 @@
+"""The end of an agent on NATS: traps as requests that any server of the queue group may take.
+
+To `Agent` this is one connection, with one memory behind it. Which server has which trap is
+kept here (`nats_flights`); what a server says of a trap that it does not have is dropped, and
+it is told that its access to guest memory failed.
+
+A connection to NATS that is lost is made again by nats-py, below this: the link goes on.
+"""
+
+import itertools
+import logging
+import secrets
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+
+from vmibridge.arch import read_packet
+from vmibridge.errors import BackendError, UnsupportedTrapError
+from vmibridge.status import Gate
+from vmibridge.transport.connection import ConnectionLostError
+from vmibridge.transport.dial import Dialled, RefusedByServerError
+from vmibridge.transport.nats_client import NatsClient, NatsRefusedError, is_nobody
+from vmibridge.transport.nats_flights import Peer, Sent, SentTraps
+from vmibridge.transport.nats_message import (
+    FROM_NATS_SERVER,
+    Ask,
+    Messages,
+    NatsFromServer,
+    Taken,
+    pack,
+)
+from vmibridge.transport.nats_subjects import (
+    hello_subject,
+    to_all_subject,
+    trap_subject,
+    vm_token,
+)
+from vmibridge.transport.nats_url import NatsUrl
+from vmibridge.transport.wire import (
+    MOST_ACCESSES,
+    MOST_LARGE_ACCESSES,
+    NO_DEADLINE,
+    VERSION,
+    WORD,
+    Answer,
+    Cancel,
+    End,
+    Ended,
+    Frame,
+    FromServer,
+    Hello,
+    Memory,
+    Native,
+    Ping,
+    Read,
+    Refused,
+    Returned,
+    Trap,
+    Welcome,
+    WireError,
+    Write,
+    milliseconds,
+    trap_event,
+)
+from vmibridge.vmi import Backend
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
+
+log = logging.getLogger(__name__)
+
+_clock = time.monotonic
+
+_HANDSHAKE = 10.0
+_MOST_PEERS = 4096
+_MOST_WAITING = 1024
+_MOST_KEPT = MOST_ACCESSES + MOST_LARGE_ACCESSES
+_ACCESS_BITS = 64
+_NOT_YOURS = "the trap is not yours any more: it was sent to another server"
+
+
+@asynccontextmanager
+async def dial_nats(
+    url: NatsUrl, session: bytes, vm: str, backend: Backend
+) -> AsyncIterator[Dialled]:
+    """Connect to NATS, and find a server there. Raises as `dial` does."""
+    try:
+        async with NatsClient(url, f"vmibridge agent {vm}"[:128]) as client:
+            link = NatsLink(client, Hello(WORD, VERSION, VERSION, session, vm, 0,
+                                          backend.other_hypercalls))  # fmt: skip
+            with anyio.fail_after(_HANDSHAKE):
+                welcome = await link.shake_hands()
+            try:
+                yield Dialled(
+                    link,
+                    welcome,
+                    lambda silence: [link.watch, partial(link.keep_alive, silence)],
+                    link.shares,
+                )
+            finally:
+                link.tell_shares()
+    except (BackendError, NatsRefusedError) as error:
+        raise RefusedByServerError(str(error), final=True) from error
+
+
+class NatsLink:
+    """See the module; an `AgentLink`."""
+
+    def __init__(self, client: NatsClient, hello: Hello) -> None:
+        self.shares: dict[str, int] = {}
+        """Traps that each server answered, by the first digits of its memory's id."""
+        self._client = client
+        self._url = client.url
+        self._vm = hello.vm
+        self._token = vm_token(hello.vm)
+        self._hello = pack(hello)
+        self._inbox = client.nats.new_inbox()
+        self._to_all = to_all_subject(self._token, hello.session)
+        self._sent = SentTraps(client.url.silence)
+        self._peers: dict[str, Peer] = {}
+        self._numbers: dict[int, Peer] = {}
+        self._count = itertools.count(1)
+        self._messages: dict[str, Messages[NatsFromServer]] = {}
+        self._waiting: OrderedDict[Hashable, Peer] = OrderedDict()
+        self._accesses: dict[int, Peer] = {}
+        self._held: deque[tuple[int, Read | Write]] = deque()
+        self._frames: deque[FromServer] = deque()
+        self._came = anyio.Event()
+        self._welcome: Welcome | Refused | None = None
+        self._nobody = False
+        self._end: End | None = None
+        self._told: set[str] = set()
+        client.on_reconnect = self._on_reconnect
+
+    async def shake_hands(self) -> Welcome:
+        """Raises `ConnectionLostError`, `RefusedByServerError`, `WireError`."""
+        await self._client.subscribe(f"{self._inbox}.>", self._take)
+        self._client.publish(hello_subject(self._token), self._hello, f"{self._inbox}.hello")
+        while self._welcome is None and not self._nobody:
+            await self._wait()
+        welcome = self._welcome
+        if welcome is None:
+            raise ConnectionLostError("no server listens on this NATS")
+        if isinstance(welcome, Refused):
+            raise RefusedByServerError(welcome.why, final=welcome.final)
+        if welcome.version != VERSION:
+            raise WireError("no WELCOME")
+        # To the agent it is one memory: which one has a trap is looked after here.
+        return msgspec.structs.replace(welcome, memory=secrets.token_bytes(16))
+
+    # --- what the agent posts -------------------------------------------------------
+
+    def post(self, frame: Frame, *, later: bool = False) -> None:
+        """Send a frame; never waits, raises nothing."""
+        if isinstance(frame, Trap):
+            self._post_trap(frame)
+        elif isinstance(frame, Memory):
+            self._reply(frame)
+        elif isinstance(frame, Cancel):
+            sent = self._sent.get(frame.seq)
+            if sent is not None:
+                self._sent.drop(sent)
+                self._publish_to(sent.holder, pack(frame))
+        elif isinstance(frame, End):
+            self._end = frame
+            for peer in list(self._peers.values()):
+                self._publish_to(peer, pack(frame))
+            self._look_for_end()
+
+    def cork(self) -> None:
+        """nats-py coalesces by itself."""
+
+    def uncork(self) -> None:
+        """As `cork`."""
+
+    def _post_trap(self, frame: Trap) -> None:
+        event = trap_event(frame, self._vm)
+        packet, key = None, None
+        try:
+            packet = read_packet(event)
+        except (UnsupportedTrapError, ValueError):
+            pass
+        else:
+            key = (event.address_space, event.ring, packet.magic, packet.request, packet.method)
+        deadline = float("inf")
+        if frame.left != NO_DEADLINE:
+            deadline = _clock() + frame.left / 1000
+        subject = trap_subject(self._token, packet, self._url.partitions)
+        sent = Sent(frame, deadline, subject, key)
+        sent.only = self._waiting.get(key)
+        self._sent.add(sent)
+        self._send(sent)
+
+    def _send(self, sent: Sent) -> None:
+        now = _clock()
+        self._sent.begin(sent, now)
+        left = sent.frame.left
+        if left != NO_DEADLINE:
+            left = milliseconds(sent.deadline - now)
+        frame = msgspec.structs.replace(sent.frame, left=left, elsewhere=sent.elsewhere)
+        message = self._hello + pack(frame)
+        if len(message) > self._client.nats.max_payload:
+            # Memory that travels along only saves a trip.
+            message = self._hello + pack(msgspec.structs.replace(frame, memory=()))
+        subject = sent.subject if sent.only is None else sent.only.subject
+        reply = f"{self._inbox}.{frame.seq:x}.{sent.attempt:x}"
+        self._client.publish(subject, message, reply)
+
+    def _publish_to(self, peer: Peer | None, message: bytes) -> None:
+        """To one server, or to all."""
+        if peer is None:
+            self._client.publish(self._to_all, message)
+        else:
+            self._client.publish(peer.subject, message, f"{self._inbox}.to.{peer.number}")
+
+    # --- what servers say -----------------------------------------------------------
+
+    async def receive(self) -> list[FromServer]:
+        """Wait for frames. Raises `ConnectionLostError`."""
+        while not self._frames:
+            if self._client.closed.is_set():
+                raise ConnectionLostError("NATS has closed the connection")
+            await self._wait()
+        frames = list(self._frames)
+        self._frames.clear()
+        return frames
+
+    async def _wait(self) -> None:
+        self._came = anyio.Event()
+        await self._came.wait()
+
+    async def _take(self, message: "Msg") -> None:
+        """A message has come to the inbox: nothing in it may hurt."""
+        place = message.subject[len(self._inbox) + 1 :].split(".")
+        try:
+            if is_nobody(message):
+                self._take_nobody(place)
+            elif place == ["probe"]:
+                self._client.publish(message.reply, pack(Ping()))
+            else:
+                self._take_frames(place, message)
+        except (WireError, ValueError) as error:
+            log.debug("vm %s: %s: garbage: %s", self._vm, self._url, error)
+
+    def _take_nobody(self, place: list[str]) -> None:
+        """NATS says that nobody listens where this was published."""
+        if place == ["hello"]:
+            self._nobody = True
+            self._came.set()
+        elif place[0] == "to":
+            peer = self._numbers.get(int(place[1]))
+            if peer is not None:
+                peer.misses += 1
+                self._look_for_end()
+        else:
+            sent = self._sent.get(int(place[0], 16), int(place[1], 16))
+            if sent is not None and sent.holder is None:
+                if sent.only is not None:
+                    self._waiting.pop(sent.key, None)
+                self._sent.nobody_has(sent, _clock())
+                self._tell_once("nobody", "no server takes traps on this NATS; trying again")
+
+    def _take_frames(self, place: list[str], message: "Msg") -> None:
+        peer = self._peer(message.reply)
+        if peer is None:
+            raise WireError("from nobody")
+        frames = self._messages[peer.subject].frames(message.data)
+        peer.speaks(_clock())
+        if place == ["hello"]:
+            for frame in frames:
+                if isinstance(frame, Welcome | Refused) and self._welcome is None:
+                    self._welcome = frame
+                    self._came.set()
+            return
+        if place[0] == "to":
+            if any(isinstance(frame, Ended) for frame in frames):
+                peer.ended = True
+                self._look_for_end()
+            return
+        seq, attempt = int(place[0], 16), int(place[1], 16)
+        for each in frames:
+            self._take_frame(each, peer, seq, attempt)
+
+    def _peer(self, subject: str) -> Peer | None:
+        peer = self._peers.get(subject)
+        if peer is None and subject and len(self._peers) < _MOST_PEERS:
+            number = next(self._count)
+            peer = self._peers[subject] = self._numbers[number] = Peer(number, subject, _clock())
+            self._messages[subject] = Messages(FROM_NATS_SERVER)
+        return peer
+
+    def _take_frame(self, frame: NatsFromServer, peer: Peer, seq: int, attempt: int) -> None:
+        if getattr(frame, "seq", seq) != seq:
+            raise WireError("about another trap")
+        sent = self._sent.get(seq, attempt)
+        if sent is not None and isinstance(frame, Refused):
+            self._sent.nobody_has(sent, _clock())
+            self._tell_once(frame.why, f"a server refuses its traps: {frame.why}")
+            return
+        if sent is None or not self._sent.held_by(sent, peer, _clock()):
+            self._refuse(frame, peer)
+        elif isinstance(frame, Answer | Native):
+            self._sent.drop(sent)
+            peer.answered += 1
+            self.shares[peer.name] = peer.answered
+            self._mind_waiting(sent, frame, peer)
+            self._pass_on(frame)
+        elif isinstance(frame, Returned):
+            # It stops, and has asked no handler.
+            self._sent.nobody_has(sent, _clock())
+        elif isinstance(frame, Read | Write):
+            self._access(frame, peer)
+
+    def _refuse(self, frame: NatsFromServer, peer: Peer) -> None:
+        """Of a trap that it does not have."""
+        if isinstance(frame, Taken):
+            self._publish_to(peer, pack(Cancel(frame.seq)))
+        elif isinstance(frame, Read | Write):
+            self._publish_to(peer, pack(Memory(frame.access, error=_NOT_YOURS)))
+
+    def _mind_waiting(self, sent: Sent, frame: Answer | Native, peer: Peer) -> None:
+        """A guest that is told to wait asks again, and the handler is with that server."""
+        if sent.key is None:
+            return
+        if isinstance(frame, Answer) and frame.rax == Gate.WAIT:
+            self._waiting[sent.key] = peer
+            if len(self._waiting) > _MOST_WAITING:
+                self._waiting.popitem(last=False)
+        else:
+            self._waiting.pop(sent.key, None)
+
+    def _pass_on(self, frame: FromServer) -> None:
+        self._frames.append(frame)
+        self._came.set()
+
+    # --- memory ---------------------------------------------------------------------
+
+    def _access(self, frame: Read | Write, peer: Peer) -> None:
+        """Each server counts its accesses by itself: to the agent they have other numbers."""
+        number = peer.number << _ACCESS_BITS | frame.access
+        if number in self._accesses:
+            return
+        if peer.under_way >= 2 * _MOST_KEPT:
+            raise WireError("more accesses to memory at a time than were agreed")
+        peer.under_way += 1
+        self._accesses[number] = peer
+        if len(self._accesses) - len(self._held) > _MOST_KEPT:
+            self._held.append((number, frame))
+        else:
+            self._pass_on(msgspec.structs.replace(frame, access=number))
+
+    def _reply(self, frame: Memory) -> None:
+        peer = self._accesses.pop(frame.access, None)
+        if peer is None:
+            return
+        peer.under_way -= 1
+        own = frame.access & (1 << _ACCESS_BITS) - 1
+        self._publish_to(peer, pack(msgspec.structs.replace(frame, access=own)))
+        if self._held:
+            number, held = self._held.popleft()
+            self._pass_on(msgspec.structs.replace(held, access=number))
+
+    # --- time -----------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Ask about traps, and send those again that nobody has."""
+        step = max(0.01, self._sent.silence / 60)
+        while True:
+            await anyio.sleep(step)
+            if self._client.closed.is_set():
+                self._came.set()
+                return
+            if self._client.nats.is_connected and len(self._sent):
+                self._look_after(_clock())
+
+    def _look_after(self, now: float) -> None:
+        for sent in self._sent.to_give_up(now):
+            if sent.holder is not None:
+                self._tell_once(
+                    sent.holder.name,
+                    f"the server {sent.holder.name} is gone: its traps are sent to others",
+                )
+                self._forget_waiting(sent.holder)
+            # If it lives after all, nobody waits for it.
+            self._publish_to(sent.holder, pack(Cancel(sent.frame.seq)))
+            sent.only = None
+            self._send(sent)
+        for sent in self._sent.to_send(now):
+            self._send(sent)
+        for sent in self._sent.to_ask(now):
+            # Its answer goes to this attempt's subject.
+            self._publish_to(sent.holder, pack(Ask(sent.frame.seq, sent.frame.vcpu)))
+
+    def _forget_waiting(self, peer: Peer) -> None:
+        for key in [key for key, other in self._waiting.items() if other is peer]:
+            del self._waiting[key]
+
+    async def keep_alive(self, silence: float) -> None:
+        """Servers are told that the VM is there; those that are gone are forgotten."""
+        while True:
+            await anyio.sleep(silence / 3)
+            now = _clock()
+            holders = {sent.holder for sent in self._sent}
+            for peer in list(self._peers.values()):
+                gone = peer.misses or now - peer.heard >= 4 * silence
+                if gone and peer not in holders and not peer.under_way:
+                    del self._peers[peer.subject], self._messages[peer.subject]
+                    del self._numbers[peer.number]
+                    self._forget_waiting(peer)
+                else:
+                    self._publish_to(peer, pack(Ping()))
+
+    def _on_reconnect(self) -> None:
+        now = _clock()
+        self._sent.on_connected(now)
+        for peer in self._peers.values():
+            peer.misses = 0
+            if self._end is not None:
+                self._publish_to(peer, pack(self._end))
+
+    # --- the end --------------------------------------------------------------------
+
+    def _look_for_end(self) -> None:
+        """ENDED, when every server has said so that is there."""
+        if self._end is not None and all(
+            peer.ended or peer.misses for peer in self._peers.values()
+        ):
+            self._pass_on(Ended())
+
+    def _tell_once(self, what: str, text: str) -> None:
+        if what not in self._told and len(self._told) < _MOST_PEERS:
+            self._told.add(what)
+            log.warning("vm %s: %s: %s", self._vm, self._url, text)
+
+    def tell_shares(self) -> None:
+        """Which server answered how many traps."""
+        if self.shares:
+            shares = ", ".join(f"{name} {count}" for name, count in self.shares.items())
+            log.info("vm %s: answered by server: %s", self._vm, shares)
