@@ -416,6 +416,7 @@ class QemuGdbBackend(Backend):
             data = client.layout.write_frame(where.data, writes, where.frame)
         packets = encode(commands.write_registers(data)) + _CONTINUE
         client.post(packets, 1, self._on_written, runs=True)
+        client.receive_at_once()
 
     def _on_written(self, reply: bytes) -> None:
         if self._client.why_lost is None:

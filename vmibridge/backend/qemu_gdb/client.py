@@ -9,8 +9,8 @@
 
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from os import sched_yield
 
 import anyio
@@ -44,6 +44,8 @@ _MOST_TEXT = 1 << 20
 _MOST_STOPS = 256
 _TRIES = 4
 _MOST_PIECES = 100
+_AT_ONCE = 16
+"""Traps that follow each other without a turn of the loop."""
 
 OnReply = Callable[[bytes], None]
 
@@ -90,6 +92,7 @@ class GdbClient:
         self._runs = False
         self._stops: dict[bytes, Stop | Exit] = {}
         self._acknowledges = True
+        self._at_once = 0
         self._asked_why = False
         self._unsent = bytearray()
         self._sending = anyio.Lock()
@@ -125,8 +128,13 @@ class GdbClient:
             tasks.cancel_scope.cancel()
 
     async def _receive_all(self) -> None:
-        try:
+        with self._losing():
             await while_readable(self._socket, self._receive)
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, anyio.ClosedResourceError):
             self.lose("it hung up")
         except ClientLostError as error:
@@ -134,7 +142,21 @@ class GdbClient:
         except PacketError as error:
             self.lose(f"it sent what it must not: {error}")
 
+    def receive_at_once(self) -> None:
+        """Take what comes right now: a stop often follows at once when the VM goes on.
+
+        It saves a turn of the loop; a few times, so that others have their turn, too.
+        """
+        if self._at_once and self.why_lost is None:
+            self._at_once -= 1
+            with self._losing():
+                self._receive_pieces()
+
     def _receive(self) -> bool:
+        self._at_once = _AT_ONCE
+        return self._receive_pieces()
+
+    def _receive_pieces(self) -> bool:
         # QEMU writes a reply in two pieces, and the next one often follows at once: to look
         # again is cheaper than to wait. It looks only so often, for others to have their turn.
         tries = _TRIES

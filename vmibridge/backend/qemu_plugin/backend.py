@@ -222,12 +222,12 @@ class QemuPluginBackend(Backend):
                 del self._qemus[told.process]
 
     async def _take_frames(self, vcpu: Vcpu, sink: TrapSink) -> None:
-        """Take what one vCPU sends, until it hangs up or no more traps are taken."""
+        """Take what one vCPU sends, until it hangs up."""
 
-        def take(kind: int, body: bytes) -> bool:
+        def take(kind: int, body: bytes) -> None:
             if kind == FrameType.MEMORY:
                 vcpu.take_reply(body)
-                return True
+                return
             if kind != FrameType.TRAP:
                 raise ValueError(f"frame {kind}")
             if vcpu.pending is not None:
@@ -237,17 +237,18 @@ class QemuPluginBackend(Backend):
             try:
                 sink.put_nowait(event)
             except anyio.WouldBlock:
-                return False
-            return True
+                self.tasks.start_soon(self._put, sink, event)
+            except TrapQueueClosedError:
+                self.give_back(event)
 
+        await vcpu.receive(take)
+
+    async def _put(self, sink: TrapSink, event: TrapEvent) -> None:
         try:
-            while True:
-                await vcpu.receive(take)
-                assert vcpu.pending is not None
-                await sink.put(vcpu.pending)
+            await sink.put(event)
         except TrapQueueClosedError:
-            if vcpu.pending is not None:
-                self.give_back(vcpu.pending)
+            if event.seq in self._pending:
+                self.give_back(event)
 
     def _lose(self, vcpu: Vcpu, why: str, sink: TrapSink) -> None:
         vcpu.lose()
@@ -272,6 +273,7 @@ class QemuPluginBackend(Backend):
         if vcpu.gone:
             raise BackendError(GONE)
         await vcpu.send(answer(writes))
+        vcpu.receive_at_once()
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """Asks the plugin, or the file. Cancelled, the plugin's reply is dropped when it comes."""
