@@ -8,7 +8,7 @@ answer, in the same QEMU (TCG, one vCPU):
 - *engine*: `BridgeServer` with the backend `qemu-plugin`: deadlines, lanes, outcomes, and an
   async handler.
 - *bare*: a loop over an anyio stream that unpacks a trap, and packs and sends the answer.
-- *gdb*: a breakpoint, and a loop in gdb's Python that reads and writes registers.
+- *gdb*: a breakpoint, and gdb's Python that reads and writes registers.
 
 The process pins itself, and so QEMU and gdb, to one core. Rounds alternate between the sides;
 the time is that from the first trap to the last answer.
@@ -16,7 +16,6 @@ the time is that from the first trap to the last answer.
 
 import argparse
 import json
-import os
 import statistics
 import struct
 import subprocess
@@ -27,9 +26,18 @@ from pathlib import Path
 
 import anyio
 from common import LOOPS, REQUEST, Loop, pin, run
+from qemu_gdb import by_hand, guest
 
-from vmibridge import Bridge, BridgeContext, BridgeHandler, BridgePacket, BridgeResponse
-from vmibridge import BridgeServer, OutcomeKind, open_backend
+from vmibridge import (
+    Bridge,
+    BridgeContext,
+    BridgeHandler,
+    BridgePacket,
+    BridgeResponse,
+    BridgeServer,
+    OutcomeKind,
+    open_backend,
+)
 from vmibridge.backend.qemu_plugin.build import build_plugin
 from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.qemu.find import PLUGIN_NEEDS, find_qemu
@@ -63,21 +71,24 @@ class Stage:
         self.plugin = build_plugin(folder / "plugin.so")
         self.socket = folder / "s"
 
-    def command(self, events: int, *more: str) -> list[str]:
+    def image(self, events: int) -> Path:
+        """The guest that makes so many calls."""
         image = self.folder / f"guest{events}.bin"
         if not image.exists():
             source = ROOT / "tests/integration/guests/micro.asm"
             subprocess.run(
                 ["nasm", "-f", "bin", f"-DCOUNT={events}", source, "-o", image], check=True
             )
-        return [
-            *(self.qemu, *"-accel tcg -m 32 -nodefaults -display none -no-reboot".split()),
-            *("-kernel", str(image), "-device", "isa-debug-exit,iobase=0xf4,iosize=4", *more),
-        ]
+        return image
 
     async def boot(self) -> None:
         """The guest with the plugin, to its end."""
-        command = self.command(self.events, "-plugin", f"file={self.plugin},socket={self.socket}")
+        options = "-accel tcg -m 32 -nodefaults -display none -no-reboot"
+        command = [
+            *(self.qemu, *options.split(), "-kernel", str(self.image(self.events))),
+            *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
+            *("-plugin", f"file={self.plugin},socket={self.socket}"),
+        ]
         done = await anyio.run_process(command, check=False)
         assert done.returncode == ALL_RIGHT, done
 
@@ -131,27 +142,11 @@ async def bare(stage: Stage) -> float:
 
 
 def gdb(stage: Stage, events: int) -> float:
-    target = stage.folder / "gdb"
-    command = stage.command(events, "-S", "-gdb", f"unix:{target},server=on,wait=off")
-    image = Path(command[command.index("-kernel") + 1])
-    where = {"SITE": hex(0x100000 + image.read_bytes().index(b"\x0f\x01\xc1")), "LENGTH": "3"}
-    with subprocess.Popen(command) as qemu:
-        while not target.exists():
-            time.sleep(0.01)
-        script = ["gdb", "-nx", "-batch", "-x", str(Path(__file__).with_name("gdb_loop.py"))]
-        told = subprocess.run(
-            script,
-            env={**os.environ, **where, "TARGET": str(target)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert qemu.wait() == ALL_RIGHT, told
-    _, count, taken = next(
-        line for line in told.stdout.splitlines() if line.startswith("answered")
-    ).split()
-    assert int(count) == events
-    return events / float(taken)
+    stub = stage.folder / "stub"
+    image = stage.image(events)
+    site = 0x100000 + image.read_bytes().index(b"\x0f\x01\xc1")
+    with guest(stage.qemu, image, stub):
+        return by_hand(stub, site, events, stage.folder / "loop.py")
 
 
 def main() -> None:
@@ -173,11 +168,10 @@ def main() -> None:
 
 
 def compare(stage: Stage, loop: Loop, rounds: int) -> tuple[float, float, float]:
-    rates: list[tuple[float, float, float]] = []
-    for _ in range(rounds):
-        rates.append(
-            (run(loop, bare, stage), run(loop, engine, stage), gdb(stage, stage.events // 50))
-        )
+    rates = [
+        (run(loop, bare, stage), run(loop, engine, stage), gdb(stage, stage.events // 50))
+        for _ in range(rounds)
+    ]
     by_bare, by_engine, by_gdb = (statistics.median(each) for each in zip(*rates, strict=True))
     return by_bare, by_engine, by_gdb
 
