@@ -12,7 +12,8 @@ of the same 220 bytes as a trap has, decoded and encoded at each end.
 *engine* is the whole way: a VM that sends its next trap when the last is answered, the agent,
 the socket, the server, its lanes and workers, a handler, and the consumer of the outcomes.
 All is in one process, pinned to one core; rounds alternate between the sides, and a ratio is
-that of the medians. The bar is 0.5.
+that of the medians. The bar is 0.5. On asyncio and uvloop grpc.aio and NATS, with the same
+bodies, are measured in the same rounds, each with as many callers.
 """
 
 import argparse
@@ -25,12 +26,14 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import anyio
 import msgspec
 from anyio.abc import ByteStream
 from common import LOOPS, Add, ClosedLoop, make_events, pin, run
+from remote_peers import PEERS
 
 from vmibridge import BridgeServer, TrapEvent
 from vmibridge.transport import Agent, RemoteBackend
@@ -169,6 +172,13 @@ async def echo(path: str, events: list[TrapEvent], in_flight: int) -> float:
 SIDES: dict[str, Side] = {"echo": echo, "engine": engine}
 
 
+async def peer(name: str, path: str, events: list[TrapEvent], in_flight: int) -> float:
+    """A tenth of the events: they are slow."""
+    encode = msgspec.msgpack.Encoder().encode
+    bodies = [encode(trap_frame(event, 5000)) for event in events[::10]]
+    return 10 * await PEERS[name](path, bodies, in_flight)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--traps", type=int, default=20_000)
@@ -181,13 +191,16 @@ def main() -> None:
     gc.set_threshold(10_000, *gc.get_threshold()[1:])
     if not options.json:
         print(f"{options.traps} traps, median of {options.rounds} rounds, round trips a second")
-        print("loop     in flight     echo   engine  ratio (bar 0.5)")
+        print("loop     in flight     echo   engine  ratio (bar 0.5)  grpc.aio    nats")
     for name in options.loops.split(","):
         for in_flight in IN_FLIGHT:
             events = make_events(options.traps, in_flight)
-            taken: dict[str, list[float]] = {side: [] for side in SIDES}
+            sides = dict(SIDES)
+            if name != "trio":
+                sides |= {other: partial(peer, other) for other in PEERS}
+            taken: dict[str, list[float]] = {side: [] for side in sides}
             for _ in range(options.rounds):
-                for side, function in SIDES.items():
+                for side, function in sides.items():
                     with tempfile.TemporaryDirectory() as folder:
                         path = str(Path(folder) / "socket")
                         taken[side].append(run(LOOPS[name], function, path, events, in_flight))
@@ -199,7 +212,8 @@ def main() -> None:
             else:
                 print(
                     f"{name:8} {in_flight:9} {rates['echo']:8.0f} {rates['engine']:8.0f}"
-                    f" {ratio:6.2f}"
+                    f" {ratio:6.2f}          {rates.get('grpc.aio', 0):9.0f}"
+                    f" {rates.get('nats', 0):7.0f}"
                 )
             sys.stdout.flush()
 
