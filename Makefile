@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup system check lint types layers coverage test test-slow soak demo demo-linux bench qemu linux plugin lock clean
+.PHONY: help setup system check lint types layers coverage test test-slow soak demo demo-linux bench qemu linux plugin images test-containers lock clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 setup: system $(INSTALLED)  ## the virtual environment in .venv, from locked versions
 
@@ -87,6 +87,12 @@ linux: system  ## a Linux guest in .linux: Debian's kernel and busybox, with pro
 
 plugin: setup  ## the QEMU plugin, .qemu/vmibridge-plugin.so
 	@$(BIN)/vmibridge qemu build-plugin -o .qemu/vmibridge-plugin.so
+
+images: setup  ## the images of docker/, with podman or docker
+	@$(BIN)/python docker/build_images.py
+
+test-containers: setup linux  ## builds the images and runs them side by side, with podman; minutes
+	$(PYTEST) -q -m containers tests/containers
 
 lock: setup  ## lock the newest versions that pyproject.toml allows
 	$(BIN)/python -m pip install --quiet uv

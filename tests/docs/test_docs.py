@@ -249,6 +249,7 @@ def anchors(document):
         "qemu run",
         "agent",
         "serve",
+        "health",
     ],
 )
 def test_every_option_is_there(command, environment):

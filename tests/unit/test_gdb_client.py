@@ -553,7 +553,7 @@ async def test_pieces_of_a_packet_are_put_together(stage):
 @pytest.mark.parametrize(("begin", "when"), [(b"g", "has not replied"), (b"vCont", "does not end")])
 async def test_a_stub_that_goes_silent_is_lost(stage, begin, when, monkeypatch):
     monkeypatch.setattr(module, "_DETACH", 0.1)
-    monkeypatch.setattr(client_module.GdbClient, "patience", 0.1)
+    monkeypatch.setattr(client_module.GdbClient, "patience", 0.1 if begin == b"g" else 60)
     async with stage.run() as stub:
         stub.replies[begin] = []
         await stub.call(ADD, rcx=MAGIC if begin == b"g" else 0)

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from vmibridge import open_backend
 from vmibridge.errors import BackendSpecError
+from vmibridge.transport import RemoteBackend
 from vmibridge.transport.urls import TcpUrl, TlsUrl, UnixUrl, parse_url
 
 FILES = "cert=c.pem&key=k.pem&ca=a.pem"
@@ -76,3 +78,11 @@ def test_what_is_wrong_is_told(text, why):
 )
 def test_it_is_shown_without_its_options(text, shown):
     assert str(parse_url(text)) == shown
+
+
+def test_a_spec_names_the_vm_of_an_agent():
+    backend = open_backend("remote:unix:/run/s?mode=0o660", vm="web")
+    assert isinstance(backend, RemoteBackend)
+    assert backend.vm == "web"
+    with pytest.raises(BackendSpecError):
+        open_backend("remote:tcp:192.0.2.1:1")

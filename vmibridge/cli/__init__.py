@@ -25,7 +25,7 @@ from vmibridge.text import printable
 
 _COMMANDS = (
     *("run", "agent", "serve", "handlers", "replay", "inspect", "report", "export", "recover"),
-    *("qemu", "health"),
+    *("qemu", "health", "recordings"),
 )
 _USAGE_ERRORS = (
     BackendSpecError,

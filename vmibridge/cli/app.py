@@ -17,6 +17,8 @@ app = App(
 )
 handlers_app = App(name="handlers", help="Look at handlers.")
 app.command(handlers_app)
+recordings_app = App(name="recordings", help="Recordings kept in NATS (JetStream).")
+app.command(recordings_app)
 qemu_app = App(name="qemu", help="What QEMU needs to be a backend.")
 app.command(qemu_app)
 
@@ -70,8 +72,8 @@ def agent(
     connect: Annotated[
         str,
         Parameter(
-            help="The server: unix:PATH, tcp:HOST:PORT or tls:HOST:PORT?cert=&key=&ca=; see"
-            " docs/remote.md."
+            help="The server: unix:PATH, tcp:HOST:PORT, tls:HOST:PORT?cert=&key=&ca=, or any of"
+            " those at nats://HOST:PORT; see docs/remote.md."
         ),
     ],
     deadline: Annotated[
@@ -123,8 +125,9 @@ def serve(
         Parameter(
             consume_multiple=True,
             negative=(),
-            help="Where agents connect: unix:PATH?mode=0o600, tcp:127.0.0.1:PORT, or"
-            " tls:HOST:PORT?cert=&key=&ca=&names=; several may be given.",
+            help="Where agents connect: unix:PATH?mode=0o600, tcp:127.0.0.1:PORT,"
+            " tls:HOST:PORT?cert=&key=&ca=&names=, or nats://HOST:PORT, where servers share"
+            " the traps; several may be given.",
         ),
     ],
     handlers: Annotated[
@@ -402,6 +405,66 @@ def list_handlers(
     from vmibridge.cli.handlers import show_handlers
 
     return show_handlers(sources, as_json=json)
+
+
+@recordings_app.command(name="put")
+def put_recording(
+    file: Annotated[Path, Parameter(help="A recording that is finished.")],
+    to: Annotated[str, Parameter(help="nats://HOST:PORT, with ?bucket= for another store.")],
+    /,
+    *,
+    name: Annotated[
+        str | None, Parameter(help="What to keep it as; the name of the file by default.")
+    ] = None,
+    json: Annotated[bool, Parameter(negative=(), help="As one JSON object.")] = False,
+) -> int:
+    """Keep a recording in NATS.
+
+    Exit status: 1 when it could not be kept, 2 for wrong usage.
+
+    Example: vmibridge recordings put run.mcap nats://127.0.0.1:4222
+    """
+    from vmibridge.cli.recordings import put
+
+    return put(file, to, name, as_json=json)
+
+
+@recordings_app.command(name="get")
+def get_recording(
+    name: Annotated[str, Parameter(help="What it is kept as.")],
+    source: Annotated[str, Parameter(help="nats://HOST:PORT, as with put.")],
+    /,
+    *,
+    output: Annotated[
+        Path | None, Parameter(alias="-o", help="The file to make; NAME, here, by default.")
+    ] = None,
+    json: Annotated[bool, Parameter(negative=(), help="As one JSON object.")] = False,
+) -> int:
+    """Get a recording back.
+
+    Exit status: 1 when it could not be got, 2 for wrong usage.
+
+    Example: vmibridge recordings get run.mcap nats://127.0.0.1:4222 -o again.mcap
+    """
+    from vmibridge.cli.recordings import get
+
+    return get(name, source, output, as_json=json)
+
+
+@recordings_app.command(name="list")
+def list_recordings(
+    source: Annotated[str, Parameter(help="nats://HOST:PORT, as with put.")],
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object a recording.")] = False,
+) -> int:
+    """List the recordings that are kept: bytes, name.
+
+    Example: vmibridge recordings list nats://127.0.0.1:4222
+    """
+    from vmibridge.cli.recordings import show
+
+    return show(source, as_json=json)
 
 
 @qemu_app.command(name="build-plugin")

@@ -25,6 +25,7 @@ from vmibridge.errors import BackendError, UnsupportedTrapError
 from vmibridge.status import Gate
 from vmibridge.transport.connection import ConnectionLostError
 from vmibridge.transport.dial import Dialled, RefusedByServerError
+from vmibridge.transport.nats_accesses import PeerAccesses
 from vmibridge.transport.nats_client import NatsClient, NatsRefusedError, is_nobody
 from vmibridge.transport.nats_flights import Peer, Sent, SentTraps
 from vmibridge.transport.nats_message import (
@@ -43,8 +44,6 @@ from vmibridge.transport.nats_subjects import (
 )
 from vmibridge.transport.nats_url import NatsUrl
 from vmibridge.transport.wire import (
-    MOST_ACCESSES,
-    MOST_LARGE_ACCESSES,
     NO_DEADLINE,
     VERSION,
     WORD,
@@ -79,9 +78,9 @@ _clock = time.monotonic
 
 _HANDSHAKE = 10.0
 _MOST_PEERS = 4096
+_TROUBLE = 20
+"""Times the silence that traps go straight to servers that are heard, after one was silent."""
 _MOST_WAITING = 1024
-_MOST_KEPT = MOST_ACCESSES + MOST_LARGE_ACCESSES
-_ACCESS_BITS = 64
 _NOT_YOURS = "the trap is not yours any more: it was sent to another server"
 
 
@@ -128,14 +127,16 @@ class NatsLink:
         self._count = itertools.count(1)
         self._messages: dict[str, Messages[NatsFromServer]] = {}
         self._waiting: OrderedDict[Hashable, Peer] = OrderedDict()
-        self._accesses: dict[int, Peer] = {}
-        self._held: deque[tuple[int, Read | Write]] = deque()
+        self._accesses = PeerAccesses()
         self._frames: deque[FromServer] = deque()
         self._came = anyio.Event()
         self._welcome: Welcome | Refused | None = None
         self._nobody = False
         self._end: End | None = None
+        self._ended_at = 0.0
         self._told: set[str] = set()
+        self._trouble_until = self._pinged = 0.0
+        self._turn = 0
         client.on_reconnect = self._on_reconnect
 
     async def shake_hands(self) -> Welcome:
@@ -166,9 +167,10 @@ class NatsLink:
             sent = self._sent.get(frame.seq)
             if sent is not None:
                 self._sent.drop(sent)
-                self._publish_to(sent.holder, pack(frame))
+                self._cancel(frame.seq, sent.attempt, sent.holder)
         elif isinstance(frame, End):
             self._end = frame
+            self._ended_at = _clock()
             for peer in list(self._peers.values()):
                 self._publish_to(peer, pack(frame))
             self._look_for_end()
@@ -198,11 +200,13 @@ class NatsLink:
         self._send(sent)
 
     def _send(self, sent: Sent) -> None:
-        now = _clock()
+        now = self._client.uptime()
+        if sent.only is None and now < self._trouble_until:
+            sent.only = self._somebody(now)
         self._sent.begin(sent, now)
         left = sent.frame.left
         if left != NO_DEADLINE:
-            left = milliseconds(sent.deadline - now)
+            left = milliseconds(sent.deadline - _clock())
         frame = msgspec.structs.replace(sent.frame, left=left, elsewhere=sent.elsewhere)
         message = self._hello + pack(frame)
         if len(message) > self._client.nats.max_payload:
@@ -212,12 +216,27 @@ class NatsLink:
         reply = f"{self._inbox}.{frame.seq:x}.{sent.attempt:x}"
         self._client.publish(subject, message, reply)
 
+    def _somebody(self, now: float) -> Peer | None:
+        """A server that is heard. NATS would go on to give a silent one its share."""
+        heard = [
+            peer
+            for peer in self._peers.values()
+            if not peer.misses and now - peer.heard < self._url.silence
+        ]
+        self._turn += 1
+        return heard[self._turn % len(heard)] if heard else None
+
     def _publish_to(self, peer: Peer | None, message: bytes) -> None:
         """To one server, or to all."""
         if peer is None:
             self._client.publish(self._to_all, message)
         else:
             self._client.publish(peer.subject, message, f"{self._inbox}.to.{peer.number}")
+
+    def _cancel(self, seq: int, attempt: int, peer: Peer | None) -> None:
+        """Nobody waits for this attempt: a server may have a later one of the same trap."""
+        subject = self._to_all if peer is None else peer.subject
+        self._client.publish(subject, pack(Cancel(seq)), f"{self._inbox}.{seq:x}.{attempt:x}")
 
     # --- what servers say -----------------------------------------------------------
 
@@ -263,7 +282,7 @@ class NatsLink:
             if sent is not None and sent.holder is None:
                 if sent.only is not None:
                     self._waiting.pop(sent.key, None)
-                self._sent.nobody_has(sent, _clock())
+                self._sent.nobody_has(sent, self._client.uptime())
                 self._tell_once("nobody", "no server takes traps on this NATS; trying again")
 
     def _take_frames(self, place: list[str], message: "Msg") -> None:
@@ -271,7 +290,7 @@ class NatsLink:
         if peer is None:
             raise WireError("from nobody")
         frames = self._messages[peer.subject].frames(message.data)
-        peer.speaks(_clock())
+        peer.speaks(self._client.uptime())
         if place == ["hello"]:
             for frame in frames:
                 if isinstance(frame, Welcome | Refused) and self._welcome is None:
@@ -291,7 +310,9 @@ class NatsLink:
         peer = self._peers.get(subject)
         if peer is None and subject and len(self._peers) < _MOST_PEERS:
             number = next(self._count)
-            peer = self._peers[subject] = self._numbers[number] = Peer(number, subject, _clock())
+            peer = self._peers[subject] = self._numbers[number] = Peer(
+                number, subject, self._client.uptime()
+            )
             self._messages[subject] = Messages(FROM_NATS_SERVER)
         return peer
 
@@ -300,11 +321,11 @@ class NatsLink:
             raise WireError("about another trap")
         sent = self._sent.get(seq, attempt)
         if sent is not None and isinstance(frame, Refused):
-            self._sent.nobody_has(sent, _clock())
+            self._sent.nobody_has(sent, self._client.uptime())
             self._tell_once(frame.why, f"a server refuses its traps: {frame.why}")
             return
-        if sent is None or not self._sent.held_by(sent, peer, _clock()):
-            self._refuse(frame, peer)
+        if sent is None or not self._sent.held_by(sent, peer, self._client.uptime()):
+            self._refuse(frame, peer, attempt)
         elif isinstance(frame, Answer | Native):
             self._sent.drop(sent)
             peer.answered += 1
@@ -313,14 +334,16 @@ class NatsLink:
             self._pass_on(frame)
         elif isinstance(frame, Returned):
             # It stops, and has asked no handler.
-            self._sent.nobody_has(sent, _clock())
+            self._sent.nobody_has(sent, self._client.uptime())
         elif isinstance(frame, Read | Write):
-            self._access(frame, peer)
+            access = self._accesses.take(frame, peer)
+            if access is not None:
+                self._pass_on(access)
 
-    def _refuse(self, frame: NatsFromServer, peer: Peer) -> None:
+    def _refuse(self, frame: NatsFromServer, peer: Peer, attempt: int) -> None:
         """Of a trap that it does not have."""
         if isinstance(frame, Taken):
-            self._publish_to(peer, pack(Cancel(frame.seq)))
+            self._cancel(frame.seq, attempt, peer)
         elif isinstance(frame, Read | Write):
             self._publish_to(peer, pack(Memory(frame.access, error=_NOT_YOURS)))
 
@@ -339,32 +362,14 @@ class NatsLink:
         self._frames.append(frame)
         self._came.set()
 
-    # --- memory ---------------------------------------------------------------------
-
-    def _access(self, frame: Read | Write, peer: Peer) -> None:
-        """Each server counts its accesses by itself: to the agent they have other numbers."""
-        number = peer.number << _ACCESS_BITS | frame.access
-        if number in self._accesses:
-            return
-        if peer.under_way >= 2 * _MOST_KEPT:
-            raise WireError("more accesses to memory at a time than were agreed")
-        peer.under_way += 1
-        self._accesses[number] = peer
-        if len(self._accesses) - len(self._held) > _MOST_KEPT:
-            self._held.append((number, frame))
-        else:
-            self._pass_on(msgspec.structs.replace(frame, access=number))
-
     def _reply(self, frame: Memory) -> None:
-        peer = self._accesses.pop(frame.access, None)
-        if peer is None:
-            return
-        peer.under_way -= 1
-        own = frame.access & (1 << _ACCESS_BITS) - 1
-        self._publish_to(peer, pack(msgspec.structs.replace(frame, access=own)))
-        if self._held:
-            number, held = self._held.popleft()
-            self._pass_on(msgspec.structs.replace(held, access=number))
+        found = self._accesses.reply(frame)
+        if found is not None:
+            peer, memory = found
+            self._publish_to(peer, pack(memory))
+            following = self._accesses.following()
+            if following is not None:
+                self._pass_on(following)
 
     # --- time -----------------------------------------------------------------------
 
@@ -376,11 +381,16 @@ class NatsLink:
             if self._client.closed.is_set():
                 self._came.set()
                 return
-            if self._client.nats.is_connected and len(self._sent):
-                self._look_after(_clock())
+            self._look_for_end()
+            if self._client.nats.is_connected:
+                self._look_after(self._client.uptime())
 
     def _look_after(self, now: float) -> None:
+        if now < self._trouble_until and now - self._pinged >= self._url.silence / 3:
+            self._ping(now)
         for sent in self._sent.to_give_up(now):
+            if sent.holder is None or not sent.holder.misses:
+                self._trouble_until = now + _TROUBLE * self._url.silence
             if sent.holder is not None:
                 self._tell_once(
                     sent.holder.name,
@@ -388,7 +398,7 @@ class NatsLink:
                 )
                 self._forget_waiting(sent.holder)
             # If it lives after all, nobody waits for it.
-            self._publish_to(sent.holder, pack(Cancel(sent.frame.seq)))
+            self._cancel(sent.frame.seq, sent.attempt, sent.holder)
             sent.only = None
             self._send(sent)
         for sent in self._sent.to_send(now):
@@ -396,6 +406,12 @@ class NatsLink:
         for sent in self._sent.to_ask(now):
             # Its answer goes to this attempt's subject.
             self._publish_to(sent.holder, pack(Ask(sent.frame.seq, sent.frame.vcpu)))
+
+    def _ping(self, now: float) -> None:
+        """Whether they are there, and that this VM is."""
+        self._pinged = now
+        for peer in list(self._peers.values()):
+            self._publish_to(peer, pack(Ping()))
 
     def _forget_waiting(self, peer: Peer) -> None:
         for key in [key for key, other in self._waiting.items() if other is peer]:
@@ -405,7 +421,7 @@ class NatsLink:
         """Servers are told that the VM is there; those that are gone are forgotten."""
         while True:
             await anyio.sleep(silence / 3)
-            now = _clock()
+            now = self._client.uptime()
             holders = {sent.holder for sent in self._sent}
             for peer in list(self._peers.values()):
                 gone = peer.misses or now - peer.heard >= 4 * silence
@@ -413,12 +429,10 @@ class NatsLink:
                     del self._peers[peer.subject], self._messages[peer.subject]
                     del self._numbers[peer.number]
                     self._forget_waiting(peer)
-                else:
-                    self._publish_to(peer, pack(Ping()))
+            self._ping(now)
 
     def _on_reconnect(self) -> None:
-        now = _clock()
-        self._sent.on_connected(now)
+        self._sent.on_connected(self._client.uptime())
         for peer in self._peers.values():
             peer.misses = 0
             if self._end is not None:
@@ -428,9 +442,10 @@ class NatsLink:
 
     def _look_for_end(self) -> None:
         """ENDED, when every server has said so that is there."""
-        if self._end is not None and all(
-            peer.ended or peer.misses for peer in self._peers.values()
-        ):
+        if self._end is None:
+            return
+        silent = _clock() - self._ended_at >= self._url.silence
+        if silent or all(peer.ended or peer.misses for peer in self._peers.values()):
             self._pass_on(Ended())
 
     def _tell_once(self, what: str, text: str) -> None:

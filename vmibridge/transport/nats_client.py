@@ -9,6 +9,7 @@
 import asyncio
 import logging
 import ssl
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_clock = time.monotonic
+
 _CONNECT = 5.0
 """Seconds to try each server of the URL once."""
 _PAUSE = 0.2
@@ -41,6 +44,10 @@ _MOST_UNSENT = 64 << 20
 
 class NatsRefusedError(VmiBridgeError):
     """NATS does not take us: trying again as we are is of no use."""
+
+
+class _GivenUpError(Exception):
+    """Each server was tried once; nats-py itself would go on for ever."""
 
 
 class NatsClient:
@@ -61,6 +68,8 @@ class NatsClient:
         self._size = 0
         self._more = anyio.Event()
         self._rest: Awaitable[None] | None = None
+        self._up_before = 0.0
+        self._up_since: float | None = None
         self._writer: asyncio.Task[None] | None = None
         self._no_more = False
 
@@ -70,6 +79,7 @@ class NatsClient:
                 f"{self.url}: nats-py is for asyncio: run without --async-backend trio"
             )
         self.nats = await self._connect()
+        self._up_since = _clock()
         self._writer = asyncio.get_running_loop().create_task(self._write())
         return self
 
@@ -80,7 +90,8 @@ class NatsClient:
                 self._more.set()
                 assert self._writer is not None
                 await self._writer
-                await self.nats.flush(int(_LAST))
+                if self.nats.is_connected:
+                    await self.nats.flush(int(_LAST))
             assert self._writer is not None
             self._writer.cancel()
             with suppress(asyncio.CancelledError):
@@ -93,7 +104,6 @@ class NatsClient:
 
         client = Client()
         failed: list[Exception] = []
-        scope = anyio.CancelScope()
         up = False
 
         async def on_error(error: Exception) -> None:
@@ -103,21 +113,25 @@ class NatsClient:
             failed.append(error)
             refused = isinstance(error, AuthorizationError) or "authorization" in str(error).lower()
             if refused or len(failed) >= len(self.url.hosts):
-                scope.cancel()
+                raise _GivenUpError
 
         async def on_closed() -> None:
             self.closed.set()
 
         async def on_disconnected() -> None:
+            if self._up_since is not None:
+                self._up_before += _clock() - self._up_since
+                self._up_since = None
             if not self._no_more:
                 log.info("%s: the connection is lost", self.url)
 
         async def on_reconnected() -> None:
+            self._up_since = _clock()
             log.info("%s: connected again", self.url)
             self.on_reconnect()
 
         try:
-            with anyio.fail_after(_CONNECT), scope:
+            with anyio.fail_after(_CONNECT):
                 await client.connect(
                     self.url.servers,
                     error_cb=on_error,
@@ -138,12 +152,13 @@ class NatsClient:
         except TimeoutError:
             await self._abandon(client)
             raise TimeoutError("NATS does not answer") from None
+        except _GivenUpError:
+            await self._abandon(client)
         except BaseException as error:
             await self._abandon(client)
             if not isinstance(error, Exception):
                 raise
             failed.append(error)
-        await self._abandon(client)
         raise _reason(failed[-1]) from None
 
     @staticmethod
@@ -164,6 +179,10 @@ class NatsClient:
         if url.tls or url.ca or url.cert:
             options["tls"] = _tls(url)
         return options
+
+    def uptime(self) -> float:
+        """Seconds that NATS has been there, in all: only then is anybody's silence one."""
+        return self._up_before + (0.0 if self._up_since is None else _clock() - self._up_since)
 
     # --- messages -------------------------------------------------------------------
 

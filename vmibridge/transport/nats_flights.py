@@ -10,7 +10,7 @@
 Each time that it is sent it has another attempt number, which is in the reply subject. So what
 comes for an attempt that was given up is known as that, whenever it comes.
 
-A state machine over a clock that it is given: no I/O.
+A state machine over a clock that it is given, which stands still while NATS is away: no I/O.
 """
 
 import random
@@ -112,7 +112,7 @@ class SentTraps:
         del self._by_seq[sent.frame.seq]
 
     def on_connected(self, now: float) -> None:
-        """NATS is there again: silence counts from now on."""
+        """NATS is there again: for a while servers may not be, and live."""
         self._since = now
 
     def begin(self, sent: Sent, now: float) -> None:
@@ -164,7 +164,7 @@ class SentTraps:
                 continue
             holder = sent.holder
             gone = settled and holder is not None and holder.misses >= _MOST_MISSES
-            if gone or now - max(sent.heard, self._since) >= self.silence:
+            if gone or now - sent.heard >= self.silence:
                 sent.elsewhere = True
                 found.append(sent)
         return found

@@ -89,6 +89,11 @@ class SessionBackend(Backend):
         self.unanswered -= 1
         self.session.give_back(event)
 
+    def give_back(self, event: TrapEvent) -> bool:
+        """The server stops: the agent sends the trap to the one that follows."""
+        self._give_back(event)
+        return True
+
     def abandon(self, event: TrapEvent) -> None:
         """Nobody waits for this trap any more."""
         if self._sink is not None:

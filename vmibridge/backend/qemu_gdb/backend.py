@@ -14,6 +14,7 @@
 
 import itertools
 import logging
+import socket
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Self, TypeVarTuple
@@ -47,6 +48,7 @@ Ts = TypeVarTuple("Ts")
 
 _GONE = "the VM is gone"
 _CONNECT = 10.0
+_REFUSES = 1.0
 _DETACH = 5.0
 """Seconds."""
 _CONTINUE = encode(commands.CONTINUE)
@@ -102,7 +104,7 @@ class QemuGdbBackend(Backend):
         spec = f"qemu-gdb:{self.where}"
         try:
             with anyio.fail_after(_CONNECT):
-                connection = await connect(self.where)
+                connection = await self._connect()
         except TimeoutError as error:
             raise BackendError(f"{spec}: nobody answers") from error
         except OSError as error:
@@ -119,6 +121,17 @@ class QemuGdbBackend(Backend):
         except BaseException:
             self._client.close()
             raise
+
+    async def _connect(self) -> socket.socket:
+        """QEMU makes its socket a moment before it listens."""
+        until = anyio.current_time() + _REFUSES
+        while True:
+            try:
+                return await connect(self.where)
+            except ConnectionRefusedError:
+                if anyio.current_time() >= until:
+                    raise
+            await anyio.sleep(0.02)
 
     async def _get_ready(self) -> None:
         client = self._client

@@ -1,0 +1,57 @@
+# The bridge: `vmibridge` and nothing that it does not need. The context is the root of the checkout:
+#
+#   docker build -f docker/bridge.Dockerfile -t vmibridge .
+#
+# It runs as a user without rights, with a read-only root and without a capability.
+FROM docker.io/library/python:3.13-slim-trixie AS base
+
+# Versions and hashes of all that is installed are those of the lock, also for what only builds.
+FROM base AS locked
+WORKDIR /build
+COPY requirements.lock docker/locked_install.py ./
+
+FROM locked AS wheel
+RUN python locked_install.py requirements.lock /backend hatchling editables
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY vmibridge vmibridge
+COPY handlers handlers
+RUN python -m pip --python=/backend/bin/python wheel --no-deps --no-build-isolation -w /wheels .
+
+# What runs: an environment without pip.
+FROM locked AS environment
+ARG EXTRAS=cli,trio,uvloop,gdb,recording,nats
+COPY --from=wheel /wheels /wheels
+RUN python locked_install.py requirements.lock /opt/vmibridge "$(ls /wheels/*.whl)[$EXTRAS]"
+
+# What is in that environment, in the words of CycloneDX.
+FROM locked AS sbom
+RUN python locked_install.py requirements.lock /tool cyclonedx-bom
+COPY --from=environment /opt/vmibridge /opt/vmibridge
+RUN /tool/bin/cyclonedx-py environment --output-reproducible --of JSON -o vmibridge.json \
+    /opt/vmibridge/bin/python
+
+FROM base
+# A volume that is first used here has the owner and the mode of these folders. QEMU's image has the same
+# group, and a user of its own.
+RUN groupadd --gid 10000 vmibridge \
+    && useradd --uid 10001 --gid vmibridge --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin vmibridge \
+    && install -d -o root -g vmibridge -m 0770 /run/vmibridge \
+    && install -d -o vmibridge -g vmibridge -m 0750 /recordings
+COPY --from=sbom /build/vmibridge.json /usr/share/sbom/vmibridge.json
+COPY --from=environment /opt/vmibridge /opt/vmibridge
+ENV PATH=/opt/vmibridge/bin:$PATH \
+    VMIBRIDGE_HEALTH=unix:/run/vmibridge/vmi.sock
+# Last: each build has others.
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="vmibridge" \
+      org.opencontainers.image.description="Async Python handlers for what a virtual machine asks by one instruction" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.13-slim-trixie"
+USER 10001:10000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5s --retries=3 CMD ["vmibridge", "health"]
+ENTRYPOINT ["vmibridge"]
+CMD ["--help"]

@@ -1,0 +1,162 @@
+"""`vmibridge agent`, `serve` and `recordings` on a real NATS, as processes of their own."""
+
+import json
+import signal
+
+import pytest
+from nats_parts import nats_server, serve_processes
+
+from vmibridge.errors import RecordingError
+from vmibridge.transport import nats_store
+
+PASSED = 0x600D
+
+# Asks for 1 + r12, COUNT times.
+GUEST = """
+    mov r12d, 20
+next:
+    mov r8, r12
+    mov ecx, 0x42494d56
+    mov edx, 0x10100
+    vmcall
+    lea rbx, [r12 + 1]
+    mov rsi, 1
+    cmp rax, rbx
+    jne done
+    dec r12d
+    jnz next
+    mov rsi, 0x600d
+done:
+    mov rax, rsi
+    hlt
+"""
+
+
+@pytest.fixture
+def nats(tmp_path):
+    with nats_server(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def jetstream(tmp_path):
+    with nats_server(tmp_path, f'jetstream {{ store_dir: "{tmp_path / "jetstream"}" }}') as server:
+        yield server
+
+
+@pytest.fixture
+def recording(tmp_path):
+    file = tmp_path / "web-1.mcap"
+    file.write_bytes(b"\x89MCAP0\r\n" + bytes(range(256)) * 2000 + b"\x89MCAP0\r\n")
+    return file
+
+
+def agent(vmibridge, nats, guest, *options):
+    return vmibridge(
+        "agent", "--backend", f"web=unicorn:{guest}", "--connect", nats.url, *options
+    )  # fmt: skip
+
+
+class TestAgentAndServe:
+    def test_the_summary_says_which_server_answered_how_many(
+        self, nats, vmibridge, image, tmp_path
+    ):
+        with serve_processes(tmp_path, nats.url, 2) as servers:
+            done = agent(vmibridge, nats, image(GUEST), "--json")
+            assert done.returncode == 0, done.stderr
+            summary = json.loads(done.stdout)["summary"]
+            assert summary["guest"][0]["registers"]["rax"] == PASSED
+            assert summary["answered"] == sum(summary["servers"].values()) == 20
+            ran = [len(each.ran()) for each in servers]
+            assert sorted(share for share in ran if share) == sorted(summary["servers"].values())
+            for each in servers:
+                each.process.send_signal(signal.SIGTERM)
+            assert [each.process.wait(20) for each in servers] == [143, 143]
+
+    def test_so_it_does_in_words(self, nats, vmibridge, image, tmp_path):
+        with serve_processes(tmp_path, nats.url, 1):
+            done = agent(vmibridge, nats, image(GUEST))
+        assert "20 traps: 20 answered by the server" in done.stdout
+        assert "; by server: " in done.stdout
+
+    def test_trio_is_refused_in_one_line(self, nats, vmibridge, image, handlers):
+        for done in (
+            agent(vmibridge, nats, image(GUEST), "--async-backend", "trio"),
+            vmibridge("serve", "--listen", nats.url, "--handlers", handlers,
+                      "--async-backend", "trio"),
+        ):  # fmt: skip
+            assert done.returncode == 1
+            assert done.stderr.splitlines()[-1].endswith(
+                "nats-py is for asyncio: run without --async-backend trio"
+            )
+
+
+class TestRecordings:
+    def test_one_that_is_kept_comes_back_as_it_was(self, jetstream, vmibridge, recording, tmp_path):
+        url = jetstream.url
+        done = vmibridge("recordings", "put", recording, url)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.split() == [str(recording.stat().st_size), "web-1.mcap"]
+        done = vmibridge("recordings", "get", "web-1.mcap", url, "-o", "again.mcap", "--json")
+        assert json.loads(done.stdout)["name"] == "web-1.mcap"
+        assert (tmp_path / "again.mcap").read_bytes() == recording.read_bytes()
+        vmibridge("recordings", "put", recording, url, "--name", "other")
+        done = vmibridge("recordings", "list", url, "--json")
+        assert [json.loads(line)["name"] for line in done.stdout.splitlines()] == [
+            "other",
+            "web-1.mcap",
+        ]
+        assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "says"),
+        [
+            (["put", "cut.mcap", "URL"], 1, "is not finished"),
+            (["put", "text", "URL"], 1, "is no recording"),
+            (["put", "nowhere", "URL"], 1, "No such file"),
+            (["put", "web-1.mcap", "unix:x"], 2, "recordings are kept at nats://HOST:PORT"),
+            (["put", "web-1.mcap", "URL?bucket=a/b"], 1, "a store has letters"),
+            (["get", "web-1.mcap", "URL"], 1, "is there already"),
+            (["get", "nothing", "URL"], 1, "no recording of that name"),
+            (["get", "nothing", "URL?bucket=none"], 1, "there is no store none"),
+            (["list", "URL?bucket=none"], 1, "there is no store none"),
+        ],
+    )
+    def test_what_cannot_be_done_is_said(
+        self, jetstream, vmibridge, recording, tmp_path, arguments, status, says
+    ):
+        vmibridge("recordings", "put", recording, jetstream.url, "--name", "there")
+        (tmp_path / "cut.mcap").write_bytes(recording.read_bytes()[:-4])
+        (tmp_path / "text").write_text("text")
+        done = vmibridge(
+            "recordings", *[each.replace("URL", jetstream.url) for each in arguments]
+        )  # fmt: skip
+        assert done.returncode == status
+        assert says in done.stderr
+
+    def test_a_name_that_is_taken_is_not_written_over(self, jetstream, vmibridge, recording):
+        assert vmibridge("recordings", "put", recording, jetstream.url).returncode == 0
+        done = vmibridge("recordings", "put", recording, jetstream.url)
+        assert (done.returncode, "web-1.mcap: is there already" in done.stderr) == (1, True)
+
+    def test_a_nats_without_jetstream_is_said(self, nats, vmibridge, recording):
+        done = vmibridge("recordings", "put", recording, nats.url)
+        assert (done.returncode, "has no JetStream" in done.stderr) == (1, True)
+
+    def test_and_so_is_that_there_is_none(self, tmp_path, vmibridge):
+        done = vmibridge("recordings", "list", "nats://127.0.0.1:1")
+        assert done.returncode == 1
+        assert "Connect" in done.stderr
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+    async def test_an_empty_store_lists_nothing(self, jetstream, recording, tmp_path):
+        from vmibridge.transport.nats_url import parse_nats_url
+
+        url = parse_nats_url(jetstream.url)
+        kept = await nats_store.put_recording(url, recording)
+        assert await nats_store.list_recordings(url) == [kept]
+        with pytest.raises(RecordingError, match="is there already"):
+            await nats_store.put_recording(url, recording)
+        await nats_store.get_recording(url, kept.name, tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == recording.read_bytes()

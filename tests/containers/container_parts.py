@@ -1,0 +1,143 @@
+"""One run of compose.yaml, with names and volumes of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 120
+TRAP = re.compile(r"^\d+ +\S+ +(cpuid|vmcall|vmmcall)\d\d ")
+KERNEL = "console=ttyS0 quiet panic=-1"
+
+
+class Compose:
+    """The services of one profile."""
+
+    def __init__(self, engine, profile, guest, **variables):
+        self.engine = engine
+        self.project = f"vmibridge-test-{os.getpid()}-{profile}"
+        self._environment = {
+            **engine.environment,
+            "COMPOSE_PROFILES": profile,
+            "VMIBRIDGE_GUEST": str(guest),
+            **variables,
+        }
+
+    def compose(self, *arguments):
+        command = [sys.executable, "-m", "podman_compose", "-p", self.project]
+        return subprocess.run(
+            [*command, "-f", ROOT / "docker/compose.yaml", *arguments],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+
+    def podman(self, *arguments):
+        return self.engine.run(*arguments, seconds=SECONDS, capture_output=True, text=True)
+
+    def name(self, service):
+        return f"{self.project}_{service}_1"
+
+    def logs(self, service):
+        """Standard output and standard error."""
+        done = self.podman("logs", self.name(service))
+        return done.stdout.splitlines() + done.stderr.splitlines()
+
+    def traps(self, service):
+        """How many traps it has told of."""
+        return sum(1 for line in self.logs(service) if TRAP.match(line))
+
+    def await_traps(self, service, count):
+        """Wait until it has told of so many."""
+        command = ["podman", "logs", "--follow", self.name(service)]
+        with subprocess.Popen(
+            command,
+            env=self.engine.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as following:
+            watchdog = threading.Timer(SECONDS, following.kill)
+            watchdog.start()
+            for line in following.stdout:
+                count -= bool(TRAP.match(line))
+                if count <= 0:
+                    break
+            watchdog.cancel()
+            following.kill()
+        assert count <= 0, self.logs(service)
+
+    def wait(self, service):
+        """Wait for its end; gives its exit status."""
+        return int(self.podman("wait", self.name(service)).stdout)
+
+    def stop(self, service):
+        """As a user would; gives its exit status."""
+        assert self.podman("stop", "-t", "20", self.name(service)).returncode == 0
+        return self.inspect(service, "{{json .State.ExitCode}}")
+
+    def restart(self, service):
+        done = self.podman("restart", "-t", "20", self.name(service))
+        assert done.returncode == 0, done.stderr
+
+    def run(self, service, *command):
+        """A command in its container, as its user."""
+        return self.podman("exec", self.name(service), *command)
+
+    def python(self, service, code):
+        """What Python code prints in its container, as JSON."""
+        done = self.run(service, "/opt/vmibridge/bin/python", "-c", code)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def inspect(self, service, form):
+        return json.loads(self.podman("inspect", "--format", form, self.name(service)).stdout)
+
+    def is_healthy(self, service):
+        return self.podman("healthcheck", "run", self.name(service)).returncode == 0
+
+    def await_health(self, service):
+        deadline = time.monotonic() + SECONDS
+        while not self.is_healthy(service):
+            assert time.monotonic() < deadline, self.logs(service)
+            time.sleep(0.1)
+
+    def recordings(self, service, folder):
+        """Those of the volume, by their names."""
+        done = self.podman("cp", f"{self.name(service)}:/recordings", str(folder))
+        assert done.returncode == 0, done.stderr
+        return sorted(folder.rglob("*.mcap"))
+
+
+@contextmanager
+def composed(engine, profile, guest, **variables):
+    """Up, and down again with all that was made."""
+    compose = Compose(engine, profile, guest, **variables)
+    try:
+        done = compose.compose("up", "-d", "--no-build")
+        assert done.returncode == 0, done.stderr
+        yield compose
+    finally:
+        compose.compose("down", "-v", "-t", "5")
+
+
+def inspected(recording):
+    """The traps of a recording, and how it ends, as the command has them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmibridge", "inspect", "--json", recording],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [line for line in lines if "outcome" in line], lines[-1]

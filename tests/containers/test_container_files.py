@@ -1,0 +1,358 @@
+"""What can be said of Dockerfiles, compose, Kubernetes and systemd files without running them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from vmibridge.backend.qemu_plugin.build import _FLAGS
+from vmibridge.cli import main
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+sys.path.insert(0, str(DOCKER))
+import build_images  # noqa: E402
+import locked_install  # noqa: E402
+
+DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
+MANIFESTS = sorted((DOCKER / "kubernetes").glob("*.yaml"))
+UNITS = sorted((ROOT / "systemd").glob("*.service"))
+PROFILES = {
+    "plugin": {"qemu", "bridge"},
+    "tls": {"qemu", "certificates", "agent", "server"},
+    "nats": {"qemu", "nats", "agent-nats", "server-1", "server-2", "server-3"},
+    "gdb": {"qemu-gdb", "bridge-gdb"},
+    "kvm": {"qemu-kvm", "bridge-kvm"},
+}
+GROUP = 10000
+USERS = {"vmibridge": 10001, "vmibridge-qemu": 10002}
+OF_10 = 2.0
+"""`systemd-analyze security`: how exposed a unit may be."""
+
+
+def by_name(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.name)
+
+
+def lines_of(path, pattern):
+    """What `pattern`, for a whole line, finds in a file."""
+    return re.findall(f"^{pattern}$", path.read_text(), re.MULTILINE)
+
+
+def stages(path):
+    """The instructions of each stage of a Dockerfile."""
+    text = re.sub(r"\\\n", " ", path.read_text())
+    return [part.splitlines() for part in re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]]
+
+
+# --- Dockerfiles ------------------------------------------------------------------------
+
+
+@by_name(DOCKERFILES)
+def test_hadolint_finds_nothing(path):
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@by_name(DOCKERFILES)
+def test_an_image_is_labelled_runs_as_a_user_of_its_own_and_builds_upon_a_version(path):
+    last = stages(path)[-1]
+    users = [line.split()[1] for line in last if line.startswith("USER ")]
+    assert users
+    assert re.fullmatch(rf"1\d{{4}}:{GROUP}", users[-1])
+    assert any(line.startswith("ENTRYPOINT [") for line in last)
+    labels = "".join(line for line in last if line.startswith("LABEL "))
+    for label in ("title", "description", "licenses"):
+        assert f"org.opencontainers.image.{label}=" in labels
+    for image in build_images.bases(path.stem):
+        assert re.search(r":(\d+\.\d+-slim-)?trixie(-slim)?$", image), image
+
+
+@by_name([DOCKER / "bridge.Dockerfile", DOCKER / "qemu.Dockerfile"])
+def test_what_is_built_is_built_in_a_stage_of_its_own(path):
+    *before, last = stages(path)
+    assert before
+    assert not re.search(r"\b(gcc|pip|libc6-dev)\b", "\n".join(last))
+
+
+@by_name(DOCKERFILES)
+def test_the_context_has_what_is_copied_and_no_more(path):
+    allowed = lines_of(path.with_name(f"{path.name}.dockerignore"), "!(.*)")
+    copied = set()
+    for line in lines_of(path, "COPY (?!--from)(.*)"):
+        copied |= {word for word in line.split()[:-1] if not word.startswith("--")}
+    assert sorted(allowed) == sorted(copied)
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_bridge_has_a_health_check():
+    assert 'CMD ["vmibridge", "health"]' in (DOCKER / "bridge.Dockerfile").read_text()
+
+
+def test_the_plugin_is_built_as_vmibridge_builds_it():
+    (line,) = lines_of(DOCKER / "qemu.Dockerfile", "RUN gcc (.*)")
+    assert set(line.split()) - {"-Werror", "-o", "plugin.so", "plugin.c"} == set(_FLAGS)
+
+
+def test_qemu_is_of_one_minor_version():
+    assert '"qemu-system-x86=1:11.1*"' in (DOCKER / "qemu.Dockerfile").read_text()
+
+
+def test_the_extras_of_the_image_are_extras():
+    (told,) = lines_of(DOCKER / "bridge.Dockerfile", "ARG EXTRAS=(.*)")
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(told.split(",")) <= set(known["optional-dependencies"])
+
+
+def test_the_lock_has_what_makes_the_image():
+    locked = locked_install.entries((ROOT / "requirements.lock").read_text())
+    assert {"hatchling", "editables", "cyclonedx-bom", "cyclopts", "anyio"} <= set(locked)
+
+
+def test_a_package_of_a_lock_comes_with_its_hashes():
+    lock = (
+        "# made by uv\n"
+        'cffi==2.1 ; (platform != "x") \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\n'
+        "Typing_Extensions==4.0 \\\n    --hash=sha256:cc\n"
+    )
+    found = locked_install.entries(lock)
+    assert list(found) == ["cffi", "typing-extensions"]
+    assert found["cffi"].count("--hash") == 2
+    assert locked_install.without_hashes(found["cffi"]) == 'cffi==2.1 ; (platform != "x")\n'
+
+
+# --- compose ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """compose.yaml with its variables and anchors resolved, of one profile."""
+    # It wants to know podman's version before it reads a file.
+    podman = tmp_path_factory.mktemp("compose") / "podman"
+    podman.write_text("#!/bin/sh\necho podman version 5.0.0\n")
+    podman.chmod(0o755)
+
+    @cache
+    def read(profile, **variables):
+        command = [sys.executable, "-m", "podman_compose", f"--podman-path={podman}"]
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("COMPOSE_", "VMIBRIDGE_"))
+        }
+        if profile is not None:
+            environment["COMPOSE_PROFILES"] = profile
+        done = subprocess.run(
+            [*command, "-f", DOCKER / "compose.yaml", "config"],
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return yaml.safe_load(done.stdout)
+
+    return read
+
+
+every_profile = pytest.mark.parametrize("profile", PROFILES)
+
+
+@every_profile
+def test_a_profile_has_its_services(profile, config):
+    assert config(profile)["services"].keys() == PROFILES[profile]
+
+
+def test_without_a_profile_it_is_the_plugin(config):
+    assert config(None)["services"].keys() == PROFILES["plugin"]
+
+
+@every_profile
+def test_each_service_is_confined(profile, config):
+    for name, service in config(profile)["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges"], name
+        assert int(service["user"].partition(":")[0]) >= 10000, name
+        assert {"mem_limit", "cpus", "pids_limit"} <= service.keys(), name
+        assert not {"privileged", "cap_add", "ports"} & service.keys(), name
+
+
+@every_profile
+def test_qemu_has_no_network(profile, config):
+    for name, service in config(profile)["services"].items():
+        if name.startswith(("qemu", "bridge", "certificates")):
+            assert service["network_mode"] == "none", name
+            assert "networks" not in service, name
+
+
+@every_profile
+def test_networks_lead_nowhere_else(profile, config):
+    read = config(profile)
+    for name, service in read["services"].items():
+        for network in service.get("networks", []):
+            assert read["networks"][network]["internal"] is True, name
+
+
+def test_a_device_is_passed_through_for_kvm_alone(config):
+    for profile in PROFILES:
+        for name, service in config(profile)["services"].items():
+            assert service.get("devices", []) == (["/dev/kvm"] if name == "qemu-kvm" else []), name
+
+
+def test_each_side_of_tls_has_its_own_key_and_no_other(config):
+    services = config("tls")["services"]
+    keys = {
+        name: {volume for volume in service.get("volumes", []) if "-key:" in volume}
+        for name, service in services.items()
+    }
+    assert keys.pop("certificates") == {"agent-key:/agent", "server-key:/server"}
+    assert keys == {"agent": {"agent-key:/tls:ro"}, "server": {"server-key:/tls:ro"}, "qemu": set()}
+    assert not any(volume.startswith("sockets:") for volume in services["server"]["volumes"])
+
+
+@every_profile
+def test_users_are_those_of_the_images(profile, config):
+    for service in config(profile)["services"].values():
+        image = service["image"].rpartition("/")[2].partition(":")[0]
+        if image in USERS:
+            assert service["user"] == f"{USERS[image]}:{GROUP}"
+
+
+@every_profile
+def test_commands_are_understood_by_vmibridge(profile, config, capsys):
+    """Help tells an unknown option, too: it would fail before."""
+    for name, service in config(profile)["services"].items():
+        if service["image"] == build_images.IMAGES["bridge"]:
+            words = [word for word in service["command"] if word.startswith("--")]
+            main([service["command"][0], "--help"])
+            known = capsys.readouterr().out
+            assert all(word in known for word in words), name
+
+
+def test_variables_say_what_is_run(config):
+    read = config("plugin", VMIBRIDGE_GUEST="/srv/guest", VMIBRIDGE_MODULE="/handlers/own.py")
+    assert "/srv/guest:/guest:ro" in read["services"]["qemu"]["volumes"]
+    assert read["services"]["bridge"]["command"][-1] == "/handlers/own.py"
+
+
+def test_each_variable_is_documented():
+    used = set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()))
+    told = set(lines_of(ROOT / "docs/containers.md", r"\| `(VMIBRIDGE_\w+)` \|.*"))
+    assert used == told
+
+
+# --- Kubernetes -------------------------------------------------------------------------
+
+
+def documents(path):
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+@by_name(MANIFESTS)
+def test_manifests_are_of_the_schema(path):
+    for document in documents(path):
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+@by_name(MANIFESTS)
+def test_pods_are_confined(path):
+    for document in documents(path):
+        if document["kind"] not in ("Pod", "Deployment"):
+            continue
+        pod = document["spec"]
+        if document["kind"] == "Deployment":
+            pod = pod["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["fsGroup"] == GROUP
+        for container in pod.get("initContainers", []) + pod["containers"]:
+            context = {**pod["securityContext"], **container["securityContext"]}
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"].keys() == {"requests", "limits"}
+            image = container["image"].rpartition("/")[2].partition(":")[0]
+            assert context["runAsUser"] == USERS[image]
+
+
+def test_the_agent_listens_before_qemu_starts():
+    pod = documents(DOCKER / "kubernetes/vm.yaml")[0]["spec"]
+    (agent,) = pod["initContainers"]
+    (qemu,) = pod["containers"]
+    assert agent["restartPolicy"] == "Always", "a sidecar"
+    assert agent["startupProbe"]["exec"]["command"][:2] == ["vmibridge", "health"]
+    shared = {mount["name"] for mount in agent["volumeMounts"]}
+    assert shared & {mount["name"] for mount in qemu["volumeMounts"]} == {"sockets"}
+
+
+def test_a_vm_reaches_its_servers_and_nothing_else():
+    policy = documents(DOCKER / "kubernetes/vm.yaml")[1]["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in policy
+    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 7443}
+
+
+# --- systemd ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def analyze():
+    path = shutil.which("systemd-analyze")
+    if path is None:
+        pytest.skip("no systemd-analyze: apt-get install systemd")
+
+    def run(*arguments):
+        return subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.fixture
+def unit(tmp_path):
+    """A unit as an instance, with a command that is there."""
+
+    def install(path):
+        command = shutil.which("true")
+        text = path.read_text().replace("/opt/vmibridge/bin/vmibridge", command)
+        target = tmp_path / path.name.replace("@", "@web")
+        target.write_text(text)
+        return target
+
+    return install
+
+
+def test_there_is_a_unit_for_each_command_that_serves():
+    assert [path.name for path in UNITS] == [
+        f"vmibridge-{command}@.service" for command in ("agent", "run", "serve")
+    ]
+
+
+@by_name(UNITS)
+def test_systemd_understands_a_unit(path, unit, analyze):
+    done = analyze("verify", "--man=no", str(unit(path)))
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@by_name(UNITS)
+def test_a_unit_is_confined(path, unit, analyze):
+    limit = round(OF_10 * 10)
+    done = analyze("security", "--offline=true", f"--threshold={limit}", str(unit(path)))
+    assert done.returncode == 0, done.stdout
+
+
+@by_name(UNITS)
+def test_a_unit_uses_options_that_there_are(path, capsys):
+    (command,) = lines_of(path, "ExecStart=/opt/vmibridge/bin/vmibridge (.*)")
+    main([command.split()[0], "--help"])
+    known = capsys.readouterr().out
+    assert all(word in known for word in command.split() if word.startswith("--"))

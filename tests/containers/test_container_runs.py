@@ -1,0 +1,334 @@
+"""The images, built and run side by side by podman: a Linux guest in one, its handlers in another.
+
+The guest checks each answer itself, and says at its end whether all was right.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from build_images import IMAGES, bases
+from container_parts import KERNEL, ROOT, composed, inspected
+
+pytestmark = pytest.mark.containers
+
+COUNT = 40
+CALLS = {"vmibridge": "user,kernel", "count": COUNT}
+MOST_BYTES = 120_000_000
+"""The bridge's image, above what it builds upon."""
+CONFINED = """
+import json, os, pathlib, shutil
+status = dict(line.split(":", 1) for line in open("/proc/1/status"))
+def writable(folder):
+    try:
+        pathlib.Path(folder, "probe").write_text("")
+    except OSError:
+        return False
+    pathlib.Path(folder, "probe").unlink()
+    return True
+folders = [root for root, _, _ in os.walk("/") if not root.startswith(("/proc", "/sys", "/dev"))]
+print(json.dumps({
+    "command": open("/proc/1/cmdline").read().split("\\0")[1],
+    "users": status["Uid"].split(),
+    "capabilities": [status[name].strip() for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")],
+    "no new privileges": status["NoNewPrivs"].strip(),
+    "writable": [folder for folder in folders if writable(folder)],
+    "networks": [line.split(":")[0].strip() for line in open("/proc/net/dev") if ":" in line],
+    "compilers": [name for name in ("cc", "gcc", "clang", "tcc", "as", "ld") if shutil.which(name)],
+}))
+"""
+KEYS = """
+import hashlib, json, os, pathlib
+found = {}
+for root, _, names in os.walk("/"):
+    if root.startswith(("/proc", "/sys", "/dev")):
+        continue
+    for path in (pathlib.Path(root, name) for name in names if name.endswith((".pem", ".key"))):
+        try:
+            data = path.read_bytes()
+        except OSError:
+            continue
+        if b"PRIVATE KEY" in data:
+            found[str(path)] = hashlib.sha256(data).hexdigest()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="session")
+def guest():
+    """The folder with kernel and initramfs. In CI they are brought; else the test is skipped."""
+    folder = ROOT / ".linux"
+    sources = ROOT / "guest/linux"
+    if not (folder / "release").exists():
+        if not os.environ.get("CI"):
+            pytest.skip("no Linux guest: run `make linux`")
+        subprocess.run([sources / "fetch-linux"], check=True, timeout=600)
+    subprocess.run([sources / "build-guest"], check=True, timeout=300)
+    return folder
+
+
+def kernel(**words):
+    return " ".join([KERNEL, *(f"{name}={value}" for name, value in words.items())])
+
+
+def assert_all_right(lines, callers=18):
+    """Programs in two widths and the module, by three instructions, on two CPUs."""
+    told = [line.partition("vmibridge: ")[2].rstrip() for line in lines if "vmibridge: " in line]
+    assert told[-1] == "all right", lines
+    assert sum(f": right, {COUNT} calls" in line for line in told) == callers
+
+
+# --- the plugin -------------------------------------------------------------------------
+
+
+def test_a_guest_finishes_though_its_bridge_is_restarted(engine, guest, tmp_path):
+    with composed(engine, "plugin", guest, VMIBRIDGE_APPEND=kernel(**CALLS)) as pair:
+        pair.await_traps("bridge", 100)
+        pair.restart("bridge")
+        assert pair.wait("qemu") == 0
+        assert_all_right(pair.logs("qemu"))
+        assert pair.is_healthy("bridge")
+        assert pair.stop("bridge") == 143, "128 and SIGTERM, by itself"
+        logs = pair.logs("bridge")
+        traps = pair.traps("bridge")
+        recordings = pair.recordings("bridge", tmp_path)
+    assert sum("SIGTERM: stopping" in line for line in logs) == 2
+    assert not [line for line in logs if "ERROR" in line or "Traceback" in line]
+    assert len(recordings) == 2, "one of each bridge"
+    found = [inspected(recording)[0] for recording in recordings]
+    assert all(found)
+    assert sum(map(len, found)) == traps >= 18 * COUNT
+    assert {trap["outcome"] for each in found for trap in each} == {"handled", "waiting"}
+
+
+@pytest.fixture(scope="module")
+def running(engine, guest):
+    """A pair whose guest has enough to do."""
+    endless = kernel(vmibridge="user", count=1_000_000)
+    with composed(engine, "plugin", guest, VMIBRIDGE_APPEND=endless) as pair:
+        pair.await_traps("bridge", 1)
+        yield pair
+
+
+def test_the_bridge_is_confined(running):
+    seen = running.python("bridge", CONFINED)
+    # With a read-only root podman makes this one, too; it is in memory.
+    seen["writable"] = sorted({*seen["writable"]} - {"/var/tmp"})
+    assert seen.pop("command").endswith("/vmibridge"), "the first process is the bridge itself"
+    assert seen == {
+        "users": ["10001"] * 4,
+        "capabilities": ["0000000000000000"] * 4,
+        "no new privileges": "1",
+        "writable": ["/recordings", "/run/vmibridge", "/tmp"],
+        "networks": ["lo"],
+        "compilers": [],
+    }
+
+
+def test_qemu_is_confined(running):
+    seen = running.run("qemu", "sh", "-c", "cat /proc/1/status /proc/net/dev; touch /probe").stdout
+    fields = dict(line.split(":", 1) for line in seen.splitlines() if ":" in line)
+    assert fields["Name"].strip().startswith("qemu-system")
+    assert fields["Uid"].split() == ["10002"] * 4
+    assert {fields[f"Cap{kind}"].strip() for kind in ("Prm", "Eff", "Bnd")} == {"0" * 16}
+    assert fields["NoNewPrivs"].strip() == "1"
+    assert "eth0" not in seen
+    assert running.run("qemu", "touch", "/probe").returncode == 1
+
+
+def test_limits_are_set(running):
+    for service, memory in (("bridge", 256 << 20), ("qemu", 1 << 30)):
+        assert running.inspect(service, "{{json .HostConfig.Memory}}") == memory
+        assert running.inspect(service, "{{json .HostConfig.PidsLimit}}") == 64
+
+
+# --- health -----------------------------------------------------------------------------
+
+
+def test_a_bridge_that_listens_is_healthy(running):
+    running.await_health("bridge")
+    log = running.inspect("bridge", "{{json .State.Health.Log}}")
+    assert "unix:/run/vmibridge/vmi.sock: somebody listens" in log[-1]["Output"]
+
+
+@pytest.fixture
+def start_bridge(engine):
+    """`start_bridge(BACKEND)` runs it alone; gives the name of the container."""
+    started = []
+
+    def start(backend):
+        options = ["--detach", "--read-only", "--cap-drop=ALL", "--network=none"]
+        options += ["--volume=/run/vmibridge"]
+        command = ["run", "--backend", backend, "--handlers", "vmibridge.handlers.hello"]
+        done = engine.run(
+            "run", *options, IMAGES["bridge"], *command, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        started.append(done.stdout.strip())
+        return started[-1]
+
+    yield start
+    for name in started:
+        engine.run("rm", "--force", "--volumes", "--time=5", name, capture_output=True)
+
+
+def test_a_wrong_socket_path_fails_the_health_check_before_the_start_period_is_over(
+    engine, start_bridge
+):
+    name = start_bridge("qemu-plugin:unix:/run/vmibridge/wrong.sock")
+    assert engine.run("healthcheck", "run", name, capture_output=True).returncode == 1
+    told = engine.run("inspect", "--format={{json .State.Health}}", name, capture_output=True)
+    health = json.loads(told.stdout)
+    assert health["Status"] == "starting"
+    told = "vmibridge: unix:/run/vmibridge/vmi.sock: there is no such file"
+    assert told in health["Log"][-1]["Output"]
+
+
+def test_a_socket_that_cannot_be_made_ends_the_bridge_with_one_line(engine, start_bridge):
+    name = start_bridge("qemu-plugin:unix:/nowhere/vmi.sock")
+    assert engine.run("wait", name, capture_output=True, text=True).stdout.strip() == "1"
+    logs = engine.run("logs", name, capture_output=True, text=True)
+    assert "vmibridge: qemu-plugin:unix:/nowhere/vmi.sock: No such file" in logs.stderr
+
+
+# --- over a network ---------------------------------------------------------------------
+
+
+def test_over_tls_handlers_answer_elsewhere_and_each_side_has_its_own_key(engine, guest, tmp_path):
+    with composed(engine, "tls", guest, VMIBRIDGE_APPEND=kernel(**CALLS)) as pair:
+        pair.await_traps("server", 100)
+        keys = {service: pair.python(service, KEYS) for service in ("agent", "server")}
+        assert [*keys["agent"]] == [*keys["server"]] == ["/tls/key.pem"]
+        assert keys["agent"] != keys["server"]
+        assert pair.python("server", "import os; print(os.listdir('/run/vmibridge'))") == []
+        assert pair.run("qemu", "ls", "/tls").returncode == 2, "there is no such folder"
+        assert pair.wait("qemu") == 0
+        assert_all_right(pair.logs("qemu"))
+        for service in ("agent", "server"):
+            assert pair.is_healthy(service)
+            assert pair.stop(service) == 143
+        (recording,) = pair.recordings("server", tmp_path)
+        traps = pair.traps("server")
+    found, _ = inspected(recording)
+    assert len(found) == traps >= 18 * COUNT
+
+
+def test_over_nats_three_servers_share_the_traps(engine, guest, tmp_path):
+    servers = ["server-1", "server-2", "server-3"]
+    with composed(engine, "nats", guest, VMIBRIDGE_APPEND=kernel(**CALLS)) as pair:
+        assert pair.wait("qemu") == 0
+        assert_all_right(pair.logs("qemu"))
+        for service in ("agent-nats", *servers):
+            assert pair.is_healthy(service)
+        assert {pair.stop(service) for service in servers} == {143}
+        recordings = pair.recordings("server-1", tmp_path)
+        traps = [pair.traps(service) for service in servers]
+    assert [recording.parent.name for recording in recordings] == servers
+    assert [len(inspected(recording)[0]) for recording in recordings] == traps
+    assert all(traps)
+    assert sum(traps) >= 18 * COUNT
+
+
+# --- without the plugin -----------------------------------------------------------------
+
+
+def cpuids(program):
+    """The addresses of all CPUIDs of a program."""
+    from elftools.elf.elffile import ELFFile
+
+    with program.open("rb") as file:
+        text = ELFFile(file).get_section_by_name(".text")
+        code, base = text.data(), text["sh_addr"]
+    return [base + at for at in range(len(code) - 1) if code[at : at + 2] == b"\x0f\xa2"]
+
+
+def qemu_alone(engine, *arguments, options=(), stdin=None):
+    command = ["run", "--rm", "-i", "--read-only", "--cap-drop=ALL", "--network=none", *options]
+    return engine.run(
+        *command,
+        IMAGES["qemu"],
+        *("-nodefaults", "-no-reboot", "-display", "none"),
+        *arguments,
+        capture_output=True,
+        text=True,
+        input=stdin,
+        seconds=120,
+    )
+
+
+def test_a_stock_qemu_is_served_by_breakpoints(engine, guest, tmp_path):
+    first = qemu_alone(
+        engine,
+        *("-accel", "tcg", "-m", "256", "-serial", "stdio"),
+        *("-kernel", "/guest/vmlinuz", "-initrd", "/guest/initrd"),
+        *("-append", f"{KERNEL} nokaslr vmibridge=symbols"),
+        options=["--volume", f"{guest}:/guest:ro"],
+    )
+    (address,) = [line.split()[1] for line in first.stdout.splitlines() if "invalid_op" in line]
+    sites = cpuids(guest / "calls-x64") + cpuids(guest / "calls-x86")
+    told = "&".join([*(f"site={site:#x}" for site in sites), f"ud-handler=0x{address}"])
+    append = f"{KERNEL} nokaslr vmibridge=user count={COUNT}"
+    with composed(engine, "gdb", guest, VMIBRIDGE_SITES=told, VMIBRIDGE_APPEND=append) as pair:
+        assert pair.wait("qemu-gdb") == 0
+        assert_all_right(pair.logs("qemu-gdb"), callers=6)
+        assert pair.wait("bridge-gdb") == 0
+        traps = pair.traps("bridge-gdb")
+        found = [inspected(each)[0] for each in pair.recordings("bridge-gdb", tmp_path)]
+    assert len(found[-1]) == traps >= 6 * COUNT
+
+
+def test_qemu_gets_kvm_when_the_device_is_passed_through(engine):
+    device = Path("/dev/kvm")
+    if not os.access(device, os.R_OK | os.W_OK):
+        pytest.skip("no /dev/kvm here")
+    options = ["--device=/dev/kvm", f"--group-add={device.stat().st_gid}"]
+    machine = ["-accel", "kvm", "-M", "none", "-monitor", "stdio"]
+    done = qemu_alone(engine, *machine, options=options, stdin="info kvm\nquit\n")
+    assert done.returncode == 0, done.stderr
+    assert "kvm support: enabled" in done.stdout
+    assert qemu_alone(engine, *machine, stdin="quit\n").returncode == 1
+
+
+# --- the images -------------------------------------------------------------------------
+
+
+def image(engine, name, form):
+    done = engine.run(
+        "image", "inspect", f"--format={{{{json {form}}}}}", name, capture_output=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_the_image_says_what_is_in_it(engine):
+    def printed(*command):
+        entry = ["run", "--rm", "--network=none", f"--entrypoint={command[0]}"]
+        done = engine.run(*entry, IMAGES["bridge"], *command[1:], capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    sbom = printed("cat", "/usr/share/sbom/vmibridge.json")
+    listed = {each["name"].lower().replace("_", "-") for each in sbom["components"]}
+    code = "import json; from importlib.metadata import distributions as all;"
+    code += "print(json.dumps([each.metadata['Name'] for each in all()]))"
+    installed = printed("/opt/vmibridge/bin/python", "-c", code)
+    assert sbom["bomFormat"] == "CycloneDX"
+    assert {name.lower().replace("_", "-") for name in installed} == listed
+    assert {"vmibridge", "anyio", "msgspec", "cyclopts", "trio"} <= listed
+    assert not {"pip", "hatchling", "pytest", "cyclonedx-bom"} & listed
+
+
+def test_images_are_labelled(engine):
+    labels = image(engine, IMAGES["bridge"], ".Labels")
+    revision = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    assert labels["org.opencontainers.image.revision"] == (revision or "unknown")
+    assert labels["org.opencontainers.image.version"] != "unknown"
+
+
+def test_the_bridge_is_a_small_image(engine):
+    (base,) = bases("bridge")
+    above = image(engine, IMAGES["bridge"], ".Size") - image(engine, base, ".Size")
+    assert above <= MOST_BYTES

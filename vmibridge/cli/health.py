@@ -1,0 +1,107 @@
+"""`vmibridge health`: whether somebody listens, for the health check of a container.
+
+It connects, and hangs up before a word is said: neither host nor server takes that for a guest
+or an agent. NATS speaks first, so there its greeting is waited for.
+"""
+
+import socket
+import sys
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+from pathlib import Path
+
+from vmibridge.errors import BackendError, ConfigError
+
+_NATS_PORT = 4222
+_GREETING = b"INFO "
+"""What a NATS server begins with (NATS client protocol, INFO)."""
+
+
+def check_health(where: str | None, within: float) -> int:
+    """Returns 0 when somebody listens at `where`.
+
+    `within`: seconds. Raises `BackendError` when nobody does, `ConfigError` for what is no place.
+    """
+    if where is None:
+        raise ConfigError("say where to look: unix:PATH, or VMIBRIDGE_HEALTH")
+    if not 0 < within < float("inf"):
+        raise ConfigError(f"--within: {within} is no number of seconds")
+    # Options, as of --listen, may be there: they are of no use here.
+    place = where.partition("?")[0]
+    connect = _connection(place)
+    deadline = time.monotonic() + within
+    try:
+        with connect(within) as connected:
+            if place.startswith("nats:"):
+                _await_greeting(place, connected, deadline)
+    except TimeoutError:
+        raise BackendError(f"{place}: no answer in {within:g} s") from None
+    except FileNotFoundError:
+        raise BackendError(f"{place}: there is no such file") from None
+    except ConnectionRefusedError:
+        raise BackendError(f"{place}: {_refused(place)}") from None
+    except OSError as error:
+        raise BackendError(f"{place}: {error.strerror or error}") from error
+    sys.stdout.write(f"{place}: somebody listens\n")
+    return 0
+
+
+def _connection(place: str) -> Callable[[float], socket.socket]:
+    scheme, _, rest = place.partition(":")
+    if scheme == "unix" and rest:
+        return lambda within: _connect_unix(rest, within)
+    if scheme in ("tcp", "tls", "nats"):
+        # As of --connect; the first of several servers of NATS.
+        address = _address(rest.removeprefix("//").partition(",")[0], scheme == "nats")
+        if address is not None:
+            return lambda within: socket.create_connection(address, within)
+    raise ConfigError(
+        f"{place}: a place is unix:PATH, tcp:HOST:PORT, tls:HOST:PORT or nats://HOST:PORT"
+    )
+
+
+def _address(text: str, is_nats: bool) -> tuple[str, int] | None:
+    """Where to connect to; a server that listens at all addresses is at this machine's own."""
+    host, _, port = text.rpartition(":")
+    if is_nats and (not host or text.endswith("]")):
+        host, port = text, str(_NATS_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+        return None
+    try:
+        if ip_address(host).is_unspecified:
+            host = "localhost"
+    except ValueError:
+        pass
+    return host, int(port)
+
+
+def _connect_unix(path: str, within: float) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        made.settimeout(within)
+        made.connect(path)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _refused(place: str) -> str:
+    path = Path(place.removeprefix("unix:"))
+    if place.startswith("unix:") and not path.is_socket():
+        return "is no socket"
+    return "nobody listens"
+
+
+def _await_greeting(place: str, connected: socket.socket, deadline: float) -> None:
+    got = b""
+    while len(got) < len(_GREETING):
+        connected.settimeout(max(deadline - time.monotonic(), 0.001))
+        data = connected.recv(len(_GREETING) - len(got))
+        if not data:
+            break
+        got += data
+    if got != _GREETING:
+        raise BackendError(f"{place}: somebody listens, and it is no NATS server")
