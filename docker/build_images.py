@@ -81,7 +81,7 @@ class Engine:
         """Raises `BuildError`."""
         options = ["--build-arg", f"VERSION={_version()}", "--build-arg", f"REVISION={_revision()}"]
         if self.name == "podman":
-            # Of the two formats, this one keeps the health check. Docker finds the other file itself.
+            # Of the two formats, this one keeps the health check. Docker finds the list by itself.
             ignored = FOLDER / f"{name}.Dockerfile.dockerignore"
             options += ["--format", "docker", f"--ignorefile={ignored}", *self._reach()]
         if name == "qemu" and (archive := _archive()) is not None:

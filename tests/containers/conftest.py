@@ -49,3 +49,16 @@ def engine(tmp_path_factory):
     for name in IMAGES:
         engine.build(name)
     return engine
+
+
+@pytest.fixture(scope="session")
+def guest():
+    """The folder with kernel and initramfs. In CI they are brought; else the test is skipped."""
+    folder = ROOT / ".linux"
+    sources = ROOT / "guest/linux"
+    if not (folder / "release").exists():
+        if not os.environ.get("CI"):
+            pytest.skip("no Linux guest: run `make linux`")
+        subprocess.run([sources / "fetch-linux"], check=True, timeout=600)
+    subprocess.run([sources / "build-guest"], check=True, timeout=300)
+    return folder

@@ -117,6 +117,10 @@ class Compose:
         return sorted(folder.rglob("*.mcap"))
 
 
+def kernel(**words):
+    return " ".join([KERNEL, *(f"{name}={value}" for name, value in words.items())])
+
+
 @contextmanager
 def composed(engine, profile, guest, **variables):
     """Up, and down again with all that was made."""
