@@ -11,6 +11,7 @@
 | `listener` | who may become a session: connections, the handshake, limits |
 | `remote` | `RemoteBackend`: one VM of an agent, for a server of one's own |
 | `serve` | `AgentServer`: many agents, handlers of their own for each VM |
+| `nats_*` | the same ends on NATS: subjects, messages, who has which trap, recordings |
 
 The layer stands beside `recording`: like a replay, a remote VM is a backend, so that
 `backend` may name it in a spec. It needs the server below it, and no backend: an agent takes

@@ -11,7 +11,7 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,6 +40,8 @@ _PENDING = 16 << 20
 _LAST = 2.0
 """Seconds for what was published to be sent, before the connection is closed."""
 _MOST_UNSENT = 64 << 20
+_LINGER = 0.1
+"""Seconds that messages are taken after a subscription was ended."""
 
 
 class NatsRefusedError(VmiBridgeError):
@@ -100,7 +102,6 @@ class NatsClient:
 
     async def _connect(self) -> "Client":
         from nats.aio.client import Client
-        from nats.errors import AuthorizationError
 
         client = Client()
         failed: list[Exception] = []
@@ -111,8 +112,7 @@ class NatsClient:
             if up:
                 return
             failed.append(error)
-            refused = isinstance(error, AuthorizationError) or "authorization" in str(error).lower()
-            if refused or len(failed) >= len(self.url.hosts):
+            if _is_refusal(error) or len(failed) >= len(self.url.hosts):
                 raise _GivenUpError
 
         async def on_closed() -> None:
@@ -159,7 +159,8 @@ class NatsClient:
             if not isinstance(error, Exception):
                 raise
             failed.append(error)
-        raise _reason(failed[-1]) from None
+        # Closing may fail, too: that is not the reason.
+        raise _reason(next(filter(_is_refusal, failed), failed[0])) from None
 
     @staticmethod
     async def _abandon(client: "Client") -> None:
@@ -237,7 +238,7 @@ class NatsClient:
 
     async def subscribe(
         self, subject: str, take: Callable[["Msg"], Awaitable[None]], queue: str = ""
-    ) -> Callable[[], Awaitable[None]]:
+    ) -> Callable[[], Coroutine[Any, Any, None]]:
         """Call `take` with each message; returns what ends it, once all that came is taken."""
         made = await self.nats.subscribe(subject, queue, cb=take)
 
@@ -247,6 +248,10 @@ class NatsClient:
                 if not self.nats.is_connected:
                     await made.unsubscribe()
                     return
+                # NATS may deliver for a moment after it has said that it does not any more,
+                # and nats-py would drop that. It has no public way to wait in between.
+                await self.nats._send_unsubscribe(made._id)  # noqa: SLF001
+                await anyio.sleep(_LINGER)
                 await made.drain()  # type: ignore[no-untyped-call]
 
         return end
@@ -267,11 +272,15 @@ def _tls(url: NatsUrl) -> ssl.SSLContext:
     return context
 
 
-def _reason(error: Exception) -> Exception:
-    """What to tell of it; nats-py's own words may hold what was sent."""
+def _is_refusal(error: Exception) -> bool:
     from nats.errors import AuthorizationError
 
-    if isinstance(error, AuthorizationError) or "authorization" in str(error).lower():
+    return isinstance(error, AuthorizationError) or "authorization" in str(error).lower()
+
+
+def _reason(error: Exception) -> Exception:
+    """What to tell of it; nats-py's own words may hold what was sent."""
+    if _is_refusal(error):
         return NatsRefusedError("NATS refuses us: wrong credentials, or none")
     if isinstance(error, ssl.SSLCertVerificationError):
         return NatsRefusedError(f"TLS: the certificate does not do: {error.verify_message}")

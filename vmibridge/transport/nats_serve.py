@@ -13,8 +13,8 @@ import os
 import random
 import socket
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 
@@ -81,7 +81,7 @@ class NatsListening:
         self._by_hello: dict[bytes, NatsSessionLink] = {}
         self._by_memory: dict[str, NatsSessionLink] = {}
         self._by_session: dict[str, NatsSessionLink] = {}
-        self._ends: list[Callable[[], Awaitable[None]]] = []
+        self._ends: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._admitting = anyio.Lock()
         self._closing = anyio.Event()
         self._told: set[bytes] = set()
@@ -161,8 +161,9 @@ class NatsListening:
     async def _leave_group(self) -> None:
         """What has come by now is taken, and given back where the server stops."""
         with anyio.CancelScope(shield=True):
-            while self._ends:
-                await self._ends.pop()()
+            async with anyio.create_task_group() as tasks:
+                while self._ends:
+                    tasks.start_soon(self._ends.pop())
 
     async def _watch(self) -> None:
         """Agents that say nothing are away; sessions that are over are forgotten."""
