@@ -83,7 +83,8 @@ class Engine:
         if self.name == "podman":
             # Of the two formats, this one keeps the health check. Docker finds the list by itself.
             ignored = FOLDER / f"{name}.Dockerfile.dockerignore"
-            options += ["--format", "docker", f"--ignorefile={ignored}", *self._reach()]
+            options += ["--format", "docker", f"--ignorefile={ignored}"]
+            options += self._reach() if name == "bridge" else []
         if name == "qemu" and (archive := _archive()) is not None:
             options += ["--build-arg", f"DEBIAN={archive}"]
         file = FOLDER / f"{name}.Dockerfile"

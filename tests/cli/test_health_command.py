@@ -126,6 +126,11 @@ def test_what_is_no_place_is_wrong_usage(where, health):
     assert told.endswith("a place is unix:PATH, tcp:HOST:PORT, tls:HOST:PORT or nats://HOST:PORT")
 
 
+def test_a_password_is_not_shown(health):
+    told = "vmibridge: a user and a password are of no use here: leave them out"
+    assert health("nats://web:secret@queue:4222") == (2, told)
+
+
 @pytest.mark.parametrize("within", ["0", "-1", "inf", "nan"])
 def test_the_time_is_a_number_of_seconds(within, health):
     status, told = health("unix:vmi.sock", f"--within={within}")

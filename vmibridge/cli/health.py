@@ -29,6 +29,8 @@ def check_health(where: str | None, within: float) -> int:
         raise ConfigError(f"--within: {within} is no number of seconds")
     # Options, as of --listen, may be there: they are of no use here.
     place = where.partition("?")[0]
+    if "@" in place and not place.startswith("unix:"):
+        raise ConfigError("a user and a password are of no use here: leave them out")
     connect = _connection(place)
     deadline = time.monotonic() + within
     try:
