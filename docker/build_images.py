@@ -148,7 +148,9 @@ def _debootstrap(image: str, folder: Path) -> None:
     packages = ["ca-certificates"]
     if "/python:" in image:
         packages += ["python3", "python3-venv", "python3-pip"]
-    archive = _archive() or "http://deb.debian.org/debian"
+    archive = _archive()
+    if archive is None:
+        raise BuildError(f"{image}: no Debian archive is known here to make it from")
     command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"]
     log = folder.with_name("log")
     with log.open("w") as output:

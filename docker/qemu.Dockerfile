@@ -16,8 +16,10 @@ COPY vmibridge/backend/qemu_plugin/plugin.c ./
 RUN gcc -shared -fPIC -O2 -std=c11 -Wall -Wextra -fvisibility=hidden -Werror -o plugin.so plugin.c
 
 FROM base
-ARG DEBIAN=http://deb.debian.org/debian
-RUN echo "deb $DEBIAN trixie-backports main" > /etc/apt/sources.list.d/backports.list \
+# The archive, by default that of the base image.
+ARG DEBIAN=
+RUN archive="${DEBIAN:-$(sed -n '/^URIs:/{s/^URIs: *//p;q}' /etc/apt/sources.list.d/debian.sources)}" \
+    && echo "deb $archive trixie-backports main" > /etc/apt/sources.list.d/backports.list \
     && apt-get update \
     && apt-get install -y --no-install-recommends -t trixie-backports "qemu-system-x86=1:11.1*" \
     && rm -rf /var/lib/apt/lists/* \
