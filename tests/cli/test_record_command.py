@@ -122,6 +122,15 @@ def test_redaction(vmibridge, image, handlers, tmp_path, rules, values):
     assert len(session.redaction) == len(rules)
 
 
+def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, tmp_path):
+    for number in (1, 2):
+        done = vmibridge(*run(image, handlers, "--record", ".", code=calls(1, value=number)))
+        assert done.returncode == 0, done.stderr
+        assert f"run-{number}.mcap: 1 traps were recorded" in done.stderr
+        _, (trap,), _ = contents(tmp_path / f"run-{number}.mcap")
+        assert trap.packet.value1 == number
+
+
 # --- a run that does not begin ------------------------------------------------------------
 
 
@@ -134,7 +143,6 @@ def test_redaction(vmibridge, image, handlers, tmp_path, rules, values):
         (["--unrecorded", "stop"], 2, "--unrecorded is about a recording: give --record FILE, too"),
         (["--record", "old.mcap"], 1, "old.mcap: is there already"),
         (["--record", "none/new.mcap"], 1, "none/new.mcap: No such file or directory"),
-        (["--record", "."], 1, ".: is there already"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_the_guest_runs(

@@ -548,6 +548,19 @@ class TestTheRecorder:
             pass
         assert read(path) == []
 
+    async def test_finds_a_free_name_in_a_folder(self, tmp_path):
+        (tmp_path / "run-1.mcap").write_text("something dear")
+        async with (
+            Recorder(tmp_path) as first,
+            Recorder(tmp_path) as second,
+            Recorder(tmp_path, stem="web", overwrite=True) as named,
+        ):
+            pass
+        paths = [recorder.path.name for recorder in (first, second, named)]
+        assert paths == ["run-2.mcap", "run-3.mcap", "web-1.mcap"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run-1.mcap", *paths]
+        assert (tmp_path / "run-1.mcap").read_text() == "something dear"
+
 
 class Holds(Told):
     """A tap that is full after each call of one name, until it is let go."""

@@ -1,7 +1,6 @@
 """`vmibridge serve`: handlers for VMs whose agents are elsewhere."""
 
 import importlib
-import itertools
 import logging
 import os
 import re
@@ -130,11 +129,10 @@ class _Recordings:
         from vmibridge.recording import Recorder
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        stem = re.sub(r"[^\w.-]", "_", vm).lstrip(".")
-        names = (self._folder / f"{stem}-{number}.mcap" for number in itertools.count(1))
         return [
             Recorder(
-                next(name for name in names if not name.exists()),
+                self._folder,
+                stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."),
                 on_error=self._options.unrecorded or "stop",
                 redact=self._options.redact,
             )

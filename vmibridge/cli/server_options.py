@@ -36,7 +36,11 @@ class ServerOptions:
     ] = None
     uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False
     record: Annotated[
-        Path | None, Parameter(group=_RECORDING, help="Record all that happens in this file.")
+        Path | None,
+        Parameter(
+            group=_RECORDING,
+            help="Record all that happens in this new file; in a folder, it gets a free name.",
+        ),
     ] = None
     redact: Annotated[
         list[str],

@@ -85,14 +85,19 @@ class Recorder(Tap):
         flush_traps: int = 1000,
         on_error: Literal["stop", "continue"] = "stop",
         redact: Iterable[RedactionRule | str] = (),
+        stem: str = "run",
         overwrite: bool = False,
     ) -> None:
-        """Raises `ValueError` for numbers that make no sense, `ConfigError` for a wrong rule."""
+        """`path` is a new file, or a folder, where a new one is numbered after `stem`.
+
+        Raises `ValueError` for numbers that make no sense, `ConfigError` for a wrong rule.
+        """
         if not flush_interval > 0:
             raise ValueError(f"flush_interval is a number of seconds, got {flush_interval!r}")
         if flush_traps < 2:
             raise ValueError(f"flush_traps is at least 2, got {flush_traps!r}")
         self.path = Path(path)
+        """Of the file, from when it is made."""
         self.lost = 0
         """Traps that were taken after the file could not be written any more."""
         self.error: RecordingError | None = None
@@ -105,6 +110,7 @@ class Recorder(Tap):
         self._redaction = Redaction(redact)
         self._redacts = bool(self._redaction.rules)
         self._left_out: dict[tuple[str, int], frozenset[str]] = {}
+        self._stem = stem
         self._overwrite = overwrite
         self._writer: RecordingWriter
         self._stops: dict[str, Callable[[Exception], None]] = {}
@@ -121,8 +127,9 @@ class Recorder(Tap):
         """Make the file. Raises `RecordingError` when it is there already, or cannot be made."""
         library = f"vmibridge {version('vmibridge')}"
         self._writer = await anyio.to_thread.run_sync(
-            lambda: RecordingWriter(self.path, library, overwrite=self._overwrite)
+            lambda: RecordingWriter(self.path, library, stem=self._stem, overwrite=self._overwrite)
         )
+        self.path = self._writer.path
         tasks = self._tasks = await anyio.create_task_group().__aenter__()
         tasks.start_soon(self._write_on)
         return self

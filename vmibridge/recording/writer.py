@@ -5,6 +5,7 @@ behind is a prefix of the file with at most one chunk cut short. A chunk that ca
 written (the disk is full) is taken back: the file then ends with the chunk before it.
 """
 
+import itertools
 import os
 import struct
 import zlib
@@ -35,11 +36,19 @@ _FOOTER = struct.Struct("<BQQQ")
 class RecordingWriter:
     """Writes one file. Its calls raise `OSError`; not for several threads at a time."""
 
-    def __init__(self, path: Path, library: str, *, overwrite: bool = False) -> None:
-        """Make the file. Raises `RecordingError` when it is there already, or cannot be made."""
+    def __init__(
+        self, path: Path, library: str, *, stem: str = "run", overwrite: bool = False
+    ) -> None:
+        """Make the file; in a folder, one that is not there yet: `run-1.mcap`, `run-2.mcap`, ...
+
+        Raises `RecordingError` when it is there already, or cannot be made.
+        """
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
         try:
-            self._fd = os.open(path, flags, 0o600)
+            if path.is_dir():
+                path, self._fd = _open_numbered(path, stem)
+            else:
+                self._fd = os.open(path, flags, 0o600)
         except FileExistsError:
             raise RecordingError(
                 f"{path}: is there already, and a recording is not written over;"
@@ -160,3 +169,14 @@ class RecordingWriter:
         crc = zlib.crc32(footer, zlib.crc32(summary))
         Footer(summary_start, offsets_start, crc).write(builder)
         return data_end + summary + built(builder) + MCAP0_MAGIC
+
+
+def _open_numbered(folder: Path, stem: str) -> tuple[Path, int]:
+    """A new file for this process alone, whoever else makes one there."""
+    paths = (folder / f"{stem}-{number}.mcap" for number in itertools.count(1))
+    while True:
+        path = next(paths)
+        try:
+            return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL, 0o600)
+        except FileExistsError:
+            continue
