@@ -44,7 +44,7 @@ from vmibridge import (
 from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 ROOT = Path(__file__).parents[1]
-GUEST = ROOT / "tests/integration/guests/gdb_micro.asm"
+GUEST = ROOT / "tests/integration/guests/micro.asm"
 VMCALL = 2
 ALL_RIGHT = 33
 """Exit status of QEMU."""

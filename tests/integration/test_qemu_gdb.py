@@ -16,65 +16,26 @@ from contextlib import asynccontextmanager
 import anyio
 import anyio.lowlevel
 import pytest
+from micro_guest import (
+    ALL,
+    ALL_RIGHT,
+    CPUID,
+    ENDLESS,
+    HOLD,
+    NOT_ANSWERED,
+    REVERSE,
+    VMCALL,
+    OfAnother,
+    Work,
+)
 
-from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, method, open_backend
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge import Bridge, BridgeServer, open_backend
 from vmibridge.errors import BackendError
 from vmibridge.qemu.ram import SharedRam
 
 pytestmark = pytest.mark.anyio
 
-CPUID, VMCALL, VMMCALL, ALL = 1, 2, 3, 4
-INVERT, REVERSE, HOLD = 1, 2, 3
-ALL_RIGHT, NOT_ANSWERED = 33, 35
-"""Exit statuses of QEMU."""
-ENDLESS = 2_000_000_000
-MASK64 = (1 << 64) - 1
 KVM = "/dev/kvm"
-
-
-class Work(BridgeHandler[None]):
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
-
-    def __init__(self):
-        self.begun = anyio.Event()
-        self.again = anyio.Event()
-        self.calls = Counter()
-        self.where = set()
-        self.at_hundred = anyio.lowlevel.checkpoint
-
-    @method(INVERT)
-    async def invert(self, vmi, packet):
-        event = vmi.event
-        self.where.add((event.reason.value, event.length, event.width, event.ring))
-        self.calls[vmi.vcpu] += 1
-        if self.calls[vmi.vcpu] == 100:
-            self.begun.set()
-            await self.at_hundred()
-        elif self.calls[vmi.vcpu] > 100 and not packet.value1:
-            # The guest has begun anew.
-            self.again.set()
-        return BridgeResponse(~packet.value1 & MASK64)
-
-    @method(REVERSE)
-    async def reverse(self, vmi, packet):
-        text = await vmi.memory.read(packet.value2, packet.value3)
-        assert text == b"hello to guest!!"
-        await vmi.memory.write(packet.value2 + 16, text[13:5:-1])
-        return BridgeResponse(~packet.value1 & MASK64)
-
-    # The run ends when it has ended, or its deadline has passed.
-    @method(HOLD, timeout=1)
-    async def hold(self, vmi, packet):
-        self.begun.set()
-        await anyio.sleep_forever()
-
-
-class OfAnother(Work):
-    MAGIC = 0x1234_5678
 
 
 class Machine:
@@ -83,7 +44,6 @@ class Machine:
     def __init__(self, qemu, accelerator, build_guest, folder):
         self.stub, self.qmp = folder / "s", folder / "q"
         self.outcomes = Counter()
-        self.accelerator = accelerator
         self.status = None
         self._command = [qemu, "-accel", accelerator]
         if accelerator == "kvm":
@@ -93,7 +53,7 @@ class Machine:
     @asynccontextmanager
     async def guest(self, *more, **defines):
         """QEMU, stopped at its begin; afterwards its exit status is known."""
-        image = self._build_guest("gdb_micro", **defines)
+        image = self._build_guest("micro", **defines)
         places = struct.unpack_from("<5Q", image.read_bytes(), 32)
         self.sites, self.ud_handler = places[:3], places[3]
         options = f"-m 32 -smp {defines.get('CPUS', 1)} -nodefaults -display none -S"
@@ -167,12 +127,8 @@ def machine(request, build_guest, tmp_path):
     return Machine(path, "kvm" if kind == "kvm" else "tcg", build_guest, tmp_path)
 
 
-@pytest.fixture
-def emulated(machine):
-    """A machine under TCG."""
-    if machine.accelerator != "tcg":
-        pytest.skip("with KVM no VMCALL raises #UD")
-    return machine
+# With KVM no VMCALL raises #UD.
+under_tcg = pytest.mark.parametrize("machine", ["system", "new"], indirect=True)
 
 
 @pytest.mark.parametrize("cpus", [1, 2])
@@ -201,21 +157,23 @@ async def test_twenty_thousand_traps_of_two_vcpus(machine):
     assert work.calls == {0: 10_000, 1: 10_000}
 
 
+@under_tcg
 @pytest.mark.parametrize(("user", "ring"), [(0, 0), (1, 3)])
-async def test_the_handler_of_undefined_instructions_finds_every_hypercall(emulated, user, ring):
+async def test_the_handler_of_undefined_instructions_finds_every_hypercall(machine, user, ring):
     work = Work()
     with anyio.fail_after(60):
-        assert await emulated.run(work, ud=True, HOW=VMCALL, USER=user, COUNT=300) == ALL_RIGHT
-    assert emulated.outcomes == {"handled": 300}
+        assert await machine.run(work, ud=True, HOW=VMCALL, USER=user, COUNT=300) == ALL_RIGHT
+    assert machine.outcomes == {"handled": 300}
     assert work.where == {("vmcall", 3, 64, ring)}
 
 
+@under_tcg
 @pytest.mark.parametrize("cpus", [1, 2])
 @pytest.mark.parametrize("ud", [False, True], ids=["sites", "ud"])
-async def test_what_is_not_ours_runs_natively(emulated, cpus, ud):
+async def test_what_is_not_ours_runs_natively(machine, cpus, ud):
     with anyio.fail_after(60):
-        status = await emulated.run(OfAnother(), ud=ud, HOW=ALL, CPUS=cpus, COUNT=100, NATIVE=1)
-    assert (status, emulated.outcomes) == (ALL_RIGHT, {})
+        status = await machine.run(OfAnother(), ud=ud, HOW=ALL, CPUS=cpus, COUNT=100, NATIVE=1)
+    assert (status, machine.outcomes) == (ALL_RIGHT, {})
 
 
 async def test_with_kvm_too_what_is_not_ours_runs_natively(machine):
