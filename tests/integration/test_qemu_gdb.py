@@ -247,7 +247,7 @@ async def test_a_monitor_tells_of_a_reset(machine, tmp_path):
 
     async def reset():
         await machine.command("system_reset")
-        while not machine.backend._void:
+        while not machine.backend._stops.void:
             await anyio.sleep(0.01)
 
     work.at_hundred = reset

@@ -56,12 +56,14 @@ class Inspector:
         ud_handler: int | None,
     ) -> None:
         self.vm = vm
+        self.points = points
+        """Where breakpoints are."""
+        self.ud_handler = ud_handler
+        """The one of them at the handler of undefined instructions."""
         self.saved: dict[int, bytes] = {}
         """The code at software breakpoints that change memory."""
         self._memory = memory
         self._monitor = monitor
-        self._points = points
-        self._ud_handler = ud_handler
         self._known: dict[tuple[int, int, int], Code] = {}
         self._widths: dict[tuple[int, int], int] = {}
         self._warned: set[int] = set()
@@ -77,7 +79,7 @@ class Inspector:
 
     async def look(self, where: Where, vcpu: int) -> tuple[Where, Code] | None:
         """The trap at a breakpoint; `None`: there is none of ours. Raises `ClientLostError`."""
-        if where.registers.rip == self._ud_handler:
+        if where.registers.rip == self.ud_handler:
             raised = await self._look_behind(where)
             if raised is None:
                 return None
@@ -109,7 +111,7 @@ class Inspector:
     async def _code_at(self, where: Where, vcpu: int) -> Code | None:
         registers = where.registers
         address = registers.rip
-        if where.frame is None and address not in self._points:
+        if where.frame is None and address not in self.points:
             self._warn(address, "stopped where there is no site of ours")
             return None
         width = await self._width(where, vcpu)
