@@ -14,10 +14,9 @@ import pytest
 
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_gdb import commands
-from vmibridge.backend.qemu_gdb.client import GdbClient, reading
+from vmibridge.backend.qemu_gdb.client import GdbClient, connect, reading
 from vmibridge.backend.qemu_gdb.commands import Exit, Stop
 from vmibridge.backend.qemu_gdb.packets import encode
-from vmibridge.backend.qemu_gdb.sockets import connect
 from vmibridge.errors import BackendError
 from vmibridge.event import RegisterWrites
 

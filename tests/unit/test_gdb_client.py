@@ -10,9 +10,8 @@ from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, Guest
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_gdb import backend as module
 from vmibridge.backend.qemu_gdb import client as client_module
-from vmibridge.backend.qemu_gdb.client import ClientLostError, GdbClient, reading
+from vmibridge.backend.qemu_gdb.client import ClientLostError, GdbClient, connect, reading
 from vmibridge.backend.qemu_gdb.packets import PacketReader, encode
-from vmibridge.backend.qemu_gdb.sockets import connect
 from vmibridge.errors import BackendError
 
 pytestmark = pytest.mark.anyio

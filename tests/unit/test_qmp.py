@@ -101,7 +101,9 @@ async def ends():
     ours, theirs = socket.socketpair()
     stream = await UNIXSocketStream.from_socket(theirs)
     async with stream:
-        yield Qmp(await UNIXSocketStream.from_socket(ours)), FakeMonitor(stream)
+        ours.setblocking(False)
+        yield Qmp(ours), FakeMonitor(stream)
+        ours.close()
 
 
 @pytest.mark.anyio

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 import anyio
-from anyio.abc import Process, UNIXSocketStream
+from anyio.abc import Process
 
 from vmibridge.errors import BackendError, QmpError
 from vmibridge.qemu.qmp import Qmp
@@ -55,9 +55,9 @@ class QemuProcess:
             with theirs:
                 await self._start(theirs.fileno())
             stack.push_async_callback(self._end)
-            monitor = await UNIXSocketStream.from_socket(ours)
+            ours.setblocking(False)
             try:
-                self.qmp = await stack.enter_async_context(Qmp(monitor))
+                self.qmp = await stack.enter_async_context(Qmp(ours))
                 stack.push_async_callback(self._quit_shielded)
             except QmpError as error:
                 # One that ends at once has said why, on standard error.

@@ -2,7 +2,7 @@
 
 `QmpLines` is the protocol over bytes; `Qmp` is a connection, on either loop.
 
-    async with Qmp(await anyio.connect_unix(path)) as qmp:
+    async with Qmp(await sockets.connect(socket.AF_UNIX, path)) as qmp:
         await qmp.execute("stop")
         status = await qmp.execute("query-status", kind=Status)
 
@@ -13,6 +13,7 @@
 
 import itertools
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
@@ -20,9 +21,9 @@ from typing import Self, TypeVar, overload
 
 import anyio
 import msgspec
-from anyio.abc import ByteStream
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from vmibridge import sockets
 from vmibridge.errors import QmpError
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
 _LONGEST_LINE = 8 << 20
 """Bytes. The largest replies, such as `query-qmp-schema`, have a few hundred KiB."""
+_PIECE = 1 << 16
 _EVENTS = 256
 _TIMEOUT = 10.0
 
@@ -135,8 +137,9 @@ class Qmp:
     Entering raises `QmpError` when there is no QMP at the other end, or nothing for 10 seconds.
     """
 
-    def __init__(self, stream: ByteStream) -> None:
-        self._stream = stream
+    def __init__(self, connected: socket.socket) -> None:
+        """A socket that does not block; it is closed at the end."""
+        self._socket = connected
         self._lines = QmpLines()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, MemoryObjectSendStream[QmpReply]] = {}
@@ -156,7 +159,7 @@ class Qmp:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._stream)
+            stack.callback(sockets.close, self._socket)
             await self._negotiate()
             tasks = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(self._reading.cancel)
@@ -182,17 +185,23 @@ class Qmp:
         try:
             with anyio.fail_after(_TIMEOUT):
                 while self._lines.version is None:
-                    self._lines.feed(await self._stream.receive())
-                await self._stream.send(QmpLines.command(0, "qmp_capabilities", {}))
+                    self._lines.feed(await self._receive_some())
+                await self._send(QmpLines.command(0, "qmp_capabilities", {}))
                 while not await self._agreed():
                     pass
         except TimeoutError:
             raise QmpError(f"no QMP monitor: nothing within {_TIMEOUT:.0f} seconds") from None
-        except (anyio.EndOfStream, anyio.BrokenResourceError):
+        except (anyio.EndOfStream, OSError):
             raise QmpError("QEMU hung up its monitor at once") from None
 
+    async def _receive_some(self) -> bytes:
+        return await sockets.receive(self._socket, _PIECE)
+
+    async def _send(self, line: bytes) -> None:
+        await sockets.send(self._socket, line)
+
     async def _agreed(self) -> bool:
-        for message in self._lines.feed(await self._stream.receive()):
+        for message in self._lines.feed(await self._receive_some()):
             if isinstance(message, QmpReply):
                 if message.error is not None:
                     raise QmpError(f"qmp_capabilities: {message.error}")
@@ -204,9 +213,9 @@ class Qmp:
             # Who is cancelled may still want to say `quit`.
             with self._reading:
                 while True:
-                    for message in self._lines.feed(await self._stream.receive()):
+                    for message in self._lines.feed(await self._receive_some()):
                         self._take(message)
-        except (anyio.EndOfStream, anyio.BrokenResourceError):
+        except (anyio.EndOfStream, OSError):
             self._why = "QEMU has hung up its monitor"
         except QmpError as error:
             self._why = str(error)
@@ -267,11 +276,11 @@ class Qmp:
             try:
                 with anyio.fail_after(timeout):
                     async with self._sending:
-                        await self._stream.send(QmpLines.command(number, command, told))
+                        await self._send(QmpLines.command(number, command, told))
                     reply = await receive.receive()
             except TimeoutError:
                 raise QmpError(f"{command}: QEMU did not answer for {timeout:g} seconds") from None
-            except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            except (anyio.EndOfStream, OSError, anyio.ClosedResourceError):
                 raise QmpError(f"{command}: {self._why or 'QEMU has hung up'}") from None
             finally:
                 del self._waiting[number]

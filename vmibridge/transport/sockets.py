@@ -1,13 +1,7 @@
-"""Sockets that do not block: made, connected, listened at, and asked who is at the other end.
+"""The sockets of a URL: connected, listened at, and asked who is at the other end."""
 
-The same on every event loop: a socket of the standard library, and anyio to wait for it. So a
-frame can be sent without waiting when there is room, which costs no task switch.
-"""
-
-import os
 import socket
 import ssl
-import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,58 +9,27 @@ from pathlib import Path
 import anyio
 import msgspec
 
+from vmibridge import sockets
 from vmibridge.errors import BackendError, BackendSpecError
 from vmibridge.transport.urls import SocketUrl, TlsUrl, UnixUrl
 
 _BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")
-_NO_FILES = 0.1
-"""Seconds to wait when this process has too many open files to accept one more."""
 
 
 async def connect(url: SocketUrl) -> socket.socket:
     """Raises `OSError` when nobody listens there."""
     if isinstance(url, UnixUrl):
-        return await _connect(socket.AF_UNIX, str(url.path))
-    found = await anyio.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-    failed: OSError | None = None
-    for family, _, _, _, address in found:
-        try:
-            return await _connect(family, address)
-        except OSError as error:
-            failed = error
-    raise failed or OSError(f"{url.host} has no address")
-
-
-async def _connect(family: int, address: object) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        made.setblocking(False)
-        _no_delay(made)
-        try:
-            made.connect(address)  # type: ignore[arg-type]
-        except BlockingIOError:
-            await anyio.wait_writable(made)
-            code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code)) from None
-    except BaseException:
-        made.close()
-        raise
-    return made
-
-
-def _no_delay(made: socket.socket) -> None:
-    if made.family != socket.AF_UNIX:
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return await sockets.connect(socket.AF_UNIX, str(url.path))
+    return await sockets.connect_tcp(url.host, url.port)
 
 
 class Listening:
     """The sockets of one URL that a server listens at."""
 
-    def __init__(self, url: SocketUrl, sockets: list[socket.socket]) -> None:
+    def __init__(self, url: SocketUrl, made: list[socket.socket]) -> None:
         self.url = url
-        self._sockets = sockets
+        self._sockets = made
 
     @property
     def port(self) -> int:
@@ -82,46 +45,28 @@ class Listening:
         """Give each connection to `take`, until cancelled."""
         async with anyio.create_task_group() as tasks:
             for each in self._sockets:
-                tasks.start_soon(_accept, each, take)
+                tasks.start_soon(sockets.accept, each, take)
 
     def close(self) -> None:
         """Listen no more; the file of a unix socket is removed."""
         for each in self._sockets:
-            if each.fileno() >= 0:
-                anyio.notify_closing(each)
-                each.close()
-                if isinstance(self.url, UnixUrl):
-                    self.url.path.unlink(missing_ok=True)
-
-
-async def _accept(listener: socket.socket, take: Callable[[socket.socket], None]) -> None:
-    while listener.fileno() >= 0:
-        try:
-            await anyio.wait_readable(listener)
-            accepted, _ = listener.accept()
-        except (BlockingIOError, ConnectionError):
-            continue
-        except anyio.ClosedResourceError:
-            return
-        except OSError:
-            # No descriptor is left: those that are at the handshake free theirs soon.
-            await anyio.sleep(_NO_FILES)
-            continue
-        accepted.setblocking(False)
-        _no_delay(accepted)
-        take(accepted)
+            if isinstance(self.url, UnixUrl) and each.fileno() >= 0:
+                self.url.path.unlink(missing_ok=True)
+            sockets.close(each)
 
 
 async def listen(url: SocketUrl) -> Listening:
     """Raises `BackendError` when another one does, or the place cannot be had."""
     try:
         if isinstance(url, UnixUrl):
-            return Listening(url, [await _listen_unix(url)])
+            return Listening(url, [await sockets.listen_unix(url.path, url.mode)])
         found = await anyio.getaddrinfo(
             url.host, url.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except OSError as error:
         raise BackendError(f"{url}: {error.strerror or error}") from error
+    except BackendError as error:
+        raise BackendError(f"{url}: {error}") from error
     made: list[socket.socket] = []
     try:
         for family, _, _, _, address in dict.fromkeys(found):
@@ -138,45 +83,6 @@ async def listen(url: SocketUrl) -> Listening:
             each.close()
         raise BackendError(f"{url}: {error.strerror or error}") from error
     return Listening(url, made)
-
-
-async def _listen_unix(url: UnixUrl) -> socket.socket:
-    await _remove_stale(url)
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        made.setblocking(False)
-        # Nobody may connect between the two: so the file is made with no rights at all.
-        before = os.umask(0o777)
-        try:
-            made.bind(str(url.path))
-        finally:
-            os.umask(before)
-        made.listen(_BACKLOG)
-        await anyio.Path(url.path).chmod(url.mode)
-    except BaseException:
-        made.close()
-        raise
-    return made
-
-
-async def _remove_stale(url: UnixUrl) -> None:
-    """A socket that a server left behind, which nobody listens at any more."""
-    path = anyio.Path(url.path)
-    try:
-        mode = (await path.stat()).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise BackendError(f"{url}: is there, and is no socket")
-    try:
-        found = await _connect(socket.AF_UNIX, str(url.path))
-    except ConnectionRefusedError:
-        await path.unlink(missing_ok=True)
-        return
-    except OSError as error:
-        raise BackendError(f"{url}: {error.strerror}") from error
-    found.close()
-    raise BackendError(f"{url}: another server listens there")
 
 
 def peer_user(connected: socket.socket) -> int:

@@ -16,15 +16,15 @@ from typing import Self
 
 import anyio
 
+from vmibridge import sockets
 from vmibridge.arch.instruction import MAX_INSTRUCTION
 from vmibridge.backend.qemu_gdb import commands
-from vmibridge.backend.qemu_gdb.client import ClientLostError, GdbClient, reading
+from vmibridge.backend.qemu_gdb.client import ClientLostError, GdbClient, connect, reading
 from vmibridge.backend.qemu_gdb.commands import ReplyError, StubError
 from vmibridge.backend.qemu_gdb.inspection import Inspector
 from vmibridge.backend.qemu_gdb.memory import QemuMemory
 from vmibridge.backend.qemu_gdb.options import MOST_HARDWARE, QemuGdbOptions, parse_spec
 from vmibridge.backend.qemu_gdb.regions import ACCELERATOR, STATUS
-from vmibridge.backend.qemu_gdb.sockets import connect
 from vmibridge.backend.qemu_gdb.stops import CONTINUE, GONE, Stops
 from vmibridge.errors import BackendError, GuestMemoryError, QmpError
 from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
@@ -186,15 +186,22 @@ class QemuGdbBackend(Backend):
                         both.cancel_scope.cancel()
                 self._over.set()
 
+            async def arm() -> None:
+                nonlocal refused
+                # From its first trap on a reset of the guest has to be known.
+                await watched.wait()
+                refused = await self._arm()
+                if refused is not None:
+                    self._over.set()
+
+            watched = anyio.Event()
             readers.start_soon(read)
-            if self.options.qmp:
-                readers.start_soon(self._watch_monitor)
+            readers.start_soon(self._watch_monitor, watched)
             try:
                 async with anyio.create_task_group() as tasks:
                     self._stops.begin(traps, sink, tasks)
-                    refused = await self._arm()
-                    if refused is None:
-                        await self._over.wait()
+                    tasks.start_soon(arm)
+                    await self._over.wait()
                     tasks.cancel_scope.cancel()
             finally:
                 self._stops.end()
@@ -211,17 +218,21 @@ class QemuGdbBackend(Backend):
         self._stopped = True
         self._over.set()
 
-    async def _watch_monitor(self) -> None:
+    async def _watch_monitor(self, watched: anyio.Event) -> None:
         try:
             with self._watching:
-                async with (
-                    Qmp(await anyio.connect_unix(self.options.qmp)) as qmp,
-                    qmp.events("RESET") as resets,
-                ):
-                    async for _ in resets:
-                        self.was_reset()
+                if self.options.qmp:
+                    async with (
+                        Qmp(await sockets.connect(socket.AF_UNIX, self.options.qmp)) as qmp,
+                        qmp.events("RESET") as resets,
+                    ):
+                        watched.set()
+                        async for _ in resets:
+                            self.was_reset()
         except (OSError, QmpError) as error:
             log.warning("vm %s: its monitor does not tell of resets: %s", self.vm, error)
+        finally:
+            watched.set()
 
     def was_reset(self) -> None:
         """Told by whoever knows, such as QMP: the VM was reset.

@@ -15,6 +15,7 @@ from os import sched_yield
 
 import anyio
 
+from vmibridge import sockets
 from vmibridge.backend.qemu_gdb import commands
 from vmibridge.backend.qemu_gdb.commands import Exit, ReplyError, Stop, StubError
 from vmibridge.backend.qemu_gdb.packets import (
@@ -68,6 +69,15 @@ class _Replies:
         self.data.append(reply)
         if len(self.data) == self.due:
             self.arrived.set()
+
+
+async def connect(where: str) -> socket.socket:
+    """A connection to `unix:PATH` or `tcp:HOST:PORT`. Raises `OSError`."""
+    kind, _, place = where.partition(":")
+    if kind == "unix":
+        return await sockets.connect(socket.AF_UNIX, place)
+    host, _, port = place.rpartition(":")
+    return await sockets.connect_tcp(host.strip("[]"), int(port))
 
 
 class GdbClient:

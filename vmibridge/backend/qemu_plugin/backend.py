@@ -16,14 +16,15 @@
 
 import itertools
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import anyio
 import msgspec
-from anyio.abc import ByteStream, UNIXSocketStream
 
+from vmibridge import sockets
 from vmibridge.backend.qemu_plugin.protocol import (
     MOST_HELLO,
     MOST_VCPUS,
@@ -91,7 +92,7 @@ class QemuPluginBackend(Backend):
         self.options = options or QemuPluginOptions()
         if not 0 <= self.options.mode <= 0o777:
             raise BackendSpecError(f"qemu-plugin:unix:{path}: mode={self.options.mode:#o}")
-        self._listener: anyio.abc.SocketListener
+        self._listener: socket.socket
         self._seq = itertools.count(1)
         self._pending: dict[int, Vcpu] = {}
         self._qemus: dict[int, _Qemu] = {}
@@ -102,30 +103,15 @@ class QemuPluginBackend(Backend):
 
     async def open(self) -> None:
         """Listen. Raises `BackendError` when another one does, or the path cannot be had."""
-        await self._remove_stale()
         try:
-            self._listener = await anyio.create_unix_listener(self.path, mode=self.options.mode)
-        except OSError as error:
-            raise BackendError(f"qemu-plugin:unix:{self.path}: {error.strerror}") from error
+            self._listener = await sockets.listen_unix(self.path, self.options.mode)
+        except (OSError, BackendError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise BackendError(f"qemu-plugin:unix:{self.path}: {why}") from error
 
     async def close(self) -> None:
-        await self._listener.aclose()
+        sockets.close(self._listener)
         await anyio.Path(self.path).unlink(missing_ok=True)
-
-    async def _remove_stale(self) -> None:
-        """A socket that a host left behind, which nobody listens at any more."""
-        path = anyio.Path(self.path)
-        if not await path.is_socket():
-            if await path.exists():
-                raise BackendError(f"qemu-plugin:unix:{self.path}: is there, and is no socket")
-            return
-        try:
-            stream = await anyio.connect_unix(self.path)
-        except OSError:
-            await path.unlink(missing_ok=True)
-            return
-        await stream.aclose()
-        raise BackendError(f"qemu-plugin:unix:{self.path}: another host listens there")
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Serve whoever connects, until the last vCPU has hung up."""
@@ -134,12 +120,12 @@ class QemuPluginBackend(Backend):
         except ValueError as error:
             raise BackendError(f"qemu-plugin: {error}") from error
 
-        async def serve(stream: ByteStream) -> None:
-            async with stream:
-                await self._serve(stream, hello, sink)
-
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._listener.serve, serve)
+
+            def take(connected: socket.socket) -> None:
+                tasks.start_soon(self._serve, connected, hello, sink)
+
+            tasks.start_soon(sockets.accept, self._listener, take)
             await self._over.wait()
             tasks.cancel_scope.cancel()
         return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
@@ -149,26 +135,25 @@ class QemuPluginBackend(Backend):
         self._stopped = True
         self._over.set()
 
-    async def _serve(self, stream: ByteStream, hello: bytes, sink: TrapSink) -> None:
-        assert isinstance(stream, UNIXSocketStream)
+    async def _serve(self, connected: socket.socket, hello: bytes, sink: TrapSink) -> None:
         frames = FrameReader()
         vcpu: Vcpu | None = None
         why = "QEMU has ended"
         self._connected += 1
         try:
             with anyio.fail_after(_HANDSHAKE):
-                told, ram = await self._shake_hands(stream, frames)
+                told, ram = await self._shake_hands(connected, frames)
             with ram or nullcontext(), self._place_of(told) as place:
-                vcpu = Vcpu(stream, frames, place * MOST_VCPUS + told.vcpu, ram)
+                vcpu = Vcpu(connected, frames, place * MOST_VCPUS + told.vcpu, ram)
                 self._ends.pop(vcpu.lane, None)
                 await vcpu.send(hello)
                 await self._take_frames(vcpu, sink)
-        except (anyio.EndOfStream, anyio.BrokenResourceError, BackendError):
+        except TimeoutError:
+            log.warning("vm %s: a peer did not say who it is", self.vm)
+        except (anyio.EndOfStream, OSError, BackendError):
             pass
         except _RefusedError as error:
             log.warning("vm %s: %s", self.vm, error)
-        except TimeoutError:
-            log.warning("vm %s: a peer did not say who it is", self.vm)
         except ValueError as error:
             why = f"it sent what it must not: {error}"
             log.warning("vm %s: a plugin sent what it must not: %s", self.vm, error)
@@ -176,22 +161,23 @@ class QemuPluginBackend(Backend):
             self._connected -= 1
             if vcpu is not None:
                 self._lose(vcpu, why, sink)
+            sockets.close(connected)
             # A peer that never was a vCPU may be the last to leave.
             if self._ends and not self._connected and not self.options.stay:
                 self._over.set()
 
     async def _shake_hands(
-        self, stream: UNIXSocketStream, frames: FrameReader
+        self, connected: socket.socket, frames: FrameReader
     ) -> tuple[Hello, SharedRam | None]:
         with ExitStack() as stack:
             # Only with its first bytes: a file descriptor that comes later is dropped.
-            data, passed = await stream.receive_fds(MOST_HELLO, 1)
+            data, passed = await sockets.receive_fds(connected, MOST_HELLO, 1)
             ram = None
             if passed:
                 ram = stack.enter_context(SharedRam(passed[0]))
             frames.feed(data)
             while (frame := frames.next()) is None:
-                frames.feed(await stream.receive())
+                frames.feed(await sockets.receive(connected, MOST_HELLO))
             kind, body = frame
             if kind != FrameType.HELLO:
                 raise ValueError(f"frame {kind} instead of HELLO")
@@ -200,7 +186,7 @@ class QemuPluginBackend(Backend):
             if self._connected > _MOST_CONNECTIONS:
                 why = "too many vCPUs"
             if why is not None:
-                await stream.send(refused(why))
+                connected.send(refused(why))
                 raise _RefusedError(why)
             stack.pop_all()
             return told, ram

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import anyio
-from anyio.abc import SocketAttribute, UNIXSocketStream
 
 from vmibridge.backend.qemu_plugin.protocol import MOST_BODY, FrameReader
 from vmibridge.errors import BackendError, GuestMemoryError
@@ -25,7 +24,7 @@ class Vcpu:
     """One connection: what is sent on it, and the replies that it waits for."""
 
     def __init__(
-        self, stream: UNIXSocketStream, frames: FrameReader, lane: int, ram: SharedRam | None
+        self, connected: socket.socket, frames: FrameReader, lane: int, ram: SharedRam | None
     ) -> None:
         self.lane = lane
         self.ram = ram
@@ -34,9 +33,7 @@ class Vcpu:
         self.pending: TrapEvent | None = None
         self.gone = False
         self.is_let_go = False
-        self._socket: socket.socket = stream.extra(  # noqa: S610
-            SocketAttribute.raw_socket
-        )
+        self._socket = connected
         self._reads: deque[_Reply] = deque()
         self._take: Callable[[int, bytes], None] = lambda _kind, _body: None
         self._at_once = 0
@@ -47,8 +44,7 @@ class Vcpu:
     async def receive(self, take: Callable[[int, bytes], None]) -> None:
         """Give `take` the type and body of each frame, until it raises or this is cancelled.
 
-        Raises `anyio.EndOfStream` at the end, `anyio.BrokenResourceError` when the connection is
-        broken.
+        Raises `anyio.EndOfStream` at the end, `OSError` when the connection is broken.
         """
         self._take = take
         self._take_frames()
@@ -83,8 +79,6 @@ class Vcpu:
             data = self._socket.recv(size)
         except BlockingIOError:
             return False
-        except OSError as error:
-            raise anyio.BrokenResourceError from error
         if not data:
             raise anyio.EndOfStream
         self.frames.feed(data)

@@ -1,0 +1,154 @@
+"""Sockets that do not block: made, listened at, received from and sent to.
+
+The same on every event loop: a socket of the standard library, and anyio to wait for it. So
+bytes can be sent without waiting when there is room, which costs no task switch; and whoever
+receives may be cancelled in the very moment when bytes come. A unix stream of anyio's leaves
+an `InvalidStateError` in asyncio's loop then.
+"""
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+
+from vmibridge.errors import BackendError
+
+_BACKLOG = 128
+_NO_FILES = 0.1
+"""Seconds to wait when this process has too many open files to accept one more."""
+
+
+async def connect(family: int, address: str | tuple[str | int, ...]) -> socket.socket:
+    """A connection. Raises `OSError` when nobody listens there."""
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        _no_delay(made)
+        code = made.connect_ex(address)
+        if code == errno.EINPROGRESS:
+            await anyio.wait_writable(made)
+            code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+async def connect_tcp(host: str, port: int) -> socket.socket:
+    """The first address of `host` that answers. Raises `OSError` of the last one."""
+    failed: OSError | None = None
+    for family, _, _, _, address in await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            return await connect(family, address)
+        except OSError as error:
+            failed = error
+    raise failed or OSError(f"{host} has no address")
+
+
+async def listen_unix(path: Path, mode: int) -> socket.socket:
+    """Listen at a file of this mode; one that is left behind is removed.
+
+    Raises `BackendError` when somebody listens there, and for another file; `OSError`.
+    """
+    await _remove_stale(path)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        # Nobody may connect between the two: so the file is made with no rights at all.
+        before = os.umask(0o777)
+        try:
+            made.bind(str(path))
+        finally:
+            os.umask(before)
+        made.listen(_BACKLOG)
+        await anyio.Path(path).chmod(mode)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+async def _remove_stale(path: Path) -> None:
+    """A socket that a process left behind, which nobody listens at any more."""
+    try:
+        mode = (await anyio.Path(path).stat()).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise BackendError("is there, and is no socket")
+    try:
+        found = await connect(socket.AF_UNIX, str(path))
+    except ConnectionRefusedError:
+        await anyio.Path(path).unlink(missing_ok=True)
+        return
+    found.close()
+    raise BackendError("somebody else listens there")
+
+
+async def accept(listener: socket.socket, take: Callable[[socket.socket], None]) -> None:
+    """Give each connection to `take`, until cancelled or `close` closes the listener."""
+    while listener.fileno() >= 0:
+        try:
+            await anyio.wait_readable(listener)
+            accepted, _ = listener.accept()
+        except (BlockingIOError, ConnectionError):
+            continue
+        except anyio.ClosedResourceError:
+            return
+        except OSError:
+            # No descriptor is left: those that are at the handshake free theirs soon.
+            await anyio.sleep(_NO_FILES)
+            continue
+        accepted.setblocking(False)
+        _no_delay(accepted)
+        take(accepted)
+
+
+def close(open_one: socket.socket) -> None:
+    """Close it; tasks that wait for it get `anyio.ClosedResourceError`. Once more does nothing."""
+    if open_one.fileno() >= 0:
+        anyio.notify_closing(open_one)
+        open_one.close()
+
+
+async def receive(connected: socket.socket, size: int) -> bytes:
+    """What comes, at most `size` bytes. Raises `anyio.EndOfStream` at the end, and `OSError`.
+
+    `anyio.ClosedResourceError`, when `close` closes it meanwhile. Cancelled, nothing was received.
+    """
+    data, _ = await receive_fds(connected, size, 0)
+    return data
+
+
+async def receive_fds(connected: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """The same of a unix socket, with at most `most` file descriptors that come along."""
+    while True:
+        await anyio.wait_readable(connected)
+        try:
+            data, passed, _, _ = socket.recv_fds(connected, size, most)
+        except BlockingIOError:
+            continue
+        if not data:
+            raise anyio.EndOfStream
+        return data, passed
+
+
+async def send(connected: socket.socket, data: bytes) -> None:
+    """Send all of it. Raises `OSError`. Cancelled, a part may have been sent."""
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[connected.send(left) :]
+        except BlockingIOError:
+            await anyio.wait_writable(connected)
+
+
+def _no_delay(made: socket.socket) -> None:
+    if made.family != socket.AF_UNIX:
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
