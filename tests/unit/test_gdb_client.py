@@ -302,6 +302,42 @@ async def test_a_shutdown_ends_the_run(stage):
     assert stage.ends == HALTED
 
 
+async def test_a_vm_that_qemu_cannot_run_any_further_has_crashed(stage):
+    async with stage.run() as stub:
+        await stub.stop(b"T06thread:p01.01;")
+    assert stage.ends == [(0, "crashed"), (1, "crashed")]
+    assert b"D;1" not in stub.said
+
+
+@pytest.mark.parametrize("end", ["stop", "cancel", "exit", "hang up"])
+async def test_a_step_is_waited_for_before_the_guest_is_let_go(stage, end):
+    """QEMU would finish it afterwards, and stop for nobody."""
+    stage.stub.replies[b"vCont;s"] = []
+    async with stage.playing() as stub:
+        with anyio.CancelScope() as scope:
+            async with stage.serving():
+                await stub.call(ADD, rcx=MAGIC + 1)
+                while b"vCont;s:p01.01" not in stub.said:
+                    await anyio.sleep(0.001)
+                begin = len(stub.said)
+                if end == "cancel":
+                    scope.cancel()
+                elif end == "stop":
+                    stage.server.stop()
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(0.05)
+                    assert len(stub.said) == begin
+                    if end == "hang up":
+                        await stub.stream.aclose()
+                    else:
+                        await stub.stream.send(
+                            encode(b"W00" if end == "exit" else b"T05thread:p01.01;")
+                        )
+    lets_go = [b"Z0,401000,1", b"c", b"Hgp0.0", b"z0,401000,1"]
+    said = [packet for packet in stub.said[begin:] if not packet.startswith(b"Qqemu")]
+    assert said == ([*lets_go, b"D;1"] if end in ("stop", "cancel") else [])
+
+
 @pytest.mark.parametrize("cancelled", [False, True])
 async def test_a_stop_leaves_nothing_armed_and_the_guest_running(stage, cancelled):
     async with stage.run() as stub:

@@ -17,7 +17,7 @@ from typing import Self
 import anyio
 
 from vmibridge import sockets
-from vmibridge.arch.instruction import MAX_INSTRUCTION
+from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap
 from vmibridge.backend.qemu_gdb import commands
 from vmibridge.backend.qemu_gdb.client import ClientLostError, GdbClient, connect, reading
 from vmibridge.backend.qemu_gdb.commands import ReplyError, StubError
@@ -151,12 +151,14 @@ class QemuGdbBackend(Backend):
     async def _save_code(self) -> None:
         # KVM's software breakpoints are a byte in the guest's memory.
         for address in self._points:
-            self._inspector.saved[address] = await self._memory.read_code(address, MAX_INSTRUCTION)
-            if not self._inspector.saved[address]:
+            code = await self._memory.read_code(address, MAX_INSTRUCTION)
+            traps = address == self._ud_handler or decode_trap(code, 64) or decode_trap(code, 32)
+            if not code or not traps:
                 raise BackendError(
-                    f"nothing is mapped at {address:#x} yet, and with KVM a software breakpoint"
-                    " changes memory: use breakpoints=hardware"
+                    f"the code at {address:#x} is not there yet, and with KVM a software breakpoint"
+                    " changes memory: use breakpoints=hardware, or connect when the guest runs"
                 )
+            self._inspector.saved[address] = code
 
     async def close(self) -> None:
         """Let go of a VM that was never run: it goes on, unless it had not begun."""
@@ -184,7 +186,7 @@ class QemuGdbBackend(Backend):
                         both.start_soon(client.watch)
                         await client.read()
                         both.cancel_scope.cancel()
-                self._over.set()
+                self._stops.lose()
 
             async def arm() -> None:
                 nonlocal refused
@@ -263,7 +265,7 @@ class QemuGdbBackend(Backend):
         client = self._client
         if client.why_lost is not None or client.exited:
             return
-        self._stopped = self._stopped or not self._stops.shut_down
+        self._stopped = self._stopped or not (self._stops.shut_down or self._stops.crashed)
         packets = [
             commands.remove_breakpoint(address, hardware=self._hardware) for address in self._points
         ]
@@ -284,7 +286,9 @@ class QemuGdbBackend(Backend):
         ends = []
         for vcpu in sorted(self._threads.values()) or [0]:
             pending = event is not None and event.vcpu == vcpu
-            if self._stopped:
+            if self._stops.crashed:
+                ends.append(VcpuEnd(vcpu, "crashed", "QEMU cannot run it: an internal error"))
+            elif self._stopped:
                 ends.append(VcpuEnd(vcpu, "stopped"))
             elif pending:
                 ends.append(VcpuEnd(vcpu, "lost", f"{why}, with a trap that was not answered"))

@@ -24,8 +24,9 @@ INTERRUPT = b"+\x03"
 """Stops the VM, in whatever state QEMU's reader is: after a reply that was not acknowledged it
 takes nothing but `+` and `$`, and otherwise `+` stops it and the other byte is ignored."""
 
-SIGQUIT, SIGTRAP = 3, 5
-"""QEMU tells a shutdown by SIGQUIT, a pause by SIGINT, and a breakpoint by SIGTRAP."""
+SIGQUIT, SIGTRAP, SIGABRT = 3, 5, 6
+"""QEMU tells a shutdown by SIGQUIT, a pause by SIGINT, a breakpoint by SIGTRAP, and by SIGABRT that
+it cannot run the VM any further: the state "internal-error" of its monitor."""
 _MOST_THREADS = 4096
 
 

@@ -61,6 +61,7 @@ class Stops:
         self.paused = False
         """Somebody else has stopped the VM, or QEMU on its way out."""
         self.shut_down = False
+        self.crashed = False
         self._client = client
         self._inspector = inspector
         self._threads = threads
@@ -82,6 +83,12 @@ class Stops:
         self._tasks = None
         self._client.on_stop = lambda _stop: None
 
+    def lose(self) -> None:
+        """No stop comes any more."""
+        self.over.set()
+        if self._stepped is not None:
+            self._stepped.set()
+
     def was_reset(self) -> None:
         """The answer of a trap that is pending only lets the VM go on."""
         self.void = self.pending is not None
@@ -89,7 +96,7 @@ class Stops:
 
     def _on_stop(self, stop: Stop | Exit) -> None:
         if isinstance(stop, Exit):
-            self.over.set()
+            self.lose()
             return
         if self._stepped is not None:
             self._stepped.set()
@@ -107,6 +114,11 @@ class Stops:
         # QEMU's `replies to a stop` name the reason by a signal: SIGQUIT is a shutdown.
         if stop.signal == commands.SIGQUIT:
             self.shut_down = True
+            self.paused = True
+            self.over.set()
+            return
+        if stop.signal == commands.SIGABRT:
+            self.crashed = True
             self.paused = True
             self.over.set()
             return
@@ -225,6 +237,11 @@ class Stops:
         self._start(self._step_over, self._at.stop.thread, self._point(self._at))
 
     async def _step_over(self, thread: str, point: int | None) -> None:
+        # QEMU keeps a step in mind that it is interrupted in, and would stop for nobody after `D`.
+        with anyio.CancelScope(shield=True):
+            await self._step(thread, point)
+
+    async def _step(self, thread: str, point: int | None) -> None:
         client, hardware = self._client, self._hardware
         points = self._inspector.points if point is None else [point]
         away = [commands.remove_breakpoint(address, hardware=hardware) for address in points]
@@ -237,6 +254,8 @@ class Stops:
             with anyio.fail_after(_STEP):
                 await self._stepped.wait()
             self._stepped = None
+            if client.exited:
+                return
             packets = b"".join(map(encode, again)) + CONTINUE
             client.post(packets, count, self._on_written, runs=True)
         except TimeoutError:
