@@ -1,7 +1,8 @@
 """What the tests of the remote transport have in common: servers, agents, and a proxy."""
 
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
 
 import anyio
 
@@ -12,7 +13,15 @@ from vmibridge.transport import Agent, AgentServer
 from vmibridge.transport.connection import Connection, ConnectionLostError
 from vmibridge.transport.sockets import connect, listen
 from vmibridge.transport.urls import parse_url
-from vmibridge.transport.wire import FROM_SERVER, MEMORY_LIMIT, VERSION, WORD, Hello, trap_frame
+from vmibridge.transport.wire import (
+    FROM_SERVER,
+    MEMORY_LIMIT,
+    VERSION,
+    WORD,
+    Hello,
+    Welcome,
+    trap_frame,
+)
 
 REQUEST = 0x0100
 
@@ -40,6 +49,57 @@ class Echo(BridgeHandler[int]):
         data = await vmi.memory.read(packet.value1, packet.value3 or 8)
         await vmi.memory.write(packet.value2, data[::-1])
         return BridgeResponse()
+
+
+class Steps(BridgeHandler[str]):
+    """Waits for what a test does; says where it is."""
+
+    MAGIC = STANDARD_MAGIC
+    REQUEST = 0x0100
+
+    def __init__(self):
+        self.began = anyio.Event()
+        self.go_on = anyio.Event()
+        self.cancelled = anyio.Event()
+        self.runs = 0
+
+    @method(1)
+    async def linger(self, vmi, packet):
+        self.runs += 1
+        self.began.set()
+        try:
+            await self.go_on.wait()
+        except anyio.get_cancelled_exc_class():
+            self.cancelled.set()
+            raise
+        return BridgeResponse(value1=7)
+
+    @method(2)
+    async def read(self, vmi, packet):
+        self.began.set()
+        return BridgeResponse(value1=len(await vmi.memory.read(packet.value1, 4)))
+
+    @method(3)
+    async def write(self, vmi, packet):
+        await vmi.memory.write(packet.value1, b"abcd")
+        return BridgeResponse(value1=len(await vmi.memory.read(packet.value1, 4)))
+
+    @method(4)
+    async def read_much(self, vmi, packet):
+        data = await vmi.memory.read(packet.value1, 2 << 20)
+        return BridgeResponse(value1=len(data))
+
+
+class Versioned(Steps):
+    """Tells which it is, too."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    @method(5)
+    async def tell(self, vmi, packet):
+        return BridgeResponse(value1=self.value)
 
 
 def trap(seq, vcpu=0, value=0, code=1, magic=STANDARD_MAGIC, **fields):
@@ -75,6 +135,13 @@ async def carry(backend, url, **options):
     async with backend:
         agent = Agent(backend, url, **options)
         return agent, await agent.run()
+
+
+async def until(true):
+    """Wait until this is so."""
+    with anyio.fail_after(10):
+        while not true():
+            await anyio.sleep(0.001)
 
 
 class FakeAgent:
@@ -118,17 +185,37 @@ class FakeAgent:
                 return True
 
 
-class Proxy:
-    """Between agents and a server, over unix sockets: it delays, cuts and half-closes.
+@asynccontextmanager
+async def talking_to(url, *handlers, **options):
+    """A server, and an agent that is played and welcome."""
+    async with served(url, *handlers, **options) as server, FakeAgent.connected(url) as agent:
+        agent.welcome = await agent.hello()
+        assert isinstance(agent.welcome, Welcome)
+        yield server, agent
 
-    `fate` is called with each piece that passes: it returns how many bytes of it go on, or
-    `None` for all, after which the connection is cut if it said a number.
+
+class Late(NamedTuple):
+    """What becomes of a piece that comes late: the agent is hung up on, the server is not. What
+    the agent had sent goes on when so many pieces of later connections have passed."""
+
+    after: int
+
+
+class Proxy:
+    """Between agents and a server, over unix sockets: it delays, cuts, half-closes and reorders.
+
+    `fate` is called with each piece that passes. It returns `None`: all of it goes on; seconds,
+    a float: so it does, after them; a number of bytes: those go on, and the connection is cut;
+    or `Late`.
     """
 
     def __init__(self, path, target, fate=lambda _: None):
         self.path, self.target, self.fate = path, target, fate
         self.connections = 0
         self.cuts = 0
+        self.reordered = 0
+        """Connections of which the server saw the end when a later one was there."""
+        self._late = []
 
     @asynccontextmanager
     async def running(self):
@@ -138,6 +225,8 @@ class Proxy:
             yield self
             tasks.cancel_scope.cancel()
         listening.close()
+        for _, far, _ in self._late:
+            far.close()
 
     async def _serve(self, near):
         self.connections += 1
@@ -146,12 +235,29 @@ class Proxy:
                 far = await connect(parse_url(f"unix:{self.target}"))
             except OSError:
                 return
-            with far:
+            ended = None
+            try:
                 async with anyio.create_task_group() as tasks:
-                    for source, sink in ((near, far), (far, near)):
-                        tasks.start_soon(self._pass_on, source, sink, tasks.cancel_scope)
 
-    async def _pass_on(self, source, sink, scope):
+                    async def pass_on(source, sink):
+                        nonlocal ended
+                        fate, data = await self._pass_on(source, sink)
+                        if ended is None:
+                            ended = fate, data if sink is far else b""
+                        tasks.cancel_scope.cancel()
+
+                    tasks.start_soon(pass_on, near, far)
+                    tasks.start_soon(pass_on, far, near)
+            finally:
+                fate, data = ended or (None, b"")
+                if isinstance(fate, Late):
+                    # Only now: nothing of this task waits for it any more.
+                    self._late.append([fate.after, far, data])
+                else:
+                    far.close()
+
+    async def _pass_on(self, source, sink):
+        """Returns the fate that ended it, and what was not passed on."""
         try:
             while True:
                 await anyio.wait_readable(source)
@@ -159,10 +265,13 @@ class Proxy:
                 if not data:
                     break
                 fate = self.fate(data)
+                if isinstance(fate, Late):
+                    return fate, data
                 if isinstance(fate, float):
                     await anyio.sleep(fate)
                     fate = None
                 await _send(sink, data[:fate])
+                await self._send_late()
                 if fate is not None:
                     self.cuts += 1
                     if fate % 2:
@@ -172,7 +281,19 @@ class Proxy:
                     break
         except OSError:
             pass
-        scope.cancel()
+        return None, b""
+
+    async def _send_late(self):
+        """A piece has passed: those that waited for it follow."""
+        for each in self._late:
+            each[0] -= 1
+        due = [each for each in self._late if each[0] < 0]
+        self._late = [each for each in self._late if each[0] >= 0]
+        for _, far, data in due:
+            self.reordered += 1
+            with far, suppress(OSError):
+                # The server may have hung up.
+                await _send(far, data)
 
 
 async def _send(sink, data):

@@ -130,10 +130,7 @@ class BridgeServer:
     def _bridge_for(self, vm: str, bridge: Target | BridgeFactory) -> Bridge:
         target = bridge if isinstance(bridge, BridgeHandler | BridgeDispatch) else bridge(vm)
         whole = target if isinstance(target, Bridge) else Bridge(target)
-        speaks = any(entry.contract.magic == STANDARD_MAGIC for entry in whole.entries)
-        if not (self._settings.handshake and speaks):
-            return whole
-        return Bridge(whole, Host(_host_info(whole, self._settings)))
+        return with_handshake(whole, self._settings)
 
     @property
     def summary(self) -> Summary:
@@ -186,6 +183,14 @@ class BridgeServer:
         self._stopped = True
         if self._owner is not None:
             self._owner.stop(now=now)
+
+
+def with_handshake(bridge: Bridge, settings: ServerSettings) -> Bridge:
+    """`bridge`, and what answers the handshake, where that is wanted and of use."""
+    speaks = any(entry.contract.magic == STANDARD_MAGIC for entry in bridge.entries)
+    if not (settings.handshake and speaks):
+        return bridge
+    return Bridge(bridge, Host(_host_info(bridge, settings)))
 
 
 class _Owner:

@@ -61,6 +61,31 @@ class Adds(BridgeHandler[int]):
 '''
 
 
+SHARED = """
+import sys
+from vmibridge import BridgeHandler, BridgeResponse, method
+
+class Counts(BridgeHandler[int]):
+    MAGIC = 0x42494D56
+    REQUEST = 0x0100
+    VERIFY_VALUE3 = 0x213353522D494D56
+    shared = serial = True
+    count = {count}
+
+    async def __aenter__(self):
+        print("entered {count}", file=sys.stderr, flush=True)
+        return self
+
+    async def __aexit__(self, *error):
+        print("left {count}", file=sys.stderr, flush=True)
+
+    @method(1)
+    async def add(self, vmi, packet):
+        self.count += 1
+        return BridgeResponse(value1=packet.value1 + 1).with_output(self.count)
+"""
+
+
 @pytest.fixture
 def started(tmp_path):
     """`with started(ARGUMENTS) as run`: a command of its own, which is killed at the end."""
@@ -93,11 +118,11 @@ def serve_options(tmp_path):
     return ["serve", "--listen", "unix:x.sock", "--handlers", "adds.py"]
 
 
-def agent_options(image, *more):
+def agent_options(image, *more, vm="web"):
     return [
         "agent",
         "--backend",
-        f"web=unicorn:{image}",
+        f"{vm}=unicorn:{image}",
         "--connect",
         "unix:x.sock",
         "--json",
@@ -173,6 +198,31 @@ class TestTogether:
         for name in ("web-1", "web-2"):
             done = vmibridge("replay", str(tmp_path / f"runs/{name}.mcap"), "--handlers", "adds.py")
             assert done.returncode == 0, done.stderr
+
+
+class TestShared:
+    def test_one_handler_serves_all_vms_until_handlers_are_loaded_anew(
+        self, started, image, serve_options, tmp_path
+    ):
+        (tmp_path / "adds.py").write_text(SHARED.format(count=0))
+        guest = image(GUEST.format(count=5, spin=1))
+        with started(*serve_options, "--json", wait_for=LISTENS) as server:
+            for count in (0, 100):
+                for vm in ("red", "blue"):
+                    with started(*agent_options(guest, vm=vm)) as agent:
+                        assert ended(agent)[0] == 0
+                if count == 0:
+                    (tmp_path / "adds.py").write_text(SHARED.format(count=100))
+                    server.send_signal(signal.SIGHUP)
+                    while "loaded anew" not in (line := server.stderr.readline()):
+                        assert line
+                        server.told.append(line)
+            server.send_signal(signal.SIGTERM)
+            _, lines, told = ended(server)
+        outputs = [line["output"] for line in lines if "output" in line]
+        assert outputs == [*range(1, 11), *range(101, 111)]
+        lives = [line for line in ("".join(server.told) + told).splitlines() if line[-1:] == "0"]
+        assert lives == ["entered 0", "left 0", "entered 100", "left 100"]
 
 
 class TestSignals:

@@ -1,14 +1,15 @@
 """A network that fails all the time: each trap is answered once, and no handler runs twice.
 
 Between the agent and the server stands a proxy that delays, cuts in the middle of a frame,
-hangs up in one direction, and loses what was on its way.
+hangs up in one direction, loses what was on its way, and reorders connections: the server sees
+the last bytes of one, and its end, when the one that follows is at work.
 """
 
 import random
 
 import anyio
 import pytest
-from remote_parts import Proxy, served
+from remote_parts import Late, Proxy, served
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
 from vmibridge.contract import STANDARD_MAGIC
@@ -19,6 +20,7 @@ from vmibridge.transport import Agent
 pytestmark = pytest.mark.anyio
 VCPUS = 16
 AT = 0x5000
+HELLO_HAS = b"vmibridge"
 
 
 class Work(BridgeHandler[None]):
@@ -84,11 +86,16 @@ def make_guest(traps, seed):
 
 
 def fates(seed, *, every):
-    """One piece in `every` is the last of its connection; some come late."""
+    """One piece in `every` is the last of its connection, of which a third are reordered with
+    the next, and so is one HELLO in five; some pieces come late."""
     random_ = random.Random(seed)
 
     def fate(data):
-        if random_.random() < 1 / every:
+        lost = random_.random() < 1 / every
+        if random_.random() < (1 / 5 if HELLO_HAS in data else lost / 3):
+            # With the next HELLO, with its WELCOME, or when traps have passed.
+            return Late(random_.randrange(8))
+        if lost:
             return random_.randrange(len(data))
         return 0.002 if random_.random() < 0.01 else None
 
@@ -133,13 +140,15 @@ async def carry_through(tmp_path, traps, *, every=60, seed=7):
 async def test_5_000_traps_come_through_and_each_is_answered_once(tmp_path):
     agent, proxy, _ = await carry_through(tmp_path, 5_000)
     assert proxy.cuts >= 5
+    assert proxy.reordered >= 3
     assert agent.counts.connections >= 5
     assert agent.counts.sent_again > 0
 
 
 @pytest.mark.slow
 async def test_100_000_traps_come_through_and_each_is_answered_once(tmp_path):
-    agent, _, counts = await carry_through(tmp_path, 100_000, every=100)
+    agent, proxy, counts = await carry_through(tmp_path, 100_000, every=100)
+    assert proxy.reordered >= 30
     assert agent.counts.connections >= 100
     assert counts["repeated"] > 0
 

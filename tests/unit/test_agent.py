@@ -505,6 +505,52 @@ class TestMemory:
             server.post(Native(seq))
         assert written == [b"abc", b"def"]
 
+    @pytest.mark.parametrize(
+        "asked", [Read(1, 1, AT, 4), Write(1, 1, AT, b"old")], ids=["read", "write"]
+    )
+    async def test_the_reply_to_a_memory_that_is_gone_is_not_for_the_next(self, url, asked):
+        """Each counts its accesses from 1."""
+        began = anyio.Event()
+        go_on = {"old": anyio.Event(), "new": anyio.Event()}
+        done = []
+
+        class Vm(FakeGuest):
+            async def read_physical(self, event, address, size):
+                if size == 4:
+                    began.set()
+                    await go_on["old"].wait()
+                    done.append("old")
+                return await super().read_physical(event, address, size)
+
+            async def write_physical(self, event, address, data):
+                began.set()
+                await go_on[data.decode()].wait()
+                done.append(data.decode())
+
+        vm = Vm(guest_of({}), memory={self.AT: b"0123456789"})
+        async with beside(vm, url) as (_, server):
+            await server.greet()
+            seq = (await server.next()).seq
+            server.post(asked)
+            await began.wait()
+            server.hang_up()
+            await server.greet(welcome(MEMORIES[1]))
+            await server.next()
+            server.post(Write(1, seq, self.AT, b"new"))
+            server.post(Read(2, seq, self.AT, 2))
+            assert await server.next() == Memory(2, b"01")
+            go_on["old"].set()
+            while not done:
+                await anyio.sleep(0)
+            # Asked for again, it is under way all the same.
+            server.post(Write(1, seq, self.AT, b"new"))
+            server.post(Read(3, seq, self.AT, 2))
+            assert await server.next() == Memory(3, b"01")
+            go_on["new"].set()
+            assert await server.next() == Memory(1)
+            server.post(Native(seq))
+        assert done == ["old", "new"]
+
     async def test_a_backend_that_raises_is_an_error_of_that_access(self, url):
         class Vm(FakeGuest):
             async def read_physical(self, event, address, size):

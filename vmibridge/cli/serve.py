@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +22,6 @@ from vmibridge.cli.run import Prepared
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import Config
-from vmibridge.dispatch import Bridge
 from vmibridge.errors import BackendError, ConfigError, VmiBridgeError
 from vmibridge.loading import HandlerFactory
 from vmibridge.outcome import Outcome
@@ -64,12 +62,13 @@ def serve(options: ServeOptions, server_options: ServerOptions) -> int:
         raise ConfigError(f"--keep: {error}") from error
     level = server_options.log_level
     with logging_to(log_handler(level, None), level):
+        factory = HandlerFactory(options.handlers, prepared.config)
         # Once, to find what is wrong with them before anybody comes.
-        HandlerFactory(options.handlers, prepared.config).make()
+        factory.make()
         command = _Command(options, server_options)
         command.server = AgentServer(
             options.listen,
-            partial(make_bridge, options.handlers, prepared.config),
+            factory,
             settings=prepared.settings,
             limits=limits,
             repeated=options.repeated,
@@ -80,26 +79,24 @@ def serve(options: ServeOptions, server_options: ServerOptions) -> int:
         return run_on(server_options.loop, command.run)
 
 
-def make_bridge(sources: Sequence[str], config: Config, vm: str) -> Bridge:
-    """The handlers of one VM: all of its own, for VMs come and go."""
-    return HandlerFactory(sources, config)(vm)
+def load_anew(sources: list[str], config_file: Path | None) -> HandlerFactory:
+    """Import the handlers again, and make them once; those that are shared are made anew, too.
 
-
-def load_anew(sources: list[str], config_file: Path | None) -> "partial[Bridge]":
-    """Import the handlers again, and make them once. Raises `VmiBridgeError`; then those of
-    before are as they were."""
+    Raises `VmiBridgeError`; then those of before are as they were.
+    """
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_of(name, sources)}
     importlib.invalidate_caches()
     try:
         config = Config() if config_file is None else Config.read(config_file)
-        HandlerFactory(sources, config).make()
+        factory = HandlerFactory(sources, config)
+        factory.make()
     except BaseException:
         for name in list(sys.modules):
             if _is_of(name, sources):
                 del sys.modules[name]
         sys.modules.update(before)
         raise
-    return partial(make_bridge, sources, config)
+    return factory
 
 
 def _is_of(name: str, sources: list[str]) -> bool:

@@ -11,6 +11,8 @@
 | `listener` | who may become a session: connections, the handshake, limits |
 | `remote` | `RemoteBackend`: one VM of an agent, for a server of one's own |
 | `serve` | `AgentServer`: many agents, handlers of their own for each VM |
+| `generation`, `vm_server` | one set of handlers of one VM; the server that runs it |
+| `shared` | what the VMs of a server have in common: shared handlers, places, turns |
 | `nats_*` | the same ends on NATS: subjects, messages, who has which trap, recordings |
 
 The layer stands beside `recording`: like a replay, a remote VM is a backend, so that

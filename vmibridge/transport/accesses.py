@@ -37,7 +37,8 @@ class Accesses:
 
     def forget(self) -> None:
         """Another memory of the VM counts its accesses anew."""
-        self._writes.clear()
+        # A write that is under way keeps the table that it is in.
+        self._writes = OrderedDict()
 
     async def do(
         self, frame: Read | Write, event: TrapEvent | None, post: Callable[[Memory], None]
@@ -46,13 +47,14 @@ class Accesses:
 
         Raises `WireError` when a server has more under way than it may.
         """
+        writes = self._writes
         if isinstance(frame, Write):
-            if frame.access in self._writes:
-                done = self._writes[frame.access]
+            if frame.access in writes:
+                done = writes[frame.access]
                 if done is not None:
                     post(done)
                 return
-            self._writes[frame.access] = None
+            writes[frame.access] = None
         size = frame.size if isinstance(frame, Read) else len(frame.data)
         self._under_way += 1
         self._bytes += size
@@ -66,10 +68,10 @@ class Accesses:
         finally:
             self._under_way -= 1
             self._bytes -= size
-        if isinstance(frame, Write) and frame.access in self._writes:
-            self._writes[frame.access] = reply
-            while len(self._writes) > 2 * _MOST_KEPT:
-                self._writes.popitem(last=False)
+        if isinstance(frame, Write) and frame.access in writes:
+            writes[frame.access] = reply
+            while len(writes) > 2 * _MOST_KEPT:
+                writes.popitem(last=False)
         post(reply)
 
     async def _reply(self, frame: Read | Write, event: TrapEvent | None) -> Memory:

@@ -232,14 +232,16 @@ class Carrier:
 
     # --- what a server asks for -------------------------------------------------------
 
-    def _post(self, frame: Memory) -> None:
-        if self.link is not None:
+    def _post(self, memory: bytes, frame: Memory) -> None:
+        # A server that was started anew counts its accesses anew: this is none of its own.
+        if self.link is not None and self._memory == memory:
             self.link.post(frame)
 
     def access(self, frame: Read | Write) -> Awaitable[None] | None:
         """Guest memory for a trap that waits; returns what there is to wait for."""
         flight = self._pending.get(frame.seq)
-        body = self._accesses.do(frame, None if flight is None else flight.event, self._post)
+        post = partial(self._post, self._memory)
+        body = self._accesses.do(frame, None if flight is None else flight.event, post)
         wish = first_step(body)
         return None if wish is DONE else go_on(body, wish)
 

@@ -9,7 +9,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import anyio
-from msgspec.structs import asdict
 
 from vmibridge.arch import read_packet
 from vmibridge.dispatch import Bridge
@@ -17,11 +16,12 @@ from vmibridge.errors import UnsupportedTrapError
 from vmibridge.event import TrapEvent
 from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.packet import BridgePacket
-from vmibridge.server import BridgeServer
 from vmibridge.settings import ServerSettings
 from vmibridge.tap import Tap
 from vmibridge.transport.session import Session
 from vmibridge.transport.session_backend import SessionBackend
+from vmibridge.transport.shared import Common
+from vmibridge.transport.vm_server import VmServer
 from vmibridge.transport.welcome import declared_reads, highest_timeout
 
 
@@ -29,15 +29,24 @@ class Generation:
     """See the module. Raises `ValueError` as `BridgeServer` does."""
 
     def __init__(
-        self, session: Session, bridge: Bridge, settings: ServerSettings, taps: Sequence[Tap]
+        self,
+        session: Session,
+        bridge: Bridge,
+        settings: ServerSettings,
+        taps: Sequence[Tap],
+        common: Common,
     ) -> None:
         self.taps = taps
+        self.handlers = bridge.handlers
         self.backend = SessionBackend(session.vm, session)
-        self.server = BridgeServer(self.backend, bridge, **{**asdict(settings), "taps": taps})
+        self.server = VmServer(self.backend, bridge, settings, taps, common)
         self.filter = bridge.trap_filter
         self.timeout = highest_timeout(bridge, settings)
         self.reads = declared_reads(bridge)
         self.ended = anyio.Event()
+        """No trap is answered by it any more."""
+        self.done = anyio.Event()
+        """Nothing is left of it."""
         self.retired = False
         self._result_timeout = settings.result_timeout
         # Of each vCPU that was told to wait there is a request; results are bounded, too.

@@ -1,4 +1,5 @@
-"""Agents and handlers, brought together: each VM that comes gets handlers of its own.
+"""Agents and handlers, brought together: each VM that comes gets handlers of its own, but for
+those that say `shared`.
 
     server = AgentServer(["unix:/run/vmibridge.sock"], HandlerFactory(["handlers/"]))
     await server.run()
@@ -9,6 +10,7 @@ Rules:
   with its guest, or when its agent was away for `keep` seconds.
 - Handlers that are loaded anew take over at once, and those of before finish what they have
   begun. A source that fails changes nothing.
+- A handler that says `shared` serves all VMs that it was given for (`shared`).
 - A stop answers what handlers are at, as `BridgeServer` does; traps that come then are given
   back, for the agent to send to the server that follows.
 """
@@ -18,10 +20,10 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 from typing import Any, TypeAlias
 
 import anyio
-import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from vmibridge.dispatch import Bridge, Target, one_line
@@ -36,6 +38,7 @@ from vmibridge.transport.generation import Generation
 from vmibridge.transport.listener import Listener, RefusedError
 from vmibridge.transport.session import Repeated, Session
 from vmibridge.transport.session_backend import SessionBackend
+from vmibridge.transport.shared import Common
 from vmibridge.transport.welcome import welcome_to
 from vmibridge.transport.wire import AgentLimits, Hello, Welcome
 
@@ -48,7 +51,7 @@ TapFactory: TypeAlias = Callable[[str], Sequence[Tap]]
 async context manager is entered and left."""
 
 _MOST_ENDED = 1024
-"""Ids of sessions that are known to have ended."""
+"""Ids of sessions that are known to have ended, or to have been followed by another."""
 _TAKE_OVER = 30.0
 """Seconds that handlers may take to be entered, when they are loaded anew."""
 
@@ -73,9 +76,9 @@ class AgentServer:
     """Serves the agents that connect to `urls`.
 
     `handlers` makes what serves one VM, given its name, as for `BridgeServer`; `settings` are
-    those of each VM's server. `on_outcome` is told of each trap, `on_end` of each VM that has
-    ended: its name, its counts, and what no outcome tells of (`SessionCounts`). Both may
-    wait: the VM waits with them.
+    those of each VM's server, and `in_flight_total` counts for all of them. `on_outcome` is
+    told of each trap, `on_end` of each VM that has ended: its name, its counts, and what no
+    outcome tells of (`SessionCounts`). Both may wait: the VM waits with them.
 
     `repeated` says what becomes of a trap that a server which is gone may have run: by
     default it is refused, and the guest gets the fallback.
@@ -103,7 +106,9 @@ class AgentServer:
         self._on_end = on_end
         self._taps = taps
         self._listener = Listener(urls, self._limits, self._admit)
+        self._common = Common(self._settings.in_flight_total)
         self._vms: dict[bytes, _Vm] = {}
+        self._serving: dict[Generation, None] = {}
         self._ended: deque[bytes] = deque(maxlen=_MOST_ENDED)
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
@@ -144,10 +149,14 @@ class AgentServer:
                             log.info("listening at %s", place)
                         self.listening.set()
                         self._tasks.start_soon(self._forget)
-                        await self._stop.wait()
-                        while self._vms:
-                            await next(iter(self._vms.values())).current.ended.wait()
-                            await anyio.lowlevel.checkpoint()
+                        try:
+                            await self._stop.wait()
+                        finally:
+                            # Cancelled, too: no VM may begin any more.
+                            self._stop.set()
+                        while self._serving:
+                            await next(iter(self._serving)).done.wait()
+                        await self._common.close()
                         self._tasks.cancel_scope.cancel()
                 finally:
                     # Only now: until here answers were on their way.
@@ -164,9 +173,8 @@ class AgentServer:
         self._now = self._now or now
         self._stop.set()
         self._listener.close()
-        for vm in self._vms.values():
-            for generation in (vm.current, *vm.retired):
-                generation.server.stop(now=now)
+        for generation in self._serving:
+            generation.server.stop(now=now)
 
     async def reload(self, handlers: BridgeFactory) -> int:
         """Give every VM new handlers; returns how many have them. No trap is dropped.
@@ -175,6 +183,7 @@ class AgentServer:
         later get the new ones in any case.
         """
         self._handlers = handlers
+        self._common.supersede()
         done = 0
         for vm in list(self._vms.values()):
             if vm.session.over.is_set() or self._stop.is_set():
@@ -185,12 +194,13 @@ class AgentServer:
                 log.warning("vm %s: goes on with the handlers it has: %s", vm.session.vm, error)
                 continue
             done += await self._take_over(vm, generation)
+        self._common.leave_unused()
         return done
 
     async def _take_over(self, vm: _Vm, generation: Generation) -> bool:
         assert self._tasks is not None
         name = vm.session.vm
-        self._tasks.start_soon(self._serve, vm, generation)
+        self._start(vm, generation)
         with anyio.move_on_after(_TAKE_OVER):
             async with anyio.create_task_group() as either:
 
@@ -219,11 +229,11 @@ class AgentServer:
     async def _admit(self, hello: Hello, peer: str) -> tuple[Session, Welcome]:
         if self._stop.is_set() or self._tasks is None:
             raise RefusedError("the server stops", final=False)
+        if hello.session in self._ended:
+            # Its agent has not heard that END had come, or the VM has begun anew.
+            raise RefusedError("this VM has ended")
         vm = self._vms.get(hello.session)
         if vm is None:
-            if hello.session in self._ended:
-                # Its agent has not heard that END had come.
-                raise RefusedError("this VM has ended")
             vm = await self._begin(hello, peer)
         elif vm.session.owner != peer:
             raise RefusedError("this session is that of another peer")
@@ -245,6 +255,8 @@ class AgentServer:
                     raise RefusedError(f"a VM of the name {hello.vm} is served", final=False)
                 # The VM was started anew: of the one before nobody will come back.
                 session.lose("its agent began anew")
+                # What it has sent may come late, and is not to take the place of this one.
+                self._ended.append(session.id)
         if len(self._vms) >= self._limits.sessions:
             raise RefusedError(f"{len(self._vms)} VMs are served: no more", final=False)
         session = Session(
@@ -257,9 +269,13 @@ class AgentServer:
         vm = _Vm(session, await self._make(session))
         self._vms[session.id] = vm
         session.route = lambda event: None if self._stop.is_set() else vm.route(event)
-        assert self._tasks is not None
-        self._tasks.start_soon(self._serve, vm, vm.current)
+        self._start(vm, vm.current)
         return vm
+
+    def _start(self, vm: _Vm, generation: Generation) -> None:
+        assert self._tasks is not None
+        self._serving[generation] = None
+        self._tasks.start_soon(self._serve, vm, generation)
 
     async def _make(self, session: Session) -> Generation:
         """Raises `RefusedError` when the handlers cannot be made."""
@@ -267,7 +283,7 @@ class AgentServer:
             target: Target = self._handlers(session.vm)
             bridge = target if isinstance(target, Bridge) else Bridge(target)
             taps = () if self._taps is None else self._taps(session.vm)
-            return Generation(session, bridge, self._settings, taps)
+            return Generation(session, bridge, self._settings, taps, self._common)
         except Exception as error:
             why = _told(error)
             log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
@@ -275,33 +291,52 @@ class AgentServer:
 
     async def _serve(self, vm: _Vm, generation: Generation) -> None:
         """Run one set of handlers to its end."""
-        session = vm.session
+        try:
+            try:
+                await self._run(vm.session, generation)
+            finally:
+                generation.ended.set()
+                vm.summaries.append(generation.server.summary)
+                if generation in vm.retired:
+                    vm.retired.remove(generation)
+                elif generation is vm.current:
+                    self._forget_vm(vm.session)
+            if generation is vm.current and self._on_end is not None:
+                summary = Summary.of_all(vm.summaries)
+                summary.guest = vm.session.guest
+                await self._on_end(vm.session.vm, summary, vm.session.counts.as_dict())
+        finally:
+            del self._serving[generation]
+            generation.done.set()
+
+    async def _run(self, session: Session, generation: Generation) -> None:
+        assert self._tasks is not None
+        server = generation.server
         try:
             async with AsyncExitStack() as stack:
                 for tap in generation.taps:
                     if isinstance(tap, AbstractAsyncContextManager):
                         await stack.enter_async_context(tap)
+                await stack.enter_async_context(
+                    self._common.use(
+                        generation.handlers, self._tasks, partial(server.stop, now=True)
+                    )
+                )
                 await stack.enter_async_context(generation.backend)
                 if self._stop.is_set():
-                    generation.server.stop(now=self._now)
-                async for outcome in generation.server.run():
+                    server.stop(now=self._now)
+                server.start()
+                while True:
+                    try:
+                        outcome = await server.outcome()
+                    except StopAsyncIteration:
+                        break
                     generation.saw(outcome)
                     if self._on_outcome is not None:
                         await self._on_outcome(outcome)
         except (Exception, SystemExit) as error:
             why = _told(error)
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
-        finally:
-            generation.ended.set()
-            vm.summaries.append(generation.server.summary)
-            if generation in vm.retired:
-                vm.retired.remove(generation)
-            elif generation is vm.current:
-                self._forget_vm(session)
-        if generation is vm.current and self._on_end is not None:
-            summary = Summary.of_all(vm.summaries)
-            summary.guest = session.guest
-            await self._on_end(session.vm, summary, session.counts.as_dict())
 
     def _forget_vm(self, session: Session) -> None:
         """Its handlers have ended: with the guest, by a stop, or by themselves."""
