@@ -9,13 +9,37 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
+import pytest
+from remote_parts import carry
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
 from vmibridge.contract import STANDARD_MAGIC
+from vmibridge.errors import BackendError
 from vmibridge.testing import FakeGuest
+from vmibridge.transport import AgentServer
 
 BINARY = Path(sys.executable).with_name("nats-server")
 AT = 0x5000
+
+# nats-py is for asyncio; that trio says so is in test_nats_urls.
+ON_ASYNCIO = [
+    pytest.mark.anyio,
+    pytest.mark.parametrize(
+        "anyio_backend",
+        [
+            pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+            pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        ],
+    ),
+]
+
+
+PASSWORDS = """
+    authorization { users = [
+        { user: web, password: "s3cret-w" }
+        { user: host, password: "s3cret-h" }
+    ] }
+"""
 
 
 class NatsServer:
@@ -27,8 +51,12 @@ class NatsServer:
             self.port = made.getsockname()[1]
         self.url = f"nats://127.0.0.1:{self.port}"
         self._file = folder / f"nats-{self.port}.conf"
-        self._file.write_text(f'listen: "127.0.0.1:{self.port}"\n{config}\n')
         self._process = None
+        self.configure(config)
+
+    def configure(self, config):
+        """From the next start on."""
+        self._file.write_text(f'listen: "127.0.0.1:{self.port}"\n{config}\n')
 
     def start(self):
         self._process = subprocess.Popen(
@@ -76,6 +104,19 @@ async def until(condition):
     with anyio.fail_after(30):
         while not condition():
             await anyio.sleep(0.005)
+
+
+async def fail(url):
+    """Why an agent and a server do not come up; each in one error, at once."""
+    said = []
+    with anyio.fail_after(20):
+        for attempt in (carry(Guest(1, 1), url), AgentServer([url], lambda _: Work()).run()):
+            with pytest.raises(BackendError) as raised:
+                await attempt
+            said.append(str(raised.value))
+            assert "s3cret" not in f"{raised.value!r} {raised.value.__cause__!r}"
+    assert all("\n" not in each for each in said)
+    return said
 
 
 class Work(BridgeHandler[None]):

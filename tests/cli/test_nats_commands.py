@@ -96,6 +96,35 @@ class TestAgentAndServe:
         assert "20 traps: 20 answered by the server" in done.stdout
         assert "; by server: " in done.stdout
 
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ("user=web&password=s3cret-x", "NATS refuses us: wrong credentials, or none"),
+            ("credentials=FILE", "credentials: FILE: holds no JWT of a user"),
+            ("nkey=FILE", "nkey: FILE: holds no seed of an nkey"),
+            ("ca=FILE", "ca: FILE: no certificate or crl found"),
+            ("user=web&password=s3cret-w", "NATS does not permit "),
+        ],
+    )
+    def test_what_nats_does_not_take_is_said_in_one_line(
+        self, vmibridge, image, handlers, tmp_path, options, says
+    ):
+        file = tmp_path / "secret"
+        file.write_text("s3cret")
+        users = """authorization { users = [
+            { user: web, password: "s3cret-w", permissions: { publish: "else", subscribe: "else" } }
+        ] }"""
+        with nats_server(tmp_path, users) as nats:
+            nats.url += f"?{options}".replace("FILE", str(file))
+            for done in (
+                agent(vmibridge, nats, image(GUEST)),
+                vmibridge("serve", "--listen", nats.url, "--handlers", handlers),
+            ):
+                assert done.returncode == 1
+                (line,) = done.stderr.splitlines()
+                assert says.replace("FILE", str(file)) in line
+                assert "s3cret" not in line
+
     def test_trio_is_refused_in_one_line(self, nats, vmibridge, image, handlers):
         for done in (
             agent(vmibridge, nats, image(GUEST), "--async-backend", "trio"),

@@ -1,21 +1,19 @@
 """Agents and servers that meet on a real NATS, with real guests in Unicorn and made ones."""
 
-import signal
 from itertools import chain
 
 import anyio
 import pytest
 from nats_parts import (
     AT,
+    ON_ASYNCIO,
     Guest,
     Work,
     ask,
     nats_server,
-    plain_client,
-    serve_processes,
     until,
 )
-from remote_parts import Certificates, Echo, carry, served
+from remote_parts import Echo, carry, served
 
 from vmibridge import (
     BridgeHandler,
@@ -25,31 +23,18 @@ from vmibridge import (
     open_backend,
 )
 from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.errors import BackendError
 from vmibridge.outcome import OutcomeKind
 from vmibridge.settings import ServerSettings
 from vmibridge.status import Gate
 from vmibridge.testing import FakeGuest
 from vmibridge.transport import AgentServer, RemoteBackend
-from vmibridge.transport.nats_message import pack
-from vmibridge.transport.nats_subjects import partition_of, trap_subject
-from vmibridge.transport.wire import VERSION, WORD, Hello
+from vmibridge.transport.nats_subjects import partition_of
 
 CPUID, VMCALL, VMMCALL = 1, 2, 3
 PASSED = 0x600D
 LONG = ServerSettings(timeout=3600)
 
-pytestmark = [
-    pytest.mark.anyio,
-    # nats-py is for asyncio; that trio says so is in test_nats_urls.
-    pytest.mark.parametrize(
-        "anyio_backend",
-        [
-            pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-            pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-        ],
-    ),
-]
+pytestmark = ON_ASYNCIO
 
 
 @pytest.fixture
@@ -242,301 +227,3 @@ class TestPinned:
             expected = [0, 0, 0]
             expected[partition_of(name, 3)] = 20
             assert asked == expected, name
-
-
-class TestFailures:
-    async def test_a_server_that_is_killed_loses_no_trap_and_no_handler_runs_twice_elsewhere(
-        self, nats, tmp_path
-    ):
-        url = f"{nats.url}?silence=1"
-        vm = Guest(8, 250, codes=(1, 2))
-        with serve_processes(tmp_path, url, 3, "--repeated", "run") as processes:
-            killed = processes[0]
-            async with anyio.create_task_group() as tasks:
-
-                async def kill():
-                    await until(lambda: len(killed.ran()) > 100)
-                    killed.process.kill()
-
-                tasks.start_soon(kill)
-                with anyio.fail_after(60):
-                    agent, end = await carry(vm, url)
-            assert killed.process.wait(10) == -signal.SIGKILL
-            ran = [each.ran() for each in processes]
-        assert not end.failed
-        assert not vm.wrong
-        assert sorted(vm.resumed) == list(range(1, 2001))
-        assert agent.counts.own == 0
-        lived = ran[1] + ran[2]
-        assert len(lived) == len(set(lived))
-        assert set(lived) | set(ran[0]) == set(range(1, 2001))
-        # Those in flight at the one that was killed, and no others.
-        assert len(set(lived) & set(ran[0])) <= 8
-        assert min(len(each) for each in ran) > 100
-        assert sum(agent.shares.values()) == 2000
-
-    async def test_a_server_that_is_silent_is_given_up_and_the_guest_gets_the_fallback(
-        self, nats, tmp_path
-    ):
-        url = f"{nats.url}?silence=0.5"
-        vm = Guest(4, 50, codes=(2,))
-        with serve_processes(tmp_path, url, 1) as (stopped,):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(carry, vm, url)
-                await until(lambda: len(stopped.ran()) > 20)
-                stopped.process.send_signal(signal.SIGSTOP)
-                handler = Work()
-                async with served(url, handler) as server:
-                    await until(lambda: len(vm.resumed) == 200)
-                    counts = server._vms and next(iter(server._vms.values())).session.counts
-            stopped.process.send_signal(signal.SIGCONT)
-            ran = stopped.ran()
-        assert not set(ran) & set(handler.asked)
-        assert len(vm.wrong) == (counts.refused if counts else len(vm.wrong)) <= 4
-        assert all(answer.rax is None for _, _, answer in vm.wrong)
-
-    async def test_nats_that_is_restarted_loses_no_trap_and_no_handler_runs_twice(self, nats):
-        url = f"{nats.url}?silence=1.5"
-        handlers = [Work(), Work()]
-        vm = Guest(8, 400)
-        async with (
-            served(url, handlers[0], settings=LONG, repeated="run"),
-            served(url, handlers[1], settings=LONG, repeated="run"),
-            anyio.create_task_group() as tasks,
-        ):
-            tasks.start_soon(carry, vm, url)
-            for count in (500, 1500):
-                await until(lambda count=count: len(vm.resumed) > count)
-                nats.stop()
-                await anyio.sleep(0.1)
-                nats.start()
-        assert not vm.wrong
-        assert sorted(vm.resumed) == list(range(1, 3201))
-        asked = handlers[0].asked + handlers[1].asked
-        assert len(asked) == len(set(asked)) == 3200
-        assert all(done == asked for done, asked in map(vm.counted, range(8)))
-
-    async def test_the_agent_waits_for_a_server_and_the_guest_goes_on_when_one_comes(self, nats):
-        vm = Guest(2, 40)
-        handlers = [Work(), Work()]
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(lambda: carry(vm, nats.url, longest_pause=0.05))
-            await anyio.sleep(0.2)
-            assert not vm.resumed
-            async with served(nats.url, handlers[0], settings=LONG) as server:
-                await until(lambda: len(vm.resumed) > 20)
-                server.stop()
-                await until(lambda: not server.vms)
-            done = len(vm.resumed)
-            assert done < 80
-            async with served(nats.url, handlers[1], settings=LONG):
-                await until(lambda: len(vm.resumed) == 80)
-        assert not vm.wrong
-        assert sorted(handlers[0].asked + handlers[1].asked) == list(range(1, 81))
-
-    async def test_at_its_deadline_a_trap_is_answered_by_the_agent_and_the_handler_cancelled(
-        self, nats
-    ):
-        handler = Work()
-        vm = Guest(1, 1, codes=(5,))
-        async with served(nats.url, handler, settings=LONG):
-            agent, _ = await carry(vm, nats.url, deadline=0.2)
-            await until(lambda: handler.cancelled)
-        assert agent.counts.own == 1
-        assert vm.wrong
-
-    async def test_a_guest_goes_on_at_its_deadline_while_nats_is_gone(self, nats):
-        handler = Work()
-        vm = Guest(2, 30, codes=(1, 2))
-        async with served(nats.url, handler), anyio.create_task_group() as tasks:
-            tasks.start_soon(lambda: carry(vm, f"{nats.url}?silence=0.2", deadline=0.1))
-            await until(lambda: len(vm.resumed) > 10)
-            nats.stop()
-            with anyio.fail_after(20):
-                await until(lambda: len(vm.resumed) == 60)
-        assert vm.wrong
-
-    async def test_a_vm_that_begins_anew_is_served_at_once_when_its_agent_was_killed(self, nats):
-        first = Guest(1, 1, codes=(5,))
-        handlers = []
-
-        def make(vm):
-            handlers.append(Work())
-            return handlers[-1]
-
-        server = AgentServer([nats.url], make, settings=LONG)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(server.run)
-            await server.listening.wait()
-            async with anyio.create_task_group() as agents:
-                agents.start_soon(carry, first, nats.url)
-                await until(lambda: handlers and handlers[0].asked)
-                agents.cancel_scope.cancel()
-            second = Guest(1, 5)
-            with anyio.fail_after(5):
-                await carry(second, nats.url)
-            assert not second.wrong
-            server.stop(now=True)
-
-    async def test_two_agents_cannot_be_one_vm(self, nats):
-        handler = Work()
-        vm = Guest(1, 1, codes=(5,))
-        async with served(nats.url, handler, settings=LONG), anyio.create_task_group() as tasks:
-            tasks.start_soon(carry, vm, nats.url)
-            await until(lambda: handler.asked)
-            with anyio.move_on_after(0.5) as waited:
-                await carry(Guest(1, 1), nats.url)
-            assert waited.cancelled_caught
-            handler.go_on.set()
-        assert not vm.wrong
-
-
-class TestWhoMayConnect:
-    ACCOUNTS = """
-        authorization { users = [
-            { user: web, password: "s3cret-w" }
-            { user: host, password: "s3cret-h" }
-        ] }
-    """
-
-    async def test_with_its_credentials_an_agent_is_served(self, tmp_path):
-        file = tmp_path / "password"
-        file.write_text("s3cret-w\n")
-        vm = Guest(2, 10)
-        with nats_server(tmp_path, self.ACCOUNTS) as nats:
-            async with served(f"{nats.url}?user=host&password=s3cret-h", Work()):
-                agent, _ = await carry(vm, f"{nats.url}?user=web&password-file={file}")
-        assert agent.counts.answered == 20
-
-    # As docs/remote.md has them.
-    RIGHTS = """
-        authorization { users = [
-            { user: web, password: w, permissions: {
-                publish: ["vmibridge.hello.web", "vmibridge.web.>", "_INBOX.>"]
-                subscribe: "_INBOX_web.>" } }
-            { user: host, password: h, permissions: {
-                publish: ["_INBOX.>", "_INBOX_web.>"]
-                subscribe: ["vmibridge.>", "_INBOX.>"] } }
-        ] }
-    """
-
-    async def test_with_rights_for_one_vm_an_agent_is_that_vm_and_no_other(self, tmp_path):
-        with nats_server(tmp_path, self.RIGHTS) as nats:
-            here = f"{nats.url}?user=web&password=w&inbox=_INBOX_web"
-            async with served(f"{nats.url}?user=host&password=h", Work()) as server:
-                agent, _ = await carry(Guest(2, 10), here)
-                assert agent.counts.answered == 20
-                with anyio.move_on_after(0.5) as waited:
-                    await carry(Guest(2, 10, vm="db"), here)
-                assert waited.cancelled_caught
-                assert "db" not in server.vms
-
-    @pytest.mark.parametrize("options", ["", "?user=web&password=s3cret-x", "?token=s3cret-t"])
-    async def test_wrong_ones_end_in_an_error_that_does_not_say_them(
-        self, tmp_path, options, caplog
-    ):
-        caplog.set_level("DEBUG")
-        with nats_server(tmp_path, self.ACCOUNTS) as nats:
-            for attempt in (
-                carry(Guest(1, 1), nats.url + options),
-                AgentServer([nats.url + options], Work).run(),
-            ):
-                with pytest.raises(BackendError, match="wrong credentials") as raised:
-                    await attempt
-                assert "s3cret" not in f"{raised.value!r} {raised.value.__cause__!r}"
-        assert "s3cret" not in caplog.text
-
-    async def test_a_token_and_an_nkey_do_as_well(self, tmp_path):
-        import base64
-
-        import nkeys
-
-        raw = nkeys.encode_seed(b"7" * 32, nkeys.PREFIX_BYTE_USER)
-        public = nkeys.from_seed(bytearray(raw)).public_key.decode()
-        seed = tmp_path / "seed"
-        seed.write_bytes(raw)
-        assert base64.b32decode(raw + b"=" * (-len(raw) % 8))
-        config = f"authorization {{ users = [ {{ nkey: {public} }} ] }}"
-        for config_, options in (
-            (config, f"?nkey={seed}"),
-            ("authorization { token: s3cret-t }", "?token=s3cret-t"),
-        ):
-            with nats_server(tmp_path, config_) as nats:
-                async with served(nats.url + options, Work()):
-                    agent, _ = await carry(Guest(1, 3), nats.url + options)
-            assert agent.counts.answered == 3
-
-    async def test_tls_proves_both_ends(self, tmp_path):
-        made = Certificates(tmp_path)
-        there = dict(each.split("=") for each in made.of("127.0.0.1").split("&"))
-        config = f"""tls {{ cert_file: "{there["cert"]}", key_file: "{there["key"]}",
-                            ca_file: "{there["ca"]}", verify: true }}"""
-        other = tmp_path / "other"
-        other.mkdir()
-        with nats_server(tmp_path, config) as nats:
-            url = nats.url.replace("nats:", "tls:")
-            async with served(f"{url}?{made.of('host.example')}", Work()):
-                agent, _ = await carry(Guest(1, 3), f"{url}?{made.of('agent.example')}")
-            assert agent.counts.answered == 3
-            with pytest.raises(BackendError, match="certificate"):
-                await carry(Guest(1, 1), f"{url}?ca={Certificates(other).ca}")
-
-    async def test_no_nats_is_an_error_for_a_server(self, tmp_path):
-        with nats_server(tmp_path) as nats:
-            pass
-        with pytest.raises(BackendError, match=r"127\.0\.0\.1"):
-            await AgentServer([nats.url], Work).run()
-
-
-class TestStrangers:
-    async def test_garbage_on_the_subjects_hurts_nobody(self, nats):
-        handler = Work()
-        vm = Guest(4, 100, vm="web")
-        hello = Hello(WORD, VERSION, VERSION, b"x" * 16, "web")
-        garbage = [
-            b"",
-            b"\0",
-            b"\xff" * 12,
-            b"\xff\xff\xff\xff\0\0\0\0\0\0\2\0rest",
-            pack(hello)[:-1],
-            pack(hello) + b"\1\0\0\0\0",
-            pack(hello, hello),
-            pack(Hello("else", VERSION, VERSION, b"y" * 16, "web")),
-            pack(Hello(WORD, 9, 9, b"y" * 16, "web")),
-            bytes(200_000),
-        ]
-        subjects = ["vmibridge.hello.web", "vmibridge.web.42494d56.0100", "vmibridge.x.y.z",
-                    "vmibridge.web.agent.all." + "00" * 16]  # fmt: skip
-        async with (
-            served(nats.url, handler) as server,
-            plain_client(nats.url) as stranger,
-            anyio.create_task_group() as tasks,
-        ):
-            tasks.start_soon(carry, vm, nats.url)
-            await until(lambda: vm.resumed)
-            for _ in range(20):
-                for subject in subjects:
-                    for data in garbage:
-                        await stranger.publish(subject, data, reply="vmibridge.hello.web")
-                        await stranger.publish(subject, data, reply="stranger.inbox")
-                await stranger.flush()
-            assert server.vms == ["web"]
-        assert not vm.wrong
-        assert sorted(handler.asked) == list(range(1, 401))
-
-    async def test_an_agent_is_the_vm_of_its_subject_and_no_other(self, nats):
-        data = pack(Hello(WORD, VERSION, VERSION, b"x" * 16, "db"))
-        told = []
-
-        async def take(message):
-            told.append(message.data)
-
-        async with served(nats.url, Work()) as server, plain_client(nats.url) as stranger:
-            await stranger.subscribe("mine.*", cb=take)
-            for subject in ("vmibridge.hello.web", trap_subject("web", ask(1))):
-                await stranger.publish(subject, data, reply="mine.no")
-            await stranger.flush()
-            await stranger.publish("vmibridge.hello.db", data, reply="mine.yes")
-            await until(lambda: told)
-            assert server.vms == ["db"]
-        assert len(told) == 1

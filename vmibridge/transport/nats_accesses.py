@@ -8,7 +8,7 @@ from collections import deque
 
 from msgspec.structs import replace
 
-from vmibridge.transport.nats_flights import Peer
+from vmibridge.transport.nats_peers import Peer
 from vmibridge.transport.wire import (
     MOST_ACCESSES,
     MOST_LARGE_ACCESSES,

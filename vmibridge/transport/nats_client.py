@@ -3,12 +3,11 @@
 - nats-py is for asyncio: on trio there is one clear error.
 - It connects again by itself, for as long as it takes. What was published meanwhile it keeps,
   up to a bound; whoever publishes has to reckon with messages that are lost.
-- Secrets come from the URL and go to nats-py, and nowhere else: no error says one.
+- What NATS says while we are connected has no caller to go to: it is told in the log, once.
 """
 
 import asyncio
 import logging
-import ssl
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -18,7 +17,14 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 from sniffio import current_async_library
 
-from vmibridge.errors import BackendError, VmiBridgeError
+from vmibridge.errors import BackendError
+from vmibridge.transport.nats_login import (
+    denied_by,
+    is_refusal,
+    login_options,
+    reason,
+    wants_tls,
+)
 from vmibridge.transport.nats_message import parts_of
 from vmibridge.transport.nats_url import NatsUrl
 from vmibridge.transport.stepping import DONE, first_step, go_on
@@ -39,13 +45,15 @@ _PENDING = 16 << 20
 """Bytes that are kept while NATS is away."""
 _LAST = 2.0
 """Seconds for what was published to be sent, before the connection is closed."""
+_ANSWER = 2
+"""Seconds for NATS to say that it has taken what was said."""
+_HANG_UP = 0.2
+"""Seconds for one that never was a connection to be closed."""
 _MOST_UNSENT = 64 << 20
 _LINGER = 0.1
 """Seconds that messages are taken after a subscription was ended."""
-
-
-class NatsRefusedError(VmiBridgeError):
-    """NATS does not take us: trying again as we are is of no use."""
+_MOST_TOLD = 64
+"""Warnings between two connections."""
 
 
 class _GivenUpError(Exception):
@@ -63,9 +71,16 @@ class NatsClient:
         self.url = url
         self.closed = anyio.Event()
         """For good: nats-py does not try again."""
+        self.denied: list[str] = []
+        """What NATS has said that it does not permit us."""
+        self.at_work = False
+        """Set by the owner, when what is denied from here on is to be told in the log."""
+        self.on_trouble: Callable[[], None] = lambda: None
+        """Called when `closed` or `denied` is another."""
         self.on_reconnect: Callable[[], None] = lambda: None
         """Called when NATS is there again."""
         self._name = name
+        self._told: set[str] = set()
         self._unsent: deque[tuple[str, bytes, str]] = deque()
         self._size = 0
         self._more = anyio.Event()
@@ -101,43 +116,30 @@ class NatsClient:
             await _close(self.nats)
 
     async def _connect(self) -> "Client":
-        from nats.aio.client import Client
+        from vmibridge.transport.nats_py import NatsPyClient
 
-        client = Client()
+        options = login_options(self.url)
+        client = NatsPyClient(tls=wants_tls(self.url))
         failed: list[Exception] = []
         up = False
 
         async def on_error(error: Exception) -> None:
-            log.debug("%s: %s", self.url, type(error).__name__)
             if up:
+                self._take_error(error)
                 return
+            log.debug("%s: %s", self.url, type(error).__name__)
             failed.append(error)
-            if _is_refusal(error) or len(failed) >= len(self.url.hosts):
+            if is_refusal(error) or len(failed) >= len(self.url.hosts):
                 raise _GivenUpError
-
-        async def on_closed() -> None:
-            self.closed.set()
-
-        async def on_disconnected() -> None:
-            if self._up_since is not None:
-                self._up_before += _clock() - self._up_since
-                self._up_since = None
-            if not self._no_more:
-                log.info("%s: the connection is lost", self.url)
-
-        async def on_reconnected() -> None:
-            self._up_since = _clock()
-            log.info("%s: connected again", self.url)
-            self.on_reconnect()
 
         try:
             with anyio.fail_after(_CONNECT):
                 await client.connect(
                     self.url.servers,
                     error_cb=on_error,
-                    closed_cb=on_closed,
-                    disconnected_cb=on_disconnected,
-                    reconnected_cb=on_reconnected,
+                    closed_cb=self._on_closed,
+                    disconnected_cb=self._on_disconnected,
+                    reconnected_cb=self._on_reconnected,
                     name=self._name,
                     connect_timeout=2,
                     reconnect_time_wait=_PAUSE,  # type: ignore[arg-type]
@@ -145,8 +147,11 @@ class NatsClient:
                     ping_interval=5,
                     pending_size=_PENDING,
                     inbox_prefix=self.url.inbox,
-                    **self._options(),
+                    **options,
                 )
+                if not client.is_connected:
+                    # nats-py takes it for a login when the server hangs up in its midst.
+                    raise ConnectionResetError
                 up = True
                 return client
         except TimeoutError:
@@ -160,26 +165,55 @@ class NatsClient:
                 raise
             failed.append(error)
         # Closing may fail, too: that is not the reason.
-        raise _reason(next(filter(_is_refusal, failed), failed[0])) from None
+        raise reason(next(filter(is_refusal, failed), failed[0])) from None
 
     @staticmethod
     async def _abandon(client: "Client") -> None:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(_LAST):
+        with anyio.CancelScope(shield=True), anyio.move_on_after(_HANG_UP):
             await _close(client)
 
-    def _options(self) -> dict[str, Any]:
-        url = self.url
-        given = (
-            ("user", url.user),
-            ("password", url.password),
-            ("token", url.token),
-            ("user_credentials", url.credentials),
-            ("nkeys_seed", url.nkey),
-        )
-        options: dict[str, Any] = {name: value for name, value in given if value}
-        if url.tls or url.ca or url.cert:
-            options["tls"] = _tls(url)
-        return options
+    # --- what nats-py tells -----------------------------------------------------------
+
+    async def _on_closed(self) -> None:
+        self.closed.set()
+        self.on_trouble()
+
+    async def _on_disconnected(self) -> None:
+        if self._up_since is not None:
+            self._up_before += _clock() - self._up_since
+            self._up_since = None
+            if not self._no_more:
+                log.info("%s: the connection is lost", self.url)
+
+    async def _on_reconnected(self) -> None:
+        self._up_since = _clock()
+        self._told.clear()
+        log.info("%s: connected again", self.url)
+        self.on_reconnect()
+
+    def _take_error(self, error: Exception) -> None:
+        from nats.errors import Error, SlowConsumerError
+
+        denied = denied_by(error)
+        if denied is not None:
+            if self.at_work:
+                self._tell_once(denied)
+            if denied not in self.denied and len(self.denied) < _MOST_TOLD:
+                self.denied.append(denied)
+            self.on_trouble()
+        elif isinstance(error, SlowConsumerError):
+            self._tell_once("messages come faster than they are taken: some are lost")
+        elif is_refusal(error):
+            self._tell_once(f"{reason(error)}; trying again")
+        elif isinstance(error, Error | OSError | TimeoutError):
+            log.debug("%s: %s", self.url, type(error).__name__)
+        else:
+            log.error("%s: a message could not be taken", self.url, exc_info=error)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(text)
+            log.warning("%s: %s", self.url, text)
 
     def uptime(self) -> float:
         """Seconds that NATS has been there, in all: only then is anybody's silence one."""
@@ -236,6 +270,31 @@ class NatsClient:
     def _lose(self, error: Exception) -> None:
         log.debug("%s: a message is lost: %s", self.url, type(error).__name__)
 
+    async def settle(self) -> None:
+        """Wait until NATS has taken what was said, and has told what it does not permit.
+
+        Raises `OSError` when the connection is lost meanwhile, and what nats-py raises.
+        """
+        failed: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+
+            async def look() -> None:
+                await self.closed.wait()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(look)
+            # The ping of a flush overtakes what nats-py has not written yet: so twice.
+            try:
+                for _ in range(2):
+                    await self.nats.flush(_ANSWER)
+            except Exception as error:
+                failed = error
+            tasks.cancel_scope.cancel()
+        if self.closed.is_set():
+            failed = ConnectionResetError()
+        if failed is not None:
+            raise failed
+
     async def subscribe(
         self, subject: str, take: Callable[["Msg"], Awaitable[None]], queue: str = ""
     ) -> Callable[[], Coroutine[Any, Any, None]]:
@@ -260,35 +319,6 @@ class NatsClient:
 def is_nobody(message: "Msg") -> bool:
     """Whether NATS says that nobody listens where a message was published."""
     return not message.data and (message.headers or {}).get("Status") == "503"
-
-
-def _tls(url: NatsUrl) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=url.ca or None)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if url.cert:
-        # Without a function OpenSSL asks the terminal for a pass phrase.
-        no_phrase = str
-        context.load_cert_chain(url.cert, url.key, no_phrase)
-    return context
-
-
-def _is_refusal(error: Exception) -> bool:
-    from nats.errors import AuthorizationError
-
-    return isinstance(error, AuthorizationError) or "authorization" in str(error).lower()
-
-
-def _reason(error: Exception) -> Exception:
-    """What to tell of it; nats-py's own words may hold what was sent."""
-    if _is_refusal(error):
-        return NatsRefusedError("NATS refuses us: wrong credentials, or none")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return NatsRefusedError(f"TLS: the certificate does not do: {error.verify_message}")
-    if isinstance(error, ssl.SSLError):
-        return NatsRefusedError(f"TLS: {error.reason or 'no TLS there'}")
-    if isinstance(error, OSError):
-        return OSError(error.errno, error.strerror or "nobody answers")
-    return OSError(f"NATS: {type(error).__name__}")
 
 
 async def _close(client: "Client") -> None:

@@ -16,6 +16,7 @@ A state machine over a clock that it is given, which stands still while NATS is 
 import random
 from collections.abc import Iterator
 
+from vmibridge.transport.nats_peers import Peer
 from vmibridge.transport.wire import Trap
 
 _FIRST_PAUSE = 0.02
@@ -23,30 +24,6 @@ _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 0.5
 _MOST_MISSES = 2
 """NATS says twice that a server is gone: once may be just before it is there again."""
-
-
-class Peer:
-    """One server, as an agent knows it: one memory of this VM."""
-
-    __slots__ = ("answered", "ended", "heard", "misses", "name", "number", "subject", "under_way")
-
-    def __init__(self, number: int, subject: str, now: float) -> None:
-        self.number = number
-        self.subject = subject
-        """Where it listens."""
-        self.name = subject.rpartition(".")[2][:8]
-        self.heard = now
-        self.misses = 0
-        """How often NATS has said, since it was heard, that nobody listens there."""
-        self.answered = 0
-        self.under_way = 0
-        """Accesses to guest memory that it waits for."""
-        self.ended = False
-        """It knows that the guest has ended."""
-
-    def speaks(self, now: float) -> None:
-        """Something came from it."""
-        self.heard, self.misses = now, 0
 
 
 class Sent:

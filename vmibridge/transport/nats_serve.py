@@ -21,7 +21,8 @@ import anyio
 from vmibridge.errors import BackendError
 from vmibridge.text import printable
 from vmibridge.transport.listener import RefusedError, check_hello
-from vmibridge.transport.nats_client import NatsClient, NatsRefusedError, is_nobody
+from vmibridge.transport.nats_client import NatsClient, is_nobody
+from vmibridge.transport.nats_login import NatsRefusedError, reason
 from vmibridge.transport.nats_message import (
     FROM_NATS_AGENT,
     Messages,
@@ -106,10 +107,15 @@ class NatsListening:
             await client.subscribe(FROM_ALL_AGENTS, self._take_from_all)
             for subject in (*self.url.subjects, f"{HELLO}.*"):
                 self._ends.append(await client.subscribe(subject, self._take, QUEUE))
-            await client.nats.flush()
+            await client.settle()
+            # By now NATS has said what it does not permit.
+            why = next(iter(client.denied), "")
+            client.at_work = True
         except Exception as error:
+            why = str(reason(error))
+        if why:
             await self.end()
-            raise BackendError(f"{self.url}: {type(error).__name__}") from error
+            raise BackendError(f"{self.url}: {why}")
 
     async def serve(self) -> None:
         """Look after the sessions, until cancelled; then what was said is sent."""
@@ -132,14 +138,16 @@ class NatsListening:
         for link in list(self._by_hello.values()):
             link.close()
             self._forget(link)
-        pause = 0.1
+        pause, told = 0.1, ""
         while True:
             await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             self._client = NatsClient(self.url, self._name)
             try:
                 await self.open()
             except BackendError as error:
-                log.debug("%s", error)
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("%s; trying again", error)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 return

@@ -15,7 +15,8 @@ import anyio.to_thread
 import msgspec
 
 from vmibridge.errors import BackendError, RecordingError
-from vmibridge.transport.nats_client import NatsClient, NatsRefusedError
+from vmibridge.transport.nats_client import NatsClient
+from vmibridge.transport.nats_login import NatsRefusedError
 from vmibridge.transport.nats_url import NatsUrl
 
 if TYPE_CHECKING:
@@ -111,9 +112,13 @@ async def _store(
         ServiceUnavailableError,
     )
 
+    client = NatsClient(url, "vmibridge recordings")
+    at_work = False
     try:
-        async with NatsClient(url, "vmibridge recordings") as client:
-            with anyio.fail_after(seconds):
+        async with client:
+            with anyio.fail_after(seconds) as scope:
+                # Who may not ask is not told so in an answer: there is none.
+                client.on_trouble = scope.cancel
                 stream = client.nats.jetstream()
                 try:
                     store = await stream.object_store(url.bucket)
@@ -123,10 +128,15 @@ async def _store(
                     store = await stream.create_object_store(
                         url.bucket, description="recordings of vmibridge"
                     )
+                at_work = True
                 yield store
+            if client.denied:
+                raise RecordingError(f"{url}: {client.denied[0]}")
     except (NatsRefusedError, OSError) as error:
         if isinstance(error, TimeoutError):
             raise RecordingError(f"{url}: JetStream does not answer") from error
+        if at_work and isinstance(error, OSError):
+            raise RecordingError(f"{error.filename}: {error.strerror}") from error
         why = getattr(error, "strerror", None) or str(error)
         raise BackendError(f"{url}: {why}") from error
     except ObjectNotFoundError:

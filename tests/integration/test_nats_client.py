@@ -1,0 +1,177 @@
+"""One connection to a real NATS: what is published, lost and told."""
+
+import time
+
+import anyio
+import pytest
+from nats_parts import ON_ASYNCIO, nats_server, plain_client, until
+
+from vmibridge.errors import BackendError
+from vmibridge.transport import AgentServer
+from vmibridge.transport.nats_client import NatsClient
+from vmibridge.transport.nats_url import parse_nats_url
+
+pytestmark = ON_ASYNCIO
+
+
+@pytest.fixture
+def nats(tmp_path):
+    with nats_server(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(nats):
+    async with NatsClient(parse_nats_url(nats.url), "test") as client:
+        yield client
+
+
+class Taken:
+    """What came; held back until `go_on`."""
+
+    def __init__(self):
+        self.data = []
+        self.go_on = anyio.Event()
+        self.go_on.set()
+
+    async def take(self, message):
+        await self.go_on.wait()
+        self.data.append(message.data)
+
+
+class TestPublish:
+    async def test_what_does_not_fit_into_the_buffer_waits_in_order(self, nats, monkeypatch):
+        monkeypatch.setattr("vmibridge.transport.nats_client._PENDING", 64 << 10)
+        taken = Taken()
+        sent = [number.to_bytes(4, "little") * 1024 for number in range(500)]
+        async with (
+            plain_client(nats.url) as other,
+            NatsClient(parse_nats_url(nats.url), "test") as client,
+        ):
+            await other.subscribe("here", cb=taken.take)
+            await other.flush()
+            await other.flush()
+            for data in sent:
+                client.publish("here", data)
+            await until(lambda: len(taken.data) == 500)
+            # So it goes on with what comes later.
+            client.publish("here", b"last")
+            await until(lambda: taken.data[-1] == b"last")
+        assert taken.data == [*sent, b"last"]
+
+    async def test_beyond_its_bound_it_is_lost_and_what_comes_later_is_not(self, nats, monkeypatch):
+        monkeypatch.setattr("vmibridge.transport.nats_client._PENDING", 64 << 10)
+        monkeypatch.setattr("vmibridge.transport.nats_client._MOST_UNSENT", 128 << 10)
+        taken = Taken()
+        sent = [number.to_bytes(4, "little") * 1024 for number in range(500)]
+        async with (
+            plain_client(nats.url) as other,
+            NatsClient(parse_nats_url(nats.url), "test") as client,
+        ):
+            await other.subscribe("here", cb=taken.take)
+            await other.flush()
+            await other.flush()
+            for data in sent:
+                client.publish("here", data)
+            await until(lambda: len(taken.data) >= 48)
+            client.publish("here", b"last")
+            await until(lambda: taken.data[-1] == b"last")
+        # 64 KiB that nats-py keeps and the one too many; 128 KiB of ours.
+        assert 47 <= len(taken.data) - 1 <= 50
+        assert taken.data[:-1] == sent[: len(taken.data) - 1]
+
+    async def test_a_message_that_nats_takes_not_even_in_parts_is_told(self, tmp_path, caplog):
+        with nats_server(tmp_path, "max_payload: 12") as nats:
+            async with NatsClient(parse_nats_url(nats.url), "test") as client:
+                client.publish("here", bytes(100))
+        assert "NATS takes messages of 12 bytes: too little for 100" in caplog.text
+
+    async def test_one_for_a_connection_that_is_closed_is_lost(self, client, nats, caplog):
+        caplog.set_level("DEBUG", "vmibridge.transport.nats_client")
+        await client.nats.close()
+        assert client.closed.is_set()
+        client.publish("here", b"lost")
+        assert "a message is lost: ConnectionClosedError" in caplog.text
+
+    async def test_so_is_one_too_many_while_nats_is_away(self, nats, monkeypatch, caplog):
+        caplog.set_level("DEBUG", "vmibridge.transport.nats_client")
+        monkeypatch.setattr("vmibridge.transport.nats_client._PENDING", 1 << 10)
+        async with NatsClient(parse_nats_url(nats.url), "test") as client:
+            nats.stop()
+            await until(lambda: not client.nats.is_connected)
+            for _ in range(3):
+                client.publish("here", bytes(600))
+            await until(lambda: "OutboundBufferLimitError" in caplog.text)
+
+
+class TestAway:
+    async def test_the_time_stands_still_and_goes_on(self, client, nats):
+        before = client.uptime()
+        back = anyio.Event()
+        client.on_reconnect = back.set
+        nats.stop()
+        await until(lambda: client._up_since is None)
+        still = client.uptime()
+        time.sleep(0.01)
+        assert client.uptime() == still >= before
+        nats.start()
+        with anyio.fail_after(20):
+            await back.wait()
+        await until(lambda: client.uptime() > still)
+
+    async def test_a_subscription_ends_and_so_does_the_connection(self, nats):
+        async with NatsClient(parse_nats_url(nats.url), "test") as client:
+            end = await client.subscribe("here", Taken().take)
+            nats.stop()
+            await until(lambda: not client.nats.is_connected)
+            with anyio.fail_after(5):
+                await end()
+
+    async def test_a_server_that_loses_nats_in_the_midst_of_its_start_says_so(
+        self, nats, monkeypatch
+    ):
+        settle = NatsClient.settle
+
+        async def lose(client):
+            nats.stop()
+            await until(lambda: not client.nats.is_connected)
+            await client.nats.close()
+            await settle(client)
+
+        monkeypatch.setattr(NatsClient, "settle", lose)
+        with pytest.raises(BackendError, match="NATS has hung up on us"), anyio.fail_after(20):
+            await AgentServer([nats.url], lambda _: None).run()
+
+
+class TestTold:
+    async def test_a_message_that_cannot_be_taken_is_told_and_the_next_one_is_taken(
+        self, client, caplog
+    ):
+        seen = []
+
+        async def take(message):
+            seen.append(message.data)
+            if message.data == b"bad":
+                raise KeyError("our mistake")
+
+        await client.subscribe("here", take)
+        for data in (b"bad", b"good"):
+            client.publish("here", data)
+        await until(lambda: seen == [b"bad", b"good"])
+        assert caplog.text.count("a message could not be taken") == 1
+        assert "our mistake" in caplog.text
+
+    async def test_messages_that_come_faster_than_they_are_taken_are_told_once(
+        self, client, caplog
+    ):
+        taken = Taken()
+        taken.go_on = anyio.Event()
+        await client.subscribe("here", taken.take)
+        (subscription,) = client.nats._subs.values()
+        subscription._pending_bytes_limit = 1000
+        for _ in range(10):
+            client.publish("here", bytes(400))
+        await until(lambda: "some are lost" in caplog.text)
+        taken.go_on.set()
+        await until(lambda: taken.data)
+        assert caplog.text.count("messages come faster than they are taken") == 1

@@ -1,0 +1,80 @@
+"""What others publish, and what comes too late: it hurts nobody."""
+
+import anyio
+import pytest
+from nats_parts import (
+    ON_ASYNCIO,
+    Guest,
+    Work,
+    ask,
+    nats_server,
+    plain_client,
+    until,
+)
+from remote_parts import carry, served
+
+from vmibridge.transport.nats_message import pack
+from vmibridge.transport.nats_subjects import trap_subject
+from vmibridge.transport.wire import VERSION, WORD, Hello
+
+pytestmark = ON_ASYNCIO
+
+
+@pytest.fixture
+def nats(tmp_path):
+    with nats_server(tmp_path) as server:
+        yield server
+
+
+class TestStrangers:
+    async def test_garbage_on_the_subjects_hurts_nobody(self, nats):
+        handler = Work()
+        vm = Guest(4, 100, vm="web")
+        hello = Hello(WORD, VERSION, VERSION, b"x" * 16, "web")
+        garbage = [
+            b"",
+            b"\0",
+            b"\xff" * 12,
+            b"\xff\xff\xff\xff\0\0\0\0\0\0\2\0rest",
+            pack(hello)[:-1],
+            pack(hello) + b"\1\0\0\0\0",
+            pack(hello, hello),
+            pack(Hello("else", VERSION, VERSION, b"y" * 16, "web")),
+            pack(Hello(WORD, 9, 9, b"y" * 16, "web")),
+            bytes(200_000),
+        ]
+        subjects = ["vmibridge.hello.web", "vmibridge.web.42494d56.0100", "vmibridge.x.y.z",
+                    "vmibridge.web.agent.all." + "00" * 16]  # fmt: skip
+        async with (
+            served(nats.url, handler) as server,
+            plain_client(nats.url) as stranger,
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(carry, vm, nats.url)
+            await until(lambda: vm.resumed)
+            for _ in range(20):
+                for subject in subjects:
+                    for data in garbage:
+                        await stranger.publish(subject, data, reply="vmibridge.hello.web")
+                        await stranger.publish(subject, data, reply="stranger.inbox")
+                await stranger.flush()
+            assert server.vms == ["web"]
+        assert not vm.wrong
+        assert sorted(handler.asked) == list(range(1, 401))
+
+    async def test_an_agent_is_the_vm_of_its_subject_and_no_other(self, nats):
+        data = pack(Hello(WORD, VERSION, VERSION, b"x" * 16, "db"))
+        told = []
+
+        async def take(message):
+            told.append(message.data)
+
+        async with served(nats.url, Work()) as server, plain_client(nats.url) as stranger:
+            await stranger.subscribe("mine.*", cb=take)
+            for subject in ("vmibridge.hello.web", trap_subject("web", ask(1))):
+                await stranger.publish(subject, data, reply="mine.no")
+            await stranger.flush()
+            await stranger.publish("vmibridge.hello.db", data, reply="mine.yes")
+            await until(lambda: told)
+            assert server.vms == ["db"]
+        assert len(told) == 1
