@@ -242,7 +242,8 @@ def test_commands_are_understood_by_vmibridge(profile, config, capsys):
 def test_variables_say_what_is_run(config):
     read = config("plugin", VMIBRIDGE_GUEST="/srv/guest", VMIBRIDGE_MODULE="/handlers/own.py")
     assert "/srv/guest:/guest:ro" in read["services"]["qemu"]["volumes"]
-    assert read["services"]["bridge"]["command"][-1] == "/handlers/own.py"
+    command = read["services"]["bridge"]["command"]
+    assert command[command.index("--handlers") + 1] == "/handlers/own.py"
 
 
 def test_each_variable_is_documented():
