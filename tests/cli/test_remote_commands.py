@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -131,10 +132,14 @@ def agent_options(image, *more, vm="web"):
 
 
 def ended(run):
-    """Its exit status, and the summary that it wrote."""
-    out, told = run.communicate(timeout=100)
-    lines = [json.loads(line) for line in out.splitlines()]
-    return run.returncode, lines, told
+    """Its exit status, the lines of its standard output, and what else it told.
+
+    Those that nobody has read yet: `communicate` does not see what was read ahead.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        told = beside.submit(run.stderr.read)
+        lines = [json.loads(line) for line in run.stdout]
+        return run.wait(), lines, told.result()
 
 
 LISTENS = "listening at unix:x.sock"
