@@ -52,8 +52,8 @@ coverage: setup
 	$(BIN)/coverage erase
 	$(PYTEST) -q --cov --cov-report=term
 
-test: setup  ## all tests but the slow ones; minutes
-	$(PYTEST) -q
+test: setup  ## all tests but the slow ones, on up to four cores; minutes
+	$(PYTEST) -q -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: setup  ## the tests that take long
 	$(PYTEST) -q -m slow
