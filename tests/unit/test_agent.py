@@ -391,7 +391,7 @@ class TestReconnection:
             server.post(Native(first.seq))
 
     async def test_one_that_says_nothing_for_long_is_left(self, url):
-        async with beside(FakeGuest(guest_of({})), url, silence=0.1) as (_, server):
+        async with beside(FakeGuest(guest_of({})), url, silence=0.5) as (_, server):
             await server.greet()
             first = await server.next()
             await server.greet()
@@ -405,9 +405,9 @@ class TestReconnection:
             await start.wait()
             await vm.call(PACKET)
 
-        async with beside(FakeGuest(guest), url, silence=0.3) as (agent, server):
+        async with beside(FakeGuest(guest), url, silence=1) as (agent, server):
             await server.greet()
-            for _ in range(6):
+            for _ in range(4):
                 while not server.frames:
                     server.frames += await server.connection.receive()
                 assert server.frames == [Ping()]

@@ -147,11 +147,17 @@ class TestNames:
 
 class TestEnd:
     async def test_comes_with_the_last_guest(self):
+        red_is_done = anyio.Event()
+
+        async def short(vm):
+            await three_calls(vm)
+            red_is_done.set()
+
         async def long(vm):
-            await anyio.sleep(0.02)
+            await red_is_done.wait()
             await three_calls(vm)
 
-        _, outcomes, _ = await serve(Counter, three_calls, long)
+        _, outcomes, _ = await serve(Counter, short, long)
         assert [outcome.event.vm for outcome in outcomes] == ["red"] * 3 + ["green"] * 3
 
     async def test_of_one_vm_by_an_error_is_told_at_the_end_of_the_others(self, caplog):
@@ -210,15 +216,25 @@ class TestEnd:
         assert [outcome.event.vm for outcome in outcomes].count("red") == 6
 
     async def test_of_the_first_backends_block_ends_them_all(self):
+        class Waits(Counter):
+            waiting = 0
+
+            @method(2)
+            async def hang(self, vmi, packet):
+                Waits.waiting += 1
+                if Waits.waiting == 2:
+                    both_wait.cancel()
+                await anyio.sleep_forever()
+
         async def hang(vm):
             await vm.call(HANG)
 
         red, blue = FakeGuest(hang, vm="red"), FakeGuest(hang, vm="blue")
         async with blue:
             async with red:
-                server = BridgeServer([red, blue], Counter)
+                server = BridgeServer([red, blue], Waits)
                 run = server.run()
-                with anyio.move_on_after(0.02):
+                with anyio.CancelScope() as both_wait:
                     await anext(run)
             assert set(red.writes) == set(blue.writes) == {1}
             assert server.summary.outcomes[OutcomeKind.CANCELLED] == 2
