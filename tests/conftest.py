@@ -7,9 +7,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
+
+
+def pytest_configure() -> None:
+    """No law depends on how busy the machine is. The rest is as hypothesis has it, in CI too."""
+    name = "untimed"
+    settings.register_profile(
+        name, settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile(name)
 
 
 @pytest.fixture(

@@ -18,7 +18,7 @@ from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
 from vmibridge.testing import drive
 
-laws = settings(max_examples=200, deadline=None)
+laws = settings(max_examples=200)
 u64 = st.integers(0, 0xFFFF_FFFF_FFFF_FFFF)
 maybe = st.none() | u64
 VALUES = ("value1", "value2", "value3", "value4")

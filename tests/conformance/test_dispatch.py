@@ -601,7 +601,7 @@ def search(order: list, packet: BridgePacket, reason: TrapReason) -> list:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(nested, max_size=8))
 def test_a_match_agrees_with_trying_one_handler_after_the_other(tree):
     bridge, order = build(tree), flat(tree)

@@ -53,7 +53,7 @@ FORMS = list(COLUMN)
 FIELDS = ("magic", "request", "method", "value1", "value2", "value3", "value4")
 REGISTERS = Registers.__struct_fields__
 
-laws = settings(max_examples=200, deadline=None)
+laws = settings(max_examples=200)
 u64 = st.integers(0, MASK[64])
 u32 = st.integers(0, MASK[32])
 u16 = st.integers(0, MASK[16])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vmibridge.status import Gate, Status, StatusKind
 
-laws = settings(max_examples=300, deadline=None)
+laws = settings(max_examples=300)
 u8 = st.integers(0, 0xFF)
 u32 = st.integers(0, 0xFFFF_FFFF)
 u64 = st.integers(0, 0xFFFF_FFFF_FFFF_FFFF)

@@ -243,7 +243,7 @@ def damage(data, how, span, what):
     return data[:at] + struct.pack("<Q", what) + data[at + 8 :]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(damages)
 def test_no_damage_to_a_file_raises_anything_else(damaged):
     data = intact()
@@ -253,7 +253,7 @@ def test_no_damage_to_a_file_raises_anything_else(damaged):
         survives(Path(folder) / "damaged.mcap", data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(damages)
 def test_nor_does_damage_that_came_before_the_checksum(damaged):
     data = SESSION_RECORD + TRAP_RECORD + message(REPLY.id, encode(reply(1))) + TRAP_RECORD
@@ -268,7 +268,7 @@ fields = st.dictionaries(st.sampled_from(["seq", "vcpu", "ip", "length", "width"
 registers = st.dictionaries(st.sampled_from(["rcx", "rdx", "rax", "cr3", "efer"]), numbers)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(fields, registers, st.sampled_from(["cpuid", "vmcall", "vmmcall", "port-io", "msr"]))
 def test_nor_do_numbers_that_no_vcpu_has(fields, registers, reason):
     event = {"seq": 1, "registers": registers, "reason": reason, **fields}

@@ -94,7 +94,6 @@ any_code = st.binary(min_size=1, max_size=200)
 any_options = st.sampled_from(["", "?width=32", "?width=16", "?vcpus=2"])
 QUICK = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 LONG = settings(QUICK, max_examples=10 * EXAMPLES)

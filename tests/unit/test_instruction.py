@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap
 from vmibridge.event import TrapReason
 
-laws = settings(max_examples=300, deadline=None)
+laws = settings(max_examples=300)
 
 OPCODES = [
     (bytes.fromhex("0F A2"), TrapReason.CPUID),

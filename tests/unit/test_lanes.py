@@ -117,7 +117,7 @@ def test_the_release_of_a_vcpu_that_has_no_trap_changes_nothing():
     assert lanes.get_nowait() is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 6),
     st.lists(

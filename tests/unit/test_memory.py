@@ -16,7 +16,7 @@ from vmibridge.event import Registers, TrapEvent, TrapReason
 from vmibridge.memory import MAX_ACCESS
 from vmibridge.testing import FakeBackend, FakeMemory
 
-laws = settings(max_examples=150, deadline=None)
+laws = settings(max_examples=150)
 
 PAGE = 0x1000
 P, W, U = 1, 2, 4
@@ -777,7 +777,7 @@ def test_a_context_has_one_memory_and_tells_of_its_trap():
 # --- hostile page tables ------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.integers(0, 15).map(lambda frame: frame << 12) | st.integers(0, (1 << 64) - 1),

@@ -14,7 +14,7 @@ from vmibridge.event import Registers, TrapEvent, TrapReason
 from vmibridge.policy import AddressRange, Guard, MeteredMemory, Policy, Quota, Rate, _Buckets
 from vmibridge.testing import FakeBackend
 
-laws = settings(max_examples=200, deadline=None)
+laws = settings(max_examples=200)
 
 TOP = (1 << 64) - 1
 VM_REQUESTS = "over the request quota of the VM"

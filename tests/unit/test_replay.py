@@ -664,7 +664,7 @@ def recording(tmp_path_factory):
     return path.read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), order=st.sampled_from(["recorded", "vcpu"]))
 def test_a_damaged_recording_ends_its_replay_and_nothing_else(
     recording, tmp_path_factory, data, order

@@ -187,9 +187,7 @@ async def test_a_hostile_request_is_answered_as_invalid(environment, anyio_backe
 
 @pytest.mark.anyio
 @given(raw=st.binary(max_size=300), value3=st.integers(0, TOP))
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_no_other_name_ever_gets_the_value(environment, anyio_backend, raw, value3):
     memory = guest(raw)
     outcome = await drive(make(environment, values={"TOKEN": "s3cret"}), ask(value3=value3), memory)

@@ -634,7 +634,7 @@ PIECES = [
         st.text(max_size=40).map("http://good.test:8080/files/".__add__),
     )
 )
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_no_url_with_another_host_or_port_is_taken_for_the_prefix(fetch, text):
     prefix = fetch.parse_url("http://good.test:8080/files")
     try:
@@ -659,7 +659,6 @@ def test_no_url_with_another_host_or_port_is_taken_for_the_prefix(fetch, text):
     other=st.from_regex(r"[a-z0-9]{1,5}(\.[a-z]{1,5}){1,2}", fullmatch=True),
     other_port=st.integers(1, 65535),
 )
-@settings(deadline=None)
 def test_a_prefix_takes_its_own_host_and_port_only(fetch, host, port, other, other_port):
     prefix = fetch.parse_url(f"http://{host}:{port}")
     url = fetch.parse_url(f"http://{other}:{other_port}/x")
@@ -1200,9 +1199,7 @@ async def test_a_url_may_have_2048_bytes_and_no_more(make, site, anyio_backend):
     method=st.integers(0, 6),
     values=st.tuples(*[st.integers(0, TOP)] * 2),
 )
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_whatever_the_guest_sends_it_gets_an_answer(make, anyio_backend, raw, method, values):
     async with make(allow=["http://127.0.0.1:1/files"]) as handler:
         guest = Guest(handler)

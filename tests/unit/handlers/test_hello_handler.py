@@ -147,9 +147,7 @@ async def test_a_name_without_end_at_the_border_of_memory_is_invalid(hello, anyi
 @given(
     raw=st.binary(max_size=300), value2=st.sampled_from([0, BUFFER, 1]), value3=st.integers(0, TOP)
 )
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_whatever_the_guest_sends_it_gets_an_answer(
     hello, anyio_backend, raw, value2, value3
 ):

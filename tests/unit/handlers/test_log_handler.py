@@ -107,9 +107,7 @@ async def test_what_is_not_printable_is_escaped(log, records, anyio_backend, raw
 
 @pytest.mark.anyio
 @given(raw=st.binary(max_size=64), method=st.sampled_from(sorted(LEVELS)))
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_no_bytes_of_a_guest_make_a_second_line(log, records, anyio_backend, raw, method):
     records.clear()
     outcome = await drive(log.Log(), say(len(raw), method), {TEXT: raw})
