@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from nats_parts import nats_server
 
 ROOT = Path(__file__).parents[1]
 UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
@@ -53,3 +54,10 @@ def qemu() -> str:
         pytest.skip("no QEMU of 11.1 or newer: run `make qemu`, or set VMIBRIDGE_QEMU")
     subprocess.run([ROOT / "guest/qemu/fetch-qemu"], check=True, timeout=600)
     return str(UNPACKED)
+
+
+@pytest.fixture
+def nats(tmp_path):
+    """A NATS server of its own, without passwords."""
+    with nats_server(tmp_path) as server:
+        yield server

@@ -3,7 +3,7 @@
 from contextlib import asynccontextmanager
 
 import anyio
-from nats_parts import plain_client, until
+from nats_parts import plain_client, settle, until
 
 from vmibridge.contract import STANDARD_MAGIC
 from vmibridge.transport.nats_message import (
@@ -42,8 +42,7 @@ class _Fake:
 
     async def listen(self):
         await self.client.subscribe(f"{self.inbox}.>", cb=self._take)
-        await self.client.flush()
-        await self.client.flush()
+        await settle(self.client)
 
     async def _take(self, message):
         place = message.subject[len(self.inbox) + 1 :]
@@ -109,8 +108,7 @@ class FakeServer(_Fake):
     async def leave_group(self):
         for each in self.queue:
             await each.unsubscribe()
-        await self.client.flush()
-        await self.client.flush()
+        await settle(self.client)
 
 
 class FakeAgent(_Fake):

@@ -99,6 +99,13 @@ async def plain_client(url, **options):
         await client.close()
 
 
+async def settle(client):
+    """Wait until NATS has taken what a plain client said."""
+    # The ping of a flush overtakes what nats-py has not written yet: so twice.
+    for _ in range(2):
+        await client.flush()
+
+
 async def until(condition):
     """Wait for something that happens elsewhere."""
     with anyio.fail_after(30):

@@ -35,12 +35,6 @@ done:
 
 
 @pytest.fixture
-def nats(tmp_path):
-    with nats_server(tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
 def jetstream(tmp_path):
     with nats_server(tmp_path, f'jetstream {{ store_dir: "{tmp_path / "jetstream"}" }}') as server:
         yield server

@@ -37,12 +37,6 @@ LONG = ServerSettings(timeout=3600)
 pytestmark = ON_ASYNCIO
 
 
-@pytest.fixture
-def nats(tmp_path):
-    with nats_server(tmp_path) as server:
-        yield server
-
-
 async def run(url, image, *handlers, options=""):
     outcomes = []
 

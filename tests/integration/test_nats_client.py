@@ -1,10 +1,11 @@
 """One connection to a real NATS: what is published, lost and told."""
 
 import time
+from contextlib import asynccontextmanager
 
 import anyio
 import pytest
-from nats_parts import ON_ASYNCIO, nats_server, plain_client, until
+from nats_parts import ON_ASYNCIO, nats_server, plain_client, settle, until
 
 from vmibridge.errors import BackendError
 from vmibridge.transport import AgentServer
@@ -12,12 +13,6 @@ from vmibridge.transport.nats_client import NatsClient
 from vmibridge.transport.nats_url import parse_nats_url
 
 pytestmark = ON_ASYNCIO
-
-
-@pytest.fixture
-def nats(tmp_path):
-    with nats_server(tmp_path) as server:
-        yield server
 
 
 @pytest.fixture
@@ -39,18 +34,24 @@ class Taken:
         self.data.append(message.data)
 
 
+@asynccontextmanager
+async def heard(nats, taken):
+    """A client; `taken` gets what it publishes `here`."""
+    async with (
+        plain_client(nats.url) as other,
+        NatsClient(parse_nats_url(nats.url), "test") as client,
+    ):
+        await other.subscribe("here", cb=taken.take)
+        await settle(other)
+        yield client
+
+
 class TestPublish:
     async def test_what_does_not_fit_into_the_buffer_waits_in_order(self, nats, monkeypatch):
         monkeypatch.setattr("vmibridge.transport.nats_client._PENDING", 64 << 10)
         taken = Taken()
         sent = [number.to_bytes(4, "little") * 1024 for number in range(500)]
-        async with (
-            plain_client(nats.url) as other,
-            NatsClient(parse_nats_url(nats.url), "test") as client,
-        ):
-            await other.subscribe("here", cb=taken.take)
-            await other.flush()
-            await other.flush()
+        async with heard(nats, taken) as client:
             for data in sent:
                 client.publish("here", data)
             await until(lambda: len(taken.data) == 500)
@@ -64,13 +65,7 @@ class TestPublish:
         monkeypatch.setattr("vmibridge.transport.nats_client._MOST_UNSENT", 128 << 10)
         taken = Taken()
         sent = [number.to_bytes(4, "little") * 1024 for number in range(500)]
-        async with (
-            plain_client(nats.url) as other,
-            NatsClient(parse_nats_url(nats.url), "test") as client,
-        ):
-            await other.subscribe("here", cb=taken.take)
-            await other.flush()
-            await other.flush()
+        async with heard(nats, taken) as client:
             for data in sent:
                 client.publish("here", data)
             await until(lambda: len(taken.data) >= 48)

@@ -3,12 +3,10 @@
 import signal
 
 import anyio
-import pytest
 from nats_parts import (
     ON_ASYNCIO,
     Guest,
     Work,
-    nats_server,
     serve_processes,
     until,
 )
@@ -21,12 +19,6 @@ LONG = ServerSettings(timeout=3600)
 
 
 pytestmark = ON_ASYNCIO
-
-
-@pytest.fixture
-def nats(tmp_path):
-    with nats_server(tmp_path) as server:
-        yield server
 
 
 class TestFailures:

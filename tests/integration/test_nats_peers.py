@@ -37,12 +37,6 @@ pytestmark = ON_ASYNCIO
 LONG = ServerSettings(timeout=3600)
 
 
-@pytest.fixture
-def nats(tmp_path):
-    with nats_server(tmp_path) as server:
-        yield server
-
-
 class Calls(FakeGuest):
     """Asks so often, and keeps what it is answered."""
 

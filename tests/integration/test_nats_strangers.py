@@ -1,13 +1,11 @@
 """What others publish, and what comes too late: it hurts nobody."""
 
 import anyio
-import pytest
 from nats_parts import (
     ON_ASYNCIO,
     Guest,
     Work,
     ask,
-    nats_server,
     plain_client,
     until,
 )
@@ -18,12 +16,6 @@ from vmibridge.transport.nats_subjects import trap_subject
 from vmibridge.transport.wire import VERSION, WORD, Hello
 
 pytestmark = ON_ASYNCIO
-
-
-@pytest.fixture
-def nats(tmp_path):
-    with nats_server(tmp_path) as server:
-        yield server
 
 
 class TestStrangers:

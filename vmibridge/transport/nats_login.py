@@ -96,7 +96,7 @@ def _read(file: str) -> bytes:
 
 
 def _pair(seed: bytes) -> Any:
-    import nkeys  # type: ignore[import-untyped]
+    import nkeys  # type: ignore[import-untyped]  # it comes without types
 
     try:
         return nkeys.from_seed(bytearray(seed))

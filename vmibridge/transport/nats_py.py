@@ -26,7 +26,8 @@ class NatsPyClient(Client):
 
     async def _connect_to_server(self, s: "Srv") -> None:
         if self._transport:
-            # A connection that was refused would stay open until it is collected.
+            # A connection that was refused would stay open until it is collected. `close`
+            # has no types.
             self._transport.close()  # type: ignore[no-untyped-call]
         await super()._connect_to_server(s)
 
