@@ -3,40 +3,66 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The run-time alone, which is enough for the demo; and all that developers need, in the same environment.
+LIGHT := $(VENV)/.light
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
+# Every lock is closed: what is installed is what it names, and no resolver chooses among releases.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+SAY := @printf 'make: %s\n'
 
-.PHONY: help setup system check lint types layers coverage test test-slow soak demo demo-linux bench qemu linux plugin images test-containers lock clean
+.PHONY: help setup system system-light check lint types layers declared test test-guests test-slow test-install test-matrix soak demo demo-linux bench qemu linux plugin images test-containers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 setup: system $(INSTALLED)  ## the virtual environment in .venv, from locked versions
 
-# nasm assembles the guests, gcc compiles the QEMU plugin; QEMU and gdbserver are stubs to connect to, gdb is a peer of the benchmarks; chromium opens the report in the tests. Debian keeps what `python3 -m venv` needs in a package of its own.
-system:
+# What a demo needs. Debian keeps what `python3 -m venv` needs in a package of its own.
+system-light:
 	@missing=; \
 	command -v nasm >/dev/null || missing="$$missing nasm"; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then \
+		echo "make: installs$$missing"; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y $$missing; \
+	else \
+		echo "make: missing packages:$$missing; as root: apt-get install$$missing" >&2; exit 1; \
+	fi
+
+# gcc compiles the QEMU plugin and programs for the Linux guest; QEMU and gdbserver are stubs to connect to, gdb is a peer of the benchmarks; chromium opens the report in the tests; debootstrap makes a Debian with nothing in it.
+system: system-light
+	@missing=; \
 	command -v cc >/dev/null || missing="$$missing gcc libc6-dev"; \
 	command -v chromium >/dev/null || missing="$$missing chromium"; \
 	command -v qemu-system-x86_64 >/dev/null || missing="$$missing qemu-system-x86 seabios"; \
 	command -v gdbserver >/dev/null || missing="$$missing gdbserver"; \
 	command -v gdb >/dev/null || missing="$$missing gdb"; \
-	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	command -v debootstrap >/dev/null || [ -e /usr/sbin/debootstrap ] || missing="$$missing debootstrap"; \
 	[ -z "$$missing" ] && exit 0; \
 	if [ "$$(id -u)" = 0 ]; then \
+		echo "make: installs$$missing"; \
 		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y $$missing; \
 	else \
-		echo "missing system packages:$$missing (as root: apt-get install$$missing)" >&2; exit 1; \
+		echo "make: tests that need these packages are skipped:$$missing; as root: apt-get install$$missing" >&2; \
 	fi
 
-$(INSTALLED): requirements.lock pyproject.toml | system
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+$(LIGHT): requirements-demo.lock pyproject.toml | system-light
+	$(SAY) 'makes $(VENV), with the run-time alone: about half a minute, 110 MB'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP_INSTALL) --require-hashes -r requirements-demo.lock
+	@$(PIP_INSTALL) --no-build-isolation -e .
+	@$(BIN)/python -m pip check --disable-pip-version-check
+	@touch $@
 
-check: lint types layers coverage  ## format, lint, types, layers, and the tests with coverage
+$(INSTALLED): requirements.lock $(LIGHT) | system
+	$(SAY) 'adds what tests and checks need to $(VENV): a minute or two, 1.2 GB'
+	@$(PIP_INSTALL) --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip check --disable-pip-version-check
+	@touch $@
+
+check: lint types layers declared  ## format, lint, types, layers, declared imports
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -48,12 +74,17 @@ types: setup
 layers: setup
 	$(BIN)/lint-imports --no-logo
 
-coverage: setup
-	$(BIN)/coverage erase
-	$(PYTEST) -q --cov --cov-report=term
+declared: setup
+	$(BIN)/deptry vmibridge handlers --optional-dependencies-dev-groups bench,demo,dev,test
+	$(BIN)/deptry . benchmarks docker guest/linux tests tests/*/ tests/unit/handlers
 
-test: setup  ## all tests but the slow ones, on up to four cores; minutes
-	$(PYTEST) -q -n auto --maxprocesses 4 --dist worksteal
+test: setup test-guests  ## all tests but the slow ones, with coverage, on up to four cores; minutes
+	$(PYTEST) -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
+
+# What many tests need. Without, these tests are skipped and say so.
+test-guests: setup
+	@guest/qemu/fetch-qemu || echo "make: tests that need QEMU 11.1 are skipped" >&2
+	@{ guest/linux/fetch-linux && guest/linux/build-guest; } || echo "make: tests that need a Linux guest are skipped" >&2
 
 test-slow: setup  ## the tests that take long
 	$(PYTEST) -q -m slow
@@ -62,7 +93,8 @@ soak: setup  ## 1,000,000 traps with faults over 64 lanes, on asyncio and on tri
 	$(BIN)/python tests/soak/fault_soak.py --loop asyncio
 	$(BIN)/python tests/soak/fault_soak.py --loop trio
 
-demo: setup  ## a real guest calls the ready-made handlers and checks every answer
+demo: $(LIGHT)  ## a real guest calls the ready-made handlers and checks every answer
+	$(SAY) 'assembles the guest and runs it'
 	@$(BIN)/python guest/demo/demo.py
 
 demo-linux: setup qemu linux  ## a real Linux in QEMU calls from programs and from its kernel
@@ -94,10 +126,14 @@ images: setup  ## the images of docker/, with podman or docker
 test-containers: setup linux  ## builds the images and runs them side by side, with podman; minutes
 	$(PYTEST) -q -m containers tests/containers
 
+# The build backend is among both: the checkout is installed by it, without one of its own.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+	--generate-hashes --no-strip-extras --no-annotate --no-header
+
 lock: setup  ## lock the newest versions that pyproject.toml allows
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
-		--generate-hashes --no-annotate --no-header pyproject.toml -o requirements.lock
+	$(COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock
+	sed -nE 's/^([a-z0-9.-]+)(\[[^]]*\])?==([^ ]+).*/\1==\3/p' requirements.lock | \
+		$(COMPILE) --constraints - --extra demo pyproject.toml -o requirements-demo.lock
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) .qemu .linux .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
