@@ -89,6 +89,13 @@ test-guests: setup
 test-slow: setup  ## the tests that take long
 	$(PYTEST) -q -m slow
 
+test-install: setup  ## installs the core, each extra and the demo from nothing; minutes
+	$(PYTEST) -q -m install tests/install
+
+test-matrix: setup  ## the tests on every Python that is supported, and installs on those that are here; long
+	VMIBRIDGE_PYTHONS=all $(PYTEST) -q -m install tests/install
+	$(BIN)/python tests/install/matrix.py
+
 soak: setup  ## 1,000,000 traps with faults over 64 lanes, on asyncio and on trio; minutes
 	$(BIN)/python tests/soak/fault_soak.py --loop asyncio
 	$(BIN)/python tests/soak/fault_soak.py --loop trio

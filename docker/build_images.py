@@ -18,7 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from debian import DebianError, archive, debootstrap, pip_mounts
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -28,7 +29,6 @@ IMAGES = {
     "certificates": "localhost/vmibridge-certificates:latest",
 }
 PULL_SECONDS = 120
-DEBOOTSTRAP_SECONDS = 900
 BUILD_SECONDS = 1800
 NOFILE = 1 << 20
 """Open files of a container, where nobody says otherwise (containers.conf(5))."""
@@ -85,8 +85,8 @@ class Engine:
             ignored = FOLDER / f"{name}.Dockerfile.dockerignore"
             options += ["--format", "docker", f"--ignorefile={ignored}"]
             options += self._reach() if name == "bridge" else []
-        if name == "qemu" and (archive := _archive()) is not None:
-            options += ["--build-arg", f"DEBIAN={archive}"]
+        if name == "qemu" and (source := archive()) is not None:
+            options += ["--build-arg", f"DEBIAN={source}"]
         file = FOLDER / f"{name}.Dockerfile"
         tags = ["--tag", tag or IMAGES[name]]
         done = self.run("build", "-f", str(file), *tags, *options, str(ROOT), seconds=BUILD_SECONDS)
@@ -95,21 +95,11 @@ class Engine:
 
     def _reach(self) -> list[str]:
         """pip's settings, and the folders and files that they name, for the time of a build."""
-        settings = _pip_settings()
-        if not settings:
+        settings, *others = pip_mounts(self.folder) or [None]
+        if settings is None:
             return []
-        file = self.folder / "pip.conf"
-        lines = [f"{name} = {value}\n" for name, value in settings.items()]
-        file.write_text("".join(["[global]\n", *lines]))
-        mounts = [f"{file}:/etc/pip.conf:ro"]
-        for value in " ".join(settings.values()).split():
-            path = Path(value)
-            if value.startswith("file:"):
-                # An index in a folder has its files beside it.
-                path = Path(urlsplit(value).path).parent
-            if path.is_absolute() and path.exists() and path != Path("/"):
-                mounts.append(f"{path}:{path}:ro")
-        return [word for mount in dict.fromkeys(mounts) for word in ("--volume", mount)]
+        mounts = [f"{settings}:/etc/pip.conf:ro", *(f"{path}:{path}:ro" for path in others)]
+        return [word for mount in mounts for word in ("--volume", mount)]
 
     def bring(self, image: str) -> None:
         """An image of a registry, or what stands for it. Raises `BuildError`."""
@@ -134,37 +124,24 @@ class Engine:
                 entry = ["--change", 'ENTRYPOINT ["/nats-server"]']
                 _take_nats_server(folder)
             else:
-                _debootstrap(image, folder)
+                _make_debian(image, folder)
             tar = Path(name) / "root.tar"
             subprocess.run(["tar", "-cf", tar, "-C", folder, "."], check=True)
             if self.run("import", "-q", *entry, str(tar), image, seconds=300).returncode:
                 raise BuildError(f"{image}: podman import failed")
 
 
-def _debootstrap(image: str, folder: Path) -> None:
+def _make_debian(image: str, folder: Path) -> None:
     suite = re.search(r"trixie|bookworm", image)
     if suite is None:
         raise BuildError(f"{image}: of which Debian is it?")
     packages = ["ca-certificates"]
     if "/python:" in image:
         packages += ["python3", "python3-venv", "python3-pip"]
-    archive = _archive()
-    if archive is None:
-        raise BuildError(f"{image}: no Debian archive is known here to make it from")
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"]
-    log = folder.with_name("log")
-    with log.open("w") as output:
-        done = subprocess.run(
-            [*command, suite[0], folder, archive],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=DEBOOTSTRAP_SECONDS,
-            check=False,
-        )
-    if done.returncode:
-        raise BuildError(f"{image}: debootstrap failed: {log.read_text()[-500:]}")
-    for left in (*folder.glob("var/lib/apt/lists/*"), *folder.glob("var/cache/apt/archives/*.deb")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    try:
+        debootstrap(suite[0], folder, packages)
+    except DebianError as error:
+        raise BuildError(f"{image}: {error}") from error
     # As in Docker's image, where `python` is one of its own, and pip may install.
     for left in folder.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
         left.unlink()
@@ -194,33 +171,6 @@ def other_images() -> list[str]:
     text = (FOLDER / "compose.yaml").read_text()
     named = re.findall(r"^ +image: (\S+)$", text, re.MULTILINE)
     return [image for image in dict.fromkeys(named) if image not in IMAGES.values()]
-
-
-def _pip_settings() -> dict[str, str]:
-    told = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
-    ).stdout
-    found: dict[str, str] = {}
-    # Those of the environment come before those of files, as with pip itself.
-    for source, name, value in re.findall(r"^(\S+?)\.([\w-]+)='(.*)'$", told, re.MULTILINE):
-        if source == ":env:" or name not in found:
-            found[name.lstrip(".")] = value.replace("\\n", " ")
-    return found
-
-
-def _archive() -> str | None:
-    """Where this machine, if it is a Debian, gets its packages."""
-    release = Path("/etc/os-release")
-    if not release.exists() or not re.search(r"^ID=debian$", release.read_text(), re.MULTILINE):
-        return None
-    script = ROOT / "guest/debian-packages.sh"
-    done = subprocess.run(
-        ["bash", "-c", '. "$0" && debian_archive | sed -n 1p', script],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or None
 
 
 def _proxy_of_apt() -> str | None:

@@ -1,0 +1,86 @@
+"""A fresh Debian in a folder, and how this machine reaches Debian's archive and PyPI from there."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).resolve().parents[1]
+DEBOOTSTRAP_SECONDS = 900
+
+
+class DebianError(Exception):
+    """A Debian cannot be made here."""
+
+
+def debootstrap(suite: str, folder: Path, packages: Iterable[str]) -> None:
+    """The smallest Debian there is, with `packages`. Needs root. Raises `DebianError`."""
+    source = archive()
+    if source is None:
+        raise DebianError("no Debian archive is known here to make it from")
+    command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"]
+    log = folder.with_name(f"{folder.name}.log")
+    with log.open("w") as output:
+        done = subprocess.run(
+            [*command, suite, folder, source],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=DEBOOTSTRAP_SECONDS,
+            check=False,
+        )
+    if done.returncode:
+        raise DebianError(f"debootstrap failed: {log.read_text()[-500:]}")
+    for left in (*folder.glob("var/lib/apt/lists/*"), *folder.glob("var/cache/apt/archives/*.deb")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def archive() -> str | None:
+    """Where this machine, if it is a Debian, gets its packages."""
+    release = Path("/etc/os-release")
+    if not release.exists() or not re.search(r"^ID=debian$", release.read_text(), re.MULTILINE):
+        return None
+    script = ROOT / "guest/debian-packages.sh"
+    done = subprocess.run(
+        ["bash", "-c", '. "$0" && debian_archive | sed -n 1p', script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None
+
+
+def pip_mounts(folder: Path) -> list[Path]:
+    """pip's settings of this machine as `folder`/pip.conf, and what else they name, to be mounted.
+
+    Empty where there are none. The first is the file itself, which belongs to /etc/pip.conf.
+    """
+    settings = _pip_settings()
+    if not settings:
+        return []
+    file = folder / "pip.conf"
+    lines = [f"{name} = {value}\n" for name, value in settings.items()]
+    file.write_text("".join(["[global]\n", *lines]))
+    mounts = [file]
+    for value in " ".join(settings.values()).split():
+        path = Path(value)
+        if value.startswith("file:"):
+            # An index in a folder has its files beside it.
+            path = Path(urlsplit(value).path).parent
+        if path.is_absolute() and path.exists() and path != Path("/"):
+            mounts.append(path)
+    return list(dict.fromkeys(mounts))
+
+
+def _pip_settings() -> dict[str, str]:
+    told = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    ).stdout
+    found: dict[str, str] = {}
+    # Those of the environment come before those of files, as with pip itself.
+    for source, name, value in re.findall(r"^(\S+?)\.([\w-]+)='(.*)'$", told, re.MULTILINE):
+        if source == ":env:" or name not in found:
+            found[name.lstrip(".")] = value.replace("\\n", " ")
+    return found
