@@ -3,7 +3,7 @@
     python tests/install/matrix.py [3.12 3.14...]
 
 A Python that is installed here runs all tests but the slow ones, in an environment of its own. One
-that is not is taken from a newer Debian in a chroot, which needs root; there the tests run that need
+that is not is from a newer Debian in a chroot, which needs root; there the tests run that need
 no system but Python and an assembler. Says what passed; ends with 1 when something failed.
 """
 
