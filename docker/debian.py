@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = Path("/usr/share/debootstrap/scripts")
 DEBOOTSTRAP_SECONDS = 900
 
 
@@ -22,10 +23,12 @@ def debootstrap(suite: str, folder: Path, packages: Iterable[str]) -> None:
     if source is None:
         raise DebianError("no Debian archive is known here to make it from")
     command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"]
+    # One that is newer than this debootstrap is made as sid is.
+    script = [] if (SCRIPTS / suite).exists() else [SCRIPTS / "sid"]
     log = folder.with_name(f"{folder.name}.log")
     with log.open("w") as output:
         done = subprocess.run(
-            [*command, suite, folder, source],
+            [*command, suite, folder, source, *script],
             stdout=output,
             stderr=subprocess.STDOUT,
             timeout=DEBOOTSTRAP_SECONDS,
