@@ -43,6 +43,7 @@ class Add(BridgeHandler[int]):
     REQUEST = REQUEST
     VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
     VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+    may_wait = True
 
     async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[int]:
         return BridgeResponse(value1=packet.value1 + 1)

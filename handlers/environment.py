@@ -53,6 +53,7 @@ class Environment(BridgeHandler[str]):
     REQUEST = 0x0022
     VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
     VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+    may_wait = True
     wait = BridgeResponse(Status(kind=StatusKind.WAITING).encode())
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

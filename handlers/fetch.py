@@ -426,6 +426,7 @@ class Fetch(BridgeHandler[int]):
     REQUEST = 0x0023
     VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
     VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+    may_wait = True
     wait = BridgeResponse(Status(kind=StatusKind.WAITING).encode())
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

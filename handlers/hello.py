@@ -43,6 +43,7 @@ class Hello(BridgeHandler[str]):
     REQUEST = 0x0001
     VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
     VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+    may_wait = True
     wait = BridgeResponse(Status(kind=StatusKind.WAITING).encode())
 
     async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[str]:

@@ -93,6 +93,8 @@ class Steps(BridgeHandler[str]):
 class Versioned(Steps):
     """Tells which it is, too."""
 
+    may_wait = True
+
     def __init__(self, value):
         super().__init__()
         self.value = value

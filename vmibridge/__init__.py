@@ -6,6 +6,7 @@ The names of this module are the public interface; see `docs/`.
 from vmibridge.backend import open_backend
 from vmibridge.context import BridgeContext
 from vmibridge.contract import (
+    STANDARD_FALLBACK,
     STANDARD_MAGIC,
     STANDARD_VERIFY_VALUE3,
     STANDARD_VERIFY_VALUE4,
@@ -26,6 +27,7 @@ from vmibridge.status import Gate, Status, StatusKind
 __version__ = "0.1.0"
 
 __all__ = [
+    "STANDARD_FALLBACK",
     "STANDARD_MAGIC",
     "STANDARD_VERIFY_VALUE3",
     "STANDARD_VERIFY_VALUE4",

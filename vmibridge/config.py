@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 
 import msgspec
 
+from vmibridge.contract import STANDARD_FALLBACK
 from vmibridge.errors import ConfigError
 from vmibridge.policy import AddressRange, Policy, Quota
 from vmibridge.response import BridgeResponse
@@ -58,7 +59,7 @@ class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait: _Reply = _Reply(int(Gate.WAIT))
     retry_values: tuple[Annotated[int, msgspec.Meta(ge=1, le=4)], ...] = (1, 2, 3, 4)
     result_timeout: _Seconds = 60.0
-    fallback: _Reply = _Reply()
+    fallback: _Reply | Literal["standard"] = _Reply()
     queue: _Count = 256
     in_flight: _Count = 1024
     in_flight_total: _Count = 8192
@@ -73,6 +74,8 @@ class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for name, value in values.items()
             if isinstance(value, _Reply)
         }
+        if self.fallback == "standard":
+            replies["fallback"] = STANDARD_FALLBACK
         return ServerSettings(**{**values, **replies}, policy=policy)
 
 

@@ -21,6 +21,12 @@ STANDARD_VERIFY_VALUE4 = 0x2134_5352_2D49_4D56
 STANDARD_WAIT: BridgeResponse[Any] = BridgeResponse(value1=int(Gate.WAIT))
 """The gate's WAIT: the guest sleeps (upstream: 250 ms) and sends the request again."""
 
+STANDARD_FALLBACK: BridgeResponse[Any] = BridgeResponse(
+    int(Gate.ABORT), None, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+)
+"""A fallback that a guest of the standard contract understands: it accepts no answer without both
+stamps. Its gates and a file transfer end at ABORT."""
+
 
 class BridgeContract(msgspec.Struct, frozen=True, gc=False):
     """The request that a handler takes, its magic, and its stamps.

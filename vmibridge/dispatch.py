@@ -35,6 +35,8 @@ class BridgeDispatch(ABC):
 
     ANY_CPUID: ClassVar[bool] = False
     """With a contract without magic: make every CPUID of the guest ours."""
+    may_wait: ClassVar[bool] = False
+    """Its guests take WAIT for what it is: the soft deadline of the server holds for it."""
 
     @abstractmethod
     def contracts(self) -> Sequence[BridgeContract]:

@@ -47,6 +47,7 @@ class Method(NamedTuple):
     soft_timeout: float | None = None
     wait: BridgeResponse[Any] | None = None
     retry_values: tuple[int, ...] | None = None
+    may_wait: bool | None = None
 
 
 def method(
@@ -56,6 +57,7 @@ def method(
     soft_timeout: float | None = None,
     wait: BridgeResponse[Any] | None = None,
     retry_values: tuple[int, ...] | None = None,
+    may_wait: bool | None = None,
 ) -> Callable[[_F], _F]:
     """Mark an async method of a `BridgeHandler` as the answer to a method code.
 
@@ -74,7 +76,7 @@ def method(
             raise TypeError(f"{function.__qualname__} answers a method, so it has to be async")
         doc = (getdoc(function) or "").partition("\n")[0]
         function.__bridge_method__ = Method(  # type: ignore[attr-defined]
-            code, function.__name__, timeout, doc, soft_timeout, wait, retry_values
+            code, function.__name__, timeout, doc, soft_timeout, wait, retry_values, may_wait
         )
         return function
 
@@ -112,10 +114,13 @@ class BridgeHandler(Generic[T]):
     """Its name in outcomes and in the configuration; by default the class's, in snake case."""
     timeout: ClassVar[float | None] = None
     """Seconds to the hard deadline of one request: it is cancelled, and the guest gets the
-    fallback. `None` leaves it to the server; so it does for the next three."""
+    fallback. `None` leaves it to the server."""
     soft_timeout: ClassVar[float | None] = None
-    """Seconds to the soft deadline: the guest is told to wait and to ask again, while the
-    handler goes on. `math.inf`: none, whatever the server says."""
+    """Seconds to the soft deadline: the guest gets WAIT and asks again, while the handler goes
+    on. `None`: that of the server where `may_wait` is set, else none. `math.inf`: none."""
+    may_wait: ClassVar[bool] = False
+    """Its guests take WAIT for what it is and ask again, so that the server's soft deadline holds
+    for it. Where `soft_timeout` is set it holds in any case."""
     wait: ClassVar[BridgeResponse[Any] | None] = None
     """What the guest is told at the soft deadline, before stamps; see `STANDARD_WAIT`."""
     retry_values: ClassVar[tuple[int, ...] | None] = None

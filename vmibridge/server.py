@@ -62,7 +62,7 @@ class BridgeServer:
     | setting | means |
     |---|---|
     | `timeout` | seconds to the hard deadline of a request |
-    | `soft_timeout` | seconds to the soft deadline of a trap; `None`: none |
+    | `soft_timeout` | seconds to the soft deadline of a trap whose handler says `may_wait` |
     | `wait` | what the guest is told at the soft deadline |
     | `retry_values` | the values that a retry has in common with its request |
     | `result_timeout` | seconds that a result is kept for its retry |
@@ -339,7 +339,7 @@ def _check_shared(bridges: list[Bridge]) -> None:
 def _host_info(bridge: Bridge, settings: ServerSettings) -> HostInfo:
     """What holds for the requests of a bridge, at the most."""
     terms = [
-        settings.terms(entry.handler, method)
+        settings.terms(entry.target, method)
         for entry in bridge.entries
         for method in (entry.handler.methods if entry.handler and entry.handler.methods else (0,))
     ]

@@ -2,6 +2,10 @@
 
 Deadlines, the reply to wait, and the values that tell a retry can be set in three places:
 what a `@method` says stands over what its handler says, and that over the server.
+
+The server's soft deadline is for those alone that say `may_wait`. Most guests take WAIT for an
+answer: of vmi-rs's guests only the two gates of `deploy` ask again, and a file transfer would read it
+as a handle or as an abort.
 """
 
 import math
@@ -10,7 +14,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vmibridge.contract import STANDARD_WAIT
-from vmibridge.handler import BridgeHandler, check_retry_values, check_timeout
+from vmibridge.dispatch import BridgeDispatch, Target
+from vmibridge.handler import check_retry_values, check_timeout
 from vmibridge.policy import Policy
 from vmibridge.response import BridgeResponse
 
@@ -34,8 +39,8 @@ class ServerSettings(msgspec.Struct, frozen=True):
     timeout: float = 5.0
     """Seconds to the hard deadline of one request: the handler is cancelled."""
     soft_timeout: float | None = None
-    """Seconds to the soft deadline of one trap: the guest is told to wait, and the
-    handler goes on. `None`: none."""
+    """Seconds to the soft deadline of one trap, for handlers and methods that say `may_wait`:
+    the guest gets WAIT, and the handler goes on. `None`: none."""
     wait: BridgeResponse[Any] = STANDARD_WAIT
     """What a guest is told at the soft deadline; it gets the stamps of the handler."""
     retry_values: tuple[int, ...] = (1, 2, 3, 4)
@@ -74,20 +79,28 @@ class ServerSettings(msgspec.Struct, frozen=True):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least one, got {getattr(self, name)!r}")
 
-    def terms(self, handler: BridgeHandler[Any] | None, method: int) -> Terms:
-        """What holds for a method code; `None` stands for a dispatcher of another kind."""
+    def terms(self, target: Target, method: int) -> Terms:
+        """What holds for a method code of a handler, or for a dispatcher of another kind."""
         timeout: float | None = None
         soft_timeout: float | None = None
+        may_wait: bool | None = None
         wait: BridgeResponse[Any] | None = None
         retry_values: tuple[int, ...] | None = None
-        for place in () if handler is None else (handler, handler.methods.get(method)):
-            if place is not None:
+        if isinstance(target, BridgeDispatch):
+            may_wait = target.may_wait
+        else:
+            for place in (target, target.methods.get(method)):
+                if place is None:
+                    continue
                 timeout = timeout if place.timeout is None else place.timeout
                 soft_timeout = soft_timeout if place.soft_timeout is None else place.soft_timeout
+                may_wait = may_wait if place.may_wait is None else place.may_wait
                 wait = wait if place.wait is None else place.wait
                 retry_values = retry_values if place.retry_values is None else place.retry_values
+        if soft_timeout is None and may_wait:
+            soft_timeout = self.soft_timeout
         if soft_timeout is None:
-            soft_timeout = math.inf if self.soft_timeout is None else self.soft_timeout
+            soft_timeout = math.inf
         return Terms(
             self.timeout if timeout is None else timeout,
             soft_timeout,

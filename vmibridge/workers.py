@@ -323,7 +323,7 @@ class Workers:
         known = None if handler is None or method not in handler.methods else method
         terms = self._terms.get((entry, known))
         if terms is None:
-            terms = self._terms[entry, known] = self._settings.terms(handler, method)
+            terms = self._terms[entry, known] = self._settings.terms(entry.target, method)
         return terms
 
     def _key(self, event: TrapEvent, packet: BridgePacket, entry: Entry) -> Hashable:

@@ -64,6 +64,7 @@ class Other(BridgeHandler[None]):
 
     MAGIC = STANDARD_MAGIC
     REQUEST = 0x0100
+    may_wait = True
 
     async def handle(self, vmi, packet):
         return None

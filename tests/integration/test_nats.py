@@ -146,6 +146,7 @@ class TestSeveral:
         class Slow(BridgeHandler[None]):
             MAGIC = STANDARD_MAGIC
             REQUEST = 0x0100
+            may_wait = True
             runs = 0
 
             @method(1)

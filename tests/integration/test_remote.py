@@ -84,6 +84,7 @@ class Slow(BridgeHandler[None]):
     MAGIC = STANDARD_MAGIC
     REQUEST = 0x0100
     VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
+    may_wait = True
 
     def __init__(self):
         self.runs = 0

@@ -32,6 +32,10 @@ class Plain(BridgeHandler[None]):
         return BridgeResponse(value1=1)
 
 
+class Patient(Plain):
+    may_wait = True
+
+
 class Gated(Plain):
     soft_timeout = 0.25
     timeout = 30.0
@@ -67,8 +71,9 @@ async def tell(handler, *packets, **options):
     ("handler", "options", "features", "deadlines"),
     [
         (Plain, {}, 0, (0, 5_000)),
-        (Plain, {"timeout": 2.5, "soft_timeout": 0.2}, Feature.WAIT, (200, 2_500)),
-        (Plain, {"timeout": 1.0, "soft_timeout": 2.0}, 0, (0, 1_000)),
+        (Plain, {"timeout": 2.5, "soft_timeout": 0.2}, 0, (0, 2_500)),
+        (Patient, {"timeout": 2.5, "soft_timeout": 0.2}, Feature.WAIT, (200, 2_500)),
+        (Patient, {"timeout": 1.0, "soft_timeout": 2.0}, 0, (0, 1_000)),
         (Gated, {}, Feature.WAIT, (500, 90_000)),
         (Gated, {"soft_timeout": 1.0}, Feature.WAIT, (500, 90_000)),
         (Endless, {"soft_timeout": 1.0}, 0, (0, NO_END)),

@@ -219,7 +219,9 @@ class TestWait:
             await anyio.sleep_forever()
 
         kind = type(
-            "Kind", (BridgeHandler,), {"MAGIC": MAGIC, "REQUEST": 1, "work": work, **handler}
+            "Kind",
+            (BridgeHandler,),
+            {"MAGIC": MAGIC, "REQUEST": 1, "work": work, "may_wait": True, **handler},
         )
 
         async def guest(vm):
@@ -228,29 +230,56 @@ class TestWait:
         await serve(guest, kind(), soft_timeout=SOFT, **server)
 
     @pytest.mark.parametrize(
-        ("server", "handler", "method_", "waits"),
+        ("server", "handler", "method_", "may_wait", "waits"),
         [
-            (None, None, None, False),
-            (SOFT, None, None, True),
-            (None, SOFT, None, True),
-            (None, None, SOFT, True),
-            (SOFT, math.inf, None, False),
-            (SOFT, SOFT, math.inf, False),
+            (None, None, None, True, False),
+            (SOFT, None, None, True, True),
+            (None, SOFT, None, False, True),
+            (None, None, SOFT, False, True),
+            (SOFT, math.inf, None, True, False),
+            (SOFT, SOFT, math.inf, True, False),
         ],
     )
-    async def test_comes_at_the_nearest_soft_deadline(self, server, handler, method_, waits):
+    async def test_comes_at_the_nearest_soft_deadline(
+        self, server, handler, method_, may_wait, waits
+    ):
         @method(1, soft_timeout=method_)
         async def work(self, vmi, packet):
             await anyio.sleep(5 * SOFT)
             return BridgeResponse(0x60)
 
         members = {"MAGIC": MAGIC, "REQUEST": 1, "work": work, "soft_timeout": handler}
-        kind = type("Kind", (BridgeHandler,), members)
+        kind = type("Kind", (BridgeHandler,), {**members, "may_wait": may_wait})
 
         async def guest(vm):
             assert (await vm.call(WORK)).rax == (Gate.WAIT if waits else 0x60)
 
         await serve(guest, kind(), soft_timeout=server)
+
+    @pytest.mark.parametrize(
+        ("handler", "method_", "waits"),
+        [
+            (False, None, False),
+            (False, True, True),
+            (True, None, True),
+            (True, False, False),
+        ],
+    )
+    async def test_that_of_the_server_is_for_those_alone_that_opt_in(self, handler, method_, waits):
+        """Most guests take WAIT for an answer, as vmi-rs's file transfer does."""
+
+        @method(1, may_wait=method_)
+        async def work(self, vmi, packet):
+            await anyio.sleep(5 * SOFT)
+            return BridgeResponse(0x60)
+
+        members = {"MAGIC": MAGIC, "REQUEST": 1, "work": work, "may_wait": handler}
+        kind = type("Kind", (BridgeHandler,), members)
+
+        async def guest(vm):
+            assert (await vm.call(WORK)).rax == (Gate.WAIT if waits else 0x60)
+
+        await serve(guest, kind(), soft_timeout=SOFT)
 
 
 class TestWhichRetry:
@@ -508,6 +537,8 @@ class TestDispatchers:
         asked, turn = [], anyio.Event()
 
         class Passing(BridgeDispatch):
+            may_wait = True
+
             def contracts(self):
                 return [BridgeContract(1, MAGIC)]
 

@@ -862,7 +862,7 @@ class Free(BridgeHandler[int]):
     async def patient(self, vmi, packet):
         return await self._serve(vmi, packet)
 
-    @method(SOFT)
+    @method(SOFT, may_wait=True)
     async def soft(self, vmi, packet):
         return await self._serve(vmi, packet)
 
@@ -992,6 +992,8 @@ class Behind(Free):
 
 class Passes(BridgeDispatch):
     """Asked first; passes every request on, at once or when it is told something."""
+
+    may_wait = True
 
     def __init__(self, requests: Requests):
         self.requests = requests

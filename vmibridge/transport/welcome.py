@@ -44,7 +44,7 @@ def highest_timeout(bridge: Bridge, settings: ServerSettings) -> float:
     """The highest hard deadline of any request, in seconds."""
     return max(
         (
-            settings.terms(entry.handler, method).timeout
+            settings.terms(entry.target, method).timeout
             for entry in bridge.entries
             for method in (
                 entry.handler.methods if entry.handler and entry.handler.methods else (0,)
