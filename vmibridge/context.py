@@ -14,7 +14,7 @@ class BridgeContext:
     __slots__ = ("_closed", "_memory", "_physical", "event")
 
     def __init__(self, event: TrapEvent, physical: PhysicalMemory) -> None:
-        self.event = event
+        self.event: TrapEvent = event
         """The trap; after a soft deadline the one that was answered WAIT, until the retry."""
         self._physical = physical
         self._closed = False

@@ -17,7 +17,7 @@ retry gets the result.
 """
 
 from enum import Enum
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
 import msgspec
 
@@ -44,7 +44,12 @@ class OutcomeKind(Enum):
     CANCELLED = "cancelled"
 
     # Members are singletons, and the hash of an Enum is a function in Python.
-    __hash__ = object.__hash__
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int: ...
+
+    else:
+        __hash__ = object.__hash__
 
 
 class Outcome(msgspec.Struct, Generic[T], frozen=True):

@@ -61,7 +61,7 @@ class GuestEnd(msgspec.Struct, frozen=True):
 class Backend(ABC):
     """A VM, or a connection to one."""
 
-    other_hypercalls = False
+    other_hypercalls: bool = False
     """Whether the guest has hypercalls that are not ours: then only a VMCALL with the
     signature of Xen's guest request is a bridge call."""
 
