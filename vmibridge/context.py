@@ -7,6 +7,8 @@ guest sends it again: `event` is then the new one. Its memory waits in between.
 from vmibridge.event import TrapEvent
 from vmibridge.memory import GuestMemory, PhysicalMemory
 
+__all__ = ["BridgeContext"]
+
 
 class BridgeContext:
     """The guest at one request. It ends with the final answer to it."""

@@ -21,6 +21,8 @@ from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
 from vmibridge.text import printable
 
+__all__ = ["Bridge", "BridgeDispatch", "Target"]
+
 log: logging.Logger = logging.getLogger(__name__)
 
 _MAX_ERROR = 500

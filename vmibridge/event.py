@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+__all__ = ["RegisterWrites", "Registers", "TrapEvent", "TrapFilter", "TrapReason"]
+
 _CR0_PG = 1 << 31
 _CR4_PAE = 1 << 5
 _EFER_LMA = 1 << 10

@@ -30,6 +30,8 @@ from vmibridge.contract import BridgeContract, GuestRead
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse, T
 
+__all__ = ["BridgeHandler", "Method", "contract_of", "method"]
+
 _F = TypeVar("_F", bound=Callable[..., Awaitable[BridgeResponse[Any] | None]])
 
 

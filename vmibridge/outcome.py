@@ -25,6 +25,8 @@ from vmibridge.event import RegisterWrites, TrapEvent
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse, T
 
+__all__ = ["Outcome", "OutcomeKind"]
+
 STOPPED = "the server stopped"
 """The error of a trap that was cancelled by the end of the server."""
 GONE = "the VM is gone"

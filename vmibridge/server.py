@@ -39,6 +39,8 @@ from vmibridge.summary import Summary
 from vmibridge.tap import Tap
 from vmibridge.vmi import Backend
 
+__all__ = ["BridgeServer", "Run"]
+
 log: logging.Logger = logging.getLogger(__name__)
 
 OUTCOMES_AHEAD = 1024

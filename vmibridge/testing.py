@@ -20,6 +20,8 @@ from vmibridge.outcome import Outcome
 from vmibridge.packet import BridgePacket
 from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
 
+__all__ = ["FakeBackend", "FakeGuest", "FakeMemory", "drive"]
+
 _PAGE = 4096
 
 

@@ -18,6 +18,8 @@ from anyio.abc import TaskGroup
 from vmibridge.errors import ServerStateError
 from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
 
+__all__ = ["Backend", "GuestEnd", "TrapSink", "VcpuEnd"]
+
 
 class TrapSink(Protocol):
     """Where a backend puts its traps; bounded. A full sink holds the vCPU."""
