@@ -48,6 +48,7 @@ class BridgeDispatch(ABC):
 
 
 Target: TypeAlias = BridgeHandler[Any] | BridgeDispatch
+"""What a bridge may hold: handlers, and dispatchers of one's own, other bridges among them."""
 
 
 class Entry:
