@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 SAY := @printf 'make: %s\n'
 
-.PHONY: help setup system system-light check lint types layers declared test test-guests test-slow test-install test-matrix soak demo demo-linux bench qemu linux plugin images test-containers lock clean
+.PHONY: help setup system system-light check lint types public layers declared package test test-guests test-slow test-install test-matrix soak demo demo-linux bench qemu linux plugin images test-containers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -62,7 +62,7 @@ $(INSTALLED): requirements.lock $(LIGHT) | system
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
 
-check: lint types layers declared  ## format, lint, types, layers, declared imports
+check: lint types public layers declared package  ## format, lint, types, public names, layers, declared imports, what is uploaded
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -71,12 +71,21 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+public: setup
+	$(BIN)/python tests/package/public_types.py
+
 layers: setup
 	$(BIN)/lint-imports --no-logo
 
 declared: setup
 	$(BIN)/deptry vmibridge handlers --optional-dependencies-dev-groups bench,demo,dev,test
 	$(BIN)/deptry . benchmarks docker guest/linux tests tests/*/ tests/unit/handlers
+
+package: setup  ## wheel and sdist in dist/, checked as an index and an installer would
+	@rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 test: setup test-guests  ## all tests but the slow ones, with coverage, on up to four cores; minutes
 	$(PYTEST) -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term

@@ -13,7 +13,7 @@ COPY requirements.lock docker/locked_install.py ./
 FROM locked AS wheel
 RUN python locked_install.py requirements.lock /backend hatchling editables
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY vmibridge vmibridge
 COPY handlers handlers
 RUN python -m pip --python=/backend/bin/python wheel --no-deps --no-build-isolation -w /wheels .

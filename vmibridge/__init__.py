@@ -24,7 +24,8 @@ from vmibridge.response import BridgeResponse
 from vmibridge.server import BridgeServer
 from vmibridge.status import Gate, Status, StatusKind
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+"""That of the newest dated section of CHANGELOG.md."""
 
 __all__ = [
     "STANDARD_FALLBACK",

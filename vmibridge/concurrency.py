@@ -18,7 +18,7 @@ class InFlight:
     """The places of one VM, or of a server: `above` is what it shares with others."""
 
     def __init__(self, most: int, above: "InFlight | None" = None) -> None:
-        self.free = most
+        self.free: int = most
         """Places that nobody holds; one that is handed on is held all the time."""
         self._above = above
         self._line: deque[anyio.Event] = deque()

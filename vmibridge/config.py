@@ -32,6 +32,8 @@ from vmibridge.response import BridgeResponse
 from vmibridge.settings import ServerSettings
 from vmibridge.status import Gate
 
+__all__ = ["Config"]
+
 S = TypeVar("S", bound=msgspec.Struct)
 
 _AT = re.compile(r" - at `\$(?P<path>[^`]*)`$")

@@ -7,6 +7,8 @@ guest sends it again: `event` is then the new one. Its memory waits in between.
 from vmibridge.event import TrapEvent
 from vmibridge.memory import GuestMemory, PhysicalMemory
 
+__all__ = ["BridgeContext"]
+
 
 class BridgeContext:
     """The guest at one request. It ends with the final answer to it."""
@@ -14,7 +16,7 @@ class BridgeContext:
     __slots__ = ("_closed", "_memory", "_physical", "event")
 
     def __init__(self, event: TrapEvent, physical: PhysicalMemory) -> None:
-        self.event = event
+        self.event: TrapEvent = event
         """The trap; after a soft deadline the one that was answered WAIT, until the retry."""
         self._physical = physical
         self._closed = False

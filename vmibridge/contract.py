@@ -11,6 +11,15 @@ import msgspec
 from vmibridge.response import BridgeResponse, T
 from vmibridge.status import Gate
 
+__all__ = [
+    "STANDARD_MAGIC",
+    "STANDARD_VERIFY_VALUE3",
+    "STANDARD_VERIFY_VALUE4",
+    "STANDARD_WAIT",
+    "BridgeContract",
+    "GuestRead",
+]
+
 STANDARD_MAGIC = 0x4249_4D56
 """`VMIB`, read as little-endian bytes."""
 STANDARD_VERIFY_VALUE3 = 0x2133_5352_2D49_4D56

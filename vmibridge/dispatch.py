@@ -21,7 +21,9 @@ from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
 from vmibridge.text import printable
 
-log = logging.getLogger(__name__)
+__all__ = ["Bridge", "BridgeDispatch", "Target"]
+
+log: logging.Logger = logging.getLogger(__name__)
 
 _MAX_ERROR = 500
 """Characters."""
@@ -48,6 +50,7 @@ class BridgeDispatch(ABC):
 
 
 Target: TypeAlias = BridgeHandler[Any] | BridgeDispatch
+"""What a bridge may hold: handlers, and dispatchers of one's own, other bridges among them."""
 
 
 class Entry:
@@ -65,19 +68,21 @@ class Entry:
     )
 
     def __init__(self, target: Target, contract: BridgeContract) -> None:
-        self.target = target
-        self.contract = contract
-        self.handler = target if isinstance(target, BridgeHandler) else None
-        self.stamps = any(value is not None for value in contract.verify_values)
-        self.any_cpuid = target.ANY_CPUID
-        self.instant = self.handler is not None and self.handler.instant
-        self.serial = self.handler is not None and self.handler.serial
+        self.target: Target = target
+        self.contract: BridgeContract = contract
+        self.handler: BridgeHandler[Any] | None = (
+            target if isinstance(target, BridgeHandler) else None
+        )
+        self.stamps: bool = any(value is not None for value in contract.verify_values)
+        self.any_cpuid: bool = target.ANY_CPUID
+        self.instant: bool = self.handler is not None and self.handler.instant
+        self.serial: bool = self.handler is not None and self.handler.serial
         if self.handler is not None:
             # An instance may have set its own.
             check_timeout(self.handler.timeout)
             check_timeout(self.handler.soft_timeout, "soft_timeout")
             check_retry_values(self.handler.retry_values)
-        self.name = type(target).__name__ if self.handler is None else self.handler.name
+        self.name: str = type(target).__name__ if self.handler is None else self.handler.name
 
 
 class Bridge(BridgeDispatch):

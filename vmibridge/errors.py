@@ -5,6 +5,25 @@ cause in `__cause__`. What a guest does never surfaces as an error of the server
 it ends in an `Outcome`.
 """
 
+__all__ = [
+    "BackendError",
+    "BackendSpecError",
+    "ConfigError",
+    "GuestMemoryError",
+    "HandlerLifeError",
+    "HandlerLoadError",
+    "HandlerSourceError",
+    "MissingExtraError",
+    "NotReplayedError",
+    "QmpError",
+    "RecordingError",
+    "RecordingReadError",
+    "ServerStateError",
+    "TrapQueueClosedError",
+    "UnsupportedTrapError",
+    "VmiBridgeError",
+]
+
 
 class VmiBridgeError(Exception):
     """Base of the errors that vmibridge raises."""

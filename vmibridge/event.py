@@ -5,8 +5,11 @@ manuals; values are unsigned, and an x86 guest's are zero-extended.
 """
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import msgspec
+
+__all__ = ["RegisterWrites", "Registers", "TrapEvent", "TrapFilter", "TrapReason"]
 
 _CR0_PG = 1 << 31
 _CR4_PAE = 1 << 5
@@ -29,7 +32,12 @@ class TrapReason(Enum):
     BREAKPOINT = "breakpoint"
 
     # Members are singletons, and the hash of an Enum is a function in Python.
-    __hash__ = object.__hash__
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int: ...
+
+    else:
+        __hash__ = object.__hash__
 
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.

@@ -15,11 +15,14 @@ Rules:
   the packet's method code and rejects the rest. To return `None` is to reject.
 - It may raise: the guest gets the fallback and the server goes on.
 - It is an async context manager, entered before the guest runs and left after.
+- A class is refused when it is made (`TypeError`) if one of its methods has the name of an
+  attribute of `BridgeHandler`, or such an attribute has a value of another type. A function
+  is true: a method `shared` would have one instance serve all VMs.
 """
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from inspect import getdoc, isabstract, iscoroutinefunction
+from inspect import getattr_static, getdoc, isabstract, iscoroutinefunction, isfunction
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
@@ -29,6 +32,8 @@ from vmibridge.context import BridgeContext
 from vmibridge.contract import BridgeContract, GuestRead
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse, T
+
+__all__ = ["BridgeHandler", "Method", "contract_of", "method"]
 
 _F = TypeVar("_F", bound=Callable[..., Awaitable[BridgeResponse[Any] | None]])
 
@@ -146,6 +151,7 @@ class BridgeHandler(Generic[T]):
             cls.name = re.sub(
                 r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__
             ).lower()
+        _check_attributes(cls)
         check_timeout(cls.timeout)
         check_timeout(cls.soft_timeout, "soft_timeout")
         check_retry_values(cls.retry_values)
@@ -193,6 +199,55 @@ class BridgeHandler(Generic[T]):
         return None
 
 
+_NUMBER = (int, type(None))
+_SECONDS = (int, float, type(None))
+_ATTRIBUTES: Mapping[str, tuple[type, ...]] = {
+    "REQUEST": (int,),
+    "MAGIC": _NUMBER,
+    "VERIFY_VALUE1": _NUMBER,
+    "VERIFY_VALUE2": _NUMBER,
+    "VERIFY_VALUE3": _NUMBER,
+    "VERIFY_VALUE4": _NUMBER,
+    "ANY_CPUID": (bool,),
+    "name": (str,),
+    "timeout": _SECONDS,
+    "soft_timeout": _SECONDS,
+    "wait": (BridgeResponse, type(None)),
+    "retry_values": (tuple, list, type(None)),
+    "serial": (bool,),
+    "instant": (bool,),
+    "shared": (bool,),
+    "reads": (tuple, list),
+    "Settings": (type, type(None)),
+}
+"""What a class attribute of a handler may be."""
+
+
+def _check_attributes(cls: type[BridgeHandler[Any]]) -> None:
+    # As the class has them, without calling a property: a mixin may be what shadows.
+    for name, kinds in _ATTRIBUTES.items():
+        value = getattr_static(cls, name, None)
+        if isfunction(value):
+            raise _shadows(cls, name)
+        if (value is not None or name != "REQUEST") and not isinstance(value, kinds):
+            expected = " or ".join(
+                "None" if kind is type(None) else kind.__name__ for kind in kinds
+            )
+            raise TypeError(f"{cls.__name__}.{name} is {value!r:.80}, not of type {expected}")
+    for name in ("contract", "is_concrete", "has_life"):
+        # A property or a class method may stand in for that of the base class.
+        if isfunction(getattr_static(cls, name)):
+            raise _shadows(cls, name)
+    if "methods" in vars(cls):
+        raise _shadows(cls, "methods")
+
+
+def _shadows(cls: type[BridgeHandler[Any]], name: str) -> TypeError:
+    return TypeError(
+        f"{cls.__name__}.{name} has the name of an attribute of BridgeHandler; rename it"
+    )
+
+
 def contract_of(handler: BridgeHandler[Any] | type[BridgeHandler[Any]]) -> BridgeContract:
     """The contract of a handler, or of a class of them. Raises `ValueError`."""
     if not hasattr(handler, "REQUEST"):
@@ -215,6 +270,8 @@ def _collect_methods(cls: type[BridgeHandler[Any]]) -> dict[int, Method]:
         for attribute, value in vars(base).items():
             marked = getattr(value, "__bridge_method__", None)
             if isinstance(marked, Method):
+                if hasattr(BridgeHandler, attribute):
+                    raise _shadows(cls, attribute)
                 marks[attribute] = marked._replace(name=attribute)
     methods: dict[int, Method] = {}
     for attribute, marked in marks.items():

@@ -25,6 +25,7 @@ Rules:
 import math
 from decimal import Decimal
 from enum import IntEnum, IntFlag
+from typing import ClassVar
 
 import msgspec
 
@@ -93,10 +94,10 @@ class HostInfo(msgspec.Struct, frozen=True):
 class Host(BridgeHandler[None]):
     """Answers for the host itself; see the table of this module."""
 
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0000
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+    MAGIC: ClassVar[int | None] = STANDARD_MAGIC
+    REQUEST: ClassVar[int] = 0x0000
+    VERIFY_VALUE3: ClassVar[int | None] = STANDARD_VERIFY_VALUE3
+    VERIFY_VALUE4: ClassVar[int | None] = STANDARD_VERIFY_VALUE4
     name = "host"
     shared = True
     instant = True

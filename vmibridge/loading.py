@@ -22,6 +22,8 @@ from vmibridge.dispatch import Bridge
 from vmibridge.errors import HandlerLoadError, HandlerSourceError, VmiBridgeError
 from vmibridge.handler import BridgeHandler
 
+__all__ = ["HandlerFactory", "find_handlers", "load_handlers"]
+
 Offer: TypeAlias = BridgeHandler[Any] | type[BridgeHandler[Any]]
 
 

@@ -26,6 +26,8 @@ from vmibridge.arch.paging import Page, walk
 from vmibridge.errors import GuestMemoryError
 from vmibridge.event import TrapEvent
 
+__all__ = ["MAX_ACCESS", "GuestMemory", "PhysicalMemory"]
+
 MAX_ACCESS = 16 << 20
 """Bytes that one call may read or write: a guest's length is not to be trusted."""
 

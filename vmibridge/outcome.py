@@ -17,13 +17,15 @@ retry gets the result.
 """
 
 from enum import Enum
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
 import msgspec
 
 from vmibridge.event import RegisterWrites, TrapEvent
 from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse, T
+
+__all__ = ["Outcome", "OutcomeKind"]
 
 STOPPED = "the server stopped"
 """The error of a trap that was cancelled by the end of the server."""
@@ -44,7 +46,12 @@ class OutcomeKind(Enum):
     CANCELLED = "cancelled"
 
     # Members are singletons, and the hash of an Enum is a function in Python.
-    __hash__ = object.__hash__
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int: ...
+
+    else:
+        __hash__ = object.__hash__
 
 
 class Outcome(msgspec.Struct, Generic[T], frozen=True):

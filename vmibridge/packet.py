@@ -7,6 +7,8 @@ bits each, four values of 64 bits.
 
 import msgspec
 
+__all__ = ["BridgePacket"]
+
 
 class BridgePacket(msgspec.Struct, frozen=True, gc=False):
     """One request: who is asked (`magic`, `request`), for what (`method`), with what.

@@ -26,12 +26,12 @@ class PendingRequest(Generic[W]):
     __slots__ = ("expires", "key", "outcome", "running", "seq")
 
     def __init__(self, key: Hashable, running: W, seq: int) -> None:
-        self.key = key
-        self.seq = seq
+        self.key: Hashable = key
+        self.seq: int = seq
         """Of the trap that it came with."""
         self.running: W | None = running
         self.outcome: Outcome[Any] | None = None
-        self.expires = 0.0
+        self.expires: float = 0.0
 
 
 class PendingRequests(Generic[W]):

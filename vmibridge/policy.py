@@ -33,6 +33,8 @@ from vmibridge.event import TrapEvent
 from vmibridge.memory import PhysicalMemory
 from vmibridge.response import BridgeResponse
 
+__all__ = ["AddressRange", "Policy", "Quota", "Rate"]
+
 _Address = Annotated[int, msgspec.Meta(ge=0)]
 
 

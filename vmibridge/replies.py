@@ -21,7 +21,7 @@ from vmibridge.summary import Summary
 from vmibridge.tap import Tap
 from vmibridge.vmi import Backend
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 

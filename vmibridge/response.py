@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+__all__ = ["BridgeResponse"]
+
 T = TypeVar("T")
 U = TypeVar("U")
 

@@ -39,7 +39,9 @@ from vmibridge.summary import Summary
 from vmibridge.tap import Tap
 from vmibridge.vmi import Backend
 
-log = logging.getLogger(__name__)
+__all__ = ["BridgeServer", "Run"]
+
+log: logging.Logger = logging.getLogger(__name__)
 
 OUTCOMES_AHEAD = 1024
 """Outcomes that are kept for a consumer that lags, before vCPUs wait for it."""
@@ -204,9 +206,9 @@ class _Owner:
         taps: tuple[Tap, ...],
     ) -> None:
         self._places = [backend.tasks for backend in backends]
-        self.outcomes = OutcomeQueue(OUTCOMES_AHEAD)
+        self.outcomes: OutcomeQueue = OutcomeQueue(OUTCOMES_AHEAD)
         in_flight, turns = InFlight(settings.in_flight_total), Turns()
-        self.engines = {
+        self.engines: dict[str, Engine] = {
             backend.vm: Engine(
                 backend,
                 bridge,

@@ -19,6 +19,8 @@ from vmibridge.handler import check_retry_values, check_timeout
 from vmibridge.policy import Policy
 from vmibridge.response import BridgeResponse
 
+__all__ = ["ServerSettings"]
+
 
 class Terms(NamedTuple):
     """What holds for one method of one handler."""

@@ -16,6 +16,8 @@ from enum import IntEnum
 
 import msgspec
 
+__all__ = ["Gate", "Status", "StatusKind"]
+
 
 class StatusKind(IntEnum):
     """Bits 8-15 of an encoded status."""

@@ -8,6 +8,8 @@ import msgspec
 from vmibridge.outcome import OutcomeKind
 from vmibridge.vmi import GuestEnd
 
+__all__ = ["Summary"]
+
 
 class Summary(msgspec.Struct):
     """Counts of one run, and how the guest ended."""

@@ -27,6 +27,8 @@ from vmibridge.outcome import Outcome
 from vmibridge.settings import ServerSettings
 from vmibridge.summary import Summary
 
+__all__ = ["Tap"]
+
 
 class Tap:
     """Sees what goes on. Its calls return soon and raise nothing."""

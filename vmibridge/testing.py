@@ -20,6 +20,8 @@ from vmibridge.outcome import Outcome
 from vmibridge.packet import BridgePacket
 from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
 
+__all__ = ["FakeBackend", "FakeGuest", "FakeMemory", "drive"]
+
 _PAGE = 4096
 
 
@@ -31,7 +33,9 @@ class FakeMemory:
     """
 
     def __init__(self, regions: Mapping[int, bytes] | None = None) -> None:
-        self.regions = {address: bytearray(data) for address, data in (regions or {}).items()}
+        self.regions: dict[int, bytearray] = {
+            address: bytearray(data) for address, data in (regions or {}).items()
+        }
 
     def __getitem__(self, address: int) -> bytes:
         """The region that starts at `address`, as it is now. Raises `KeyError`."""
@@ -79,8 +83,8 @@ class FakeBackend(Backend):
         vm: str = "fake",
     ) -> None:
         super().__init__(vm)
-        self.events = list(events)
-        self.memory = FakeMemory(memory)
+        self.events: list[TrapEvent] = list(events)
+        self.memory: FakeMemory = FakeMemory(memory)
         self.writes: dict[int, RegisterWrites | None] = {}
         """The answer by sequence number; `None` for a trap that ran natively."""
         self._open: set[int] = set()

@@ -4,6 +4,8 @@ Nothing that a guest sends may move a cursor, change a colour, reorder a line or
 start a new one.
 """
 
+__all__ = ["printable"]
+
 
 def printable(text: str) -> str:
     """`text` with everything that is not printable as a backslash escape."""

@@ -18,6 +18,8 @@ from anyio.abc import TaskGroup
 from vmibridge.errors import ServerStateError
 from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
 
+__all__ = ["Backend", "GuestEnd", "TrapSink", "VcpuEnd"]
+
 
 class TrapSink(Protocol):
     """Where a backend puts its traps; bounded. A full sink holds the vCPU."""
@@ -61,7 +63,7 @@ class GuestEnd(msgspec.Struct, frozen=True):
 class Backend(ABC):
     """A VM, or a connection to one."""
 
-    other_hypercalls = False
+    other_hypercalls: bool = False
     """Whether the guest has hypercalls that are not ours: then only a VMCALL with the
     signature of Xen's guest request is a bridge call."""
 

@@ -39,7 +39,7 @@ from vmibridge.concurrency import InFlight, Turns
 from vmibridge.context import BridgeContext
 from vmibridge.dispatch import Answer, Bridge, Entry, ask, failure, outcome_of
 from vmibridge.errors import UnsupportedTrapError
-from vmibridge.event import TrapEvent, TrapReason
+from vmibridge.event import TrapEvent, TrapFilter, TrapReason
 from vmibridge.inline import asyncio_task, forget_cancellation, run_inline
 from vmibridge.lanes import Lanes
 from vmibridge.memory import PhysicalMemory
@@ -55,7 +55,7 @@ from vmibridge.tap import Tap, TappedMemory
 from vmibridge.vmi import Backend
 from vmibridge.worker import Worker
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 _deadline = attrgetter("deadline")
@@ -83,9 +83,9 @@ class Workers:
         taps: Sequence[Tap],
         on_fatal: Callable[[BaseException], None],
     ) -> None:
-        self.summary = Summary()
-        self.lanes = Lanes(settings.queue, self._abandon)
-        self.filter = bridge.trap_filter
+        self.summary: Summary = Summary()
+        self.lanes: Lanes = Lanes(settings.queue, self._abandon)
+        self.filter: TrapFilter = bridge.trap_filter
         self._backend = backend
         self._bridge = bridge
         self._settings = settings

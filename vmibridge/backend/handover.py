@@ -39,7 +39,7 @@ class Handover:
 
     def __init__(self, sink: TrapSink) -> None:
         """On the loop that is to serve the vCPUs."""
-        self.soon = loop_door()
+        self.soon: Soon = loop_door()
         self.sink = sink
         self._held: deque[tuple[VcpuSlot, TrapEvent]] = deque()
         self._arrived = anyio.Event()

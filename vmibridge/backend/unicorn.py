@@ -34,8 +34,8 @@ try:
     from unicorn import UcError, x86_const
 
     from vmibridge.backend.unicorn_vcpu import UnicornVcpu
-except ImportError as error:
-    raise MissingExtraError("the unicorn backend", "unicorn") from error
+except ImportError as _error:
+    raise MissingExtraError("the unicorn backend", "unicorn") from _error
 
 _PAGE = 4096
 _STACK = 64 << 10

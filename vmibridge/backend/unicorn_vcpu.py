@@ -62,7 +62,7 @@ class UnicornVcpu:
         self, number: int, width: int, ram: mmap.mmap, ram_address: int, vm: str, seq: Iterator[int]
     ) -> None:
         self.number = number
-        self.engine = Uc(UC_ARCH_X86, _MODES[width])
+        self.engine: Uc = Uc(UC_ARCH_X86, _MODES[width])
         self.engine.mem_map_ptr(0, len(ram), uc.UC_PROT_ALL, ram_address)
         self.engine.ctl_exits_enabled(True)  # with none set: only HLT ends the guest
         self._registers = UnicornRegisters(self.engine, width)

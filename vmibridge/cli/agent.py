@@ -18,7 +18,7 @@ from vmibridge.errors import BackendError, BackendSpecError, ConfigError
 from vmibridge.transport import Agent
 from vmibridge.vmi import Backend, GuestEnd
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class AgentOptions(msgspec.Struct, frozen=True):

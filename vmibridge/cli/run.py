@@ -36,7 +36,7 @@ from vmibridge.vmi import Backend, GuestEnd
 if TYPE_CHECKING:
     from vmibridge.recording import Recorder
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _LAST_LINES = 1.0
 """Seconds, after a second signal, in which the last outcomes are shown."""

@@ -30,7 +30,7 @@ from vmibridge.tap import Tap
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _LAST_LINES = 1.0
 """Seconds, after a second signal, in which the last outcomes are shown."""

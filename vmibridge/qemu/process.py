@@ -20,7 +20,7 @@ from anyio.abc import Process
 from vmibridge.errors import BackendError, QmpError
 from vmibridge.qemu.qmp import Qmp
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _PATIENCE = 5.0
 

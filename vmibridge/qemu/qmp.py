@@ -26,7 +26,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from vmibridge import sockets
 from vmibridge.errors import QmpError
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
@@ -147,7 +147,7 @@ class Qmp:
         self._sending = anyio.Lock()
         self._reading = anyio.CancelScope(shield=True)
         self._why = ""
-        self.gone = anyio.Event()
+        self.gone: anyio.Event = anyio.Event()
         """Set when QEMU has hung up."""
         self._stack = AsyncExitStack()
 

@@ -26,8 +26,8 @@ try:
     from vmibridge.recording.replay import ReplayBackend, ReplayOptions, ReplayResult
     from vmibridge.recording.replayed import Difference, FieldDifference
     from vmibridge.recording.traps import RecordedTrap, recorded_traps
-except ModuleNotFoundError as error:
-    raise MissingExtraError("a recording", "recording") from error
+except ModuleNotFoundError as _error:
+    raise MissingExtraError("a recording", "recording") from _error
 
 __all__ = [
     "Difference",

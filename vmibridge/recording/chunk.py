@@ -60,7 +60,7 @@ class ChunkBuilder:
         self._buffer = bytearray()
         # By channel: time and place of each message, in turn.
         self._indexes: dict[int, list[int]] = {channel.id: [] for channel in CHANNELS}
-        self.traps = 0
+        self.traps: int = 0
         """How many of them are traps; kept by the caller."""
 
     def __len__(self) -> int:

@@ -81,22 +81,22 @@ class RecordingReader:
 
     def __init__(self, path: Path | str) -> None:
         """Raises `RecordingReadError` for a file that cannot be opened or is no recording."""
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self.problems: list[Problem] = []
         """What could not be read, so far in this pass; at most 100 are kept."""
-        self.problem_count = 0
-        self.complete = False
+        self.problem_count: int = 0
+        self.complete: bool = False
         """After a pass: whether the file ends as a recorder ends it."""
-        self.bytes_read = 0
+        self.bytes_read: int = 0
         """How far this pass has come."""
-        self.bytes_unpacked = 0
+        self.bytes_unpacked: int = 0
         """What the chunks came to, in this pass."""
         self._next = 0
         self._tried = 0
         """Bytes, in this pass, that looked like a chunk and were none."""
         try:
             self._file = self.path.open("rb")
-            self.size = os.fstat(self._file.fileno()).st_size
+            self.size: int = os.fstat(self._file.fileno()).st_size
             start = self._file.read(len(MCAP0_MAGIC))
         except OSError as error:
             raise RecordingReadError(f"{path}: {error.strerror}") from error

@@ -63,7 +63,7 @@ from vmibridge.settings import ServerSettings
 from vmibridge.summary import Summary
 from vmibridge.tap import Tap
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic_ns
 
@@ -96,9 +96,9 @@ class Recorder(Tap):
             raise ValueError(f"flush_interval is a number of seconds, got {flush_interval!r}")
         if flush_traps < 2:
             raise ValueError(f"flush_traps is at least 2, got {flush_traps!r}")
-        self.path = Path(path)
+        self.path: Path = Path(path)
         """Of the file, from when it is made."""
-        self.lost = 0
+        self.lost: int = 0
         """Traps that were taken after the file could not be written any more."""
         self.error: RecordingError | None = None
         """Why it could not be written."""
@@ -244,7 +244,7 @@ class Recorder(Tap):
                 outcome.retry_of,
             ),
         )
-        self.full = (
+        self.full: bool = (
             self._unwritten_traps + self._chunk.traps >= self._most_traps
             or self._unwritten >= _MOST_UNWRITTEN
         ) and self.error is None

@@ -61,7 +61,7 @@ class Redaction:
 
     def __init__(self, rules: Iterable[RedactionRule | str] = ()) -> None:
         """Raises `ConfigError` for text that is no rule."""
-        self.rules = tuple(
+        self.rules: tuple[RedactionRule, ...] = tuple(
             RedactionRule.parse(rule) if isinstance(rule, str) else rule for rule in rules
         )
         self._values = any(rule.what != "memory" for rule in self.rules)

@@ -122,7 +122,7 @@ class ReplayBackend(Backend, Tap):
             raise BackendSpecError(f"replay:{path}: speed={options.speed} is no number from 0")
         self.path = path
         self.options = options
-        self.result = ReplayResult()
+        self.result: ReplayResult = ReplayResult()
         self.session: Session | None = None
         """What served this VM then; known once the backend is open, if the file tells."""
         self.reader: RecordingReader
@@ -146,7 +146,7 @@ class ReplayBackend(Backend, Tap):
         self._sink: TrapSink
         self._full: deque[TrapEvent] = deque()
         self._start: tuple[float, int] | None = None
-        self.started = 0
+        self.started: int = 0
         """When the first trap was taken then, in nanoseconds since the Unix epoch."""
         self._pause = 0.0
 

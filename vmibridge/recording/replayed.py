@@ -64,7 +64,7 @@ class ReplayedRequest:
 
     # Most requests access no memory and are never told to wait: what only others need is a
     # default of the class until then.
-    held = 0
+    held: int = 0
     """Bytes in `pending`."""
     reply: Reply | None = None
     """The final one, once it was read."""

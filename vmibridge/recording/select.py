@@ -119,7 +119,7 @@ class SelectedTraps:
         self._messages = messages
         self._selection = selection
         self._hear = hear
-        self.start = 0
+        self.start: int = 0
         """When the first trap of the recording was taken; known with the first trap."""
 
     def __iter__(self) -> Iterator[RecordedTrap]:

@@ -31,10 +31,10 @@ from vmibridge.errors import (
     VmiBridgeError,
 )
 from vmibridge.event import TrapFilter
-from vmibridge.transport.carrier import Carrier
+from vmibridge.transport.carrier import AgentCounts, Carrier
 from vmibridge.transport.connection import ConnectionLostError
 from vmibridge.transport.dial import AgentLink, Dialled, RefusedByServerError, dial
-from vmibridge.transport.urls import parse_url
+from vmibridge.transport.urls import Url, parse_url
 from vmibridge.transport.wire import (
     Answer,
     End,
@@ -52,7 +52,7 @@ from vmibridge.transport.wire import (
 )
 from vmibridge.vmi import Backend, GuestEnd, VcpuEnd
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 0.05
 """Seconds from a lost connection to the next one, before jitter; doubled each time."""
@@ -83,20 +83,20 @@ class Agent:
         silence: float = 15.0,
         grace: float = 1.0,
     ) -> None:
-        self.url = parse_url(url)
-        self.vm = backend.vm if vm is None else vm
+        self.url: Url = parse_url(url)
+        self.vm: str = backend.vm if vm is None else vm
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is a positive number of seconds, got {deadline!r}")
         if not 0 < len(self.vm) <= 64 or not self.vm.isprintable():
             raise ValueError(f"the name of a VM has 1 to 64 printable characters, got {self.vm!r}")
         if not longest_pause > 0 or not silence > 0 or not grace >= 0:
             raise ValueError("longest_pause, silence and grace are seconds")
-        self.session = secrets.token_bytes(16)
+        self.session: bytes = secrets.token_bytes(16)
         """The id of this run of this VM."""
         self._backend = backend
         self._carrier = Carrier(backend, self.vm, deadline)
         self._flights = self._carrier.flights
-        self.counts = self._carrier.counts
+        self.counts: AgentCounts = self._carrier.counts
         self._longest_pause = longest_pause
         self._silence = silence
         self._grace = grace

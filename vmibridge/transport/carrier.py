@@ -36,7 +36,7 @@ from vmibridge.transport.wire import (
 )
 from vmibridge.vmi import Backend
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
@@ -54,15 +54,15 @@ class AgentCounts:
     __slots__ = ("answered", "connections", "late", "own", "sent_again", "traps")
 
     def __init__(self) -> None:
-        self.traps = 0
-        self.answered = 0
+        self.traps: int = 0
+        self.answered: int = 0
         """By the server."""
-        self.own = 0
+        self.own: int = 0
         """Answered here: at the deadline, at a stop, or for a vCPU that is gone."""
-        self.sent_again = 0
-        self.late = 0
+        self.sent_again: int = 0
+        self.late: int = 0
         """Answers that came for traps that did not wait for them any more."""
-        self.connections = 0
+        self.connections: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """By name."""
@@ -74,8 +74,8 @@ class Carrier:
 
     def __init__(self, backend: Backend, vm: str, deadline: float | None) -> None:
         self.vm = vm
-        self.counts = AgentCounts()
-        self.flights = Flights(_QUEUE, self._depart, self._give_up)
+        self.counts: AgentCounts = AgentCounts()
+        self.flights: Flights = Flights(_QUEUE, self._depart, self._give_up)
         self.link: AgentLink | None = None
         """The connection, while there is one."""
         self._backend = backend

@@ -53,9 +53,9 @@ class Connection(Generic[F]):
     ) -> None:
         self.peer = ""
         """Who is at the other end, as far as it was proved."""
-        self.received = 0
+        self.received: int = 0
         """Counts the chunks that came."""
-        self.closed = False
+        self.closed: bool = False
         self.reader: FrameReader[F] = FrameReader(decoder, HELLO_LIMIT)
         self._socket = connected
         self._most_unsent = unsent or _MOST_UNSENT

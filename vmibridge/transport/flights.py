@@ -27,7 +27,7 @@ class Flight:
     """Guest memory that travels with it."""
 
     def __init__(self) -> None:
-        self.busy = False
+        self.busy: bool = False
         self.backlog: deque[TrapEvent] = deque()
 
 

@@ -13,7 +13,8 @@ import anyio
 from vmibridge.arch import read_packet
 from vmibridge.dispatch import Bridge
 from vmibridge.errors import UnsupportedTrapError
-from vmibridge.event import TrapEvent
+from vmibridge.event import TrapEvent, TrapFilter
+from vmibridge.handler import BridgeHandler
 from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.packet import BridgePacket
 from vmibridge.settings import ServerSettings
@@ -23,6 +24,7 @@ from vmibridge.transport.session_backend import SessionBackend
 from vmibridge.transport.shared import Common
 from vmibridge.transport.vm_server import VmServer
 from vmibridge.transport.welcome import declared_reads, highest_timeout
+from vmibridge.transport.wire import WireRead
 
 
 class Generation:
@@ -37,17 +39,17 @@ class Generation:
         common: Common,
     ) -> None:
         self.taps = taps
-        self.handlers = bridge.handlers
-        self.backend = SessionBackend(session.vm, session)
-        self.server = VmServer(self.backend, bridge, settings, taps, common)
-        self.filter = bridge.trap_filter
-        self.timeout = highest_timeout(bridge, settings)
-        self.reads = declared_reads(bridge)
-        self.ended = anyio.Event()
+        self.handlers: list[BridgeHandler[Any]] = bridge.handlers
+        self.backend: SessionBackend = SessionBackend(session.vm, session)
+        self.server: VmServer = VmServer(self.backend, bridge, settings, taps, common)
+        self.filter: TrapFilter = bridge.trap_filter
+        self.timeout: float = highest_timeout(bridge, settings)
+        self.reads: list[WireRead] = declared_reads(bridge)
+        self.ended: anyio.Event = anyio.Event()
         """No trap is answered by it any more."""
-        self.done = anyio.Event()
+        self.done: anyio.Event = anyio.Event()
         """Nothing is left of it."""
-        self.retired = False
+        self.retired: bool = False
         self._result_timeout = settings.result_timeout
         # Of each vCPU that was told to wait there is a request; results are bounded, too.
         self._most_waiting = 2 * settings.in_flight

@@ -46,7 +46,7 @@ from vmibridge.transport.wire import (
 if TYPE_CHECKING:
     from vmibridge.transport.nats_serve import NatsListening
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 AgentConnection: TypeAlias = Connection[FromAgent]
 Admit: TypeAlias = Callable[[Hello, str], Awaitable["tuple[Session, Welcome]"]]
@@ -81,7 +81,7 @@ class Listener:
         self._listening: list[Listening] = []
         self._at_handshake: dict[AgentConnection, None] = {}
         self._connections: set[AgentConnection] = set()
-        self.refused = 0
+        self.refused: int = 0
         """Peers that did not become a session's."""
 
     async def open(self) -> None:

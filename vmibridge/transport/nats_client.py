@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
@@ -69,7 +69,7 @@ class NatsClient:
 
     def __init__(self, url: NatsUrl, name: str) -> None:
         self.url = url
-        self.closed = anyio.Event()
+        self.closed: anyio.Event = anyio.Event()
         """For good: nats-py does not try again."""
         self.denied: list[str] = []
         """What NATS has said that it does not permit us."""
@@ -79,6 +79,7 @@ class NatsClient:
         """Called when `closed` or `denied` is another."""
         self.on_reconnect: Callable[[], None] = lambda: None
         """Called when NATS is there again."""
+        self.nats: Client
         self._name = name
         self._told: set[str] = set()
         self._unsent: deque[tuple[str, bytes, str]] = deque()

@@ -41,13 +41,14 @@ class Sent:
         self.subject = subject
         self.key = key
         """What a guest asks again, when it was told to wait."""
-        self.elsewhere = frame.elsewhere
+        self.elsewhere: bool = frame.elsewhere
         """A server that is gone may have run it."""
         self.attempt = 0
         self.holder: Peer | None = None
         self.only: Peer | None = None
         """Who is to have it: it has told the guest to ask again."""
-        self.heard = self.asked = 0.0
+        self.heard: float = 0.0
+        self.asked: float = 0.0
         self.waits_until: float | None = None
         """Nobody has it: when it is to be sent again."""
         self.pause = _FIRST_PAUSE

@@ -65,7 +65,7 @@ from vmibridge.transport.wire import (
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 

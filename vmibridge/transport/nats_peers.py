@@ -29,10 +29,10 @@ class Peer:
         self.number = number
         self.subject = subject
         """Where it listens."""
-        self.name = printable(subject.rpartition(".")[2][:8])
+        self.name: str = printable(subject.rpartition(".")[2][:8])
         self.messages: Messages[NatsFromServer] = Messages(FROM_NATS_SERVER)
-        self.heard = now
-        self.misses = 0
+        self.heard: float = now
+        self.misses: int = 0
         """How often NATS has said, since it was heard, that nobody listens there."""
         self.answered = 0
         self.under_way = 0

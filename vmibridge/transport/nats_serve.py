@@ -52,7 +52,7 @@ from vmibridge.transport.wire import (
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
@@ -72,7 +72,7 @@ class NatsListening:
 
     def __init__(self, url: NatsUrl, limits: AgentLimits, admit: Admit) -> None:
         self.url = url
-        self.refused = 0
+        self.refused: int = 0
         """Agents that were not served."""
         self._limits = limits
         self._admit = admit

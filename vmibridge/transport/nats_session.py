@@ -54,9 +54,9 @@ class NatsSessionLink:
     def __init__(self, client: NatsClient, inbox: str, session: Session, hello: bytes) -> None:
         self.session = session
         self.hello = hello
-        self.inbox = f"{inbox}.{session.memory.hex()}"
-        self.heard = _clock()
-        self.closed = False
+        self.inbox: str = f"{inbox}.{session.memory.hex()}"
+        self.heard: float = _clock()
+        self.closed: bool = False
         self.agent = ""
         """The agent's own inbox."""
         self._client = client

@@ -41,7 +41,7 @@ class RemoteBackend(SessionBackend):
         limits: AgentLimits | None = None,
     ) -> None:
         super().__init__(vm)
-        self.limits = limits or AgentLimits()
+        self.limits: AgentLimits = limits or AgentLimits()
         self._listener = Listener(urls, self.limits, self._admit)
         self._timeout = timeout
         self._fallback = fallback or BridgeResponse()
@@ -63,16 +63,16 @@ class RemoteBackend(SessionBackend):
 
     async def _admit(self, hello: Hello, peer: str) -> tuple[Session, Welcome]:
         if not hasattr(self, "session"):
-            session = self.session = Session(
+            self.session: Session = Session(
                 hello,
                 peer,
                 vcpus=self.limits.vcpus,
                 repeated=self._repeated,
                 fallback=self._fallback,
             )
-            session.vm = self.vm
-            session.route = lambda _: self
-            self.other_hypercalls = hello.other_hypercalls
+            self.session.vm = self.vm
+            self.session.route = lambda _: self
+            self.other_hypercalls: bool = hello.other_hypercalls
             self._came.set()
         session = self.session
         if (session.id, session.owner) != (hello.session, peer):

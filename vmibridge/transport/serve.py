@@ -42,7 +42,7 @@ from vmibridge.transport.shared import Common
 from vmibridge.transport.welcome import welcome_to
 from vmibridge.transport.wire import AgentLimits, Hello, Welcome
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 OnOutcome: TypeAlias = Callable[[Outcome[Any]], Awaitable[None]]
 OnEnd: TypeAlias = Callable[[str, Summary, dict[str, int]], Awaitable[None]]
@@ -113,7 +113,7 @@ class AgentServer:
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
         self._now = False
-        self.listening = anyio.Event()
+        self.listening: anyio.Event = anyio.Event()
         """Agents can connect."""
 
     @property

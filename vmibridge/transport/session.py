@@ -61,7 +61,7 @@ from vmibridge.transport.wire import (
 )
 from vmibridge.vmi import GuestEnd, VcpuEnd
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 _PONG, _ENDED = Pong(), Ended()
@@ -76,14 +76,14 @@ class SessionCounts:
     __slots__ = ("connections", "late", "refused", "repeated", "returned")
 
     def __init__(self) -> None:
-        self.connections = 0
-        self.repeated = 0
+        self.connections: int = 0
+        self.repeated: int = 0
         """Traps that came again, and were answered from memory."""
-        self.refused = 0
+        self.refused: int = 0
         """Traps that may have run elsewhere, and were not run here."""
-        self.late = 0
+        self.late: int = 0
         """Answers that nobody waited for any more."""
-        self.returned = 0
+        self.returned: int = 0
         """Traps that were given back, because the server stops."""
 
     def as_dict(self) -> dict[str, int]:
@@ -137,22 +137,22 @@ class Session:
         repeated: Repeated = "refuse",
         fallback: BridgeResponse[object] | None = None,
     ) -> None:
-        self.id = hello.session
-        self.vm = hello.vm
+        self.id: bytes = hello.session
+        self.vm: str = hello.vm
         self.owner = owner
         """Who may go on with it: the peer that began it."""
-        self.memory = secrets.token_bytes(16)
+        self.memory: bytes = secrets.token_bytes(16)
         """The id of what is remembered here."""
-        self.other_hypercalls = hello.other_hypercalls
-        self.counts = SessionCounts()
+        self.other_hypercalls: bool = hello.other_hypercalls
+        self.counts: SessionCounts = SessionCounts()
         self.guest: GuestEnd | None = None
         """How the guest ended, when it has."""
-        self.ended_by_itself = False
+        self.ended_by_itself: bool = False
         """Its agent has said END."""
-        self.over = anyio.Event()
+        self.over: anyio.Event = anyio.Event()
         """The guest has ended, or its agent did not come back."""
         self.link: Link | None = None
-        self.away_since = _clock()
+        self.away_since: float = _clock()
         """When the last connection was lost."""
         self.route: Callable[[TrapEvent], TakesTraps | None] = lambda _: None
         """Which backend takes a trap; `None`: the server stops."""

@@ -23,10 +23,10 @@ class SessionBackend(Backend):
         super().__init__(vm)
         if session is not None:
             self.session = session
-            self.other_hypercalls = session.other_hypercalls
-        self.running = anyio.Event()
+            self.other_hypercalls: bool = session.other_hypercalls
+        self.running: anyio.Event = anyio.Event()
         """An engine takes its traps."""
-        self.unanswered = 0
+        self.unanswered: int = 0
         """Traps that were given to the engine."""
         self._sink: TrapSink | None = None
         self._held: deque[TrapEvent] = deque()

@@ -25,7 +25,7 @@ from vmibridge.engine import lives_of
 from vmibridge.errors import HandlerLifeError
 from vmibridge.handler import BridgeHandler
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 End: TypeAlias = Callable[[], None]
 """Makes a VM end, because a handler that it has ends."""
@@ -53,7 +53,7 @@ class Common:
     """See the module. For one server; `in_flight` handlers may wait at a time in all its VMs."""
 
     def __init__(self, in_flight: int) -> None:
-        self.in_flight = InFlight(in_flight)
+        self.in_flight: InFlight = InFlight(in_flight)
         self._lives: dict[BridgeHandler[Any], _Life] = {}
         self._closed = False
 

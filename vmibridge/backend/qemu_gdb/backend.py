@@ -32,7 +32,7 @@ from vmibridge.qemu.qmp import Qmp
 from vmibridge.qemu.ram import SharedRam, open_ram
 from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _CONNECT = 10.0
 _REFUSES = 1.0
@@ -49,7 +49,7 @@ class QemuGdbBackend(Backend):
         super().__init__(vm)
         self.where = where
         self.options = options
-        self.sites = tuple(sites)
+        self.sites: tuple[int, ...] = tuple(sites)
         self._ud_handler = options.ud_handler
         self._points = [*self.sites]
         if options.ud_handler is not None and options.ud_handler not in self._points:

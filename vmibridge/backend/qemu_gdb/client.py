@@ -90,11 +90,11 @@ class GdbClient:
         """Told that the VM stands still, or has ended; in the task that reads."""
         self.layout: RegisterLayout = QEMU_X86_64
         self.features: dict[str, str] = {}
-        self.chunk = 128
+        self.chunk: int = 128
         """Bytes of memory that one command may read or write."""
         self.why_lost: str | None = None
-        self.lost = anyio.Event()
-        self.exited = False
+        self.lost: anyio.Event = anyio.Event()
+        self.exited: bool = False
         self._socket = connection
         self._packets = PacketReader()
         self._due: deque[OnReply] = deque()

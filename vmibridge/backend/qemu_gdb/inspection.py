@@ -17,7 +17,7 @@ from vmibridge.backend.qemu_gdb.regions import ALL_REGISTERS, parse_tables
 from vmibridge.backend.qemu_gdb.registers import FRAME_SIZE, Frame, parse_frame
 from vmibridge.event import Registers, TrapReason
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _MOST_KNOWN = 4096
 _RFLAGS_RF = 1 << 16

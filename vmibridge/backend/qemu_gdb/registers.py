@@ -100,15 +100,15 @@ class RegisterLayout:
     """The registers of one kind of vCPU. Raises `ReplyError` when RIP and its like are missing."""
 
     def __init__(self, fields: Mapping[str, Field]) -> None:
-        self.fields = dict(fields)
-        self.is_wide = "rip" in fields
+        self.fields: dict[str, Field] = dict(fields)
+        self.is_wide: bool = "rip" in fields
         names = _REGISTERS if self.is_wide else tuple(map(_narrow, _REGISTERS))
         names = tuple("eflags" if name == "rflags" else name for name in names)
         own = {name: fields[name] for name in (*names, "cs") if name in fields}
         missing = set(names[:8]) | {names[16], "eflags", "cs"}
         if missing := missing - own.keys():
             raise ReplyError(f"a vCPU without {', '.join(sorted(missing))}")
-        self.has_control = all(name in own for name in _CONTROL)
+        self.has_control: bool = all(name in own for name in _CONTROL)
         """Whether CR0 and the others are there: without them no address can be translated."""
         ordered = sorted(own, key=lambda name: own[name].offset)
         layout, at = "<", 0

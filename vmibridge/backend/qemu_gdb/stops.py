@@ -27,7 +27,7 @@ from vmibridge.errors import BackendError, TrapQueueClosedError
 from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
 from vmibridge.vmi import TrapSink
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 Ts = TypeVarTuple("Ts")
 
@@ -56,12 +56,12 @@ class Stops:
         self.over = over
         self.pending: TrapEvent | None = None
         """The trap that waits for its answer."""
-        self.void = False
+        self.void: bool = False
         """The VM was reset in it."""
-        self.paused = False
+        self.paused: bool = False
         """Somebody else has stopped the VM, or QEMU on its way out."""
-        self.shut_down = False
-        self.crashed = False
+        self.shut_down: bool = False
+        self.crashed: bool = False
         self._client = client
         self._inspector = inspector
         self._threads = threads

@@ -53,7 +53,7 @@ from vmibridge.outcome import GONE
 from vmibridge.qemu.ram import SharedRam
 from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _HANDSHAKE = 5.0
 """Seconds."""
@@ -89,7 +89,7 @@ class QemuPluginBackend(Backend):
     ) -> None:
         super().__init__(vm)
         self.path = path
-        self.options = options or QemuPluginOptions()
+        self.options: QemuPluginOptions = options or QemuPluginOptions()
         if not 0 <= self.options.mode <= 0o777:
             raise BackendSpecError(f"qemu-plugin:unix:{path}: mode={self.options.mode:#o}")
         self._listener: socket.socket

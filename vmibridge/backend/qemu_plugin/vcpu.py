@@ -31,8 +31,8 @@ class Vcpu:
         self.frames = frames
         frames.most = MOST_BODY
         self.pending: TrapEvent | None = None
-        self.gone = False
-        self.is_let_go = False
+        self.gone: bool = False
+        self.is_let_go: bool = False
         self._socket = connected
         self._reads: deque[_Reply] = deque()
         self._take: Callable[[int, bytes], None] = lambda _kind, _body: None

@@ -57,7 +57,7 @@ class Export:
         self._reader = reader
         self._kind = exporter_of(name)
         self._selection = selection
-        self.targets = self._kind.targets(target)
+        self.targets: tuple[Path, ...] = self._kind.targets(target)
         """The files that there are afterwards."""
 
     def write(self) -> Generator[RecordedTrap, None, None]:

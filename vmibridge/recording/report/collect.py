@@ -38,11 +38,11 @@ class Collector:
     """Is told of sessions, notes and traps in turn, and keeps what a page shows."""
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
-        self.count = 0
+        self.count: int = 0
         """Traps so far."""
         self.limit = limit
-        self.statistics = Statistics()
-        self.rows = Rows()
+        self.statistics: Statistics = Statistics()
+        self.rows: Rows = Rows()
         self._sessions: list[dict[str, Any]] = []
         self._session_count = 0
         self._runs: dict[str, int] = {}

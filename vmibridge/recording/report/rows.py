@@ -73,7 +73,7 @@ class Rows:
     """The traps, as they are added."""
 
     def __init__(self) -> None:
-        self.texts = Texts()
+        self.texts: Texts = Texts()
         self.lanes: dict[tuple[int, int], int] = {}
         """By name of the VM, a text, and vCPU."""
         self._columns: dict[str, array[int]] = {name: array("Q") for name in (*_HEX, *_WHOLE)}

@@ -24,9 +24,9 @@ class Latency:
 
     def __init__(self) -> None:
         self.buckets: Counter[int] = Counter()
-        self.count = 0
-        self.shortest = LONGEST
-        self.longest = 0
+        self.count: int = 0
+        self.shortest: int = LONGEST
+        self.longest: int = 0
 
     def add(self, nanoseconds: int) -> None:
         """Count one."""
@@ -73,7 +73,7 @@ class Group:
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
-        self.latency = Latency()
+        self.latency: Latency = Latency()
 
 
 class Statistics:
