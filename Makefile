@@ -31,7 +31,7 @@ system-light:
 		echo "make: missing packages:$$missing; as root: apt-get install$$missing" >&2; exit 1; \
 	fi
 
-# gcc compiles the QEMU plugin and programs for the Linux guest; QEMU and gdbserver are stubs to connect to, gdb is a peer of the benchmarks; chromium opens the report in the tests; debootstrap makes a Debian with nothing in it.
+# gcc compiles the QEMU plugin and programs for the Linux guest; QEMU and gdbserver are stubs to connect to, gdb is a peer of the benchmarks; chromium opens the report in the tests; debootstrap makes a Debian with nothing in it; zsh and fish complete commands.
 system: system-light
 	@missing=; \
 	command -v cc >/dev/null || missing="$$missing gcc libc6-dev"; \
@@ -39,6 +39,8 @@ system: system-light
 	command -v qemu-system-x86_64 >/dev/null || missing="$$missing qemu-system-x86 seabios"; \
 	command -v gdbserver >/dev/null || missing="$$missing gdbserver"; \
 	command -v gdb >/dev/null || missing="$$missing gdb"; \
+	command -v zsh >/dev/null || missing="$$missing zsh"; \
+	command -v fish >/dev/null || missing="$$missing fish"; \
 	command -v debootstrap >/dev/null || [ -e /usr/sbin/debootstrap ] || missing="$$missing debootstrap"; \
 	[ -z "$$missing" ] && exit 0; \
 	if [ "$$(id -u)" = 0 ]; then \

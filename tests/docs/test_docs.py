@@ -243,8 +243,12 @@ def anchors(document):
     [
         "run",
         "handlers list",
+        "completion",
         "inspect",
         "export",
+        "recover",
+        "replay",
+        "report",
         "qemu build-plugin",
         "qemu run",
         "agent",

@@ -13,6 +13,7 @@ An error is one line on standard error that says what to do.
 import sys
 from collections.abc import Sequence
 
+from vmibridge import __version__
 from vmibridge.errors import (
     BackendSpecError,
     ConfigError,
@@ -23,10 +24,6 @@ from vmibridge.errors import (
 )
 from vmibridge.text import printable
 
-_COMMANDS = (
-    *("run", "agent", "serve", "handlers", "replay", "inspect", "report", "export", "recover"),
-    *("qemu", "health", "recordings"),
-)
 _USAGE_ERRORS = (
     BackendSpecError,
     ConfigError,
@@ -38,18 +35,25 @@ _USAGE_ERRORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    tokens = sys.argv[1:] if arguments is None else list(arguments)
+    if tokens == ["--version"]:
+        sys.stdout.write(f"{__version__}\n")
+        return 0
     try:
         from cyclopts import CycloptsError
 
-        from vmibridge.cli.app import app
+        from vmibridge.cli.app import app_for
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is missing: pip install 'vmibridge[cli]'", 2)
-    tokens = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        status = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        status = app_for(tokens)(
+            tokens, exit_on_error=False, print_error=False, result_action="return_value"
+        )
     except CycloptsError as error:
-        told = str(error).rstrip(".")
-        return _fail(f"{told}; see 'vmibridge {''.join(_commands(tokens))}--help'", 2)
+        told = str(error)
+        if not told.endswith("..."):
+            told = told.removesuffix(".")
+        return _fail(f"{told}; see 'vmibridge {_command(tokens)}--help'", 2)
     except _USAGE_ERRORS as error:
         return _fail(str(error), 2)
     except VmiBridgeError as error:
@@ -60,8 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _commands(tokens: list[str]) -> list[str]:
-    return [f"{token} " for token in tokens[:1] if token in _COMMANDS]
+def _command(tokens: list[str]) -> str:
+    """The command that was meant, with a blank behind it; nothing for one that is not there."""
+    from vmibridge.cli.app import COMMANDS
+
+    first = tokens[0] if tokens else ""
+    return f"{first} " if first in {name.partition(" ")[0] for name in COMMANDS} else ""
 
 
 def _fail(message: str, status: int) -> int:

@@ -5,14 +5,17 @@ import os
 import signal
 import sys
 from functools import partial
+from typing import Annotated, Literal
 
 import anyio
 import msgspec
 from anyio.abc import TaskStatus
+from cyclopts import Parameter
 
 from vmibridge.backend import open_backend
-from vmibridge.cli.event_loop import Loop, check_loop, logging_to, run_on
+from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
+from vmibridge.cli.options import AsyncBackend, Uvloop, chosen_loop
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError
 from vmibridge.transport import Agent
@@ -21,29 +24,54 @@ from vmibridge.vmi import Backend, GuestEnd
 log: logging.Logger = logging.getLogger(__name__)
 
 
-class AgentOptions(msgspec.Struct, frozen=True):
-    """The options of the command."""
+def agent(
+    *,
+    backend: Annotated[
+        str, Parameter(help="The VM, as for run. NAME=SPEC names it; by default as this machine.")
+    ],
+    connect: Annotated[
+        str,
+        Parameter(
+            help="The server: unix:PATH, tcp:HOST:PORT, tls:HOST:PORT?cert=&key=&ca=, or any of"
+            " those at nats://HOST:PORT; see docs/remote.md."
+        ),
+    ],
+    deadline: Annotated[
+        float | None,
+        Parameter(
+            help="Seconds that a vCPU waits for an answer at the most; by default a little"
+            " longer than the server's own deadline."
+        ),
+    ] = None,
+    async_backend: AsyncBackend = "asyncio",
+    uvloop: Uvloop = False,
+    json: Annotated[bool, Parameter(negative=(), help="The summary as one JSON object.")] = False,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Parameter(help="What goes to standard error; debug shows tracebacks."),
+    ] = "info",
+) -> int:
+    """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
 
-    backend: str
-    connect: str
-    loop: Loop
-    deadline: float | None
-    json: bool
-    log_level: str
+    The guest starts when the server has said which traps it wants. When the server is away,
+    the agent tries to reach it again, and a vCPU that waits goes on at its deadline.
 
+    Exit status: 0 when the guest ended by itself, 1 when it or its backend failed or the
+    server refused the agent, 2 for wrong usage.
 
-def run_agent(options: AgentOptions) -> int:
-    """Carry the traps of one VM until it ends; returns the exit status. Raises `VmiBridgeError`."""
-    check_loop(options.loop)
-    backend = _open(options.backend)
+    Example: vmibridge agent --backend web=unicorn:guest.bin --connect unix:/run/vmibridge.sock
+    """
+    chosen = chosen_loop(async_backend, uvloop=uvloop)
+    check_loop(chosen)
+    vm = _open(backend)
     try:
-        agent = Agent(backend, options.connect, deadline=options.deadline)
+        carrier = Agent(vm, connect, deadline=deadline)
     except BackendSpecError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with logging_to(log_handler(options.log_level, None), options.log_level):
-        return run_on(options.loop, partial(_serve, backend, agent, as_json=options.json))
+    with logging_to(log_handler(log_level, None), log_level):
+        return run_on(chosen, partial(_serve, vm, carrier, as_json=json))
 
 
 def _open(text: str) -> Backend:

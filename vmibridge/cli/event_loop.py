@@ -4,27 +4,17 @@ import gc
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeVar
 
 import anyio
 
-from vmibridge.errors import ConfigError, MissingExtraError
+from vmibridge.cli.options import Loop
+from vmibridge.errors import MissingExtraError
 
 R = TypeVar("R")
 
-Loop: TypeAlias = Literal["asyncio", "uvloop", "trio"]
-
 _COLLECT_AFTER = 10_000
 """New objects; see docs/benchmarks.md."""
-
-
-def chosen_loop(async_backend: Literal["asyncio", "trio"], *, uvloop: bool) -> Loop:
-    """What `--async-backend` and `--uvloop` mean. Raises `ConfigError`: they do not go together."""
-    if not uvloop:
-        return async_backend
-    if async_backend == "trio":
-        raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
-    return "uvloop"
 
 
 def check_loop(loop: Loop) -> None:

@@ -1,9 +1,10 @@
 """`vmibridge handlers list`: each handler's contract and methods."""
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -40,10 +41,20 @@ class HandlerLine(msgspec.Struct):
     doc: str
 
 
-def show_handlers(sources: list[str], *, as_json: bool) -> int:
-    """Print them; returns the exit status."""
+def list_handlers(
+    sources: Annotated[
+        list[str], Parameter(help="Python files, folders or dotted modules that offer handlers.")
+    ],
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object a handler.")] = False,
+) -> int:
+    """Show each handler's contract and methods, without making any.
+
+    Example: vmibridge handlers list handlers/
+    """
     lines = [_line(offered) for offered in find_handlers(sources)]
-    if as_json:
+    if json:
         for line in lines:
             sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
         return 0

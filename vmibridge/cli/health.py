@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from vmibridge.errors import BackendError, ConfigError
 
@@ -18,10 +21,24 @@ _GREETING = b"INFO "
 """What a NATS server begins with (NATS client protocol, INFO)."""
 
 
-def check_health(where: str | None, within: float) -> int:
-    """Returns 0 when somebody listens at `where`.
+def health(
+    where: Annotated[
+        str | None,
+        Parameter(
+            env_var="VMIBRIDGE_HEALTH",
+            help="Where somebody should listen: unix:PATH, tcp:HOST:PORT, tls:HOST:PORT or"
+            " nats://HOST:PORT.",
+        ),
+    ] = None,
+    /,
+    *,
+    within: Annotated[float, Parameter(help="Seconds until that counts as a failure.")] = 3.0,
+) -> int:
+    """Tell whether a host or a server listens: the health check of a container.
 
-    `within`: seconds. Raises `BackendError` when nobody does, `ConfigError` for what is no place.
+    Exit status: 0 when somebody listens, 1 when nobody does, 2 for wrong usage.
+
+    Example: vmibridge health unix:/run/vmibridge/vmi.sock
     """
     if where is None:
         raise ConfigError("say where to look: unix:PATH, or VMIBRIDGE_HEALTH")

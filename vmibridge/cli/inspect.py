@@ -1,200 +1,38 @@
-"""`vmibridge inspect`: what a recording holds, trap by trap.
+"""`vmibridge inspect`: what a recording holds, trap by trap."""
 
-Whatever a file says goes through `printable` on its way to a terminal. What is held does not
-grow with the file.
-"""
-
-from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated
 
-import msgspec
+from cyclopts import Parameter, validators
 
-from vmibridge.cli.output import standard_output
-from vmibridge.outcome import OutcomeKind
-from vmibridge.recording.export.jsonl import trap_record
-from vmibridge.recording.messages import Note, Session
-from vmibridge.recording.reader import RecordingReader
-from vmibridge.recording.select import SelectedTraps, Selection
-from vmibridge.recording.traps import RecordedTrap
-from vmibridge.text import printable
-
-_COLUMNS = {
-    "time": 12,
-    "seq": 6,
-    "vcpu": 6,
-    "trap": 9,
-    "handler": 12,
-    "magic/request/method": 20,
-    "outcome": 9,
-    "answer": 38,
-    "us": 7,
-    "output": 0,
-}
-_MOST_TEXT = 200
-"""Characters of a cell."""
-_MOST_LINE = 2000
-_MOST_HANDLERS = 100
-_WORDS = (*(kind.value for kind in OutcomeKind), "none")
+from vmibridge.cli.selection import SelectionOptions
 
 
-class InspectOptions(msgspec.Struct, frozen=True):
-    """The options of the command."""
+def inspect(
+    file: Annotated[Path, Parameter(help="A recording.")],
+    /,
+    *,
+    selection: SelectionOptions | None = None,
+    limit: Annotated[
+        int | None,
+        Parameter(validator=validators.Number(gte=1), help="Stop after so many traps."),
+    ] = None,
+    full: Annotated[
+        bool, Parameter(negative=(), help="Registers and accesses to memory, too.")
+    ] = False,
+    json: Annotated[
+        bool, Parameter(negative=(), help="One JSON object a session and a trap, then a summary.")
+    ] = False,
+) -> int:
+    """List the traps of a recording, in the order of their replies.
 
-    path: Path
-    selection: Selection
-    limit: int | None
-    json: bool
-    full: bool
+    Example: vmibridge inspect run.mcap --outcome failed --since 2.5
+    """
+    chosen = (selection or SelectionOptions()).selection()
+    from vmibridge.cli.listing import Listing
+    from vmibridge.cli.output import standard_output
+    from vmibridge.recording.reader import RecordingReader
 
-
-def inspect_recording(options: InspectOptions) -> int:
-    """Show it on standard output; returns the exit status. Raises `RecordingReadError`."""
-    with RecordingReader(options.path) as reader, standard_output() as out:
-        _Listing(reader, options, out).show()
+    with RecordingReader(file) as reader, standard_output() as out:
+        Listing(reader, chosen, out, as_json=json, full=full).show(limit)
     return 0
-
-
-class _Listing:
-    def __init__(self, reader: RecordingReader, options: InspectOptions, out: BinaryIO) -> None:
-        self._reader = reader
-        self._options = options
-        self._counts = Counter[str]()
-        self._out = out
-        self._encode = msgspec.json.Encoder().encode
-
-    def show(self) -> None:
-        """Write it all."""
-        options = self._options
-        traps = SelectedTraps(self._reader.messages(), options.selection, self._hear)
-        shown = 0
-        for trap in islice(traps, options.limit):
-            self._counts["none" if trap.reply is None else trap.reply.kind.value] += 1
-            if options.json:
-                self._write_json(trap_record(trap, traps.start, full=options.full))
-            else:
-                if not shown:
-                    self._write_line(_row(dict(zip(_COLUMNS, _COLUMNS, strict=True))))
-                self._write_line(_row(_cells(trap, traps.start)))
-                for line in _details(trap) if options.full else ():
-                    self._write_line(_short(line, _MOST_LINE))
-            shown += 1
-        self._sum_up(stopped=shown == options.limit)
-
-    def _hear(self, message: Session | Note) -> None:
-        if isinstance(message, Session):
-            if self._options.json:
-                self._write_json({"session": message})
-            else:
-                for line in _session(message):
-                    self._write_line(_short(line, _MOST_LINE))
-        elif message.kind == "lost" and not self._options.json:
-            self._write_line(_short(f"lost: {message.text}", _MOST_LINE))
-
-    def _sum_up(self, *, stopped: bool) -> None:
-        reader, counts = self._reader, {word: self._counts[word] for word in _WORDS}
-        total = self._counts.total()
-        truncated = not stopped and not reader.complete
-        if self._options.json:
-            summary = {
-                **counts,
-                "total": total,
-                "stopped": stopped,
-                "truncated": truncated,
-                "problem_count": reader.problem_count,
-                "problems": reader.problems,
-            }
-            self._write_json({"summary": summary})
-            return
-        words = {**dict.fromkeys(_WORDS), "none": "without a reply"}
-        told = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
-        self._write_line(f"{total} traps: {', '.join(told) or 'none'}")
-        if stopped:
-            self._write_line("stopped at --limit: what is behind was not read")
-        for problem in reader.problems:
-            self._write_line(_short(f"problem {problem}", _MOST_LINE))
-        if reader.problem_count > len(reader.problems):
-            self._write_line(f"{reader.problem_count - len(reader.problems)} more problems")
-        if truncated or reader.problems:
-            what = "truncated" if truncated else "damaged"
-            clean = reader.path.with_name(f"{reader.path.stem}-clean.mcap")
-            hint = f"vmibridge recover {reader.path} -o {clean}"
-            self._write_line(printable(f"the file is {what}; what can be read of it: {hint}"))
-
-    def _write_json(self, value: Any) -> None:
-        self._out.write(self._encode(value) + b"\n")
-
-    def _write_line(self, line: str) -> None:
-        self._out.write(f"{line.rstrip()}\n".encode(errors="replace"))
-
-
-def _session(session: Session) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
-    handlers = [f"{each.name} ({each.request:#06x})" for each in session.handlers[:_MOST_HANDLERS]]
-    if len(session.handlers) > _MOST_HANDLERS:
-        handlers.append(f"{len(session.handlers) - _MOST_HANDLERS} more")
-    left_out = ", ".join(map(str, session.redaction[:_MOST_HANDLERS]))
-    return [
-        f"vm {session.vm}: started {session.started or 'at a time unknown'}",
-        f"  on {session.loop or 'a loop unknown'}, with {versions or 'versions unknown'}",
-        f"  handlers: {', '.join(handlers) or 'none'}",
-        *([f"  left out: {left_out}"] if left_out else []),
-    ]
-
-
-def _cells(trap: RecordedTrap, start: int) -> dict[str, str]:
-    event, packet, reply = trap.event, trap.packet, trap.reply
-    call = "-"
-    if packet is not None:
-        call = f"{packet.magic:08x}/{packet.request:04x}/{packet.method:04x}"
-    cells = {
-        "time": f"{(trap.time - start) / 1e9:.6f}",
-        "seq": str(event.seq),
-        "vcpu": str(event.vcpu) if event.vm == "vm" else f"{event.vm}/{event.vcpu}",
-        "trap": f"{event.reason.value}{event.width}",
-        "handler": "-",
-        "magic/request/method": call,
-        "outcome": "none",
-        "answer": "",
-        "us": "",
-        "output": "no reply",
-    }
-    if reply is None:
-        return cells
-    values = (None,) * 4 if reply.writes is None else reply.writes.values
-    told = reply.output or "" if reply.error is None else reply.error
-    if reply.retry_of is not None:
-        told = f"(retry of {reply.retry_of}) {told}"
-    return cells | {
-        "handler": reply.handler or "-",
-        "outcome": reply.kind.value,
-        "answer": " ".join("." if value is None else f"{value:x}" for value in values),
-        "us": f"{reply.duration * 1e6:.0f}",
-        "output": told,
-    }
-
-
-def _details(trap: RecordedTrap) -> Iterator[str]:
-    registers = msgspec.to_builtins(trap.event.registers)
-    yield f"    registers: {' '.join(f'{name}={value:x}' for name, value in registers.items())}"
-    for access in trap.accesses:
-        if access.error is not None:
-            told = f"failed: {access.error}"
-        elif access.data is None:
-            told = "left out"
-        else:
-            told = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
-        what = "wrote" if access.write else "read"
-        yield f"    {what} {access.size} bytes at {access.address:#x}: {told}"
-    if trap.left_out:
-        yield f"    {trap.left_out} further accesses, too much to hold"
-
-
-def _row(cells: dict[str, str]) -> str:
-    return " ".join(_short(cells[name]).ljust(width) for name, width in _COLUMNS.items())
-
-
-def _short(text: str, most: int = _MOST_TEXT) -> str:
-    return printable(text if len(text) <= most else f"{text[:most]}...")

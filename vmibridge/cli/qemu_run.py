@@ -13,23 +13,23 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 import anyio
 from anyio.abc import TaskStatus
+from cyclopts import Parameter
 
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_gdb.backend import QemuGdbBackend
 from vmibridge.backend.qemu_plugin.build import SOURCE, build_plugin
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.output import stream_writer
-from vmibridge.cli.run import Life, Prepared, serve
+from vmibridge.cli.output import Writer, stream_writer
 from vmibridge.cli.server_options import ServerOptions
+from vmibridge.cli.server_run import Life, Prepared, run_server
 from vmibridge.errors import BackendError, ConfigError
 from vmibridge.qemu.find import GDB_NEEDS, PLUGIN_NEEDS, accelerators, find_qemu, memory_size
 from vmibridge.qemu.process import QemuProcess
@@ -42,62 +42,107 @@ _LISTENS = 10.0
 """Seconds in which QEMU is expected to listen."""
 
 
-@dataclass(frozen=True)
-class QemuOptions:
-    """The options of the command."""
+def run_qemu(
+    *arguments: Annotated[
+        str, Parameter(allow_leading_hyphen=True, help="QEMU's own arguments, behind --.")
+    ],
+    handlers: Annotated[
+        list[str] | None,
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Who answers: Python files, folders or dotted modules. Without, a host that"
+            " listens at --socket.",
+        ),
+    ] = None,
+    qemu: Annotated[
+        str | None,
+        Parameter(
+            help="The QEMU to start; by default VMIBRIDGE_QEMU, .qemu/qemu-system-x86_64, or"
+            " the one in PATH."
+        ),
+    ] = None,
+    via: Annotated[
+        Literal["plugin", "gdb"],
+        Parameter(help="The TCG plugin, for QEMU 11.1 and later; or breakpoints, for any."),
+    ] = "plugin",
+    accel: Annotated[
+        Literal["tcg", "kvm"] | None,
+        Parameter(help="The accelerator, tcg by default; kvm goes with --via gdb alone."),
+    ] = None,
+    plugin: Annotated[
+        Path | None, Parameter(help="The plugin; by default it is built and kept in the cache.")
+    ] = None,
+    socket: Annotated[
+        Path | None, Parameter(help="Where host and QEMU meet; by default a path of its own.")
+    ] = None,
+    absent: Annotated[
+        Literal["native", "wait"],
+        Parameter(help="Without a host: run instructions natively, or wait for one."),
+    ] = "native",
+    share_memory: Annotated[
+        bool,
+        Parameter(negative=(), help="Keep guest memory in a file, for reads that need no trip."),
+    ] = False,
+    backend_options: Annotated[
+        str, Parameter(help="Further options of the backend, as in a spec: site=0x1000&...")
+    ] = "",
+    outcomes: Annotated[
+        Path | None, Parameter(help="Where outcomes go; by default to standard error.")
+    ] = None,
+    options: ServerOptions | None = None,
+) -> int:
+    """Start QEMU with what traps need, answer them until it ends, and take it down.
 
-    arguments: tuple[str, ...]
-    handlers: list[str]
-    qemu: str | None
-    via: Literal["plugin", "gdb"]
-    accel: Literal["tcg", "kvm"] | None
-    plugin: Path | None
-    socket: Path | None
-    absent: Literal["native", "wait"]
-    share_memory: bool
-    backend_options: str
-    outcomes: Path | None
+    QEMU has standard input and output. Ctrl-C answers what is pending and ends QEMU through
+    its monitor.
 
+    Exit status: that of QEMU when it ended by itself, 1 when it could not be started or a
+    handler module failed, 2 for wrong usage.
 
-def run_qemu_guest(given: QemuOptions, options: ServerOptions) -> int:
-    """Run QEMU to its end; returns the exit status. Raises `VmiBridgeError`."""
-    if not given.handlers and given.socket is None:
+    Example: vmibridge qemu run --handlers handlers/hello.py -- -m 512 -kernel vmlinuz -nographic
+    """
+    given = options or ServerOptions()
+    if not handlers and socket is None:
         raise ConfigError("give --handlers that answer, or the --socket where a host listens")
-    if given.via == "plugin" and "kvm" in (given.accel, *accelerators(given.arguments)):
+    if via == "plugin" and "kvm" in (accel, *accelerators(arguments)):
         raise ConfigError(
             "with KVM the plugin is loaded and never trapped to: use TCG, or --via gdb"
         )
-    if given.via == "gdb" and not given.handlers:
+    if via == "gdb" and not handlers:
         raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
-        socket = given.socket or folder / "vmi.sock"
-        ram = stack.enter_context(_memory_file()) if given.share_memory else None
-        qemu = QemuProcess([*_command(given, socket, ram), *given.arguments])
-        if not given.handlers:
-            check_loop(options.loop)
-            with logging_to(log_handler(options.log_level, None), options.log_level):
-                return run_on(options.loop, partial(_run_alone, qemu))
-        outcomes = _outcomes_to(given.outcomes, stack)
-        return _serve(given, options, _backend(given, socket, ram), outcomes, qemu)
+        where = socket or folder / "vmi.sock"
+        ram = stack.enter_context(_memory_file()) if share_memory else None
+        found = find_qemu(qemu, PLUGIN_NEEDS if via == "plugin" else GDB_NEEDS)
+        command = [found.path]
+        if not accelerators(arguments):
+            command += ["-accel", accel or "tcg"]
+        if ram is not None:
+            command += _shared_memory(ram, memory_size(arguments))
+        if via == "gdb":
+            command += ["-S", "-gdb", f"unix:{_escaped(where)},server=on,wait=off"]
+        else:
+            told = f"file={_escaped(plugin or _built_plugin())},socket={_escaped(where)}"
+            told += f",absent={absent}" + ("" if ram is None else f",ram={ram}")
+            command += ["-plugin", told]
+        process = QemuProcess([*command, *arguments])
+        if not handlers:
+            check_loop(given.loop)
+            with logging_to(log_handler(given.log_level, None), given.log_level):
+                return run_on(given.loop, partial(_run_alone, process))
+        writer = stream_writer(_outcomes_to(outcomes, stack), as_json=given.json)
+        asked = [backend_options] if backend_options else []
+        if via == "gdb" and ram is not None:
+            asked.append(f"ram={quote(str(ram))}")
+        spec = f"qemu-{via}:unix:{where}" + ("?" + "&".join(asked) if asked else "")
+        return _serve(handlers, given, open_backend(spec), writer, process)
 
 
-def _command(given: QemuOptions, socket: Path, ram: Path | None) -> list[str]:
-    found = find_qemu(given.qemu, PLUGIN_NEEDS if given.via == "plugin" else GDB_NEEDS)
-    command = [found.path]
-    if not accelerators(given.arguments):
-        command += ["-accel", given.accel or "tcg"]
-    if ram is not None:
-        size = memory_size(given.arguments)
-        backend = f"memory-backend-file,id=vmibridge-ram,size={size},mem-path={ram},share=on"
-        command += ["-object", backend, "-machine", "memory-backend=vmibridge-ram"]
-    if given.via == "gdb":
-        return [*command, "-S", "-gdb", f"unix:{_escaped(socket)},server=on,wait=off"]
-    plugin = given.plugin or _built_plugin()
-    told = f"file={_escaped(plugin)},socket={_escaped(socket)},absent={given.absent}"
-    if ram is not None:
-        told += f",ram={ram}"
-    return [*command, "-plugin", told]
+def _shared_memory(file: Path, size: int) -> list[str]:
+    backend = f"memory-backend-file,id=vmibridge-ram,size={size},mem-path={file},share=on"
+    return ["-object", backend, "-machine", "memory-backend=vmibridge-ram"]
 
 
 def _escaped(path: Path) -> str:
@@ -149,19 +194,14 @@ async def _cancel_on_signal(
             scope.cancel()
 
 
-def _backend(given: QemuOptions, socket: Path, ram: Path | None) -> Backend:
-    kind = "qemu-plugin" if given.via == "plugin" else "qemu-gdb"
-    told = [given.backend_options] if given.backend_options else []
-    if given.via == "gdb" and ram is not None:
-        told.append(f"ram={quote(str(ram))}")
-    return open_backend(f"{kind}:unix:{socket}" + ("?" + "&".join(told) if told else ""))
-
-
 def _serve(
-    given: QemuOptions, options: ServerOptions, backend: Backend, outcomes: int, qemu: QemuProcess
+    handlers: list[str],
+    options: ServerOptions,
+    backend: Backend,
+    writer: Writer,
+    qemu: QemuProcess,
 ) -> int:
-    prepared = Prepared.of(given.handlers, options)
-    writer = stream_writer(outcomes, as_json=options.json)
+    prepared = Prepared.of(handlers, options)
     contexts: list[AbstractAsyncContextManager[object]] = [*prepared.taps, backend, writer]
     with logging_to(log_handler(options.log_level, None), options.log_level):
         server = prepared.server([backend])
@@ -170,7 +210,8 @@ def _serve(
             socket = Path(backend.where.removeprefix("unix:"))
             contexts = [qemu, _listening(qemu, socket), *contexts]
             beside = partial(_watch_gdb, qemu, server, backend)
-        status = run_on(options.loop, partial(serve, Life(contexts, server, writer, beside)))
+        life = Life(contexts, server, writer, beside)
+        status = run_on(options.loop, partial(run_server, life))
     ended = qemu.process.returncode
     return status or _exit_status(0 if ended is None else ended)
 

@@ -3,37 +3,75 @@
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from cyclopts import Parameter
 
 from vmibridge.cli.event_loop import run_on
 from vmibridge.errors import BackendSpecError
 from vmibridge.text import printable
-from vmibridge.transport.nats_store import (
-    StoredRecording,
-    get_recording,
-    list_recordings,
-    put_recording,
-)
+from vmibridge.transport import nats_store
+from vmibridge.transport.nats_store import StoredRecording
 from vmibridge.transport.nats_url import NatsUrl, is_nats_url, parse_nats_url
 
 
-def put(file: Path, to: str, name: str | None, *, as_json: bool) -> int:
-    """Keep a file; returns the exit status. Raises `VmiBridgeError`."""
-    _tell([run_on("asyncio", partial(put_recording, _url(to), file, name))], as_json=as_json)
+def put_recording(
+    file: Annotated[Path, Parameter(help="A recording that is finished.")],
+    to: Annotated[str, Parameter(help="nats://HOST:PORT, with ?bucket= for another store.")],
+    /,
+    *,
+    name: Annotated[
+        str | None, Parameter(help="What to keep it as; the name of the file by default.")
+    ] = None,
+    json: Annotated[bool, Parameter(negative=(), help="As one JSON object.")] = False,
+) -> int:
+    """Keep a recording in NATS.
+
+    Exit status: 1 when it could not be kept, 2 for wrong usage.
+
+    Example: vmibridge recordings put run.mcap nats://127.0.0.1:4222
+    """
+    stored = run_on("asyncio", partial(nats_store.put_recording, _url(to), file, name))
+    _tell([stored], as_json=json)
     return 0
 
 
-def get(name: str, source: str, output: Path | None, *, as_json: bool) -> int:
-    """Get one back. Raises as `put`."""
+def get_recording(
+    name: Annotated[str, Parameter(help="What it is kept as.")],
+    source: Annotated[str, Parameter(help="nats://HOST:PORT, as with put.")],
+    /,
+    *,
+    output: Annotated[
+        Path | None, Parameter(alias="-o", help="The file to make; NAME, here, by default.")
+    ] = None,
+    json: Annotated[bool, Parameter(negative=(), help="As one JSON object.")] = False,
+) -> int:
+    """Get a recording back.
+
+    Exit status: 1 when it could not be got, 2 for wrong usage.
+
+    Example: vmibridge recordings get run.mcap nats://127.0.0.1:4222 -o again.mcap
+    """
     target = output or Path(Path(name).name)
-    _tell([run_on("asyncio", partial(get_recording, _url(source), name, target))], as_json=as_json)
+    _tell(
+        [run_on("asyncio", partial(nats_store.get_recording, _url(source), name, target))],
+        as_json=json,
+    )
     return 0
 
 
-def show(source: str, *, as_json: bool) -> int:
-    """List what is kept. Raises as `put`."""
-    _tell(run_on("asyncio", partial(list_recordings, _url(source))), as_json=as_json)
+def list_recordings(
+    source: Annotated[str, Parameter(help="nats://HOST:PORT, as with put.")],
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative=(), help="One JSON object a recording.")] = False,
+) -> int:
+    """List the recordings that are kept: bytes, name.
+
+    Example: vmibridge recordings list nats://127.0.0.1:4222
+    """
+    _tell(run_on("asyncio", partial(nats_store.list_recordings, _url(source))), as_json=json)
     return 0
 
 

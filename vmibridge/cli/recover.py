@@ -2,30 +2,48 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
-import msgspec
+from cyclopts import Parameter
 
-from vmibridge.cli.progress import with_progress
-from vmibridge.recording.recover import recover
+from vmibridge.cli.options import CHECKS
 from vmibridge.text import printable
 
 _MOST_PROBLEMS = 10
 
 
-def recover_recording(source: Path, target: Path, *, as_json: bool) -> int:
-    """Write it and tell what was kept; returns the exit status. Raises `VmiBridgeError`."""
-    done = recover(
-        source, target, lambda messages, reader: with_progress(messages, reader, "reading")
+def recover(
+    file: Annotated[Path, Parameter(help="A recording that was cut short or damaged.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(alias="-o", help="The file to make.")],
+    json: Annotated[
+        bool, Parameter(group=CHECKS, negative=(), help="What was kept, as one JSON object.")
+    ] = False,
+) -> int:
+    """Make a clean recording of a damaged one, with all of it that can be read.
+
+    Exit status: 0 when it was made, 2 when there is nothing to make it of.
+
+    Example: vmibridge recover run.mcap -o clean.mcap
+    """
+    from msgspec.json import encode
+
+    from vmibridge.cli.progress import with_progress
+    from vmibridge.recording.recover import recover as recover_recording
+
+    done = recover_recording(
+        file, output, lambda messages, reader: with_progress(messages, reader, "reading")
     )
-    if as_json:
-        sys.stdout.write(msgspec.json.encode(done).decode() + "\n")
+    if json:
+        sys.stdout.write(encode(done).decode() + "\n")
         return 0
-    lines = [f"{source}: {problem}" for problem in done.problems[:_MOST_PROBLEMS]]
+    lines = [f"{file}: {problem}" for problem in done.problems[:_MOST_PROBLEMS]]
     if done.problem_count > _MOST_PROBLEMS:
-        lines.append(f"{source}: {done.problem_count - _MOST_PROBLEMS} problems more")
+        lines.append(f"{file}: {done.problem_count - _MOST_PROBLEMS} problems more")
     if done.complete:
-        lines.append(f"{source}: is whole; there was nothing to recover")
+        lines.append(f"{file}: is whole; there was nothing to recover")
     kept = ", ".join(f"{count} {topic}" for topic, count in done.messages.items() if count)
-    lines.append(f"{target}: {kept or 'no message'} kept")
+    lines.append(f"{output}: {kept or 'no message'} kept")
     sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
     return 0

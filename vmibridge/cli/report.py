@@ -5,42 +5,59 @@ A file that is there already is written over only when asked, and the recording 
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
-import msgspec
+from cyclopts import Parameter, validators
 
-from vmibridge.cli.progress import with_progress
 from vmibridge.errors import ConfigError
-from vmibridge.recording.export import new_files
-from vmibridge.recording.reader import RecordingReader
-from vmibridge.recording.report.collect import Collector
-from vmibridge.recording.report.page import render
-from vmibridge.recording.select import SelectedTraps, Selection
 from vmibridge.text import printable
 
 
-class ReportOptions(msgspec.Struct, frozen=True):
-    """The options of the command."""
+def report(
+    file: Annotated[Path, Parameter(help="A recording.")],
+    /,
+    *,
+    output: Annotated[
+        Path | None,
+        Parameter(
+            name=("--output", "-o"), help="The page to make; by default FILE with .html at its end."
+        ),
+    ] = None,
+    limit: Annotated[
+        int,
+        Parameter(
+            validator=validators.Number(gte=1, lte=500_000),
+            help="Show so many traps, and of the rest the slowest and up to 1000 that failed;"
+            " totals and latencies count all.",
+        ),
+    ] = 100_000,
+    title: Annotated[str | None, Parameter(help="The heading of the page.")] = None,
+    force: Annotated[
+        bool, Parameter(negative=(), help="Write over a page that is there already.")
+    ] = False,
+) -> int:
+    """Make one HTML page of a recording, which needs no network.
 
-    path: Path
-    output: Path | None
-    limit: int
-    title: str | None
-    force: bool
+    Example: vmibridge report run.mcap -o report.html
+    """
+    from vmibridge.cli.progress import with_progress
+    from vmibridge.recording.export import new_files
+    from vmibridge.recording.reader import RecordingReader
+    from vmibridge.recording.report.collect import Collector
+    from vmibridge.recording.report.page import render
+    from vmibridge.recording.select import SelectedTraps, Selection
 
-
-def write_report(options: ReportOptions) -> int:
-    """Write it; returns the exit status. Raises `VmiBridgeError`."""
-    target = options.output or options.path.with_suffix(".html")
-    with RecordingReader(options.path) as reader:
+    target = output or file.with_suffix(".html")
+    with RecordingReader(file) as reader:
         # Before a pass that may take minutes.
         if target.exists():
-            _check(target, options)
-        collector = Collector(options.limit)
+            _check(target, file, force=force)
+        collector = Collector(limit)
         traps = SelectedTraps(reader.messages(), Selection(), collector.hear)
         for trap in with_progress(traps, reader, "reading"):
             collector.add(trap)
-        page = render(collector.finish(reader), collector.rows, options.title)
-        with new_files([target], replace=options.force) as (path,):
+        page = render(collector.finish(reader), collector.rows, title)
+        with new_files([target], replace=force) as (path,):
             path.write_bytes(page)
         problems = reader.problem_count
     shown = len(collector.rows)
@@ -51,10 +68,10 @@ def write_report(options: ReportOptions) -> int:
     return 0
 
 
-def _check(target: Path, options: ReportOptions) -> None:
-    if target.samefile(options.path):
+def _check(target: Path, recording: Path, *, force: bool) -> None:
+    if target.samefile(recording):
         raise ConfigError(f"{target}: is the recording; name another file with -o")
-    if not options.force:
+    if not force:
         raise ConfigError(
             f"{target}: is there already; write over it with --force, or name another file with -o"
         )

@@ -1,100 +1,65 @@
 """`vmibridge run`: a guest, its handlers, and what is shown of them."""
 
-import logging
-import os
-import signal
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated
 
-import anyio
-import msgspec
-from anyio import CancelScope
-from anyio.abc import TaskStatus
-from rich.console import Console
+from cyclopts import Parameter
 
-from vmibridge.backend import open_backend
-from vmibridge.cli.event_loop import check_loop, logging_to, run_on
-from vmibridge.cli.logs import log_handler
-from vmibridge.cli.output import TableWriter, Writer, stream_writer
+from vmibridge.cli.options import Sources
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.config import Config
-from vmibridge.errors import (
-    BackendError,
-    BackendSpecError,
-    ConfigError,
-    VmiBridgeError,
-)
-from vmibridge.loading import HandlerFactory
-from vmibridge.server import BridgeServer
-from vmibridge.settings import ServerSettings
-from vmibridge.vmi import Backend, GuestEnd
+from vmibridge.errors import BackendSpecError
 
 if TYPE_CHECKING:
-    from vmibridge.recording import Recorder
-
-log: logging.Logger = logging.getLogger(__name__)
-
-_LAST_LINES = 1.0
-"""Seconds, after a second signal, in which the last outcomes are shown."""
-_MORE = {
-    1: "handlers have their grace period, again to cancel them",
-    2: "handlers are cancelled, again to end at once",
-}
+    from vmibridge.vmi import Backend
 
 
-def run_guest(specs: list[str], handlers: list[str], options: ServerOptions) -> int:
-    """Run a guest until it ends; returns the exit status. Raises `VmiBridgeError`."""
-    prepared = Prepared.of(handlers, options)
-    backends = _open_backends(specs)
-    console = None if options.json or not sys.stdout.isatty() else Console()
-    writer = TableWriter(console) if console else stream_writer(1, as_json=options.json)
-    with logging_to(log_handler(options.log_level, console), options.log_level):
+def run(
+    *,
+    backend: Annotated[
+        list[str],
+        Parameter(
+            negative=(),
+            help="The VM: unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1."
+            " NAME=SPEC names it. Several may be given: each has handlers of its own.",
+        ),
+    ],
+    handlers: Sources,
+    options: ServerOptions | None = None,
+) -> int:
+    """Run a guest and answer its traps until it ends.
+
+    On a terminal a table shows the latest traps and the counts; otherwise each trap
+    is a line. Ctrl-C takes no more traps, answers what is pending, and lets the guest go;
+    a second one leaves handlers no time to end, a third ends the process at once.
+
+    Exit status: 0 when the guest ended by itself, 1 when it, its backend or a handler
+    module failed, 2 for wrong usage.
+
+    Example: vmibridge run --backend unicorn:guest.bin --handlers handlers/hello.py
+    """
+    from rich.console import Console
+
+    from vmibridge.cli.event_loop import logging_to, run_on
+    from vmibridge.cli.logs import log_handler
+    from vmibridge.cli.output import TableWriter, stream_writer
+    from vmibridge.cli.server_run import Life, Prepared, run_server
+
+    given = options or ServerOptions()
+    prepared = Prepared.of(handlers, given)
+    backends = _open_backends(backend)
+    console = None if given.json or not sys.stdout.isatty() else Console()
+    writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)
+    with logging_to(log_handler(given.log_level, console), given.log_level):
         server = prepared.server(backends)
         life = Life([*prepared.taps, *backends, writer], server, writer)
-        return run_on(options.loop, partial(serve, life))
+        return run_on(given.loop, partial(run_server, life))
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What options ask for, checked, before any VM is there."""
-
-    handlers: list[str]
-    config: Config
-    settings: ServerSettings
-    taps: "list[Recorder]"
-
-    @classmethod
-    def of(cls, handlers: list[str], options: ServerOptions) -> Self:
-        """Raises `ConfigError`, `MissingExtraError`."""
-        config = Config() if options.config is None else Config.read(options.config)
-        settings = config.server
-        for name in ("timeout", "soft_timeout"):
-            seconds = getattr(options, name)
-            if seconds is not None:
-                try:
-                    settings = msgspec.structs.replace(settings, **{name: seconds})
-                except ValueError as error:
-                    raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
-        check_loop(options.loop)
-        return cls(handlers, config, settings, _taps(options))
-
-    def server(self, backends: list[Backend]) -> BridgeServer:
-        """Raises `HandlerLoadError` and `ConfigError`."""
-        factory = HandlerFactory(self.handlers, self.config)
-        try:
-            return BridgeServer(
-                backends, factory, **msgspec.structs.asdict(self.settings), taps=self.taps
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-
-def _open_backends(specs: list[str]) -> list[Backend]:
+def _open_backends(specs: list[str]) -> "list[Backend]":
     """`NAME=SPEC` names the VM; without, it is `vm`, or `vm0` and on when there are several."""
+    from vmibridge.backend import open_backend
+
     backends = []
     for number, text in enumerate(specs):
         name, named, spec = text.partition("=")
@@ -105,106 +70,3 @@ def _open_backends(specs: list[str]) -> list[Backend]:
         else:
             backends.append(open_backend(text, vm=f"vm{number}" if len(specs) > 1 else "vm"))
     return backends
-
-
-def _taps(options: ServerOptions) -> "list[Recorder]":
-    if options.record is None:
-        for name in ("redact", "unrecorded"):
-            if getattr(options, name):
-                raise ConfigError(f"--{name} is about a recording: give --record FILE, too")
-        return []
-    from vmibridge.recording import Recorder
-
-    return [Recorder(options.record, on_error=options.unrecorded or "stop", redact=options.redact)]
-
-
-@dataclass(frozen=True)
-class Life:
-    """A server and what it needs, in the order in which that is entered."""
-
-    contexts: list[AbstractAsyncContextManager[object]]
-    server: BridgeServer
-    writer: Writer
-    beside: Callable[[], Coroutine[None, None, None]] | None = None
-    """Runs beside the server, cancelled at its end; where it fails, the server stops."""
-
-
-async def serve(life: Life) -> int:
-    """Run a server to its end, or that of the user's patience; returns the exit status."""
-    server = life.server
-    received: list[int] = []
-    failures: list[VmiBridgeError] = []
-    async with anyio.create_task_group() as tasks:
-        run = anyio.CancelScope()
-        await tasks.start(_stop_on_signal, server, run, received)
-        try:
-            with run:
-                async with AsyncExitStack() as stack:
-                    for context in life.contexts:
-                        await stack.enter_async_context(context)
-                    if life.beside is not None:
-                        tasks.start_soon(_run_beside, life.beside, server, failures)
-                    async for outcome in server.run():
-                        await life.writer.show(outcome)
-                    await life.writer.end(server.summaries)
-        except BrokenPipeError:
-            failures.append(BackendError("standard output was closed: nobody reads the outcomes"))
-        except VmiBridgeError as error:
-            failures.append(error)
-        except SystemExit as error:
-            failures.append(BackendError(f"a handler asked to exit, with {error.code!r}"))
-        tasks.cancel_scope.cancel()
-    if failures:
-        raise failures[0]
-    if received:
-        return 128 + received[0]
-    ends = {vm: summary.guest for vm, summary in server.summaries.items()}
-    failed = [
-        f"vm {vm}: {_diagnosis(guest)}" if len(ends) > 1 else _diagnosis(guest)
-        for vm, guest in ends.items()
-        if guest is None or guest.failed
-    ]
-    if failed:
-        raise BackendError("; ".join(failed))
-    return 0
-
-
-async def _run_beside(
-    beside: Callable[[], Coroutine[None, None, None]],
-    server: BridgeServer,
-    failures: list[VmiBridgeError],
-) -> None:
-    try:
-        await beside()
-    except VmiBridgeError as error:
-        failures.append(error)
-        server.stop(now=True)
-
-
-async def _stop_on_signal(
-    server: BridgeServer,
-    run: CancelScope,
-    received: list[int],
-    *,
-    task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
-) -> None:
-    """The first signal stops in good order, a second leaves no grace, a third exits."""
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        async for number in signals:
-            received.append(number)
-            if len(received) > 2:
-                # A handler may shield itself from being cancelled; the user has the last word.
-                os._exit(128 + number)
-            log.info("%s: stopping; %s", signal.Signals(number).name, _MORE[len(received)])
-            server.stop(now=len(received) > 1)
-            if len(received) > 1:
-                # Whoever reads standard output may not read on.
-                run.deadline = anyio.current_time() + _LAST_LINES
-
-
-def _diagnosis(guest: GuestEnd | None) -> str:
-    if guest is None:
-        return "the guest did not run"
-    failed = [end for end in guest.vcpus if end.reason in ("crashed", "lost")]
-    return "; ".join(f"vcpu {end.vcpu} {end.reason}: {end.detail}" for end in failed)

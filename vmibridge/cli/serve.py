@@ -9,17 +9,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import anyio
 import msgspec
 from anyio.abc import TaskGroup, TaskStatus
+from cyclopts import Parameter
 
 from vmibridge.cli.event_loop import logging_to, run_on
 from vmibridge.cli.logs import log_handler
+from vmibridge.cli.options import Sources
 from vmibridge.cli.output import JsonWriter, LineWriter
-from vmibridge.cli.run import Prepared
 from vmibridge.cli.server_options import ServerOptions
+from vmibridge.cli.server_run import Prepared
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import Config
 from vmibridge.errors import BackendError, ConfigError, VmiBridgeError
@@ -28,7 +30,6 @@ from vmibridge.outcome import Outcome
 from vmibridge.summary import Summary
 from vmibridge.tap import Tap
 from vmibridge.transport import AgentLimits, AgentServer
-from vmibridge.transport.session import Repeated
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -38,45 +39,68 @@ _LOADED = "vmibridge_handlers_"
 """What `vmibridge.loading` calls the modules that it makes of files."""
 
 
-class ServeOptions(msgspec.Struct, frozen=True):
-    """The options that other commands do not have."""
+def serve(
+    *,
+    listen: Annotated[
+        list[str],
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Where agents connect: unix:PATH?mode=0o600, tcp:127.0.0.1:PORT,"
+            " tls:HOST:PORT?cert=&key=&ca=&names=, or nats://HOST:PORT, where servers share"
+            " the traps; several may be given.",
+        ),
+    ],
+    handlers: Sources,
+    keep: Annotated[
+        float, Parameter(help="Seconds that a VM is remembered whose agent is away.")
+    ] = 300.0,
+    repeated: Annotated[
+        Literal["refuse", "run"],
+        Parameter(
+            help="A trap that a server which is gone may have run: give the guest its fallback,"
+            " or run it."
+        ),
+    ] = "refuse",
+    options: ServerOptions | None = None,
+) -> int:
+    """Answer the traps of VMs whose agents connect; each VM has handlers of its own.
 
-    listen: list[str]
-    handlers: list[str]
-    keep: float
-    repeated: Repeated
+    --record names a folder here: each VM has a file of its own in it.
 
+    SIGHUP loads the handlers anew without dropping a trap. SIGINT and SIGTERM stop as with
+    run; traps that come then are given back to their agents, for the server that follows.
 
-def serve(options: ServeOptions, server_options: ServerOptions) -> int:
-    """Serve agents until a signal; returns the exit status. Raises `VmiBridgeError`."""
+    Exit status: 1 when it cannot listen or a handler module fails, 2 for wrong usage.
+
+    Example: vmibridge serve --listen unix:/run/vmibridge.sock --handlers handlers/hello.py
+    """
     # Handlers may be loaded anew, and a change within a second would go unseen.
     sys.dont_write_bytecode = True
+    given = options or ServerOptions()
     # A recorder is made for each VM; those of `run` and `qemu` are not wanted.
-    prepared = Prepared.of(
-        options.handlers, replace(server_options, record=None, redact=[], unrecorded=None)
-    )
-    recordings = _Recordings.of(server_options)
+    prepared = Prepared.of(handlers, replace(given, record=None, redact=[], unrecorded=None))
+    recordings = _Recordings.of(given)
     try:
-        limits = AgentLimits(keep=options.keep)
+        limits = AgentLimits(keep=keep)
     except ValueError as error:
         raise ConfigError(f"--keep: {error}") from error
-    level = server_options.log_level
-    with logging_to(log_handler(level, None), level):
-        factory = HandlerFactory(options.handlers, prepared.config)
+    with logging_to(log_handler(given.log_level, None), given.log_level):
+        factory = HandlerFactory(handlers, prepared.config)
         # Once, to find what is wrong with them before anybody comes.
         factory.make()
-        command = _Command(options, server_options)
+        command = _Command(handlers, given)
         command.server = AgentServer(
-            options.listen,
+            listen,
             factory,
             settings=prepared.settings,
             limits=limits,
-            repeated=options.repeated,
+            repeated=repeated,
             on_outcome=command.show,
             on_end=command.show_end,
             taps=recordings,
         )
-        return run_on(server_options.loop, command.run)
+        return run_on(given.loop, command.run)
 
 
 def load_anew(sources: list[str], config_file: Path | None) -> HandlerFactory:
@@ -141,10 +165,10 @@ class _Command:
 
     server: AgentServer
 
-    def __init__(self, options: ServeOptions, server_options: ServerOptions) -> None:
+    def __init__(self, sources: list[str], options: ServerOptions) -> None:
+        self._sources = sources
         self._options = options
-        self._server_options = server_options
-        self._writer = JsonWriter(1) if server_options.json else LineWriter(1)
+        self._writer = JsonWriter(1) if options.json else LineWriter(1)
         self._received: list[int] = []
         self._failure: VmiBridgeError | None = None
         self._scope: anyio.CancelScope | None = None
@@ -177,7 +201,7 @@ class _Command:
 
     async def show_end(self, vm: str, summary: Summary, counts: dict[str, int]) -> None:
         """A VM has ended."""
-        if self._server_options.json:
+        if self._options.json:
             line = msgspec.json.decode(summary_json({vm: summary}))
             line["summary"] |= {"vm": vm, "agent": counts}
             data = msgspec.json.encode(line) + b"\n"
@@ -223,7 +247,7 @@ class _Command:
     async def _reload(self, reloading: anyio.Lock) -> None:
         async with reloading:
             try:
-                handlers = load_anew(self._options.handlers, self._server_options.config)
+                handlers = load_anew(self._sources, self._options.config)
             except VmiBridgeError as error:
                 log.error("SIGHUP: the handlers stay as they are: %s", error)  # noqa: TRY400
                 return

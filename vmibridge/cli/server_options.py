@@ -4,12 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
-from vmibridge.cli.event_loop import Loop, chosen_loop
-
-_CHECKS = Group("Looking at what happens")
-_RECORDING = Group("Recording")
+from vmibridge.cli.options import CHECKS, RECORDING, AsyncBackend, Loop, Uvloop, chosen_loop
 
 
 @Parameter(name="*")
@@ -17,9 +14,7 @@ _RECORDING = Group("Recording")
 class ServerOptions:
     """As given."""
 
-    async_backend: Annotated[Literal["asyncio", "trio"], Parameter(help="The event loop.")] = (
-        "asyncio"
-    )
+    async_backend: AsyncBackend = "asyncio"
     timeout: Annotated[
         float | None,
         Parameter(help="Seconds for one request, where its handler says nothing; 5 by default."),
@@ -34,18 +29,18 @@ class ServerOptions:
             help="A TOML file: [server], [policy], [handlers.NAME]; see docs/configuration.md."
         ),
     ] = None
-    uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False
+    uvloop: Uvloop = False
     record: Annotated[
         Path | None,
         Parameter(
-            group=_RECORDING,
+            group=RECORDING,
             help="Record all that happens in this new file; in a folder, it gets a free name.",
         ),
     ] = None
     redact: Annotated[
         list[str],
         Parameter(
-            group=_RECORDING,
+            group=RECORDING,
             negative=(),
             show_default=False,
             help="Leave out memory, value1 to value4, or one of them of one request, as in"
@@ -55,17 +50,17 @@ class ServerOptions:
     unrecorded: Annotated[
         Literal["stop", "continue"] | None,
         Parameter(
-            group=_RECORDING,
+            group=RECORDING,
             help="When the file cannot be written any more: stop the run, or go on; stop by"
             " default.",
         ),
     ] = None
     json: Annotated[
-        bool, Parameter(group=_CHECKS, negative=(), help="One JSON object a trap, then a summary.")
+        bool, Parameter(group=CHECKS, negative=(), help="One JSON object a trap, then a summary.")
     ] = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Parameter(group=_CHECKS, help="What goes to standard error; debug shows tracebacks."),
+        Parameter(group=CHECKS, help="What goes to standard error; debug shows tracebacks."),
     ] = "info"
 
     @property

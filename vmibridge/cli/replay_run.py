@@ -1,0 +1,88 @@
+"""One replay of a recording, compared with what was recorded."""
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+
+from vmibridge.cli.progress import ReadingBar
+from vmibridge.cli.replay_result import ReplayPrinter
+from vmibridge.config import Config
+from vmibridge.dispatch import Bridge
+from vmibridge.errors import NotReplayedError
+from vmibridge.loading import HandlerFactory
+from vmibridge.recording.messages import SESSION, Session
+from vmibridge.recording.reader import RecordingReader
+from vmibridge.recording.replay import ReplayBackend, ReplayOptions, replay_settings
+from vmibridge.server import BridgeServer
+from vmibridge.settings import ServerSettings
+
+
+class Replay:
+    """The VMs of one file, replayed together. `sessions`: what the file says of them, by VM."""
+
+    def __init__(
+        self,
+        file: Path,
+        options: list[ReplayOptions],
+        sessions: dict[str, Session],
+        *,
+        as_json: bool,
+    ) -> None:
+        self._file = file
+        self._options = options
+        self._sessions = sessions
+        self._printer = ReplayPrinter(as_json=as_json)
+
+    async def compare(self, sources: list[str], config: Path | None, timeout: float | None) -> int:
+        """Ask the handlers of `sources`; returns the exit status. Raises `VmiBridgeError`.
+
+        `timeout`: seconds for one request, in place of what was recorded.
+        """
+        factory = HandlerFactory(sources, Config() if config is None else Config.read(config))
+        bridges: dict[str, Bridge] = {}
+
+        def bridge_for(vm: str) -> Bridge:
+            bridge = bridges[vm] = factory(vm)
+            return bridge
+
+        printer = self._printer
+        backends = [
+            ReplayBackend(self._file, options, options.vm or "vm", printer.difference)
+            for options in self._options
+        ]
+        async with AsyncExitStack() as stack:
+            for backend in backends:
+                await stack.enter_async_context(backend)
+            settings = msgspec.structs.asdict(self._settings(timeout))
+            server = BridgeServer(backends, bridge_for, **settings)
+            with ReadingBar(backends[0].reader, f"replaying {self._file}") as bar:
+                async for _ in server.run():
+                    bar.step()
+            for backend in backends:
+                printer.changes(backend.session, bridges[backend.vm].handlers)
+                printer.problems(backend.reader)
+        strict = any(options.strict for options in self._options)
+        return 0 if printer.end(self._file, backends, strict=strict) else 1
+
+    def _settings(self, timeout: float | None) -> ServerSettings:
+        recorded = [self._sessions.get(options.vm or "") for options in self._options]
+        session = next((session for session in recorded if session is not None), None)
+        settings = replay_settings(ServerSettings() if session is None else session.settings)
+        if timeout is None:
+            return settings
+        try:
+            return msgspec.structs.replace(settings, timeout=timeout)
+        except ValueError as error:
+            raise NotReplayedError(f"--timeout: {error}") from error
+
+
+def sessions_of(file: Path) -> list[Session]:
+    """The VMs of a recording. Raises `RecordingReadError`."""
+    with RecordingReader(file) as reader, ReadingBar(reader, f"reading {file}") as bar:
+        found: dict[str, Session] = {}
+        for _, message in reader.messages(SESSION):
+            bar.step()
+            assert isinstance(message, Session)
+            found.setdefault(message.vm, message)
+        return list(found.values())

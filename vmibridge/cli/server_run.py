@@ -1,0 +1,178 @@
+"""A server of a command, from its options to its end: what `run` and `qemu run` share."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import anyio
+import msgspec
+from anyio import CancelScope
+from anyio.abc import TaskStatus
+
+from vmibridge.cli.event_loop import check_loop
+from vmibridge.cli.output import Writer
+from vmibridge.cli.server_options import ServerOptions
+from vmibridge.config import Config
+from vmibridge.errors import (
+    BackendError,
+    ConfigError,
+    VmiBridgeError,
+)
+from vmibridge.loading import HandlerFactory
+from vmibridge.server import BridgeServer
+from vmibridge.settings import ServerSettings
+from vmibridge.vmi import Backend, GuestEnd
+
+if TYPE_CHECKING:
+    from vmibridge.recording import Recorder
+
+log: logging.Logger = logging.getLogger(__name__)
+
+_LAST_LINES = 1.0
+"""Seconds, after a second signal, in which the last outcomes are shown."""
+_MORE = {
+    1: "handlers have their grace period, again to cancel them",
+    2: "handlers are cancelled, again to end at once",
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What options ask for, checked, before any VM is there."""
+
+    handlers: list[str]
+    config: Config
+    settings: ServerSettings
+    taps: "list[Recorder]"
+
+    @classmethod
+    def of(cls, handlers: list[str], options: ServerOptions) -> Self:
+        """Raises `ConfigError`, `MissingExtraError`."""
+        config = Config() if options.config is None else Config.read(options.config)
+        settings = config.server
+        for name in ("timeout", "soft_timeout"):
+            seconds = getattr(options, name)
+            if seconds is not None:
+                try:
+                    settings = msgspec.structs.replace(settings, **{name: seconds})
+                except ValueError as error:
+                    raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
+        check_loop(options.loop)
+        return cls(handlers, config, settings, _taps(options))
+
+    def server(self, backends: list[Backend]) -> BridgeServer:
+        """Raises `HandlerLoadError` and `ConfigError`."""
+        factory = HandlerFactory(self.handlers, self.config)
+        try:
+            return BridgeServer(
+                backends, factory, **msgspec.structs.asdict(self.settings), taps=self.taps
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _taps(options: ServerOptions) -> "list[Recorder]":
+    if options.record is None:
+        for name in ("redact", "unrecorded"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name} is about a recording: give --record FILE, too")
+        return []
+    from vmibridge.recording import Recorder
+
+    return [Recorder(options.record, on_error=options.unrecorded or "stop", redact=options.redact)]
+
+
+@dataclass(frozen=True)
+class Life:
+    """A server and what it needs, in the order in which that is entered."""
+
+    contexts: list[AbstractAsyncContextManager[object]]
+    server: BridgeServer
+    writer: Writer
+    beside: Callable[[], Coroutine[None, None, None]] | None = None
+    """Runs beside the server, cancelled at its end; where it fails, the server stops."""
+
+
+async def run_server(life: Life) -> int:
+    """Run a server to its end, or that of the user's patience; returns the exit status."""
+    server = life.server
+    received: list[int] = []
+    failures: list[VmiBridgeError] = []
+    async with anyio.create_task_group() as tasks:
+        run = anyio.CancelScope()
+        await tasks.start(_stop_on_signal, server, run, received)
+        try:
+            with run:
+                async with AsyncExitStack() as stack:
+                    for context in life.contexts:
+                        await stack.enter_async_context(context)
+                    if life.beside is not None:
+                        tasks.start_soon(_run_beside, life.beside, server, failures)
+                    async for outcome in server.run():
+                        await life.writer.show(outcome)
+                    await life.writer.end(server.summaries)
+        except BrokenPipeError:
+            failures.append(BackendError("standard output was closed: nobody reads the outcomes"))
+        except VmiBridgeError as error:
+            failures.append(error)
+        except SystemExit as error:
+            failures.append(BackendError(f"a handler asked to exit, with {error.code!r}"))
+        tasks.cancel_scope.cancel()
+    if failures:
+        raise failures[0]
+    if received:
+        return 128 + received[0]
+    ends = {vm: summary.guest for vm, summary in server.summaries.items()}
+    failed = [
+        f"vm {vm}: {_diagnosis(guest)}" if len(ends) > 1 else _diagnosis(guest)
+        for vm, guest in ends.items()
+        if guest is None or guest.failed
+    ]
+    if failed:
+        raise BackendError("; ".join(failed))
+    return 0
+
+
+async def _run_beside(
+    beside: Callable[[], Coroutine[None, None, None]],
+    server: BridgeServer,
+    failures: list[VmiBridgeError],
+) -> None:
+    try:
+        await beside()
+    except VmiBridgeError as error:
+        failures.append(error)
+        server.stop(now=True)
+
+
+async def _stop_on_signal(
+    server: BridgeServer,
+    run: CancelScope,
+    received: list[int],
+    *,
+    task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """The first signal stops in good order, a second leaves no grace, a third exits."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for number in signals:
+            received.append(number)
+            if len(received) > 2:
+                # A handler may shield itself from being cancelled; the user has the last word.
+                os._exit(128 + number)
+            log.info("%s: stopping; %s", signal.Signals(number).name, _MORE[len(received)])
+            server.stop(now=len(received) > 1)
+            if len(received) > 1:
+                # Whoever reads standard output may not read on.
+                run.deadline = anyio.current_time() + _LAST_LINES
+
+
+def _diagnosis(guest: GuestEnd | None) -> str:
+    if guest is None:
+        return "the guest did not run"
+    failed = [end for end in guest.vcpus if end.reason in ("crashed", "lost")]
+    return "; ".join(f"vcpu {end.vcpu} {end.reason}: {end.detail}" for end in failed)
