@@ -22,6 +22,7 @@ from vmibridge.dispatch import Bridge, one_line
 from vmibridge.errors import HandlerLifeError
 from vmibridge.handler import BridgeHandler
 from vmibridge.outcomes import OutcomesIn
+from vmibridge.replies import BeforeResume
 from vmibridge.settings import ServerSettings
 from vmibridge.summary import Summary
 from vmibridge.tap import Tap
@@ -42,6 +43,7 @@ class Engine:
         turns: Turns,
         taps: Sequence[Tap],
         on_end: Callable[[str, BaseException | None], None],
+        before_resume: BeforeResume | None = None,
     ) -> None:
         self._backend = backend
         self._on_end = on_end
@@ -49,7 +51,15 @@ class Engine:
         self._settings = settings
         self._outcomes = outcomes
         self._workers = Workers(
-            backend, bridge, settings, outcomes, in_flight, turns, taps, self._stop_for
+            backend,
+            bridge,
+            settings,
+            outcomes,
+            in_flight,
+            turns,
+            taps,
+            self._stop_for,
+            before_resume,
         )
         self._bridge = bridge
         self._taps = taps

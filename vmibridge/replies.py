@@ -6,8 +6,10 @@ written makes its outcome *failed*; the trap is done with in any case.
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+import anyio
 
 from vmibridge.arch import write_response
 from vmibridge.dispatch import one_line
@@ -29,6 +31,10 @@ _clock = time.monotonic
 _HANDLED, _DENIED = OutcomeKind.HANDLED, OutcomeKind.DENIED
 
 
+BeforeResume: TypeAlias = Callable[[Outcome[Any]], Awaitable[None]]
+"""What a consumer does with an outcome while the vCPU of its trap still stands still."""
+
+
 class Replies:
     """The replies to the traps of one VM."""
 
@@ -40,12 +46,16 @@ class Replies:
         lanes: Lanes,
         summary: Summary,
         taps: Sequence[Tap],
+        before_resume: BeforeResume | None = None,
     ) -> None:
         self._backend = backend
         self._outcomes = outcomes
         self._lanes = lanes
         self._summary = summary
         self._taps = taps
+        self._before_resume = before_resume
+        self._patience = settings.timeout
+        self._consulted: set[anyio.CancelScope] = set()
         denied = "native" if settings.policy is None else settings.policy.denied
         self._denied_natively = denied == "native"
         # Of the others the response is in the outcome.
@@ -72,6 +82,21 @@ class Replies:
         writes: RegisterWrites | None = None
         if kind is not _DENIED or not self._denied_natively:
             writes = write_response(event, response)
+        if self._before_resume is not None:
+            await self._consult(
+                self._before_resume,
+                Outcome(
+                    kind,
+                    outcome.packet,
+                    response,
+                    outcome.handler,
+                    error,
+                    event,
+                    None,
+                    _clock() - started,
+                    outcome.retry_of,
+                ),
+            )
         try:
             await self._backend.resume(event, writes)
         except Exception as lost:
@@ -98,6 +123,27 @@ class Replies:
         if not self._outcomes.put_nowait(done):
             await self._outcomes.put(done)
         self._lanes.release(event.vcpu)
+
+    async def _consult(self, before_resume: BeforeResume, outcome: Outcome[Any]) -> None:
+        """Let the consumer act first. Whatever it does, the answer is written after it."""
+        assert outcome.event is not None
+        where = f"before_resume of trap {outcome.event.seq} of vm {outcome.event.vm}"
+        with anyio.move_on_after(self._patience) as scope:
+            self._consulted.add(scope)
+            try:
+                await before_resume(outcome)
+            except Exception:
+                log.exception("%s failed; the answer is written all the same", where)
+            finally:
+                self._consulted.discard(scope)
+        if scope.cancelled_caught:
+            log.error("%s was cut off; the answer is written all the same", where)
+
+    def consult_no_more(self) -> None:
+        """Cut off what the consumer does, from here on: the server stops, and every trap is due."""
+        self._before_resume = None
+        for scope in self._consulted:
+            scope.cancel()
 
     async def run_natively(self, event: TrapEvent) -> None:
         """Answer a trap that is not ours."""

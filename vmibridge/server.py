@@ -14,6 +14,7 @@ Rules:
   the first backend of the server: that one is to be left last.
 """
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -30,9 +31,10 @@ from vmibridge.engine import Engine, lives_of
 from vmibridge.errors import ServerStateError
 from vmibridge.handler import BridgeHandler
 from vmibridge.host import Feature, Host, HostInfo
-from vmibridge.outcome import Outcome
+from vmibridge.outcome import Outcome, OutcomeKind
 from vmibridge.outcomes import OutcomeQueue
 from vmibridge.policy import Policy
+from vmibridge.replies import BeforeResume
 from vmibridge.response import BridgeResponse
 from vmibridge.settings import ServerSettings
 from vmibridge.summary import Summary
@@ -47,8 +49,11 @@ OUTCOMES_AHEAD = 1024
 """Outcomes that are kept for a consumer that lags, before vCPUs wait for it."""
 
 
-Until: TypeAlias = Literal["output"] | Callable[[Outcome[Any]], bool]
+Until: TypeAlias = Literal["output", "exit"] | int | Callable[[Outcome[Any]], bool]
 """When a run ends, other than with its guest."""
+
+_EXIT = 0xFFFF
+"""The method by which a guest of the standard contract says that it is done."""
 
 BridgeFactory: TypeAlias = Callable[[str], Target]
 """Makes what serves one VM, given the name of the VM."""
@@ -76,6 +81,13 @@ class BridgeServer:
     | `policy` | who may ask, and how much |
     | `handshake` | whether to answer the handshake of the standard contract |
     | `taps` | what sees the traffic, such as a `Recorder` |
+    | `before_resume` | what acts on an outcome before its vCPU goes on |
+
+    An outcome is iterated over when its vCPU has gone on. Who has to act first, such as on an
+    output with the guest still at its instruction, gives `before_resume`: it is awaited with
+    the outcome of each trap of ours, whose `writes` are `None` then. The answer is written when
+    it returns, when it raises (which is logged), after `timeout` seconds at the latest, and at
+    a stop after the grace period: then it is cancelled.
 
     The first four, where neither the handler nor its method says otherwise. Raises
     `ValueError` for a number that makes no sense, for two VMs of one name, and for a
@@ -101,6 +113,7 @@ class BridgeServer:
         policy: Policy | None = None,
         handshake: bool = True,
         taps: Sequence[Tap] = (),
+        before_resume: BeforeResume | None = None,
     ) -> None:
         self._settings = ServerSettings(
             timeout,
@@ -126,6 +139,7 @@ class BridgeServer:
         self._bridges = [self._bridge_for(backend.vm, bridge) for backend in self._backends]
         _check_shared(self._bridges)
         self._taps = tuple(taps)
+        self._before_resume = before_resume
         self._owner: _Owner | None = None
         self._stopped = False
 
@@ -157,21 +171,26 @@ class BridgeServer:
         the loop early stops the server, as `stop` does.
 
         `until` ends it sooner: `"output"` with the first outcome that has an output, as
-        the dispatch loop of vmi-utils 0.5 to 0.7 does, or a function with the first
-        outcome that it is true for. That outcome is the last one of the iteration, which
+        the dispatch loop of vmi-utils 0.5 to 0.7 does, `"exit"` when a handler of the standard
+        contract has answered method 0xffff, a number with so many outcomes, or a function with
+        the first outcome that it is true for. That outcome is the last one of the iteration, which
         ends when the server has stopped; what was still pending is in the summary only.
 
         Iterating raises `BackendError` when a VM cannot be run, and what a handler
         raised when it was entered: after the last outcome, so that other VMs run on.
         Cancelled, it answers what is pending on the way out. Raises `ServerStateError`
-        outside the backends' `async with`, and a second time.
+        outside the backends' `async with`, and a second time, `ValueError` for an `until`
+        that is none of these.
         """
+        is_last = None if until is None else _is_last(until)
         if self._owner is not None:
             raise ServerStateError("a server runs once: make another for another run")
-        self._owner = _Owner(self._backends, self._bridges, self._settings, self._taps)
+        self._owner = _Owner(
+            self._backends, self._bridges, self._settings, self._taps, self._before_resume
+        )
         if self._stopped:
             self._owner.stop()
-        return Run(self._owner, _has_output if until == "output" else until)
+        return Run(self._owner, is_last)
 
     def stop(self, *, now: bool = False) -> None:
         """End the run in good order: take no more traps, answer those that are there, and
@@ -204,6 +223,7 @@ class _Owner:
         bridges: list[Bridge],
         settings: ServerSettings,
         taps: tuple[Tap, ...],
+        before_resume: BeforeResume | None,
     ) -> None:
         self._places = [backend.tasks for backend in backends]
         self.outcomes: OutcomeQueue = OutcomeQueue(OUTCOMES_AHEAD)
@@ -219,6 +239,7 @@ class _Owner:
                 # A backend may want to know what became of its traps, as a replay does.
                 (*taps, backend) if isinstance(backend, Tap) else taps,
                 self._on_end,
+                before_resume,
             )
             for backend, bridge in zip(backends, bridges, strict=True)
         }
@@ -323,8 +344,27 @@ class Run(AsyncIterator[Outcome[Any]]):
             self._owner.stop()
 
 
-def _has_output(outcome: Outcome[Any]) -> bool:
-    return outcome.output is not None
+def _is_last(until: Until) -> Callable[[Outcome[Any]], bool]:
+    """Whether an outcome ends the run. Raises `ValueError`."""
+    if callable(until):
+        return until
+    if until == "output":
+        return lambda outcome: outcome.output is not None
+    if until == "exit":
+        return _is_exit
+    if type(until) is not int or until < 1:
+        raise ValueError(f"until is 'output', 'exit', a number from 1 or a function, got {until!r}")
+    left = itertools.count(until - 1, -1)
+    return lambda _: next(left) <= 0
+
+
+def _is_exit(outcome: Outcome[Any]) -> bool:
+    packet = outcome.packet
+    return (
+        packet.magic == STANDARD_MAGIC
+        and packet.method == _EXIT
+        and outcome.kind is OutcomeKind.HANDLED
+    )
 
 
 def _check_shared(bridges: list[Bridge]) -> None:

@@ -4,8 +4,8 @@ Deadlines, the reply to wait, and the values that tell a retry can be set in thr
 what a `@method` says stands over what its handler says, and that over the server.
 
 The server's soft deadline is for those alone that say `may_wait`. Most guests take WAIT for an
-answer: of vmi-rs's guests only the two gates of `deploy` ask again, and a file transfer would read it
-as a handle or as an abort.
+answer: of vmi-rs's guests only the two gates of `deploy` ask again, and a file transfer would
+read it as a handle or as an abort.
 """
 
 import math

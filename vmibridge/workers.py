@@ -48,7 +48,7 @@ from vmibridge.outcomes import OutcomesIn
 from vmibridge.packet import BridgePacket
 from vmibridge.pending import PendingRequest, PendingRequests
 from vmibridge.policy import Guard, MeteredMemory
-from vmibridge.replies import Replies
+from vmibridge.replies import BeforeResume, Replies
 from vmibridge.settings import ServerSettings, Terms
 from vmibridge.summary import Summary
 from vmibridge.tap import Tap, TappedMemory
@@ -82,6 +82,7 @@ class Workers:
         turns: Turns,
         taps: Sequence[Tap],
         on_fatal: Callable[[BaseException], None],
+        before_resume: BeforeResume | None = None,
     ) -> None:
         self.summary: Summary = Summary()
         self.lanes: Lanes = Lanes(settings.queue, self._abandon)
@@ -90,7 +91,9 @@ class Workers:
         self._bridge = bridge
         self._settings = settings
         self._taps = taps
-        self._replies = Replies(backend, settings, outcomes, self.lanes, self.summary, taps)
+        self._replies = Replies(
+            backend, settings, outcomes, self.lanes, self.summary, taps, before_resume
+        )
         self._in_flight = InFlight(settings.in_flight, in_flight)
         self._turns = turns
         self._on_fatal = on_fatal
@@ -500,6 +503,7 @@ class Workers:
 
     def cancel(self) -> None:
         """Answer all that waits for a handler, and cancel the handlers."""
+        self._replies.consult_no_more()
         for worker in list(self._waiting):
             self._overtake(worker, OutcomeKind.CANCELLED, STOPPED)
 

@@ -27,9 +27,13 @@ class Probe(BridgeHandler[str]):
         raise RuntimeError("told to,\\x1b[2J twice")
 
     @method(4, timeout=60)
-    async def wait(self, vmi, packet):
+    async def hold(self, vmi, packet):
         print("waiting", file=sys.stderr, flush=True)
         await anyio.sleep_forever()
+
+    @method(0xFFFF)
+    async def exit(self, vmi, packet):
+        return BridgeResponse()
 
     @method(5)
     async def give(self, vmi, packet):

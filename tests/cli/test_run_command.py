@@ -54,6 +54,18 @@ class TestJson:
         assert [summary[k] for k in ("unmatched", "denied", "cancelled", "native")] == [0] * 4
         assert summary["guest"][0]["reason"] == "halted"
 
+    @pytest.mark.parametrize(
+        ("until", "methods"),
+        [("output", [3, 1]), ("2", [3, 1]), ("exit", [3, 1, 0xFFFF]), ("9", [3, 1, 0xFFFF, 9])],
+    )
+    def test_ends_where_until_says(self, vmibridge, image, handlers, until, methods):
+        path = image(calls(3, 1, "0xffff", 9))
+        given = ["--backend", f"unicorn:{path}", "--handlers", handlers, "--json"]
+        done = vmibridge("run", *given, "--until", until)
+        assert done.returncode == 0, done.stderr
+        *traps, _ = lines(done)
+        assert [trap["method"] for trap in traps] == methods
+
     def test_tells_what_nobody_takes(self, vmibridge, image, handlers):
         path = image(calls(1, request="0x7777"))
         done = vmibridge("run", "--backend", f"unicorn:{path}", "--handlers", handlers, "--json")
@@ -168,6 +180,8 @@ class TestExitStatus:
             (["--backend", "unicorn:G", "--handlers", "none.py"], "none.py"),
             (["--backend", "unicorn:G", "--handlers", "H", "--timeout", "soon"], "--timeout"),
             (["--backend", "unicorn:G", "--handlers", "H", "--timeout", "-1"], "--timeout"),
+            (["--backend", "unicorn:G", "--handlers", "H", "--until", "end"], "--until"),
+            (["--backend", "unicorn:G", "--handlers", "H", "--until", "0"], "--until"),
             (["--backend", "unicorn:G", "--handlers", "H", "--async-backend", "x"], "asyncio"),
             (["--backend", "unicorn:G", "--handlers", "H", "--config", "none.toml"], "none.toml"),
             (

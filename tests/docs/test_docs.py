@@ -329,6 +329,7 @@ def test_the_server_takes_its_settings_as_arguments():
         if argument.kind is inspect.Parameter.KEYWORD_ONLY
     }
     assert arguments.pop("taps") == (), "what only looks on is no setting"
+    assert arguments.pop("before_resume") is None, "code is no setting"
     assert list(arguments) == list(ServerSettings.__struct_fields__)
     default = msgspec.structs.asdict(ServerSettings())
     assert {**arguments, "fallback": default["fallback"]} == default

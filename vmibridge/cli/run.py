@@ -2,13 +2,13 @@
 
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from vmibridge.cli.options import Sources
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.errors import BackendSpecError
+from vmibridge.errors import BackendSpecError, ConfigError
 
 if TYPE_CHECKING:
     from vmibridge.vmi import Backend
@@ -25,6 +25,13 @@ def run(
         ),
     ],
     handlers: Sources,
+    until: Annotated[
+        Literal["output", "exit"] | int | None,
+        Parameter(
+            help="End before the guest does: with the first output, when the guest has said EXIT"
+            " (method 0xffff of the standard contract), or after so many traps: output, exit, N."
+        ),
+    ] = None,
     options: ServerOptions | None = None,
 ) -> int:
     """Run a guest and answer its traps until it ends.
@@ -33,8 +40,8 @@ def run(
     is a line. Ctrl-C takes no more traps, answers what is pending, and lets the guest go;
     a second one leaves handlers no time to end, a third ends the process at once.
 
-    Exit status: 0 when the guest ended by itself, 1 when it, its backend or a handler
-    module failed, 2 for wrong usage.
+    Exit status: 0 when the guest ended by itself or at --until, 1 when it, its backend or a
+    handler module failed, 2 for wrong usage.
 
     Example: vmibridge run --backend unicorn:guest.bin --handlers handlers/hello.py
     """
@@ -46,13 +53,15 @@ def run(
     from vmibridge.cli.server_run import Life, Prepared, run_server
 
     given = options or ServerOptions()
+    if isinstance(until, int) and until < 1:
+        raise ConfigError(f"--until {until}: give output, exit, or a number of traps from 1")
     prepared = Prepared.of(handlers, given)
     backends = _open_backends(backend)
     console = None if given.json or not sys.stdout.isatty() else Console()
     writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)
     with logging_to(log_handler(given.log_level, console), given.log_level):
         server = prepared.server(backends)
-        life = Life([*prepared.taps, *backends, writer], server, writer)
+        life = Life([*prepared.taps, *backends, writer], server, writer, until=until)
         return run_on(given.loop, partial(run_server, life))
 
 

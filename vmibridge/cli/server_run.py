@@ -23,7 +23,7 @@ from vmibridge.errors import (
     VmiBridgeError,
 )
 from vmibridge.loading import HandlerFactory
-from vmibridge.server import BridgeServer
+from vmibridge.server import BridgeServer, Until
 from vmibridge.settings import ServerSettings
 from vmibridge.vmi import Backend, GuestEnd
 
@@ -95,6 +95,8 @@ class Life:
     writer: Writer
     beside: Callable[[], Coroutine[None, None, None]] | None = None
     """Runs beside the server, cancelled at its end; where it fails, the server stops."""
+    until: Until | None = None
+    """When the run ends, other than with its guest."""
 
 
 async def run_server(life: Life) -> int:
@@ -112,7 +114,7 @@ async def run_server(life: Life) -> int:
                         await stack.enter_async_context(context)
                     if life.beside is not None:
                         tasks.start_soon(_run_beside, life.beside, server, failures)
-                    async for outcome in server.run():
+                    async for outcome in server.run(life.until):
                         await life.writer.show(outcome)
                     await life.writer.end(server.summaries)
         except BrokenPipeError:
