@@ -27,7 +27,7 @@ class Probe(BridgeHandler[str]):
         raise RuntimeError("told to,\\x1b[2J twice")
 
     @method(4, timeout=60)
-    async def hold(self, vmi, packet):
+    async def wait_a_while(self, vmi, packet):
         print("waiting", file=sys.stderr, flush=True)
         await anyio.sleep_forever()
 

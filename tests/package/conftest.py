@@ -1,37 +1,13 @@
 """Wheel and sdist of this checkout, and an environment that has the wheel."""
 
-import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-SECONDS = 300
-
-
-class Built(NamedTuple):
-    wheel: Path
-    sdist: Path
-
-
-def run(*command, cwd=ROOT):
-    """Its output; where it fails, that is the failure."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}: {done.stdout}"
-    return done.stdout
+from distribution_parts import ROOT, Built, run
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ theirs and does not count. Exits with 1 below PERCENT (98), and names what is mi
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 LOWEST = 98.0
 ROOT = Path(__file__).parents[2]
+BIN = str(Path(sys.executable).parent)
 
 
 def report() -> dict[str, Any]:
@@ -23,11 +25,14 @@ def report() -> dict[str, Any]:
         [
             *(sys.executable, "-m", "basedpyright", "--outputjson"),
             *("--verifytypes", "vmibridge", "--ignoreexternal"),
-            # Where the dependencies are: with none of them, their types would be unknown.
-            *("--pythonpath", sys.executable),
         ],
         check=False,
         cwd=ROOT,
+        # With --verifytypes it ignores --pythonpath, and asks the first python in the path.
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
         stdout=subprocess.PIPE,
         text=True,
     )

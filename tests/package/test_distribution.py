@@ -9,7 +9,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from distribution_parts import ROOT, run
 
 PROGRAM = Path(__file__).parent / "downstream/program.py"
 FOLDERS = {"benchmarks", "docker", "docs", "guest", "handlers", "systemd", "tests", "vmibridge"}

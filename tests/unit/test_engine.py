@@ -53,7 +53,7 @@ class Probe(BridgeHandler[str]):
         return BridgeResponse(value1=packet.value1 + 1).with_output("now")
 
     @method(WAIT)
-    async def wait(self, vmi, packet):
+    async def wait_a_while(self, vmi, packet):
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         await anyio.sleep(0.002)
@@ -847,7 +847,7 @@ class TestManyVcpus:
     async def test_a_thousand_waiting_handlers_run_at_once(self):
         class AllTogether(Probe):
             @method(WAIT)
-            async def wait(self, vmi, packet):
+            async def wait_a_while(self, vmi, packet):
                 self.running += 1
                 if self.running == 1000:
                     self.release.set()
