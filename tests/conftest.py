@@ -3,12 +3,15 @@
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from children import adopt_orphans, children, descendants, left_processes, reset_signals, run
 from hypothesis import HealthCheck, settings
 from nats_parts import nats_server
+from needs import may_skip
+
+__all__ = ["children"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
 UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
@@ -21,6 +24,35 @@ def pytest_configure() -> None:
         name, settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile(name)
+    reset_signals()
+    adopt_orphans()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_process_is_left_at_the_end():
+    yield
+    left = left_processes()
+    assert not left, f"left at the end: {left}"
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(no_process_is_left_at_the_end):
+    """What fixtures of a wider scope run is known by now."""
+    known = descendants()
+    yield
+    left = left_processes(known)
+    assert not left, f"the test left running: {left}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run in which every test was skipped has shown nothing, and fails."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or exitstatus != pytest.ExitCode.OK:
+        return
+    if reporter.stats.get("skipped") and not reporter.stats.get("passed"):
+        reporter.write_line("every test was skipped: nothing was tested", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(
@@ -35,7 +67,7 @@ def anyio_backend(request):
 
 
 def new_enough(path: str) -> bool:
-    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    told = run([path, "--version"]).stdout
     version = re.search(r"version (\d+)\.(\d+)", told)
     return version is not None and (int(version[1]), int(version[2])) >= (11, 1)
 
@@ -50,9 +82,9 @@ def qemu() -> str:
     for path in (str(UNPACKED), system):
         if path and os.access(path, os.X_OK) and new_enough(path):
             return path
-    if not os.environ.get("CI"):
+    if may_skip():
         pytest.skip("no QEMU of 11.1 or newer: run `make qemu`, or set VMIBRIDGE_QEMU")
-    subprocess.run([ROOT / "guest/qemu/fetch-qemu"], check=True, timeout=600)
+    run([ROOT / "guest/qemu/fetch-qemu"], check=True, seconds=600)
     return str(UNPACKED)
 
 

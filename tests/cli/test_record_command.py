@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+from children import Child
 from probe_guest import calls, command
 
 from vmibridge.recording.messages import Note, Session
@@ -79,19 +80,12 @@ def test_the_file_holds_what_was_shown(vmibridge, image, handlers, tmp_path, loo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
-def test_a_signal_leaves_a_whole_file(image, handlers, tmp_path, number):
+def test_a_signal_leaves_a_whole_file(children, image, handlers, tmp_path, number):
     arguments = run(image, handlers, "--json", "--record", "run.mcap", code=ENDLESS)
-    with subprocess.Popen(
-        # Without a buffer: `communicate` does not see what was read ahead.
-        command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        bufsize=0,
-    ) as process:
+    with children.start(command(*arguments), cwd=tmp_path) as process:
         lines = [process.stdout.readline()]
         process.send_signal(number)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate()
     assert process.returncode == 128 + number
     *lines, summary = [*lines, *rest.splitlines()]
     _, traps, notes = contents(tmp_path / "run.mcap")
@@ -305,10 +299,8 @@ def kill_while_recording(folder, guest, seconds, handler=WITNESS):
     (folder / "witness.py").write_text(handler)
     witness = folder / "witness"
     arguments = ["--backend", f"unicorn:{guest}", "--handlers", "witness.py", "--json"]
-    with subprocess.Popen(
-        command("run", *arguments, "--record", "run.mcap"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder,
-    ) as process:  # fmt: skip
+    line = command("run", *arguments, "--record", "run.mcap")
+    with Child(line, stdout=subprocess.DEVNULL, cwd=folder) as process:
         while not (witness.exists() and witness.stat().st_size):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)

@@ -6,8 +6,6 @@ Either way the vCPU is answered and goes on, and the summary tells how it ended.
 
 import json
 import signal
-import subprocess
-import threading
 from contextlib import contextmanager
 
 import pytest
@@ -78,29 +76,20 @@ NOW = "SIG: stopping; handlers are cancelled, again to end at once"
 
 
 @pytest.fixture
-def started(image, tmp_path):
+def started(children, image, tmp_path):
     """`with started(CODE, *OPTIONS) as run`: the command, with its handler pending."""
 
     @contextmanager
     def start(code, *options):
         (tmp_path / "pending.py").write_text(PENDING)
         (tmp_path / "settings.toml").write_text(SETTINGS)
-        run = subprocess.Popen(
-            command(
-                *("run", "--backend", f"unicorn:{image(code)}", "--handlers", "pending.py"),
-                *("--config", "settings.toml", "--json", "--log-level", "info", *options),
-            ),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        )  # fmt: skip
-        end_at_last = threading.Timer(60, run.kill)
-        end_at_last.start()
-        with run:
-            try:
-                wait_for("pending", run.stderr)
-                yield run
-            finally:
-                end_at_last.cancel()
-                run.kill()
+        line = command(
+            *("run", "--backend", f"unicorn:{image(code)}", "--handlers", "pending.py"),
+            *("--config", "settings.toml", "--json", "--log-level", "info", *options),
+        )
+        with children.start(line, cwd=tmp_path) as run:
+            wait_for("pending", run.stderr)
+            yield run
 
     return start
 
@@ -115,10 +104,8 @@ def wait_for(words, stream):
 
 def result_of(run):
     """The rest of what it shows: the traps, the summary, the end of its vCPU, and the log."""
-    # Not by `communicate`, which does not see what was read ahead.
-    *traps, last = [json.loads(line) for line in run.stdout]
-    told = run.stderr.read()
-    run.wait()
+    out, told = run.communicate()
+    *traps, last = [json.loads(line) for line in out.splitlines()]
     (end,) = last["summary"]["guest"]
     return traps, last["summary"], end, told
 

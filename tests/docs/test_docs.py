@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import msgspec
 import pytest
+from children import run as run_child
 
 from vmibridge import BridgeHandler, BridgeServer, Gate, OutcomeKind, StatusKind
 from vmibridge import method as mark_method
@@ -171,16 +172,9 @@ def run_command(place, command, printed, folder, environment):
 
 
 def run(command, folder, environment):
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-        check=False,
+    """Its output is that of both streams, as on a terminal."""
+    return run_child(
+        command, seconds=SECONDS, cwd=folder, env=environment, stderr=subprocess.STDOUT
     )
 
 

@@ -6,6 +6,7 @@ import sys
 import anyio
 import msgspec
 import pytest
+from children import opened
 from micro_guest import (
     ALL_RIGHT,
     CPUID,
@@ -197,7 +198,7 @@ def host_command(machine, tmp_path):
 
 
 async def killed_after_an_answer(host_command):
-    async with await anyio.open_process(host_command, stderr=subprocess.DEVNULL) as host:
+    async with opened(host_command, stderr=subprocess.DEVNULL) as host:
         await host.stdout.receive(1)
         host.kill()
         await host.wait()

@@ -5,13 +5,13 @@ Each test fails when the page has told of any error, or asked for anything but i
 
 import math
 import re
-import shutil
 import struct
 from contextlib import contextmanager, suppress
 
 import anyio
 import msgspec
 import pytest
+from needs import needs
 from playwright.sync_api import expect, sync_playwright
 
 from vmibridge import (
@@ -233,8 +233,7 @@ def traps(files):
 
 @pytest.fixture(scope="module")
 def browser(files):
-    path = shutil.which("chromium")
-    assert path, "these tests need Chromium: apt-get install chromium"
+    path = needs("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM)
         yield browser
