@@ -60,7 +60,7 @@ class NatsServer:
         self._file.write_text(f'listen: "127.0.0.1:{self.port}"\n{config}\n')
 
     def start(self):
-        self._process = Child([BINARY, "-c", self._file], stdout=subprocess.DEVNULL)
+        self._process = Child([BINARY, "-c", self._file], seconds=300, stdout=subprocess.DEVNULL)
         for line in self._process.stderr:
             if "Server is ready" in line:
                 # What it prints from here on fits into the pipe.
@@ -104,7 +104,7 @@ async def settle(client):
 
 async def until(condition):
     """Wait for something that happens elsewhere."""
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         while not condition():
             await anyio.sleep(0.005)
 
@@ -257,6 +257,7 @@ class ServeProcess:
         with self._told.open("wb") as told, (folder / f"outcomes-{number}").open("wb") as outcomes:
             self.process = Child(
                 [sys.executable, *command, *options],
+                seconds=300,
                 cwd=folder,
                 stdout=outcomes,
                 stderr=told,
