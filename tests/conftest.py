@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         call = getattr(item, "callspec", None)
         if call is not None and call.params.get("anyio_backend") == UVLOOP:
             item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.fixture(scope="session")
+def uncounted(request):
+    """`with uncounted():` no coverage in a block that runs the same lines many thousand times.
+
+    For fixtures; a test has the mark `no_cover`.
+    """
+    plugin = request.config.pluginmanager.get_plugin("_cov")
+    controller = plugin and plugin.cov_controller
+
+    @contextmanager
+    def block():
+        if controller is None:
+            yield
+            return
+        controller.pause()
+        try:
+            yield
+        finally:
+            controller.resume()
+
+    return block
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -123,7 +123,12 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def environment():
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # Without coverage: tests/cli/ gathers that of the commands, which would take twice as long.
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST_", "COVERAGE_", "COV_"))
+    }
     return {
         **kept,
         "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",

@@ -28,7 +28,9 @@ class TestFailures:
         # So long that only the one that is killed counts as gone, however slow the others are.
         url = f"{nats.url}?silence=6"
         vm = Guest(8, 250, codes=(1, 2))
-        with serve_processes(tmp_path, url, 3, "--repeated", "run") as processes:
+        with serve_processes(
+            tmp_path, url, 3, "--repeated", "run", "--timeout", "3600"
+        ) as processes:
             killed = processes[0]
             async with anyio.create_task_group() as tasks:
 

@@ -143,6 +143,7 @@ async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
     assert machine.outcomes == {"handled": 100}
 
 
+@pytest.mark.no_cover
 # It takes long, and what differs between the loops is tested with less.
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"])
 async def test_twenty_thousand_traps_of_two_vcpus(machine):

@@ -46,6 +46,7 @@ async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
     assert machine.outcomes == {"handled": 200}
 
 
+@pytest.mark.no_cover
 async def test_twenty_thousand_traps(machine):
     with anyio.fail_after(120):
         async with machine.host(Work()):
