@@ -64,11 +64,12 @@ class Child(subprocess.Popen):
         super().__init__(command, start_new_session=True, **given)
         self.stdout = self.stdout and _Heard(self.stdout, self)
         self.stderr = self.stderr and _Heard(self.stderr, self)
-        self._limit = threading.Timer(seconds, self._expire)
+        self._limit = threading.Timer(seconds, self.expire)
         self._limit.daemon = True
         self._limit.start()
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Its limit has passed."""
         self._expired.set()
         self.kill_all()
 

@@ -6,6 +6,7 @@ Either way the vCPU is answered and goes on, and the summary tells how it ended.
 
 import json
 import signal
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -71,6 +72,14 @@ again:
     hlt
 """
 
+# Runs what follows as `nohup` does, or a shell in the background.
+IGNORES = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 GRACE = "SIG: stopping; handlers have their grace period, again to cancel them"
 NOW = "SIG: stopping; handlers are cancelled, again to end at once"
 
@@ -80,14 +89,14 @@ def started(children, image, tmp_path):
     """`with started(CODE, *OPTIONS) as run`: the command, with its handler pending."""
 
     @contextmanager
-    def start(code, *options):
+    def start(code, *options, before=()):
         (tmp_path / "pending.py").write_text(PENDING)
         (tmp_path / "settings.toml").write_text(SETTINGS)
         line = command(
             *("run", "--backend", f"unicorn:{image(code)}", "--handlers", "pending.py"),
             *("--config", "settings.toml", "--json", "--log-level", "info", *options),
         )
-        with children.start(line, cwd=tmp_path) as run:
+        with children.start([*before, *line], cwd=tmp_path) as run:
             wait_for("pending", run.stderr)
             yield run
 
@@ -172,3 +181,16 @@ def test_the_first_signal_lets_a_guest_go_that_polls(started, loop):
     assert summary["abandoned"] == 1
     assert end["reason"] in ("stopped", "halted")
     assert "cancelled\n" in told
+
+
+@every_loop
+def test_sigterm_stops_one_that_is_to_ignore_the_signals_of_a_terminal(started, tmp_path, loop):
+    with started(GUEST, *loop, before=[sys.executable, "-c", IGNORES]) as run:
+        run.send_signal(signal.SIGHUP)
+        run.send_signal(signal.SIGTERM)
+        wait_for(GRACE.replace("SIG", "SIGTERM"), run.stderr)
+        (tmp_path / "end").touch()
+        traps, _, end, _ = result_of(run)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert [(trap["outcome"], trap["output"]) for trap in traps] == [("handled", "in time")]
+    assert end["reason"] == "stopped"
