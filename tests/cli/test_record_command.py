@@ -12,6 +12,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 
 import pytest
 from children import Child
@@ -25,6 +26,7 @@ from vmibridge.recording.traps import recorded_traps
 FLUSH_TRAPS = 1000
 FLUSH_SECONDS = 0.2
 SLACK = 0.3
+STALL = 0.05
 """Seconds that a busy machine may hold up the thread that writes."""
 
 # Counts in r8, which no answer changes, so that each trap has a number.
@@ -315,8 +317,20 @@ def kill_while_recording(folder, guest, seconds, handler=WITNESS):
     # From the first trap to the last, without a hole.
     assert [trap.event.seq for trap in traps] == list(range(1, len(traps) + 1))
     assert all(trap.packet.value1 == trap.event.seq for trap in traps)
-    last = lines[-1][1]
-    return len(lines), len(traps), [(last - at) / 1e9 for _, at in lines[len(traps) :]]
+    return len(lines), len(traps), ages_of([at for _, at in lines])[len(traps) :]
+
+
+def ages_of(moments):
+    """How old each trap was at the last one, in seconds in which the process ran.
+
+    While a machine with other work stops it, it cannot write either: a longer pause between two
+    traps counts as `STALL`.
+    """
+    age, ages = 0.0, [0.0]
+    for earlier, later in reversed(list(pairwise(moments))):
+        age += min((later - earlier) / 1e9, STALL)
+        ages.append(age)
+    return ages[::-1]
 
 
 def check_kills(folder, guest, count, seed):
