@@ -31,7 +31,7 @@ system-light:
 		echo "make: missing packages:$$missing; as root: apt-get install$$missing" >&2; exit 1; \
 	fi
 
-# gcc compiles the QEMU plugin and programs for the Linux guest; QEMU and gdbserver are stubs to connect to, gdb is a peer of the benchmarks; chromium opens the report in the tests; debootstrap makes a Debian with nothing in it; zsh and fish complete commands.
+# gcc compiles the QEMU plugin and programs for the Linux guest; QEMU and gdbserver are stubs to connect to, gdb is a peer of the benchmarks; chromium opens the report in the tests; debootstrap makes a Debian with nothing in it; zsh and fish complete commands; systemd checks the units.
 system: system-light
 	@missing=; \
 	command -v cc >/dev/null || missing="$$missing gcc libc6-dev"; \
@@ -42,6 +42,7 @@ system: system-light
 	command -v zsh >/dev/null || missing="$$missing zsh"; \
 	command -v fish >/dev/null || missing="$$missing fish"; \
 	command -v debootstrap >/dev/null || [ -e /usr/sbin/debootstrap ] || missing="$$missing debootstrap"; \
+	command -v systemd-analyze >/dev/null || missing="$$missing systemd"; \
 	[ -z "$$missing" ] && exit 0; \
 	if [ "$$(id -u)" = 0 ]; then \
 		echo "make: installs$$missing"; \
@@ -89,8 +90,13 @@ package: setup  ## wheel and sdist in dist/, checked as an index and an installe
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 
-test: setup test-guests  ## all tests but the slow ones, with coverage, on up to four cores; minutes
-	$(PYTEST) -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term
+# One worker more than there are cores, as many tests wait for a child. Without compiled modules each
+# command that a test runs would compile them again.
+WORKERS := $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
+
+test: export PYTHONDONTWRITEBYTECODE :=
+test: setup test-guests  ## all tests but the slow ones, with coverage, in up to four processes; minutes
+	$(PYTEST) -q -n $(WORKERS) --dist worksteal --cov --cov-report=term
 
 # What many tests need. Without, these tests are skipped and say so.
 test-guests: setup

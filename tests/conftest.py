@@ -3,14 +3,19 @@
 import os
 import re
 import shutil
-import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from children import adopt_orphans, children, descendants, left_processes, reset_signals, run
 from hypothesis import HealthCheck, settings
 from nats_parts import nats_server
+from needs import may_skip
+
+__all__ = ["children"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
+UVLOOP = ("asyncio", {"use_uvloop": True})
 UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
 
 
@@ -21,12 +26,73 @@ def pytest_configure() -> None:
         name, settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile(name)
+    reset_signals()
+    adopt_orphans()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Coverage is gathered on asyncio and on trio. On uvloop the same lines of ours run, and
+    counting them takes half of the time of a test."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and call.params.get("anyio_backend") == UVLOOP:
+            item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.fixture(scope="session")
+def uncounted(request):
+    """`with uncounted():` no coverage in a block that runs the same lines many thousand times.
+
+    For fixtures; a test has the mark `no_cover`.
+    """
+    plugin = request.config.pluginmanager.get_plugin("_cov")
+    controller = plugin and plugin.cov_controller
+
+    @contextmanager
+    def block():
+        if controller is None:
+            yield
+            return
+        controller.pause()
+        try:
+            yield
+        finally:
+            controller.resume()
+
+    return block
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_process_is_left_at_the_end():
+    yield
+    left = left_processes()
+    assert not left, f"left at the end: {left}"
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(no_process_is_left_at_the_end):
+    """What fixtures of a wider scope run is known by now."""
+    known = descendants()
+    yield
+    left = left_processes(known)
+    assert not left, f"the test left running: {left}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run in which every test was skipped has shown nothing, and fails."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or exitstatus != pytest.ExitCode.OK:
+        return
+    if reporter.stats.get("skipped") and not reporter.stats.get("passed"):
+        reporter.write_line("every test was skipped: nothing was tested", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(
     params=[
         pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(UVLOOP, id="uvloop"),
         pytest.param(("trio", {}), id="trio"),
     ]
 )
@@ -35,7 +101,7 @@ def anyio_backend(request):
 
 
 def new_enough(path: str) -> bool:
-    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    told = run([path, "--version"]).stdout
     version = re.search(r"version (\d+)\.(\d+)", told)
     return version is not None and (int(version[1]), int(version[2])) >= (11, 1)
 
@@ -50,9 +116,9 @@ def qemu() -> str:
     for path in (str(UNPACKED), system):
         if path and os.access(path, os.X_OK) and new_enough(path):
             return path
-    if not os.environ.get("CI"):
+    if may_skip():
         pytest.skip("no QEMU of 11.1 or newer: run `make qemu`, or set VMIBRIDGE_QEMU")
-    subprocess.run([ROOT / "guest/qemu/fetch-qemu"], check=True, timeout=600)
+    run([ROOT / "guest/qemu/fetch-qemu"], check=True, seconds=600)
     return str(UNPACKED)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from children import Child
 from remote_parts import carry
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
@@ -59,21 +60,16 @@ class NatsServer:
         self._file.write_text(f'listen: "127.0.0.1:{self.port}"\n{config}\n')
 
     def start(self):
-        self._process = subprocess.Popen(
-            [BINARY, "-c", self._file], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        told = b""
+        self._process = Child([BINARY, "-c", self._file], seconds=300, stdout=subprocess.DEVNULL)
         for line in self._process.stderr:
-            told += line
-            if b"Server is ready" in line:
-                # What it tells from here on fits into the pipe.
+            if "Server is ready" in line:
+                # What it prints from here on fits into the pipe.
                 return
-        raise AssertionError(told.decode())
+        raise AssertionError(self._process.told())
 
     def stop(self):
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            self._process.end()
             self._process = None
 
 
@@ -108,7 +104,7 @@ async def settle(client):
 
 async def until(condition):
     """Wait for something that happens elsewhere."""
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         while not condition():
             await anyio.sleep(0.005)
 
@@ -259,8 +255,9 @@ class ServeProcess:
         self._told = folder / f"told-{number}"
         # Files: nobody reads a pipe while the guest runs.
         with self._told.open("wb") as told, (folder / f"outcomes-{number}").open("wb") as outcomes:
-            self.process = subprocess.Popen(
+            self.process = Child(
                 [sys.executable, *command, *options],
+                seconds=300,
                 cwd=folder,
                 stdout=outcomes,
                 stderr=told,
@@ -268,10 +265,8 @@ class ServeProcess:
             )
 
     def wait_until_it_listens(self):
-        end = time.monotonic() + 30
         while "listening at" not in self._told.read_text():
             assert self.process.poll() is None, self._told.read_text()
-            assert time.monotonic() < end, self._told.read_text()
             time.sleep(0.01)
 
     def ran(self):
@@ -291,5 +286,4 @@ def serve_processes(folder, url, count, *options):
         yield processes
     finally:
         for each in processes:
-            each.process.kill()
-            each.process.wait()
+            each.process.end()

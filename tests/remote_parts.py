@@ -141,7 +141,7 @@ async def carry(backend, url, **options):
 
 async def until(true):
     """Wait until this is so."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(60):
         while not true():
             await anyio.sleep(0.001)
 

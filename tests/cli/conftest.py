@@ -1,10 +1,11 @@
 """The command as users run it: a process of its own, over an image that nasm assembled."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from children import run as run_child
+from needs import needs
 from probe_guest import HANDLERS, command
 
 
@@ -14,7 +15,7 @@ def image(tmp_path):
         source = tmp_path / "guest.asm"
         source.write_text(f"bits {width}\norg {org}\n{code}\n")
         target = tmp_path / "guest.bin"
-        subprocess.run(["nasm", "-f", "bin", str(source), "-o", str(target)], check=True)
+        run_child([needs("nasm"), "-f", "bin", source, "-o", target], check=True)
         return str(target)
 
     return build
@@ -30,16 +31,8 @@ def handlers(tmp_path):
 @pytest.fixture
 def vmibridge(tmp_path):
     def run(*arguments, **options):
-        return subprocess.run(
-            command(*arguments),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=tmp_path,
-            env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"},
-            check=False,
-            **options,
-        )
+        environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+        return run_child(command(*arguments), cwd=tmp_path, env=environment, **options)
 
     return run
 

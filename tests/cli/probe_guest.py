@@ -54,3 +54,15 @@ def calls(*methods, value="0x41", request="0x100", tail="hlt"):
 
 def command(*arguments):
     return [sys.executable, "-m", "vmibridge", *arguments]
+
+
+# `pause()` for a child that has said that it waits: a signal that comes between the two ends it,
+# too. With `signal.pause` that one is lost: its handler runs only when another signal comes.
+PAUSE = """
+import os, signal
+woken, wake = os.pipe()
+os.set_blocking(wake, False)
+signal.set_wakeup_fd(wake)
+def pause():
+    os.read(woken, 1)
+"""

@@ -2,11 +2,11 @@
 
 import os
 import socket
-import subprocess
 import threading
 from contextlib import closing, contextmanager
 
 import pytest
+from children import run
 from probe_guest import command
 
 from vmibridge.cli import main
@@ -158,14 +158,7 @@ def test_without_a_place_the_environment_says_where(folder, health, monkeypatch)
 
 
 def test_as_a_command_it_ends_with_that_status(folder):
-    done = subprocess.run(
-        command("health"),
-        env={**os.environ, "VMIBRIDGE_HEALTH": "unix:vmi.sock"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run(command("health"), env={**os.environ, "VMIBRIDGE_HEALTH": "unix:vmi.sock"})
     assert (done.returncode, done.stderr) == (
         1,
         "vmibridge: unix:vmi.sock: there is no such file\n",

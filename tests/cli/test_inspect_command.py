@@ -4,14 +4,14 @@ import json
 import shlex
 import signal
 import sqlite3
-import subprocess
 import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from probe_guest import command
+from children import run as run_child
+from probe_guest import PAUSE, command
 from recorded_session import STEER, record, reply, session, trap, write_file
 
 from vmibridge.outcome import OutcomeKind
@@ -213,22 +213,20 @@ class TestExport:
     @pytest.mark.parametrize(
         ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str
     )
-    def test_leaves_nothing_when_it_is_ended(self, hand_made, tmp_path, number, status):
+    def test_leaves_nothing_when_it_is_ended(self, children, hand_made, tmp_path, number, status):
         code = (
-            "import signal, sys\n"
+            f"{PAUSE}"
+            "import sys\n"
             "from vmibridge.cli import main\n"
             "from vmibridge.recording.export.jsonl import JsonLines\n"
-            "JsonLines.add = lambda *_: (print('writing', flush=True), signal.pause())\n"
+            "JsonLines.add = lambda *_: (print('writing', flush=True), pause())\n"
             f"sys.exit(main(['export', {str(hand_made)!r}, '--to', 'jsonl']))\n"
         )
-        child = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        )  # fmt: skip
+        child = children.start([sys.executable, "-c", code], cwd=tmp_path)
         assert child.stdout.readline() == "writing\n"
         assert len(list(tmp_path.iterdir())) == 2
         child.send_signal(number)
-        _, errors = child.communicate(timeout=30)
+        _, errors = child.communicate()
         assert (child.returncode, errors) == (status, "")
         assert list(tmp_path.iterdir()) == [hand_made]
 
@@ -276,7 +274,7 @@ class TestExitStatus:
     def test_1_when_the_disk_is_full(self, hand_made, tmp_path, to):
         # A file may have one block.
         full = f"ulimit -f 1; {shlex.join(command('export', str(hand_made), '--to', to))}"
-        done = subprocess.run(["bash", "-c", full], capture_output=True, text=True, check=False)
+        done = run_child(["bash", "-c", full])
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
         assert line.startswith("vmibridge: ")
@@ -285,23 +283,17 @@ class TestExitStatus:
     @pytest.mark.parametrize("arguments", PRINTING)
     def test_1_when_standard_output_is_full(self, hand_made, arguments):
         with Path("/dev/full").open("w") as full:
-            done = subprocess.run(
-                command(arguments[0], str(hand_made), *arguments[1:]),
-                stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-            )  # fmt: skip
+            done = run_child(command(arguments[0], str(hand_made), *arguments[1:]), stdout=full)
         assert done.returncode == 1
         assert done.stderr == "vmibridge: standard output: No space left on device\n"
 
     @pytest.mark.parametrize("arguments", PRINTING)
-    def test_0_when_the_reader_has_seen_enough(self, tmp_path, arguments):
+    def test_0_when_the_reader_has_seen_enough(self, children, tmp_path, arguments):
         chunk = [(n, each(n)) for n in range(1, 5000) for each in (trap, reply)]
         path = write_file(tmp_path / "x.mcap", chunk)
-        done = subprocess.Popen(
-            command(arguments[0], str(path), *arguments[1:]),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        done = children.start(command(arguments[0], str(path), *arguments[1:]))
         done.stdout.readline()
         done.stdout.close()
-        assert done.wait(30) == 0
-        assert done.stderr.read() == b""
+        assert done.wait() == 0
+        assert done.stderr.read() == ""
         done.stderr.close()

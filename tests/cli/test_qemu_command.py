@@ -2,13 +2,12 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import run
+from needs import needs
 from probe_guest import command
 
 GUEST = Path(__file__).parents[1] / "integration/guests/micro.asm"
@@ -39,30 +38,24 @@ def guest(folder):
     def build(count):
         target = str(folder / "guest.bin")
         defines = [f"-DCOUNT={count}", "-DHOW=1"]
-        subprocess.run(["nasm", "-f", "bin", *defines, str(GUEST), "-o", target], check=True)
+        run([needs("nasm"), "-f", "bin", *defines, GUEST, "-o", target], check=True)
 
     return build
 
 
 @pytest.fixture
-def start(folder, qemu):
+def start(children, folder, qemu):
     environment = {**os.environ, "VMIBRIDGE_QEMU": qemu, "XDG_CACHE_HOME": str(folder / "cache")}
 
     def start(*options, machine=MACHINE):
-        return subprocess.Popen(
-            command("qemu", "run", *options, "--", *machine),
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        line = command("qemu", "run", *options, "--", *machine)
+        return children.start(line, cwd=folder, env=environment)
 
     return start
 
 
 def ended(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -99,16 +92,14 @@ def test_a_signal_ends_qemu_through_its_monitor(start, guest, folder):
     assert "does not end" not in err
 
 
-def test_a_host_elsewhere_answers(start, guest, folder):
+def test_a_host_elsewhere_answers(children, start, guest, folder):
     guest(20)
-    host = subprocess.Popen(
+    host = children.start(
         command("run", "--backend", "qemu-plugin:unix:s", "--handlers", "handlers.py", "--json"),
         cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
     )
     assert ended(start("--socket", "s", "--absent", "wait"))[0] == ALL_RIGHT
-    assert json.loads(host.communicate(timeout=60)[0].splitlines()[-1])["summary"]["handled"] == 20
+    assert json.loads(host.communicate()[0].splitlines()[-1])["summary"]["handled"] == 20
 
 
 def test_without_a_host_the_guest_runs_natively(start, guest):
@@ -136,8 +127,7 @@ def test_a_qemu_that_fails_says_why_itself(start, folder):
 def test_breakpoints_do_for_any_qemu(start, guest, folder, more):
     guest(50)
     site = 0x10_0000 + (folder / "guest.bin").read_bytes().index(b"\x0f\xa2")
-    system = shutil.which("qemu-system-x86_64")
-    assert system is not None, "no QEMU: apt-get install qemu-system-x86"
+    system = needs("qemu-system-x86_64")
     options = ["--handlers", "handlers.py", "--via", "gdb", "--backend-options", f"site={site:#x}"]
     for qemu in ([], ["--qemu", system]):
         status, out, err = ended(start(*options, *more, *qemu))
@@ -180,12 +170,6 @@ def test_an_old_qemu_is_told(start, folder):
 
 
 def test_the_plugin_is_built(folder):
-    built = subprocess.run(
-        [sys.executable, "-m", "vmibridge", "qemu", "build-plugin", "-o", "p.so"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    built = run(command("qemu", "build-plugin", "-o", "p.so"), cwd=folder, check=True)
     assert built.stdout == f"{folder / 'p.so'}\n"
     assert (folder / "p.so").read_bytes()[:4] == b"\x7fELF"

@@ -12,8 +12,10 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 
 import pytest
+from children import Child
 from probe_guest import calls, command
 
 from vmibridge.recording.messages import Note, Session
@@ -24,6 +26,7 @@ from vmibridge.recording.traps import recorded_traps
 FLUSH_TRAPS = 1000
 FLUSH_SECONDS = 0.2
 SLACK = 0.3
+STALL = 0.05
 """Seconds that a busy machine may hold up the thread that writes."""
 
 # Counts in r8, which no answer changes, so that each trap has a number.
@@ -79,19 +82,12 @@ def test_the_file_holds_what_was_shown(vmibridge, image, handlers, tmp_path, loo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
-def test_a_signal_leaves_a_whole_file(image, handlers, tmp_path, number):
+def test_a_signal_leaves_a_whole_file(children, image, handlers, tmp_path, number):
     arguments = run(image, handlers, "--json", "--record", "run.mcap", code=ENDLESS)
-    with subprocess.Popen(
-        # Without a buffer: `communicate` does not see what was read ahead.
-        command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        bufsize=0,
-    ) as process:
+    with children.start(command(*arguments), cwd=tmp_path) as process:
         lines = [process.stdout.readline()]
         process.send_signal(number)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate()
     assert process.returncode == 128 + number
     *lines, summary = [*lines, *rest.splitlines()]
     _, traps, notes = contents(tmp_path / "run.mcap")
@@ -305,10 +301,8 @@ def kill_while_recording(folder, guest, seconds, handler=WITNESS):
     (folder / "witness.py").write_text(handler)
     witness = folder / "witness"
     arguments = ["--backend", f"unicorn:{guest}", "--handlers", "witness.py", "--json"]
-    with subprocess.Popen(
-        command("run", *arguments, "--record", "run.mcap"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder,
-    ) as process:  # fmt: skip
+    line = command("run", *arguments, "--record", "run.mcap")
+    with Child(line, stdout=subprocess.DEVNULL, cwd=folder) as process:
         while not (witness.exists() and witness.stat().st_size):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
@@ -323,8 +317,20 @@ def kill_while_recording(folder, guest, seconds, handler=WITNESS):
     # From the first trap to the last, without a hole.
     assert [trap.event.seq for trap in traps] == list(range(1, len(traps) + 1))
     assert all(trap.packet.value1 == trap.event.seq for trap in traps)
-    last = lines[-1][1]
-    return len(lines), len(traps), [(last - at) / 1e9 for _, at in lines[len(traps) :]]
+    return len(lines), len(traps), ages_of([at for _, at in lines])[len(traps) :]
+
+
+def ages_of(moments):
+    """How old each trap was at the last one, in seconds in which the process ran.
+
+    While a machine with other work stops it, it cannot write either: a longer pause between two
+    traps counts as `STALL`.
+    """
+    age, ages = 0.0, [0.0]
+    for earlier, later in reversed(list(pairwise(moments))):
+        age += min((later - earlier) / 1e9, STALL)
+        ages.append(age)
+    return ages[::-1]
 
 
 def check_kills(folder, guest, count, seed):

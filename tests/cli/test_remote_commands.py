@@ -2,9 +2,7 @@
 
 import json
 import signal
-import subprocess
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -88,27 +86,17 @@ class Counts(BridgeHandler[int]):
 
 
 @pytest.fixture
-def started(tmp_path):
+def started(children, tmp_path):
     """`with started(ARGUMENTS) as run`: a command of its own, which is killed at the end."""
 
     @contextmanager
     def start(*arguments, wait_for=None):
-        run = subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=tmp_path,
-        )  # fmt: skip
-        end_at_last = threading.Timer(120, run.kill)
-        end_at_last.start()
-        with run:
-            try:
-                run.told = []
-                while wait_for and wait_for not in (line := run.stderr.readline()):
-                    assert line, f"it has ended: {run.told}"
-                    run.told.append(line)
-                yield run
-            finally:
-                end_at_last.cancel()
-                run.kill()
+        with children.start(command(*arguments), cwd=tmp_path) as run:
+            run.before = []
+            while wait_for and wait_for not in (line := run.stderr.readline()):
+                assert line, f"it has ended: {run.told()}"
+                run.before.append(line)
+            yield run
 
     return start
 
@@ -132,14 +120,9 @@ def agent_options(image, *more, vm="web"):
 
 
 def ended(run):
-    """Its exit status, the lines of its standard output, and what else it told.
-
-    Those that nobody has read yet: `communicate` does not see what was read ahead.
-    """
-    with ThreadPoolExecutor(1) as beside:
-        told = beside.submit(run.stderr.read)
-        lines = [json.loads(line) for line in run.stdout]
-        return run.wait(), lines, told.result()
+    """Its exit status, the lines of its standard output, and what else it printed, from here on."""
+    out, told = run.communicate()
+    return run.returncode, [json.loads(line) for line in out.splitlines()], told
 
 
 LISTENS = "listening at unix:x.sock"
@@ -176,7 +159,7 @@ class TestTogether:
         ):
             assert ended(agent)[0] == 0
             server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=60) == 130
+            assert server.wait() == 130
 
     def test_people_get_plain_lines(self, started, image, serve_options):
         guest = image(GUEST.format(count=3, spin=1))
@@ -184,10 +167,10 @@ class TestTogether:
             options = agent_options(guest)
             options.remove("--json")
             with started(*options) as agent:
-                out, _ = agent.communicate(timeout=60)
+                out, _ = agent.communicate()
             assert out == "3 traps: 3 answered by the server, 0 here; 1 connections\n"
             server.send_signal(signal.SIGTERM)
-            out, _ = server.communicate(timeout=60)
+            out, _ = server.communicate()
         assert "vm web: 3 traps: 3 handled\n" in out
 
     def test_each_vm_is_recorded_in_a_file_of_its_own(
@@ -199,7 +182,7 @@ class TestTogether:
                 with started(*agent_options(guest)) as agent:
                     assert ended(agent)[0] == 0
             server.send_signal(signal.SIGTERM)
-            server.communicate(timeout=60)
+            server.communicate()
         for name in ("web-1", "web-2"):
             done = vmibridge("replay", str(tmp_path / f"runs/{name}.mcap"), "--handlers", "adds.py")
             assert done.returncode == 0, done.stderr
@@ -221,12 +204,12 @@ class TestShared:
                     server.send_signal(signal.SIGHUP)
                     while "loaded anew" not in (line := server.stderr.readline()):
                         assert line
-                        server.told.append(line)
+                        server.before.append(line)
             server.send_signal(signal.SIGTERM)
             _, lines, told = ended(server)
         outputs = [line["output"] for line in lines if "output" in line]
         assert outputs == [*range(1, 11), *range(101, 111)]
-        lives = [line for line in ("".join(server.told) + told).splitlines() if line[-1:] == "0"]
+        lives = [line for line in ("".join(server.before) + told).splitlines() if line[-1:] == "0"]
         assert lives == ["entered 0", "left 0", "entered 100", "left 100"]
 
 
@@ -328,7 +311,7 @@ def kill_the_server(started, image, serve_options, times, count):
             for _ in range(20):
                 server.stdout.readline()
             server.kill()
-            server.communicate(timeout=60)
+            server.communicate()
             kills += 1
             server = servers.enter_context(started(*options, wait_for=LISTENS))
         read_on(server)

@@ -3,7 +3,6 @@
 import json
 import os
 import pty
-import subprocess
 from pathlib import Path
 
 import anyio
@@ -175,16 +174,16 @@ def test_a_recording_is_a_backend_like_any_other(vmibridge, record, source):
     assert last["summary"]["handled"] == 40
 
 
-def test_long_work_shows_a_bar_on_a_terminal_and_takes_it_away(record, source, tmp_path):
+def test_long_work_shows_a_bar_on_a_terminal_and_takes_it_away(children, record, source, tmp_path):
     slow = MEMORY_HANDLER.replace("self.count += 1", "self.count += 1; await anyio.sleep(0.02)")
     path = record(code=calls(*[1] * 100, value="0x100000"))
     source.write_text(f"import anyio\n{slow}")
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
-        process = subprocess.Popen(
+        process = children.start(
             command("replay", path, "--handlers", str(source)),
-            stdout=subprocess.PIPE,
             stderr=theirs,
+            text=False,
             cwd=tmp_path,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
         )
@@ -198,6 +197,6 @@ def test_long_work_shows_a_bar_on_a_terminal_and_takes_it_away(record, source, t
             if not part:
                 break
             shown += part
-        told = process.communicate(timeout=60)[0]
+        told = process.communicate()[0]
     assert b"replaying" in shown
     assert told.endswith(b"100 requests compared, 0 different\n")

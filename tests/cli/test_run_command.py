@@ -6,11 +6,12 @@ import pty
 import re
 import select
 import signal
-import subprocess
+import sys
 import time
 
 import pytest
-from probe_guest import calls, command
+from children import run as run_child
+from probe_guest import PAUSE, calls, command
 
 LOOPS = [["--async-backend", "asyncio"], ["--async-backend", "trio"], ["--uvloop"]]
 
@@ -103,10 +104,12 @@ class TestForPeople:
         assert second.endswith(r"RuntimeError: told to,\x1b[2J twice")
         assert summary == "2 traps: 1 handled, 1 failed"
 
-    def test_guest_text_never_reaches_the_terminal_unescaped(self, image, handlers, tmp_path):
+    def test_guest_text_never_reaches_the_terminal_unescaped(
+        self, children, image, handlers, tmp_path
+    ):
         path = image(calls(1, 3))
         master, slave = pty.openpty()
-        run = subprocess.Popen(
+        run = children.start(
             command("run", "--backend", f"unicorn:{path}", "--handlers", handlers),
             stdout=slave,
             stderr=slave,
@@ -126,7 +129,7 @@ class TestForPeople:
                 break
             seen += data
         os.close(master)
-        assert run.wait(30) == 0
+        assert run.wait() == 0
         text = seen.decode()
         assert "probe" in text
         assert r"\x1b[31mred" in text
@@ -287,23 +290,25 @@ class TestOptions:
 class TestSignals:
     @pytest.mark.parametrize("loop", LOOPS, ids=["asyncio", "trio", "uvloop"])
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_pending_traps_are_answered_and_told(self, image, handlers, tmp_path, loop, number):
+    def test_pending_traps_are_answered_and_told(
+        self, children, image, handlers, tmp_path, loop, number
+    ):
         spec = f"unicorn:{image(calls(1, 4, tail='jmp $'))}?vcpus=2"
-        run = subprocess.Popen(
+        run = children.start(
             command("run", "--backend", spec, "--handlers", handlers, "--json", *loop),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            cwd=tmp_path,
         )  # fmt: skip
         first = [json.loads(run.stdout.readline()) for _ in range(2)]
         assert {trap["outcome"] for trap in first} == {"handled"}
         assert [run.stderr.readline() for _ in range(2)] == ["waiting\n"] * 2
         run.send_signal(number)
-        out, err = run.communicate(timeout=30)
+        out, err = run.communicate()
         assert run.returncode == 128 + number, err
         *rest, last = [json.loads(line) for line in out.splitlines()]
         assert [trap["outcome"] for trap in rest] == ["cancelled"] * 2
         assert [end["reason"] for end in last["summary"]["guest"]] == ["stopped"] * 2
 
-    def test_a_third_one_ends_even_a_handler_that_shields_itself(self, image, tmp_path):
+    def test_a_third_one_ends_even_a_handler_that_shields_itself(self, children, image, tmp_path):
         (tmp_path / "shielded.py").write_text(
             "import anyio\nfrom vmibridge import BridgeHandler\n"
             "class Shielded(BridgeHandler[None]):\n    MAGIC = 0x42494D56\n    REQUEST = 0x100\n"
@@ -312,10 +317,10 @@ class TestSignals:
             "        with anyio.CancelScope(shield=True):\n"
             "            await anyio.sleep(3600)\n"
         )
-        run = subprocess.Popen(
+        run = children.start(
             command("run", "--backend", f"unicorn:{image(calls(1))}", "--handlers", "shielded.py",
                     "--json"),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            cwd=tmp_path,
         )  # fmt: skip
         assert run.stdout.readline() == "waiting\n"
         while run.poll() is None:
@@ -324,52 +329,52 @@ class TestSignals:
         assert run.returncode == 130
         run.communicate()
 
-    def test_one_that_comes_while_handlers_are_loaded_ends_the_command(self, image, tmp_path):
-        (tmp_path / "slow.py").write_text(
-            "import time\nprint('loading', flush=True)\ntime.sleep(3600)\n"
-        )
-        run = subprocess.Popen(
+    def test_one_that_comes_while_handlers_are_loaded_ends_the_command(
+        self, children, image, tmp_path
+    ):
+        (tmp_path / "slow.py").write_text(f"{PAUSE}print('loading', flush=True)\npause()\n")
+        run = children.start(
             command("run", "--backend", f"unicorn:{image('hlt')}", "--handlers", "slow.py"),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            cwd=tmp_path,
         )  # fmt: skip
         assert run.stdout.readline() == "loading\n"
         run.send_signal(signal.SIGINT)
-        _, err = run.communicate(timeout=30)
+        _, err = run.communicate()
         assert (run.returncode, err) == (130, "")
 
-    def test_an_endless_guest_is_stopped(self, image, handlers, tmp_path):
-        run = subprocess.Popen(
+    def test_an_endless_guest_is_stopped(self, children, image, handlers, tmp_path):
+        run = children.start(
             command("run", "--backend", f"unicorn:{image(calls(1, tail='jmp $'))}", "--handlers",
                     handlers, "--json"),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            cwd=tmp_path,
         )  # fmt: skip
         run.stdout.readline()
         run.send_signal(signal.SIGINT)
-        out, err = run.communicate(timeout=30)
+        out, err = run.communicate()
         assert run.returncode == 130, err
         assert json.loads(out)["summary"]["guest"][0]["reason"] == "stopped"
 
-    def test_a_reader_that_leaves_ends_the_run(self, image, handlers, tmp_path):
+    def test_a_reader_that_leaves_ends_the_run(self, children, image, handlers, tmp_path):
         code = calls(1, tail="jmp start").replace("mov r8", "start: mov r8", 1)
-        run = subprocess.Popen(
+        run = children.start(
             command("run", "--backend", f"unicorn:{image(code)}", "--handlers", handlers, "--json"),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
+            cwd=tmp_path,
         )  # fmt: skip
         run.stdout.readline()
         run.stdout.close()
-        assert run.wait(30) == 1
-        assert b"standard output was closed" in run.stderr.read()
+        assert run.wait() == 1
+        assert "standard output was closed" in run.stderr.read()
         run.stderr.close()
 
-    def test_a_reader_that_is_slow_loses_nothing(self, image, handlers, tmp_path):
+    def test_a_reader_that_is_slow_loses_nothing(self, children, image, handlers, tmp_path):
         tail = "dec r12d\n jnz again\n hlt"
         code = "mov r12d, 3000\nagain:" + calls(1, value="r12", tail=tail)
-        run = subprocess.Popen(
+        run = children.start(
             command("run", "--backend", f"unicorn:{image(code)}", "--handlers", handlers, "--json"),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
+            cwd=tmp_path,
         )  # fmt: skip
         time.sleep(1.0)  # the pipe holds a part of it: the guest has to wait
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate()
         assert run.returncode == 0, err
         *traps, last = [json.loads(line) for line in out.splitlines()]
         assert [trap["values"][0] for trap in traps] == list(range(3000, 0, -1))
@@ -407,15 +412,8 @@ class TestHandlersList:
 class TestDemo:
     @pytest.mark.parametrize("loop", ["asyncio", "trio"])
     def test_the_guest_passes_all_of_its_checks(self, root, loop):
-        import sys
-
-        done = subprocess.run(
-            [sys.executable, str(root / "guest/demo/demo.py"), "--json", "--async-backend", loop],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        demo = [sys.executable, root / "guest/demo/demo.py", "--json", "--async-backend", loop]
+        done = run_child(demo)
         assert done.returncode == 0, done.stderr
         *traps, last = lines(done)
         assert {trap["trap"] for trap in traps} == {"vmcall", "vmmcall", "cpuid"}

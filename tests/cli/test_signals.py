@@ -6,8 +6,7 @@ Either way the vCPU is answered and goes on, and the summary tells how it ended.
 
 import json
 import signal
-import subprocess
-import threading
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -73,34 +72,33 @@ again:
     hlt
 """
 
+# Runs what follows as `nohup` does, or a shell in the background.
+IGNORES = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 GRACE = "SIG: stopping; handlers have their grace period, again to cancel them"
 NOW = "SIG: stopping; handlers are cancelled, again to end at once"
 
 
 @pytest.fixture
-def started(image, tmp_path):
+def started(children, image, tmp_path):
     """`with started(CODE, *OPTIONS) as run`: the command, with its handler pending."""
 
     @contextmanager
-    def start(code, *options):
+    def start(code, *options, before=()):
         (tmp_path / "pending.py").write_text(PENDING)
         (tmp_path / "settings.toml").write_text(SETTINGS)
-        run = subprocess.Popen(
-            command(
-                *("run", "--backend", f"unicorn:{image(code)}", "--handlers", "pending.py"),
-                *("--config", "settings.toml", "--json", "--log-level", "info", *options),
-            ),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        )  # fmt: skip
-        end_at_last = threading.Timer(60, run.kill)
-        end_at_last.start()
-        with run:
-            try:
-                wait_for("pending", run.stderr)
-                yield run
-            finally:
-                end_at_last.cancel()
-                run.kill()
+        line = command(
+            *("run", "--backend", f"unicorn:{image(code)}", "--handlers", "pending.py"),
+            *("--config", "settings.toml", "--json", "--log-level", "info", *options),
+        )
+        with children.start([*before, *line], cwd=tmp_path) as run:
+            wait_for("pending", run.stderr)
+            yield run
 
     return start
 
@@ -115,10 +113,8 @@ def wait_for(words, stream):
 
 def result_of(run):
     """The rest of what it shows: the traps, the summary, the end of its vCPU, and the log."""
-    # Not by `communicate`, which does not see what was read ahead.
-    *traps, last = [json.loads(line) for line in run.stdout]
-    told = run.stderr.read()
-    run.wait()
+    out, told = run.communicate()
+    *traps, last = [json.loads(line) for line in out.splitlines()]
     (end,) = last["summary"]["guest"]
     return traps, last["summary"], end, told
 
@@ -185,3 +181,16 @@ def test_the_first_signal_lets_a_guest_go_that_polls(started, loop):
     assert summary["abandoned"] == 1
     assert end["reason"] in ("stopped", "halted")
     assert "cancelled\n" in told
+
+
+@every_loop
+def test_sigterm_stops_one_that_is_to_ignore_the_signals_of_a_terminal(started, tmp_path, loop):
+    with started(GUEST, *loop, before=[sys.executable, "-c", IGNORES]) as run:
+        run.send_signal(signal.SIGHUP)
+        run.send_signal(signal.SIGTERM)
+        wait_for(GRACE.replace("SIG", "SIGTERM"), run.stderr)
+        (tmp_path / "end").touch()
+        traps, _, end, _ = result_of(run)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert [(trap["outcome"], trap["output"]) for trap in traps] == [("handled", "in time")]
+    assert end["reason"] == "stopped"

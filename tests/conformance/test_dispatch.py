@@ -396,6 +396,7 @@ def many(magics: int, requests: int) -> dict[tuple[int, int], Answering]:
     }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("magics", "requests"), [(1, 1000), (1000, 1), (1, 65_536), (64, 1024)])
 def test_there_is_no_limit_to_the_number_of_handlers(magics, requests):
     handlers = many(magics, requests)
@@ -601,6 +602,7 @@ def search(order: list, packet: BridgePacket, reason: TrapReason) -> list:
     return found
 
 
+@pytest.mark.no_cover
 @settings(max_examples=300)
 @given(st.lists(nested, max_size=8))
 def test_a_match_agrees_with_trying_one_handler_after_the_other(tree):

@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from children import run
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docker"))
@@ -23,10 +23,10 @@ def installed_podman():
         pytest.skip(f"no podman: apt-get install {' '.join(PACKAGES)}")
     if os.geteuid() or not shutil.which("apt-get"):
         pytest.skip("no podman, and it can be installed only as root, on a Debian")
-    subprocess.run(["apt-get", "update", "-q"], check=False, timeout=300)
+    run(["apt-get", "update", "-q"], seconds=300)
     command = ["apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    done = subprocess.run(command, check=False, env=environment, timeout=600)
+    done = run(command, env=environment, seconds=600)
     if done.returncode or not shutil.which("podman"):
         pytest.skip("no podman, and apt-get could not install it")
 
@@ -59,6 +59,6 @@ def guest():
     if not (folder / "release").exists():
         if not os.environ.get("CI"):
             pytest.skip("no Linux guest: run `make linux`")
-        subprocess.run([sources / "fetch-linux"], check=True, timeout=600)
-    subprocess.run([sources / "build-guest"], check=True, timeout=300)
+        run([sources / "fetch-linux"], check=True, seconds=600)
+    run([sources / "build-guest"], check=True, seconds=300)
     return folder

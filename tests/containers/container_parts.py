@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from children import Child, run
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
@@ -31,14 +32,8 @@ class Compose:
 
     def compose(self, *arguments):
         command = [sys.executable, "-m", "podman_compose", "-p", self.project]
-        return subprocess.run(
-            [*command, "-f", ROOT / "docker/compose.yaml", *arguments],
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
+        line = [*command, "-f", ROOT / "docker/compose.yaml", *arguments]
+        return run(line, seconds=SECONDS, env=self._environment)
 
     def podman(self, *arguments):
         return self.engine.run(*arguments, seconds=SECONDS, capture_output=True, text=True)
@@ -58,21 +53,13 @@ class Compose:
     def await_traps(self, service, count):
         """Wait until it has told of so many."""
         command = ["podman", "logs", "--follow", self.name(service)]
-        with subprocess.Popen(
-            command,
-            env=self.engine.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+        with Child(
+            command, seconds=SECONDS, env=self.engine.environment, stderr=subprocess.DEVNULL
         ) as following:
-            watchdog = threading.Timer(SECONDS, following.kill)
-            watchdog.start()
             for line in following.stdout:
                 count -= bool(TRAP.match(line))
                 if count <= 0:
                     break
-            watchdog.cancel()
-            following.kill()
         assert count <= 0, self.logs(service)
 
     def wait(self, service):
@@ -135,13 +122,7 @@ def composed(engine, profile, guest, **variables):
 
 def inspected(recording):
     """The traps of a recording, and how it ends, as the command has them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "vmibridge", "inspect", "--json", recording],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "vmibridge", "inspect", "--json", recording]
+    done = run(command, seconds=SECONDS, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return [line for line in lines if "outcome" in line], lines[-1]

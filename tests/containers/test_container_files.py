@@ -12,6 +12,8 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from children import run
+from needs import needs
 
 from vmibridge.backend.qemu_plugin.build import _FLAGS
 from vmibridge.cli import main
@@ -59,7 +61,7 @@ def stages(path):
 @by_name(DOCKERFILES)
 def test_hadolint_finds_nothing(path):
     hadolint = Path(sys.executable).with_name("hadolint")
-    done = subprocess.run([hadolint, path], capture_output=True, text=True, check=False)
+    done = run([hadolint, path])
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -308,14 +310,8 @@ def test_a_vm_reaches_its_servers_and_nothing_else():
 
 @pytest.fixture
 def analyze():
-    path = shutil.which("systemd-analyze")
-    if path is None:
-        pytest.skip("no systemd-analyze: apt-get install systemd")
-
-    def run(*arguments):
-        return subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
-
-    return run
+    path = needs("systemd-analyze")
+    return lambda *arguments: run([path, *arguments])
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import msgspec
 import pytest
+from children import run as run_child
 
 from vmibridge import BridgeHandler, BridgeServer, Gate, OutcomeKind, StatusKind
 from vmibridge import method as mark_method
@@ -122,7 +123,12 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def environment():
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # Without coverage: tests/cli/ gathers that of the commands, which would take twice as long.
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST_", "COVERAGE_", "COV_"))
+    }
     return {
         **kept,
         "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
@@ -171,16 +177,9 @@ def run_command(place, command, printed, folder, environment):
 
 
 def run(command, folder, environment):
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-        check=False,
+    """Its output is that of both streams, as on a terminal."""
+    return run_child(
+        command, seconds=SECONDS, cwd=folder, env=environment, stderr=subprocess.STDOUT
     )
 
 

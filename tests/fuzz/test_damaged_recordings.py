@@ -38,6 +38,9 @@ from vmibridge.recording.reader import MAX_CHUNK, RecordingReader
 from vmibridge.recording.recover import recover
 from vmibridge.recording.traps import recorded_traps
 
+# The same lines, for every example: other tests show that they are covered.
+pytestmark = pytest.mark.no_cover
+
 START = 1_700_000_000 * 10**9
 MAGIC = b"\x89MCAP0\r\n"
 MOST = 2**64 - 1

@@ -9,6 +9,9 @@ from vmibridge.backend.qemu_gdb.commands import StubError
 from vmibridge.backend.qemu_gdb.packets import Mark, Notification, PacketError, PacketReader, encode
 from vmibridge.backend.qemu_gdb.registers import parse_description
 
+# The same lines, for every example: other tests show that they are covered.
+pytestmark = pytest.mark.no_cover
+
 SEEDS = [
     b"OK",
     b"E14",

@@ -17,6 +17,9 @@ from vmibridge.contract import STANDARD_MAGIC
 from vmibridge.loading import load_handlers
 from vmibridge.tap import Tap
 
+# The same lines, for every example: other tests show that they are covered.
+pytestmark = pytest.mark.no_cover
+
 ROOT = Path(__file__).parents[2]
 LOOPS = [("asyncio", {}), ("asyncio", {"use_uvloop": True}), ("trio", {})]
 EXAMPLES = 60

@@ -1,10 +1,11 @@
 """Guests for the tests: assembled from their sources, once per form."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import run
+from needs import needs
 from qemu_machine import Machine
 
 from vmibridge.backend.qemu_plugin.build import build_plugin
@@ -47,11 +48,8 @@ def guest_code(tmp_path: Path) -> Callable[..., Path]:
 
 
 def assemble(source: Path, image: Path, *options: str) -> None:
-    command = ["nasm", "-Werror", "-f", "bin", f"-I{ROOT / 'guest/include'}/", *options]
-    done = subprocess.run(
-        [*command, str(source), "-o", str(image)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    command = [needs("nasm"), "-Werror", "-f", "bin", f"-I{ROOT / 'guest/include'}/", *options]
+    run([*command, source, "-o", image], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """Boots the Linux guest, with a host or without, for the tests that need a whole system."""
 
-import os
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
 import pytest
+from children import run, run_beside
+from needs import may_skip
 
 from vmibridge import Bridge, BridgeHandler, BridgeServer, Outcome, open_backend
 from vmibridge.loading import load_handlers
@@ -18,12 +18,12 @@ FOLDER = ROOT / ".linux"
 
 
 def built_guest() -> Path:
-    """The folder with kernel and initramfs. In CI they are brought; else the test is skipped."""
+    """The folder with kernel and initramfs. Where they may be missing, the test is skipped."""
     if not (FOLDER / "release").exists():
-        if not os.environ.get("CI"):
+        if may_skip():
             pytest.skip("no Linux guest: run `make linux`")
-        subprocess.run([SOURCES / "fetch-linux"], check=True, timeout=600)
-    subprocess.run([SOURCES / "build-guest"], check=True, timeout=300)
+        run([SOURCES / "fetch-linux"], check=True, seconds=600)
+    run([SOURCES / "build-guest"], check=True, seconds=300)
     return FOLDER
 
 
@@ -79,7 +79,7 @@ class LinuxGuest:
 
     async def boot_alone(self, what: str, **options: int | str) -> Boot:
         """Without the plugin."""
-        done = await anyio.run_process(self.command(what, **options), check=False)
+        done = await run_beside(self.command(what, **options))
         return Boot(done.returncode, told(done.stdout))
 
     async def boot(
@@ -99,7 +99,7 @@ class LinuxGuest:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(consume)
                 command = self.command(what, *arms, **options)
-                done = await anyio.run_process(command, check=False)
+                done = await run_beside(command)
                 if done.returncode:
                     server.stop()  # there may have been no vCPU, for which it would wait
         return Boot(done.returncode, told(done.stdout), outcomes, server.summary)

@@ -4,6 +4,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 
 import anyio
+from children import run_beside
 
 from vmibridge import Bridge, BridgeServer, open_backend
 from vmibridge.qemu.process import QemuProcess
@@ -34,7 +35,7 @@ class Machine:
 
     async def run(self, arguments="", **defines):
         """Run QEMU to its end; returns what it was."""
-        self.done = await anyio.run_process(self.command(arguments, **defines), check=False)
+        self.done = await run_beside(self.command(arguments, **defines))
         return self.done.returncode
 
     @asynccontextmanager

@@ -1,11 +1,12 @@
 """The guest's C header, compiled in all its forms and run in guests that check every answer."""
 
 import shutil
-import subprocess
 from itertools import product
 from pathlib import Path
 
 import pytest
+from children import run
+from needs import needs
 
 from vmibridge import (
     Bridge,
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.anyio
 
 INCLUDE = Path(__file__).parents[2] / "guest/include"
 GUEST = Path(__file__).parent / "guests/c_header.c"
-COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
+COMPILERS = ["gcc", *(["clang"] if shutil.which("clang") else [])]
 
 CPUID, VMCALL, VMMCALL = 1, 2, 3
 FORMS = {
@@ -44,8 +45,7 @@ PASSED, NO_SELF_TEST, SLEEPS = 0x600D, 38, 9
 
 
 def compile_c(*arguments, compiler="gcc"):
-    command = [compiler, *BASIC.split(), f"-I{INCLUDE}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run([needs(compiler), *BASIC.split(), f"-I{INCLUDE}", *arguments])
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
@@ -66,7 +66,7 @@ def build(tmp_path_factory):
                 *("-nostdlib", "-static", "-no-pie", f"-Wl,-T,{INCLUDE}/flat.ld"),
                 *("-o", str(linked), str(GUEST)),
             )
-            subprocess.run(["objcopy", "-O", "binary", linked, built[key]], check=True)
+            run([needs("objcopy"), "-O", "binary", linked, built[key]], check=True)
         return built[key]
 
     return build_image

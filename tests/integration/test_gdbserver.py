@@ -3,14 +3,14 @@
 A program of three calls is stopped at each; its cell is set to 1, and it ends with 1 + 2 * 3.
 """
 
-import shutil
 import struct
-import subprocess
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
 import pytest
+from children import opened, run
+from needs import needs
 
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_gdb import commands
@@ -27,9 +27,9 @@ GUESTS = Path(__file__).parent / "guests"
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("traps") / "traps"
-    command = ["gcc", "-O1", "-g0", "-no-pie", str(GUESTS / "traps.c"), "-o", str(path)]
-    subprocess.run(command, check=True)
-    told = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+    command = [needs("gcc"), "-O1", "-g0", "-no-pie", str(GUESTS / "traps.c"), "-o", str(path)]
+    run(command, check=True)
+    told = run([needs("nm"), path], check=True).stdout
     rows = [line.split() for line in told.splitlines()]
     symbols = {row[2]: int(row[0], 16) for row in rows if len(row) == 3 and row[1] in "TD"}
     return path, symbols
@@ -38,18 +38,13 @@ def program(tmp_path_factory):
 @asynccontextmanager
 async def gdbserver(program):
     """Where it listens; it stopped the program before its first instruction."""
-    assert shutil.which("gdbserver"), "no gdbserver: apt-get install gdbserver"
-    command = ["gdbserver", "--no-startup-with-shell", "127.0.0.1:0", str(program)]
-    async with await anyio.open_process(command) as process:
-        try:
-            said = b""
-            while b"Listening on port " not in said or not said.endswith(b"\n"):
-                said += await process.stderr.receive()
-            port = int(said.rpartition(b"port ")[2])
-            yield f"tcp:127.0.0.1:{port}", process
-        finally:
-            if process.returncode is None:
-                process.kill()
+    command = [needs("gdbserver"), "--no-startup-with-shell", "127.0.0.1:0", str(program)]
+    async with opened(command) as process:
+        said = b""
+        while b"Listening on port " not in said or not said.endswith(b"\n"):
+            said += await process.stderr.receive()
+        port = int(said.rpartition(b"port ")[2])
+        yield f"tcp:127.0.0.1:{port}", process
 
 
 async def test_registers_memory_and_breakpoints_of_a_program(program):

@@ -25,9 +25,12 @@ class TestFailures:
     async def test_a_server_that_is_killed_loses_no_trap_and_no_handler_runs_twice_elsewhere(
         self, nats, tmp_path
     ):
-        url = f"{nats.url}?silence=1"
+        # So long that only the one that is killed counts as gone, however slow the others are.
+        url = f"{nats.url}?silence=6"
         vm = Guest(8, 250, codes=(1, 2))
-        with serve_processes(tmp_path, url, 3, "--repeated", "run") as processes:
+        with serve_processes(
+            tmp_path, url, 3, "--repeated", "run", "--timeout", "3600"
+        ) as processes:
             killed = processes[0]
             async with anyio.create_task_group() as tasks:
 
@@ -36,9 +39,9 @@ class TestFailures:
                     killed.process.kill()
 
                 tasks.start_soon(kill)
-                with anyio.fail_after(60):
+                with anyio.fail_after(120):
                     agent, end = await carry(vm, url)
-            assert killed.process.wait(10) == -signal.SIGKILL
+            assert killed.process.wait() == -signal.SIGKILL
             ran = [each.ran() for each in processes]
         assert not end.failed
         assert not vm.wrong
@@ -73,7 +76,8 @@ class TestFailures:
         assert all(answer.rax is None for _, _, answer in vm.wrong)
 
     async def test_nats_that_is_restarted_loses_no_trap_and_no_handler_runs_twice(self, nats):
-        url = f"{nats.url}?silence=1.5"
+        # So long that neither server counts as gone because NATS starts slowly.
+        url = f"{nats.url}?silence=6"
         handlers = [Work(), Work()]
         vm = Guest(8, 400)
         async with (

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 import anyio
 import anyio.lowlevel
 import pytest
+from children import opened
 from micro_guest import (
     ALL,
     ALL_RIGHT,
@@ -28,6 +29,7 @@ from micro_guest import (
     OfAnother,
     Work,
 )
+from needs import needs
 
 from vmibridge import Bridge, BridgeServer, open_backend
 from vmibridge.errors import BackendError
@@ -64,15 +66,11 @@ class Machine:
             *("-qmp", f"unix:{self.qmp},server=on,wait=off"),
         ]
         self.stub.unlink(missing_ok=True)
-        async with await anyio.open_process(command, stderr=subprocess.DEVNULL) as self.process:
-            try:
-                while not (self.stub.exists() and self.qmp.exists()):
-                    await anyio.sleep(0.01)
-                yield
-                self.status = await self.process.wait()
-            finally:
-                if self.process.returncode is None:
-                    self.process.kill()
+        async with opened(command, stderr=subprocess.DEVNULL) as self.process:
+            while not (self.stub.exists() and self.qmp.exists()):
+                await anyio.sleep(0.01)
+            yield
+            self.status = await self.process.wait()
 
     def spec(self, options="", *, ud=False):
         sites = [f"site={address:#x}" for address in self.sites]
@@ -118,12 +116,9 @@ def machine(request, build_guest, tmp_path):
     kind = request.param
     if kind == "new":
         return Machine(request.getfixturevalue("qemu"), "tcg", build_guest, tmp_path)
-    path = system_qemu()
-    if path is None:
-        assert not os.environ.get("CI"), "no QEMU: apt-get install qemu-system-x86"
-        pytest.skip("no qemu-system-x86_64 of the system's")
+    path = needs("qemu-system-x86_64")
     if kind == "kvm" and not os.access(KVM, os.R_OK | os.W_OK):
-        pytest.skip(f"no {KVM} that can be opened")
+        pytest.skip(f"no {KVM} that can be opened: as root, modprobe kvm_intel or kvm_amd")
     return Machine(path, "kvm" if kind == "kvm" else "tcg", build_guest, tmp_path)
 
 
@@ -148,6 +143,7 @@ async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
     assert machine.outcomes == {"handled": 100}
 
 
+@pytest.mark.no_cover
 # It takes long, and what differs between the loops is tested with less.
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"])
 async def test_twenty_thousand_traps_of_two_vcpus(machine):

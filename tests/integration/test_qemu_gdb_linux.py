@@ -4,14 +4,14 @@ CPUIDs are sites, found in the programs' files; VMCALL and VMMCALL come by the k
 of undefined instructions.
 """
 
-import os
-import shutil
 from collections import Counter
 
 import anyio
 import pytest
+from children import opened
 from elftools.elf.elffile import ELFFile
 from linux_guest import LinuxGuest, built_guest, exchange, told
+from needs import needs
 
 from vmibridge import Bridge, BridgeServer, open_backend
 
@@ -30,11 +30,7 @@ def folder():
 def any_qemu(request):
     if request.param == "new":
         return request.getfixturevalue("qemu")
-    path = shutil.which("qemu-system-x86_64")
-    if path is None:
-        assert not os.environ.get("CI"), "no QEMU: apt-get install qemu-system-x86"
-        pytest.skip("no qemu-system-x86_64 of the system's")
-    return path
+    return needs("qemu-system-x86_64")
 
 
 def cpuids(program):
@@ -64,7 +60,7 @@ async def test_programs_call_by_each_instruction(any_qemu, plugin, folder, tmp_p
     command = linux.command("user", *arms, count=COUNT, kernel="nokaslr")
     seen, outcomes, said = set(), Counter(), b""
     with anyio.fail_after(200):
-        async with await anyio.open_process(command) as process:
+        async with opened(command) as process:
             while not stub.exists():
                 await anyio.sleep(0.01)
             async with open_backend(f"qemu-gdb:unix:{stub}?{options}") as backend:

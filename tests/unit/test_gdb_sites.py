@@ -1,10 +1,11 @@
 """Sites of the gdbstub backend: addresses, and symbols of ELF files; and its spec."""
 
-import subprocess
 import sys
 
 import msgspec
 import pytest
+from children import run
+from needs import needs
 
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_gdb.options import parse_spec
@@ -36,13 +37,13 @@ def elves(tmp_path_factory):
         "anywhere": ["-m64", "-static-pie"],
     }
     for name, options in ways.items():
-        command = ["gcc", "-nostdlib", "-Wl,--build-id=none", *options, "a.s", "-o", name]
-        subprocess.run(command, cwd=folder, check=True)
+        command = [needs("gcc"), "-nostdlib", "-Wl,--build-id=none", *options, "a.s", "-o", name]
+        run(command, cwd=folder, check=True)
     return folder
 
 
 def address_of(path, name):
-    told = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+    told = run([needs("nm"), path], check=True).stdout
     return next(int(line.split()[0], 16) for line in told.splitlines() if line.endswith(f" {name}"))
 
 

@@ -1514,6 +1514,7 @@ MACHINES = [
 ]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_trap_is_answered_once_whatever_happens(machine):
     play(machine, examples=200, steps=40)

@@ -1,0 +1,122 @@
+"""Runs a command on a machine that has other work: `disturb.py --busy 6 --pause 0.6 -- make test`.
+
+Two things happen beside it, until it ends:
+
+- `--busy` processes compute, so that the command gets a share of each core only;
+- one after the other, processes of the command are stopped at random for up to `--pause` seconds
+  and go on then, as if the scheduler had forgotten them.
+
+A test that fails here and passes on a quiet machine trusts a time. Only descendants of the command
+are stopped: what runs elsewhere is left alone. The exit status is that of the command. The same
+`--seed` chooses in the same way, from processes that are never quite the same.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+BETWEEN = 0.05
+"""Seconds, on average, between the end of a pause and the next one."""
+
+SPIN = "while True: pass"
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that compute."""
+    spinning = [subprocess.Popen([sys.executable, "-S", "-c", SPIN]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for each in spinning:
+            each.kill()
+            each.wait()
+
+
+def running(root: int) -> list[int]:
+    """The processes below `root`, which is not among them; none that is stopped already.
+
+    A test may have stopped it, and it would go on with the end of the pause.
+    """
+    parents: dict[int, list[int]] = {}
+    stopped = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                parents.setdefault(int(fields[1]), []).append(int(folder.name))
+                if fields[0] in "TtZX":
+                    stopped.add(int(folder.name))
+    found: list[int] = []
+    waiting = [root]
+    while waiting:
+        children = parents.get(waiting.pop(), [])
+        found += children
+        waiting += children
+    return sorted(set(found) - stopped)
+
+
+def pause_one(root: int, seconds: float, chance: random.Random) -> bool:
+    """Stop one of them for up to so many seconds; whether there was one."""
+    there = running(root)
+    if not there:
+        return False
+    chosen = chance.choice(there)
+    try:
+        # By a handle, which never becomes that of another process.
+        handle = os.pidfd_open(chosen)
+    except ProcessLookupError:
+        return False
+    try:
+        # Its number may have become that of another process before there was a handle.
+        if chosen not in running(root):
+            return False
+        signal.pidfd_send_signal(handle, signal.SIGSTOP)
+        try:
+            time.sleep(chance.uniform(0, seconds))
+        finally:
+            signal.pidfd_send_signal(handle, signal.SIGCONT)
+    except ProcessLookupError:
+        return False  # it has ended meanwhile
+    finally:
+        os.close(handle)
+    return True
+
+
+def disturb(command: list[str], seconds: float, chance: random.Random) -> int:
+    """Run the command to its end, with pauses; its exit status."""
+    process = subprocess.Popen(command)
+    pauses = 0
+    try:
+        while process.poll() is None:
+            pauses += pause_one(process.pid, seconds, chance)
+            time.sleep(chance.uniform(0, 2 * BETWEEN))
+    except KeyboardInterrupt:
+        process.wait()
+    sys.stderr.write(f"disturb: {pauses} pauses; exit status {process.returncode}\n")
+    status = process.returncode
+    return status if status >= 0 else 128 - status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--busy", type=int, default=6, help="processes that compute beside it")
+    parser.add_argument("--pause", type=float, default=0.6, help="longest pause, in seconds")
+    parser.add_argument("--seed", type=int, default=None, help="of what is chosen; else random")
+    parser.add_argument("command", nargs="+", help="what is run, after --")
+    given = parser.parse_args()
+    # So that nothing stays stopped, and nothing computes on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with busy(given.busy):
+        return disturb(given.command, given.pause, random.Random(given.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Programs of the system that tests need, and the one way to do without.
+
+A plain user without one sees a skip that says what would run the test. In CI and for root, who
+can install it, the test fails: a run is never green for want of what it should have run.
+"""
+
+import os
+import shutil
+
+import pytest
+
+PACKAGES = {
+    "cc": "gcc libc6-dev",
+    "chromium": "chromium",
+    "debootstrap": "debootstrap",
+    "gcc": "gcc libc6-dev",
+    "gdb": "gdb",
+    "gdbserver": "gdbserver",
+    "nasm": "nasm",
+    "nm": "binutils",
+    "objcopy": "binutils",
+    "podman": "podman runc netavark aardvark-dns debootstrap",
+    "qemu-system-x86_64": "qemu-system-x86 seabios",
+    "systemd-analyze": "systemd",
+}
+"""Debian's packages that have them."""
+
+
+def may_skip() -> bool:
+    return not os.environ.get("CI") and os.geteuid() != 0
+
+
+def missing(what: str) -> None:
+    """Skip the test for want of this, or fail it; `what` says what would run it."""
+    if may_skip():
+        pytest.skip(what)
+    pytest.fail(what)
+
+
+def needs(program: str) -> str:
+    """The path of a program of the system."""
+    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
+    if path is None:
+        missing(f"no {program}: as root, apt-get install {PACKAGES[program]}")
+        raise AssertionError("unreachable")
+    return path
