@@ -212,6 +212,7 @@ _ATTRIBUTES: Mapping[str, tuple[type, ...]] = {
     "name": (str,),
     "timeout": _SECONDS,
     "soft_timeout": _SECONDS,
+    "may_wait": (bool,),
     "wait": (BridgeResponse, type(None)),
     "retry_values": (tuple, list, type(None)),
     "serial": (bool,),

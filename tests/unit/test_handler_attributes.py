@@ -77,6 +77,7 @@ def test_a_file_with_one_is_refused_in_one_line_with_its_place(name, tmp_path):
         ("soft_timeout", "5", "int or float or None"),
         ("wait", 258, "BridgeResponse or None"),
         ("retry_values", 1, "tuple or list or None"),
+        ("may_wait", "no", "bool"),
         ("serial", "no", "bool"),
         ("instant", None, "bool"),
         ("shared", "no", "bool"),
