@@ -26,7 +26,7 @@ def fetch_qemu(
 ) -> int:
     """Bring QEMU 11.1 to a Debian that has an older one, for this user alone.
 
-    Debian's packages are downloaded and unpacked, 400 MB; nothing is installed, and root is not
+    Debian's packages are downloaded and unpacked, 170 MB; nothing is installed, and root is not
     needed. A QEMU of the system that is new enough is linked to. vmibridge qemu run finds what is
     in ~/.cache/vmibridge/qemu ($XDG_CACHE_HOME/vmibridge/qemu) from any folder. What is there
     already is not brought again.
