@@ -118,8 +118,7 @@ soak: setup  ## 1,000,000 traps with faults over 64 lanes, on asyncio and on tri
 	$(BIN)/python tests/soak/fault_soak.py --loop trio
 
 demo: $(LIGHT)  ## a real guest calls the ready-made handlers and checks every answer
-	$(SAY) 'assembles the guest and runs it'
-	@$(BIN)/python guest/demo/demo.py
+	@$(BIN)/vmibridge demo
 
 demo-linux: setup qemu linux  ## a real Linux in QEMU calls from programs and from its kernel
 	@$(BIN)/python guest/linux/demo.py

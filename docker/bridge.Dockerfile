@@ -16,6 +16,7 @@ WORKDIR /source
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY vmibridge vmibridge
 COPY handlers handlers
+COPY guest guest
 RUN python -m pip --python=/backend/bin/python wheel --no-deps --no-build-isolation -w /wheels .
 
 # What runs: an environment without pip.

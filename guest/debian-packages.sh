@@ -13,7 +13,10 @@ debian_keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 say() { echo "${0##*/}: $*"; }
 die() { echo "${0##*/}: $*" >&2; exit 1; }
 
-debian_codename() { . /etc/os-release && echo "${VERSION_CODENAME:-}"; }
+# A value of os-release; empty where there is none.
+system_says() { (. /etc/os-release 2>/dev/null && echo "${!1:-}"); }
+
+debian_codename() { system_says VERSION_CODENAME; }
 
 # The archive that this machine uses for its own Debian, so that a mirror of its own is used here, too.
 debian_archive() {
@@ -37,10 +40,12 @@ debian_archive() {
 debian_sources() {
     local work=$1 address tool
     shift
+    [ "$(system_says ID)" = debian ] || die "needs Debian for amd64, and this is '$(system_says PRETTY_NAME)'"
     for tool in apt-get apt-cache apt-config dpkg; do
-        command -v "$tool" >/dev/null || die "needs $tool, so Debian"
+        command -v "$tool" >/dev/null || die "needs $tool, which is not in PATH"
     done
-    [ "$(dpkg --print-architecture)" = amd64 ] || die "unpacks packages for amd64 alone"
+    [ "$(dpkg --print-architecture)" = amd64 ] ||
+        die "needs Debian for amd64, and this is for $(dpkg --print-architecture)"
     [ -f "$debian_keyring" ] || die "needs $debian_keyring: install debian-archive-keyring"
     address=$(debian_archive | sed -n 1p)
     [ -n "$address" ] || die "no Debian archive is named in /etc/apt/sources.list or /etc/apt/sources.list.d"

@@ -153,6 +153,10 @@ class Config:
                 )
                 raise self._error(("handlers", name), f"no such handler is loaded; {hint}")
 
+    def has_settings(self, handler: str) -> bool:
+        """Whether there are settings for this handler."""
+        return handler in self._file.handlers
+
     def refuse_settings(self, handler: str, why: str) -> None:
         """Raises `ConfigError`, saying `why`, when there are settings for this handler."""
         if handler in self._file.handlers:

@@ -5,6 +5,9 @@ cause in `__cause__`. What a guest does never surfaces as an error of the server
 it ends in an `Outcome`.
 """
 
+import sys
+from types import MappingProxyType
+
 __all__ = [
     "BackendError",
     "BackendSpecError",
@@ -58,12 +61,57 @@ class QmpError(BackendError):
     """QEMU's monitor refused a command, answered nonsense, or is gone."""
 
 
+EXTRAS = MappingProxyType(
+    {
+        "cli": ("cyclopts", "rich"),
+        "fetch": ("httpcore",),
+        "gdb": ("pyelftools",),
+        "nats": ("nats-py", "nkeys"),
+        "parquet": ("pyarrow",),
+        "perfetto": ("perfetto",),
+        "recording": ("mcap", "zstandard"),
+        "trio": ("trio",),
+        "unicorn": ("unicorn",),
+        "uvloop": ("uvloop",),
+    }
+)
+"""From an extra of vmibridge to the packages that it brings, as an index names them."""
+
+
 class MissingExtraError(VmiBridgeError, ImportError):
-    """An optional dependency that the caller asked for is not installed."""
+    """An optional dependency that the caller asked for is not installed.
+
+    `what` needs it; `extra` is the extra of vmibridge that brings it; `packages` are those that
+    are missing, as an index names them. The message names no installer: pip, pipx, uv, a system's
+    own packages and images each have their way.
+    """
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs the extra {extra!r}: pip install 'vmibridge[{extra}]'")
         self.extra = extra
+        self.packages = _missing(EXTRAS[extra])
+        one = len(self.packages) == 1
+        super().__init__(
+            f"{what} needs the package{'' if one else 's'} {' and '.join(self.packages)}, which"
+            f" the extra {extra!r} of vmibridge brings: add {'it' if one else 'them'} to the"
+            f" environment of {sys.executable or 'this Python'}"
+        )
+
+
+def _missing(packages: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that are not installed; all of them where each seems to be, and one is broken."""
+    found = [name for name in packages if not _is_installed(name)]
+    return tuple(found) or packages
+
+
+def _is_installed(package: str) -> bool:
+    # Not at the top: it takes a quarter of the time of `import vmibridge`.
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 class TrapQueueClosedError(VmiBridgeError):

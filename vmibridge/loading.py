@@ -9,6 +9,7 @@ made without arguments. Each VM gets handlers of its own, but for those that say
 import hashlib
 import importlib
 import importlib.util
+import logging
 import pkgutil
 import sys
 import traceback
@@ -19,10 +20,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 from vmibridge.config import Config
 from vmibridge.dispatch import Bridge
-from vmibridge.errors import HandlerLoadError, HandlerSourceError, VmiBridgeError
+from vmibridge.errors import (
+    HandlerLoadError,
+    HandlerSourceError,
+    MissingExtraError,
+    VmiBridgeError,
+)
 from vmibridge.handler import BridgeHandler
 
 __all__ = ["HandlerFactory", "find_handlers", "load_handlers"]
+
+log: logging.Logger = logging.getLogger(__name__)
 
 Offer: TypeAlias = BridgeHandler[Any] | type[BridgeHandler[Any]]
 
@@ -33,6 +41,8 @@ class Offered(NamedTuple):
     source: str
     """The file, or the dotted module."""
     handler: Offer
+    is_named: bool = True
+    """Whether its module was named, and not only the folder or package that it is in."""
 
 
 def find_handlers(sources: Iterable[str]) -> list[Offered]:
@@ -49,7 +59,10 @@ def find_handlers(sources: Iterable[str]) -> list[Offered]:
                 f"{source}: offers no handler; a handler is a BridgeHandler with a REQUEST"
             )
         for offer in offers:
-            found.setdefault(id(offer.handler), offer)
+            is_named = offer.source == source
+            known = found.setdefault(id(offer.handler), offer._replace(is_named=is_named))
+            if is_named and not known.is_named:
+                found[id(offer.handler)] = known._replace(is_named=True)
     return list(found.values())
 
 
@@ -64,6 +77,8 @@ class HandlerFactory:
         self._sources = list(sources)
         self._config = config or Config()
         self._shared: dict[tuple[str, int], BridgeHandler[Any]] = {}
+        self._left_out: set[str] = set()
+        """Names of handlers whose extra is missing."""
         offered = find_handlers(self._sources)
         self._config.check_handlers({offer.handler.name for offer in offered})
 
@@ -75,19 +90,39 @@ class HandlerFactory:
         """The handlers of one more VM, made with their settings.
 
         Raises `ConfigError` for settings that are wrong, `HandlerLoadError` when making
-        one fails.
+        one fails. One whose extra is missing is left out, with a warning in the log, where
+        neither its module nor its settings are given; `MissingExtraError` where they are, or
+        where no handler is left.
         """
         # Asked anew, so that what a `handlers()` function makes is made for each VM.
-        handlers = []
+        handlers: list[BridgeHandler[Any]] = []
+        missing: MissingExtraError | None = None
         for place, offer in enumerate(find_handlers(self._sources)):
             key = (offer.source, place)
             handler = self._shared.get(key)
             if handler is None:
-                handler = _make(offer, self._config)
+                try:
+                    handler = _make(offer, self._config)
+                except MissingExtraError as error:
+                    self._leave_out(offer, error)
+                    missing = error
+                    continue
             if handler.shared:
                 self._shared[key] = handler
             handlers.append(handler)
+        if missing is not None and not handlers:
+            raise missing
         return handlers
+
+    def _leave_out(self, offer: Offered, error: MissingExtraError) -> None:
+        """Raises `error` where the handler was asked for."""
+        name = offer.handler.name
+        if offer.is_named or self._config.has_settings(name):
+            raise error
+        # Once, and not for each VM.
+        if name not in self._left_out:
+            self._left_out.add(name)
+            log.warning("the handler %s is left out: %s", name, error)
 
 
 def load_handlers(sources: Iterable[str], config: Config | None = None) -> list[BridgeHandler[Any]]:

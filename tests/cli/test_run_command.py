@@ -6,11 +6,9 @@ import pty
 import re
 import select
 import signal
-import sys
 import time
 
 import pytest
-from children import run as run_child
 from probe_guest import PAUSE, calls, command
 
 LOOPS = [["--async-backend", "asyncio"], ["--async-backend", "trio"], ["--uvloop"]]
@@ -228,7 +226,9 @@ class TestExitStatus:
         (tmp_path / "cyclopts.py").write_text("raise ModuleNotFoundError(name='cyclopts')\n")
         done = vmibridge("run")
         assert done.returncode == 2
-        assert "cyclopts is missing: pip install 'vmibridge[cli]'" in done.stderr
+        assert "the command line needs the package" in done.stderr
+        assert "the extra 'cli'" in done.stderr
+        assert vmibridge("--version").returncode == 0
 
     @pytest.mark.parametrize(
         ("body", "told"),
@@ -407,16 +407,3 @@ class TestHandlersList:
         done = vmibridge("handlers", "list", "wide.py")
         assert done.returncode == 1
         assert re.search(r"wide\.py: REQUEST has 16 bits", done.stderr)
-
-
-class TestDemo:
-    @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-    def test_the_guest_passes_all_of_its_checks(self, root, loop):
-        demo = [sys.executable, root / "guest/demo/demo.py", "--json", "--async-backend", loop]
-        done = run_child(demo)
-        assert done.returncode == 0, done.stderr
-        *traps, last = lines(done)
-        assert {trap["trap"] for trap in traps} == {"vmcall", "vmmcall", "cpuid"}
-        assert {trap["handler"] for trap in traps} == {"hello", "log", "environment", "fetch"}
-        assert last["summary"]["handled"] == len(traps)
-        assert last["summary"]["guest"][0]["registers"]["rax"] == 0

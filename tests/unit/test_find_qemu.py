@@ -1,9 +1,18 @@
 """Which QEMU is taken, and what is said of one that does not do."""
 
+from pathlib import Path
+
 import pytest
 
 from vmibridge.errors import BackendError
-from vmibridge.qemu.find import GDB_NEEDS, PLUGIN_NEEDS, accelerators, find_qemu, memory_size
+from vmibridge.qemu.find import (
+    GDB_NEEDS,
+    PLUGIN_NEEDS,
+    accelerators,
+    cache_folder,
+    find_qemu,
+    memory_size,
+)
 
 NAME = "qemu-system-x86_64"
 
@@ -13,11 +22,12 @@ def place(tmp_path, monkeypatch):
     """`place(FOLDER, VERSION)` puts a program there that says that version."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("VMIBRIDGE_QEMU", raising=False)
 
     def put(folder, version):
         path = tmp_path / folder / NAME
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/sh\necho '{version}'\n")
         path.chmod(0o700)
         return str(path)
@@ -28,6 +38,8 @@ def place(tmp_path, monkeypatch):
 def test_the_first_that_is_new_enough_is_taken(place, monkeypatch):
     system = place("bin", "QEMU emulator version 11.2.50 (v11.2.0)")
     assert find_qemu(None, PLUGIN_NEEDS).path == system
+    fetched = place("cache/vmibridge/qemu", "QEMU emulator version 11.1.3 (Debian 1:11.1.3)")
+    assert find_qemu(None, PLUGIN_NEEDS).path == fetched
     unpacked = place(".qemu", "QEMU emulator version 11.1.3 (Debian 1:11.1.3)")
     assert find_qemu(None, PLUGIN_NEEDS) == (found := find_qemu(unpacked, PLUGIN_NEEDS))
     assert (found.path, found.version) == (unpacked, (11, 1))
@@ -38,7 +50,7 @@ def test_the_first_that_is_new_enough_is_taken(place, monkeypatch):
 def test_an_old_one_does_for_gdb_alone(place):
     old = place("bin", "QEMU emulator version 7.2.22 (Debian 1:7.2)")
     assert find_qemu(None, GDB_NEEDS).path == old
-    told = f"no QEMU of 11.1 or later ({NAME} is 7.2): `make qemu` brings one"
+    told = f"no QEMU of 11.1 or later ({NAME} is 7.2): `vmibridge qemu fetch` brings one"
     with pytest.raises(BackendError) as raised:
         find_qemu(None, PLUGIN_NEEDS)
     assert str(raised.value).startswith(told)
@@ -53,6 +65,26 @@ def test_what_is_none_is_told(place):
     other = place("bin", "hello")
     with pytest.raises(BackendError, match="says no version"):
         find_qemu(other, GDB_NEEDS)
+
+
+def test_the_cache_is_in_the_home_folder_unless_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for not_absolute in ("", "cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", not_absolute)
+        assert cache_folder() == tmp_path / ".cache/vmibridge"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/user")
+    assert cache_folder() == Path("/var/cache/user/vmibridge")
+
+
+def test_without_a_home_folder_there_is_no_cache(place, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() is None
+    system = place("bin", "QEMU emulator version 11.2.50 (v11.2.0)")
+    assert find_qemu(None, PLUGIN_NEEDS).path == system
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,13 @@ import pytest
 
 from vmibridge import BridgeHandler
 from vmibridge.config import Config
-from vmibridge.errors import ConfigError, HandlerLoadError, HandlerSourceError
-from vmibridge.loading import find_handlers, load_handlers
+from vmibridge.errors import (
+    ConfigError,
+    HandlerLoadError,
+    HandlerSourceError,
+    MissingExtraError,
+)
+from vmibridge.loading import HandlerFactory, find_handlers, load_handlers
 
 ONE = """
 from vmibridge import BridgeHandler, BridgeResponse, method
@@ -109,6 +114,64 @@ class TestSources:
         source("raise RuntimeError", "package_of_tests/_private.py")
         handlers = load_handlers(["package_of_tests"])
         assert [handler.name for handler in handlers] == ["careful", "first", "second_one"]
+
+
+NEEDS_AN_EXTRA = """
+import msgspec
+from vmibridge.errors import MissingExtraError
+class Needy(First):
+    REQUEST = 0x77
+    class Settings(msgspec.Struct):
+        pass
+    def __init__(self, settings):
+        raise MissingExtraError("the handler", "fetch")
+"""
+
+
+class TestAHandlerWhoseExtraIsMissing:
+    @pytest.fixture
+    def folder(self, source, tmp_path):
+        source(ONE, "a.py")
+        source(ONE + NEEDS_AN_EXTRA, "b.py")
+        return tmp_path
+
+    def test_is_left_out_of_a_folder_and_logged_once(self, folder, caplog):
+        factory = HandlerFactory([str(folder)])
+        for vm in ("red", "blue"):
+            assert "needy" not in [handler.name for handler in factory(vm).handlers]
+        (record,) = [each for each in caplog.records if each.name == "vmibridge.loading"]
+        assert record.levelname == "WARNING"
+        assert record.getMessage().startswith("the handler needy is left out: the handler needs")
+
+    def test_is_left_out_of_a_package(self, source, tmp_path, monkeypatch):
+        (tmp_path / "needy_package").mkdir()
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in ("__init__", "a"):
+            source(ONE if name == "a" else "", f"needy_package/{name}.py")
+        source(ONE + NEEDS_AN_EXTRA, "needy_package/b.py")
+        found = [handler.name for handler in load_handlers(["needy_package"])]
+        assert found
+        assert "needy" not in found
+        with pytest.raises(MissingExtraError):
+            load_handlers(["needy_package.b"])
+
+    def test_is_an_error_when_its_file_is_named(self, folder):
+        for sources in (["b.py"], [".", "b.py"], ["b.py", "."]):
+            with pytest.raises(MissingExtraError):
+                load_handlers([str(folder / each) for each in sources])
+
+    def test_is_an_error_when_it_has_settings(self, folder):
+        config = Config("c.toml", "[handlers.needy]\n")
+        with pytest.raises(MissingExtraError):
+            load_handlers([str(folder)], config)
+
+    def test_is_an_error_when_none_is_left(self, folder):
+        (folder / "a.py").unlink()
+        (folder / "b.py").write_text(
+            (folder / "b.py").read_text() + "\ndef handlers():\n    return [Needy]\n"
+        )
+        with pytest.raises(MissingExtraError):
+            load_handlers([str(folder)])
 
 
 class TestWhatIsTold:

@@ -18,6 +18,7 @@ from vmibridge.errors import (
     BackendSpecError,
     ConfigError,
     HandlerSourceError,
+    MissingExtraError,
     NotReplayedError,
     RecordingReadError,
     VmiBridgeError,
@@ -43,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from cyclopts import CycloptsError
 
         from vmibridge.cli.app import app_for
-    except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is missing: pip install 'vmibridge[cli]'", 2)
+    except ModuleNotFoundError:
+        return _fail(str(MissingExtraError("the command line", "cli")), 2)
     try:
         status = app_for(tokens)(
             tokens, exit_on_error=False, print_error=False, result_action="return_value"
@@ -58,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except VmiBridgeError as error:
         return _fail(str(error), 1)
+    except ImportError as error:
+        # cyclopts raises one of its own when the module of a command cannot be imported.
+        cause = error.__cause__ or error
+        if isinstance(cause, MissingExtraError):
+            return _fail(str(cause), 1)
+        if isinstance(cause, ModuleNotFoundError) and cause.name == "rich":
+            return _fail(str(MissingExtraError("the command line", "cli")), 2)
+        raise
     except KeyboardInterrupt:
         # Before there is a run to stop, as while handlers are loaded.
         return 130

@@ -13,6 +13,7 @@ from vmibridge import __version__
 from vmibridge.cli.help import HelpFormatter
 
 _GROUPS = {
+    "guest": "What guests are made of.",
     "handlers": "Look at handlers.",
     "qemu": "What QEMU needs to be a backend.",
     "recordings": "Recordings kept in NATS (JetStream).",
@@ -27,9 +28,17 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "completion:completion",
             "Print a script that completes commands and options in a shell.",
         ),
+        "demo": (
+            "demo:demo",
+            "Run a guest that calls the ready-made handlers and checks every answer.",
+        ),
         "export": (
             "export:export",
             "Write the traps of a recording in the format of another tool.",
+        ),
+        "guest include-path": (
+            "guest:include_path",
+            "Print the folder of the headers: bridge.inc for nasm, vmibridge.h for C.",
         ),
         "handlers list": (
             "handlers:list_handlers",
@@ -46,6 +55,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "qemu build-plugin": (
             "qemu_plugin:build_qemu_plugin",
             "Compile the TCG plugin for QEMU 11.1 and later; needs a C compiler alone.",
+        ),
+        "qemu fetch": (
+            "qemu_fetch:fetch_qemu",
+            "Bring QEMU 11.1 to a Debian that has an older one, for this user alone.",
+        ),
+        "qemu initramfs": (
+            "qemu_initramfs:make_initramfs",
+            "Pack programs into an initramfs, which runs them in order and powers off.",
         ),
         "qemu run": (
             "qemu_run:run_qemu",

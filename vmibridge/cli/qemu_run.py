@@ -31,7 +31,14 @@ from vmibridge.cli.output import Writer, stream_writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
 from vmibridge.errors import BackendError, ConfigError
-from vmibridge.qemu.find import GDB_NEEDS, PLUGIN_NEEDS, accelerators, find_qemu, memory_size
+from vmibridge.qemu.find import (
+    GDB_NEEDS,
+    PLUGIN_NEEDS,
+    accelerators,
+    cache_folder,
+    find_qemu,
+    memory_size,
+)
 from vmibridge.qemu.process import QemuProcess
 from vmibridge.server import BridgeServer
 from vmibridge.vmi import Backend
@@ -58,8 +65,8 @@ def run_qemu(
     qemu: Annotated[
         str | None,
         Parameter(
-            help="The QEMU to start; by default VMIBRIDGE_QEMU, .qemu/qemu-system-x86_64, or"
-            " the one in PATH."
+            help="The QEMU to start; by default VMIBRIDGE_QEMU, .qemu/qemu-system-x86_64, that of"
+            " vmibridge qemu fetch, or the one in PATH."
         ),
     ] = None,
     via: Annotated[
@@ -152,7 +159,9 @@ def _escaped(path: Path) -> str:
 
 def _built_plugin() -> Path:
     """The plugin of this source, which is built once."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmibridge"
+    cache = cache_folder()
+    if cache is None:
+        raise BackendError("there is no home folder to keep the plugin in: give --plugin FILE")
     name = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     path = cache / f"plugin-{name}.so"
     return path if path.exists() else build_plugin(path)

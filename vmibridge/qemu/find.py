@@ -14,6 +14,8 @@ from vmibridge.errors import BackendError
 NAME = "qemu-system-x86_64"
 UNPACKED = Path(".qemu") / NAME
 """Where `make qemu` puts one, from the root of a checkout."""
+FETCHED = Path("qemu") / NAME
+"""Where `vmibridge qemu fetch` puts one, in the cache of the user."""
 PLUGIN_NEEDS = (11, 1)
 """The first whose plugins can set the program counter."""
 GDB_NEEDS = (7, 2)
@@ -32,13 +34,15 @@ class Qemu(msgspec.Struct, frozen=True):
 def find_qemu(asked: str | None, need: tuple[int, int]) -> Qemu:
     """The QEMU to use: `asked`, or the first that is new enough.
 
-    Looked for, in order: `VMIBRIDGE_QEMU`, `.qemu/`, `PATH`. Raises `BackendError` with what
-    was found instead, and what to do.
+    Looked for, in order: `VMIBRIDGE_QEMU`, `.qemu/`, the user's cache, `PATH`. Raises
+    `BackendError` with what was found instead, and what to do.
     """
     wanted = ".".join(map(str, need))
     asked = asked or os.environ.get("VMIBRIDGE_QEMU")
     found = []
-    for place in [asked] if asked else [str(UNPACKED), NAME]:
+    cache = cache_folder()
+    fetched = [] if cache is None else [str(cache / FETCHED)]
+    for place in [asked] if asked else [str(UNPACKED), *fetched, NAME]:
         path = shutil.which(place)
         if path is None:
             continue
@@ -49,12 +53,24 @@ def find_qemu(asked: str | None, need: tuple[int, int]) -> Qemu:
         found.append(f"{place} {told}")
     if asked and not found:
         raise BackendError(f"{asked}: there is no such program")
-    hint = "`make qemu` brings one to a Debian checkout; --qemu PATH names another"
+    hint = "`vmibridge qemu fetch` brings one to a Debian; --qemu PATH names another"
     if need > GDB_NEEDS:
         hint += "; --via gdb works with older ones"
     raise BackendError(
         f"no QEMU of {wanted} or later ({'; '.join(found) or f'no {NAME} at all'}): {hint}"
     )
+
+
+def cache_folder() -> Path | None:
+    """What vmibridge keeps for this user: in XDG_CACHE_HOME, or ~/.cache; `None`: no home."""
+    # Relative paths are not valid there (XDG Base Directory Specification).
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given / "vmibridge"
+    try:
+        return Path.home() / ".cache/vmibridge"
+    except RuntimeError:
+        return None
 
 
 def _version_of(path: str) -> tuple[int, int] | None:

@@ -1,0 +1,58 @@
+"""`vmibridge qemu initramfs`: programs into what a Linux kernel starts from."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from vmibridge.cli.guest_files import guest_file
+from vmibridge.errors import ConfigError, VmiBridgeError
+from vmibridge.text import printable
+
+
+def make_initramfs(
+    programs: Annotated[list[Path], Parameter(help="Programs for Linux on x86, to run in order.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="The file to make.")],
+) -> int:
+    """Pack programs into an initramfs, which runs them in order and powers off.
+
+    Give it to a Linux kernel with -initrd. What the programs print is on the console. A dynamic
+    program has its libraries beside it. The last line is "vmibridge: all right", or "vmibridge:
+    WRONG" when a program ended with another status than 0.
+
+    Exit status: 0 when it was made, 1 when it cannot be written, 2 for wrong usage.
+
+    Example: vmibridge qemu initramfs ./hello -o initrd
+    """
+    from vmibridge.qemu.initramfs import files_to_run, packed
+
+    files = files_to_run(programs, guest_file("init/init"))
+    if output.exists() and any(output.samefile(program) for program in programs):
+        raise ConfigError(f"{output}: is one of the programs; name another file with -o")
+    try:
+        _write(output, b"".join(packed(files)))
+    except OSError as error:
+        raise VmiBridgeError(f"{output}: cannot be written: {error.strerror}") from error
+    sys.stdout.write(f"{printable(str(output))}\n")
+    return 0
+
+
+def _write(target: Path, data: bytes) -> None:
+    """The file gets its name when it is whole."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - mkstemp opened it
+            file.write(data)
+            # What mkstemp denies to others, unlike `open`.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(descriptor, 0o666 & ~umask)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
