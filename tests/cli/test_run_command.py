@@ -11,6 +11,7 @@ import time
 
 import pytest
 from children import run as run_child
+from needs import needs
 from probe_guest import PAUSE, calls, command
 
 LOOPS = [["--async-backend", "asyncio"], ["--async-backend", "trio"], ["--uvloop"]]
@@ -398,6 +399,7 @@ class TestHandlersList:
 class TestDemo:
     @pytest.mark.parametrize("loop", ["asyncio", "trio"])
     def test_the_guest_passes_all_of_its_checks(self, root, loop):
+        needs("nasm")
         demo = [sys.executable, root / "guest/demo/demo.py", "--json", "--async-backend", loop]
         done = run_child(demo)
         assert done.returncode == 0, done.stderr
