@@ -98,10 +98,10 @@ test: export PYTHONDONTWRITEBYTECODE :=
 test: setup test-guests  ## all tests but the slow ones, with coverage, in up to four processes; minutes
 	$(PYTEST) -q -n $(WORKERS) --dist worksteal --cov --cov-report=term
 
-# What many tests need. Without, these tests are skipped and say so.
+# What many tests need. Without, a plain user's tests are skipped and say so; those of root fail.
 test-guests: setup
-	@guest/qemu/fetch-qemu || echo "make: tests that need QEMU 11.1 are skipped" >&2
-	@{ guest/linux/fetch-linux && guest/linux/build-guest; } || echo "make: tests that need a Linux guest are skipped" >&2
+	@guest/qemu/fetch-qemu || echo "make: tests that need QEMU 11.1 cannot run" >&2
+	@{ guest/linux/fetch-linux && guest/linux/build-guest; } || echo "make: tests that need a Linux guest cannot run" >&2
 
 test-slow: setup  ## the tests that take long
 	$(PYTEST) -q -m slow

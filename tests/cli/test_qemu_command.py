@@ -45,6 +45,7 @@ def guest(folder):
 
 @pytest.fixture
 def start(children, folder, qemu):
+    needs("cc")
     environment = {**os.environ, "VMIBRIDGE_QEMU": qemu, "XDG_CACHE_HOME": str(folder / "cache")}
 
     def start(*options, machine=MACHINE):
@@ -170,6 +171,7 @@ def test_an_old_qemu_is_told(start, folder):
 
 
 def test_the_plugin_is_built(folder):
+    needs("cc")
     built = run(command("qemu", "build-plugin", "-o", "p.so"), cwd=folder, check=True)
     assert built.stdout == f"{folder / 'p.so'}\n"
     assert (folder / "p.so").read_bytes()[:4] == b"\x7fELF"

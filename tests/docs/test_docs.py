@@ -25,6 +25,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 from children import run as run_child
+from needs import needs
 
 from vmibridge import BridgeHandler, BridgeServer, Gate, OutcomeKind, StatusKind
 from vmibridge import method as mark_method
@@ -116,6 +117,7 @@ def rows(text: str) -> dict[str, list[str]]:
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with what a document may name of the repository."""
+    needs("nasm")
     for name in ("guest", "handlers", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path

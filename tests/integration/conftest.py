@@ -62,6 +62,7 @@ def qemu_i386(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    needs("cc")
     return build_plugin(tmp_path_factory.mktemp("plugin") / "vmibridge-plugin.so")
 
 

@@ -58,15 +58,16 @@ class TestFailures:
     async def test_a_server_that_is_silent_is_given_up_and_the_guest_gets_the_fallback(
         self, nats, tmp_path
     ):
-        url = f"{nats.url}?silence=0.5"
+        # So long that no server counts as gone that is slow.
+        url = f"{nats.url}?silence=5"
         vm = Guest(4, 50, codes=(2,))
-        with serve_processes(tmp_path, url, 1) as (stopped,):
+        with serve_processes(tmp_path, url, 1, "--timeout", "3600") as (stopped,):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(carry, vm, url)
                 await until(lambda: len(stopped.ran()) > 20)
                 stopped.process.send_signal(signal.SIGSTOP)
                 handler = Work()
-                async with served(url, handler) as server:
+                async with served(url, handler, settings=LONG) as server:
                     await until(lambda: len(vm.resumed) == 200)
                     counts = server._vms and next(iter(server._vms.values())).session.counts
             stopped.process.send_signal(signal.SIGCONT)
