@@ -24,7 +24,7 @@ from anyio.abc import TaskStatus
 
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_gdb.backend import QemuGdbBackend
-from vmibridge.backend.qemu_plugin.build import SOURCE, build_plugin
+from vmibridge.backend.qemu_plugin.build import SOURCES, build_plugin
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.output import stream_writer
@@ -108,7 +108,8 @@ def _escaped(path: Path) -> str:
 def _built_plugin() -> Path:
     """The plugin of this source, which is built once."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmibridge"
-    name = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    name = hashlib.sha256(sources).hexdigest()[:16]
     path = cache / f"plugin-{name}.so"
     return path if path.exists() else build_plugin(path)
 
