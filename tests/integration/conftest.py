@@ -47,7 +47,8 @@ def guest_code(tmp_path: Path) -> Callable[..., Path]:
 
 
 def assemble(source: Path, image: Path, *options: str) -> None:
-    command = ["nasm", "-Werror", "-f", "bin", f"-I{ROOT / 'guest/include'}/", *options]
+    include = (f"-I{ROOT / 'guest/include'}/", f"-I{GUESTS}/")
+    command = ["nasm", "-Werror", "-f", "bin", *include, *options]
     done = subprocess.run(
         [*command, str(source), "-o", str(image)], capture_output=True, text=True, check=False
     )

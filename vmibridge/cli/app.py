@@ -524,9 +524,25 @@ def run_qemu(
         Path | None, Parameter(help="Where host and QEMU meet; by default a path of its own.")
     ] = None,
     absent: Annotated[
-        Literal["native", "wait"],
-        Parameter(help="Without a host: run instructions natively, or wait for one."),
+        Literal["native", "skip", "wait"],
+        Parameter(help="Without a host: run instructions natively, skip them, or wait for a host."),
     ] = "native",
+    patience: Annotated[
+        float | None,
+        Parameter(
+            help="Seconds that a host may take for a trap, and that a trap waits for a host; by"
+            " default 30, or 10 more than --timeout."
+        ),
+    ] = None,
+    compat: Annotated[
+        int | None,
+        Parameter(
+            help="The selector of 32-bit code, for a QEMU that does not tell the width of code."
+        ),
+    ] = None,
+    plugin_options: Annotated[
+        str, Parameter(help="Further arguments of the plugin: cpuid=off,verbose=on...")
+    ] = "",
     share_memory: Annotated[
         bool,
         Parameter(negative=(), help="Keep guest memory in a file, for reads that need no trip."),
@@ -561,6 +577,9 @@ def run_qemu(
             plugin=plugin,
             socket=socket,
             absent=absent,
+            patience=patience,
+            compat=compat,
+            plugin_options=plugin_options,
             share_memory=share_memory,
             backend_options=backend_options,
             outcomes=outcomes,

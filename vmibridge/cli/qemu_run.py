@@ -38,6 +38,8 @@ from vmibridge.vmi import Backend
 
 _AFTERWARDS = 2.0
 """Seconds in which the end of QEMU is expected to end the run."""
+_PATIENCE, _MARGIN = 30.0, 10.0
+"""Seconds: what the plugin gives a host by default, and what that is more than `--timeout`, at least."""
 _LISTENS = 10.0
 """Seconds in which QEMU is expected to listen."""
 
@@ -53,7 +55,10 @@ class QemuOptions:
     accel: Literal["tcg", "kvm"] | None
     plugin: Path | None
     socket: Path | None
-    absent: Literal["native", "wait"]
+    absent: Literal["native", "skip", "wait"]
+    patience: float | None
+    compat: int | None
+    plugin_options: str
     share_memory: bool
     backend_options: str
     outcomes: Path | None
@@ -69,11 +74,15 @@ def run_qemu_guest(given: QemuOptions, options: ServerOptions) -> int:
         )
     if given.via == "gdb" and not given.handlers:
         raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
+    if given.via == "gdb" and not (
+        given.patience is given.compat is None and not given.plugin_options
+    ):
+        raise ConfigError("--patience, --compat and --plugin-options are of the plugin")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
         socket = given.socket or folder / "vmi.sock"
         ram = stack.enter_context(_memory_file()) if given.share_memory else None
-        qemu = QemuProcess([*_command(given, socket, ram), *given.arguments])
+        qemu = QemuProcess([*_command(given, options, socket, ram), *given.arguments])
         if not given.handlers:
             check_loop(options.loop)
             with logging_to(log_handler(options.log_level, None), options.log_level):
@@ -82,7 +91,9 @@ def run_qemu_guest(given: QemuOptions, options: ServerOptions) -> int:
         return _serve(given, options, _backend(given, socket, ram), outcomes, qemu)
 
 
-def _command(given: QemuOptions, socket: Path, ram: Path | None) -> list[str]:
+def _command(
+    given: QemuOptions, options: ServerOptions, socket: Path, ram: Path | None
+) -> list[str]:
     found = find_qemu(given.qemu, PLUGIN_NEEDS if given.via == "plugin" else GDB_NEEDS)
     command = [found.path]
     if not accelerators(given.arguments):
@@ -94,10 +105,18 @@ def _command(given: QemuOptions, socket: Path, ram: Path | None) -> list[str]:
     if given.via == "gdb":
         return [*command, "-S", "-gdb", f"unix:{_escaped(socket)},server=on,wait=off"]
     plugin = given.plugin or _built_plugin()
-    told = f"file={_escaped(plugin)},socket={_escaped(socket)},absent={given.absent}"
+    patience = given.patience
+    if patience is None:
+        patience = max(_PATIENCE, (options.timeout or 0) + _MARGIN)
+    told = [f"file={_escaped(plugin)},socket={_escaped(socket)}"]
+    told.append(f"absent={given.absent},patience={patience:g}")
+    if given.compat is not None:
+        told.append(f"compat={given.compat}")
     if ram is not None:
-        told += f",ram={ram}"
-    return [*command, "-plugin", told]
+        told.append(f"ram={_escaped(ram)}")
+    if given.plugin_options:
+        told.append(given.plugin_options)
+    return [*command, "-plugin", ",".join(told)]
 
 
 def _escaped(path: Path) -> str:

@@ -181,7 +181,10 @@ void leave_behind(struct vcpu *vcpu, uint64_t rip)
     qemu_plugin_set_pc(rip);
 }
 
-/* The main thread waits for all vCPUs then. The numbers of states are proved by that of a running VM. */
+/*
+ * The main thread waits for all vCPUs then. What the numbers of states are is proved by that of a
+ * running VM, so each trap looks before it waits.
+ */
 bool is_shutting_down(void)
 {
     static _Atomic bool is_proved;

@@ -221,6 +221,7 @@ static bool wait_for_host(struct vcpu *vcpu, const struct trap *trap, bool is_re
 static enum result ask_host(struct vcpu *vcpu, struct trap *trap, struct answer *answer)
 {
     double began = now();
+    is_shutting_down();
     if (vcpu->lost.set) {
         bool is_it = vcpu->lost.ip == trap->ip && vcpu->lost.cr3 == trap->registers[CR3];
         trap->flags |= is_it ? AGAIN : 0;
