@@ -39,7 +39,7 @@ from vmibridge.vmi import Backend
 _AFTERWARDS = 2.0
 """Seconds in which the end of QEMU is expected to end the run."""
 _PATIENCE, _MARGIN = 30.0, 10.0
-"""Seconds: what the plugin gives a host by default, and what that is more than `--timeout`, at least."""
+"""Seconds that a host gets for a trap, by default; and how many more than `--timeout` at least."""
 _LISTENS = 10.0
 """Seconds in which QEMU is expected to listen."""
 

@@ -1,4 +1,5 @@
-; Calls again and again, by HOW (1 CPUID, 2 VMCALL), and writes a letter when what comes of it changes:
+; Calls again and again, by HOW (1 CPUID, 2 VMCALL), and writes a letter: b when it begins, and then when
+; what comes of a call changes:
 ; a answered, u undefined, s skipped (all registers as they were), n run natively.
 %ifndef HOW
 %define HOW 2
@@ -6,6 +7,9 @@
 %include "long_mode.inc"
 main:
     GATE 6, on_undefined
+    mov al, 'b'
+    mov dx, 0x3F8
+    out dx, al
     xor r15d, r15d
 poll:
     xor r14d, r14d
