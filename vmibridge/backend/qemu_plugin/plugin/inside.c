@@ -151,6 +151,41 @@ unsigned width_inside(struct vcpu *vcpu)
     return state & CS64 ? 64 : state & CS32 ? 32 : 16;
 }
 
+/*
+ * General registers, RIP and EFLAGS as the API shows them, without a call for each; false: where
+ * they are is not known.
+ */
+bool read_state(struct vcpu *vcpu, uint64_t *registers, uint64_t *rip)
+{
+    if (!vcpu->env) {
+        return false;
+    }
+    bool is_long = state_of(vcpu) & CS64;
+    unsigned word = settings.register_size, size = is_long ? 8 : 4;
+    memset(registers, 0, R_COUNT * sizeof *registers);
+    for (unsigned i = 0; i < (is_long ? R_COUNT : R8); i++) {
+        memcpy(registers + (i < R8 ? ORDER[i] : i), vcpu->env + i * word, size);
+    }
+    *rip = 0;
+    memcpy(rip, vcpu->env + vcpu->room * word, size);
+    registers[EFLAGS] = (uint32_t)word_at(vcpu->env, vcpu->room, 1);
+    return true;
+}
+
+/* RAX to RDX, as the API writes them; false as above. */
+bool write_state(struct vcpu *vcpu, unsigned which, uint64_t value)
+{
+    static const unsigned PLACES[] = {0, 3, 1, 2};
+    if (!vcpu->env) {
+        return false;
+    }
+    if (!(state_of(vcpu) & CS64)) {
+        value = (uint32_t)value;
+    }
+    memcpy(vcpu->env + PLACES[which] * settings.register_size, &value, settings.register_size);
+    return true;
+}
+
 /* After `restore_state`: whether EFLAGS are known, which the plugin API shows without their arithmetic part. */
 bool read_flags(struct vcpu *vcpu, uint64_t *flags)
 {

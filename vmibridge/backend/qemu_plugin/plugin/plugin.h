@@ -71,6 +71,8 @@ bool has_inside(void);
 bool restore_state(struct vcpu *, uintptr_t in_block);
 bool is_shutting_down(void);
 unsigned width_inside(struct vcpu *);
+bool read_state(struct vcpu *, uint64_t *registers, uint64_t *rip);
+bool write_state(struct vcpu *, unsigned which, uint64_t value);
 bool read_flags(struct vcpu *, uint64_t *flags);
 _Noreturn void leave_behind(struct vcpu *, uint64_t rip);
 

@@ -15,7 +15,8 @@ static const char *const NAMES[] = {
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8",  "r9", "r10", "r11",
     "r12", "r13", "r14", "r15", "eflags", "cr0", "cr3", "cr4", "efer", "cs",
 };
-enum { RAX, RBX, RCX, RDX, RSI, RDI, RBP, RSP, R8, R15 = 15, EFLAGS = 16, CR0, CR3, CR4, EFER, CS };
+enum { RAX, RBX, RCX, RDX, RSI, RDI, RBP, RSP, R8, R15 = 15,
+       R_COUNT = 16, EFLAGS = 16, CR0, CR3, CR4, EFER, CS };
 enum { REGISTERS = sizeof NAMES / sizeof *NAMES };
 
 struct frame { uint32_t type, length; };

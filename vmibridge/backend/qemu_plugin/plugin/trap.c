@@ -121,11 +121,18 @@ static uint64_t behind(const struct trap *trap)
     return trap->width == 64 ? next : trap->width == 32 ? (uint32_t)next : (uint16_t)next;
 }
 
+static void write_one(struct vcpu *vcpu, unsigned which, uint64_t value)
+{
+    if (!settings.inside || !write_state(vcpu, which, value)) {
+        set_register(vcpu, RAX + which, value);
+    }
+}
+
 static void write_answer(struct vcpu *vcpu, const struct answer *answer)
 {
     for (unsigned i = 0; i < 4; i++) {
         if (answer->mask >> i & 1) {
-            set_register(vcpu, RAX + i, answer->values[i]);
+            write_one(vcpu, i, answer->values[i]);
         }
     }
 }
@@ -171,11 +178,14 @@ static bool describe(struct vcpu *vcpu, const struct site *site, bool is_restore
     if (!is_right && settings.inside) {
         return refuse(&said_place, "QEMU does not say where in its block a trap is: it runs natively");
     }
-    trap->ip = is_right ? get_rip(vcpu) : vcpu->block_ip + site->distance;
     trap->kind = site->kind;
     trap->length = site->length;
-    for (unsigned i = 0; i < REGISTERS; i++) {
+    bool is_read = is_restored && read_state(vcpu, trap->registers, &trap->ip);
+    for (unsigned i = is_read ? CR0 : RAX; i < REGISTERS; i++) {
         trap->registers[i] = get_register(vcpu, i);
+    }
+    if (!is_read) {
+        trap->ip = is_right ? get_rip(vcpu) : vcpu->block_ip + site->distance;
     }
     unsigned width = width_at(vcpu, trap->ip);
     if (!width) {
