@@ -12,8 +12,8 @@ WORKDIR /build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY vmibridge/backend/qemu_plugin/plugin.c ./
-RUN gcc -shared -fPIC -O2 -std=c11 -Wall -Wextra -fvisibility=hidden -Werror -o plugin.so plugin.c
+COPY vmibridge/backend/qemu_plugin/plugin ./
+RUN gcc -shared -fPIC -O2 -std=c11 -Wall -Wextra -fvisibility=hidden -Werror -o plugin.so ./*.c
 
 FROM base
 # The archive, by default that of the base image.

@@ -92,6 +92,12 @@ class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Effective address width at the trap, in bits: 64, 32 or 16."""
     ring: int = 0
     """Privilege level of the trapping code, 0 to 3."""
+    flags_known: bool = True
+    """Whether `registers.rflags` has the arithmetic flags and DF as they were at the trap.
+
+    A QEMU that exports none of its own functions does not show them to the plugin; all other
+    flags, and all flags of other backends, are always known.
+    """
 
     @property
     def address_space(self) -> int:

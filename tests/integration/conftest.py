@@ -48,7 +48,8 @@ def guest_code(tmp_path: Path) -> Callable[..., Path]:
 
 
 def assemble(source: Path, image: Path, *options: str) -> None:
-    command = [needs("nasm"), "-Werror", "-f", "bin", f"-I{ROOT / 'guest/include'}/", *options]
+    include = (f"-I{ROOT / 'guest/include'}/", f"-I{GUESTS}/")
+    command = [needs("nasm"), "-Werror", "-f", "bin", *include, *options]
     run([*command, source, "-o", image], check=True)
 
 

@@ -112,7 +112,7 @@ class Stage:
     async def stranger(self):
         return FakePlugin(await anyio.connect_unix(self.path))
 
-    async def plugin(self, vcpu=0, process=1, protocol=1, names=REGISTER_NAMES, ram=()):
+    async def plugin(self, vcpu=0, process=1, protocol=2, names=REGISTER_NAMES, ram=()):
         plugin = await self.stranger()
         body = struct.pack("<IIQII16s", protocol, 7, process, vcpu, 2, b"x86_64")
         await plugin.hello(body + ",".join(names).encode(), ram)
@@ -128,7 +128,7 @@ def stage(tmp_path):
 async def test_traps_of_ours_are_answered_and_others_run_natively(stage):
     async with stage.run():
         plugin = await stage.plugin()
-        assert plugin.greeting == (WELCOME, struct.pack("<IIIII", 1, 0b1110, 0, 1, MAGIC))
+        assert plugin.greeting == (WELCOME, struct.pack("<IIIII", 2, 0b1110, 0, 1, MAGIC))
         assert await plugin.call(ADD, 41) == answer(42, 0)
         assert await plugin.call(ADD, magic=MAGIC + 1) == (NATIVE, b"")
         await plugin.hang_up()
@@ -260,7 +260,7 @@ async def test_a_stop_answers_and_then_hangs_up(stage):
 @pytest.mark.parametrize(
     ("who", "why"),
     [
-        ({"protocol": 2}, b"protocol 2"),
+        ({"protocol": 1}, b"protocol 1, and this vmibridge 2"),
         ({"names": ["rax"]}, b"other registers"),
         ({"vcpu": 1024}, b"vCPU 1024, and 1024 of a QEMU are served"),
     ],

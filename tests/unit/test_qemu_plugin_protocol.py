@@ -1,4 +1,4 @@
-"""The bytes between the QEMU plugin and its host, as the C structs of plugin.c have them."""
+"""The bytes between the QEMU plugin and its host, as the C structs of the plugin have them."""
 
 import contextlib
 import re
@@ -14,18 +14,18 @@ from vmibridge.backend.qemu_plugin.protocol import REGISTER_NAMES, FrameReader, 
 from vmibridge.event import RegisterWrites, TrapFilter, TrapReason
 from vmibridge.memory import MAX_ACCESS
 
-SOURCE = Path(protocol.__file__).with_name("plugin.c").read_text()
+SOURCE = Path(protocol.__file__).with_name("plugin").joinpath("protocol.h").read_text()
 NAMES = tuple(re.findall(r'"(\w+)"', re.search(r"NAMES\[\] = \{([^}]*)\}", SOURCE)[1]))
-HELLO = struct.pack("<IIQII16s", 1, 7, 1 << 63, 3, 4, b"x86_64") + ",".join(NAMES).encode()
+HELLO = struct.pack("<IIQII16s", 2, 7, 1 << 63, 3, 4, b"x86_64") + ",".join(NAMES).encode()
 TRAP = {"ip": 0x4000_0000_1234, "kind": 2, "length": 3, "width": 64, "ring": 3}
 
 
-def trap(**other):
-    return struct.pack("<QBBBBI22Q", *(TRAP | other).values(), 1, *range(100, 122))
+def trap(flags=1, **other):
+    return struct.pack("<QBBBBI22Q", *(TRAP | other).values(), flags, *range(100, 122))
 
 
 def c_numbers():
-    """The enums of plugin.c; a member without a number goes on from the one before."""
+    """The enums of protocol.h; a member without a number goes on from the one before."""
     numbers = {}
     for body in re.findall(r"enum \{([^}]*)\};", SOURCE):
         number = -1
@@ -37,7 +37,7 @@ def c_numbers():
 
 
 def c_struct(name):
-    """A struct of plugin.c in the letters of Python's `struct`."""
+    """A struct of protocol.h in the letters of Python's `struct`."""
     letters = {"uint64_t": "Q", "uint32_t": "I", "uint8_t": "B", "char": "s"}
     body = re.search(rf"\nstruct {name} \{{(.*?)\}};", SOURCE, re.DOTALL)[1]
     return "".join(
@@ -63,6 +63,7 @@ def test_both_ends_have_the_same_numbers_and_names():
     assert {numbers[each.name]: each for each in protocol._REASONS.values()} == protocol._REASONS
     ours = (protocol.PROTOCOL, protocol.MOST_MAGICS, MAX_ACCESS, 1, 2)
     names = ("PROTOCOL", "MOST_MAGICS", "MOST_ACCESS", "ANY_HYPERCALL", "ANY_CPUID")
+    assert numbers["FLAGS_UNKNOWN"] == protocol._FLAGS_UNKNOWN
     assert tuple(numbers[name] for name in names) == ours
     assert NAMES == REGISTER_NAMES
     assert "REGISTERS = sizeof NAMES / sizeof *NAMES" in SOURCE
@@ -94,22 +95,22 @@ def test_a_frame_that_is_too_long_is_refused_by_its_head(most):
 
 def test_a_hello():
     hello = protocol.parse_hello(HELLO)
-    assert hello == Hello(1, 7, 1 << 63, 3, 4, "x86_64", REGISTER_NAMES)
+    assert hello == Hello(2, 7, 1 << 63, 3, 4, "x86_64", REGISTER_NAMES)
     assert protocol.check_hello(hello) is None
 
 
 @pytest.mark.parametrize("names", [b"", b"\xff", HELLO[40:-1], HELLO[40:] + b",ds", b"rbx,rax"])
 def test_a_plugin_with_other_registers_or_another_protocol_is_not_served(names):
     assert "other registers" in protocol.check_hello(protocol.parse_hello(HELLO[:40] + names))
-    other = protocol.parse_hello(b"\x02" + HELLO[1:40] + names)
-    assert "the plugin speaks protocol 2" in protocol.check_hello(other)
+    other = protocol.parse_hello(b"\x01" + HELLO[1:40] + names)
+    assert "the plugin speaks protocol 1, and this vmibridge 2" in protocol.check_hello(other)
 
 
 @pytest.mark.parametrize("any_of", range(4))
 @pytest.mark.parametrize("magics", [[], [5, 0xFFFF_FFFF], range(64)])
 def test_welcome_says_which_traps_are_ours(magics, any_of):
     traps = TrapFilter(frozenset(magics), any_hypercall=any_of & 1 > 0, any_cpuid=any_of & 2 > 0)
-    body = struct.pack(f"<IIII{len(magics)}I", 1, 0b1110, any_of, len(magics), *magics)
+    body = struct.pack(f"<IIII{len(magics)}I", 2, 0b1110, any_of, len(magics), *magics)
     assert protocol.welcome(traps) == struct.pack("<II", 16, len(body)) + body
 
 
@@ -122,6 +123,11 @@ def test_a_trap(kind):
     assert event.registers.rip == event.ip
     for value, name in enumerate(NAMES[:-1], 100):
         assert getattr(event.registers, name.replace("eflags", "rflags")) == value
+
+
+@pytest.mark.parametrize(("flags", "known"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_trap_says_whether_its_flags_are_known(flags, known):
+    assert protocol.parse_trap(trap(flags), 5, "box", 0).flags_known is known
 
 
 @pytest.mark.parametrize(

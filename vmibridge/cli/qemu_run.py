@@ -24,7 +24,7 @@ from cyclopts import Parameter
 
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_gdb.backend import QemuGdbBackend
-from vmibridge.backend.qemu_plugin.build import SOURCE, build_plugin
+from vmibridge.backend.qemu_plugin.build import SOURCES, build_plugin
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.output import Writer, stream_writer
@@ -45,6 +45,8 @@ from vmibridge.vmi import Backend
 
 _AFTERWARDS = 2.0
 """Seconds in which the end of QEMU is expected to end the run."""
+_PATIENCE, _MARGIN = 30.0, 10.0
+"""Seconds that a host gets for a trap, by default; and how many more than `--timeout` at least."""
 _LISTENS = 10.0
 """Seconds in which QEMU is expected to listen."""
 
@@ -84,9 +86,25 @@ def run_qemu(
         Path | None, Parameter(help="Where host and QEMU meet; by default a path of its own.")
     ] = None,
     absent: Annotated[
-        Literal["native", "wait"],
-        Parameter(help="Without a host: run instructions natively, or wait for one."),
+        Literal["native", "skip", "wait"],
+        Parameter(help="Without a host: run instructions natively, skip them, or wait for a host."),
     ] = "native",
+    patience: Annotated[
+        float | None,
+        Parameter(
+            help="Seconds that a host may take for a trap, and that a trap waits for a host; by"
+            " default 30, or 10 more than --timeout."
+        ),
+    ] = None,
+    compat: Annotated[
+        int | None,
+        Parameter(
+            help="The selector of 32-bit code, for a QEMU that does not tell the width of code."
+        ),
+    ] = None,
+    plugin_options: Annotated[
+        str, Parameter(help="Further arguments of the plugin: cpuid=off,verbose=on...")
+    ] = "",
     share_memory: Annotated[
         bool,
         Parameter(negative=(), help="Keep guest memory in a file, for reads that need no trip."),
@@ -118,6 +136,8 @@ def run_qemu(
         )
     if via == "gdb" and not handlers:
         raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
+    if via == "gdb" and not (patience is compat is None and not plugin_options):
+        raise ConfigError("--patience, --compat and --plugin-options are of the plugin")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
         where = socket or folder / "vmi.sock"
@@ -131,9 +151,17 @@ def run_qemu(
         if via == "gdb":
             command += ["-S", "-gdb", f"unix:{_escaped(where)},server=on,wait=off"]
         else:
-            told = f"file={_escaped(plugin or _built_plugin())},socket={_escaped(where)}"
-            told += f",absent={absent}" + ("" if ram is None else f",ram={ram}")
-            command += ["-plugin", told]
+            if patience is None:
+                patience = max(_PATIENCE, (given.timeout or 0) + _MARGIN)
+            told = [f"file={_escaped(plugin or _built_plugin())},socket={_escaped(where)}"]
+            told.append(f"absent={absent},patience={patience:g}")
+            if compat is not None:
+                told.append(f"compat={compat}")
+            if ram is not None:
+                told.append(f"ram={_escaped(ram)}")
+            if plugin_options:
+                told.append(plugin_options)
+            command += ["-plugin", ",".join(told)]
         process = QemuProcess([*command, *arguments])
         if not handlers:
             check_loop(given.loop)
@@ -162,7 +190,8 @@ def _built_plugin() -> Path:
     cache = cache_folder()
     if cache is None:
         raise BackendError("there is no home folder to keep the plugin in: give --plugin FILE")
-    name = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    name = hashlib.sha256(sources).hexdigest()[:16]
     path = cache / f"plugin-{name}.so"
     return path if path.exists() else build_plugin(path)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from vmibridge.errors import BackendError
 
-SOURCE = Path(__file__).with_name("plugin.c")
+FOLDER = Path(__file__).with_name("plugin")
+SOURCES = tuple(sorted(FOLDER.glob("*.[ch]")))
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-shared", "-fPIC", "-O2", "-std=c11", "-Wall", "-Wextra", "-fvisibility=hidden")
 _SECONDS = 120.0
@@ -25,11 +26,15 @@ def build_plugin(target: Path, compiler: str | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".vmibridge-", dir=target.parent) as folder:
             made = Path(folder) / "plugin.so"
-            _compile([command, *_FLAGS, "-o", str(made), str(SOURCE)])
+            _compile([command, *_FLAGS, "-o", str(made), *_units()])
             made.replace(target)
     except OSError as error:
         raise BackendError(f"{target}: cannot be made: {error.strerror}") from error
     return target
+
+
+def _units() -> list[str]:
+    return [str(source) for source in SOURCES if source.suffix == ".c"]
 
 
 def _compiler(asked: str | None) -> str:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
-PROTOCOL = 1
+PROTOCOL = 2
 MOST_MAGICS = 64
 MOST_VCPUS = 1024
 """Of one QEMU."""
@@ -53,6 +53,7 @@ class FrameType(IntEnum):
 _REASONS = {1: TrapReason.CPUID, 2: TrapReason.VMCALL, 3: TrapReason.VMMCALL}
 _ALL_KINDS = 1 << 1 | 1 << 2 | 1 << 3
 _ANY_HYPERCALL, _ANY_CPUID = 1, 2
+_FLAGS_UNKNOWN = 2
 
 _FRAME = struct.Struct("<II")
 _HELLO = struct.Struct("<IIQII16s")
@@ -161,7 +162,7 @@ def parse_trap(body: bytes, seq: int, vm: str, lane: int) -> TrapEvent:
     """The trap in a TRAP frame. Raises `ValueError` for what is none."""
     if len(body) != _TRAP.size:
         raise ValueError(f"a TRAP of {len(body)} bytes")
-    ip, kind, length, width, ring, _, *values = _TRAP.unpack(body)
+    ip, kind, length, width, ring, flags, *values = _TRAP.unpack(body)
     reason = _REASONS.get(kind)
     if reason is None or width not in (64, 32, 16) or ring > 3 or not 2 <= length <= 15:
         raise ValueError(f"a TRAP of kind {kind}, {length} bytes, {width} bits, ring {ring}")
@@ -177,6 +178,7 @@ def parse_trap(body: bytes, seq: int, vm: str, lane: int) -> TrapEvent:
         length,
         width,
         ring,
+        not flags & _FLAGS_UNKNOWN,
     )
 
 

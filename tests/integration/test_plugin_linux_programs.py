@@ -1,0 +1,114 @@
+"""Programs of a real Linux whose traps are where a translator may mistake them.
+
+They are `guests/programs.c`.
+
+| program | what is unusual |
+|---|---|
+| pie | twenty runs, each at another address: the kernel randomises position-independent programs |
+| linked | a shared library, in three processes at once, at an address of its own in each |
+| stepped | a debugger steps over the traps by ptrace |
+| swapped | a page at two addresses in two processes; a signal handler swaps them, and calls, too |
+
+A 32-bit program is among those of test_linux_guest.py.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+from linux_guest import SOURCES, LinuxGuest, built_guest
+
+from vmibridge import BridgeHandler, BridgeResponse
+from vmibridge.contract import STANDARD_MAGIC
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"]),
+]
+
+PROGRAMS = Path(__file__).parent / "guests/programs.c"
+MASK64 = (1 << 64) - 1
+RUNS, LINKED = 20, 3
+INIT = f"""#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+for i in $(/bin/busybox seq {RUNS}); do /bin/programs pie || echo "vmibridge: ended by $?"; done
+for i in $(/bin/busybox seq {LINKED}); do /bin/linked & done
+wait
+/bin/programs stepped || echo "vmibridge: ended by $?"
+/bin/programs swapped || echo "vmibridge: ended by $?"
+/bin/busybox poweroff -f
+"""
+
+
+class Witness(BridgeHandler[None]):
+    """Each trap says in value1 where it is."""
+
+    MAGIC, REQUEST = STANDARD_MAGIC, 0x0100
+
+    def __init__(self):
+        self.events = []
+        self.wrong = []
+
+    async def handle(self, vmi, packet):
+        self.events.append(vmi.event)
+        if vmi.event.ip != packet.value1:
+            self.wrong.append((vmi.event, packet.value1))
+        return BridgeResponse(~packet.value1 & MASK64)
+
+
+def gcc(*arguments):
+    subprocess.run(["gcc", "-O1", "-Wall", "-Wextra", "-Werror", *arguments], check=True)
+
+
+def found(name):
+    """A file of the C library that gcc links to."""
+    command = ["gcc", f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A kernel, and an initramfs with the programs."""
+    made, base = tmp_path_factory.mktemp("linux"), built_guest()
+    (made / "init").write_text(INIT)
+    library = made / "libcall.so"
+    gcc("-fPIE", "-static-pie", "-o", made / "programs", PROGRAMS)
+    gcc("-shared", "-fPIC", "-DLIBRARY", "-Wl,-soname,libcall.so", "-o", library, PROGRAMS)
+    gcc("-DLINKED", "-Wl,-rpath,/lib", "-o", made / "linked", PROGRAMS, library)
+    files = {
+        "init": made / "init",
+        "bin/busybox": base / "busybox",
+        "bin/programs": made / "programs",
+        "bin/linked": made / "linked",
+        "lib/libcall.so": library,
+        "lib/libc.so.6": found("libc.so.6"),
+        "lib64/ld-linux-x86-64.so.2": found("ld-linux-x86-64.so.2"),
+    }
+    pairs = [f"{name}={file}" for name, file in files.items()]
+    command = [sys.executable, SOURCES / "initramfs.py", made / "initrd", *pairs]
+    subprocess.run(command, check=True)
+    (made / "vmlinuz").symlink_to(base / "vmlinuz")
+    return made
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_each_trap_is_of_the_code_that_runs(folder, qemu, plugin, tmp_path, cpus):
+    witness = Witness()
+    with anyio.fail_after(300):
+        boot = await LinuxGuest(qemu, plugin, folder, tmp_path).boot("", witness, cpus=cpus)
+    assert boot.lines == [
+        *["pie right"] * RUNS,
+        *["linked right"] * LINKED,
+        "stepped right",
+        "swapped right",
+    ]
+    assert witness.wrong == []
+    # The kernel has put them somewhere else indeed.
+    programs = {event.ip for event in witness.events[:RUNS]}
+    libraries = {event.ip for event in witness.events[RUNS : RUNS + LINKED]}
+    assert min(len(programs), len(libraries)) > 1
+    swapped = {event.ip for event in witness.events} & {0x1000_0011, 0x2000_0011}
+    assert len(swapped) == 2
+    assert all(event.flags_known for event in witness.events)
