@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -153,15 +153,18 @@ def run_qemu(
         else:
             if patience is None:
                 patience = max(_PATIENCE, (given.timeout or 0) + _MARGIN)
-            told = [f"file={_escaped(plugin or _built_plugin())},socket={_escaped(where)}"]
-            told.append(f"absent={absent},patience={patience:g}")
-            if compat is not None:
-                told.append(f"compat={compat}")
-            if ram is not None:
-                told.append(f"ram={_escaped(ram)}")
-            if plugin_options:
-                told.append(plugin_options)
-            command += ["-plugin", ",".join(told)]
+            told = _plugin_arguments(
+                {
+                    "file": _escaped(plugin or _built_plugin()),
+                    "socket": _escaped(where),
+                    "absent": absent,
+                    "patience": f"{patience:g}",
+                    "compat": compat,
+                    "ram": None if ram is None else _escaped(ram),
+                },
+                plugin_options,
+            )
+            command += ["-plugin", told]
         process = QemuProcess([*command, *arguments])
         if not handlers:
             check_loop(given.loop)
@@ -173,6 +176,12 @@ def run_qemu(
             asked.append(f"ram={quote(str(ram))}")
         spec = f"qemu-{via}:unix:{where}" + ("?" + "&".join(asked) if asked else "")
         return _serve(handlers, given, open_backend(spec), writer, process)
+
+
+def _plugin_arguments(given: Mapping[str, str | int | None], more: str) -> str:
+    """As QEMU takes them: those that are given, and `more` as it is."""
+    told = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return ",".join([*told, more] if more else told)
 
 
 def _shared_memory(file: Path, size: int) -> list[str]:
