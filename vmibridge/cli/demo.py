@@ -73,7 +73,7 @@ def _image(folder: Path) -> Path:
     source, nasm = guest_file("demo/demo.asm"), shutil.which("nasm")
     if nasm is None:
         image = guest_file("demo/demo.bin")
-        _say(f"nasm is not installed: the guest is {image}, assembled from {source.name} there")
+        _say(f"nasm is not installed: the guest is {image}, which is {source.name} assembled")
         return image
     made = folder / "demo.bin"
     include = f"-I{guest_file('include')}/"
