@@ -83,7 +83,16 @@ class Child(subprocess.Popen):
     def check(self) -> None:
         """Raises `AssertionError` if it was killed because its limit had passed."""
         if self._expired.is_set():
+            self._hear_the_rest()
             raise AssertionError(f"killed after {self._seconds} s: {self.told()}")
+
+    def _hear_the_rest(self) -> None:
+        """What a child that was killed had printed, and nobody read."""
+        for stream in (self.stdout, self.stderr):
+            if stream and not stream.closed:
+                with suppress(OSError):
+                    os.set_blocking(stream.fileno(), False)
+                    self._heard.append(os.read(stream.fileno(), 1 << 16))
 
     def told(self) -> str:
         """Its command, and what it has printed so far, for the message of a failure."""

@@ -57,7 +57,8 @@ class Calls(FakeGuest):
 class TestAnAgent:
     async def test_takes_no_answer_of_an_attempt_that_it_has_given_up(self, nats):
         vm = Calls()
-        url = f"{nats.url}?silence=0.3"
+        # So long that the second attempt is not given up, too, before it is answered.
+        url = f"{nats.url}?silence=3"
         async with FakeServer.running(nats.url) as server, anyio.create_task_group() as tasks:
             tasks.start_soon(carry, vm, url)
             first, _, late = await server.next(Trap)
@@ -77,12 +78,13 @@ class TestAnAgent:
     async def test_asks_who_has_a_trap_and_each_time_that_is_said_it_waits_on(self, nats):
         vm = Calls()
         async with FakeServer.running(nats.url) as server, anyio.create_task_group() as tasks:
-            tasks.start_soon(carry, vm, f"{nats.url}?silence=0.5")
+            tasks.start_soon(carry, vm, f"{nats.url}?silence=3")
             _, _, reply = await server.next(Trap)
             # Nobody has said that it has it: all are asked. Then the one that has.
             _, place, _ = await server.next(Ask)
             assert place == "all"
-            for number in range(2, 14):
+            # One each half second, and so for longer than the silence.
+            for number in range(2, 10):
                 await server.say(reply, Taken(1))
                 _, place, _ = await server.next(Ask, number)
             assert place != "all"

@@ -144,7 +144,7 @@ class TestCredentials:
         with nats_server(tmp_path, operator.config) as nats:
             async with (
                 served(f"{nats.url}?credentials={mine}", work, settings=LONG, repeated="run"),
-                carried(vm, f"{nats.url}?credentials={theirs}&silence=0.5"),
+                carried(vm, f"{nats.url}?credentials={theirs}&silence=5"),
             ):
                 await until(lambda: f"{REFUSED}; trying again" in caplog.text)
                 done = len(vm.resumed)
@@ -165,7 +165,7 @@ class TestCredentials:
         with nats_server(tmp_path, operator.config) as nats:
             async with (
                 served(f"{nats.url}?credentials={theirs}", Work(), settings=LONG, repeated="run"),
-                carried(vm, f"{nats.url}?credentials={mine}&silence=0.5"),
+                carried(vm, f"{nats.url}?credentials={mine}&silence=5"),
             ):
                 await until(lambda: vm.resumed)
                 nats.stop()

@@ -50,6 +50,16 @@ class TestAChild:
             child.wait()
         assert left_processes(known) == []
 
+    def test_is_quoted_with_what_nobody_read(self):
+        code = f"import sys; print('why', file=sys.stderr, flush=True); {SLEEPS}"
+        with (
+            pytest.raises(AssertionError, match=r"killed after 120 s: (.|\n)*\nwhy\n"),
+            Child(python(code)) as child,
+        ):
+            assert child.stdout.readline() == "asleep\n"
+            child.expire()
+            child.stdout.readline()
+
     def test_ends_what_reads_its_output_when_the_limit_has_passed(self):
         with pytest.raises(AssertionError, match=r"killed after 0\.1 s: "):
             run(python("import time; time.sleep(3600)"), seconds=0.1)
