@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from vmibridge.cli.guest_files import guest_file
 from vmibridge.errors import ConfigError, VmiBridgeError
+from vmibridge.files import replaceable
 from vmibridge.text import printable
 
 
@@ -35,7 +36,7 @@ def make_initramfs(
     if output.exists() and any(output.samefile(program) for program in programs):
         raise ConfigError(f"{output}: is one of the programs; name another file with -o")
     try:
-        _write(output, b"".join(packed(files)))
+        _write(replaceable(output), b"".join(packed(files)))
     except OSError as error:
         raise VmiBridgeError(f"{output}: cannot be written: {error.strerror}") from error
     sys.stdout.write(f"{printable(str(output))}\n")

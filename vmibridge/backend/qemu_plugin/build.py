@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from vmibridge.errors import BackendError
+from vmibridge.files import replaceable
 
 FOLDER = Path(__file__).with_name("plugin")
 SOURCES = tuple(sorted(FOLDER.glob("*.[ch]")))
@@ -23,11 +24,12 @@ def build_plugin(target: Path, compiler: str | None = None) -> Path:
     command = _compiler(compiler)
     target = target.absolute()
     try:
+        place = replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".vmibridge-", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".vmibridge-", dir=place.parent) as folder:
             made = Path(folder) / "plugin.so"
             _compile([command, *_FLAGS, "-o", str(made), *_units()])
-            made.replace(target)
+            made.replace(place)
     except OSError as error:
         raise BackendError(f"{target}: cannot be made: {error.strerror}") from error
     return target

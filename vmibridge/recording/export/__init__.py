@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from vmibridge.errors import ConfigError, MissingExtraError, RecordingError
+from vmibridge.files import replaceable
 from vmibridge.recording.export.exporter import Exporter
 from vmibridge.recording.reader import RecordingReader
 from vmibridge.recording.select import SelectedTraps, Selection
@@ -90,9 +91,10 @@ def new_files(targets: Sequence[Path], *, replace: bool = False) -> Iterator[tup
     """
     made: list[tuple[Path, Path]] = []
     try:
-        for target in targets:
-            if target.exists() and not replace:
-                raise _is_there(target)
+        for name in targets:
+            if name.exists() and not replace:
+                raise _is_there(name)
+            target = replaceable(name) if replace else name
             path = target.with_name(f".vmibridge-{secrets.token_hex(8)}.part")
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             made.append((path, target))
