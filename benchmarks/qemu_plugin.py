@@ -39,6 +39,7 @@ from vmibridge import (
     open_backend,
 )
 from vmibridge.backend.qemu_plugin.build import build_plugin
+from vmibridge.backend.qemu_plugin.protocol import PROTOCOL
 from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.qemu.find import PLUGIN_NEEDS, find_qemu
 
@@ -112,7 +113,7 @@ async def bare(stage: Stage) -> float:
 
     async def serve(stream: anyio.abc.SocketStream) -> None:
         await stream.receive()
-        body = struct.pack("<IIIII", 1, 14, 0, 1, STANDARD_MAGIC)
+        body = struct.pack("<IIIII", PROTOCOL, 14, 0, 1, STANDARD_MAGIC)
         await stream.send(_FRAME.pack(WELCOME, len(body)) + body)
         buffer = b""
         while True:

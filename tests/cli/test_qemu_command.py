@@ -108,6 +108,38 @@ def test_without_a_host_the_guest_runs_natively(start, guest):
     assert ended(start("--socket", "none")) == (NO_STAMPS, "", "")
 
 
+def test_without_a_host_a_guest_may_go_on_behind_its_calls(start, folder):
+    """Where VMCALL would be undefined: the guest comes to its end, without an answer."""
+    define = ["-DHOW=2", "-DCOUNT=20"]
+    subprocess.run(["nasm", "-f", "bin", *define, GUEST, "-o", folder / "guest.bin"], check=True)
+    options = ["--socket", "none", "--absent", "skip", "--plugin-options", "verbose=on"]
+    assert ended(start(*options)) == (NO_STAMPS, "", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "absent=native,patience=30"),
+        (["--timeout", "45"], "absent=native,patience=55"),
+        (["--timeout", "45", "--patience", "3.5"], "absent=native,patience=3.5"),
+        (["--absent", "skip", "--compat", "0x3b"], "absent=skip,patience=30,compat=59"),
+        (
+            ["--absent", "wait", "--plugin-options", "cpuid=off,verbose=on"],
+            "absent=wait,patience=30,cpuid=off,verbose=on",
+        ),
+    ],
+)
+def test_what_is_for_the_plugin_is_passed_on(start, folder, options, told):
+    qemu = folder / "qemu"
+    version = "case $1 in --version) echo QEMU emulator version 11.1.0; exit;; esac"
+    qemu.write_text(f'#!/bin/sh\n{version}\nprintf "%s\\n" "$@" >arguments\n')
+    qemu.chmod(0o700)
+    ended(start("--qemu", str(qemu), "--socket", "s", "--plugin", "p.so", *options, machine=[]))
+    arguments = (folder / "arguments").read_text().splitlines()
+    place = f"file={folder}/p.so,socket={folder}/s,"
+    assert arguments[arguments.index("-plugin") + 1] == place + told
+
+
 def test_a_signal_ends_a_qemu_that_has_its_host_elsewhere(start, guest):
     process = start(
         "--socket", "none", machine=["-S", "-m", "32", "-display", "none", "-qmp", "stdio"]
@@ -150,6 +182,11 @@ def test_a_qemu_that_fails_before_it_listens_is_told(start, folder):
         (["--socket", "s"], ["-enable-kvm"], "with KVM the plugin is loaded and never trapped to"),
         (["--socket", "s", "--accel", "kvm"], MACHINE, "use TCG, or --via gdb"),
         (["--socket", "s", "--via", "gdb"], MACHINE, "--handlers are needed here"),
+        (
+            ["--handlers", "handlers.py", "--via", "gdb", "--patience", "1"],
+            MACHINE,
+            "--patience, --compat and --plugin-options are of the plugin",
+        ),
         (["--handlers", "handlers.py", "--backend-options", "x=1"], MACHINE, "no option 'x'"),
         (["--handlers", "handlers.py", "--share-memory"], ["-m", "much"], "is no size of memory"),
     ],

@@ -375,6 +375,17 @@ def test_a_trap_that_is_skipped_leaves_the_registers_as_they_were(stage, kind):
     vcpu.end()
 
 
+def test_code_that_is_translated_leaves_nothing_behind(stage):
+    """However much there is, and at however many addresses: what is known of it does not grow."""
+    vcpu = stage.vcpu()
+    stage.accept()
+    vcpu.process.stdin.write("0 30000 0\n")  # in hex, so 196,608 blocks
+    vcpu.process.stdin.flush()
+    # Three kinds, first in its block or behind a NOP; and null, for the checks between.
+    assert int(vcpu.process.stdout.readline()) <= 7
+    vcpu.end()
+
+
 WRONG_ARGUMENTS = "socket magic=-1 magic=0x1ffffffff patience=nan patience=-1 patience=1e99"
 WRONG_ARGUMENTS += " compat=0x10000 absent= inside=maybe cpuid= ="
 

@@ -74,6 +74,7 @@ EVENTS = st.builds(
     seq=st.integers(1, 2**64 - 1),
     reason=st.sampled_from(TrapReason),
     registers=st.builds(Registers, **dict.fromkeys(Registers.__struct_fields__, U64)),
+    flags_known=st.booleans(),
     vm=st.just("web"),
     vcpu=st.integers(0, 0xFFFF),
     ip=U64,

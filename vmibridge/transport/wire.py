@@ -131,6 +131,8 @@ class Trap(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
     registers: Annotated[bytes, msgspec.Meta(min_length=176, max_length=176)]
     memory: _Pieces = ()
     """Physical memory that its handler is known to read: address and bytes."""
+    flags_known: bool = True
+    """As in `TrapEvent`."""
 
 
 class Memory(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
@@ -343,6 +345,7 @@ def trap_frame(event: TrapEvent, left: int, elsewhere: bool = False, memory: _Pi
         event.ring,
         registers,
         memory,
+        event.flags_known,
     )
 
 
@@ -367,6 +370,7 @@ def trap_event(frame: Trap, vm: str) -> TrapEvent:
         frame.length,
         frame.width,
         frame.ring,
+        frame.flags_known,
     )
 
 

@@ -5,6 +5,8 @@
  *     fake_qemu ARGUMENT...          the arguments of the plugin
  *
  * Each line of standard input is a trap: KIND (1 CPUID, 2 VMCALL, 3 VMMCALL), the address, EFLAGS.
+ * KIND 0 is no trap: the address is how many blocks are translated, each at an address of its own, and
+ * the line says how many different things the plugin has left with them.
  * RAX to RDX are 0x1000, 0x2000, 0x3000, 0x4000, but for the magic. Each gives a line of standard output: how the
  * vCPU goes on (behind, native, step), RIP, RAX, RBX, RCX, RDX.
  *
@@ -269,6 +271,26 @@ static const char *run_block(unsigned kind, uint64_t address)
     return "behind";
 }
 
+static unsigned count_sites(unsigned long long blocks)
+{
+    void *seen[64];
+    unsigned count = 0;
+    for (uint64_t i = 0; i < blocks; i++) {
+        size_t trap = translate(i % 3 + 1, 0x400000 + 16 * i, i % 2);
+        for (size_t k = 0; k < insns[trap].count; k++) {
+            void *data = insns[trap].calls[k].data;
+            unsigned at = 0;
+            while (at < count && seen[at] != data) {
+                at++;
+            }
+            if (at == count && count < 64) {
+                seen[count++] = data;
+            }
+        }
+    }
+    return count;
+}
+
 int qemu_plugin_install(uint64_t, const void *, int, char **);
 
 int main(int count, char **arguments)
@@ -293,6 +315,11 @@ int main(int count, char **arguments)
     unsigned kind;
     unsigned long long address, flags;
     while (scanf("%u %llx %llx", &kind, &address, &flags) == 3) {
+        if (!kind) {
+            printf("%u\n", count_sites(address));
+            fflush(stdout);
+            continue;
+        }
 #ifndef NO_INSIDE
         trap_at = address;
 #endif

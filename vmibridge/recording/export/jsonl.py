@@ -70,6 +70,8 @@ class FullTrapRecord(TrapRecord):
     """The same, with what is long."""
 
     registers: Registers
+    flags_known: bool
+    """Whether `registers` has the flags as they were at the trap."""
     memory: list[AccessRecord]
     memory_left_out: int
     """Further accesses, which were too much to hold."""
@@ -118,7 +120,7 @@ def trap_record(trap: RecordedTrap, start: int, *, full: bool = False) -> TrapRe
         )
         for access in trap.accesses
     ]
-    return FullTrapRecord(*fields, event.registers, memory, trap.left_out)
+    return FullTrapRecord(*fields, event.registers, event.flags_known, memory, trap.left_out)
 
 
 class JsonLines(Exporter):
