@@ -79,7 +79,7 @@ def run_qemu_guest(given: QemuOptions, options: ServerOptions) -> int:
             with logging_to(log_handler(options.log_level, None), options.log_level):
                 return run_on(options.loop, partial(_run_alone, qemu))
         outcomes = _outcomes_to(given.outcomes, stack)
-        return _serve(given, options, _backend(given, socket, ram), outcomes, qemu)
+        return _serve(given, options, _backend(given, socket, ram, folder), outcomes, qemu)
 
 
 def _command(given: QemuOptions, socket: Path, ram: Path | None) -> list[str]:
@@ -149,11 +149,14 @@ async def _cancel_on_signal(
             scope.cancel()
 
 
-def _backend(given: QemuOptions, socket: Path, ram: Path | None) -> Backend:
+def _backend(given: QemuOptions, socket: Path, ram: Path | None, folder: Path) -> Backend:
     kind = "qemu-plugin" if given.via == "plugin" else "qemu-gdb"
     told = [given.backend_options] if given.backend_options else []
     if given.via == "gdb" and ram is not None:
         told.append(f"ram={quote(str(ram))}")
+    if given.via == "gdb" and not {"-D", "-d", "-trace", "--trace"} & {*given.arguments}:
+        # QEMU's log is nobody's else, so it may show what others do by QMP.
+        told.append(f"stop-log={quote(str(folder / 'qemu.log'))}")
     return open_backend(f"{kind}:unix:{socket}" + ("?" + "&".join(told) if told else ""))
 
 
