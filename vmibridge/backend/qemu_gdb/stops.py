@@ -43,8 +43,9 @@ Ts = TypeVarTuple("Ts")
 GONE = "the VM is gone"
 _LOOKS = 0.05
 """Seconds."""
-_AT_ONCE = 0.002
-"""Seconds in which an answer is written without a look at the vCPU."""
+_AT_ONCE = 0.05
+"""Seconds of a trap after which others are expected to have let the VM go on and paused it. A look
+for that takes as long as an answer."""
 _RFLAGS_TF, _RFLAGS_RF = 1 << 8, 1 << 16
 CONTINUE = encode(commands.CONTINUE)
 
