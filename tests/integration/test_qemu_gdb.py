@@ -4,19 +4,11 @@ Debian's QEMU 7.2 and the QEMU of `make qemu` under TCG; KVM where it can be had
 KVM have to be there; elsewhere the tests of a QEMU are skipped without it.
 """
 
-import json
-import os
-import shutil
 import signal
-import struct
-import subprocess
-from collections import Counter
-from contextlib import asynccontextmanager
 
 import anyio
-import anyio.lowlevel
 import pytest
-from children import opened
+from gdb_machine import machine_of
 from micro_guest import (
     ALL,
     ALL_RIGHT,
@@ -29,97 +21,17 @@ from micro_guest import (
     OfAnother,
     Work,
 )
-from needs import needs
 
-from vmibridge import Bridge, BridgeServer, open_backend
+from vmibridge import open_backend
 from vmibridge.errors import BackendError
 from vmibridge.qemu.ram import SharedRam
 
 pytestmark = pytest.mark.anyio
 
-KVM = "/dev/kvm"
-
-
-class Machine:
-    """QEMU with one guest, and the host that serves it."""
-
-    def __init__(self, qemu, accelerator, build_guest, folder):
-        self.stub, self.qmp = folder / "s", folder / "q"
-        self.outcomes = Counter()
-        self.status = None
-        self._command = [qemu, "-accel", accelerator]
-        if accelerator == "kvm":
-            self._command += ["-M", "microvm"]
-        self._build_guest = build_guest
-
-    @asynccontextmanager
-    async def guest(self, *more, **defines):
-        """QEMU, stopped at its begin; afterwards its exit status is known."""
-        image = self._build_guest("micro", **defines)
-        places = struct.unpack_from("<5Q", image.read_bytes(), 32)
-        self.sites, self.ud_handler = places[:3], places[3]
-        options = f"-m 32 -smp {defines.get('CPUS', 1)} -nodefaults -display none -S"
-        command = [
-            *(*self._command, *options.split(), *more, "-kernel", str(image)),
-            *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
-            *("-gdb", f"unix:{self.stub},server=on,wait=off"),
-            *("-qmp", f"unix:{self.qmp},server=on,wait=off"),
-        ]
-        self.stub.unlink(missing_ok=True)
-        async with opened(command, stderr=subprocess.DEVNULL) as self.process:
-            while not (self.stub.exists() and self.qmp.exists()):
-                await anyio.sleep(0.01)
-            yield
-            self.status = await self.process.wait()
-
-    def spec(self, options="", *, ud=False):
-        sites = [f"site={address:#x}" for address in self.sites]
-        chosen = [f"ud-handler={self.ud_handler:#x}"] if ud else sites
-        return f"qemu-gdb:unix:{self.stub}?{'&'.join(chosen)}{options}"
-
-    @asynccontextmanager
-    async def host(self, handler, *options, **more):
-        """A host in a block, which ends when the run does."""
-        async with open_backend(self.spec(*options, **more)) as self.backend:
-            server = BridgeServer(self.backend, Bridge(handler), timeout=60)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._consume, server)
-                yield server
-        self.ends = [(end.vcpu, end.reason) for end in server.summary.guest.vcpus]
-
-    async def _consume(self, server):
-        async for outcome in server.run():
-            self.outcomes[outcome.kind.value] += 1
-
-    async def run(self, handler, *options, ud=False, **defines):
-        async with self.guest(**defines), self.host(handler, *options, ud=ud):
-            pass
-        return self.status
-
-    async def command(self, name):
-        """A command to QMP."""
-        async with await anyio.connect_unix(self.qmp) as stream:
-            replies = b""
-            for execute in ("qmp_capabilities", name):
-                await stream.send(json.dumps({"execute": execute}).encode() + b"\n")
-            while replies.count(b'"return"') < 2:
-                replies += await stream.receive()
-        return [json.loads(line) for line in replies.splitlines() if b'"return"' in line][-1]
-
-
-def system_qemu():
-    return shutil.which("qemu-system-x86_64")
-
 
 @pytest.fixture(params=["system", "new", "kvm"])
 def machine(request, build_guest, tmp_path):
-    kind = request.param
-    if kind == "new":
-        return Machine(request.getfixturevalue("qemu"), "tcg", build_guest, tmp_path)
-    path = needs("qemu-system-x86_64")
-    if kind == "kvm" and not os.access(KVM, os.R_OK | os.W_OK):
-        pytest.skip(f"no {KVM} that can be opened: as root, modprobe kvm_intel or kvm_amd")
-    return Machine(path, "kvm" if kind == "kvm" else "tcg", build_guest, tmp_path)
+    return machine_of(request.param, request, build_guest, tmp_path)
 
 
 # With KVM no VMCALL raises #UD.
@@ -207,13 +119,13 @@ async def test_a_guest_that_runs_can_be_joined_and_left_again(machine):
         async with machine.guest(HOW=CPUID, NATIVE=1, COUNT=ENDLESS):
             await machine.command("cont")
             async with open_backend(machine.spec()):
-                assert not (await machine.command("query-status"))["return"]["running"]
-            assert (await machine.command("query-status"))["return"]["running"]
+                assert not (await machine.command("query-status"))["running"]
+            assert (await machine.command("query-status"))["running"]
             async with machine.host(OfAnother()) as server:
-                while not (await machine.command("query-status"))["return"]["running"]:
+                while not (await machine.command("query-status"))["running"]:
                     await anyio.sleep(0.01)
                 server.stop()
-            assert (await machine.command("query-status"))["return"]["running"]
+            assert (await machine.command("query-status"))["running"]
             machine.process.kill()
 
 
@@ -223,7 +135,7 @@ async def test_breakpoints_are_armed_after_a_reset(machine):
 
     async def reset():
         await machine.command("system_reset")
-        while (await machine.command("query-status"))["return"]["status"] != "prelaunch":
+        while (await machine.command("query-status"))["status"] != "prelaunch":
             await anyio.sleep(0.01)
         machine.backend.was_reset()
 

@@ -10,6 +10,7 @@ from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, Guest
 from vmibridge.backend import open_backend
 from vmibridge.backend.qemu_gdb import backend as module
 from vmibridge.backend.qemu_gdb import client as client_module
+from vmibridge.backend.qemu_gdb import steps
 from vmibridge.backend.qemu_gdb.client import ClientLostError, GdbClient, connect, reading
 from vmibridge.backend.qemu_gdb.packets import PacketReader, encode
 from vmibridge.errors import BackendError
@@ -63,6 +64,7 @@ class FakeStub:
     def __init__(self, path):
         self.path = str(path)
         self.said = []
+        """The commands, without the probes."""
         self.memory = {SITE: VMCALL, DATA: b"abcd"}
         self.unmapped = {0x9000}
         self.registers = packet_of({"rip": SITE, **LONG_MODE})
@@ -71,6 +73,7 @@ class FakeStub:
         self.texts = {"info mtree -f": "", "info kvm": "kvm support: disabled\r\n"}
         self.running = anyio.Event()
         self.written = None
+        self.drops = False
         self.packets = PacketReader()
 
     async def serve(self, *, task_status):
@@ -86,7 +89,12 @@ class FakeStub:
     async def take(self, data):
         self.packets.feed(data.replace(b"\x03", b""))
         while (packet := self.packets.next()) is not None:
-            self.said.append(packet)
+            if self.drops:
+                # As QEMU does with what comes while the VM runs.
+                self.drops = False
+                continue
+            if packet != b"qC":
+                self.said.append(packet)
             await self.stream.send(b"+")
             for reply in self.reply(packet):
                 if reply is HANG_UP:
@@ -115,10 +123,11 @@ class FakeStub:
             return [self.read(at, size)]
         if packet.startswith(b"M"):
             place, _, data = packet[1:].partition(b":")
-            self.memory[int(place.split(b",")[0], 16)] = bytes.fromhex(data.decode())
+            self.write(int(place.split(b",")[0], 16), bytes.fromhex(data.decode()))
         known = {
             b"qSupported": b"PacketSize=1000;vContSupported+",
             b"?": b"T05thread:p01.01;",
+            b"qC": b"QCp01.01",
             b"qfThreadInfo": self.threads,
             b"qsThreadInfo": b"l",
             b"g": self.registers.hex().encode(),
@@ -128,10 +137,23 @@ class FakeStub:
                 return [answer]
         return [b"OK"]
 
+    def write(self, at, data):
+        for start, before in self.memory.items():
+            if start <= at < start + len(before):
+                offset = at - start
+                self.memory[start] = before[:offset] + data + before[offset + len(data) :]
+                return
+        self.memory[at] = data
+
     def read(self, at, size):
         if at in self.unmapped or at >= 1 << 51:
             return b"E14"
-        return self.memory.get(at, bytes(size))[:size].ljust(size, b"\0").hex().encode()
+        found = bytearray(size)
+        for start, data in self.memory.items():
+            for index, byte in enumerate(data, start - at):
+                if 0 <= index < size:
+                    found[index] = byte
+        return found.hex().encode()
 
     async def stop(self, reply=b"T05thread:p01.01;", **registers):
         """The VM runs; it stops at the site, and so on."""
@@ -230,18 +252,23 @@ def stage(tmp_path):
 HALTED = [(0, "halted"), (1, "halted")]
 
 
-async def test_a_trap_is_a_stop_and_a_read_and_its_answer_one_write(stage):
+async def test_a_trap_is_a_read_and_its_answer_a_write_behind_a_look(stage):
     async with stage.run() as stub:
         await stub.call(ADD, 41)
         await stub.runs()
         assert stub.answer == (42, 0, SITE + 3)
+        await stub.call(ADD, 41)
+        await stub.runs()
         begin = len(stub.said)
+        await stub.call(ADD, 1)
+        await stub.runs()
+        said = [packet[:1] for packet in stub.said[begin:]]
+        assert said == [b"m", b"g", b"g", b"G", b"c"]
         await stub.call(ADD, 1, thread=2)
         await stub.runs()
-        assert [packet[:1] for packet in stub.said[begin:]] == [b"g", b"G", b"c"]
         await stub.stop(b"W00")
-    assert (stage.ends, stage.outcomes) == (HALTED, ["handled"] * 2)
-    assert stage.work.where == [(0, SITE, 64, 0), (1, SITE, 64, 0)]
+    assert (stage.ends, stage.outcomes) == (HALTED, ["handled"] * 4)
+    assert stage.work.where == [*[(0, SITE, 64, 0)] * 3, (1, SITE, 64, 0)]
 
 
 async def test_a_trap_that_is_not_ours_is_stepped_over_by_its_own_vcpu(stage):
@@ -333,6 +360,7 @@ async def test_a_step_is_waited_for_before_the_guest_is_let_go(stage, end):
                         await stub.stream.send(
                             encode(b"W00" if end == "exit" else b"T05thread:p01.01;")
                         )
+    # What goes on is the detaching's.
     lets_go = [b"Z0,401000,1", b"c", b"Hgp0.0", b"z0,401000,1"]
     said = [packet for packet in stub.said[begin:] if not packet.startswith(b"Qqemu")]
     assert said == ([*lets_go, b"D;1"] if end in ("stop", "cancel") else [])
@@ -454,7 +482,7 @@ async def test_without_a_monitor_all_memory_is_tried(stage):
 # --- width -------------------------------------------------------------------------
 
 
-CPU = "CPU#{}\nEAX=0\nLDT=0028 00002000 00000067 00008200 DPL=0 LDT\nGDT=     00003000 00000037\n"
+CPU = "CPU#{}\nEAX=0\n{}LDT=0028 00002000 00000067 00008200 DPL=0 LDT\nGDT=     00003000 00000037\n"
 
 
 @pytest.mark.parametrize(
@@ -469,10 +497,14 @@ CPU = "CPU#{}\nEAX=0\nLDT=0028 00002000 00000067 00008200 DPL=0 LDT\nGDT=     00
     ],
 )
 async def test_the_code_segment_says_how_wide_a_trap_is(stage, cs, descriptor, registers, width):
-    stage.stub.texts["info registers -a"] = CPU.format(0) + CPU.format(1).replace("3000", "4000")
+    high = descriptor >> 32 if descriptor else 0x9B00
+    loaded = f"CS ={cs:04x} 00000000 ffffffff {high:08x} DPL=0 CS32 [-RA]\n"
+    stage.stub.texts["info registers -a"] = CPU.format(0, "") + CPU.format(1, loaded).replace(
+        "3000", "4000"
+    )
     place = (0x2000 if cs & 4 else 0x4000) + (cs & ~7)
     stage.stub.memory[place] = struct.pack("<Q", descriptor)
-    magic = {"rbp": MAGIC, "rsi": 5} if width != 64 else {}
+    magic = {"rbp": MAGIC, "rsi": 5, "r8": 0} if width != 64 else {}
     async with stage.run() as stub:
         for _ in range(2):
             await stub.call(ADD, 5, thread=2, cs=cs, **registers, **magic)
@@ -585,9 +617,13 @@ async def test_pieces_of_a_packet_are_put_together(stage):
     assert stage.outcomes == ["handled"] * 2
 
 
-@pytest.mark.parametrize(("begin", "when"), [(b"g", "has not replied"), (b"vCont", "does not end")])
+@pytest.mark.parametrize(
+    ("begin", "when"), [(b"g", "has not replied"), (b"vCont", "does not stop")]
+)
 async def test_a_stub_that_goes_silent_is_lost(stage, begin, when, monkeypatch):
     monkeypatch.setattr(module, "_DETACH", 0.1)
+    monkeypatch.setattr(steps, "_STEP", 0.1)
+    monkeypatch.setattr(steps, "_STOP", 0.1)
     monkeypatch.setattr(client_module.GdbClient, "patience", 0.1 if begin == b"g" else 60)
     async with stage.run() as stub:
         stub.replies[begin] = []
@@ -673,6 +709,52 @@ async def test_nobody_there(tmp_path):
     for where in (f"unix:{tmp_path / 'none'}", "tcp:127.0.0.1:1"):
         with pytest.raises(BackendError, match=r"No such file|refused"):
             await open_backend(f"qemu-gdb:{where}?site=1").__aenter__()
+
+
+@pytest.mark.parametrize("status", ["shutdown", "internal-error"])
+async def test_a_vm_that_cannot_go_on_is_refused_with_what_to_do(stage, status):
+    stage.stub.texts["info status"] = f"VM status: paused ({status})\r\n"
+    await stage.fails_to_open(f"status '{status}' and cannot go on: reset it by QMP")
+
+
+@pytest.mark.parametrize("status", ["debug", "io-error"])
+async def test_a_vm_that_was_left_in_a_state_is_told_and_goes_on(stage, status, caplog):
+    stage.stub.texts["info status"] = f"VM status: paused ({status})\r\n"
+    async with stage.run() as stub:
+        await stub.call(ADD, 1)
+        await stub.runs()
+        await stub.stop(b"W00")
+    assert stage.outcomes == ["handled"]
+    assert f"'{status}'" in caplog.text
+
+
+async def test_an_answer_that_met_other_registers_is_undone(stage, caplog):
+    async with stage.run() as stub:
+        await stub.call(WAIT, 1)
+        await stage.work.begun.wait()
+        stub.registers = packet_of({"rip": 0xFFF0, "rax": 77})
+        stub.running = anyio.Event()
+        stage.work.end.set()
+        await stub.runs()
+        assert stub.answer == (77, 0, 0xFFF0)
+        await stub.stop(b"W00")
+    assert "was taken out of a trap by somebody else" in caplog.text
+
+
+async def test_a_command_that_is_dropped_because_the_vm_ran_is_made_up_for(stage):
+    async with stage.run() as stub:
+        await stub.call(ADD, 1)
+        await stub.runs()
+        stub.drops = True
+        # The registers alone come: the guess of the code, or the probe, has paused the VM.
+        await stub.call(ADD, 2)
+        await stub.runs()
+        assert not stub.drops
+        await stub.call(ADD, 3)
+        await stub.runs()
+        assert stub.answer == (4, 0, SITE + 3)
+        await stub.stop(b"W00")
+    assert stage.outcomes == ["handled"] * 2
 
 
 # --- the client by itself ----------------------------------------------------------

@@ -174,6 +174,9 @@ def run_qemu(
         asked = [backend_options] if backend_options else []
         if via == "gdb" and ram is not None:
             asked.append(f"ram={quote(str(ram))}")
+        if via == "gdb" and not {"-D", "-d", "-trace", "--trace"} & {*arguments}:
+            # QEMU's log is used by no one else, so it may show what others do by QMP.
+            asked.append(f"stop-log={quote(str(folder / 'qemu.log'))}")
         spec = f"qemu-{via}:unix:{where}" + ("?" + "&".join(asked) if asked else "")
         return _serve(handlers, given, open_backend(spec), writer, process)
 

@@ -5,8 +5,8 @@
 
 - What happens from a stop to an answer is in `stops`; here is the life around.
 - Connecting pauses the VM; the breakpoints are set when it is run.
-- On the way out the breakpoints are removed and the stub is left with `D`, so that the guest
-  runs on; a VM that somebody else paused stays paused.
+- On the way out the VM is left as the option `leave` says (`leaving`), and the guest runs on; a VM
+  that somebody else paused stays paused.
 """
 
 import logging
@@ -15,16 +15,19 @@ from collections.abc import Sequence
 from typing import Self
 
 import anyio
+import msgspec
 
 from vmibridge import sockets
 from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap
 from vmibridge.backend.qemu_gdb import commands
 from vmibridge.backend.qemu_gdb.client import ClientLostError, GdbClient, connect, reading
-from vmibridge.backend.qemu_gdb.commands import ReplyError, StubError
+from vmibridge.backend.qemu_gdb.commands import PROBE, ReplyError, StubError
 from vmibridge.backend.qemu_gdb.inspection import Inspector
+from vmibridge.backend.qemu_gdb.leaving import check_status, restore_sites, skip_sites
 from vmibridge.backend.qemu_gdb.memory import QemuMemory
 from vmibridge.backend.qemu_gdb.options import MOST_HARDWARE, QemuGdbOptions, parse_spec
 from vmibridge.backend.qemu_gdb.regions import ACCELERATOR, STATUS
+from vmibridge.backend.qemu_gdb.stop_log import StopLog
 from vmibridge.backend.qemu_gdb.stops import CONTINUE, GONE, Stops
 from vmibridge.errors import BackendError, GuestMemoryError, QmpError
 from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
@@ -38,6 +41,10 @@ _CONNECT = 10.0
 _REFUSES = 1.0
 _DETACH = 5.0
 """Seconds."""
+
+
+class _Status(msgspec.Struct):
+    status: str
 
 
 class QemuGdbBackend(Backend):
@@ -62,9 +69,12 @@ class QemuGdbBackend(Backend):
         self._stops: Stops
         self._started = False
         self._prelaunch = False
+        self._theirs = False
+        """Somebody else had paused the VM before this host came."""
         self._over = anyio.Event()
         self._stopped = False
         self._ram: SharedRam | None = None
+        self._stop_log: StopLog | None = None
         self._watching: anyio.CancelScope
 
     @classmethod
@@ -80,6 +90,8 @@ class QemuGdbBackend(Backend):
         spec = f"qemu-gdb:{self.where}"
         try:
             with anyio.fail_after(_CONNECT):
+                # Connecting pauses the VM, so who has paused it is not to be seen afterwards.
+                self._theirs = await self._was_paused()
                 connection = await self._connect()
         except TimeoutError as error:
             raise BackendError(f"{spec}: nobody answers") from error
@@ -89,6 +101,8 @@ class QemuGdbBackend(Backend):
         try:
             if self.options.ram:
                 self._ram = open_ram(self.options.ram)
+            if self.options.stop_log:
+                self._stop_log = StopLog(self.options.stop_log)
             async with reading(self._client):
                 await self._get_ready()
         except BackendError as error:
@@ -97,6 +111,16 @@ class QemuGdbBackend(Backend):
         except BaseException:
             self._client.close()
             raise
+
+    async def _was_paused(self) -> bool:
+        """Whether somebody else has paused the VM; without a monitor that is not known."""
+        if not self.options.qmp:
+            return False
+        try:
+            async with Qmp(await sockets.connect(socket.AF_UNIX, self.options.qmp)) as qmp:
+                return (await qmp.execute("query-status", _Status)).status == "paused"
+        except (OSError, QmpError):
+            return False
 
     async def _connect(self) -> socket.socket:
         """QEMU makes its socket a moment before it listens."""
@@ -113,7 +137,9 @@ class QemuGdbBackend(Backend):
         client = self._client
         await client.shake_hands()
         memory = self._memory = QemuMemory(client, self._ram)
-        self._inspector = Inspector(self.vm, memory, self._monitor, self._points, self._ud_handler)
+        self._inspector = Inspector(
+            *(self.vm, memory, self._monitor, self._points, self._ud_handler), client.layout
+        )
         try:
             await self._memory.open()
             self._threads = {
@@ -126,7 +152,11 @@ class QemuGdbBackend(Backend):
         if self._ud_handler is not None and not client.layout.is_wide:
             raise BackendError("ud-handler needs a 64-bit vCPU")
         uses_kvm = "enabled" in await self._monitor(ACCELERATOR)
-        self._prelaunch = "prelaunch" in await self._monitor(STATUS)
+        status = await self._monitor(STATUS)
+        check_status(self.vm, status)
+        self._prelaunch = "prelaunch" in status
+        if not self._prelaunch:
+            await restore_sites(client, memory, self.sites, self._threads)
         chosen = self.options.breakpoints
         self._hardware = uses_kvm if chosen == "auto" else chosen == "hardware"
         if self._hardware and len(self._points) > MOST_HARDWARE:
@@ -135,10 +165,16 @@ class QemuGdbBackend(Backend):
             )
         if uses_kvm and not self._hardware:
             await self._save_code()
+        if self._stop_log is not None:
+            for command in self._stop_log.commands:
+                if said := (await self._monitor(command)).strip():
+                    raise BackendError(f"stop-log: QEMU's monitor says {said!r} to {command!r}")
         self._stops = Stops(
-            *(self.vm, client, self._inspector),
+            *(self.vm, client, memory, self._inspector),
             threads=self._threads,
             hardware=self._hardware,
+            steps_exactly=not uses_kvm,
+            stop_log=self._stop_log,
             over=self._over,
         )
 
@@ -161,12 +197,17 @@ class QemuGdbBackend(Backend):
             self._inspector.saved[address] = code
 
     async def close(self) -> None:
-        """Let go of a VM that was never run: it goes on, unless it had not begun."""
+        """Leave a VM that was never run: it goes on, unless it had not begun."""
         if self._ram is not None:
             self._ram.close()
-        if not self._started and not self._prelaunch and self._client.why_lost is None:
+        if self._stop_log is not None:
+            self._stop_log.close()
+        if not self._started and self._client.why_lost is None:
             with anyio.move_on_after(_DETACH):
                 async with reading(self._client):
+                    if self.options.leave == "wait":
+                        await self._set_breakpoints()
+                    self._stops.paused = self._theirs or self._prelaunch
                     await self._detach()
         self._client.close()
 
@@ -203,6 +244,7 @@ class QemuGdbBackend(Backend):
                 async with anyio.create_task_group() as tasks:
                     self._stops.begin(traps, sink, tasks)
                     tasks.start_soon(arm)
+                    tasks.start_soon(self._stops.watch_stop_log)
                     await self._over.wait()
                     tasks.cancel_scope.cancel()
             finally:
@@ -246,15 +288,27 @@ class QemuGdbBackend(Backend):
 
     async def _arm(self) -> str | None:
         """Set the breakpoints and let the VM run; why not, where the stub refuses."""
+        if (refused := await self._set_breakpoints()) is not None:
+            return refused
+        try:
+            # If a probe has met a VM that ran, they have let it go on since.
+            if self._theirs and not self._client.interfered:
+                self._stops.leave_paused()
+            else:
+                await self._client.ask_all([PROBE], probe=True, tail=CONTINUE)
+        except ClientLostError:
+            self._over.set()
+        return None
+
+    async def _set_breakpoints(self) -> str | None:
         packets = [
             commands.set_breakpoint(address, hardware=self._hardware) for address in self._points
         ]
         address = 0
         try:
-            replies = await self._client.ask_all(packets)
+            replies = await self._client.ask_all(packets, probe=True)
             for address, reply in zip(self._points, replies, strict=True):  # noqa: B007
                 commands.check_ok(reply)
-            self._client.send(CONTINUE)
         except (StubError, ReplyError) as error:
             return f"no breakpoint at {address:#x}: {error}"
         except ClientLostError:
@@ -266,20 +320,30 @@ class QemuGdbBackend(Backend):
         if client.why_lost is not None or client.exited:
             return
         self._stopped = self._stopped or not (self._stops.shut_down or self._stops.crashed)
-        packets = [
+        leave, paused = self.options.leave, self._stops.paused
+        away = [
             commands.remove_breakpoint(address, hardware=self._hardware) for address in self._points
         ]
-        packets += self._memory.restore()
-        if not self._stops.paused:
-            packets.append(commands.DETACH)
         try:
             # Where the VM runs, the first byte stops it. A vCPU may have met a breakpoint at that
             # moment: QEMU forgets that in its next turn, or it would stop for nobody after `D`.
             await client.ask_all([commands.select("p0.0")], head=commands.INTERRUPT)
-            await client.ask_all(packets)
+            if leave == "wait":
+                tail = b"" if paused else CONTINUE
+                await client.ask_all([PROBE, *self._memory.virtual()], tail=tail)
+            else:
+                await client.ask_all(away, probe=True)
+                if leave == "skip" and not self._prelaunch_still():
+                    await skip_sites(self.vm, client, self._memory, self.sites, self._threads)
+                last = [*self._memory.virtual(), *([] if paused else [commands.DETACH])]
+                if last:
+                    await client.ask_all(last, probe=True)
         except ClientLostError:
             return
         client.lose("detached")
+
+    def _prelaunch_still(self) -> bool:
+        return self._prelaunch and not self._started
 
     def _end(self) -> GuestEnd:
         why, event = self._client.why_lost, self._stops.pending

@@ -4,6 +4,8 @@
   longest. Stop replies are not asked for: they go to `on_stop`.
 - Nothing is acknowledged once the stub has agreed, or is QEMU's: a byte that arrives while
   the VM runs stops it.
+- Somebody else may let the VM go on by QMP at any moment, and then the stub drops the first command
+  that comes (`commands.is_probed`). Where that would matter a probe goes ahead.
 - A stub that owes a reply for `patience` seconds is lost, as one that says what it must not.
 """
 
@@ -45,10 +47,15 @@ _MOST_TEXT = 1 << 20
 _MOST_STOPS = 256
 _TRIES = 4
 _MOST_PIECES = 100
+_PROBE = encode(commands.PROBE)
 _AT_ONCE = 16
 """Traps that follow each other without a turn of the loop."""
 
 OnReply = Callable[[bytes], None]
+
+
+def _on_probed(_reply: bytes) -> None:
+    """Stands for a probe among the replies that are due."""
 
 
 class ClientLostError(BackendError):
@@ -95,6 +102,8 @@ class GdbClient:
         self.why_lost: str | None = None
         self.lost: anyio.Event = anyio.Event()
         self.exited: bool = False
+        self.interfered: int = 0
+        """How often a probe was dropped: the VM ran, and the probe has paused it."""
         self._socket = connection
         self._packets = PacketReader()
         self._due: deque[OnReply] = deque()
@@ -204,6 +213,12 @@ class GdbClient:
             self.exited = self.exited or isinstance(stop, Exit)
             self.on_stop(stop)
             return
+        if self._due and self._due[0] is _on_probed:
+            self._due.popleft()
+            if commands.is_probed(packet):
+                self._replies += 1
+                return
+            self.interfered += 1
         if not self._due:
             raise PacketError(f"a reply that nobody asked for: {packet[:40]!r}")
         self._replies += 1
@@ -222,6 +237,16 @@ class GdbClient:
             await anyio.sleep(self.patience)
             if owes and self._replies == before:
                 self.lose(f"it has not replied for {self.patience:g} s")
+
+    @property
+    def owes(self) -> int:
+        """Replies that have not come yet."""
+        return len(self._due)
+
+    def drop(self, count: int) -> None:
+        """The next replies do not come: the stub has dropped their commands."""
+        for _ in range(min(count, len(self._due))):
+            self._due.popleft()
 
     # --- what goes -----------------------------------------------------------------
 
@@ -254,13 +279,25 @@ class GdbClient:
                     await anyio.wait_writable(self._socket)
                 self._flush()
 
-    def post(self, packets: bytes, due: int, on_reply: OnReply, *, runs: bool = False) -> None:
+    def post(
+        self,
+        packets: bytes,
+        due: int,
+        on_reply: OnReply,
+        *,
+        runs: bool = False,
+        probe: bool = False,
+    ) -> None:
         """Send encoded packets in one write, `due` of which have a reply.
 
         `on_reply` gets each of them in the task that reads, or an empty one when the connection
-        is lost. `runs` says that the last packet lets the VM go on. Raises `ClientLostError`.
+        is lost. `runs` says that the last packet lets the VM go on; `probe` is that of `ask_all`.
+        Raises `ClientLostError`.
         """
         self._check_lost()
+        if probe:
+            self._due.append(_on_probed)
+            packets = _PROBE + packets
         for _ in range(due):
             self._due.append(on_reply)
         self._runs = runs
@@ -270,15 +307,23 @@ class GdbClient:
         """The reply to one command. Raises `ClientLostError`."""
         return (await self.ask_all((command,)))[0]
 
-    async def ask_all(self, packets: Sequence[bytes], head: bytes = b"") -> list[bytes]:
-        """The replies to some commands, which go out in one write behind `head`.
+    async def ask_all(
+        self, packets: Sequence[bytes], head: bytes = b"", *, probe: bool = False, tail: bytes = b""
+    ) -> list[bytes]:
+        """The replies to some commands, which go out in one write between `head` and `tail`.
 
-        Cancelled, they are dropped as they come. Raises `ClientLostError`.
+        With `probe` they are done even if somebody else has let the VM go on: it is paused then,
+        and `interfered` counts it. If cancelled, replies are dropped as they come. Raises
+        `ClientLostError`.
         """
         self._check_lost()
         replies = _Replies(len(packets))
+        if probe:
+            self._due.append(_on_probed)
+            head += _PROBE
         self._due.extend([replies.take] * len(packets))
-        self.send(head + b"".join(map(encode, packets)))
+        self._runs = bool(tail)
+        self.send(head + b"".join(map(encode, packets)) + tail)
         await self.flush()
         await replies.arrived.wait()
         if b"" in replies.data:
@@ -342,8 +387,11 @@ class GdbClient:
             found = found + part
         return found
 
-    async def monitor(self, command: str) -> str:
-        """What QEMU's monitor says to a command. Raises as `threads` does."""
+    async def monitor(self, command: str, last: bytes = b"") -> str:
+        """What QEMU's monitor says to a command; `last` goes out in one write behind it.
+
+        Raises as `threads` does.
+        """
         text: list[str] = []
         done = anyio.Event()
         errors: list[StubError | ReplyError] = []
@@ -361,7 +409,13 @@ class GdbClient:
                 text.append(part)
                 self._due.appendleft(take)
 
-        self.post(encode(commands.monitor(command)), 1, take)
+        self._check_lost()
+        self._due += (_on_probed, take)
+        packets = _PROBE + encode(commands.monitor(command))
+        if last:
+            self._due.append(lambda _reply: None)
+            packets += encode(last)
+        self.send(packets)
         await done.wait()
         self._check_lost()
         if errors:
@@ -394,7 +448,7 @@ class GdbClient:
         replies: list[bytes] = []
         for at in range(0, len(packets), _IN_FLIGHT):
             ahead = first if at == 0 else ()
-            found = await self.ask_all([*ahead, *packets[at : at + _IN_FLIGHT]])
+            found = await self.ask_all([*ahead, *packets[at : at + _IN_FLIGHT]], probe=True)
             for reply in found[: len(ahead)]:
                 commands.check_ok(reply)
             replies += found[len(ahead) :]

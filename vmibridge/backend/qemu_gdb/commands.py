@@ -20,9 +20,16 @@ DETACH = b"D;1"
 """Of process 1, which is all of a QEMU with one machine."""
 FIRST_THREADS, MORE_THREADS = b"qfThreadInfo", b"qsThreadInfo"
 MEMORY_IS_VIRTUAL, MEMORY_IS_PHYSICAL = b"Qqemu.PhyMemMode:0", b"Qqemu.PhyMemMode:1"
-INTERRUPT = b"+\x03"
-"""Stops the VM, in whatever state QEMU's reader is: after a reply that was not acknowledged it
-takes nothing but `+` and `$`, and otherwise `+` stops it and the other byte is ignored."""
+PROBE = b"qC"
+"""Answered by `QC...`, and by nothing else: see `is_probed`."""
+PERMIT = b"vCont;x"
+"""An action that no stub knows: it is refused, and QEMU since 8.1 may then send a stop reply again.
+
+QEMU since 8.1 sends one stop reply for each command that resumes the VM, and drops the others."""
+INTERRUPT = b"\x03+\x03"
+"""Pauses the VM, in whatever state QEMU's reader is. After a reply that was not acknowledged it
+drops all but `+` and `$`; otherwise a `+` would pause the VM, and QEMU since 8.1 tells a pause
+only if it is by the other byte. What comes while the VM stands still is dropped."""
 
 SIGQUIT, SIGTRAP, SIGABRT = 3, 5, 6
 """QEMU tells a shutdown by SIGQUIT, a pause by SIGINT, a breakpoint by SIGTRAP, and by SIGABRT that
@@ -56,6 +63,16 @@ class Exit(NamedTuple):
 def is_stop(data: bytes) -> bool:
     """Whether this is a stop reply: no other reply begins like one."""
     return data[:1] in (b"T", b"S", b"W", b"X")
+
+
+def is_probed(data: bytes) -> bool:
+    """Whether this is the reply to `PROBE`. Where it is missing, the stub has swallowed the
+    command.
+
+    QEMU takes the first byte that comes while the VM runs as a wish to pause it, and drops the
+    packet that the byte belongs to; what follows it is done.
+    """
+    return data[:2] == b"QC"
 
 
 def parse_stop(data: bytes) -> Stop | Exit:

@@ -51,6 +51,8 @@ class QemuMemory:
 
         Raises `ClientLostError`.
         """
+        if address < 0:
+            return None
         try:
             return await self._client.read_memory(address, size, self._switch(physical=False))
         except (StubError, ReplyError):
@@ -85,8 +87,8 @@ class QemuMemory:
         except (ClientLostError, StubError, ReplyError) as error:
             raise _memory_error(address, error) from error
 
-    def restore(self) -> list[bytes]:
-        """The commands that make memory what the next debugger expects."""
+    def virtual(self) -> list[bytes]:
+        """The commands, if any, that make memory virtual, as the next debugger expects it."""
         return self._switch(physical=False)
 
     def _switch(self, *, physical: bool) -> list[bytes]:

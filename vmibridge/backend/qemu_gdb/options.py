@@ -30,6 +30,10 @@ class QemuGdbOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`auto` takes hardware's with KVM, where software's change the guest's memory."""
     qmp: str = ""
     """The unix socket of QEMU's monitor, which tells of resets."""
+    stop_log: str = msgspec.field(default="", name="stop-log")
+    """The file that QEMU is told to log to, so that a `stop` by QMP in a trap is not lost."""
+    leave: Literal["native", "skip", "wait"] = "native"
+    """What a trap does when the run has ended and nobody is there."""
     ram: str = ""
     """The file in which QEMU keeps guest memory and shares it."""
 
@@ -48,6 +52,8 @@ def parse_spec(where: str, options: str) -> tuple[QemuGdbOptions, list[int]]:
     sites = sites_of(spec, list(given.site), elf, list(given.symbol))
     if given.ud_handler is not None and not 0 <= given.ud_handler < 1 << 64:
         raise BackendSpecError(f"{spec}: ud-handler={given.ud_handler:#x} is no address")
+    if given.leave == "skip" and not sites:
+        raise BackendSpecError(f"{spec}: leave=skip needs sites: without them no code is known")
     if not sites and given.ud_handler is None:
         raise BackendSpecError(
             f"{spec}: needs a site=ADDRESS, a symbol=NAME, or ud-handler=ADDRESS"

@@ -15,6 +15,7 @@ STATUS = "info status"
 _REGION = re.compile(
     r"^ +([0-9a-f]{1,16})-([0-9a-f]{1,16}) \(prio -?\d+, ([a-z-]+)\)", re.MULTILINE
 )
+_CODE = re.compile(r"^CS =[0-9a-f]{4} ([0-9a-f]{8,16}) [0-9a-f]{8} ([0-9a-f]{8})", re.MULTILINE)
 _TABLE = re.compile(r"^(?:GDT= +|LDT=[0-9a-f]{4} )([0-9a-f]{8,16}) ([0-9a-f]{8})", re.MULTILINE)
 
 
@@ -28,10 +29,15 @@ class Region(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Linear addresses of the descriptor tables of a vCPU."""
+    """The code segment of a vCPU as its processor has loaded it, and where descriptors are."""
 
     gdt: int
     ldt: int
+    """Linear addresses."""
+    base: int = 0
+    """The linear address of the code segment."""
+    flags: int | None = None
+    """The upper half of its descriptor. `None`: the monitor does not show it."""
 
 
 def parse_regions(text: str) -> list[Region]:
@@ -70,4 +76,8 @@ def parse_tables(text: str, vcpu: int) -> Tables | None:
     numbered = dict(zip(parts[1::2], parts[2::2], strict=True))
     own = numbered.get(str(vcpu), parts[0])
     found = {match[0][:3]: int(match[1], 16) for match in _TABLE.finditer(own)}
-    return Tables(found["GDT"], found.get("LDT", 0)) if "GDT" in found else None
+    if "GDT" not in found:
+        return None
+    code = _CODE.search(own)
+    segment = (int(code[1], 16), int(code[2], 16)) if code else (0, None)
+    return Tables(found["GDT"], found.get("LDT", 0), *segment)

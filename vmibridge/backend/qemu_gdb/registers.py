@@ -147,6 +147,19 @@ class RegisterLayout:
         *values, cs = self._get((*self._struct.unpack_from(data), 0))
         return Registers(*values), cs
 
+    def shows_64_bits(self, registers: Registers) -> bool:
+        """Whether these can only be registers of 64-bit code: QEMU shows other code's low halves.
+
+        R8 to R15 are zero then. `False` says nothing: a register may be small.
+        """
+        if not self.is_wide:
+            return False
+        found = registers
+        if found.r8 | found.r9 | found.r10 | found.r11 | found.r12 | found.r13 | found.r14:
+            return True
+        low = found.rax | found.rbx | found.rcx | found.rdx | found.rsi | found.rdi
+        return bool(found.r15 or (low | found.rbp | found.rsp | found.rip) >> 32)
+
     def write(self, data: bytes, writes: RegisterWrites) -> bytes:
         """`data` from its begin to the last register that is written, with the writes in it."""
         found = bytearray(data[: self._short])

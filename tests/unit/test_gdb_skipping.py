@@ -1,0 +1,28 @@
+"""Traps that are made to do nothing, and how they become traps again."""
+
+import pytest
+
+from vmibridge.arch.instruction import decode_trap
+from vmibridge.backend.qemu_gdb.skipping import patch_of, unpatched
+
+CPUID, VMCALL, VMMCALL = b"\x0f\xa2", b"\x0f\x01\xc1", b"\x0f\x01\xd9"
+PREFIXES = [b"", b"\x66", b"\x3e\x66", b"\x48", b"\x66\x4f", b"\x2e" * 12]
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES)
+@pytest.mark.parametrize("trap", [CPUID, VMCALL, VMMCALL])
+def test_a_trap_becomes_as_long_an_instruction_and_is_found_again(trap, prefixes):
+    code = prefixes + trap
+    reason, length = decode_trap(code, 64)
+    offset, before, after = patch_of(reason, length)
+    assert code[offset : offset + len(before)] == before
+    assert len(before) == len(after)
+    skips = code[:offset] + after + code[offset + len(before) :]
+    assert decode_trap(skips, 64) is None
+    # 66 90 is a compiler's, too.
+    assert unpatched(skips + b"\x90" * 3, 64) == (None if trap == CPUID else code + b"\x90" * 3)
+
+
+@pytest.mark.parametrize("code", [b"", b"\x0f\x1f", b"\x0f\x1f\x40\x00", b"\x90" * 15, VMCALL])
+def test_other_code_is_not_taken_for_one(code):
+    assert unpatched(code, 64) is None
