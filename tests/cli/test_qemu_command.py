@@ -111,7 +111,7 @@ def test_without_a_host_the_guest_runs_natively(start, guest):
 def test_without_a_host_a_guest_may_go_on_behind_its_calls(start, folder):
     """Where VMCALL would be undefined: the guest comes to its end, without an answer."""
     define = ["-DHOW=2", "-DCOUNT=20"]
-    subprocess.run(["nasm", "-f", "bin", *define, GUEST, "-o", folder / "guest.bin"], check=True)
+    run([needs("nasm"), "-f", "bin", *define, GUEST, "-o", folder / "guest.bin"], check=True)
     options = ["--socket", "none", "--absent", "skip", "--plugin-options", "verbose=on"]
     assert ended(start(*options)) == (NO_STAMPS, "", "")
 
