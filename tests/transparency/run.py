@@ -1,0 +1,73 @@
+"""Run generated programs by hand: python tests/transparency/run.py --backend unicorn --count 1000."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from transparency.generator import EVERYTHING, NO_EXCEPTIONS, Profile, generate
+from transparency.program import Linked
+from transparency.shrink import shrink
+from transparency.unicorn_machine import UnicornMachine
+
+Machine = Callable[[], AbstractAsyncContextManager[Any]]
+
+
+def report(linked: Linked, differences: list[str]) -> str:
+    """For people: the program, and what is different."""
+    return "\n".join([linked.listing(), *(f"  {difference}" for difference in differences)])
+
+
+async def find(
+    machine: Machine, profile: Profile, seeds: range, *, until: int, shrinks: bool = True
+) -> dict[int, str]:
+    """The programs with differences, until there are so many: their reports by seed."""
+    found: dict[int, str] = {}
+    began = shown = time.monotonic()
+    async with machine() as vm:
+        for number, seed in enumerate(seeds, 1):
+            linked = generate(seed, profile)
+            differences = await vm.run(linked)
+            if differences:
+                if shrinks:
+                    linked, differences = await shrink(linked, differences, vm.run, profile)
+                found[seed] = report(linked, differences)
+                print(f"{found[seed]}\n", flush=True)
+            now = time.monotonic()
+            if now - shown > 10 or number == len(seeds) or len(found) >= until:
+                shown = now
+                rate = number / (now - began)
+                print(f"{number} programs, {len(found)} differ, {rate:.0f}/s", flush=True)
+            if len(found) >= until:
+                break
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=("unicorn", "plugin", "gdb"), default="unicorn")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first program")
+    parser.add_argument("--until", type=int, default=5, help="stop after so many that differ")
+    parser.add_argument("--no-shrink", action="store_true")
+    given = parser.parse_args()
+    machine, profile = {"unicorn": (UnicornMachine, NO_EXCEPTIONS)}[given.backend]
+    seeds = range(given.seed, given.seed + given.count)
+
+    async def run() -> dict[int, str]:
+        return await find(
+            machine, profile, seeds, until=given.until, shrinks=not given.no_shrink
+        )
+
+    sys.exit(bool(anyio.run(run)))
+
+
+if __name__ == "__main__":
+    main()
