@@ -14,6 +14,7 @@ from transparency.model import STRING_ORDER, Answer, End, Logged, Shown
 from transparency.program import Linked
 from vmibridge.event import Registers, RegisterWrites, TrapEvent
 
+NOTHING = Answer((None, None, None, None))
 _MASKS = {64: (1 << 64) - 1, 32: 0xFFFF_FFFF, 16: 0xFFFF}
 _DR6 = 0x400F
 GENERAL = Registers.__struct_fields__[:16]
@@ -33,6 +34,10 @@ class Sink:
 
     def abandon(self, event: TrapEvent) -> None:
         pass
+
+    def end(self) -> None:
+        """No trap comes any more."""
+        self._send.close()
 
     def close(self) -> None:
         self._send.close()

@@ -79,14 +79,14 @@ def fixed_gdt() -> list[int]:
     entries = [0] * 64
     entries[1] = descriptor(base=0, width=64, ring=0)
     entries[2] = descriptor(base=0, width=32, ring=0, code=False)
-    entries[58:60] = system_descriptor(0xB, TASK, 0x67)
+    entries[58:60] = system_descriptor(9, TASK, 0x67)
     entries[60:62] = system_descriptor(2, LDT, 0x1FF)
     return entries
 
 
 @cache
 def loader(*, kvm: bool = False) -> tuple[bytes, int]:
-    """The memory from `IMAGE` to `STATE`, and the address behind the loader's own VMCALL."""
+    """The memory from `IMAGE` on, and the address behind the loader's own VMCALL."""
     names = (
         "IMAGE", "ROOT_A", "GDT", "IDT", "STACK_OF_LOADER", "TASK_SELECTOR", "APIC", "LOADER_PORT",
         "CONTEXT", "LOCAL_SELECTOR", "RESULT", "MAX_LOG", "LOG", "INTERRUPT", "FIXUPS",
@@ -99,7 +99,7 @@ def loader(*, kvm: bool = False) -> tuple[bytes, int]:
         subprocess.run(command, check=True)
         code = Path(image.name).read_bytes()
     assert len(code) <= LOADER_END - IMAGE
-    memory = bytearray(STATE - IMAGE)
+    memory = bytearray(LDT - IMAGE)
     memory[: len(code)] = code
 
     def put(address: int, data: bytes) -> None:
@@ -116,6 +116,7 @@ def loader(*, kvm: bool = False) -> tuple[bytes, int]:
         put(root, struct.pack("<Q", root + 0x1007))
         put(root + 0x1000, struct.pack("<4Q", LOW | 7, root + 0x2007, 0, HIGH | 7))
         put(root + 0x2000, struct.pack("<Q", table | 7))
+    put(GDT, struct.pack("<64Q", *fixed_gdt()))
     put(LOW, struct.pack("<512Q", *(at << 21 | 0x87 for at in range(512))))
     put(HIGH + 8 * (APIC >> 21 & 511), struct.pack("<Q", APIC | 0x9F))  # not cached
     site = code.index(struct.pack("<BI", 0xB9, LOADER_MAGIC)) + 5

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -10,12 +11,15 @@ from typing import Any
 
 import anyio
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from transparency.generator import EVERYTHING, NO_EXCEPTIONS, Profile, generate
 from transparency.program import Linked
+from transparency.qemu_machine import PluginMachine
 from transparency.shrink import shrink
 from transparency.unicorn_machine import UnicornMachine
+from vmibridge.backend.qemu_plugin.build import build_plugin
 
 Machine = Callable[[], AbstractAsyncContextManager[Any]]
 
@@ -50,6 +54,13 @@ async def find(
     return found
 
 
+def _machine(backend: str, qemu: str) -> tuple[Machine, Profile]:
+    if backend == "plugin":
+        plugin = build_plugin(Path(tempfile.mkdtemp()) / "vmibridge-plugin.so")
+        return lambda: PluginMachine(qemu, plugin), EVERYTHING
+    return UnicornMachine, NO_EXCEPTIONS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=("unicorn", "plugin", "gdb"), default="unicorn")
@@ -57,8 +68,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first program")
     parser.add_argument("--until", type=int, default=5, help="stop after so many that differ")
     parser.add_argument("--no-shrink", action="store_true")
+    parser.add_argument("--qemu", default=str(ROOT / ".qemu/qemu-system-x86_64"))
     given = parser.parse_args()
-    machine, profile = {"unicorn": (UnicornMachine, NO_EXCEPTIONS)}[given.backend]
+    machine, profile = _machine(given.backend, given.qemu)
     seeds = range(given.seed, given.seed + given.count)
 
     async def run() -> dict[int, str]:

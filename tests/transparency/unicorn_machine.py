@@ -8,9 +8,16 @@ from typing import Self
 import anyio
 
 from transparency import layout
-from transparency.host import Sink, compare_end, compare_memory, compare_trap, writes_of
-from transparency.model import STRING_ORDER, Answer
-from transparency.host import GENERAL
+from transparency.host import (
+    GENERAL,
+    NOTHING,
+    Sink,
+    compare_end,
+    compare_memory,
+    compare_trap,
+    writes_of,
+)
+from transparency.model import STRING_ORDER
 from transparency.program import Linked
 from vmibridge.backend.unicorn import UnicornBackend, UnicornOptions
 from vmibridge.event import TrapFilter
@@ -51,7 +58,7 @@ class UnicornMachine:
             async for event in sink.events:
                 shown = expected.shown[number] if number < len(expected.shown) else None
                 differences.extend(compare_trap(number, event, shown))
-                plan = linked.answers[number] if number < len(linked.answers) else _NOTHING
+                plan = linked.answers[number] if number < len(linked.answers) else NOTHING
                 number += 1
                 for address, data in plan.writes:
                     await backend.write_physical(event, address, data)
@@ -86,6 +93,3 @@ class UnicornMachine:
                 data = bytes(await backend.read_physical(None, address, last - address))
                 differences += compare_memory(linked, address, data)
         return differences
-
-
-_NOTHING = Answer((None, None, None, None))
