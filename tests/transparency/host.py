@@ -56,13 +56,17 @@ def compare_trap(number: int, event: TrapEvent, expected: Shown | None) -> Itera
         return
     where = f"trap {number} ({expected.reason} at {expected.ip:#x}): "
     shown = (event.reason.value, event.ip, event.length, event.width, event.ring)
-    for name, is_, must in zip(("reason", "ip", "length", "width", "ring"), shown, expected, strict=False):
+    for name, is_, must in zip(
+        ("reason", "ip", "length", "width", "ring"), shown, expected, strict=False
+    ):
         if is_ != must:
             yield f"{where}{name} {_hex(is_)}, must be {_hex(must)}"
     if event.registers.rip != event.ip:
         yield f"{where}registers.rip {event.registers.rip:#x} is not ip {event.ip:#x}"
     # Code that is not 64-bit has no R8 to R15: what a backend shows of them is its own affair.
-    for name, must in list(zip(GENERAL, expected.registers, strict=True))[: 16 if expected.width == 64 else 8]:
+    for name, must in list(zip(GENERAL, expected.registers, strict=True))[
+        : 16 if expected.width == 64 else 8
+    ]:
         if (is_ := getattr(event.registers, name)) != must:
             yield f"{where}{name} {is_:#x}, must be {must:#x}"
     ignored = RF

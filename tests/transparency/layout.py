@@ -110,7 +110,10 @@ def loader(*, kvm: bool = False) -> tuple[bytes, int]:
         stub = stubs + 16 * {INTERRUPT: 32, END_VECTOR: 33}.get(vector, vector)
         stack = 2 if vector == END_VECTOR else 1
         put(IDT + 16 * vector, _gate(stub, stack))
-    put(TASK, struct.pack("<I3Q8x7Q", 0, *[EXCEPTION_STACK] * 3, EXCEPTION_STACK, END_STACK, *[0] * 5))
+    put(
+        TASK,
+        struct.pack("<I3Q8x7Q", 0, *[EXCEPTION_STACK] * 3, EXCEPTION_STACK, END_STACK, *[0] * 5),
+    )
     put(TASK + 0x66, b"\x68\0")
     for root, table in ((ROOT_A, TABLE_A), (ROOT_B, TABLE_B)):
         put(root, struct.pack("<Q", root + 0x1007))

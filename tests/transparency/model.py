@@ -125,7 +125,12 @@ class Model:
     """One program on the reference. `ends_at_fault`: no exception is delivered."""
 
     def __init__(
-        self, start: Start, ram: bytearray, answers: tuple[Answer, ...], *, ends_at_fault: bool = False
+        self,
+        start: Start,
+        ram: bytearray,
+        answers: tuple[Answer, ...],
+        *,
+        ends_at_fault: bool = False,
     ) -> None:
         self.end = End(ram=ram)
         self._start = start
@@ -162,6 +167,7 @@ class Model:
                     return self._done(1)
                 self.flags |= RF
             stepping = self.flags & TF
+            held = self._holds_interrupt
             self._holds_debug = self._holds_interrupt = False
             try:
                 vector = self._step()
@@ -173,10 +179,12 @@ class Model:
                 if len(end.fixups) > MAX_FIXUPS:
                     raise UnmodelledError("too many faults") from fault
                 self.rip = end.fixups[-1]
-                self.flags &= ~RF
+                self.flags |= RF  # as a fault pushes it (volume 3, 18.3.1.1)
                 continue
             if vector:
                 return self._done(vector)
+            if held and self._holds_interrupt and self._pending:
+                raise UnmodelledError("only the first of a row is sure to hold interrupts off")
             self.flags &= ~RF
             if stepping and not self._holds_debug:
                 self._log(1, 0x4000)
@@ -184,6 +192,8 @@ class Model:
                     return self._done(1)
 
     def _done(self, vector: int) -> End:
+        if self._pending:
+            raise UnmodelledError("an interrupt that is left for the next program")
         end = self.end
         end.vector, end.rip, end.rflags, end.registers = vector, self.rip, self.flags, self.regs
         return end

@@ -153,13 +153,14 @@ class Linked:
         registers = list(program.registers)
         registers[4] = layout.STACK + layout.STACK_SIZE - 64
         linear = WINDOW + program.entry
-        points = tuple(
+        found = (
             self._places[-1, step]
             if sub < 0
             else address_of(sub, alias) + self._places.get((sub, step), 0)
             for sub, alias, step in program.breakpoints
             if (sub, step) in self._places
         )
+        points = tuple(dict.fromkeys(found))
         self.start = Start(
             program.width,
             program.ring,

@@ -20,7 +20,7 @@ from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
 from vmibridge.qemu.process import QemuProcess
 from vmibridge.vmi import Backend
 
-_TIMEOUT = 20.0
+_TIMEOUT = 10.0
 """Seconds without a trap, in a guest that does nothing else."""
 _FILTER = TrapFilter(frozenset({layout.MAGIC, layout.LOADER_MAGIC}))
 _MACHINE = ("-m", "32", "-nodefaults", "-display", "none", "-no-reboot")

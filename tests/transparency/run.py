@@ -74,9 +74,7 @@ def main() -> None:
     seeds = range(given.seed, given.seed + given.count)
 
     async def run() -> dict[int, str]:
-        return await find(
-            machine, profile, seeds, until=given.until, shrinks=not given.no_shrink
-        )
+        return await find(machine, profile, seeds, until=given.until, shrinks=not given.no_shrink)
 
     sys.exit(bool(anyio.run(run)))
 

@@ -60,7 +60,11 @@ def _smaller(program: Program) -> Iterator[Program]:
     plain = AnswerPlan((None, None, None, None))
     for at, answer in enumerate(program.answers):
         if answer.patches:
-            answers = (*program.answers[:at], replace(answer, patches=()), *program.answers[at + 1 :])
+            answers = (
+                *program.answers[:at],
+                replace(answer, patches=()),
+                *program.answers[at + 1 :],
+            )
             yield replace(program, answers=answers)
     if any(answer != plain for answer in program.answers):
         yield replace(program, answers=(plain,) * len(program.answers))

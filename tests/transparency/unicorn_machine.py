@@ -22,7 +22,12 @@ from transparency.program import Linked
 from vmibridge.backend.unicorn import UnicornBackend, UnicornOptions
 from vmibridge.event import TrapFilter
 
-_NAMES = {6: ("undefined instruction", "VMCALL", "vmcall", "vmmcall"), 13: ("#GP",), 3: ("#BP",)}
+_NAMES = {
+    6: ("undefined instruction", "VMCALL", "vmcall", "vmmcall"),
+    13: ("#GP",),
+    3: ("#BP",),
+    1: ("#DB",),
+}
 _TIMEOUT = 10.0
 """Seconds."""
 
