@@ -92,16 +92,19 @@ class UnicornVcpu:
         """Run from the linear address `entry` until the guest halts, fails, or `stop`."""
         self._traps = traps
         self._slot = slot
+        linear = entry
         while not self._stopping:
-            self.code.note(entry, 1)
             try:
+                # The hook sees what follows another block. The first is within its page, but for
+                # the end of its last instruction.
+                self.code.note(linear, _PAGE - linear % _PAGE + MAX_INSTRUCTION)
                 self.engine.emu_start(entry, 0)
             except UcError as error:
                 if self._frozen is None:
                     self._diagnosis = self._diagnosis or f"{error} at {self._where()}"
             if self._frozen is None:
                 break
-            entry = self._thaw()
+            entry, linear = self._thaw()
             if self._diagnosis:
                 break
         reason = "crashed" if self._diagnosis else "stopped" if self._stopping else "halted"
@@ -222,15 +225,17 @@ class UnicornVcpu:
         self._registers.write(RegisterWrites(rip), move=True)
         self._frozen = Freeze(self.engine, self._ram, registers.rflags)
 
-    def _thaw(self) -> int:
-        """Between two runs; returns where the next one begins."""
+    def _thaw(self) -> tuple[int, int]:
+        """Between two runs; returns where the next one begins, as Unicorn wants it and linear."""
         assert self._frozen is not None
         self._frozen.thaw()
         self._frozen = None
         self.code.forget()
         state = self._registers.read()
-        # A run begins at a linear address for a vCPU that began in 16 bits, else at an offset.
-        return state.registers.rip + (state.cs << 4 if self._width == 16 else 0)
+        rip = state.registers.rip
+        # A vCPU that began in 16 bits wants what is linear in real mode; others the offset.
+        entry = rip + (state.cs << 4 if self._width == 16 else 0)
+        return entry, self._code_segment(state).base + rip
 
     # --- the trapping instruction --------------------------------------------------
 
