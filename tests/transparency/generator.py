@@ -45,12 +45,17 @@ class Profile:
     single_step: bool = True
     breakpoints: bool = True
     interrupts: bool = True
+    locked_cpuid: bool = True
+    """Older translators run a CPUID with LOCK."""
     odd_bases: bool = True
     """Whether CS has a base that 64-bit code must do without, or that makes addresses wrap; a
     translator itself may not know these."""
 
 
 EVERYTHING = Profile()
+BY_BREAKPOINTS = Profile(breakpoints=False)
+BY_BREAKPOINTS_OF_7_2 = Profile(breakpoints=False, locked_cpuid=False, odd_bases=False)
+"""QEMU takes a breakpoint of gdb and one of the guest's at one address for the guest's."""
 NO_EXCEPTIONS = Profile(
     faults=0.15,
     ends_at_fault=True,
@@ -260,6 +265,8 @@ class _Generator:
             for plain in self.plain(keep=(where,))
         ]
         prefixes = self.prefixes()
+        if reason == "cpuid" and not self.profile.locked_cpuid:
+            prefixes = prefixes.replace(b"\xf0", b"\x2e")
         if reason != "cpuid" and len(prefixes) > 12 and not self.faults:
             prefixes = prefixes[:12]
         return [asm.mov(where, value, size), *between, asm.trap(reason, prefixes)]

@@ -521,6 +521,8 @@ class Model:
 
     def _lahf(self, opcode: int) -> None:
         self._check_lock()
+        if self._rex:
+            raise UnmodelledError("SAHF or LAHF with REX: old translators take another register")
         if opcode == 0x9F:
             value = self.flags & 0xD5 | 2
             self.regs[RAX] = self.regs[RAX] & ~0xFF00 | value << 8

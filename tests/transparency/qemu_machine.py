@@ -20,8 +20,8 @@ from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
 from vmibridge.qemu.process import QemuProcess
 from vmibridge.vmi import Backend
 
-_TIMEOUT = 10.0
-"""Seconds without a trap, in a guest that does nothing else."""
+LOST = "it does not end, or ends the VM"
+CAUGHT = (TimeoutError, anyio.EndOfStream)
 _FILTER = TrapFilter(frozenset({layout.MAGIC, layout.LOADER_MAGIC}))
 _MACHINE = ("-m", "32", "-nodefaults", "-display", "none", "-no-reboot")
 _EXIT = ("-device", "isa-debug-exit,iobase=0xf4,iosize=4")
@@ -29,6 +29,9 @@ _EXIT = ("-device", "isa-debug-exit,iobase=0xf4,iosize=4")
 
 class QemuMachine:
     """Runs programs one after the other. Derived classes say how QEMU and its backend are started."""
+
+    timeout = 10.0
+    """Seconds for a program, in a guest that does nothing else."""
 
     def __init__(self, qemu: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -83,6 +86,9 @@ class QemuMachine:
     async def _end(self) -> None:
         vm, self._vm, self._waits = self._vm, None, None
         if vm is not None:
+            # It may be in a trap, or in a loop, and would not end when asked.
+            if self.process.process.returncode is None:
+                self.process.process.kill()
             await vm.aclose()
 
     def _is_loader(self, event: TrapEvent) -> bool:
@@ -92,18 +98,22 @@ class QemuMachine:
         """What is different from the reference."""
         if self._vm is None:
             await self._start()
+        differences = await self.exchange(linked)
+        if differences:
+            # What went wrong may have left something behind.
+            await self._end()
+        return differences
+
+    async def exchange(self, linked: Linked) -> list[str]:
+        """Load the program for the guest that asks for one, and take its traps until it asks again."""
         differences: list[str] = []
         try:
             await self._load(linked)
-            with anyio.fail_after(_TIMEOUT):
+            with anyio.fail_after(self.timeout):
                 await self._take_traps(linked, differences)
             await self._compare(linked, differences)
-        except (TimeoutError, anyio.EndOfStream):
-            await self._end()
-            differences.append("it does not end, or ends the VM")
-        if differences and self._vm is not None:
-            # What went wrong may have left something behind.
-            await self._end()
+        except CAUGHT:
+            differences.append(LOST)
         return differences
 
     async def _load(self, linked: Linked) -> None:
@@ -153,4 +163,4 @@ class PluginMachine(QemuMachine):
         backend = await stack.enter_async_context(open_backend(f"qemu-plugin:unix:{self.socket}"))
         # The plugin connects before QEMU has a monitor.
         serve(backend)
-        await stack.enter_async_context(QemuProcess(self.command))
+        self.process = await stack.enter_async_context(QemuProcess(self.command))
