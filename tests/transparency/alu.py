@@ -6,7 +6,7 @@ ARITHMETIC = CF | PF | AF | ZF | SF | OF
 ADD, OR, ADC, SBB, AND, SUB, XOR, CMP = range(8)
 """As opcodes number them."""
 SHL, SHR, SAR = 4, 5, 7
-_PARITY = [PF if not bin(value).count("1") & 1 else 0 for value in range(256)]
+_PARITY = [PF if not value.bit_count() & 1 else 0 for value in range(256)]
 
 
 def _of_result(value: int, bits: int) -> int:

@@ -10,8 +10,9 @@ import anyio
 
 from transparency import layout
 from transparency.alu import ARITHMETIC, DF, RF
-from transparency.model import STRING_ORDER, Answer, End, Logged, Shown
+from transparency.processor import STRING_ORDER
 from transparency.program import Linked
+from transparency.records import Answer, End, Logged, Shown
 from vmibridge.event import Registers, RegisterWrites, TrapEvent
 
 NOTHING = Answer((None, None, None, None))

@@ -79,7 +79,7 @@ def fixed_gdt() -> list[int]:
     entries = [0] * 64
     entries[1] = descriptor(base=0, width=64, ring=0)
     entries[2] = descriptor(base=0, width=32, ring=0, code=False)
-    entries[58:60] = system_descriptor(9, TASK, 0x67)
+    entries[58:60] = system_descriptor(9, TASK, 0x6F)
     entries[60:62] = system_descriptor(2, LDT, 0x1FF)
     return entries
 
@@ -114,7 +114,7 @@ def loader(*, kvm: bool = False) -> tuple[bytes, int]:
         TASK,
         struct.pack("<I3Q8x7Q", 0, *[EXCEPTION_STACK] * 3, EXCEPTION_STACK, END_STACK, *[0] * 5),
     )
-    put(TASK + 0x66, b"\x68\0")
+    put(TASK + 0x66, b"\x68\0" + bytes(4) + b"\xff" * 4)  # ring 3 may use ports 0 to 31
     for root, table in ((ROOT_A, TABLE_A), (ROOT_B, TABLE_B)):
         put(root, struct.pack("<Q", root + 0x1007))
         put(root + 0x1000, struct.pack("<4Q", LOW | 7, root + 0x2007, 0, HIGH | 7))

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from transparency import layout
 from transparency.layout import CODE, PAGE, WINDOW
-from transparency.model import Answer, End, Model, Start, UnmodelledError
+from transparency.model import Model
+from transparency.records import Answer, End, Start, UnmodelledError
 from transparency.steps import (
     ALIASES,
     MAIN_PAGES,
@@ -75,8 +76,18 @@ class Line:
 class Linked:
     """A program in memory, and what it has to do by the reference."""
 
-    def __init__(self, program: Program, *, ends_at_fault: bool = False) -> None:
-        """Raises `UnmodelledError` for a program that the reference cannot run."""
+    def __init__(
+        self,
+        program: Program,
+        *,
+        ends_at_fault: bool = False,
+        expected: End | None = None,
+        end: bytes = bytes([0xCD, layout.END_VECTOR]),
+    ) -> None:
+        """Raises `UnmodelledError` for a program that the reference cannot run.
+
+        With `expected`, it is not run.
+        """
         self.program = program
         self.asm = Assembler(program.width)
         self.lines: list[Line] = []
@@ -87,7 +98,7 @@ class Linked:
         """Of a step of the main code (-1) or a subroutine: its linear address or its offset."""
         self._put_tables()
         self._put_subs()
-        self._put_main()
+        self._put_main(Plain("end", end))
         self._put_state()
         self.answers = tuple(
             Answer(
@@ -99,7 +110,10 @@ class Linked:
             )
             for plan in program.answers
         )
-        self.expected = self._run(ends_at_fault=ends_at_fault)
+        self.expected = expected or self._run(ends_at_fault=ends_at_fault)
+        fixups = self.expected.fixups
+        self._put(layout.FIXUPS, struct.pack(f"<{len(fixups)}Q", *fixups))
+        self._put(layout.CONTEXT + 0xB8, struct.pack("<Q", len(fixups)))
         self.has_patches = any(isinstance(step, Patch) for step in self._all_steps()) or any(
             plan.patches for plan in program.answers
         )
@@ -110,10 +124,7 @@ class Linked:
 
     def _run(self, *, ends_at_fault: bool) -> End:
         model = Model(self.start, bytearray(self.ram), self.answers, ends_at_fault=ends_at_fault)
-        end = model.run()
-        self._put(layout.FIXUPS, struct.pack(f"<{len(end.fixups)}Q", *end.fixups))
-        self._put(layout.CONTEXT + 0xB8, struct.pack("<Q", len(end.fixups)))
-        return end
+        return model.run()
 
     def _put(self, address: int, data: bytes) -> None:
         at = address - layout.TABLE_A
@@ -175,7 +186,7 @@ class Linked:
         self._put(layout.CONTEXT, struct.pack("<16Q", *registers))
         fields = (
             self.start.rip, 0, program.selector, program.rflags, program.data_selector,
-            layout.ROOT_A, program.data_selector, 0, *(points + (0, 0))[:2],
+            layout.ROOT_A, program.data_selector, 0, *(*points, 0, 0)[:2],
             0x400 | (1 if points else 0) | (4 if points[1:] else 0) if points else 0,
         )  # fmt: skip
         self._put(layout.CONTEXT + 0x80, struct.pack("<11Q", *fields))
@@ -207,7 +218,7 @@ class Linked:
         return address_of(sub, alias) + self._slots[sub][number][0]
 
     def _plain(self, step: Step, at: int) -> list[Plain]:
-        """The instructions of a step at a linear address, but for what a jump to a page end skips."""
+        """The instructions of a step at a linear address; none for `PageEnd`."""
         asm = self.asm
         if isinstance(step, Plain):
             return [step]
@@ -252,9 +263,8 @@ class Linked:
             if at > PAGE:
                 raise UnmodelledError("a subroutine is too long")
 
-    def _put_main(self) -> None:
+    def _put_main(self, end: Plain) -> None:
         at = WINDOW + self.program.entry
-        end = Plain(f"int {layout.END_VECTOR:#x}", bytes([0xCD, layout.END_VECTOR]))
         for index, step in enumerate((*self.program.main, end)):
             self._places[-1, index] = at
             if isinstance(step, PageEnd):
@@ -287,11 +297,12 @@ class Linked:
         """The program, as assembly."""
         program = self.program
         table = "LDT" if program.selector & 4 else "GDT"
-        head = [
+        begins = (
             f"; seed {program.seed}: {program.width}-bit code, ring {program.ring},"
             f" CS {program.selector:#x} ({table}, base {program.base:#x}),"
             f" begins at {self.start.rip:#x} with flags {program.rflags:#x}"
-        ]
+        )
+        head = [begins]
         if self.start.breakpoints:
             head.append("; breakpoints: " + ", ".join(f"{at:#x}" for at in self.start.breakpoints))
         for number, plan in enumerate(program.answers[: len(self.expected.shown)]):

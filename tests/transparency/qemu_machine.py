@@ -28,7 +28,7 @@ _EXIT = ("-device", "isa-debug-exit,iobase=0xf4,iosize=4")
 
 
 class QemuMachine:
-    """Runs programs one after the other. Derived classes say how QEMU and its backend are started."""
+    """Runs programs one after the other. Derived classes start QEMU and its backend."""
 
     timeout = 10.0
     """Seconds for a program, in a guest that does nothing else."""
@@ -105,7 +105,7 @@ class QemuMachine:
         return differences
 
     async def exchange(self, linked: Linked) -> list[str]:
-        """Load the program for the guest that asks for one, and take its traps until it asks again."""
+        """Load the program for the guest, and take its traps until it asks for the next."""
         differences: list[str] = []
         try:
             await self._load(linked)

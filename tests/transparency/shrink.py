@@ -1,11 +1,11 @@
-"""Smaller programs with a difference: steps, prefixes of the state and subroutines are taken away."""
+"""Smaller programs with a difference: steps, subroutines and parts of the state are taken away."""
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 
-from transparency.generator import Profile
-from transparency.model import UnmodelledError
+from transparency.profiles import Profile
 from transparency.program import AnswerPlan, Linked, Program
+from transparency.records import UnmodelledError
 from transparency.steps import Branch, Patchable
 
 Run = Callable[[Linked], Awaitable[list[str]]]
@@ -72,9 +72,9 @@ def _smaller(program: Program) -> Iterator[Program]:
         {"rflags": 2}, {"breakpoints": ()}, {"base": 0}, {"entry": 0}, {"sub_offset": 0},
         {"pages": (0, 1, 2)}, {"data": bytes(len(program.data))},
     ):  # fmt: skip
-        if any(getattr(program, name) != value for name, value in change.items()):
-            if not (program.width == 16 and "base" in change):
-                yield replace(program, **change)
+        is_new = any(getattr(program, name) != value for name, value in change.items())
+        if is_new and not (program.width == 16 and "base" in change):
+            yield replace(program, **change)
     zeros = (0,) * 7 + program.registers[7:8] + (0,) * 8
     if program.registers != zeros:
         yield replace(program, registers=zeros)

@@ -1,17 +1,27 @@
 """Generated programs leave behind on each backend what a processor leaves behind.
 
 A failure prints the seed and the shrunk program. By hand, with figures:
-`python tests/transparency/run.py --backend plugin --seed 0 --count 1000`.
+`cd tests && python -m transparency.run --backend plugin --seed 0 --count 1000`.
 """
 
+import os
 import shutil
 
 import pytest
 
 from transparency.gdb_machine import GdbMachine
-from transparency.generator import BY_BREAKPOINTS, EVERYTHING, NO_EXCEPTIONS, generate
+from transparency.generator import generate
+from transparency.kvm_machine import DEVICE as KVM
+from transparency.kvm_machine import KvmMachine
+from transparency.profiles import (
+    BY_BREAKPOINTS,
+    BY_BREAKPOINTS_OF_7_2,
+    BY_KVM,
+    EVERYTHING,
+    NO_EXCEPTIONS,
+)
 from transparency.qemu_machine import PluginMachine
-from transparency.run import find
+from transparency.search import find
 from transparency.unicorn_machine import UnicornMachine
 from vmibridge.backend.qemu_plugin.build import build_plugin
 
@@ -29,8 +39,9 @@ def plugin(tmp_path_factory):
 
 async def hold(machine, profile, first, count):
     """The programs of `count` seeds show no difference."""
-    found = await find(machine, profile, range(first, first + count), until=3, quiet=False)
-    assert not found, "\n\n".join(found.values())
+    found = await find(machine, profile, range(first, first + count), until=3)
+    assert not found.reports, "\n\n".join(found.reports.values())
+    assert found.programs == count
 
 
 class TestUnicorn:
@@ -59,11 +70,19 @@ class TestGdb:
         system = shutil.which("qemu-system-x86_64")
         if system is None:
             pytest.skip("no qemu-system-x86_64 in the path")
-        await hold(lambda: GdbMachine(system), BY_BREAKPOINTS, 1000, 40)
+        await hold(lambda: GdbMachine(system), BY_BREAKPOINTS_OF_7_2, 1000, 40)
 
     @pytest.mark.parametrize("first", LONG[:1])
     async def test_many_programs(self, qemu, first):
         await hold(lambda: GdbMachine(qemu), BY_BREAKPOINTS, first, 5_000)
+
+
+class TestReference:
+    @pytest.mark.skipif(not os.access(KVM, os.R_OK | os.W_OK), reason=f"no {KVM}")
+    async def test_a_processor_does_as_the_reference_says(self):
+        machine = KvmMachine()
+        await hold(lambda: machine, BY_KVM, 0, 400)
+        assert machine.compared > 200
 
 
 class TestPrograms:

@@ -17,7 +17,7 @@ from transparency.host import (
     compare_trap,
     writes_of,
 )
-from transparency.model import STRING_ORDER
+from transparency.processor import STRING_ORDER
 from transparency.program import Linked
 from vmibridge.backend.unicorn import UnicornBackend, UnicornOptions
 from vmibridge.event import TrapFilter
