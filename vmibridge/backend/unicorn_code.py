@@ -16,12 +16,16 @@ more, runs to its end with memory that it cannot write, and is undone: `Freeze`.
 
 import ctypes
 import mmap
+import re
 from collections.abc import Callable
 
 from unicorn import UC_PROT_ALL, UC_PROT_EXEC, UC_PROT_READ, Uc, x86_const
 from unicorn.unicorn_py3.unicorn import UcContext, uclib
 
 _PAGE = 4096
+_LOCKED_CPUID = re.compile(
+    rb"\xf0[\x26\x2e\x36\x3e\x40-\x4f\x64-\x67\xf0\xf2\xf3]{0,12}\x0f\xa2", re.DOTALL
+)
 _MAX_ALIASES = 64
 """Virtual pages that one physical page of code is kept track of at: a guest may make any number."""
 
@@ -56,14 +60,18 @@ class _CodePage:
 class TranslatedCode:
     """What one vCPU has translated. For its thread, but for `write`."""
 
-    def __init__(self, engine: Uc, pages: UnicornPages) -> None:
+    def __init__(self, engine: Uc, pages: UnicornPages, ram: mmap.mmap) -> None:
         self._engine = engine
         self._physical = pages.physical
+        self._ram = ram
+        self.may_lock = False
+        """Whether a CPUID with LOCK was among it, or what looks like one."""
         self._pages: dict[int, _CodePage] = {}
         self._written: dict[int, int] = {}
 
     def note(self, address: int, size: int) -> None:
         """A block of code at a linear address was translated."""
+        code = b""
         while size > 0:
             part = min(size, _PAGE - address % _PAGE)
             physical = self._physical(address)
@@ -71,10 +79,13 @@ class TranslatedCode:
                 page = self._pages.setdefault(physical // _PAGE, _CodePage())
                 page.marks |= _bits(physical % _PAGE, part)
                 page.aliases.add(address // _PAGE)
+                code += self._ram[physical : physical + part]
                 if len(page.aliases) > _MAX_ALIASES:
                     # It is translated and noted again when it runs again.
                     self._drop(physical // _PAGE)
             address, size = address + part, size - part
+        if not self.may_lock and _LOCKED_CPUID.search(code):
+            self.may_lock = True
 
     def write(self, address: int, size: int) -> None:
         """The host has written to physical memory. On the loop, while the vCPU waits or runs."""

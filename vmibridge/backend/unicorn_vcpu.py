@@ -73,7 +73,7 @@ class UnicornVcpu:
         self._seq = seq
         self._stopping = False
         self._diagnosis = ""
-        self.code = TranslatedCode(self.engine, self._pages)
+        self.code = TranslatedCode(self.engine, self._pages, ram)
         self._frozen: Freeze | None = None
         self._walks: dict[tuple[int, int], tuple[int, list[tuple[int, bytes]]]] = {}
         self._hooks = [
@@ -133,6 +133,9 @@ class UnicornVcpu:
         if self._frozen is not None:
             return True
         state = self._registers.read()
+        is_ours = self._traps.wants(TrapReason.CPUID, state.registers.rax)
+        if not is_ours and not self.code.may_lock:
+            return False
         segment = self._code_segment(state)
         code = self._code_at(state, segment)
         found = decode_trap(code, segment.width)
@@ -141,7 +144,7 @@ class UnicornVcpu:
             self._diagnosis = f"undefined instruction at {self._where()}"
             self._freeze(state.registers, state.registers.rip)
             return True
-        if not self._traps.wants(TrapReason.CPUID, state.registers.rax):
+        if not is_ours:
             return False
         _, length = found or (TrapReason.CPUID, 2)
         writes = self._ask(self._event(TrapReason.CPUID, state, segment, length))
