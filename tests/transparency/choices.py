@@ -219,5 +219,6 @@ class Choices:
         setup = self.asm.mov(where, MAGIC, 4)
         pend = self.asm.store(layout.APIC + 0x300, 0x4_0000 | layout.INTERRUPT)
         return [
-            Plain("cli", b"\xfa"), pend, setup, Plain("sti", b"\xfb"), trap, *self.plain(), Plain("cli", b"\xfa"),
+            Plain("cli", b"\xfa"), pend, setup, Plain("sti", b"\xfb"), trap, *self.plain(),
+            Plain("cli", b"\xfa"),
         ]  # fmt: skip
