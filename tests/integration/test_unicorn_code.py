@@ -266,3 +266,33 @@ class TestSegments:
         )
         assert [(o.kind, o.event.width) for o in outcomes] == [(OutcomeKind.HANDLED, 32)]
         final(summary)
+
+
+class TestSingleStep:
+    @pytest.mark.parametrize("trap", ["cpuid", "vmcall"])
+    @pytest.mark.parametrize("code", [1, 2], ids=["reads", "writes-code"])
+    async def test_the_exception_comes_right_behind_the_trap(self, guest_code, trap, code):
+        # Unicorn delivers none: the vCPU ends there, and nothing behind has run.
+        outcomes, summary = await run(
+            guest_code,
+            f"""
+            lea r8, [behind + 1]
+            mov r9d, 6
+            mov ecx, {code << 16 | 0x100}
+            mov edx, ecx
+            mov eax, {STANDARD_MAGIC}
+            {"mov ecx, eax" if trap == "vmcall" else ""}
+            pushfq
+            or qword [rsp], 1 << 8
+            popfq
+            {trap}
+        behind:
+            mov esi, 5
+            mov esi, 7
+            hlt""",
+        )
+        (end,) = summary.guest.vcpus
+        assert [o.kind for o in outcomes] == [OutcomeKind.HANDLED]
+        assert "exception 1 (#DB)" in end.detail
+        event = outcomes[0].event
+        assert (end.registers["rip"], end.registers["rsi"]) == (event.ip + event.length, 0)

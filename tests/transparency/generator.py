@@ -130,7 +130,8 @@ class _Generator(Choices):
         flags = 2 | rng.getrandbits(19) & self.flippable
         if self.ring == 0 or rng.random() < 0.5:
             flags |= IOPL if rng.random() < 0.5 or self.may_interrupt else 0
-        if self.may_step and self.profile.single_step and rng.random() < 0.4:
+        often = 0.1 if self.profile.ends_at_fault else 0.4
+        if self.may_step and self.profile.single_step and rng.random() < often:
             flags |= TF
         if self.may_interrupt and rng.random() < 0.3 and self.profile.interrupts:
             flags |= IF

@@ -32,7 +32,6 @@ BY_KVM = Profile(
 NO_EXCEPTIONS = Profile(
     faults=0.15,
     ends_at_fault=True,
-    single_step=False,
     breakpoints=False,
     interrupts=False,
     odd_bases=False,

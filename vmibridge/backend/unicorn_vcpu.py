@@ -43,6 +43,8 @@ _EXCEPTIONS = {
     11: "#NP", 12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC", 19: "#XM",
 }  # fmt: skip
 _PAGE = 4096
+_TF = 1 << 8
+_DB = 1
 _MASK32, _MASK64 = 0xFFFF_FFFF, (1 << 64) - 1
 _MAX_WALKS = 64
 
@@ -148,13 +150,15 @@ class UnicornVcpu:
             return False
         _, length = found or (TrapReason.CPUID, 2)
         writes = self._ask(self._event(TrapReason.CPUID, state, segment, length))
-        if writes is not None:
-            self._registers.write(writes, move=False)
+        if writes is None:
+            return self._stopping
+        self._registers.write(writes, move=False)
         behind = segment.base + state.registers.rip + length
         if self.code.drop_written(lambda: behind):
-            self._freeze(state.registers, (writes or state.registers).rip)
-            return True
-        return writes is not None or self._stopping
+            self._freeze(state.registers, writes.rip)
+            if state.registers.rflags & _TF:
+                self._on_exception(_DB)
+        return True
 
     def _on_invalid(self, _engine: Uc, _data: object) -> bool:
         """Whether the guest goes on; otherwise it ends here."""
@@ -174,10 +178,12 @@ class UnicornVcpu:
             writes = self._ask(event)
             if writes is not None:
                 self._registers.write(writes, move=True)
-            if self.code.drop_written(lambda: None):
-                self._freeze(state.registers, (writes or state.registers).rip)
-                return True
-            if writes is not None:
+                if state.registers.rflags & _TF:
+                    # Unicorn would raise it behind the next instruction.
+                    self._on_exception(_DB)
+                    return False
+                if self.code.drop_written(lambda: None):
+                    self._freeze(state.registers, writes.rip)
                 return True
             if self._stopping:
                 return True
@@ -189,15 +195,16 @@ class UnicornVcpu:
         return False
 
     def _on_interrupt(self, engine: Uc, number: int, _data: object) -> None:
-        if self._frozen is not None:
-            engine.emu_stop()
-            return
+        if self._frozen is None:
+            self._on_exception(number)
+        engine.emu_stop()
+
+    def _on_exception(self, number: int) -> None:
         name = f"exception {number} ({_EXCEPTIONS[number]})" if number in _EXCEPTIONS else ""
         self._diagnosis = (
             f"{name or f'interrupt {number:#x}'} at {self._where()}:"
             " Unicorn delivers no exceptions to a guest"
         )
-        engine.emu_stop()
 
     def _on_invalid_access(
         self, _engine: Uc, access: int, address: int, _size: int, _value: int, _data: object
