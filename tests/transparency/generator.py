@@ -23,6 +23,7 @@ from transparency.steps import (
     Patch,
     Patchable,
     Plain,
+    Redescribe,
     Remap,
     Step,
     Switch,
@@ -112,7 +113,10 @@ class _Generator(Choices):
             return list(self.shadowed())
         if kind < 0.83 and self.profile.single_step and self.may_step:
             return [*self.flip(TF), *self.trap(), *self.plain(), *self.flip(TF)]
-        if kind < 0.85 and self.faults:
+        if kind < 0.86 and self.profile.hidden_segments:
+            # Another width, base, limit or ring; the segment that is loaded stays what it is.
+            return [Redescribe(rng.choice((1 << 22, 3 << 21, 0xFF << 24, 1 << 16, 3 << 13)))]
+        if kind < 0.88 and self.faults:
             return [Plain("ud2", b"\x0f\x0b")]
         return list(self.plain())
 

@@ -82,5 +82,7 @@ class Model(Instructions):
     def _log(self, vector: int, dr6: int) -> None:
         if len(self.end.log) >= MAX_LOG - 1:
             raise UnmodelledError("too many exceptions")
+        if self._is_described_otherwise and not self._ends_at_fault:
+            raise UnmodelledError("a return to a segment that is another one now")
         entry = Logged(vector, self._start.cs, self.rip, self.flags & ~RF, dr6)
         self.end.log.append(entry)

@@ -6,7 +6,9 @@ from typing import ClassVar
 from transparency.alu import IF
 from transparency.layout import (
     APIC,
+    GDT,
     INTERRUPT,
+    LDT,
     MEMORY_END,
     PAGE,
     ROOT_A,
@@ -49,6 +51,8 @@ class Processor:
         self.regs = list(start.registers)
         self.rip, self.flags = start.rip, start.rflags
         self.ram = ram
+        self._descriptor = (LDT if start.cs & 4 else GDT) + (start.cs & ~7)
+        self._is_described_otherwise = False
         self._table = TABLE_A if start.root == ROOT_A else TABLE_B
         self._pending = False
         self._holds_debug = self._holds_interrupt = False
@@ -83,6 +87,8 @@ class Processor:
                 raise UnmodelledError("an interrupt at no certain place")
             self._pending = True
             return
+        if self._descriptor - size < linear < self._descriptor + 8:
+            self._is_described_otherwise = True
         for at in range(size):
             self.ram[self._physical(linear + at)] = value >> 8 * at & 0xFF
 

@@ -16,6 +16,8 @@ class Profile:
     always_if: bool = False
     locked_cpuid: bool = True
     """Older translators run a CPUID with LOCK."""
+    hidden_segments: bool = True
+    """Whether the descriptor of CS changes in memory while the processor keeps what it loaded."""
     odd_bases: bool = True
     """Whether CS has a base that 64-bit code must do without, or that makes addresses wrap; a
     translator itself may not know these."""
@@ -35,4 +37,5 @@ NO_EXCEPTIONS = Profile(
     breakpoints=False,
     interrupts=False,
     odd_bases=False,
+    hidden_segments=False,
 )

@@ -18,6 +18,7 @@ from transparency.steps import (
     Patch,
     Patchable,
     Plain,
+    Redescribe,
     Remap,
     Step,
     Switch,
@@ -96,6 +97,9 @@ class Linked:
         self._slots = [self._slots_of(sub) for sub in program.subs]
         self._places: dict[tuple[int, int], int] = {}
         """Of a step of the main code (-1) or a subroutine: its linear address or its offset."""
+        table = layout.LDT if program.selector & 4 else layout.GDT
+        self.start_descriptor = table + (program.selector & ~7)
+        self._put_segments()
         self._put_tables()
         self._put_subs()
         self._put_main(Plain("end", end))
@@ -147,7 +151,7 @@ class Linked:
                     entry = page_of_sub((sub + shift) % count) | 7
                     self._put(table + 8 * window_page(sub, alias), struct.pack("<Q", entry))
 
-    def _put_state(self) -> None:
+    def _put_segments(self) -> None:
         program = self.program
         gdt, ldt = layout.fixed_gdt(), [0] * 64
         code = layout.descriptor(base=program.base, width=program.width, ring=program.ring)
@@ -161,6 +165,9 @@ class Linked:
             )
         self._put(layout.GDT, struct.pack("<64Q", *gdt))
         self._put(layout.LDT, struct.pack("<64Q", *ldt))
+
+    def _put_state(self) -> None:
+        program = self.program
         registers = list(program.registers)
         registers[4] = layout.STACK + layout.STACK_SIZE - 64
         linear = WINDOW + program.entry
@@ -243,6 +250,10 @@ class Linked:
             if max(step.sub, step.target) >= len(self.program.subs):
                 raise UnmodelledError("a map of nothing")
             return asm.remap(step, layout.ROOT_B if step.in_b else layout.ROOT_A)
+        if isinstance(step, Redescribe):
+            place = self.start_descriptor + 4
+            value = int.from_bytes(self.part(place, place + 4), "little") ^ step.flip
+            return [asm.store(place, value)]
         if isinstance(step, Switch):
             return asm.switch(layout.ROOT_B if step.to_b else layout.ROOT_A)
         raise AssertionError(step)

@@ -77,7 +77,13 @@ class Switch(NamedTuple):
     to_b: bool
 
 
-Step = Plain | Call | Branch | PageEnd | Patchable | Patch | Remap | Switch
+class Redescribe(NamedTuple):
+    """The guest writes the upper half of the descriptor of CS, and does not load CS again."""
+
+    flip: int
+
+
+Step = Plain | Call | Branch | PageEnd | Patchable | Patch | Redescribe | Remap | Switch
 
 
 def window_page(sub: int, alias: int) -> int:
