@@ -148,6 +148,8 @@ class Instructions(Processor):
     def _shift(self, _opcode: int) -> None:
         middle, register, address = self._modrm()
         self._check_lock()
+        if middle & 7 not in (alu.SHL, alu.SHR, alu.SAR):
+            raise UnmodelledError("D1")
         value, self.flags = alu.shift_by_1(
             middle & 7, self._read(register, address), self._size, self.flags
         )
