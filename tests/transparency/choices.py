@@ -19,7 +19,7 @@ class Choices:
 
     def __init__(self, rng: random.Random, seed: int, profile: Profile) -> None:
         self.rng, self.seed, self.profile = rng, seed, profile
-        self.width = rng.choice((64, 64, 32, 32, 16))
+        self.width = rng.choice(profile.widths)
         self.ring = rng.choice((0, 3))
         self.asm = Assembler(self.width)
         self.faults = rng.random() < profile.faults
@@ -192,7 +192,7 @@ class Choices:
 
     def trap(self) -> list[Plain]:
         rng, asm = self.rng, self.asm
-        reason = rng.choice(("cpuid", "cpuid", "vmcall", "vmmcall"))
+        reason = rng.choice(self.profile.reasons)
         where = RAX if reason == "cpuid" else RCX if self.width == 64 else RBP
         is_foreign = rng.random() < 0.2 and (reason == "cpuid" or self.faults)
         value = (FOREIGN_LEAF if reason == "cpuid" else 0x1234) if is_foreign else MAGIC

@@ -200,7 +200,7 @@ class _Generator(Choices):
         size = 8 if self.width == 64 else 4
         values = tuple(None if rng.random() < 0.2 else self.value(size) for _ in range(4))
         patches = ()
-        if rng.random() < 0.12 and (patch := self.patch()):
+        if self.profile.handler_patches and rng.random() < 0.12 and (patch := self.patch()):
             patches = (patch,)
         return AnswerPlan(values, patches)
 

@@ -10,6 +10,10 @@ class Profile:
     faults: float = 0.25
     """The share of programs that have instructions that fault."""
     ends_at_fault: bool = False
+    widths: tuple[int, ...] = (64, 64, 32, 32, 16)
+    reasons: tuple[str, ...] = ("cpuid", "cpuid", "vmcall", "vmmcall")
+    handler_patches: bool = True
+    """Whether handlers write code."""
     single_step: bool = True
     breakpoints: bool = True
     interrupts: bool = True
@@ -39,3 +43,7 @@ NO_EXCEPTIONS = Profile(
     odd_bases=False,
     hidden_segments=False,
 )
+BY_PLUGIN_API_ALONE = Profile(
+    widths=(64,), reasons=("cpuid",), handler_patches=False, odd_bases=False
+)
+"""What is exact without QEMU's own functions: CPUID in 64-bit code, which no handler writes."""

@@ -155,9 +155,9 @@ class QemuMachine:
 class PluginMachine(QemuMachine):
     """With the plugin."""
 
-    def __init__(self, qemu: str, plugin: Path) -> None:
+    def __init__(self, qemu: str, plugin: Path, options: str = "") -> None:
         super().__init__(qemu)
-        self.command += ["-plugin", f"file={plugin},socket={self.socket}"]
+        self.command += ["-plugin", f"file={plugin},socket={self.socket}{options}"]
 
     async def connect(self, stack: AsyncExitStack, serve: Callable[[Backend], None]) -> None:
         backend = await stack.enter_async_context(open_backend(f"qemu-plugin:unix:{self.socket}"))

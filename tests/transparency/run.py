@@ -14,6 +14,7 @@ from transparency.profiles import (
     BY_BREAKPOINTS,
     BY_BREAKPOINTS_OF_7_2,
     BY_KVM,
+    BY_PLUGIN_API_ALONE,
     EVERYTHING,
     NO_EXCEPTIONS,
     Profile,
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--until", type=int, default=5, help="stop after so many that differ")
     parser.add_argument("--quiet", action="store_true", help="figures only, nothing is shrunk")
     parser.add_argument("--qemu", default=str(_QEMU))
+    parser.add_argument("--api-alone", action="store_true", help="the plugin with inside=off")
     parser.add_argument("--old", action="store_true", help="that QEMU is older than 11")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -52,6 +54,8 @@ def main() -> None:
 def _machine(given: argparse.Namespace, folder: Path) -> tuple[Machine, Profile]:
     if given.backend == "plugin":
         plugin = build_plugin(folder / "vmibridge-plugin.so")
+        if given.api_alone:
+            return partial(PluginMachine, given.qemu, plugin, ",inside=off"), BY_PLUGIN_API_ALONE
         return partial(PluginMachine, given.qemu, plugin), EVERYTHING
     if given.backend == "gdb":
         profile = BY_BREAKPOINTS_OF_7_2 if given.old else BY_BREAKPOINTS

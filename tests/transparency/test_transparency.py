@@ -6,6 +6,7 @@ A failure prints the seed and the shrunk program. By hand, with figures:
 
 import os
 import shutil
+from functools import partial
 
 import pytest
 
@@ -17,6 +18,7 @@ from transparency.profiles import (
     BY_BREAKPOINTS,
     BY_BREAKPOINTS_OF_7_2,
     BY_KVM,
+    BY_PLUGIN_API_ALONE,
     EVERYTHING,
     NO_EXCEPTIONS,
 )
@@ -58,26 +60,30 @@ class TestUnicorn:
 
 class TestPlugin:
     async def test_programs(self, qemu, plugin):
-        await hold(lambda: PluginMachine(qemu, plugin), EVERYTHING, 0, 400)
+        await hold(partial(PluginMachine, qemu, plugin), EVERYTHING, 0, 400)
+
+    async def test_programs_by_the_plugin_api_alone(self, qemu, plugin):
+        machine = partial(PluginMachine, qemu, plugin, ",inside=off")
+        await hold(machine, BY_PLUGIN_API_ALONE, 0, 150)
 
     @pytest.mark.parametrize("first", LONG)
     async def test_many_programs(self, qemu, plugin, first):
-        await hold(lambda: PluginMachine(qemu, plugin), EVERYTHING, first, 20_000)
+        await hold(partial(PluginMachine, qemu, plugin), EVERYTHING, first, 20_000)
 
 
 class TestGdb:
     async def test_programs(self, qemu):
-        await hold(lambda: GdbMachine(qemu), BY_BREAKPOINTS, 0, 40)
+        await hold(partial(GdbMachine, qemu), BY_BREAKPOINTS, 0, 40)
 
     async def test_programs_on_the_qemu_of_the_system(self):
         system = shutil.which("qemu-system-x86_64")
         if system is None:
             pytest.skip("no qemu-system-x86_64 in the path")
-        await hold(lambda: GdbMachine(system), BY_BREAKPOINTS_OF_7_2, 1000, 40)
+        await hold(partial(GdbMachine, system), BY_BREAKPOINTS_OF_7_2, 1000, 40)
 
     @pytest.mark.parametrize("first", LONG[:1])
     async def test_many_programs(self, qemu, first):
-        await hold(lambda: GdbMachine(qemu), BY_BREAKPOINTS, first, 5_000)
+        await hold(partial(GdbMachine, qemu), BY_BREAKPOINTS, first, 5_000)
 
 
 class TestReference:
