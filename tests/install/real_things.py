@@ -38,6 +38,7 @@ NEEDS = {
     "vmibridge.transport.nats_py": "nats",
     "vmibridge.backend.unicorn": "unicorn",
     "vmibridge.backend.unicorn_vcpu": "unicorn",
+    "vmibridge.backend.unicorn_code": "unicorn",
     "vmibridge.backend.unicorn_registers": "unicorn",
 }
 """What a module, with all below it, needs to be imported, where it does not say so itself."""

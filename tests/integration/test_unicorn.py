@@ -406,7 +406,7 @@ class TestGuestMemory:
     async def test_code_that_a_handler_writes_is_what_the_guest_runs_next(
         self, guest_code, trap, paging, aliases, monkeypatch
     ):
-        monkeypatch.setattr("vmibridge.backend.unicorn_vcpu._MAX_ALIASES", aliases)
+        monkeypatch.setattr("vmibridge.backend.unicorn_code._MAX_ALIASES", aliases)
 
         class Patches(Echo):
             @method(4)
@@ -477,7 +477,7 @@ class TestGuestMemory:
             server = BridgeServer(backend, Bridge(Echo()))
             kinds = [outcome.kind async for outcome in server.run()]
             (vcpu,) = backend._vcpus
-            assert sum(map(len, vcpu._code_pages.values())) < 100
+            assert sum(len(page.aliases) for page in vcpu.code._pages.values()) < 100
         assert kinds == [OutcomeKind.HANDLED]
         assert final(server.summary)["r15"] == PASSED
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap
+from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap, is_locked
 from vmibridge.event import TrapReason
 
 laws = settings(max_examples=300)
@@ -172,3 +172,25 @@ def check(code: bytes, width: int) -> None:
     assert code[:length].endswith(opcode)
     # No byte beyond the instruction was needed to tell it.
     assert decode_trap(code[:length], width) == found
+
+
+class TestLock:
+    """LOCK before what cannot be locked raises #UD: Intel SDM volume 2, LOCK."""
+
+    @every_width
+    @every_trap
+    @pytest.mark.parametrize("prefixes", [b"\xf0", b"\x66\xf0", b"\xf0\x2e\xf0"])
+    def test_a_locked_trap_instruction_is_none_of_ours(self, opcode, reason, width, prefixes):
+        assert decode_trap(prefixes + opcode, width) is None
+        assert is_locked(prefixes + opcode, width)
+
+    def test_rex_may_stand_among_the_prefixes_of_64_bit_code_only(self):
+        code = b"\x48\xf0\x0f\xa2"
+        assert [is_locked(code, width) for width in WIDTHS] == [False, False, True]
+
+    @every_width
+    @pytest.mark.parametrize(
+        "code", [b"", b"\xf0", b"\x0f\xa2", b"\xf0\x0f\x0b", b"\x90\xf0\x0f\xa2"]
+    )
+    def test_other_code_is_not_a_locked_trap(self, width, code):
+        assert not is_locked(code, width)

@@ -35,3 +35,12 @@ def decode_trap(code: bytes, width: int) -> tuple[TrapReason, int] | None:
         if reason is not None and at + size <= MAX_INSTRUCTION:
             return reason, at + size
     return None
+
+
+def is_locked(code: bytes, width: int) -> bool:
+    """Whether the start of `code` is a trap instruction with LOCK, which raises #UD."""
+    if decode_trap(code, width) is not None:
+        return False
+    prefixes, opcode, rest = code.partition(b"\x0f")
+    unlocked = prefixes.replace(b"\xf0", b"")
+    return unlocked != prefixes and decode_trap(unlocked + opcode + rest, width) is not None

@@ -204,9 +204,7 @@ class UnicornBackend(Backend):
             raise GuestMemoryError(address, "the VM has no memory there")
         self._ram[address : address + len(data)] = data
         for vcpu in self._vcpus:
-            vcpu.changed_pages.update(
-                range(address // _PAGE, (address + len(data) - 1) // _PAGE + 1)
-            )
+            vcpu.code.write(address, len(data))
 
 
 def _real_mode_segment(base: int) -> int:

@@ -14,7 +14,7 @@ from unicorn import unicorn_const as uc
 from unicorn.unicorn_py3.unicorn import uc_tb
 
 from vmibridge.arch import magic_of
-from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap
+from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap, is_locked
 from vmibridge.arch.paging import CR0_PG, walk
 from vmibridge.arch.segment import (
     DESCRIPTOR_SIZE,
@@ -24,6 +24,7 @@ from vmibridge.arch.segment import (
     width_of,
 )
 from vmibridge.backend.handover import VcpuSlot
+from vmibridge.backend.unicorn_code import Freeze, TranslatedCode, UnicornPages
 from vmibridge.backend.unicorn_registers import Snapshot, UnicornRegisters
 from vmibridge.errors import GuestMemoryError
 from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
@@ -42,9 +43,10 @@ _EXCEPTIONS = {
     11: "#NP", 12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 18: "#MC", 19: "#XM",
 }  # fmt: skip
 _PAGE = 4096
-_MAX_TRANSLATIONS = 1024
-_MAX_ALIASES = 64
-"""Virtual pages that one physical page of code is kept track of at: a guest may make any number."""
+_TF = 1 << 8
+_DB = 1
+_MASK32, _MASK64 = 0xFFFF_FFFF, (1 << 64) - 1
+_MAX_WALKS = 64
 
 
 class CodeSegment(NamedTuple):
@@ -66,16 +68,16 @@ class UnicornVcpu:
         self.engine.mem_map_ptr(0, len(ram), uc.UC_PROT_ALL, ram_address)
         self.engine.ctl_exits_enabled(True)  # with none set: only HLT ends the guest
         self._registers = UnicornRegisters(self.engine, width)
+        self._pages = UnicornPages(self.engine)
         self._width = width
         self._ram = ram
         self._vm = vm
         self._seq = seq
         self._stopping = False
         self._diagnosis = ""
-        self.changed_pages: set[int] = set()
-        """Physical pages that the host wrote to since this vCPU's last trap."""
-        self._code_pages: dict[int, set[int]] = {}
-        self._translations: dict[tuple[int, int], int] = {}
+        self.code = TranslatedCode(self.engine, self._pages, ram)
+        self._frozen: Freeze | None = None
+        self._walks: dict[tuple[int, int], tuple[int, list[tuple[int, bytes]]]] = {}
         self._hooks = [
             self.engine.hook_add(
                 uc.UC_HOOK_INSN, self._on_cpuid, None, 1, 0, x86_const.UC_X86_INS_CPUID
@@ -92,12 +94,21 @@ class UnicornVcpu:
         """Run from the linear address `entry` until the guest halts, fails, or `stop`."""
         self._traps = traps
         self._slot = slot
-        self._note_code(self._registers.read().registers, entry)
-        if not self._stopping:
+        linear = entry
+        while not self._stopping:
             try:
+                # The hook sees what follows another block. The first is within its page, but for
+                # the end of its last instruction.
+                self.code.note(linear, _PAGE - linear % _PAGE + MAX_INSTRUCTION)
                 self.engine.emu_start(entry, 0)
             except UcError as error:
-                self._diagnosis = self._diagnosis or f"{error} at {self._where()}"
+                if self._frozen is None:
+                    self._diagnosis = self._diagnosis or f"{error} at {self._where()}"
+            if self._frozen is None:
+                break
+            entry, linear = self._thaw()
+            if self._diagnosis:
+                break
         reason = "crashed" if self._diagnosis else "stopped" if self._stopping else "halted"
         registers = self._registers.read().registers
         names = Registers.__struct_fields__
@@ -121,22 +132,41 @@ class UnicornVcpu:
 
     def _on_cpuid(self, _engine: Uc, _data: object) -> bool:
         """Whether the instruction is done; otherwise Unicorn runs it natively."""
+        if self._frozen is not None:
+            return True
         state = self._registers.read()
-        if not self._traps.wants(TrapReason.CPUID, state.registers.rax):
+        is_ours = self._traps.wants(TrapReason.CPUID, state.registers.rax)
+        if not is_ours and not self.code.may_lock:
             return False
         segment = self._code_segment(state)
-        _, length = self._trap_at(state, segment) or (TrapReason.CPUID, 2)
+        code = self._code_at(state, segment)
+        found = decode_trap(code, segment.width)
+        if found is None and is_locked(code, segment.width):
+            # Unicorn's own CPUID knows no LOCK.
+            self._diagnosis = f"undefined instruction at {self._where()}"
+            self._freeze(state.registers, state.registers.rip)
+            return True
+        if not is_ours:
+            return False
+        _, length = found or (TrapReason.CPUID, 2)
         writes = self._ask(self._event(TrapReason.CPUID, state, segment, length))
         if writes is None:
             return self._stopping
         self._registers.write(writes, move=False)
+        behind = segment.base + state.registers.rip + length
+        if self.code.drop_written(lambda: behind):
+            self._freeze(state.registers, writes.rip)
+            if state.registers.rflags & _TF:
+                self._on_exception(_DB)
         return True
 
     def _on_invalid(self, _engine: Uc, _data: object) -> bool:
         """Whether the guest goes on; otherwise it ends here."""
+        if self._frozen is not None:
+            return False
         state = self._registers.read()
         segment = self._code_segment(state)
-        found = self._trap_at(state, segment)
+        found = decode_trap(self._code_at(state, segment), segment.width)
         if found is None or found[0] is TrapReason.CPUID:
             self._diagnosis = f"undefined instruction at {self._where()}"
             return False
@@ -148,6 +178,12 @@ class UnicornVcpu:
             writes = self._ask(event)
             if writes is not None:
                 self._registers.write(writes, move=True)
+                if state.registers.rflags & _TF:
+                    # Unicorn would raise it behind the next instruction.
+                    self._on_exception(_DB)
+                    return False
+                if self.code.drop_written(lambda: None):
+                    self._freeze(state.registers, writes.rip)
                 return True
             if self._stopping:
                 return True
@@ -159,16 +195,22 @@ class UnicornVcpu:
         return False
 
     def _on_interrupt(self, engine: Uc, number: int, _data: object) -> None:
+        if self._frozen is None:
+            self._on_exception(number)
+        engine.emu_stop()
+
+    def _on_exception(self, number: int) -> None:
         name = f"exception {number} ({_EXCEPTIONS[number]})" if number in _EXCEPTIONS else ""
         self._diagnosis = (
             f"{name or f'interrupt {number:#x}'} at {self._where()}:"
             " Unicorn delivers no exceptions to a guest"
         )
-        engine.emu_stop()
 
     def _on_invalid_access(
         self, _engine: Uc, access: int, address: int, _size: int, _value: int, _data: object
     ) -> bool:
+        if self._frozen is not None:
+            return False
         words = _ACCESS_WORDS.get(access, "access to")
         self._diagnosis = f"{words} {address:#x}, where there is no memory, at {self._where()}"
         return False
@@ -181,32 +223,29 @@ class UnicornVcpu:
         if not answered:
             self._stopping = True
             self.engine.emu_stop()
-        while self.changed_pages:
-            self._forget_code(self.changed_pages.pop())
         return writes
 
     # --- translated code -----------------------------------------------------------
-    #
-    # Unicorn runs a guest's code in translated form and sees the guest's own writes to
-    # it, but not the host's. Flushing all of it is not safe inside a hook (a CPUID hook
-    # runs in the middle of a translated block), dropping a page's is.
 
     def _on_translated(self, _engine: Uc, block: uc_tb, _before: uc_tb, _data: object) -> None:
-        self._note_code(self._registers.read().registers, block.pc)
+        self.code.note(block.pc, block.size)
 
-    def _note_code(self, registers: Registers, address: int) -> None:
-        physical = self._translate(registers, address)
-        if physical is None:
-            return
-        aliases = self._code_pages.setdefault(physical // _PAGE, set())
-        aliases.add(address // _PAGE)
-        if len(aliases) > _MAX_ALIASES:
-            # It is translated, and noted, anew when it runs again.
-            self._forget_code(physical // _PAGE)
+    def _freeze(self, registers: Registers, rip: int) -> None:
+        """End this run, with the vCPU as it is now and at `rip`."""
+        self._registers.write(RegisterWrites(rip), move=True)
+        self._frozen = Freeze(self.engine, self._ram, registers.rflags)
 
-    def _forget_code(self, page: int) -> None:
-        for virtual in self._code_pages.pop(page, ()):
-            self.engine.ctl_remove_cache(virtual * _PAGE, (virtual + 1) * _PAGE)
+    def _thaw(self) -> tuple[int, int]:
+        """Between two runs; returns where the next one begins, as Unicorn wants it and linear."""
+        assert self._frozen is not None
+        self._frozen.thaw()
+        self._frozen = None
+        self.code.forget()
+        state = self._registers.read()
+        rip = state.registers.rip
+        # A vCPU that began in 16 bits wants what is linear in real mode; others the offset.
+        entry = rip + (state.cs << 4 if self._width == 16 else 0)
+        return entry, self._code_segment(state).base + rip
 
     # --- the trapping instruction --------------------------------------------------
 
@@ -242,27 +281,27 @@ class UnicornVcpu:
         """The descriptor of CS; `None` before the guest has loaded one of its own."""
         base, limit = state.ldt if state.cs & 4 else state.gdt
         offset = state.cs & 0xFFF8
-        if not offset or offset + DESCRIPTOR_SIZE - 1 > limit:
+        # The first entry of a GDT is no descriptor; that of an LDT is.
+        if not state.cs & 0xFFFC or offset + DESCRIPTOR_SIZE - 1 > limit:
             return None
         raw = self._read_linear(state.registers, base + offset, DESCRIPTOR_SIZE)
         return int.from_bytes(raw, "little") if len(raw) == DESCRIPTOR_SIZE else None
 
     def _code_at(self, state: Snapshot, segment: CodeSegment) -> bytes:
+        """Up to 15 bytes at the instruction pointer, fewer where no code can be fetched."""
         address = segment.base + state.registers.rip
-        if segment.width != 64:
-            address &= 0xFFFF_FFFF
-        return self._read_linear(state.registers, address, MAX_INSTRUCTION)
-
-    def _trap_at(self, state: Snapshot, segment: CodeSegment) -> tuple[TrapReason, int] | None:
-        found = decode_trap(self._code_at(state, segment), segment.width)
-        if found is None and self._translations:
-            # The guest may have changed its page tables since.
-            self._translations.clear()
-            found = decode_trap(self._code_at(state, segment), segment.width)
+        mask = _MASK64 if segment.width == 64 else _MASK32
+        found = b""
+        while len(found) < MAX_INSTRUCTION:
+            physical = self._pages.physical(address + len(found) & mask)
+            if physical is None or physical >= len(self._ram):
+                break
+            size = min(MAX_INSTRUCTION - len(found), _PAGE - physical % _PAGE)
+            found += self._ram[physical : physical + size]
         return found
 
     def _read_linear(self, registers: Registers, address: int, size: int) -> bytes:
-        """Up to `size` bytes, fewer where the mapping ends."""
+        """Up to `size` bytes of data of ring 0, fewer where the mapping ends."""
         found = b""
         while len(found) < size:
             at = address + len(found)
@@ -279,22 +318,34 @@ class UnicornVcpu:
         if not registers.cr0 & CR0_PG:
             return address
         key = (registers.cr3, address // _PAGE)
-        frame = self._translations.get(key)
-        if frame is None:
-            steps = walk(registers, address)
-            try:
-                place, size = next(steps)
-                while True:
-                    entry = self._ram[place : place + size]
-                    place, size = steps.send(int.from_bytes(entry, "little"))
-            except StopIteration as found:
-                frame = found.value.physical // _PAGE
-            except GuestMemoryError:
+        ram = self._ram
+        known = self._walks.get(key)
+        if known is None or any(ram[at : at + len(was)] != was for at, was in known[1]):
+            known = self._walk(registers, address)
+            if known is None:
+                self._walks.pop(key, None)
                 return None
-            if len(self._translations) >= _MAX_TRANSLATIONS:
-                self._translations.clear()
-            self._translations[key] = frame
-        return frame * _PAGE + address % _PAGE
+            if len(self._walks) >= _MAX_WALKS:
+                self._walks.clear()
+            self._walks[key] = known
+        return known[0] * _PAGE + address % _PAGE
+
+    def _walk(
+        self, registers: Registers, address: int
+    ) -> tuple[int, list[tuple[int, bytes]]] | None:
+        """The frame of a page, and the entries that lead there with their addresses."""
+        entries: list[tuple[int, bytes]] = []
+        steps = walk(registers, address)
+        try:
+            place, size = next(steps)
+            while True:
+                entry = self._ram[place : place + size]
+                entries.append((place, entry))
+                place, size = steps.send(int.from_bytes(entry, "little"))
+        except StopIteration as found:
+            return found.value.physical // _PAGE, entries
+        except GuestMemoryError:
+            return None
 
     def _where(self) -> str:
         state = self._registers.read()
