@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vmibridge.backend.qemu_plugin.build import SOURCES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -75,4 +77,4 @@ def test_the_wheel_has_what_a_guest_is_made_of(wheel):
     assert packed == {f"vmibridge/{each}" for each in wanted}
     for name in wanted:
         assert wheel[f"vmibridge/{name}"] == (ROOT / name).read_bytes()
-    assert "vmibridge/backend/qemu_plugin/plugin.c" in wheel
+    assert {f"vmibridge/{source.relative_to(ROOT / 'vmibridge')}" for source in SOURCES} <= {*wheel}
