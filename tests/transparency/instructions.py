@@ -16,7 +16,8 @@ class Instructions(Processor):
     # --- traps ---------------------------------------------------------------------
 
     def _trap(self, reason: str, magic: int) -> int | None:
-        self._check_lock()
+        if self._locked:
+            raise FaultError(_UD, self._length)
         if magic & _M32 != MAGIC:
             if reason != "cpuid":
                 raise FaultError(_UD, self._length)

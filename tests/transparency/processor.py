@@ -151,6 +151,8 @@ class Processor:
 
     def _check_lock(self, *, allowed: bool = False) -> None:
         if self._locked and not allowed:
+            if self._ends_at_fault:
+                raise UnmodelledError("Unicorn's translator takes no notice of many a LOCK")
             raise FaultError(_UD, self._length)
 
     def _get(self, number: int) -> int:
