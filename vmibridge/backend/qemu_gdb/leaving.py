@@ -16,7 +16,6 @@ from vmibridge.backend.qemu_gdb.client import GdbClient
 from vmibridge.backend.qemu_gdb.memory import QemuMemory
 from vmibridge.backend.qemu_gdb.skipping import patch_of, unpatched
 from vmibridge.errors import BackendError
-from vmibridge.event import TrapReason
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def _skip(code: bytes) -> tuple[int, bytes] | None:
     for width in _WIDTHS:
         if (found := decode_trap(code, width)) is not None:
             patch = patch_of(*found)
-            return patch.offset, b"" if found[0] is TrapReason.CPUID else patch.skip
+            return (0, b"") if patch is None else (patch.offset, patch.skip)
         if unpatched(code, width) is not None:
             return 0, b""
     return None
@@ -62,8 +61,8 @@ def _skip(code: bytes) -> tuple[int, bytes] | None:
 def _restore(code: bytes) -> tuple[int, bytes] | None:
     for width in _WIDTHS:
         before = unpatched(code, width)
-        if before is not None and (found := decode_trap(before, width)) is not None:
-            patch = patch_of(*found)
+        found = None if before is None else decode_trap(before, width)
+        if found is not None and (patch := patch_of(*found)) is not None:
             return patch.offset, patch.trap
     return None
 

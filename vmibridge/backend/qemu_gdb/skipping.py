@@ -1,16 +1,17 @@
-"""Instructions that do nothing, in the place of a trap instruction: as long as it, and reversible.
+"""Instructions that do nothing, in the place of a trap instruction and as long as it.
 
 A vCPU that executes one ends the instruction as the processor would: a single step that the guest
 has asked for (TF), the shadow of STI and MOV SS, RF. Intel SDM volume 2, NOP.
+
+For one step the whole instruction is replaced (`nop`): behind the prefixes of the trap, a NOP
+may be another instruction, as `F3 90` is PAUSE. What stays behind for others is reversible:
 
 | trap | does nothing |
 |---|---|
 | VMCALL, `0F 01 C1` | `0F 1F C1` |
 | VMMCALL, `0F 01 D9` | `0F 1F D9` |
-| CPUID, `0F A2` | `66 90` |
 
-Compilers use `0F 1F` with a memory operand only, so the first two are recognised where they are
-found.
+Compilers use `0F 1F` with a memory operand only, so these are recognised where they are found.
 """
 
 from typing import NamedTuple
@@ -18,12 +19,7 @@ from typing import NamedTuple
 from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap
 from vmibridge.event import TrapReason
 
-_PATCHES = {
-    TrapReason.CPUID: (2, b"\x0f\xa2", b"\x66\x90"),
-    TrapReason.VMCALL: (2, b"\x01", b"\x1f"),
-    TrapReason.VMMCALL: (2, b"\x01", b"\x1f"),
-}
-"""From how many bytes before its end on, what stands there, and what takes its place."""
+_BEFORE_END, _TRAP, _SKIP = 2, b"\x01", b"\x1f"
 
 
 class Patch(NamedTuple):
@@ -34,10 +30,16 @@ class Patch(NamedTuple):
     skip: bytes
 
 
-def patch_of(reason: TrapReason, length: int) -> Patch:
-    """What makes a trap instruction of `length` bytes one that does nothing."""
-    before_end, trap, skip = _PATCHES[reason]
-    return Patch(length - before_end, trap, skip)
+def nop(length: int) -> bytes:
+    """One instruction of `length` bytes that does nothing, in code of any width."""
+    return b"\x66" * (length - 1) + b"\x90"
+
+
+def patch_of(reason: TrapReason, length: int) -> Patch | None:
+    """What makes a trap instruction of `length` bytes one that does nothing; no CPUID is."""
+    if reason is TrapReason.CPUID:
+        return None
+    return Patch(length - _BEFORE_END, _TRAP, _SKIP)
 
 
 def unpatched(code: bytes, width: int) -> bytes | None:

@@ -29,7 +29,7 @@ from vmibridge.backend.qemu_gdb.inspection import Code, Inspector, Where
 from vmibridge.backend.qemu_gdb.memory import QemuMemory
 from vmibridge.backend.qemu_gdb.others import Others, Standing
 from vmibridge.backend.qemu_gdb.packets import encode
-from vmibridge.backend.qemu_gdb.skipping import patch_of
+from vmibridge.backend.qemu_gdb.skipping import nop, patch_of
 from vmibridge.backend.qemu_gdb.steps import StepEnd, Stepper
 from vmibridge.backend.qemu_gdb.stop_log import StopLog
 from vmibridge.errors import BackendError, TrapQueueClosedError
@@ -255,6 +255,7 @@ class Stops:
     async def _restore(self, code: Code) -> None:
         """Somebody who left has made the trap an instruction that does nothing."""
         patch = patch_of(code.reason, code.length)
+        assert patch is not None, "a CPUID is never patched"
         ahead = self._memory.virtual()
         write = commands.write_memory(code.address + patch.offset, patch.trap)
         await self._client.ask_all([*ahead, write], probe=True)
@@ -371,16 +372,18 @@ class Stops:
     ) -> None:
         """Let the vCPU execute an instruction that does nothing in the place of its trap."""
         client, hardware = self._client, self._hardware
-        patch, at = patch_of(code.reason, code.length), code.address
+        at = code.address
+        # What stands there now: a handler may have written over the instruction that it answers.
+        there = await self._memory.read_code(at, code.length)
         stays = msgspec.structs.replace(writes, rip=where.registers.rip)
         before = [
             *([commands.remove_breakpoint(at, hardware=hardware)] if self._is_point(at) else []),
             *self._memory.virtual(),
             self._written(where, stays),
-            commands.write_memory(at + patch.offset, patch.skip),
+            commands.write_memory(at, nop(code.length)),
         ]
         after = [
-            commands.write_memory(at + patch.offset, patch.trap),
+            commands.write_memory(at, there),
             *([commands.set_breakpoint(at, hardware=hardware)] if self._is_point(at) else []),
         ]
         try:
