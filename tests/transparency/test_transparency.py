@@ -5,10 +5,10 @@ A failure prints the seed and the shrunk program. By hand, with figures:
 """
 
 import os
-import shutil
 from functools import partial
 
 import pytest
+from needs import needs
 
 from transparency.gdb_machine import GdbMachine
 from transparency.generator import generate
@@ -76,9 +76,7 @@ class TestGdb:
         await hold(partial(GdbMachine, qemu), BY_BREAKPOINTS, 0, 40)
 
     async def test_programs_on_the_qemu_of_the_system(self):
-        system = shutil.which("qemu-system-x86_64")
-        if system is None:
-            pytest.skip("no qemu-system-x86_64 in the path")
+        system = needs("qemu-system-x86_64")
         await hold(partial(GdbMachine, system), BY_BREAKPOINTS_OF_7_2, 1000, 40)
 
     @pytest.mark.parametrize("first", LONG[:1])
