@@ -90,9 +90,9 @@ package: setup  ## wheel and sdist in dist/, checked as an index and an installe
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 
-# One worker more than there are cores, as many tests wait for a child. Without compiled modules each
-# command that a test runs would compile them again.
-WORKERS := $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
+# More workers than there are cores, as many tests wait for a child or for a peer that is silent. Without
+# compiled modules each command that a test runs would compile them again.
+WORKERS := $(shell echo $$(( $$(nproc) < 3 ? $$(nproc) + 2 : 4 )))
 
 test: export PYTHONDONTWRITEBYTECODE :=
 test: setup test-guests  ## all tests but the slow ones, with coverage, in up to four processes; minutes

@@ -12,13 +12,14 @@ They are `guests/programs.c`.
 A 32-bit program is among those of test_linux_guest.py.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 import anyio
 import pytest
-from linux_guest import SOURCES, LinuxGuest, built_guest
+from children import run
+from linux_guest import LinuxGuest, built_guest
+from needs import needs
 
 from vmibridge import BridgeHandler, BridgeResponse
 from vmibridge.contract import STANDARD_MAGIC
@@ -59,13 +60,12 @@ class Witness(BridgeHandler[None]):
 
 
 def gcc(*arguments):
-    subprocess.run(["gcc", "-O1", "-Wall", "-Wextra", "-Werror", *arguments], check=True)
+    run([needs("gcc"), "-O1", "-Wall", "-Wextra", "-Werror", *arguments], check=True)
 
 
 def found(name):
     """A file of the C library that gcc links to."""
-    command = ["gcc", f"-print-file-name={name}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return run([needs("gcc"), f"-print-file-name={name}"], check=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,7 @@ def folder(tmp_path_factory):
         "lib64/ld-linux-x86-64.so.2": found("ld-linux-x86-64.so.2"),
     }
     pairs = [f"{name}={file}" for name, file in files.items()]
-    command = [sys.executable, SOURCES / "initramfs.py", made / "initrd", *pairs]
-    subprocess.run(command, check=True)
+    run([sys.executable, "-m", "vmibridge.qemu.initramfs", made / "initrd", *pairs], check=True)
     (made / "vmlinuz").symlink_to(base / "vmlinuz")
     return made
 
