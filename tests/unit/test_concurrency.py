@@ -26,14 +26,16 @@ DONE = 0x77
 
 
 class Counted(BridgeHandler[None]):
-    """Knows how many of its requests overlap."""
+    """Knows how many of its requests overlap. They wait until as many as `together` have."""
 
     MAGIC = MAGIC
     REQUEST = 1
     shared = True
 
-    def __init__(self, seconds=0.03):
+    def __init__(self, seconds=0.03, together=0):
         self.seconds = seconds
+        self.together = together
+        self.are_together = anyio.Event()
         self.running = 0
         self.most = 0
         self.order = []
@@ -42,7 +44,11 @@ class Counted(BridgeHandler[None]):
     async def work(self, vmi, packet):
         self.running += 1
         self.most = max(self.most, self.running)
+        if self.most >= self.together:
+            self.are_together.set()
         try:
+            await self.are_together.wait()
+            # One too many would come now.
             await anyio.sleep(self.seconds)
         finally:
             self.running -= 1
@@ -80,20 +86,20 @@ async def serve(guests, *targets, **options):
 
 
 async def test_without_limits_vcpus_do_not_wait_for_each_other():
-    handler = Counted()
-    await serve([calls(16)], handler)
+    handler = Counted(together=16)
+    await serve([calls(16)], handler, timeout=60)
     assert handler.most == 16
 
 
 async def test_a_limit_holds_for_each_vm():
-    handler = Counted()
-    await serve([calls(8), calls(8)], handler, in_flight=3)
+    handler = Counted(together=6)
+    await serve([calls(8), calls(8)], handler, in_flight=3, timeout=60)
     assert handler.most == 6
 
 
 async def test_a_limit_holds_for_all_vms_together():
-    handler = Counted()
-    await serve([calls(8), calls(8)], handler, in_flight_total=5)
+    handler = Counted(together=5)
+    await serve([calls(8), calls(8)], handler, in_flight_total=5, timeout=60)
     assert handler.most == 5
 
 
@@ -128,7 +134,14 @@ async def test_who_waits_for_a_turn_takes_no_place_of_others():
     class Other(Counted):
         REQUEST = 2
 
-    serial, other = Serial(0.02), Other(0.001)
+        async def handle(self, vmi, packet):
+            response = await super().handle(vmi, packet)
+            if len(self.order) == 4:
+                serial.are_together.set()
+            return response
+
+    # The first one has its turn until all of the others are done.
+    serial, other = Serial(together=2), Other()
     serial.order = other.order
 
     async def guest(vm):
@@ -139,7 +152,7 @@ async def test_who_waits_for_a_turn_takes_no_place_of_others():
             for vcpu in range(4, 8):
                 tasks.start_soon(_call, vm, BridgePacket(MAGIC, 2, 1), vcpu)
 
-    await serve([guest], serial, other, in_flight=2)
+    await serve([guest], serial, other, in_flight=2, timeout=60)
     assert set(other.order[:4]) == {4, 5, 6, 7}
 
 

@@ -294,7 +294,8 @@ class TestEachOutcome:
         probe = Probe()
         backend = FakeBackend([trap(1, code), trap(2, ANSWER)])
         async with backend:
-            server = server_of(backend, probe, timeout=0.03)
+            timeout = 0.03 if kind is OutcomeKind.TIMEOUT else 60
+            server = server_of(backend, probe, timeout=timeout)
             outcomes = []
             async for outcome in server.run():
                 outcomes.append(outcome)
@@ -855,6 +856,6 @@ class TestManyVcpus:
                 return BridgeResponse()
 
         events = [trap(seq, WAIT, vcpu=seq % 1000) for seq in range(1, 3001)]
-        outcomes, _, _ = await serve(events, AllTogether(), queue=4096)
+        outcomes, _, _ = await serve(events, AllTogether(), queue=4096, timeout=60)
         assert {o.kind for o in outcomes} == {OutcomeKind.HANDLED}
         assert len(outcomes) == 3000
