@@ -202,7 +202,9 @@ async def random_commands(machine, tmp_path, *, seed, count):
                 await work.further(3)
             server.stop()
     assert machine.ends == [(vcpu, "stopped") for vcpu in range(cpus)]
-    assert set(machine.outcomes) <= {"handled"}
+    assert set(machine.outcomes) <= {"handled", "cancelled"}
+    # The end of the host may find each vCPU in a trap.
+    assert machine.outcomes["cancelled"] <= cpus
 
 
 async def test_a_log_that_cannot_be_had_is_refused(machine, tmp_path):
