@@ -103,8 +103,9 @@ test-guests: setup
 	@guest/qemu/fetch-qemu || echo "make: tests that need QEMU 11.1 cannot run" >&2
 	@{ guest/linux/fetch-linux && guest/linux/build-guest; } || echo "make: tests that need a Linux guest cannot run" >&2
 
-test-slow: setup  ## the tests that take long
+test-slow: setup  ## the tests that take long, and every law with all of its examples
 	$(PYTEST) -q -m slow
+	VMIBRIDGE_LAWS=long $(PYTEST) -q -m 'hypothesis and not slow'
 
 test-install: setup  ## installs the core, each extra and the demo from nothing; minutes
 	$(PYTEST) -q -m install tests/install

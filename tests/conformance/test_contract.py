@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge.arch import write_response
 from vmibridge.contract import (
@@ -18,7 +19,7 @@ from vmibridge.packet import BridgePacket
 from vmibridge.response import BridgeResponse
 from vmibridge.testing import drive
 
-laws = settings(max_examples=200)
+laws = settings(max_examples=examples(200))
 u64 = st.integers(0, 0xFFFF_FFFF_FFFF_FFFF)
 maybe = st.none() | u64
 VALUES = ("value1", "value2", "value3", "value4")

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge.context import BridgeContext
 from vmibridge.contract import BridgeContract
@@ -603,7 +604,7 @@ def search(order: list, packet: BridgePacket, reason: TrapReason) -> list:
 
 
 @pytest.mark.no_cover
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(nested, max_size=8))
 def test_a_match_agrees_with_trying_one_handler_after_the_other(tree):
     bridge, order = build(tree), flat(tree)

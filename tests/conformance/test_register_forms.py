@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge.arch import form_of, is_guest_request, magic_of, read_packet, write_response
 from vmibridge.arch.instruction import decode_trap
@@ -53,7 +54,7 @@ FORMS = list(COLUMN)
 FIELDS = ("magic", "request", "method", "value1", "value2", "value3", "value4")
 REGISTERS = Registers.__struct_fields__
 
-laws = settings(max_examples=200)
+laws = settings(max_examples=examples(200))
 u64 = st.integers(0, MASK[64])
 u32 = st.integers(0, MASK[32])
 u16 = st.integers(0, MASK[16])

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge import Bridge, BridgePacket, BridgeServer, OutcomeKind
 from vmibridge.arch import form_of, read_packet, write_response
@@ -243,7 +244,7 @@ async def test_every_form_sees_all_of_an_answer(reason, width, method, selector,
 
 
 @given(form=st.sampled_from(FORMS), values=st.tuples(*[st.integers(0, MASK[64])] * 4))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_an_echo_is_the_identity_on_every_register(form, values):
     reason, width = form
     # A VMCALL of x86 code has two registers for values; the host reads the others as 0.

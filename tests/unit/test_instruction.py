@@ -3,11 +3,12 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap, is_locked
 from vmibridge.event import TrapReason
 
-laws = settings(max_examples=300)
+laws = settings(max_examples=examples(300))
 
 OPCODES = [
     (bytes.fromhex("0F A2"), TrapReason.CPUID),

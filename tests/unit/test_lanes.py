@@ -7,6 +7,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge import lanes as module
 from vmibridge.errors import TrapQueueClosedError
@@ -117,7 +118,7 @@ def test_the_release_of_a_vcpu_that_has_no_trap_changes_nothing():
     assert lanes.get_nowait() is None
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     st.integers(1, 6),
     st.lists(

@@ -8,6 +8,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 from msgspec import structs
 
 from vmibridge.context import BridgeContext
@@ -16,7 +17,7 @@ from vmibridge.event import Registers, TrapEvent, TrapReason
 from vmibridge.memory import MAX_ACCESS
 from vmibridge.testing import FakeBackend, FakeMemory
 
-laws = settings(max_examples=150)
+laws = settings(max_examples=examples(150))
 
 PAGE = 0x1000
 P, W, U = 1, 2, 4
@@ -777,7 +778,7 @@ def test_a_context_has_one_memory_and_tells_of_its_trap():
 # --- hostile page tables ------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     st.lists(
         st.integers(0, 15).map(lambda frame: frame << 12) | st.integers(0, (1 << 64) - 1),

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge.arch.paging import Page, walk
 from vmibridge.errors import GuestMemoryError
 from vmibridge.event import Registers
 
-laws = settings(max_examples=300)
+laws = settings(max_examples=examples(300))
 u64 = st.integers(0, (1 << 64) - 1)
 
 P, W, U, PS = 0x01, 0x02, 0x04, 0x80

@@ -10,6 +10,7 @@ import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge import (
     Bridge,
@@ -664,7 +665,7 @@ def recording(tmp_path_factory):
     return path.read_bytes()
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), order=st.sampled_from(["recorded", "vcpu"]))
 def test_a_damaged_recording_ends_its_replay_and_nothing_else(
     recording, tmp_path_factory, data, order

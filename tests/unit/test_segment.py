@@ -3,10 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import examples
 
 from vmibridge.arch.segment import base_of, is_segmented_16, ring_of, width_of
 
-laws = settings(max_examples=200)
+laws = settings(max_examples=examples(200))
 u64 = st.integers(0, (1 << 64) - 1)
 
 PE = 0x1  # CR0

@@ -1517,7 +1517,7 @@ MACHINES = [
 @pytest.mark.no_cover
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_trap_is_answered_once_whatever_happens(machine):
-    play(machine, examples=200, steps=40)
+    play(machine, examples=100, steps=40)
 
 
 @pytest.mark.slow
