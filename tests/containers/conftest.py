@@ -12,23 +12,30 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docker"))
 from build_images import IMAGES, BuildError, Engine, bases, other_images  # noqa: E402
 
-PACKAGES = ["podman", "runc", "netavark", "aardvark-dns", "debootstrap"]
+PROGRAMS = ["podman", "runc", "debootstrap", "iptables"]
+PACKAGES = ["podman", "runc", "netavark", "aardvark-dns", "debootstrap", "iptables"]
+
+
+def missing_programs():
+    """Those of podman that are not there: netavark, too, needs iptables, and names it nowhere."""
+    places = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    return [each for each in PROGRAMS if not shutil.which(each, path=places)]
 
 
 def installed_podman():
-    """In CI it is installed where that can be; else the tests are skipped, and say why."""
-    if shutil.which("podman"):
+    """As root it is installed where that can be; else the tests are skipped, and say why."""
+    missing = missing_programs()
+    if not missing:
         return
+    told = f"no {', '.join(missing)}: apt-get install {' '.join(PACKAGES)}"
     if not os.environ.get("CI"):
-        pytest.skip(f"no podman: apt-get install {' '.join(PACKAGES)}")
+        pytest.skip(told)
     if os.geteuid() or not shutil.which("apt-get"):
-        pytest.skip("no podman, and it can be installed only as root, on a Debian")
+        pytest.skip(f"{told}; that can be done only as root, on a Debian")
     run(["apt-get", "update", "-q"], seconds=300)
     command = ["apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    done = run(command, env=environment, seconds=600)
-    if done.returncode or not shutil.which("podman"):
-        pytest.skip("no podman, and apt-get could not install it")
+    run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, seconds=600)
+    assert not missing_programs(), told
 
 
 @pytest.fixture(scope="session")
