@@ -15,7 +15,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-HEAD = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==")
+HEAD = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(\[[^\]]*\])?==")
 
 
 def main(lock: Path, folder: Path, requirements: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(lock: Path, folder: Path, requirements: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         pinned = work / "pinned.txt"
-        pinned.write_text("".join(without_hashes(entry) for entry in locked.values()))
+        pinned.write_text("".join(constraint(entry) for entry in locked.values()))
         report = work / "report.json"
         pip(folder, "--dry-run", f"--report={report}", "-c", str(pinned), *requirements)
         names = [
@@ -55,9 +55,10 @@ def entries(lock: str) -> dict[str, str]:
     return found
 
 
-def without_hashes(entry: str) -> str:
-    """Its first line: the version, and where it is for."""
-    return entry.splitlines()[0].rstrip(" \\") + "\n"
+def constraint(entry: str) -> str:
+    """Its first line: the version, and where it is for. pip wants no extras and no hashes there."""
+    line = entry.splitlines()[0].rstrip(" \\")
+    return HEAD.sub(r"\1==", line) + "\n"
 
 
 def normal(name: str) -> str:
