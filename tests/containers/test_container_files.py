@@ -125,11 +125,15 @@ def test_a_package_of_a_lock_comes_with_its_hashes():
         "# made by uv\n"
         'cffi==2.1 ; (platform != "x") \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\n'
         "Typing_Extensions==4.0 \\\n    --hash=sha256:cc\n"
+        "nats-py[nkeys]==2.16 \\\n    --hash=sha256:dd\n"
     )
     found = locked_install.entries(lock)
-    assert list(found) == ["cffi", "typing-extensions"]
+    assert list(found) == ["cffi", "typing-extensions", "nats-py"]
     assert found["cffi"].count("--hash") == 2
-    assert locked_install.without_hashes(found["cffi"]) == 'cffi==2.1 ; (platform != "x")\n'
+    assert locked_install.constraint(found["cffi"]) == 'cffi==2.1 ; (platform != "x")\n'
+    # pip refuses a constraint with an extra, and installs only what the line itself names.
+    assert locked_install.constraint(found["nats-py"]) == "nats-py==2.16\n"
+    assert found["nats-py"].startswith("nats-py[nkeys]==2.16")
 
 
 # --- compose ----------------------------------------------------------------------------
