@@ -1,6 +1,6 @@
 """The plugin's C code under AddressSanitizer and UBSan, against hosts that do what they must not.
 
-QEMU is a fake here, `plugin_c/fake_qemu.c`: one vCPU that makes the traps that it is told to.
+QEMU is a fake here, `plugin_c/fake_qemu.c`: one vCPU that makes the traps that a test asks for.
 `inside` says whether it exports functions beyond the plugin API.
 """
 

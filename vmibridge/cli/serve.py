@@ -68,7 +68,7 @@ def serve(
 
     --record names a folder here: each VM has a file of its own in it.
 
-    SIGHUP loads the handlers anew without dropping a trap. SIGINT and SIGTERM stop as with
+    SIGHUP reloads the handlers without dropping a trap. SIGINT and SIGTERM stop as with
     run; traps that come then are given back to their agents, for the server that follows.
 
     Exit status: 1 when it cannot listen or a handler module fails, 2 for wrong usage.

@@ -31,7 +31,7 @@ class QemuGdbOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     qmp: str = ""
     """The unix socket of QEMU's monitor, which tells of resets."""
     stop_log: str = msgspec.field(default="", name="stop-log")
-    """The file that QEMU is told to log to, so that a `stop` by QMP in a trap is not lost."""
+    """The file of QEMU's log, so that a `stop` by QMP in a trap is not lost."""
     leave: Literal["native", "skip", "wait"] = "native"
     """What a trap does when the run has ended and nobody is there."""
     ram: str = ""

@@ -37,7 +37,7 @@ class Others:
         self.stops = 0
         """How many the stub has told."""
         self.is_looking = False
-        """A pause that is told now is that of a look."""
+        """A pause that is reported now is that of a look."""
         self.has_paused = False
         """They have let a VM go on that was at a breakpoint, and then paused it."""
         self._client = client
