@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,20 +16,29 @@ from needs import may_skip
 __all__ = ["children"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
-UVLOOP = ("asyncio", {"use_uvloop": True})
-TRIO = ("trio", {})
 UNPACKED = ROOT / ".qemu/qemu-system-x86_64"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """No law depends on how busy the machine is. The rest is as hypothesis has it, in CI too."""
     name = "untimed"
     settings.register_profile(
         name, settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile(name)
+    if hasattr(config, "workerinput"):
+        end_early_coverage()
     reset_signals()
     adopt_orphans()
+
+
+def end_early_coverage() -> None:
+    """A worker of xdist has begun coverage twice by now: as each child does (`patch = subprocess`),
+    and by pytest-cov 7.1, which begins it a third time with the session. They are a stack: when
+    `no_cover` pauses the upper one, the next below would go on counting."""
+    if "coverage" in sys.modules:
+        while begun := sys.modules["coverage"].Coverage.current():
+            begun.stop()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,8 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     and counting them takes half of the time of a test."""
     for item in items:
         call = getattr(item, "callspec", None)
-        if call is not None and call.params.get("anyio_backend") in (UVLOOP, TRIO):
+        if call is not None and ("trio" in call.id or "uvloop" in call.id):
             item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.fixture(autouse=True)
+def children_are_counted_as_their_test_is(request, monkeypatch):
+    """Coverage costs a command as much as its start does, in each process that a test runs."""
+    if request.node.get_closest_marker("no_cover"):
+        for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")
@@ -93,8 +111,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.fixture(
     params=[
         pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(UVLOOP, id="uvloop"),
-        pytest.param(TRIO, id="trio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("trio", {}), id="trio"),
     ]
 )
 def anyio_backend(request):

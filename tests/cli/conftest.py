@@ -40,10 +40,3 @@ def vmibridge(tmp_path):
 @pytest.fixture
 def root():
     return Path(__file__).parents[2]
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """No coverage in the commands that a test runs: it needs room for a file of its own."""
-    for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
-        monkeypatch.delenv(name)

@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from probe_guest import command
 
+pytestmark = pytest.mark.no_cover
+
 
 def needs(shell):
     """The shell; a test without it is skipped, and says what is missing."""

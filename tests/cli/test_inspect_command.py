@@ -249,6 +249,7 @@ class TestExitStatus:
         ],
         ids=str,
     )
+    @pytest.mark.no_cover
     def test_2_for_wrong_usage_in_one_line(self, vmibridge, run, tmp_path, arguments, told):
         (tmp_path / "text").write_text("no recording")
         (tmp_path / "empty").touch()
@@ -269,7 +270,7 @@ class TestExitStatus:
             "vmibridge: a recording needs the packages mcap and zstandard, which"
         )
 
-    @pytest.mark.usefixtures("unmeasured")
+    @pytest.mark.no_cover
     @pytest.mark.parametrize("to", ["jsonl", "perfetto", "sqlite", "parquet"])
     def test_1_when_the_disk_is_full(self, hand_made, tmp_path, to):
         # A file may have one block.

@@ -9,6 +9,8 @@ import pytest
 
 from vmibridge.errors import EXTRAS, MissingExtraError
 
+pytestmark = pytest.mark.no_cover
+
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 FOR_DEVELOPERS = {"all", "bench", "demo", "dev", "test"}
 

@@ -67,7 +67,7 @@ def here(tmp_path, monkeypatch, capsys):
 
 
 # Coverage in a process whose loop waits makes that fail (Python 3.11).
-@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.no_cover
 class TestAgentAndServe:
     def test_the_summary_says_which_server_answered_how_many(
         self, nats, vmibridge, image, tmp_path

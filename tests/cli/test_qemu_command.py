@@ -60,7 +60,7 @@ def ended(process):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("more", [[], ["--share-memory"], ["--async-backend", "trio"]])
+@pytest.mark.parametrize("more", [[], ["--share-memory"], ["--async-backend", "trio"]], ids=str)
 def test_it_starts_qemu_answers_and_ends_with_its_status(start, guest, folder, more):
     guest(50)
     for _ in range(2):
@@ -157,6 +157,7 @@ def test_a_qemu_that_fails_says_why_itself(start, folder):
 
 
 @pytest.mark.parametrize("more", [[], ["--share-memory"]])
+@pytest.mark.no_cover
 def test_breakpoints_do_for_any_qemu(start, guest, folder, more):
     guest(50)
     site = 0x10_0000 + (folder / "guest.bin").read_bytes().index(b"\x0f\xa2")
@@ -191,6 +192,7 @@ def test_a_qemu_that_fails_before_it_listens_is_told(start, folder):
         (["--handlers", "handlers.py", "--share-memory"], ["-m", "much"], "is no size of memory"),
     ],
 )
+@pytest.mark.no_cover
 def test_wrong_usage_is_told(start, options, machine, told):
     status, _, err = ended(start(*options, machine=machine))
     assert status in (1, 2)

@@ -127,6 +127,7 @@ class TestWhatIsPacked:
         assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
+@pytest.mark.no_cover
 class TestWhatIsRefused:
     @pytest.mark.parametrize(
         ("arguments", "told"),

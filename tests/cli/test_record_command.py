@@ -164,7 +164,7 @@ def full_after(size):
 ENDS_HERE = "run.mcap: the recording ends here: File too large"
 
 
-@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.no_cover
 @pytest.mark.parametrize("options", [[], ["--unrecorded", "stop"]], ids=str)
 def test_a_full_disk_stops_the_run(vmibridge, image, handlers, tmp_path, options):
     arguments = run(image, handlers, "--record", "run.mcap", *options, "--json", code=ENDLESS)
@@ -183,7 +183,7 @@ def test_a_full_disk_stops_the_run(vmibridge, image, handlers, tmp_path, options
     assert numbers
 
 
-@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.no_cover
 def test_or_lets_it_go_on_unrecorded(vmibridge, image, handlers, tmp_path):
     code = COUNTED.format(count=5000)
     arguments = run(image, handlers, "--json", "--record", "run.mcap", code=code)
@@ -196,7 +196,7 @@ def test_or_lets_it_go_on_unrecorded(vmibridge, image, handlers, tmp_path):
     assert len(contents(tmp_path / "clean.mcap")[1]) + lost == 5000
 
 
-@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.no_cover
 def test_no_room_at_all_is_told_before_the_guest_runs(vmibridge, image, handlers):
     arguments = run(image, handlers, "--record", "run.mcap")
     done = vmibridge(*arguments, preexec_fn=full_after(100))
@@ -257,6 +257,7 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
         ("run.mcap", "none/clean.mcap", 1, "none/clean.mcap: No such file or directory"),
     ],
 )
+@pytest.mark.no_cover
 def test_what_cannot_be_recovered_is_one_line(
     vmibridge, recorded, tmp_path, source, target, status, told
 ):

@@ -332,7 +332,8 @@ class TestKills:
         assert summary["own"] == 0
 
     @pytest.mark.slow
-    def test_and_50_times(self, started, image, serve_options, unmeasured):
+    @pytest.mark.no_cover
+    def test_and_50_times(self, started, image, serve_options):
         kills, status, summary = kill_the_server(started, image, serve_options, 50, 60_000)
         assert status == 0, summary
         assert kills == 50

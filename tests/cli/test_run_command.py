@@ -204,6 +204,7 @@ class TestExitStatus:
             ),
         ],
     )
+    @pytest.mark.no_cover
     def test_2_for_wrong_usage_in_one_line(
         self, vmibridge, image, handlers, tmp_path, arguments, told
     ):

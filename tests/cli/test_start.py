@@ -12,7 +12,7 @@ from probe_guest import command
 
 from vmibridge.cli.app import COMMANDS
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = pytest.mark.no_cover
 
 LOADED = "import sys\n{code}\nprint(*sorted(sys.modules))"
 RUN = (

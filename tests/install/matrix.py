@@ -19,6 +19,8 @@ from environments import ROOT, environment, install, installed_python
 from fresh_debian import FreshDebian
 from lock import PYTHONS
 
+SECONDS = 3600
+"""For the tests in a chroot, on a loaded machine."""
 NEWER_DEBIAN = "forky"
 """A Debian whose archive has the Pythons that this machine lacks."""
 IN_CHROOT = "tests/unit tests/conformance tests/fuzz tests/integration/test_unicorn.py tests/cli"
@@ -42,6 +44,7 @@ def run_in_chroot(python: str, folder: Path) -> bool:
         f"cd vmibridge; {install} --require-hashes -r requirements.lock"
         "; .venv/bin/pip install -q --no-deps --no-build-isolation -e .; .venv/bin/pip check"
         f"; .venv/bin/python {' '.join(PYTEST)} {IN_CHROOT}",
+        seconds=SECONDS,
     )
     print(done.stdout[-20_000:], flush=True)
     return done.returncode == 0

@@ -53,6 +53,14 @@ def assemble(source: Path, image: Path, *options: str) -> None:
     run([*command, source, "-o", image], check=True)
 
 
+@pytest.fixture(params=["system", "new"])
+def any_qemu(request) -> str:
+    """Breakpoints do for any QEMU: that of the system, and the one that the plugin needs."""
+    if request.param == "new":
+        return request.getfixturevalue("qemu")
+    return needs("qemu-system-x86_64")
+
+
 @pytest.fixture(scope="session")
 def qemu_i386(qemu: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The QEMU for 32-bit machines that came with the other one."""

@@ -1,11 +1,12 @@
 """Boots the Linux guest, with a host or without, for the tests that need a whole system."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anyio
 import pytest
-from children import run, run_beside
+from children import opened, run, run_beside
 from needs import may_skip
 
 from vmibridge import Bridge, BridgeHandler, BridgeServer, Outcome, open_backend
@@ -103,6 +104,30 @@ class LinuxGuest:
                 if done.returncode:
                     server.stop()  # there may have been no vCPU, for which it would wait
         return Boot(done.returncode, told(done.stdout), outcomes, server.summary)
+
+    async def boot_with_breakpoints(
+        self, what: str, handler: BridgeHandler, sites: Iterable[int], **options: int | str
+    ) -> Boot:
+        """With a host at QEMU's gdbstub: CPUID at these addresses, and all hypercalls, which
+        come by the kernel's handler of undefined instructions. It is where it always is."""
+        guest = replace(self, folder=built_guest())
+        symbols = (await guest.boot_alone("symbols", kernel="nokaslr")).lines
+        (address,) = [line.split()[0] for line in symbols if "asm_exc_invalid_op" in line]
+        where = "&".join([f"ud-handler=0x{address}", *(f"site={site:#x}" for site in sites)])
+        stub = self.place / "gdb"
+        arms = ("-S", "-gdb", f"unix:{stub},server=on,wait=off")
+        outcomes, said = [], b""
+        async with opened(self.command(what, *arms, **options, kernel="nokaslr")) as process:
+            while not stub.exists():
+                await anyio.sleep(0.01)
+            async with open_backend(f"qemu-gdb:unix:{stub}?{where}") as backend:
+                server = BridgeServer(backend, Bridge(handler), timeout=30)
+                async for outcome in server.run():
+                    outcomes.append(outcome)
+            async for part in process.stdout:
+                said += part
+            await process.wait()
+        return Boot(process.returncode, told(said), outcomes, server.summary)
 
 
 def told(output: bytes) -> list[str]:

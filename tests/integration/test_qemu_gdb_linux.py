@@ -8,14 +8,10 @@ from collections import Counter
 
 import anyio
 import pytest
-from children import opened
 from elftools.elf.elffile import ELFFile
-from linux_guest import LinuxGuest, built_guest, exchange, told
-from needs import needs
+from linux_guest import LinuxGuest, built_guest, exchange
 
-from vmibridge import Bridge, BridgeServer, open_backend
-
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.no_cover]
 
 COUNT = 10
 CALLERS = {(3, 64), (3, 32)}
@@ -24,13 +20,6 @@ CALLERS = {(3, 64), (3, 32)}
 @pytest.fixture(scope="module")
 def folder():
     return built_guest()
-
-
-@pytest.fixture(params=["system", "new"])
-def any_qemu(request):
-    if request.param == "new":
-        return request.getfixturevalue("qemu")
-    return needs("qemu-system-x86_64")
 
 
 def cpuids(program):
@@ -51,30 +40,13 @@ async def test_programs_call_by_each_instruction(any_qemu, plugin, folder, tmp_p
     sites = cpuids(folder / "calls-x64") + cpuids(folder / "calls-x86")
     assert sites
     linux = LinuxGuest(any_qemu, plugin, folder, tmp_path)
-    with anyio.fail_after(60):
-        first = await linux.boot_alone("symbols", kernel="nokaslr")
-    (address,) = [line.split()[0] for line in first.lines if "asm_exc_invalid_op" in line]
-    options = "&".join(f"site={address:#x}" for address in sites) + f"&ud-handler=0x{address}"
-    stub = tmp_path / "s"
-    arms = ("-S", "-gdb", f"unix:{stub},server=on,wait=off")
-    command = linux.command("user", *arms, count=COUNT, kernel="nokaslr")
-    seen, outcomes, said = set(), Counter(), b""
-    with anyio.fail_after(200):
-        async with opened(command) as process:
-            while not stub.exists():
-                await anyio.sleep(0.01)
-            async with open_backend(f"qemu-gdb:unix:{stub}?{options}") as backend:
-                server = BridgeServer(backend, Bridge(exchange()), timeout=30)
-                async for outcome in server.run():
-                    event = outcome.event
-                    seen.add((event.reason.value, event.ring, event.width))
-                    outcomes[outcome.kind.value] += 1
-            async for part in process.stdout:
-                said += part
-    lines = told(said)
-    assert lines[-1] == "all right", lines
-    assert seen == {
+    with anyio.fail_after(300):
+        boot = await linux.boot_with_breakpoints("user", exchange(), sites, count=COUNT)
+    assert boot.lines[-1] == "all right", boot.lines
+    events = [outcome.event for outcome in boot.outcomes]
+    assert {(event.reason.value, event.ring, event.width) for event in events} == {
         (reason, *caller) for reason in ("cpuid", "vmcall", "vmmcall") for caller in CALLERS
     }
+    outcomes = Counter(outcome.kind.value for outcome in boot.outcomes)
     assert outcomes.keys() <= {"handled", "waiting"}
     assert outcomes["handled"] >= 6 * COUNT

@@ -369,11 +369,11 @@ class TestAFlood:
     async def test_of_what_nobody_handles_is_answered_and_the_session_goes_on(
         self, guest_code, caplog
     ):
-        # 10,000 times each: a request that nobody has, by VMCALL, and a method that its
+        # 3,000 times each: a request that nobody has, by VMCALL, and a method that its
         # handler has not, by CPUID. Codes and values come from a generator of any numbers.
         code = f"""
             %include "bridge.inc"
-            mov r15d, 10000
+            mov r15d, 3000
             mov r14d, 1
         again:
             imul r14d, r14d, 1664525
@@ -409,11 +409,11 @@ class TestAFlood:
         {PROPER_CALL}"""
         outcomes, summary = await serve(spec_of(guest_code(code)), Jobs())
         assert end_of(summary)["rax"] == PASSED
-        expected = [OutcomeKind.UNMATCHED, OutcomeKind.REJECTED] * 10_000 + [OutcomeKind.HANDLED]
+        expected = [OutcomeKind.UNMATCHED, OutcomeKind.REJECTED] * 3000 + [OutcomeKind.HANDLED]
         assert kinds(outcomes) == expected
-        assert count(summary) == {"unmatched": 10_000, "rejected": 10_000, "handled": 1}
-        assert len({outcome.packet.request for outcome in outcomes}) > 5_000
-        assert len({outcome.packet.method for outcome in outcomes}) > 5_000
+        assert count(summary) == {"unmatched": 3000, "rejected": 3000, "handled": 1}
+        assert len({outcome.packet.request for outcome in outcomes}) > 1500
+        assert len({outcome.packet.method for outcome in outcomes}) > 1500
         assert caplog.records == []  # a guest may not fill the log
 
     async def test_of_jobs_that_nobody_comes_back_for_gets_the_places_that_there_are(

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from children import Child, Children, descendants, left_processes, run
 
+pytestmark = pytest.mark.no_cover
+
 TESTS = Path(__file__).parents[1]
 
 SLEEPS = "import time; print('asleep', flush=True); time.sleep(3600)"

@@ -10,6 +10,8 @@ import pytest
 
 import vmibridge
 
+pytestmark = pytest.mark.no_cover
+
 PACKAGE = Path(vmibridge.__file__).parent
 
 

@@ -9,7 +9,9 @@ They are `guests/programs.c`.
 | stepped | a debugger steps over the traps by ptrace |
 | swapped | a page at two addresses in two processes; a signal handler swaps them, and calls, too |
 
-A 32-bit program is among those of test_linux_guest.py.
+Breakpoints have to know the address of a CPUID: `pie` and `linked`, which are anywhere, make
+hypercalls alone, and the others are where they were linked. A 32-bit program is
+among those of test_linux_guest.py and test_qemu_gdb_linux.py.
 """
 
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 import anyio
 import pytest
 from children import run
+from elftools.elf.elffile import ELFFile
 from linux_guest import LinuxGuest, built_guest
 from needs import needs
 
@@ -32,13 +35,14 @@ pytestmark = [
 PROGRAMS = Path(__file__).parent / "guests/programs.c"
 MASK64 = (1 << 64) - 1
 RUNS, LINKED = 20, 3
+RIGHT = [*["pie right"] * RUNS, *["linked right"] * LINKED, "stepped right", "swapped right"]
 INIT = f"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 for i in $(/bin/busybox seq {RUNS}); do /bin/programs pie || echo "vmibridge: ended by $?"; done
 for i in $(/bin/busybox seq {LINKED}); do /bin/linked & done
 wait
-/bin/programs stepped || echo "vmibridge: ended by $?"
-/bin/programs swapped || echo "vmibridge: ended by $?"
+/bin/fixed stepped || echo "vmibridge: ended by $?"
+/bin/fixed swapped || echo "vmibridge: ended by $?"
 /bin/busybox poweroff -f
 """
 
@@ -68,6 +72,12 @@ def found(name):
     return run([needs("gcc"), f"-print-file-name={name}"], check=True).stdout.strip()
 
 
+def symbol(program, name):
+    with program.open("rb") as file:
+        (found,) = ELFFile(file).get_section_by_name(".symtab").get_symbol_by_name(name)
+    return found["st_value"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A kernel, and an initramfs with the programs."""
@@ -75,12 +85,14 @@ def folder(tmp_path_factory):
     (made / "init").write_text(INIT)
     library = made / "libcall.so"
     gcc("-fPIE", "-static-pie", "-o", made / "programs", PROGRAMS)
+    gcc("-static", "-no-pie", "-o", made / "fixed", PROGRAMS)
     gcc("-shared", "-fPIC", "-DLIBRARY", "-Wl,-soname,libcall.so", "-o", library, PROGRAMS)
     gcc("-DLINKED", "-Wl,-rpath,/lib", "-o", made / "linked", PROGRAMS, library)
     files = {
         "init": made / "init",
         "bin/busybox": base / "busybox",
         "bin/programs": made / "programs",
+        "bin/fixed": made / "fixed",
         "bin/linked": made / "linked",
         "lib/libcall.so": library,
         "lib/libc.so.6": found("libc.so.6"),
@@ -97,12 +109,23 @@ async def test_each_trap_is_of_the_code_that_runs(folder, qemu, plugin, tmp_path
     witness = Witness()
     with anyio.fail_after(300):
         boot = await LinuxGuest(qemu, plugin, folder, tmp_path).boot("", witness, cpus=cpus)
-    assert boot.lines == [
-        *["pie right"] * RUNS,
-        *["linked right"] * LINKED,
-        "stepped right",
-        "swapped right",
-    ]
+    assert boot.lines == RIGHT
+    assert_where_they_were(witness)
+    assert all(event.flags_known for event in witness.events)
+
+
+async def test_and_by_breakpoints(folder, any_qemu, plugin, tmp_path):
+    witness = Witness()
+    linux = LinuxGuest(any_qemu, plugin, folder, tmp_path)
+    with anyio.fail_after(300):
+        boot = await linux.boot_with_breakpoints(
+            "", witness, [symbol(folder / "fixed", "stepped_cpuid")]
+        )
+    assert boot.lines == RIGHT
+    assert_where_they_were(witness)
+
+
+def assert_where_they_were(witness):
     assert witness.wrong == []
     # The kernel has put them somewhere else indeed.
     programs = {event.ip for event in witness.events[:RUNS]}
@@ -110,4 +133,3 @@ async def test_each_trap_is_of_the_code_that_runs(folder, qemu, plugin, tmp_path
     assert min(len(programs), len(libraries)) > 1
     swapped = {event.ip for event in witness.events} & {0x1000_0011, 0x2000_0011}
     assert len(swapped) == 2
-    assert all(event.flags_known for event in witness.events)
