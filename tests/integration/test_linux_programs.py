@@ -114,6 +114,9 @@ async def test_each_trap_is_of_the_code_that_runs(folder, qemu, plugin, tmp_path
     assert all(event.flags_known for event in witness.events)
 
 
+@pytest.mark.parametrize(
+    "any_qemu", ["new", pytest.param("system", marks=pytest.mark.slow)], indirect=True
+)
 async def test_and_by_breakpoints(folder, any_qemu, plugin, tmp_path):
     witness = Witness()
     linux = LinuxGuest(any_qemu, plugin, folder, tmp_path)
