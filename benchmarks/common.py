@@ -18,9 +18,9 @@ from vmibridge import (
     TrapEvent,
     TrapReason,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.event import RegisterWrites, TrapFilter
-from vmibridge.vmi import Backend, GuestEnd, TrapSink
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink
+from vmibridge.vm.trap import RegisterWrites, TrapFilter
 
 Loop: TypeAlias = tuple[str, dict[str, object]]
 R = TypeVar("R")

@@ -41,9 +41,9 @@ from common import (
 )
 
 from vmibridge import Bridge, BridgeContext, BridgeResponse, BridgeServer, OutcomeKind, TrapEvent
-from vmibridge.arch import read_packet, write_response
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.bridge.registers import read_packet, write_response
+from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
 from vmibridge.testing import FakeBackend
 
 VCPUS = 4

@@ -30,7 +30,7 @@ import anyio
 from common import Add, pin
 
 from vmibridge import BridgeServer, open_backend
-from vmibridge.backend.qemu_plugin.build import build_plugin
+from vmibridge.backends.qemu.plugin.build import build_plugin
 
 ROOT = Path(__file__).resolve().parents[1]
 LINUX = ROOT / ".linux"

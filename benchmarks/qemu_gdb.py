@@ -41,7 +41,7 @@ from vmibridge import (
     OutcomeKind,
     open_backend,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 ROOT = Path(__file__).parents[1]
 GUEST = ROOT / "tests/integration/guests/micro.asm"

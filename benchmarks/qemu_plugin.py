@@ -38,10 +38,10 @@ from vmibridge import (
     OutcomeKind,
     open_backend,
 )
-from vmibridge.backend.qemu_plugin.build import build_plugin
-from vmibridge.backend.qemu_plugin.protocol import PROTOCOL
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.qemu.find import PLUGIN_NEEDS, find_qemu
+from vmibridge.backends.qemu.find import PLUGIN_NEEDS, find_qemu
+from vmibridge.backends.qemu.plugin.build import build_plugin
+from vmibridge.backends.qemu.plugin.protocol import PROTOCOL
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 ROOT = Path(__file__).parents[1]
 MASK64 = (1 << 64) - 1

@@ -33,10 +33,10 @@ from vmibridge import (
     Registers,
     TrapEvent,
 )
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import REPLY, TRAP
-from vmibridge.recording.reader import RecordingReader
 from vmibridge.recording.recorder import Recorder
-from vmibridge.recording.replay import ReplayBackend
+from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.testing import FakeBackend
 
 VCPUS = 4

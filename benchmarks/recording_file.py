@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from vmibridge import BridgeContext, BridgeHandler, BridgePacket, BridgeResponse, Gate, method
-from vmibridge.arch import read_packet
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapReason
-from vmibridge.outcome import OutcomeKind
-from vmibridge.recording.chunk import ChunkBuilder
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.bridge.registers import read_packet
+from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
     MEMORY,
     NOTE,
@@ -21,7 +21,7 @@ from vmibridge.recording.messages import (
     Reply,
     Session,
 )
-from vmibridge.recording.writer import RecordingWriter
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
 
 _CHUNK = 1 << 20
 _VMS = ("red", "blue")

@@ -28,9 +28,9 @@ import anyio
 from common import LOOPS, QUEUE, REQUEST, ClosedLoop, Loop, Sleep, make_events, pin, run
 
 from vmibridge import BridgeContext, BridgeResponse, BridgeServer, OutcomeKind, TrapEvent
-from vmibridge.arch import read_packet, write_response
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.event import TrapFilter
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.bridge.registers import read_packet, write_response
+from vmibridge.vm.trap import TrapFilter
 
 SLEEP = 0.05
 TIMEOUT = 60.0

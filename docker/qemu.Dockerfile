@@ -12,7 +12,7 @@ WORKDIR /build
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY vmibridge/backend/qemu_plugin/plugin ./
+COPY vmibridge/backends/qemu/plugin/plugin ./
 RUN gcc -shared -fPIC -O2 -std=c11 -Wall -Wextra -fvisibility=hidden -Werror -o plugin.so ./*.c
 
 FROM base

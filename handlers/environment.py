@@ -34,7 +34,7 @@ from vmibridge import (
     StatusKind,
     method,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 MAX_NAME = 256
 """Bytes of a name, without its NUL."""

@@ -67,7 +67,7 @@ from vmibridge import (
     StatusKind,
     method,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.errors import MissingExtraError, ServerStateError
 
 if TYPE_CHECKING:

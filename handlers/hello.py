@@ -28,7 +28,7 @@ from vmibridge import (
     Status,
     StatusKind,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 MAX_NAME = 256
 """Bytes of a name, without its NUL."""

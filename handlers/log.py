@@ -31,9 +31,9 @@ from vmibridge import (
     StatusKind,
     method,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.memory import MAX_ACCESS
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.text import printable
+from vmibridge.vm.memory import MAX_ACCESS
 
 log = logging.getLogger("vmibridge.guest")
 

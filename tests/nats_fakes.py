@@ -5,8 +5,8 @@ from contextlib import asynccontextmanager
 import anyio
 from nats_parts import plain_client, settle, until
 
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.transport.nats_message import (
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.transport.nats.message import (
     FROM_NATS_AGENT,
     FROM_NATS_SERVER,
     Messages,

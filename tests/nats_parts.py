@@ -14,7 +14,7 @@ from children import Child
 from remote_parts import carry
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
-from vmibridge.contract import STANDARD_MAGIC
+from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.errors import BackendError
 from vmibridge.testing import FakeGuest
 from vmibridge.transport import AgentServer

@@ -11,9 +11,9 @@ from vmibridge import (
     Gate,
     method,
 )
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.outcome import OutcomeKind
-from vmibridge.recording.chunk import ChunkBuilder
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
     CHANNELS,
     RecordedHandler,
@@ -22,8 +22,8 @@ from vmibridge.recording.messages import (
     Session,
 )
 from vmibridge.recording.recorder import Recorder
-from vmibridge.recording.writer import RecordingWriter
 from vmibridge.testing import FakeGuest
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 MAGIC = 0xFEDC_BA98
 MOST = (1 << 64) - 1

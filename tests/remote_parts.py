@@ -7,11 +7,10 @@ from typing import NamedTuple
 import anyio
 
 from vmibridge import BridgeHandler, BridgeResponse, method
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.event import Registers, TrapEvent, TrapReason
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.transport import Agent, AgentServer
-from vmibridge.transport.connection import Connection, ConnectionLostError
-from vmibridge.transport.sockets import connect, listen
+from vmibridge.transport.sockets.connection import Connection, ConnectionLostError
+from vmibridge.transport.sockets.endpoints import connect, listen
 from vmibridge.transport.urls import parse_url
 from vmibridge.transport.wire import (
     FROM_SERVER,
@@ -22,6 +21,7 @@ from vmibridge.transport.wire import (
     Welcome,
     trap_frame,
 )
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 REQUEST = 0x0100
 

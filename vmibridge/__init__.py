@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmibridge.backend import open_backend
-    from vmibridge.context import BridgeContext
-    from vmibridge.contract import (
+    from vmibridge.backends import open_backend
+    from vmibridge.bridge.context import BridgeContext
+    from vmibridge.bridge.contract import (
         STANDARD_FALLBACK,
         STANDARD_MAGIC,
         STANDARD_VERIFY_VALUE3,
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
         STANDARD_WAIT,
         BridgeContract,
     )
-    from vmibridge.dispatch import Bridge, BridgeDispatch
+    from vmibridge.bridge.dispatch import Bridge, BridgeDispatch
+    from vmibridge.bridge.handler import BridgeHandler, method
+    from vmibridge.bridge.outcome import Outcome, OutcomeKind
+    from vmibridge.bridge.packet import BridgePacket
+    from vmibridge.bridge.response import BridgeResponse
+    from vmibridge.bridge.status import Gate, Status, StatusKind
+    from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+    from vmibridge.engine.server import BridgeServer
     from vmibridge.errors import GuestMemoryError, VmiBridgeError
-    from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapReason
-    from vmibridge.handler import BridgeHandler, method
-    from vmibridge.outcome import Outcome, OutcomeKind
-    from vmibridge.packet import BridgePacket
-    from vmibridge.policy import AddressRange, Policy, Quota, Rate
-    from vmibridge.response import BridgeResponse
-    from vmibridge.server import BridgeServer
-    from vmibridge.status import Gate, Status, StatusKind
+    from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
 
 __version__ = "0.2.0"
 """That of the newest dated section of CHANGELOG.md."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import anyio
 
-from vmibridge.context import BridgeContext
-from vmibridge.dispatch import Bridge, Target
+from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.dispatch import Bridge, Target
+from vmibridge.bridge.outcome import Outcome
+from vmibridge.bridge.packet import BridgePacket
 from vmibridge.errors import BackendError, GuestMemoryError, TrapQueueClosedError
-from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
-from vmibridge.outcome import Outcome
-from vmibridge.packet import BridgePacket
-from vmibridge.vmi import Backend, GuestEnd, TrapSink, VcpuEnd
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
 __all__ = ["FakeBackend", "FakeGuest", "FakeMemory", "drive"]
 

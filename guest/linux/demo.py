@@ -20,8 +20,8 @@ from anyio.abc import Process
 from anyio.streams.text import TextReceiveStream
 
 from vmibridge import Bridge, BridgeResponse, BridgeServer, Outcome, open_backend
-from vmibridge.backend.qemu_plugin.build import build_plugin
-from vmibridge.loading import load_handlers
+from vmibridge.backends.qemu.plugin.build import build_plugin
+from vmibridge.config import load_handlers
 from vmibridge.text import printable
 
 HERE = Path(__file__).resolve().parent

@@ -19,7 +19,7 @@ from vmibridge import (
     GuestMemoryError,
     method,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 MASK = (1 << 64) - 1
 MOST = 64 << 10

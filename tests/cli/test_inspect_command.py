@@ -14,9 +14,9 @@ from children import run as run_child
 from probe_guest import PAUSE, command
 from recorded_session import STEER, record, reply, session, trap, write_file
 
-from vmibridge.outcome import OutcomeKind
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import MemoryAccess, Note
-from vmibridge.recording.reader import RecordingReader
 
 PRINTING = [["inspect"], ["export", "--to", "jsonl", "-o", "-"]]
 HEADER = [

@@ -9,7 +9,7 @@ from nats_parts import nats_server, serve_processes
 
 from vmibridge.cli import main
 from vmibridge.errors import RecordingError
-from vmibridge.transport import nats_store
+from vmibridge.transport.nats import store as nats_store
 
 PASSED = 0x600D
 
@@ -191,7 +191,7 @@ class TestRecordings:
     @pytest.mark.anyio
     @pytest.mark.parametrize("anyio_backend", ["asyncio"])
     async def test_an_empty_store_lists_nothing(self, jetstream, recording, tmp_path):
-        from vmibridge.transport.nats_url import parse_nats_url
+        from vmibridge.transport.urls.nats import parse_nats_url
 
         url = parse_nats_url(jetstream.url)
         kept = await nats_store.put_recording(url, recording)

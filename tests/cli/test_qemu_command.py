@@ -14,7 +14,7 @@ GUEST = Path(__file__).parents[1] / "integration/guests/micro.asm"
 ALL_RIGHT, NO_STAMPS = 33, 35
 HANDLERS = """
 from vmibridge import BridgeHandler, BridgeResponse
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 class Invert(BridgeHandler[None]):
     MAGIC, REQUEST = STANDARD_MAGIC, 0x0100

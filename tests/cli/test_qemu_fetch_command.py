@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from probe_guest import command
 
-from vmibridge.qemu.find import PLUGIN_NEEDS, find_qemu
+from vmibridge.backends.qemu.find import PLUGIN_NEEDS, find_qemu
 
 NAME = "qemu-system-x86_64"
 RELEASE = Path("/etc/os-release")

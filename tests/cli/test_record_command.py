@@ -18,9 +18,9 @@ import pytest
 from children import Child
 from probe_guest import calls, command
 
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.file.recover import recover
 from vmibridge.recording.messages import Note, Session
-from vmibridge.recording.reader import RecordingReader
-from vmibridge.recording.recover import recover
 from vmibridge.recording.traps import recorded_traps
 
 FLUSH_TRAPS = 1000

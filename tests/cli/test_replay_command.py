@@ -10,7 +10,7 @@ import pytest
 from probe_guest import calls, command
 
 from vmibridge import Bridge, BridgeServer, open_backend
-from vmibridge.loading import load_handlers
+from vmibridge.config import load_handlers
 from vmibridge.recording.recorder import Recorder
 
 MEMORY_HANDLER = '''

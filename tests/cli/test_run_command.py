@@ -143,7 +143,7 @@ class TestForPeople:
         spec = ["run", "--backend", f"unicorn:{image(calls(3))}", "--handlers", handlers]
         brief = vmibridge(*spec).stderr.splitlines()
         assert len(brief) == 1
-        assert brief[0].startswith("ERROR vmibridge.dispatch: handler probe failed")
+        assert brief[0].startswith("ERROR vmibridge.bridge.dispatch: handler probe failed")
         full = vmibridge(*spec, "--log-level", "debug").stderr
         assert "Traceback" in full
         assert "\x1b" not in full

@@ -5,19 +5,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge.arch import write_response
-from vmibridge.contract import (
+from vmibridge.bridge.contract import (
     STANDARD_MAGIC,
     STANDARD_VERIFY_VALUE3,
     STANDARD_VERIFY_VALUE4,
     BridgeContract,
 )
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.handler import BridgeHandler, contract_of
-from vmibridge.outcome import OutcomeKind
-from vmibridge.packet import BridgePacket
-from vmibridge.response import BridgeResponse
+from vmibridge.bridge.handler import BridgeHandler, contract_of
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.registers import write_response
+from vmibridge.bridge.response import BridgeResponse
 from vmibridge.testing import drive
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 laws = settings(max_examples=examples(200))
 u64 = st.integers(0, 0xFFFF_FFFF_FFFF_FFFF)

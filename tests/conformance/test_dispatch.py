@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge.context import BridgeContext
-from vmibridge.contract import BridgeContract
-from vmibridge.dispatch import Bridge, BridgeDispatch
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.handler import BridgeHandler, method
-from vmibridge.outcome import Outcome, OutcomeKind
-from vmibridge.packet import BridgePacket
-from vmibridge.response import BridgeResponse
-from vmibridge.settings import ServerSettings
-from vmibridge.status import Status
+from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.contract import BridgeContract
+from vmibridge.bridge.dispatch import Bridge, BridgeDispatch
+from vmibridge.bridge.handler import BridgeHandler, method
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.response import BridgeResponse
+from vmibridge.bridge.status import Status
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeBackend
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 MAGIC, OTHER_MAGIC, UNKNOWN_MAGIC = 0x4249_4D56, 0x5245_4854, 0xDEAD_BEEF
 VMCALL, CPUID = TrapReason.VMCALL, TrapReason.CPUID

@@ -13,12 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge.arch import form_of, is_guest_request, magic_of, read_packet, write_response
-from vmibridge.arch.instruction import decode_trap
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.registers import (
+    form_of,
+    is_guest_request,
+    magic_of,
+    read_packet,
+    write_response,
+)
+from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import UnsupportedTrapError
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.packet import BridgePacket
-from vmibridge.response import BridgeResponse
+from vmibridge.vm.arch.x86.instruction import decode_trap
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 REQUEST = """
 | field | x64 VMCALL | x86 VMCALL | x64 CPUID | x86 CPUID |

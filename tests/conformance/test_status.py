@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge.status import Gate, Status, StatusKind
+from vmibridge.bridge.status import Gate, Status, StatusKind
 
 laws = settings(max_examples=examples(300))
 u8 = st.integers(0, 0xFF)

@@ -15,7 +15,7 @@ import yaml
 from children import run
 from needs import needs
 
-from vmibridge.backend.qemu_plugin.build import _FLAGS
+from vmibridge.backends.qemu.plugin.build import _FLAGS
 from vmibridge.cli import main
 
 ROOT = Path(__file__).parents[2]

@@ -29,20 +29,19 @@ from needs import needs
 
 from vmibridge import BridgeHandler, BridgeServer, Gate, OutcomeKind, StatusKind
 from vmibridge import method as mark_method
-from vmibridge.backend.spec import parse_size
-from vmibridge.backend.unicorn import UnicornOptions
+from vmibridge.backends.unicorn.backend import UnicornOptions
 from vmibridge.cli.handlers import HandlerLine, MethodLine
 from vmibridge.cli.trap_line import TrapLine, VcpuLine, summary_json
-from vmibridge.config import Config
+from vmibridge.config import Config, find_handlers
+from vmibridge.engine.handshake import VERSION, Feature, Host, Limit
+from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.summary import Summary
 from vmibridge.errors import ConfigError
-from vmibridge.host import VERSION, Feature, Host, Limit
-from vmibridge.loading import find_handlers
-from vmibridge.memory import GuestMemory
-from vmibridge.policy import AddressRange, Policy, Quota, Rate
 from vmibridge.recording.export.jsonl import FullTrapRecord
 from vmibridge.recording.export.rows import ACCESS_COLUMNS, TRAP_COLUMNS
-from vmibridge.settings import ServerSettings
-from vmibridge.summary import Summary
+from vmibridge.vm.memory import GuestMemory
+from vmibridge.vm.spec import parse_size
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

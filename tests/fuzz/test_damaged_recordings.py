@@ -22,9 +22,10 @@ from laws import examples
 from recorded_session import reply, session, trap, write_file
 
 from vmibridge.errors import RecordingReadError
-from vmibridge.event import TrapEvent
-from vmibridge.recording import reader as reader_module
-from vmibridge.recording import writer
+from vmibridge.recording.file import reader as reader_module
+from vmibridge.recording.file import writer
+from vmibridge.recording.file.reader import MAX_CHUNK, RecordingReader
+from vmibridge.recording.file.recover import recover
 from vmibridge.recording.messages import (
     CHANNELS,
     MEMORY,
@@ -35,9 +36,8 @@ from vmibridge.recording.messages import (
     MemoryAccess,
     Note,
 )
-from vmibridge.recording.reader import MAX_CHUNK, RecordingReader
-from vmibridge.recording.recover import recover
 from vmibridge.recording.traps import recorded_traps
+from vmibridge.vm.trap import TrapEvent
 
 # The same lines, for every example: other tests show that they are covered.
 pytestmark = pytest.mark.no_cover

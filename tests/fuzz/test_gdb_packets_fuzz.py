@@ -4,10 +4,16 @@ import random
 
 import pytest
 
-from vmibridge.backend.qemu_gdb import commands
-from vmibridge.backend.qemu_gdb.commands import StubError
-from vmibridge.backend.qemu_gdb.packets import Mark, Notification, PacketError, PacketReader, encode
-from vmibridge.backend.qemu_gdb.registers import parse_description
+from vmibridge.backends.qemu.gdb import commands
+from vmibridge.backends.qemu.gdb.commands import StubError
+from vmibridge.backends.qemu.gdb.packets import (
+    Mark,
+    Notification,
+    PacketError,
+    PacketReader,
+    encode,
+)
+from vmibridge.backends.qemu.gdb.registers import parse_description
 
 # The same lines, for every example: other tests show that they are covered.
 pytestmark = pytest.mark.no_cover

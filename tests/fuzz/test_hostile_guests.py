@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmibridge import Bridge, BridgeServer, OutcomeKind, open_backend
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.loading import load_handlers
-from vmibridge.tap import Tap
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.config import load_handlers
+from vmibridge.engine.taps import Tap
 
 # The same lines, for every example: other tests show that they are covered.
 pytestmark = pytest.mark.no_cover

@@ -31,15 +31,15 @@ from vmibridge.testing import FakeGuest, drive
 MAGIC = 0x42494D56
 NEEDS = {
     "vmibridge.cli": "cli",
-    "vmibridge.loops.on_trio": "trio",
+    "vmibridge.aio.parking_trio": "trio",
     "vmibridge.recording": "recording",
     "vmibridge.recording.export.parquet": "parquet",
     "vmibridge.recording.export.perfetto": "perfetto",
-    "vmibridge.transport.nats_py": "nats",
-    "vmibridge.backend.unicorn": "unicorn",
-    "vmibridge.backend.unicorn_vcpu": "unicorn",
-    "vmibridge.backend.unicorn_code": "unicorn",
-    "vmibridge.backend.unicorn_registers": "unicorn",
+    "vmibridge.transport.nats.patched": "nats",
+    "vmibridge.backends.unicorn.backend": "unicorn",
+    "vmibridge.backends.unicorn.vcpu": "unicorn",
+    "vmibridge.backends.unicorn.code": "unicorn",
+    "vmibridge.backends.unicorn.registers": "unicorn",
 }
 """What a module, with all below it, needs to be imported, where it does not say so itself."""
 
@@ -148,7 +148,7 @@ def unicorn() -> None:
 
 
 def gdb() -> None:
-    from vmibridge.backend.qemu_gdb.sites import sites_of
+    from vmibridge.backends.qemu.gdb.sites import sites_of
 
     assert sites_of("qemu-gdb:unix:s", [], Path(os.environ["ELF"]), ["site"]) == [0x40_0000]
 
@@ -167,8 +167,7 @@ class OneFile(BaseHTTPRequestHandler):
 
 
 def fetch() -> None:
-    from vmibridge.config import Config
-    from vmibridge.loading import load_handlers
+    from vmibridge.config import Config, load_handlers
 
     with ThreadingHTTPServer(("127.0.0.1", 0), OneFile) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -206,7 +205,7 @@ def recording() -> None:
 def exported(name: str) -> None:
     from vmibridge.recording import RecordingReader
     from vmibridge.recording.export import Export
-    from vmibridge.recording.select import Selection
+    from vmibridge.recording.selection import Selection
 
     with tempfile.TemporaryDirectory() as folder:
         file = recorded(folder)

@@ -8,7 +8,7 @@ from children import run
 from needs import needs
 from qemu_machine import Machine
 
-from vmibridge.backend.qemu_plugin.build import build_plugin
+from vmibridge.backends.qemu.plugin.build import build_plugin
 
 ROOT = Path(__file__).parents[2]
 GUESTS = Path(__file__).parent / "guests"

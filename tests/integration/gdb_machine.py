@@ -13,7 +13,7 @@ from children import opened
 from needs import needs
 
 from vmibridge import Bridge, BridgeServer, open_backend, sockets
-from vmibridge.qemu.qmp import Qmp
+from vmibridge.backends.qemu.qmp import Qmp
 
 KVM = "/dev/kvm"
 

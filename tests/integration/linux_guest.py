@@ -10,8 +10,8 @@ from children import opened, run, run_beside
 from needs import may_skip
 
 from vmibridge import Bridge, BridgeHandler, BridgeServer, Outcome, open_backend
-from vmibridge.loading import load_handlers
-from vmibridge.summary import Summary
+from vmibridge.config import load_handlers
+from vmibridge.engine.summary import Summary
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "guest/linux"

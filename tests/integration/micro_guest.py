@@ -6,7 +6,7 @@ import anyio
 import anyio.lowlevel
 
 from vmibridge import BridgeHandler, BridgeResponse, method
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 CPUID, VMCALL, VMMCALL, ALL = 1, 2, 3, 4
 """HOW it calls."""

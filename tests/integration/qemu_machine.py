@@ -7,7 +7,7 @@ import anyio
 from children import run_beside
 
 from vmibridge import Bridge, BridgeServer, open_backend
-from vmibridge.qemu.process import QemuProcess
+from vmibridge.backends.qemu.process import QemuProcess
 
 
 class Machine:

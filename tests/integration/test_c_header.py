@@ -18,8 +18,8 @@ from vmibridge import (
     method,
     open_backend,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.host import Feature, Host, HostInfo
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.engine.handshake import Feature, Host, HostInfo
 
 pytestmark = pytest.mark.anyio
 

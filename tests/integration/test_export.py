@@ -15,14 +15,14 @@ import pytest
 from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackEvent
 from recorded_session import MOST, STEER, record, reply, session, trap, write_file
 
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError, MissingExtraError, RecordingError
-from vmibridge.event import RegisterWrites
-from vmibridge.outcome import OutcomeKind
 from vmibridge.recording.export import FORMATS, Export, target_of
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import MemoryAccess, Note
-from vmibridge.recording.reader import RecordingReader
-from vmibridge.recording.select import Selection
+from vmibridge.recording.selection import Selection
 from vmibridge.recording.traps import recorded_traps
+from vmibridge.vm.trap import RegisterWrites
 
 BEGIN, END, INSTANT = (
     getattr(TrackEvent, f"TYPE_{word}") for word in ("SLICE_BEGIN", "SLICE_END", "INSTANT")

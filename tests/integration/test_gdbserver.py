@@ -12,13 +12,13 @@ import pytest
 from children import opened, run
 from needs import needs
 
-from vmibridge.backend import open_backend
-from vmibridge.backend.qemu_gdb import commands
-from vmibridge.backend.qemu_gdb.client import GdbClient, connect, reading
-from vmibridge.backend.qemu_gdb.commands import Exit, Stop
-from vmibridge.backend.qemu_gdb.packets import encode
+from vmibridge.backends import open_backend
+from vmibridge.backends.qemu.gdb import commands
+from vmibridge.backends.qemu.gdb.client import GdbClient, connect, reading
+from vmibridge.backends.qemu.gdb.commands import Exit, Stop
+from vmibridge.backends.qemu.gdb.packets import encode
 from vmibridge.errors import BackendError
-from vmibridge.event import RegisterWrites
+from vmibridge.vm.trap import RegisterWrites
 
 pytestmark = pytest.mark.anyio
 GUESTS = Path(__file__).parent / "guests"

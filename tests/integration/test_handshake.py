@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vmibridge import Bridge, BridgeHandler, BridgeServer, OutcomeKind, open_backend
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.host import NO_END, VERSION, Feature, Host, HostInfo, Limit
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.engine.handshake import NO_END, VERSION, Feature, Host, HostInfo, Limit
 
 pytestmark = pytest.mark.anyio
 
@@ -149,7 +149,7 @@ async def test_no_host_at_all_is_safe_to_ask_by_cpuid(build_guest, width):
 
 @every_form
 async def test_a_host_of_another_major_version_is_not_taken(build_guest, width, how, monkeypatch):
-    monkeypatch.setattr("vmibridge.host.VERSION", 0x0002_0000)
+    monkeypatch.setattr("vmibridge.engine.handshake.VERSION", 0x0002_0000)
     end, _ = await run_guest(build_guest, width, how, Host(INFO))
     assert end == NO_VERSION
 

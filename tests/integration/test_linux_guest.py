@@ -11,8 +11,8 @@ import pytest
 from linux_guest import LinuxGuest, built_guest, exchange
 
 from vmibridge import BridgeHandler, TrapReason
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.policy import Policy
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.engine.policy import Policy
 
 pytestmark = pytest.mark.anyio
 

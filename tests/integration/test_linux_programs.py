@@ -25,7 +25,7 @@ from linux_guest import LinuxGuest, built_guest
 from needs import needs
 
 from vmibridge import BridgeHandler, BridgeResponse
-from vmibridge.contract import STANDARD_MAGIC
+from vmibridge.bridge.contract import STANDARD_MAGIC
 
 pytestmark = [
     pytest.mark.anyio,
@@ -99,7 +99,10 @@ def folder(tmp_path_factory):
         "lib64/ld-linux-x86-64.so.2": found("ld-linux-x86-64.so.2"),
     }
     pairs = [f"{name}={file}" for name, file in files.items()]
-    run([sys.executable, "-m", "vmibridge.qemu.initramfs", made / "initrd", *pairs], check=True)
+    run(
+        [sys.executable, "-m", "vmibridge.backends.qemu.initramfs", made / "initrd", *pairs],
+        check=True,
+    )
     (made / "vmlinuz").symlink_to(base / "vmlinuz")
     return made
 

@@ -22,13 +22,13 @@ from vmibridge import (
     method,
     open_backend,
 )
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.outcome import OutcomeKind
-from vmibridge.settings import ServerSettings
-from vmibridge.status import Gate
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.bridge.status import Gate
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest
 from vmibridge.transport import AgentServer, RemoteBackend
-from vmibridge.transport.nats_subjects import partition_of
+from vmibridge.transport.nats.subjects import partition_of
 
 CPUID, VMCALL, VMMCALL = 1, 2, 3
 PASSED = 0x600D

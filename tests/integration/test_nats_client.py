@@ -9,8 +9,8 @@ from nats_parts import ON_ASYNCIO, nats_server, plain_client, settle, until
 
 from vmibridge.errors import BackendError
 from vmibridge.transport import AgentServer
-from vmibridge.transport.nats_client import NatsClient
-from vmibridge.transport.nats_url import parse_nats_url
+from vmibridge.transport.nats.client import NatsClient
+from vmibridge.transport.urls.nats import parse_nats_url
 
 pytestmark = ON_ASYNCIO
 
@@ -48,7 +48,7 @@ async def heard(nats, taken):
 
 class TestPublish:
     async def test_what_does_not_fit_into_the_buffer_waits_in_order(self, nats, monkeypatch):
-        monkeypatch.setattr("vmibridge.transport.nats_client._PENDING", 64 << 10)
+        monkeypatch.setattr("vmibridge.transport.nats.client._PENDING", 64 << 10)
         taken = Taken()
         sent = [number.to_bytes(4, "little") * 1024 for number in range(500)]
         async with heard(nats, taken) as client:
@@ -61,8 +61,8 @@ class TestPublish:
         assert taken.data == [*sent, b"last"]
 
     async def test_beyond_its_bound_it_is_lost_and_what_comes_later_is_not(self, nats, monkeypatch):
-        monkeypatch.setattr("vmibridge.transport.nats_client._PENDING", 64 << 10)
-        monkeypatch.setattr("vmibridge.transport.nats_client._MOST_UNSENT", 128 << 10)
+        monkeypatch.setattr("vmibridge.transport.nats.client._PENDING", 64 << 10)
+        monkeypatch.setattr("vmibridge.transport.nats.client._MOST_UNSENT", 128 << 10)
         taken = Taken()
         sent = [number.to_bytes(4, "little") * 1024 for number in range(500)]
         async with heard(nats, taken) as client:
@@ -82,15 +82,15 @@ class TestPublish:
         assert "NATS takes messages of 12 bytes: too little for 100" in caplog.text
 
     async def test_one_for_a_connection_that_is_closed_is_lost(self, client, nats, caplog):
-        caplog.set_level("DEBUG", "vmibridge.transport.nats_client")
+        caplog.set_level("DEBUG", "vmibridge.transport.nats.client")
         await client.nats.close()
         assert client.closed.is_set()
         client.publish("here", b"lost")
         assert "a message is lost: ConnectionClosedError" in caplog.text
 
     async def test_so_is_one_too_many_while_nats_is_away(self, nats, monkeypatch, caplog):
-        caplog.set_level("DEBUG", "vmibridge.transport.nats_client")
-        monkeypatch.setattr("vmibridge.transport.nats_client._PENDING", 1 << 10)
+        caplog.set_level("DEBUG", "vmibridge.transport.nats.client")
+        monkeypatch.setattr("vmibridge.transport.nats.client._PENDING", 1 << 10)
         async with NatsClient(parse_nats_url(nats.url), "test") as client:
             nats.stop()
             await until(lambda: not client.nats.is_connected)

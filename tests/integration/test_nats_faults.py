@@ -12,7 +12,7 @@ from nats_parts import (
 )
 from remote_parts import carry, served
 
-from vmibridge.settings import ServerSettings
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentServer
 
 LONG = ServerSettings(timeout=3600)

@@ -10,12 +10,11 @@ from nats_parts import AT, ON_ASYNCIO, Work, ask, nats_server, until
 from remote_parts import carry, frame_of, served, trap
 
 from vmibridge import BridgeHandler, BridgeResponse, method
-from vmibridge.contract import STANDARD_MAGIC, GuestRead
-from vmibridge.event import TrapReason
-from vmibridge.settings import ServerSettings
-from vmibridge.status import Gate
+from vmibridge.bridge.contract import STANDARD_MAGIC, GuestRead
+from vmibridge.bridge.status import Gate
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest
-from vmibridge.transport.nats_message import Ask, Taken
+from vmibridge.transport.nats.message import Ask, Taken
 from vmibridge.transport.wire import (
     AgentLimits,
     Answer,
@@ -33,6 +32,7 @@ from vmibridge.transport.wire import (
     Welcome,
     Write,
 )
+from vmibridge.vm.trap import TrapReason
 
 pytestmark = ON_ASYNCIO
 
@@ -109,7 +109,7 @@ class TestAnAgent:
         assert vm.values == [5]
 
     async def test_drops_what_is_garbage_from_nobody_or_about_another_trap(self, nats, caplog):
-        caplog.set_level("DEBUG", "vmibridge.transport.nats_link")
+        caplog.set_level("DEBUG", "vmibridge.transport.nats.agent_link")
         vm = Calls()
         async with FakeServer.running(nats.url) as server, anyio.create_task_group() as tasks:
             tasks.start_soon(carry, vm, nats.url)
@@ -396,7 +396,7 @@ class TestAServer:
     async def test_waits_for_an_agent_that_does_not_say_whether_it_is_there(
         self, nats, monkeypatch
     ):
-        monkeypatch.setattr("vmibridge.transport.nats_serve._PROBE", 0.2)
+        monkeypatch.setattr("vmibridge.transport.nats.listener._PROBE", 0.2)
         async with (
             served(nats.url, Work()) as server,
             FakeAgent.running(nats.url) as before,

@@ -5,9 +5,9 @@ import pytest
 from nats_parts import ON_ASYNCIO, nats_server
 
 from vmibridge.errors import BackendError, RecordingError
-from vmibridge.transport import nats_store
-from vmibridge.transport.nats_store import get_recording, list_recordings, put_recording
-from vmibridge.transport.nats_url import parse_nats_url
+from vmibridge.transport.nats import store as nats_store
+from vmibridge.transport.nats.store import get_recording, list_recordings, put_recording
+from vmibridge.transport.urls.nats import parse_nats_url
 
 pytestmark = ON_ASYNCIO
 

@@ -11,8 +11,8 @@ from nats_parts import (
 )
 from remote_parts import carry, served
 
-from vmibridge.transport.nats_message import pack
-from vmibridge.transport.nats_subjects import trap_subject
+from vmibridge.transport.nats.message import pack
+from vmibridge.transport.nats.subjects import trap_subject
 from vmibridge.transport.wire import VERSION, WORD, Hello
 
 pytestmark = ON_ASYNCIO

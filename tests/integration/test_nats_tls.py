@@ -6,8 +6,8 @@ import pytest
 from nats_parts import ON_ASYNCIO, PASSWORDS, Guest, Work, fail, nats_server
 from remote_parts import Certificates, carry, served
 
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import BackendError
-from vmibridge.outcome import OutcomeKind
 from vmibridge.transport import AgentServer
 
 pytestmark = ON_ASYNCIO
@@ -124,7 +124,7 @@ class TestNoNats:
             tasks.cancel_scope.cancel()
 
     async def test_one_who_never_speaks_is_given_up(self, monkeypatch):
-        monkeypatch.setattr("vmibridge.transport.nats_client._CONNECT", 0.2)
+        monkeypatch.setattr("vmibridge.transport.nats.client._CONNECT", 0.2)
         listening = await anyio.create_tcp_listener(local_host="127.0.0.1")
         async with listening:
             port = listening.extra(anyio.abc.SocketAttribute.local_port)

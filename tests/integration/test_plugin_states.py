@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from vmibridge import BridgeHandler, BridgeResponse, TrapReason
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 pytestmark = [
     pytest.mark.anyio,

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from micro_guest import Work
 
-from vmibridge.qemu.process import QemuProcess
+from vmibridge.backends.qemu.process import QemuProcess
 
 pytestmark = pytest.mark.anyio
 CPUID, VMCALL = 1, 2

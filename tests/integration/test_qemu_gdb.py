@@ -23,8 +23,8 @@ from micro_guest import (
 )
 
 from vmibridge import open_backend
+from vmibridge.backends.qemu.ram import SharedRam
 from vmibridge.errors import BackendError
-from vmibridge.qemu.ram import SharedRam
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ from gdb_machine import machine_of
 from micro_guest import Work
 
 from vmibridge import open_backend
-from vmibridge.backend.qemu_gdb.packets import encode
+from vmibridge.backends.qemu.gdb.packets import encode
 from vmibridge.errors import BackendSpecError
 
 pytestmark = pytest.mark.anyio

@@ -19,13 +19,13 @@ from micro_guest import (
     Work,
 )
 
-from vmibridge.qemu.ram import SharedRam
+from vmibridge.backends.qemu.ram import SharedRam
 
 pytestmark = pytest.mark.anyio
 
 HANDLERS = """
 from vmibridge import BridgeHandler, BridgeResponse
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 class Invert(BridgeHandler[None]):
     MAGIC, REQUEST = STANDARD_MAGIC, 0x0100

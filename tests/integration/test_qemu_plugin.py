@@ -23,7 +23,7 @@ from micro_guest import (
 )
 from needs import needs
 
-from vmibridge.backend.qemu_plugin.build import build_plugin
+from vmibridge.backends.qemu.plugin.build import build_plugin
 from vmibridge.errors import BackendError
 
 pytestmark = pytest.mark.anyio

@@ -17,8 +17,8 @@ from mcap.stream_reader import StreamReader, breakup_chunk
 
 from tests.integration.test_unicorn import CPUID, Echo, Misbehaves
 from vmibridge import Bridge, BridgeServer, open_backend
+from vmibridge.recording.file.recover import recover
 from vmibridge.recording.recorder import Recorder
-from vmibridge.recording.recover import recover
 
 TOPICS = ["session", "trap", "memory", "reply", "note"]
 COUNT = 30

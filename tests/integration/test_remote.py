@@ -6,9 +6,9 @@ import pytest
 from remote_parts import Certificates, Echo, carry, served
 
 from vmibridge import BridgeHandler, BridgeResponse, method, open_backend
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, GuestRead
-from vmibridge.outcome import OutcomeKind
-from vmibridge.settings import ServerSettings
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, GuestRead
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import Agent
 
 pytestmark = pytest.mark.anyio

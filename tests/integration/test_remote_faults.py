@@ -12,8 +12,8 @@ import pytest
 from remote_parts import Late, Proxy, served
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.settings import ServerSettings
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest
 from vmibridge.transport import Agent
 

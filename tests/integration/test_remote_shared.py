@@ -6,8 +6,8 @@ from nats_parts import ON_ASYNCIO, nats_server
 from remote_parts import carry, served, until
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.settings import ServerSettings
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest
 
 CALLS = 50

@@ -17,9 +17,9 @@ from remote_parts import Certificates, Echo, FakeAgent, frame_of, served, trap
 from vmibridge.errors import BackendError, BackendSpecError
 from vmibridge.testing import FakeBackend
 from vmibridge.transport import Agent, AgentLimits, connection
-from vmibridge.transport.connection import ConnectionLostError
-from vmibridge.transport.dial import RefusedByServerError, dial
-from vmibridge.transport.sockets import tls_context
+from vmibridge.transport.agent.dial import RefusedByServerError, dial
+from vmibridge.transport.sockets.connection import ConnectionLostError
+from vmibridge.transport.sockets.endpoints import tls_context
 from vmibridge.transport.urls import parse_url
 from vmibridge.transport.wire import Ping, encode
 

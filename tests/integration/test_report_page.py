@@ -24,11 +24,12 @@ from vmibridge import (
     GuestMemoryError,
     method,
 )
-from vmibridge.arch import read_packet
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.bridge.registers import read_packet
 from vmibridge.cli import main
-from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapReason
-from vmibridge.outcome import OutcomeKind
-from vmibridge.recording.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
     MEMORY,
     NOTE,
@@ -42,11 +43,10 @@ from vmibridge.recording.messages import (
     Reply,
     Session,
 )
-from vmibridge.recording.reader import RecordingReader
 from vmibridge.recording.recorder import Recorder
 from vmibridge.recording.traps import recorded_traps
-from vmibridge.recording.writer import RecordingWriter
 from vmibridge.testing import FakeGuest
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
 
 MAGIC = 0x1234_5678
 BIG = 0xFEDC_BA98_7654_3210

@@ -20,8 +20,8 @@ from vmibridge import (
     method,
     open_backend,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
 
 pytestmark = pytest.mark.anyio
 

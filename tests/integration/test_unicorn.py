@@ -14,7 +14,7 @@ from vmibridge import (
     method,
     open_backend,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.errors import BackendError, BackendSpecError
 
 pytestmark = pytest.mark.anyio
@@ -406,7 +406,7 @@ class TestGuestMemory:
     async def test_code_that_a_handler_writes_is_what_the_guest_runs_next(
         self, guest_code, trap, paging, aliases, monkeypatch
     ):
-        monkeypatch.setattr("vmibridge.backend.unicorn_code._MAX_ALIASES", aliases)
+        monkeypatch.setattr("vmibridge.backends.unicorn.code._MAX_ALIASES", aliases)
 
         class Patches(Echo):
             @method(4)

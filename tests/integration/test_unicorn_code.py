@@ -4,7 +4,7 @@ import pytest
 from test_unicorn import final, serve
 
 from vmibridge import BridgeHandler, BridgeResponse, OutcomeKind, TrapReason, method
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 pytestmark = pytest.mark.anyio
 

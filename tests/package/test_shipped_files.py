@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmibridge.backend.qemu_plugin.build import SOURCES
+from vmibridge.backends.qemu.plugin.build import SOURCES
 
 ROOT = Path(__file__).parents[2]
 

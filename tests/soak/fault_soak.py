@@ -70,10 +70,10 @@ from vmibridge import (
     TrapReason,
     method,
 )
+from vmibridge.engine.policy import Policy, Quota, Rate
 from vmibridge.errors import BackendError, TrapQueueClosedError
-from vmibridge.memory import MAX_ACCESS
-from vmibridge.policy import Policy, Quota, Rate
-from vmibridge.vmi import Backend, GuestEnd, VcpuEnd
+from vmibridge.vm.backend import Backend, GuestEnd, VcpuEnd
+from vmibridge.vm.memory import MAX_ACCESS
 
 LOOPS = {
     "asyncio": {"backend": "asyncio", "backend_options": {"use_uvloop": False}},

@@ -11,8 +11,8 @@ from transparency.host import Sink
 from transparency.program import Linked
 from transparency.qemu_machine import CAUGHT, LOST, QemuMachine
 from vmibridge import open_backend
+from vmibridge.backends.qemu.process import QemuProcess
 from vmibridge.errors import BackendError
-from vmibridge.qemu.process import QemuProcess
 
 
 class GdbMachine(QemuMachine):

@@ -13,7 +13,7 @@ from transparency.alu import ARITHMETIC, DF, RF
 from transparency.processor import STRING_ORDER
 from transparency.program import Linked
 from transparency.records import Answer, End, Logged, Shown
-from vmibridge.event import Registers, RegisterWrites, TrapEvent
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent
 
 NOTHING = Answer((None, None, None, None))
 _MASKS = {64: (1 << 64) - 1, 32: 0xFFFF_FFFF, 16: 0xFFFF}

@@ -16,9 +16,9 @@ from transparency import layout
 from transparency.host import NOTHING, Sink, compare_memory, compare_result, compare_trap, writes_of
 from transparency.program import Linked
 from vmibridge import open_backend
-from vmibridge.event import RegisterWrites, TrapEvent, TrapFilter
-from vmibridge.qemu.process import QemuProcess
-from vmibridge.vmi import Backend
+from vmibridge.backends.qemu.process import QemuProcess
+from vmibridge.vm.backend import Backend
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 LOST = "it does not end, or ends the VM"
 CAUGHT = (TimeoutError, anyio.EndOfStream)

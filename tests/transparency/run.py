@@ -22,7 +22,7 @@ from transparency.profiles import (
 from transparency.qemu_machine import PluginMachine
 from transparency.search import Found, Machine, find
 from transparency.unicorn_machine import UnicornMachine
-from vmibridge.backend.qemu_plugin.build import build_plugin
+from vmibridge.backends.qemu.plugin.build import build_plugin
 
 _QEMU = Path(__file__).parents[2] / ".qemu/qemu-system-x86_64"
 

@@ -25,7 +25,7 @@ from transparency.profiles import (
 from transparency.qemu_machine import PluginMachine
 from transparency.search import find
 from transparency.unicorn_machine import UnicornMachine
-from vmibridge.backend.qemu_plugin.build import build_plugin
+from vmibridge.backends.qemu.plugin.build import build_plugin
 
 pytestmark = pytest.mark.anyio
 LONG = [pytest.param(at, marks=pytest.mark.slow) for at in range(100_000, 200_000, 20_000)]

@@ -19,8 +19,8 @@ from transparency.host import (
 )
 from transparency.processor import STRING_ORDER
 from transparency.program import Linked
-from vmibridge.backend.unicorn import UnicornBackend, UnicornOptions
-from vmibridge.event import TrapFilter
+from vmibridge.backends.unicorn.backend import UnicornBackend, UnicornOptions
+from vmibridge.vm.trap import TrapFilter
 
 _NAMES = {
     6: ("undefined instruction", "VMCALL", "vmcall", "vmmcall"),

@@ -5,9 +5,9 @@ import pytest
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, Registers
 from vmibridge.errors import BackendError
-from vmibridge.event import TrapEvent, TrapReason
 from vmibridge.testing import FakeBackend
-from vmibridge.vmi import GuestEnd
+from vmibridge.vm.backend import GuestEnd
+from vmibridge.vm.trap import TrapEvent, TrapReason
 
 pytestmark = pytest.mark.anyio
 

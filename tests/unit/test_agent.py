@@ -7,14 +7,13 @@ import pytest
 from remote_parts import trap
 
 from vmibridge import BridgePacket
-from vmibridge.contract import STANDARD_MAGIC, GuestRead
+from vmibridge.bridge.contract import STANDARD_MAGIC, GuestRead
 from vmibridge.errors import BackendError, BackendSpecError, ServerStateError
-from vmibridge.event import RegisterWrites
 from vmibridge.testing import FakeBackend, FakeGuest
 from vmibridge.transport import Agent
-from vmibridge.transport import carrier as module
-from vmibridge.transport.connection import Connection
-from vmibridge.transport.sockets import listen
+from vmibridge.transport.agent import traps as module
+from vmibridge.transport.sockets.connection import Connection
+from vmibridge.transport.sockets.endpoints import listen
 from vmibridge.transport.urls import parse_url
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
@@ -36,6 +35,7 @@ from vmibridge.transport.wire import (
     Write,
     wire_read,
 )
+from vmibridge.vm.trap import RegisterWrites
 
 pytestmark = pytest.mark.anyio
 PACKET = BridgePacket(STANDARD_MAGIC, 0x0100, 1, 5)

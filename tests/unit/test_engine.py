@@ -23,10 +23,10 @@ from vmibridge import (
     TrapReason,
     method,
 )
-from vmibridge.arch.forms import XEN_GUEST_REQUEST, XEN_HVM_OP
+from vmibridge.bridge.registers import XEN_GUEST_REQUEST, XEN_HVM_OP
 from vmibridge.errors import BackendError, HandlerLifeError, ServerStateError
 from vmibridge.testing import FakeBackend, FakeGuest
-from vmibridge.vmi import GuestEnd
+from vmibridge.vm.backend import GuestEnd
 
 pytestmark = pytest.mark.anyio
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmibridge.event import Registers, TrapEvent, TrapReason
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 PG, PAE, LMA = 1 << 31, 1 << 5, 1 << 10
 TOP = (1 << 64) - 1

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vmibridge.errors import BackendError
-from vmibridge.qemu.find import (
+from vmibridge.backends.qemu.find import (
     GDB_NEEDS,
     PLUGIN_NEEDS,
     accelerators,
@@ -13,6 +12,7 @@ from vmibridge.qemu.find import (
     find_qemu,
     memory_size,
 )
+from vmibridge.errors import BackendError
 
 NAME = "qemu-system-x86_64"
 

@@ -7,12 +7,12 @@ import anyio
 import pytest
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, GuestMemoryError
-from vmibridge.backend import open_backend
-from vmibridge.backend.qemu_gdb import backend as module
-from vmibridge.backend.qemu_gdb import client as client_module
-from vmibridge.backend.qemu_gdb import steps
-from vmibridge.backend.qemu_gdb.client import ClientLostError, GdbClient, connect, reading
-from vmibridge.backend.qemu_gdb.packets import PacketReader, encode
+from vmibridge.backends import open_backend
+from vmibridge.backends.qemu.gdb import backend as module
+from vmibridge.backends.qemu.gdb import client as client_module
+from vmibridge.backends.qemu.gdb import steps
+from vmibridge.backends.qemu.gdb.client import ClientLostError, GdbClient, connect, reading
+from vmibridge.backends.qemu.gdb.packets import PacketReader, encode
 from vmibridge.errors import BackendError
 
 pytestmark = pytest.mark.anyio

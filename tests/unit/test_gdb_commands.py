@@ -2,8 +2,8 @@
 
 import pytest
 
-from vmibridge.backend.qemu_gdb import commands
-from vmibridge.backend.qemu_gdb.commands import Exit, ReplyError, Stop, StubError
+from vmibridge.backends.qemu.gdb import commands
+from vmibridge.backends.qemu.gdb.commands import Exit, ReplyError, Stop, StubError
 
 
 @pytest.mark.parametrize(

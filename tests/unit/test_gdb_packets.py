@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmibridge.backend.qemu_gdb.packets import (
+from vmibridge.backends.qemu.gdb.packets import (
     Mark,
     Notification,
     PacketError,

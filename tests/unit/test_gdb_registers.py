@@ -4,8 +4,8 @@ import struct
 
 import pytest
 
-from vmibridge.backend.qemu_gdb.commands import ReplyError
-from vmibridge.backend.qemu_gdb.registers import (
+from vmibridge.backends.qemu.gdb.commands import ReplyError
+from vmibridge.backends.qemu.gdb.registers import (
     MOST_DESCRIPTION,
     QEMU_X86_64,
     Field,
@@ -14,7 +14,7 @@ from vmibridge.backend.qemu_gdb.registers import (
     parse_description,
     parse_frame,
 )
-from vmibridge.event import Registers, RegisterWrites
+from vmibridge.vm.trap import Registers, RegisterWrites
 
 NAMES_64 = [
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),

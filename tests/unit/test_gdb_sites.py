@@ -7,11 +7,11 @@ import pytest
 from children import run
 from needs import needs
 
-from vmibridge.backend import open_backend
-from vmibridge.backend.qemu_gdb.options import parse_spec
-from vmibridge.backend.qemu_gdb.sites import sites_of
-from vmibridge.backend.spec import parse_options
+from vmibridge.backends import open_backend
+from vmibridge.backends.qemu.gdb.options import parse_spec
+from vmibridge.backends.qemu.gdb.sites import sites_of
 from vmibridge.errors import BackendSpecError, MissingExtraError
+from vmibridge.vm.spec import parse_options
 
 SOURCE = """
 .globl _start, call_host, other, prefixed, nowhere

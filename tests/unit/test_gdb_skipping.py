@@ -2,8 +2,8 @@
 
 import pytest
 
-from vmibridge.arch.instruction import decode_trap
-from vmibridge.backend.qemu_gdb.skipping import nop, patch_of, unpatched
+from vmibridge.backends.qemu.gdb.skipping import nop, patch_of, unpatched
+from vmibridge.vm.arch.x86.instruction import decode_trap
 
 CPUID, VMCALL, VMMCALL = b"\x0f\xa2", b"\x0f\x01\xc1", b"\x0f\x01\xd9"
 PREFIXES = [b"", b"\x66", b"\x3e\x66", b"\x48", b"\x66\x4f", b"\x2e" * 12]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmibridge.backend.qemu_gdb.stop_log import StopLog
+from vmibridge.backends.qemu.gdb.stop_log import StopLog
 
 
 @pytest.fixture

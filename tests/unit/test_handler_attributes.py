@@ -5,9 +5,9 @@ import math
 import pytest
 
 from vmibridge import BridgeHandler, BridgeResponse, method
-from vmibridge.contract import GuestRead
+from vmibridge.bridge.contract import GuestRead
+from vmibridge.config import load_handlers
 from vmibridge.errors import HandlerLoadError
-from vmibridge.loading import load_handlers
 
 OWN = [*(name for name in dir(BridgeHandler) if name[0] != "_"), "__aenter__", "__aexit__"]
 DECLARED = [name for name in BridgeHandler.__annotations__ if name != "methods"]

@@ -17,7 +17,7 @@ from vmibridge import (
     Rate,
     method,
 )
-from vmibridge.host import NO_END, VERSION, Feature, Host, Limit
+from vmibridge.engine.handshake import NO_END, VERSION, Feature, Host, Limit
 from vmibridge.testing import FakeGuest
 
 pytestmark = pytest.mark.anyio

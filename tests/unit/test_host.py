@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from laws import examples
 
 from vmibridge import Bridge, BridgePacket, BridgeServer, OutcomeKind
-from vmibridge.arch import form_of, read_packet, write_response
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.host import Feature, Host, HostInfo, Limit
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.registers import form_of, read_packet, write_response
+from vmibridge.engine.handshake import Feature, Host, HostInfo, Limit
 from vmibridge.testing import FakeBackend, drive
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from vmibridge.inline import run_inline
+from vmibridge.aio.coroutines import run_inline
 
 VAR: ContextVar[str] = ContextVar("VAR", default="unset")
 

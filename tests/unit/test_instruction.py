@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge.arch.instruction import MAX_INSTRUCTION, decode_trap, is_locked
-from vmibridge.event import TrapReason
+from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap, is_locked
+from vmibridge.vm.trap import TrapReason
 
 laws = settings(max_examples=examples(300))
 

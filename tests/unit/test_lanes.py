@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge import lanes as module
+from vmibridge.engine import lanes as module
+from vmibridge.engine.lanes import Lanes
 from vmibridge.errors import TrapQueueClosedError
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.lanes import Lanes
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 
 def trap(seq: int, vcpu: int = 0) -> TrapEvent:

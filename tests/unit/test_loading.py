@@ -3,14 +3,13 @@
 import pytest
 
 from vmibridge import BridgeHandler
-from vmibridge.config import Config
+from vmibridge.config import Config, HandlerFactory, find_handlers, load_handlers
 from vmibridge.errors import (
     ConfigError,
     HandlerLoadError,
     HandlerSourceError,
     MissingExtraError,
 )
-from vmibridge.loading import HandlerFactory, find_handlers, load_handlers
 
 ONE = """
 from vmibridge import BridgeHandler, BridgeResponse, method
@@ -139,7 +138,7 @@ class TestAHandlerWhoseExtraIsMissing:
         factory = HandlerFactory([str(folder)])
         for vm in ("red", "blue"):
             assert "needy" not in [handler.name for handler in factory(vm).handlers]
-        (record,) = [each for each in caplog.records if each.name == "vmibridge.loading"]
+        (record,) = [each for each in caplog.records if each.name == "vmibridge.config.handlers"]
         assert record.levelname == "WARNING"
         assert record.getMessage().startswith("the handler needy is left out: the handler needs")
 

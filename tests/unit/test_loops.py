@@ -6,7 +6,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from vmibridge.loops import parking, while_readable
+from vmibridge.aio.loops import parking, while_readable
 
 pytestmark = pytest.mark.anyio
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from laws import examples
 from msgspec import structs
 
-from vmibridge.context import BridgeContext
+from vmibridge.bridge.context import BridgeContext
 from vmibridge.errors import GuestMemoryError
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.memory import MAX_ACCESS
 from vmibridge.testing import FakeBackend, FakeMemory
+from vmibridge.vm.memory import MAX_ACCESS
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 laws = settings(max_examples=examples(150))
 

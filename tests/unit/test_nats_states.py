@@ -6,10 +6,10 @@ import pytest
 from nats.aio.client import Client
 from nats.errors import AuthorizationError, Error
 
-from vmibridge.transport import nats_peers
-from vmibridge.transport.nats_login import NatsRefusedError, denied_by, is_refusal, reason
-from vmibridge.transport.nats_peers import Peers, Waiting
-from vmibridge.transport.nats_py import NatsPyClient
+from vmibridge.transport.nats import peers as nats_peers
+from vmibridge.transport.nats.login import NatsRefusedError, denied_by, is_refusal, reason
+from vmibridge.transport.nats.patched import NatsPyClient
+from vmibridge.transport.nats.peers import Peers, Waiting
 
 
 def test_a_nats_py_that_cannot_be_held_to_tls_is_refused(monkeypatch):

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmibridge import BridgePacket
-from vmibridge.transport.nats_accesses import PeerAccesses
-from vmibridge.transport.nats_flights import Peer, Sent, SentTraps
-from vmibridge.transport.nats_message import (
+from vmibridge.transport.nats.accesses import PeerAccesses
+from vmibridge.transport.nats.attempts import Peer, Sent, SentTraps
+from vmibridge.transport.nats.message import (
     FROM_NATS_AGENT,
     FROM_NATS_SERVER,
     Ask,
@@ -19,7 +19,7 @@ from vmibridge.transport.nats_message import (
     pack,
     parts_of,
 )
-from vmibridge.transport.nats_subjects import (
+from vmibridge.transport.nats.subjects import (
     is_pattern,
     is_subject,
     may_be_answered,

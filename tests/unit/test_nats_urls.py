@@ -8,8 +8,8 @@ import pytest
 from vmibridge.errors import BackendError, BackendSpecError, MissingExtraError
 from vmibridge.testing import FakeBackend
 from vmibridge.transport import Agent, AgentServer, RemoteBackend
-from vmibridge.transport.nats_url import NatsUrl
 from vmibridge.transport.urls import parse_url
+from vmibridge.transport.urls.nats import NatsUrl
 
 
 class TestUrls:

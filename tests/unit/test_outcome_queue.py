@@ -6,9 +6,9 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from vmibridge.outcome import Outcome, OutcomeKind
-from vmibridge.outcomes import OutcomeQueue
-from vmibridge.packet import BridgePacket
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.engine.outcome_queue import OutcomeQueue
 
 
 def outcome(number: int) -> Outcome:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge.arch.paging import Page, walk
 from vmibridge.errors import GuestMemoryError
-from vmibridge.event import Registers
+from vmibridge.vm.arch.x86.paging import Page, walk
+from vmibridge.vm.trap import Registers
 
 laws = settings(max_examples=examples(300))
 u64 = st.integers(0, (1 << 64) - 1)

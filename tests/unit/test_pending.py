@@ -2,9 +2,9 @@
 
 import math
 
-from vmibridge.outcome import Outcome, OutcomeKind
-from vmibridge.packet import BridgePacket
-from vmibridge.pending import PendingRequests
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.engine.retries import PendingRequests
 
 OUTCOME = Outcome(OutcomeKind.HANDLED, BridgePacket(1, 1, 1))
 

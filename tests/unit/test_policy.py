@@ -9,11 +9,19 @@ from hypothesis import strategies as st
 from laws import examples
 
 from vmibridge import BridgeResponse
-from vmibridge.context import BridgeContext
+from vmibridge.bridge.context import BridgeContext
+from vmibridge.engine.policy import (
+    AddressRange,
+    Guard,
+    MeteredMemory,
+    Policy,
+    Quota,
+    Rate,
+    _Buckets,
+)
 from vmibridge.errors import GuestMemoryError
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.policy import AddressRange, Guard, MeteredMemory, Policy, Quota, Rate, _Buckets
 from vmibridge.testing import FakeBackend
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 laws = settings(max_examples=examples(200))
 

@@ -4,8 +4,8 @@ import pytest
 
 from vmibridge import BridgeResponse
 from vmibridge.config import Config
+from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
 from vmibridge.errors import ConfigError
-from vmibridge.policy import AddressRange, Policy, Quota, Rate
 
 TOP = (1 << 64) - 1
 

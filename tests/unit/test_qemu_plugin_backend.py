@@ -11,9 +11,9 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, GuestMemoryError
-from vmibridge.backend import open_backend
-from vmibridge.backend.qemu_plugin import backend as module
-from vmibridge.backend.qemu_plugin.protocol import REGISTER_NAMES
+from vmibridge.backends import open_backend
+from vmibridge.backends.qemu.plugin import backend as module
+from vmibridge.backends.qemu.plugin.protocol import REGISTER_NAMES
 from vmibridge.errors import BackendError, BackendSpecError
 
 pytestmark = pytest.mark.anyio

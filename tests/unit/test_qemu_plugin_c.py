@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vmibridge.backend.qemu_plugin.build import SOURCES
+from vmibridge.backends.qemu.plugin.build import SOURCES
 
 UNITS = [source for source in SOURCES if source.suffix == ".c"]
 FAKE = Path(__file__).parent / "plugin_c/fake_qemu.c"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmibridge.backend.qemu_plugin import protocol
-from vmibridge.backend.qemu_plugin.protocol import REGISTER_NAMES, FrameReader, FrameType, Hello
-from vmibridge.event import RegisterWrites, TrapFilter, TrapReason
-from vmibridge.memory import MAX_ACCESS
+from vmibridge.backends.qemu.plugin import protocol
+from vmibridge.backends.qemu.plugin.protocol import REGISTER_NAMES, FrameReader, FrameType, Hello
+from vmibridge.vm.memory import MAX_ACCESS
+from vmibridge.vm.trap import RegisterWrites, TrapFilter, TrapReason
 
 SOURCE = Path(protocol.__file__).with_name("plugin").joinpath("protocol.h").read_text()
 NAMES = tuple(re.findall(r'"(\w+)"', re.search(r"NAMES\[\] = \{([^}]*)\}", SOURCE)[1]))

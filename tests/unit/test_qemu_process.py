@@ -7,9 +7,9 @@ import sys
 import anyio
 import pytest
 
+from vmibridge.backends.qemu import process as module
+from vmibridge.backends.qemu.process import QemuProcess
 from vmibridge.errors import BackendError
-from vmibridge.qemu import process as module
-from vmibridge.qemu.process import QemuProcess
 
 pytestmark = pytest.mark.anyio
 
@@ -81,7 +81,7 @@ async def test_one_that_ends_at_once_has_its_status_and_no_monitor(qemu):
 
 async def test_one_without_a_monitor_is_an_error(qemu, monkeypatch):
     monkeypatch.setattr(module, "_PATIENCE", 0.1)
-    monkeypatch.setattr("vmibridge.qemu.qmp._TIMEOUT", 0.2)
+    monkeypatch.setattr("vmibridge.backends.qemu.qmp._TIMEOUT", 0.2)
     with anyio.fail_after(30), pytest.raises(BackendError, match="no QMP monitor"):
         await QemuProcess([qemu, "silent"]).__aenter__()
 

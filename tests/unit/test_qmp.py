@@ -10,9 +10,9 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmibridge.backends.qemu import qmp as module
+from vmibridge.backends.qemu.qmp import Qmp, QmpEvent, QmpLines, QmpReply
 from vmibridge.errors import QmpError
-from vmibridge.qemu import qmp as module
-from vmibridge.qemu.qmp import Qmp, QmpEvent, QmpLines, QmpReply
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 3, "minor": 1, "major": 11}, "package": "x"},'

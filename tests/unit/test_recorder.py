@@ -28,17 +28,17 @@ from vmibridge import (
     Rate,
     method,
 )
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.taps import Tap
 from vmibridge.errors import ConfigError, RecordingError, RecordingReadError, ServerStateError
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.recording import writer as writer_module
+from vmibridge.recording.file import writer as writer_module
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.file.recover import recover
+from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import MemoryAccess, Note, RecordedMethod, Reply, Session
-from vmibridge.recording.reader import RecordingReader
 from vmibridge.recording.recorder import Recorder
-from vmibridge.recording.recover import recover
-from vmibridge.recording.writer import RecordingWriter
-from vmibridge.settings import ServerSettings
-from vmibridge.tap import Tap
 from vmibridge.testing import FakeBackend, FakeGuest
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 pytestmark = pytest.mark.anyio
 

@@ -11,17 +11,17 @@ import pytest
 from recorded_session import reply, session, trap, write_file
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, BridgeServer
+from vmibridge.engine.taps import Tap
 from vmibridge.errors import RecordingError
-from vmibridge.event import TrapEvent
-from vmibridge.recording import writer as writer_module
-from vmibridge.recording.chunk import ChunkBuilder
+from vmibridge.recording.file import writer as writer_module
+from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.reader import MAX_MESSAGE, RecordingReader
+from vmibridge.recording.file.recover import recover
+from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import NOTE, REPLY, TRAP, MemoryAccess, Note
-from vmibridge.recording.reader import MAX_MESSAGE, RecordingReader
 from vmibridge.recording.recorder import Recorder
-from vmibridge.recording.recover import recover
-from vmibridge.recording.writer import RecordingWriter
-from vmibridge.tap import Tap
 from vmibridge.testing import FakeGuest
+from vmibridge.vm.trap import TrapEvent
 
 
 class Answers(BridgeHandler[None]):

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from vmibridge import Registers, TrapEvent, TrapReason
-from vmibridge.arch import read_packet
+from vmibridge.bridge.registers import read_packet
 from vmibridge.errors import ConfigError
 from vmibridge.recording.redaction import Redaction
 

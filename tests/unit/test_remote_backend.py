@@ -5,7 +5,7 @@ import pytest
 from remote_parts import Echo, FakeAgent, carry, frame_of, trap
 
 from vmibridge import BridgePacket, BridgeServer, method
-from vmibridge.contract import STANDARD_MAGIC
+from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.testing import FakeGuest
 from vmibridge.transport import AgentLimits, RemoteBackend
 from vmibridge.transport.wire import End

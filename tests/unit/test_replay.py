@@ -26,11 +26,11 @@ from vmibridge import (
     RegisterWrites,
     method,
 )
-from vmibridge.backend import open_backend
+from vmibridge.backends import open_backend
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import BackendError, BackendSpecError, RecordingReadError
 from vmibridge.recording.recorder import Recorder
-from vmibridge.recording.replay import ReplayBackend, ReplayOptions, replay_settings
-from vmibridge.settings import ServerSettings
+from vmibridge.recording.replay.backend import ReplayBackend, ReplayOptions, replay_settings
 from vmibridge.testing import FakeGuest
 
 MAGIC = 0x1234_5678

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmibridge import OutcomeKind, Registers, RegisterWrites, TrapEvent, TrapReason
-from vmibridge.arch import read_packet
+from vmibridge.bridge.registers import read_packet
 from vmibridge.cli import main
-from vmibridge.recording.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import REPLY, SESSION, TRAP, Reply, Session
 from vmibridge.recording.report.statistics import LONGEST, Latency, Statistics
 from vmibridge.recording.traps import RecordedTrap
-from vmibridge.recording.writer import RecordingWriter
 
 
 def recorded(seq, request=1, method=0, kind=OutcomeKind.HANDLED, duration=1e-5, handler="probe"):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge.arch.segment import base_of, is_segmented_16, ring_of, width_of
+from vmibridge.vm.arch.x86.segment import base_of, is_segmented_16, ring_of, width_of
 
 laws = settings(max_examples=examples(200))
 u64 = st.integers(0, (1 << 64) - 1)

@@ -3,13 +3,13 @@
 import pytest
 from recorded_session import reply, session, trap
 
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError
-from vmibridge.event import Registers, TrapEvent, TrapReason
-from vmibridge.outcome import OutcomeKind
+from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import Note
-from vmibridge.recording.reader import TimedMessage
-from vmibridge.recording.select import SelectedTraps, Selection
+from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import recorded_traps
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 START = 1_767_225_600_000_000_000  # 2026-01-01
 SECOND = 1_000_000_000

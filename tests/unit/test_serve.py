@@ -5,8 +5,8 @@ import pytest
 from remote_parts import Echo, FakeAgent, Steps, frame_of, served, talking_to, trap
 
 from vmibridge import BridgeResponse, method
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import BackendError, BackendSpecError, ServerStateError
-from vmibridge.settings import ServerSettings
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.wire import End, Ended, Returned, Welcome, WireEnd
 

@@ -5,8 +5,8 @@ import pytest
 from remote_parts import Echo, FakeAgent, frame_of, served, serving, talking_to, trap, until
 
 from vmibridge import BridgeResponse, method
-from vmibridge.contract import STANDARD_MAGIC, GuestRead
-from vmibridge.settings import ServerSettings
+from vmibridge.bridge.contract import STANDARD_MAGIC, GuestRead
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentLimits, AgentServer, wire
 from vmibridge.transport.wire import Ping, Refused, Welcome
 

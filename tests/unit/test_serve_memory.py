@@ -4,7 +4,7 @@ import pytest
 from remote_parts import FakeAgent, Steps, frame_of, talking_to, trap
 
 from vmibridge import BridgeResponse
-from vmibridge.settings import ServerSettings
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport.wire import Memory, Read
 
 pytestmark = pytest.mark.anyio

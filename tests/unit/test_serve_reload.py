@@ -3,7 +3,7 @@
 import pytest
 from remote_parts import Echo, FakeAgent, Versioned, frame_of, talking_to, trap
 
-from vmibridge.settings import ServerSettings
+from vmibridge.engine.settings import ServerSettings
 
 pytestmark = pytest.mark.anyio
 

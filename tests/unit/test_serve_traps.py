@@ -6,8 +6,8 @@ import pytest
 from remote_parts import Echo, FakeAgent, Steps, frame_of, serving, talking_to, trap
 
 from vmibridge import BridgeResponse
-from vmibridge.outcome import OutcomeKind
-from vmibridge.settings import ServerSettings
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentLimits, AgentServer, wire
 from vmibridge.transport.wire import Answer, Cancel, Native, Ping, Pong
 

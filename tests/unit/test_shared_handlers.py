@@ -7,10 +7,10 @@ import pytest
 from remote_parts import FakeAgent, frame_of, served, trap, until
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
-from vmibridge.contract import STANDARD_MAGIC
-from vmibridge.settings import ServerSettings
+from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentServer
-from vmibridge.transport.shared import Common
+from vmibridge.transport.server.shared_handlers import Common
 from vmibridge.transport.wire import End, Ended, Welcome
 
 pytestmark = pytest.mark.anyio

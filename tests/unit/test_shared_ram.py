@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmibridge.qemu.ram import SharedRam
+from vmibridge.backends.qemu.ram import SharedRam
 
 SIZE = 2 << 20
 

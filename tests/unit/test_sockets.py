@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from vmibridge import sockets
+from vmibridge.aio import sockets
 from vmibridge.errors import BackendError
 
 pytestmark = pytest.mark.anyio

@@ -46,7 +46,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import vmibridge.workers
+import vmibridge.engine.workers
 from vmibridge import (
     Bridge,
     BridgeContext,
@@ -64,9 +64,9 @@ from vmibridge import (
     TrapReason,
     method,
 )
+from vmibridge.engine.policy import Policy
 from vmibridge.errors import BackendError, TrapQueueClosedError
-from vmibridge.policy import Policy
-from vmibridge.vmi import Backend, GuestEnd, TrapSink
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink
 
 # --- time that stands still ---------------------------------------------------------
 
@@ -1379,7 +1379,7 @@ class TrapLife(RuleBasedStateMachine):
     def begins(self, seed, asks, manners, idle, life, racing, finale):
         """`idle` is the number of idle workers that are kept, `life` that of the steps before
         anything comes to its end."""
-        vmibridge.workers._MAX_IDLE = idle
+        vmibridge.engine.workers._MAX_IDLE = idle
         self.seed, self.asks, self.life, self.finale = seed, asks, life, finale
         self.racing = racing
         self.thread = LoopThread(self.loop)
@@ -1487,9 +1487,9 @@ class TrapLifeOnTrio(TrapLife):
 @pytest.fixture(autouse=True)
 def still(monkeypatch):
     """The engine's clock is the loop's, and trio's order of tasks can be had again."""
-    monkeypatch.setattr("vmibridge.workers._clock", anyio.current_time)
-    monkeypatch.setattr("vmibridge.workers._MAX_IDLE", 1)
-    monkeypatch.setattr("vmibridge.server.OUTCOMES_AHEAD", OUTCOMES_AHEAD)
+    monkeypatch.setattr("vmibridge.engine.workers._clock", anyio.current_time)
+    monkeypatch.setattr("vmibridge.engine.workers._MAX_IDLE", 1)
+    monkeypatch.setattr("vmibridge.engine.server.OUTCOMES_AHEAD", OUTCOMES_AHEAD)
     monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)
     logging.disable()
     yield

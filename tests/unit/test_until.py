@@ -3,7 +3,7 @@
 import pytest
 
 from vmibridge import Bridge, BridgeHandler, BridgePacket, BridgeResponse, BridgeServer
-from vmibridge.contract import STANDARD_MAGIC
+from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.testing import FakeGuest
 
 pytestmark = pytest.mark.anyio

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmibridge.contract import GuestRead
-from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapReason
+from vmibridge.bridge.contract import GuestRead
 from vmibridge.transport import AgentLimits
 from vmibridge.transport.wire import (
     FROM_AGENT,
@@ -41,6 +40,7 @@ from vmibridge.transport.wire import (
     trap_frame,
     wire_read,
 )
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
 
 ID = bytes(range(16))
 HELLO = Hello("vmibridge", 1, 1, ID, "web", 0, True)

@@ -12,14 +12,14 @@ import msgspec
 from anyio.abc import TaskStatus
 from cyclopts import Parameter
 
-from vmibridge.backend import open_backend
+from vmibridge.backends import open_backend
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import AsyncBackend, Uvloop, chosen_loop
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError
 from vmibridge.transport import Agent
-from vmibridge.vmi import Backend, GuestEnd
+from vmibridge.vm.backend import Backend, GuestEnd
 
 log: logging.Logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from vmibridge.errors import ConfigError
 from vmibridge.text import printable
 
 if TYPE_CHECKING:
-    from vmibridge.recording.reader import RecordingReader
+    from vmibridge.recording.file.reader import RecordingReader
     from vmibridge.recording.traps import RecordedTrap
 
 
@@ -43,7 +43,7 @@ def export(
     from vmibridge.cli.output import standard_output
     from vmibridge.recording.export import Export, target_of, write_all
     from vmibridge.recording.export.jsonl import JsonLines
-    from vmibridge.recording.reader import RecordingReader
+    from vmibridge.recording.file.reader import RecordingReader
 
     # By default it ends a process at once, which would leave behind what is half-done.
     signal.signal(signal.SIGTERM, _exit)

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vmibridge.bridge.handler import BridgeHandler, contract_of
+from vmibridge.config import Offered, find_handlers
 from vmibridge.errors import HandlerLoadError
-from vmibridge.handler import BridgeHandler, contract_of
-from vmibridge.loading import Offered, find_handlers
 
 
 class MethodLine(msgspec.Struct):

@@ -31,7 +31,7 @@ def inspect(
     chosen = (selection or SelectionOptions()).selection()
     from vmibridge.cli.listing import Listing
     from vmibridge.cli.output import standard_output
-    from vmibridge.recording.reader import RecordingReader
+    from vmibridge.recording.file.reader import RecordingReader
 
     with RecordingReader(file) as reader, standard_output() as out:
         Listing(reader, chosen, out, as_json=json, full=full).show(limit)

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from vmibridge.outcome import OutcomeKind
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.export.jsonl import trap_record
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
-from vmibridge.recording.reader import RecordingReader
-from vmibridge.recording.select import SelectedTraps, Selection
+from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import RecordedTrap
 from vmibridge.text import printable
 

@@ -24,10 +24,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
+from vmibridge.engine.summary import Summary
 from vmibridge.errors import RecordingError
-from vmibridge.outcome import Outcome, OutcomeKind
-from vmibridge.summary import Summary
 
 _WIDTHS = (6, 4, 9, 12, 20, 9, 38, 7)
 # At a narrow terminal these give their room to the output.

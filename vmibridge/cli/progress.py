@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vmibridge.recording.reader import RecordingReader
+from vmibridge.recording.file.reader import RecordingReader
 
 T = TypeVar("T")
 

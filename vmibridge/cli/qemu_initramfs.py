@@ -30,7 +30,7 @@ def make_initramfs(
 
     Example: vmibridge qemu initramfs ./hello -o initrd
     """
-    from vmibridge.qemu.initramfs import files_to_run, packed
+    from vmibridge.backends.qemu.initramfs import files_to_run, packed
 
     files = files_to_run(programs, guest_file("init/init"))
     if output.exists() and any(output.samefile(program) for program in programs):

@@ -24,7 +24,7 @@ def build_qemu_plugin(
 
     Example: vmibridge qemu build-plugin -o vmibridge-plugin.so
     """
-    from vmibridge.backend.qemu_plugin.build import build_plugin
+    from vmibridge.backends.qemu.plugin.build import build_plugin
 
     sys.stdout.write(f"{printable(str(build_plugin(output, cc)))}\n")
     return 0

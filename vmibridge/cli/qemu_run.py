@@ -22,16 +22,8 @@ import anyio
 from anyio.abc import TaskStatus
 from cyclopts import Parameter
 
-from vmibridge.backend import open_backend
-from vmibridge.backend.qemu_gdb.backend import QemuGdbBackend
-from vmibridge.backend.qemu_plugin.build import SOURCES, build_plugin
-from vmibridge.cli.event_loop import check_loop, logging_to, run_on
-from vmibridge.cli.logs import log_handler
-from vmibridge.cli.output import Writer, stream_writer
-from vmibridge.cli.server_options import ServerOptions
-from vmibridge.cli.server_run import Life, Prepared, run_server
-from vmibridge.errors import BackendError, ConfigError
-from vmibridge.qemu.find import (
+from vmibridge.backends import open_backend
+from vmibridge.backends.qemu.find import (
     GDB_NEEDS,
     PLUGIN_NEEDS,
     accelerators,
@@ -39,9 +31,17 @@ from vmibridge.qemu.find import (
     find_qemu,
     memory_size,
 )
-from vmibridge.qemu.process import QemuProcess
-from vmibridge.server import BridgeServer
-from vmibridge.vmi import Backend
+from vmibridge.backends.qemu.gdb.backend import QemuGdbBackend
+from vmibridge.backends.qemu.plugin.build import SOURCES, build_plugin
+from vmibridge.backends.qemu.process import QemuProcess
+from vmibridge.cli.event_loop import check_loop, logging_to, run_on
+from vmibridge.cli.logs import log_handler
+from vmibridge.cli.output import Writer, stream_writer
+from vmibridge.cli.server_options import ServerOptions
+from vmibridge.cli.server_run import Life, Prepared, run_server
+from vmibridge.engine.server import BridgeServer
+from vmibridge.errors import BackendError, ConfigError
+from vmibridge.vm.backend import Backend
 
 _AFTERWARDS = 2.0
 """Seconds in which the end of QEMU is expected to end the run."""

@@ -11,9 +11,9 @@ from cyclopts import Parameter
 from vmibridge.cli.event_loop import run_on
 from vmibridge.errors import BackendSpecError
 from vmibridge.text import printable
-from vmibridge.transport import nats_store
-from vmibridge.transport.nats_store import StoredRecording
-from vmibridge.transport.nats_url import NatsUrl, is_nats_url, parse_nats_url
+from vmibridge.transport.nats import store as nats_store
+from vmibridge.transport.nats.store import StoredRecording
+from vmibridge.transport.urls.nats import NatsUrl, is_nats_url, parse_nats_url
 
 
 def put_recording(

@@ -30,7 +30,7 @@ def recover(
     from msgspec.json import encode
 
     from vmibridge.cli.progress import with_progress
-    from vmibridge.recording.recover import recover as recover_recording
+    from vmibridge.recording.file.recover import recover as recover_recording
 
     done = recover_recording(
         file, output, lambda messages, reader: with_progress(messages, reader, "reading")

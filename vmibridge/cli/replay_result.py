@@ -13,12 +13,12 @@ from typing import Any
 
 import msgspec
 
-from vmibridge.handler import BridgeHandler
+from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import MemoryAccess, Session
-from vmibridge.recording.reader import RecordingReader
 from vmibridge.recording.recorder import recorded_handler
-from vmibridge.recording.replay import MISSING, ReplayBackend
-from vmibridge.recording.replayed import Difference, describe
+from vmibridge.recording.replay.backend import MISSING, ReplayBackend
+from vmibridge.recording.replay.request import Difference, describe
 from vmibridge.text import printable
 
 _MOST_PROBLEMS = 10

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import msgspec
 
+from vmibridge.bridge.dispatch import Bridge
 from vmibridge.cli.progress import ReadingBar
 from vmibridge.cli.replay_result import ReplayPrinter
-from vmibridge.config import Config
-from vmibridge.dispatch import Bridge
+from vmibridge.config import Config, HandlerFactory
+from vmibridge.engine.server import BridgeServer
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import NotReplayedError
-from vmibridge.loading import HandlerFactory
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, Session
-from vmibridge.recording.reader import RecordingReader
-from vmibridge.recording.replay import ReplayBackend, ReplayOptions, replay_settings
-from vmibridge.server import BridgeServer
-from vmibridge.settings import ServerSettings
+from vmibridge.recording.replay.backend import ReplayBackend, ReplayOptions, replay_settings
 
 
 class Replay:

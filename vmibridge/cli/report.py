@@ -42,10 +42,10 @@ def report(
     """
     from vmibridge.cli.progress import with_progress
     from vmibridge.recording.export import new_files
-    from vmibridge.recording.reader import RecordingReader
+    from vmibridge.recording.file.reader import RecordingReader
     from vmibridge.recording.report.collect import Collector
     from vmibridge.recording.report.page import render
-    from vmibridge.recording.select import SelectedTraps, Selection
+    from vmibridge.recording.selection import SelectedTraps, Selection
 
     target = output or file.with_suffix(".html")
     with RecordingReader(file) as reader:

@@ -11,7 +11,7 @@ from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import BackendSpecError, ConfigError
 
 if TYPE_CHECKING:
-    from vmibridge.vmi import Backend
+    from vmibridge.vm.backend import Backend
 
 
 def run(
@@ -67,7 +67,7 @@ def run(
 
 def _open_backends(specs: list[str]) -> "list[Backend]":
     """`NAME=SPEC` names the VM; without, it is `vm`, or `vm0` and on when there are several."""
-    from vmibridge.backend import open_backend
+    from vmibridge.backends import open_backend
 
     backends = []
     for number, text in enumerate(specs):

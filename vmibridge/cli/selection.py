@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 
 if TYPE_CHECKING:
-    from vmibridge.recording.select import Selection
+    from vmibridge.recording.selection import Selection
 
 _GROUP = Group("Which traps", help="What is given twice is an or; different options are an and.")
 
@@ -41,7 +41,7 @@ class SelectionOptions:
 
     def selection(self) -> "Selection":
         """Raises `ConfigError` for what makes no sense, `MissingExtraError`."""
-        from vmibridge.recording.select import Selection
+        from vmibridge.recording.selection import Selection
 
         return Selection.parse(
             requests=self.request,

@@ -16,6 +16,7 @@ import msgspec
 from anyio.abc import TaskGroup, TaskStatus
 from cyclopts import Parameter
 
+from vmibridge.bridge.outcome import Outcome
 from vmibridge.cli.event_loop import logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Sources
@@ -23,12 +24,10 @@ from vmibridge.cli.output import JsonWriter, LineWriter
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Prepared
 from vmibridge.cli.trap_line import summary_json, summary_text
-from vmibridge.config import Config
+from vmibridge.config import Config, HandlerFactory
+from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, ConfigError, VmiBridgeError
-from vmibridge.loading import HandlerFactory
-from vmibridge.outcome import Outcome
-from vmibridge.summary import Summary
-from vmibridge.tap import Tap
 from vmibridge.transport import AgentLimits, AgentServer
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ log: logging.Logger = logging.getLogger(__name__)
 _LAST_LINES = 1.0
 """Seconds, after a second signal, in which the last outcomes are shown."""
 _LOADED = "vmibridge_handlers_"
-"""What `vmibridge.loading` calls the modules that it makes of files."""
+"""What `vmibridge.config.handlers` calls the modules that it makes of files."""
 
 
 def serve(

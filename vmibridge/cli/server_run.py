@@ -16,16 +16,15 @@ from anyio.abc import TaskStatus
 from vmibridge.cli.event_loop import check_loop
 from vmibridge.cli.output import Writer
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.config import Config
+from vmibridge.config import Config, HandlerFactory
+from vmibridge.engine.server import BridgeServer, Until
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import (
     BackendError,
     ConfigError,
     VmiBridgeError,
 )
-from vmibridge.loading import HandlerFactory
-from vmibridge.server import BridgeServer, Until
-from vmibridge.settings import ServerSettings
-from vmibridge.vmi import Backend, GuestEnd
+from vmibridge.vm.backend import Backend, GuestEnd
 
 if TYPE_CHECKING:
     from vmibridge.recording import Recorder

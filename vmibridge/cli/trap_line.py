@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
-from vmibridge.outcome import Outcome
-from vmibridge.summary import Summary
+from vmibridge.bridge.outcome import Outcome
+from vmibridge.engine.summary import Summary
 from vmibridge.text import printable
 
 

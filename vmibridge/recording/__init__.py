@@ -19,12 +19,12 @@
 from vmibridge.errors import MissingExtraError
 
 try:
+    from vmibridge.recording.file.reader import RecordingReader
     from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
-    from vmibridge.recording.reader import RecordingReader
     from vmibridge.recording.recorder import Recorder
     from vmibridge.recording.redaction import RedactionRule
-    from vmibridge.recording.replay import ReplayBackend, ReplayOptions, ReplayResult
-    from vmibridge.recording.replayed import Difference, FieldDifference
+    from vmibridge.recording.replay.backend import ReplayBackend, ReplayOptions, ReplayResult
+    from vmibridge.recording.replay.request import Difference, FieldDifference
     from vmibridge.recording.traps import RecordedTrap, recorded_traps
 except ModuleNotFoundError as _error:
     raise MissingExtraError("a recording", "recording") from _error

@@ -23,11 +23,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from vmibridge.event import RegisterWrites, TrapEvent
-from vmibridge.outcome import OutcomeKind
-from vmibridge.packet import BridgePacket
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.redaction import RedactionRule
-from vmibridge.settings import ServerSettings
+from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 _MOST_TEXT = 4096
 """Characters of an output."""

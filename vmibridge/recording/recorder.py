@@ -35,13 +35,16 @@ import anyio.to_thread
 import msgspec
 from anyio.abc import TaskGroup
 
-from vmibridge.arch import read_packet
-from vmibridge.dispatch import Bridge, one_line
+from vmibridge.bridge.dispatch import Bridge, one_line
+from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.bridge.outcome import Outcome
+from vmibridge.bridge.registers import read_packet
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Tap
 from vmibridge.errors import RecordingError, ServerStateError
-from vmibridge.event import TrapEvent
-from vmibridge.handler import BridgeHandler
-from vmibridge.outcome import Outcome
-from vmibridge.recording.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
     MEMORY,
     NOTE,
@@ -58,10 +61,7 @@ from vmibridge.recording.messages import (
     output_text,
 )
 from vmibridge.recording.redaction import Redaction, RedactionRule
-from vmibridge.recording.writer import RecordingWriter
-from vmibridge.settings import ServerSettings
-from vmibridge.summary import Summary
-from vmibridge.tap import Tap
+from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
 

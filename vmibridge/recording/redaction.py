@@ -20,10 +20,10 @@ from typing import Literal, Self
 
 import msgspec
 
-from vmibridge.arch.forms import form_of
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.registers import form_of
 from vmibridge.errors import ConfigError
-from vmibridge.event import RegisterWrites, TrapEvent
-from vmibridge.packet import BridgePacket
+from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 _RULE = re.compile(r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|\d{1,5}):)?(?P<what>memory|value[1-4])")
 _VALUES = ("value1", "value2", "value3", "value4")

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from vmibridge.arch import read_packet
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.registers import read_packet
 from vmibridge.errors import UnsupportedTrapError
-from vmibridge.event import TrapEvent
-from vmibridge.packet import BridgePacket
+from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Reply
-from vmibridge.recording.reader import TimedMessage
+from vmibridge.vm.trap import TrapEvent
 
 _MOST_OPEN = 16_384
 """Traps that may wait for their reply; beyond it the oldest is given without."""

@@ -23,9 +23,9 @@ A transport that has no connections, such as a message broker, has a seam in two
 `Agent` talks to a `Link`, and `Session` answers to one; both are in `connection`.
 """
 
-from vmibridge.transport.agent import Agent
-from vmibridge.transport.remote import RemoteBackend
-from vmibridge.transport.serve import AgentServer
+from vmibridge.transport.agent.agent import Agent
+from vmibridge.transport.server.server import AgentServer
+from vmibridge.transport.server.single import RemoteBackend
 from vmibridge.transport.wire import AgentLimits
 
 __all__ = ["Agent", "AgentLimits", "AgentServer", "RemoteBackend"]

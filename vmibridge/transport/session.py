@@ -29,11 +29,10 @@ from typing import Literal, Protocol, TypeAlias
 
 import anyio
 
-from vmibridge.arch import write_response
+from vmibridge.bridge.registers import write_response
+from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import GuestMemoryError
-from vmibridge.event import RegisterWrites, TrapEvent
-from vmibridge.response import BridgeResponse
-from vmibridge.transport.connection import Link
+from vmibridge.transport.sockets.connection import Link
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
     MOST_ACCESSES,
@@ -59,7 +58,8 @@ from vmibridge.transport.wire import (
     answer_frame,
     trap_event,
 )
-from vmibridge.vmi import GuestEnd, VcpuEnd
+from vmibridge.vm.backend import GuestEnd, VcpuEnd
+from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
 

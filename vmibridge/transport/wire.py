@@ -16,10 +16,10 @@ from typing import Annotated, Final, Generic, TypeAlias, TypeVar
 import msgspec
 from msgspec.structs import astuple
 
-from vmibridge.contract import GuestRead
+from vmibridge.bridge.contract import GuestRead
 from vmibridge.errors import VmiBridgeError
-from vmibridge.event import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
-from vmibridge.memory import MAX_ACCESS
+from vmibridge.vm.memory import MAX_ACCESS
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
 VERSION: Final = 1
 WORD: Final = "vmibridge"

@@ -36,18 +36,17 @@ from vmibridge import (
     method,
     open_backend,
 )
-from vmibridge.config import Config
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3
+from vmibridge.config import Config, HandlerFactory, load_handlers
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, HandlerLoadError
-from vmibridge.loading import HandlerFactory, load_handlers
-from vmibridge.memory import MAX_ACCESS, GuestMemory
 from vmibridge.recording import RecordedTrap, Recorder, RecordingReader, recorded_traps
-from vmibridge.settings import ServerSettings
-from vmibridge.summary import Summary
-from vmibridge.tap import Tap
 from vmibridge.testing import FakeBackend, FakeGuest, FakeMemory, drive
 from vmibridge.transport import Agent, AgentLimits, AgentServer, RemoteBackend
-from vmibridge.vmi import Backend
+from vmibridge.vm.backend import Backend
+from vmibridge.vm.memory import MAX_ACCESS, GuestMemory
 
 
 class Shout(BridgeHandler[str]):

@@ -37,7 +37,7 @@ from vmibridge import (
     TrapEvent,
     TrapReason,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.errors import MissingExtraError, ServerStateError
 from vmibridge.testing import FakeBackend, FakeMemory, drive
 

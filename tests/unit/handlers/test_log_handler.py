@@ -16,7 +16,7 @@ from vmibridge import (
     TrapEvent,
     TrapReason,
 )
-from vmibridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.testing import drive
 
 TEXT = 0x1000

@@ -27,8 +27,8 @@ from typing import Literal, TypeAlias, get_args
 from vmibridge.errors import ConfigError, MissingExtraError, RecordingError
 from vmibridge.files import replaceable
 from vmibridge.recording.export.exporter import Exporter
-from vmibridge.recording.reader import RecordingReader
-from vmibridge.recording.select import SelectedTraps, Selection
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import RecordedTrap
 
 Format: TypeAlias = Literal["jsonl", "perfetto", "sqlite", "parquet"]

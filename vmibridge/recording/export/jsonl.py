@@ -10,9 +10,9 @@ from typing import BinaryIO, Self
 
 import msgspec
 
-from vmibridge.event import Registers
 from vmibridge.recording.export.exporter import Exporter
 from vmibridge.recording.traps import RecordedTrap
+from vmibridge.vm.trap import Registers
 
 
 class AccessRecord(msgspec.Struct, omit_defaults=True, gc=False):

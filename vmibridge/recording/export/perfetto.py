@@ -27,7 +27,7 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (  # type: ignore[
     TrackEvent,
 )
 
-from vmibridge.outcome import OutcomeKind
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.export.exporter import Exporter, MethodNames, unsigned
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.traps import RecordedTrap

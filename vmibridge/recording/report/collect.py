@@ -7,8 +7,8 @@ the slowest of the recording and, up to a number, those that failed.
 import heapq
 from typing import Any
 
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
-from vmibridge.recording.reader import RecordingReader
 from vmibridge.recording.report.rows import (
     MOST_ACCESSES,
     MOST_BYTES,

@@ -11,11 +11,11 @@ from typing import Any
 
 import msgspec
 
-from vmibridge.event import Registers
-from vmibridge.outcome import OutcomeKind
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.messages import MemoryAccess
 from vmibridge.recording.report.statistics import LONGEST, key_of, label_of, nanoseconds
 from vmibridge.recording.traps import RecordedTrap
+from vmibridge.vm.trap import Registers
 
 MOST_ACCESSES = 32
 """Of one trap."""

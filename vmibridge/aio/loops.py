@@ -1,0 +1,78 @@
+"""What is on the way of every trap, done with each loop's own means.
+
+| here | instead of | why |
+|---|---|---|
+| `parking` | `Event` | one costs as much as the rest of a task switch |
+| `while_readable` | `receive` | with a checkpoint, a vain try and a new entry in the selector |
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import anyio
+from sniffio import current_async_library
+
+
+class Parking:
+    """Where one task at a time waits until another one wakes it. Made by `parking`."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Wait for `wake`. One that came before this does not count."""
+        self._future = asyncio.get_running_loop().create_future()
+        try:
+            await self._future
+        finally:
+            self._future = None
+
+    def wake(self) -> None:
+        """Let the task that waits go on; does nothing when there is none."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+
+def parking() -> Parking:
+    """One for the running loop."""
+    if current_async_library() == "trio":
+        from vmibridge.aio.parking_trio import TrioParking
+
+        return TrioParking()
+    return Parking()
+
+
+async def while_readable(sock: socket.socket, take: Callable[[], bool]) -> None:
+    """Call `take` when there is something to receive, until it returns `False` or raises.
+
+    It receives what there is, without waiting. What it raises is raised here. Cancelled, it
+    is not called any more. Close the socket after this has ended, not before.
+    """
+    if current_async_library() == "trio":
+        while True:
+            await anyio.wait_readable(sock)
+            if not take():
+                return
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def ready() -> None:
+        try:
+            if take():
+                return
+        except BaseException as error:
+            if not done.done():
+                done.set_exception(error)
+        else:
+            if not done.done():
+                done.set_result(None)
+        loop.remove_reader(sock)
+
+    loop.add_reader(sock, ready)
+    try:
+        await done
+    finally:
+        loop.remove_reader(sock)

@@ -1,0 +1,27 @@
+"""What `loops` needs of trio; imported where trio runs."""
+
+from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+
+from vmibridge.aio.loops import Parking
+
+
+class TrioParking(Parking):
+    """A parking for tasks of trio."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self) -> None:
+        self._task: Task | None = None
+
+    async def wait(self) -> None:
+        self._task = current_task()
+        await wait_task_rescheduled(self._cancelled)
+
+    def _cancelled(self, _: object) -> Abort:
+        self._task = None
+        return Abort.SUCCEEDED
+
+    def wake(self) -> None:
+        if self._task is not None:
+            task, self._task = self._task, None
+            reschedule(task)

@@ -1,0 +1,87 @@
+"""The backends, by the name that starts their spec.
+
+| spec | the VM |
+|---|---|
+| `qemu-gdb:unix:PATH?site=0x...&...` or `qemu-gdb:tcp:HOST:PORT?...` | a QEMU's gdbstub |
+| `qemu-plugin:unix:PATH?mode=0o600&stay=false` | the QEMUs that connect with the plugin |
+| `remote:URL` | the VM of the agent that connects there |
+| `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false` | a recording, played from its file |
+| `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from vmibridge.errors import BackendSpecError
+from vmibridge.vm.backend import Backend
+from vmibridge.vm.spec import parse_options
+
+
+def _unicorn(path: str, options: str, vm: str) -> Backend:
+    from vmibridge.backends.unicorn.backend import UnicornBackend
+
+    return UnicornBackend.from_spec(path, options, vm)
+
+
+def _replay(path: str, options: str, vm: str) -> Backend:
+    if not path:
+        raise BackendSpecError("replay: needs the path of a recording, as in replay:run.mcap")
+    from vmibridge.recording import ReplayBackend, ReplayOptions
+
+    return ReplayBackend(
+        Path(path), parse_options(f"replay:{path}", options, ReplayOptions, {}), vm
+    )
+
+
+def _qemu_plugin(where: str, options: str, vm: str) -> Backend:
+    from vmibridge.backends.qemu.plugin.backend import QemuPluginBackend, QemuPluginOptions
+
+    kind, _, path = where.partition(":")
+    if kind != "unix" or not path:
+        raise BackendSpecError(
+            "qemu-plugin: needs the path of a socket, as in qemu-plugin:unix:/run/vmibridge.sock"
+        )
+    given = parse_options(
+        f"qemu-plugin:{where}", options, QemuPluginOptions, {"mode": "a mode, such as 0o600"}
+    )
+    return QemuPluginBackend(Path(path), given, vm)
+
+
+def _qemu_gdb(where: str, options: str, vm: str) -> Backend:
+    from vmibridge.backends.qemu.gdb.backend import QemuGdbBackend
+
+    return QemuGdbBackend.from_spec(where, options, vm)
+
+
+def _remote(where: str, options: str, vm: str) -> Backend:
+    from vmibridge.transport import RemoteBackend
+
+    return RemoteBackend(f"{where}?{options}" if options else where, vm=vm)
+
+
+BACKENDS: Mapping[str, Callable[[str, str, str], Backend]] = MappingProxyType(
+    {
+        "qemu-gdb": _qemu_gdb,
+        "qemu-plugin": _qemu_plugin,
+        "remote": _remote,
+        "replay": _replay,
+        "unicorn": _unicorn,
+    }
+)
+"""From a backend's name to what makes it, given path, options and the name of the VM."""
+
+
+def open_backend(spec: str, *, vm: str = "vm") -> Backend:
+    """The backend that `spec` names: `NAME:WHERE?OPTION=VALUE&...`.
+
+    Enter it with `async with`. `vm` is the VM's name in events. Raises
+    `BackendSpecError` for a spec that is wrong, `MissingExtraError` when the backend's
+    library is not installed; whether the VM can be had shows when it is entered.
+    """
+    name, colon, rest = spec.partition(":")
+    if not colon or name not in BACKENDS:
+        known = ", ".join(f"{known}:..." for known in sorted(BACKENDS))
+        raise BackendSpecError(f"no backend for {spec!r}: specs are {known}")
+    where, _, options = rest.partition("?")
+    return BACKENDS[name](where, options, vm)

@@ -1,0 +1,268 @@
+"""What a vCPU at a breakpoint is about to execute: which trap instruction, in how wide code.
+
+- A breakpoint is at a linear address, and RIP is an offset in the code segment. The segment's base
+  and width are those that the processor has loaded, which QEMU's monitor shows. That takes long,
+  so it is asked as seldom as can be: registers may show that the code is 64-bit; a descriptor that
+  is still as it was when its segment was looked up gives the same segment. A selector in the LDT
+  is looked up each time.
+- The code is read at each stop. What is decoded once is known as long as the bytes stay the same.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import msgspec
+
+from vmibridge.backends.qemu.gdb.commands import Stop
+from vmibridge.backends.qemu.gdb.memory import QemuMemory
+from vmibridge.backends.qemu.gdb.monitor import ALL_REGISTERS, Tables, parse_tables
+from vmibridge.backends.qemu.gdb.registers import (
+    FRAME_SIZE,
+    Frame,
+    RegisterLayout,
+    parse_frame,
+)
+from vmibridge.backends.qemu.gdb.skipping import unpatched
+from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap
+from vmibridge.vm.arch.x86.segment import (
+    DESCRIPTOR_SIZE,
+    EFER_LMA,
+    base_of,
+    is_segmented_16,
+    width_of,
+)
+from vmibridge.vm.trap import Registers, TrapReason
+
+log: logging.Logger = logging.getLogger(__name__)
+
+_MOST_KNOWN = 4096
+_RFLAGS_RF = 1 << 16
+_LOOK_BACK = 8
+"""Bytes before a trap that may belong to a MOV SS."""
+_INT3 = b"\xcc"
+
+
+class Segment(NamedTuple):
+    """A code segment."""
+
+    base: int
+    width: int
+
+
+class Code(NamedTuple):
+    """A trap instruction."""
+
+    reason: TrapReason
+    length: int
+    width: int
+    address: int
+    """Linear."""
+    in_shadow: bool = False
+    """Whether the instruction before it may be a STI or a load of SS."""
+    patched: bool = False
+    """Whether somebody who left has replaced it by one that does nothing."""
+
+
+class Window(NamedTuple):
+    """A trap instruction in 64-bit code, and the bytes that it was found in."""
+
+    start: int
+    data: bytes
+    code: Code
+
+
+class Where(NamedTuple):
+    """A vCPU at a breakpoint."""
+
+    stop: Stop
+    data: bytes
+    """The registers as they came."""
+    registers: Registers
+    """Those of the trapping code."""
+    cs: int
+    frame: Frame | None = None
+    """Of the exception that the trap has raised."""
+    point: int | None = None
+    """The linear address of the breakpoint; `None`: it is not known which."""
+
+
+class Inspector:
+    """Looks at the code and the tables of one VM, while it stands still."""
+
+    def __init__(
+        self,
+        vm: str,
+        memory: QemuMemory,
+        monitor: Callable[[str], Awaitable[str]],
+        points: Sequence[int],
+        ud_handler: int | None,
+        layout: RegisterLayout,
+    ) -> None:
+        self.vm = vm
+        self.points = points
+        """Where breakpoints are."""
+        self.ud_handler = ud_handler
+        """The one of them at the handler of undefined instructions."""
+        self.saved: dict[int, bytes] = {}
+        """The code at software breakpoints that change memory."""
+        self._memory = memory
+        self._monitor = monitor
+        self._layout = layout
+        self._windows: dict[int, Window] = {}
+        self._segments: dict[tuple[int, ...], tuple[bytes, Segment]] = {}
+        self._tables: dict[int, Tables] = {}
+        self._warned: set[int] = set()
+
+    def forget(self) -> None:
+        """The VM begins again."""
+        self._windows.clear()
+        self._segments.clear()
+        self._tables.clear()
+
+    def window(self, point: int) -> Window | None:
+        """What was found at a breakpoint before."""
+        return self._windows.get(point)
+
+    def known(self, registers: Registers, window: Window, read: bytes | None) -> Code | None:
+        """The trap, if a vCPU stands where the window is, and its bytes are still the same."""
+        if (
+            registers.rip == window.code.address
+            and read == window.data
+            and self._layout.shows_64_bits(registers)
+        ):
+            return window.code
+        return None
+
+    async def look(self, where: Where, vcpu: int) -> tuple[Where, Code | None]:
+        """The trap at a breakpoint; `None`: there is none of ours. Raises `ClientLostError`."""
+        segment = await self._segment(where, vcpu)
+        address = _linear(segment, where.registers.rip)
+        if address not in self.points:
+            self._warn(address, "stopped where there is no site of ours")
+            return where, None
+        where = where._replace(point=address)
+        if address == self.ud_handler:
+            raised = await self._look_behind(where)
+            if raised is None:
+                return where, None
+            where = raised
+            segment = await self._described(where, vcpu)
+        return where, await self._code_at(where, segment)
+
+    async def _look_behind(self, where: Where) -> Where | None:
+        """Whose trap has raised the exception that a vCPU is about to handle."""
+        registers = where.registers
+        if not registers.efer & EFER_LMA:
+            self._warn(registers.rip, "the #UD handler of a guest that is not in 64-bit mode")
+            return None
+        pushed = await self._memory.read_virtual(registers.rsp, FRAME_SIZE)
+        if pushed is None:
+            return None
+        frame = parse_frame(pushed)
+        frame = frame._replace(flags=frame.flags & ~_RFLAGS_RF)
+        before = msgspec.structs.replace(registers, rsp=frame.sp, rip=frame.ip, rflags=frame.flags)
+        return where._replace(registers=before, cs=frame.cs & 0xFFFF, frame=frame)
+
+    async def _code_at(self, where: Where, segment: Segment) -> Code | None:
+        address = _linear(segment, where.registers.rip)
+        # Where nothing is mapped before it, nothing was executed there.
+        before = await self._memory.read_virtual(address - _LOOK_BACK, _LOOK_BACK) or b""
+        read = code = await self._memory.read_code(address, MAX_INSTRUCTION)
+        saved = self.saved.get(address)
+        if saved is not None and code[:1] == _INT3:
+            code = saved[:1] + code[1:]
+        found = decode_trap(code, segment.width)
+        patched = False
+        if found is None and (restored := unpatched(code, segment.width)) is not None:
+            found, patched = decode_trap(restored, segment.width), True
+        if found is None or (where.frame is not None and found[0] is TrapReason.CPUID):
+            if where.frame is None:
+                self._warn(address, f"no trap instruction there, but {code[:3].hex(' ') or 'none'}")
+            return None
+        result = Code(*found, segment.width, address, _may_shadow(before), patched)
+        self._windows.pop(address, None)
+        if where.frame is None and segment.width == 64 and saved is None and not patched:
+            if len(self._windows) >= _MOST_KNOWN:
+                self._windows.clear()
+            self._windows[address] = Window(
+                address - len(before), before + read[: found[1]], result
+            )
+        return result
+
+    def _warn(self, address: int, what: str) -> None:
+        if address not in self._warned and len(self._warned) < 64:
+            self._warned.add(address)
+            log.warning("vm %s: at %#x: %s", self.vm, address, what)
+
+    # --- segments ------------------------------------------------------------------
+
+    async def _segment(self, where: Where, vcpu: int) -> Segment:
+        """The code segment that a vCPU runs in."""
+        registers, cs = where.registers, where.cs
+        if self._layout.shows_64_bits(registers):
+            return Segment(0, 64)
+        real = is_segmented_16(registers.cr0, registers.rflags)
+        if real and _linear(Segment(cs << 4, 16), registers.rip) in self.points:
+            return Segment(cs << 4, 16)
+        key = (vcpu, cs, registers.cr0, registers.cr3, registers.cr4, registers.efer)
+        tables = self._tables.get(vcpu)
+        if tables is not None and key in self._segments and not (real or cs & 4):
+            descriptor = await self._memory.read_virtual(_place(tables, cs), DESCRIPTOR_SIZE)
+            before, segment = self._segments[key]
+            if descriptor == before and _linear(segment, registers.rip) in self.points:
+                return segment
+        tables = await self._look_up(vcpu)
+        if tables is None or tables.flags is None:
+            width = 16 if real else 64 if registers.efer & EFER_LMA else 32
+            return Segment(cs << 4 if real else 0, width)
+        width = width_of(tables.flags << 32, registers.efer)
+        segment = Segment(0 if width == 64 else tables.base, width)
+        descriptor = await self._memory.read_virtual(_place(tables, cs), DESCRIPTOR_SIZE)
+        if descriptor is not None and _segment_of(descriptor, registers.efer) == segment:
+            if len(self._segments) >= _MOST_KNOWN:
+                self._segments.clear()
+            self._segments[key] = descriptor, segment
+        return segment
+
+    async def _described(self, where: Where, vcpu: int) -> Segment:
+        """The segment of a selector that was pushed, from its descriptor."""
+        tables = self._tables.get(vcpu)
+        if tables is None or where.cs & 4:
+            tables = await self._look_up(vcpu)
+        if tables is not None:
+            descriptor = await self._memory.read_virtual(_place(tables, where.cs), DESCRIPTOR_SIZE)
+            if descriptor is not None:
+                return _segment_of(descriptor, where.registers.efer)
+        return Segment(0, 64)
+
+    async def _look_up(self, vcpu: int) -> Tables | None:
+        tables = parse_tables(await self._monitor(ALL_REGISTERS), vcpu)
+        if tables is None:
+            self._tables.pop(vcpu, None)
+        else:
+            self._tables[vcpu] = tables
+        return tables
+
+
+def _linear(segment: Segment, ip: int) -> int:
+    return ip if segment.width == 64 else (segment.base + ip) & 0xFFFF_FFFF
+
+
+def _place(tables: Tables, cs: int) -> int:
+    return ((tables.ldt if cs & 4 else tables.gdt) + (cs & ~7)) % (1 << 64)
+
+
+def _segment_of(descriptor: bytes, efer: int) -> Segment:
+    value = int.from_bytes(descriptor, "little")
+    width = width_of(value, efer)
+    return Segment(0 if width == 64 else base_of(value), width)
+
+
+def _may_shadow(before: bytes) -> bool:
+    """Whether code may end in an STI, POP SS or MOV SS. Not whether it does: it is not decoded."""
+    if before[-1:] in (b"\xfb", b"\x17"):
+        return True
+    pairs = pairwise(before)
+    return any(opcode == 0x8E and operand >> 3 & 7 == 2 for opcode, operand in pairs)

@@ -1,0 +1,293 @@
+"""The host's end of the QEMU plugin: a unix socket, and a connection for each vCPU.
+
+    qemu-plugin:unix:/run/vmibridge.sock?mode=0o600&stay=false
+
+- It listens. Each vCPU of each QEMU that connects is a lane; the first QEMU's vCPUs have
+  their own numbers, those of the next begin at 1024, and so on. The lanes of a QEMU that
+  has gone are given to another.
+- A connection is read by one task for all of its life, so the end of a QEMU is seen while a
+  handler is at its trap. Answers are sent without waiting.
+- The run ends when the last vCPU has hung up: its QEMU has ended. It goes on for ever while
+  none has come; with `stay`, until it is stopped.
+- Where a QEMU shares its memory, reads that the file can answer do not go through the plugin.
+- A peer that sends what it must not loses its connection. Its vCPU goes on as it was told
+  to without a host.
+"""
+
+import itertools
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import anyio
+import msgspec
+
+from vmibridge.aio import sockets
+from vmibridge.backends.qemu.plugin.protocol import (
+    MOST_HELLO,
+    MOST_VCPUS,
+    FrameReader,
+    FrameType,
+    Hello,
+    answer,
+    check_hello,
+    parse_hello,
+    parse_memory,
+    parse_trap,
+    read_memory,
+    refused,
+    welcome,
+    write_memory,
+)
+from vmibridge.backends.qemu.plugin.vcpu import Vcpu
+from vmibridge.backends.qemu.ram import SharedRam
+from vmibridge.bridge.outcome import GONE
+from vmibridge.errors import (
+    BackendError,
+    BackendSpecError,
+    GuestMemoryError,
+    TrapQueueClosedError,
+)
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
+
+log: logging.Logger = logging.getLogger(__name__)
+
+_HANDSHAKE = 5.0
+"""Seconds."""
+_MOST_CONNECTIONS = 4096
+
+
+class QemuPluginOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The options of a `qemu-plugin:` spec."""
+
+    mode: int = 0o600
+    """Who may connect: the mode of the socket's file."""
+    stay: bool = False
+    """Whether the run goes on when the last QEMU has gone."""
+
+
+class _Qemu:
+    """One QEMU: its vCPUs' lanes begin at 1024 times its place."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.connections = 0
+
+
+class _RefusedError(Exception):
+    """A plugin was told why it is not served."""
+
+
+class QemuPluginBackend(Backend):
+    """QEMUs with the plugin. Raises `BackendSpecError` for options that make no sense."""
+
+    def __init__(
+        self, path: Path, options: QemuPluginOptions | None = None, vm: str = "vm"
+    ) -> None:
+        super().__init__(vm)
+        self.path = path
+        self.options: QemuPluginOptions = options or QemuPluginOptions()
+        if not 0 <= self.options.mode <= 0o777:
+            raise BackendSpecError(f"qemu-plugin:unix:{path}: mode={self.options.mode:#o}")
+        self._listener: socket.socket
+        self._seq = itertools.count(1)
+        self._pending: dict[int, Vcpu] = {}
+        self._qemus: dict[int, _Qemu] = {}
+        self._connected = 0
+        self._ends: dict[int, VcpuEnd] = {}
+        self._over = anyio.Event()
+        self._stopped = False
+
+    async def open(self) -> None:
+        """Listen. Raises `BackendError` when another one does, or the path cannot be had."""
+        try:
+            self._listener = await sockets.listen_unix(self.path, self.options.mode)
+        except (OSError, BackendError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise BackendError(f"qemu-plugin:unix:{self.path}: {why}") from error
+
+    async def close(self) -> None:
+        sockets.close(self._listener)
+        await anyio.Path(self.path).unlink(missing_ok=True)
+
+    async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
+        """Serve whoever connects, until the last vCPU has hung up."""
+        try:
+            hello = welcome(traps)
+        except ValueError as error:
+            raise BackendError(f"qemu-plugin: {error}") from error
+
+        async with anyio.create_task_group() as tasks:
+
+            def take(connected: socket.socket) -> None:
+                tasks.start_soon(self._serve, connected, hello, sink)
+
+            tasks.start_soon(sockets.accept, self._listener, take)
+            await self._over.wait()
+            tasks.cancel_scope.cancel()
+        return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
+
+    def stop(self) -> None:
+        """Hang up: the plugins run everything natively from here on, or wait, as told."""
+        self._stopped = True
+        self._over.set()
+
+    async def _serve(self, connected: socket.socket, hello: bytes, sink: TrapSink) -> None:
+        frames = FrameReader()
+        vcpu: Vcpu | None = None
+        why = "QEMU has ended"
+        self._connected += 1
+        try:
+            with anyio.fail_after(_HANDSHAKE):
+                told, ram = await self._shake_hands(connected, frames)
+            with ram or nullcontext(), self._place_of(told) as place:
+                vcpu = Vcpu(connected, frames, place * MOST_VCPUS + told.vcpu, ram)
+                self._ends.pop(vcpu.lane, None)
+                await vcpu.send(hello)
+                await self._take_frames(vcpu, sink)
+        except TimeoutError:
+            log.warning("vm %s: a peer did not say who it is", self.vm)
+        except (anyio.EndOfStream, OSError, BackendError):
+            pass
+        except _RefusedError as error:
+            log.warning("vm %s: %s", self.vm, error)
+        except ValueError as error:
+            why = f"it sent what it must not: {error}"
+            log.warning("vm %s: a plugin sent what it must not: %s", self.vm, error)
+        finally:
+            self._connected -= 1
+            if vcpu is not None:
+                self._lose(vcpu, why, sink)
+            sockets.close(connected)
+            # A peer that never was a vCPU may be the last to leave.
+            if self._ends and not self._connected and not self.options.stay:
+                self._over.set()
+
+    async def _shake_hands(
+        self, connected: socket.socket, frames: FrameReader
+    ) -> tuple[Hello, SharedRam | None]:
+        with ExitStack() as stack:
+            # Only with its first bytes: a file descriptor that comes later is dropped.
+            data, passed = await sockets.receive_fds(connected, MOST_HELLO, 1)
+            ram = None
+            if passed:
+                ram = stack.enter_context(SharedRam(passed[0]))
+            frames.feed(data)
+            while (frame := frames.next()) is None:
+                frames.feed(await sockets.receive(connected, MOST_HELLO))
+            kind, body = frame
+            if kind != FrameType.HELLO:
+                raise ValueError(f"frame {kind} instead of HELLO")
+            told = parse_hello(body)
+            why = check_hello(told)
+            if self._connected > _MOST_CONNECTIONS:
+                why = "too many vCPUs"
+            if why is not None:
+                connected.send(refused(why))
+                raise _RefusedError(why)
+            stack.pop_all()
+            return told, ram
+
+    @contextmanager
+    def _place_of(self, told: Hello) -> Iterator[int]:
+        """The number of a QEMU, which is its own while it has a connection."""
+        qemu = self._qemus.get(told.process)
+        if qemu is None:
+            taken = {other.place for other in self._qemus.values()}
+            qemu = _Qemu(next(place for place in itertools.count() if place not in taken))
+            self._qemus[told.process] = qemu
+        qemu.connections += 1
+        try:
+            yield qemu.place
+        finally:
+            qemu.connections -= 1
+            if not qemu.connections:
+                del self._qemus[told.process]
+
+    async def _take_frames(self, vcpu: Vcpu, sink: TrapSink) -> None:
+        """Take what one vCPU sends, until it hangs up."""
+
+        def take(kind: int, body: bytes) -> None:
+            if kind == FrameType.MEMORY:
+                vcpu.take_reply(body)
+                return
+            if kind != FrameType.TRAP:
+                raise ValueError(f"frame {kind}")
+            if vcpu.pending is not None:
+                raise ValueError("a TRAP before the answer to the one before")
+            event = parse_trap(body, next(self._seq), self.vm, vcpu.lane)
+            vcpu.pending, self._pending[event.seq] = event, vcpu
+            try:
+                sink.put_nowait(event)
+            except anyio.WouldBlock:
+                self.tasks.start_soon(self._put, sink, event)
+            except TrapQueueClosedError:
+                self.give_back(event)
+
+        await vcpu.receive(take)
+
+    async def _put(self, sink: TrapSink, event: TrapEvent) -> None:
+        try:
+            await sink.put(event)
+        except TrapQueueClosedError:
+            if event.seq in self._pending:
+                self.give_back(event)
+
+    def _lose(self, vcpu: Vcpu, why: str, sink: TrapSink) -> None:
+        vcpu.lose()
+        reason = "stopped" if self._stopped or vcpu.is_let_go else "halted"
+        if vcpu.waits and not self._stopped:
+            reason, why = "lost", f"{why}, with a trap that was not answered"
+        if vcpu.pending is not None:
+            sink.abandon(vcpu.pending)
+        self._ends[vcpu.lane] = VcpuEnd(vcpu.lane, reason, why)
+
+    def give_back(self, event: TrapEvent) -> bool:
+        """Hang up: the plugin does without a host, as it was told to, or waits for the next one."""
+        vcpu = self._pending.pop(event.seq)
+        vcpu.pending = None
+        vcpu.let_go()
+        return True
+
+    async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
+        """Send the answer. Raises `BackendError` when the VM is gone."""
+        vcpu = self._pending.pop(event.seq)
+        vcpu.pending = None
+        if vcpu.gone:
+            raise BackendError(GONE)
+        await vcpu.send(answer(writes))
+        vcpu.receive_at_once()
+
+    async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
+        """Asks the plugin, or the file. Cancelled, the plugin's reply is dropped when it comes."""
+        vcpu = self._vcpu_of(event, address)
+        if vcpu.ram is not None and (known := vcpu.ram.read(address, size)) is not None:
+            return known
+        try:
+            body = await vcpu.access(address, read_memory(address, size), size)
+            data = parse_memory(body, size)
+        except ValueError as error:
+            raise GuestMemoryError(address, str(error)) from error
+        if data is None:
+            raise GuestMemoryError(address, "the VM has no memory there")
+        return data
+
+    async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
+        """Asks the plugin. Cancelled, it is written none the less, or not at all."""
+        try:
+            vcpu = self._vcpu_of(event, address)
+            body = await vcpu.access(address, write_memory(address, data), 0)
+            done = parse_memory(body, 0)
+        except ValueError as error:
+            raise GuestMemoryError(address, str(error)) from error
+        if done is None:
+            raise GuestMemoryError(address, "the VM has no memory there")
+
+    def _vcpu_of(self, event: TrapEvent, address: int) -> Vcpu:
+        vcpu = self._pending.get(event.seq)
+        if vcpu is None:
+            raise GuestMemoryError(address, GONE)
+        return vcpu

@@ -1,0 +1,215 @@
+"""The protocol between the QEMU plugin and its host; docs/qemu-plugin.md has it byte by byte.
+
+A frame is a type and a length, 32 bits each, and a body; all numbers are little-endian.
+
+| from | frame | body |
+|---|---|---|
+| plugin | HELLO | who it is: `Hello` |
+| host | WELCOME, REFUSED | which traps are ours; or why not, in text |
+| plugin | TRAP | a trap; the vCPU stands still until ANSWER or NATIVE |
+| host | ANSWER, NATIVE | the registers to write; or run the instruction |
+| host | READ, WRITE | an access to physical memory, while the vCPU stands still |
+| plugin | MEMORY | whether it failed, and what was read |
+
+Plain functions over bytes, and `FrameReader`, which puts frames together. What a peer sends
+is checked; an error is a `ValueError`.
+"""
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
+
+PROTOCOL = 2
+MOST_MAGICS = 64
+MOST_VCPUS = 1024
+"""Of one QEMU."""
+MOST_HELLO = 4096
+MOST_BODY = 512
+"""Bytes of a frame's body, where it has no memory in it."""
+
+REGISTER_NAMES = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
+    *(f"r{number}" for number in range(8, 16)),
+    *("eflags", "cr0", "cr3", "cr4", "efer", "cs"),
+)
+
+
+class FrameType(IntEnum):
+    """What a frame is."""
+
+    HELLO = 1
+    TRAP = 2
+    MEMORY = 3
+    WELCOME = 16
+    REFUSED = 17
+    ANSWER = 18
+    NATIVE = 19
+    READ = 20
+    WRITE = 21
+
+
+_REASONS = {1: TrapReason.CPUID, 2: TrapReason.VMCALL, 3: TrapReason.VMMCALL}
+_ALL_KINDS = 1 << 1 | 1 << 2 | 1 << 3
+_ANY_HYPERCALL, _ANY_CPUID = 1, 2
+_FLAGS_UNKNOWN = 2
+
+_FRAME = struct.Struct("<II")
+_HELLO = struct.Struct("<IIQII16s")
+_WELCOME = struct.Struct("<IIII")
+_TRAP = struct.Struct("<QBBBBI22Q")
+_ANSWER = struct.Struct("<IIQII4Q")
+_ACCESS = struct.Struct("<IIQII")
+
+_NATIVE = _FRAME.pack(FrameType.NATIVE, 0)
+
+
+class Hello(NamedTuple):
+    """What one vCPU of a QEMU says when it connects."""
+
+    protocol: int
+    api: int
+    """The plugin API of that QEMU."""
+    process: int
+    """The same for all vCPUs of one QEMU, another for each QEMU."""
+    vcpu: int
+    vcpus: int
+    """How many that QEMU begins with."""
+    target: str
+    registers: tuple[str, ...]
+    """The names of the registers of a trap, in their order."""
+
+
+class FrameReader:
+    """Puts frames together out of pieces of any size.
+
+    `most` is the longest body, in bytes, that may come now: who asked for memory raises it.
+    """
+
+    def __init__(self, most: int = MOST_HELLO) -> None:
+        self.most = most
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """More bytes have come."""
+        self._buffer += data
+
+    def next(self) -> tuple[int, bytes] | None:
+        """The next frame, its type and its body; `None`: it has not all come yet.
+
+        Raises `ValueError` for one that is too long.
+        """
+        buffer = self._buffer
+        size = len(buffer)
+        if size < 8:
+            return None
+        kind, length = _FRAME.unpack_from(buffer)
+        if length > self.most:
+            raise ValueError(f"a frame of {length} bytes")
+        if size < 8 + length:
+            return None
+        body = bytes(buffer[8 : 8 + length])
+        if size == 8 + length:
+            buffer.clear()
+        else:
+            del buffer[: 8 + length]
+        return kind, body
+
+
+def parse_hello(body: bytes) -> Hello:
+    """Raises `ValueError` for what is none."""
+    if not _HELLO.size <= len(body) <= MOST_HELLO:
+        raise ValueError(f"a HELLO of {len(body)} bytes")
+    protocol, api, process, vcpu, vcpus, target = _HELLO.unpack_from(body)
+    names = tuple(body[_HELLO.size :].decode("ascii", "replace").split(","))
+    name = target.rstrip(b"\0").decode("ascii", "replace")
+    return Hello(protocol, api, process, vcpu, vcpus, name, names)
+
+
+def check_hello(hello: Hello) -> str | None:
+    """Why this plugin cannot be served; `None`: it can."""
+    if hello.protocol != PROTOCOL:
+        return (
+            f"the plugin speaks protocol {hello.protocol}, and this vmibridge {PROTOCOL}:"
+            " build the plugin that comes with it"
+        )
+    if hello.vcpu >= MOST_VCPUS:
+        return f"vCPU {hello.vcpu}, and {MOST_VCPUS} of a QEMU are served"
+    if hello.registers != REGISTER_NAMES:
+        return "the plugin has other registers: build the plugin that comes with this vmibridge"
+    return None
+
+
+def welcome(traps: TrapFilter) -> bytes:
+    """The frame that says which traps are ours. Raises `ValueError` for more than 64 magics."""
+    if len(traps.magics) > MOST_MAGICS:
+        raise ValueError(f"{len(traps.magics)} magics, and the plugin has room for {MOST_MAGICS}")
+    any_of = traps.any_hypercall * _ANY_HYPERCALL | traps.any_cpuid * _ANY_CPUID
+    magics = sorted(traps.magics)
+    body = _WELCOME.pack(PROTOCOL, _ALL_KINDS, any_of, len(magics))
+    body += struct.pack(f"<{len(magics)}I", *magics)
+    return _FRAME.pack(FrameType.WELCOME, len(body)) + body
+
+
+def refused(why: str) -> bytes:
+    """The frame that says why not."""
+    body = why.encode()[:500]
+    return _FRAME.pack(FrameType.REFUSED, len(body)) + body
+
+
+def parse_trap(body: bytes, seq: int, vm: str, lane: int) -> TrapEvent:
+    """The trap in a TRAP frame. Raises `ValueError` for what is none."""
+    if len(body) != _TRAP.size:
+        raise ValueError(f"a TRAP of {len(body)} bytes")
+    ip, kind, length, width, ring, flags, *values = _TRAP.unpack(body)
+    reason = _REASONS.get(kind)
+    if reason is None or width not in (64, 32, 16) or ring > 3 or not 2 <= length <= 15:
+        raise ValueError(f"a TRAP of kind {kind}, {length} bytes, {width} bits, ring {ring}")
+    # In the order of the struct: general registers, RIP, RFLAGS, control registers.
+    values[16:16] = (ip,)
+    return TrapEvent(
+        seq,
+        reason,
+        Registers(*values[:22]),
+        vm,
+        lane,
+        ip,
+        length,
+        width,
+        ring,
+        not flags & _FLAGS_UNKNOWN,
+    )
+
+
+def answer(writes: RegisterWrites | None) -> bytes:
+    """The frame that lets the vCPU go on."""
+    if writes is None:
+        return _NATIVE
+    a, b, c, d = writes.values
+    mask = (a is not None) | (b is not None) << 1 | (c is not None) << 2 | (d is not None) << 3
+    return _ANSWER.pack(
+        FrameType.ANSWER, _ANSWER.size - 8, writes.rip, mask, 0, a or 0, b or 0, c or 0, d or 0
+    )
+
+
+def read_memory(address: int, size: int) -> bytes:
+    """The frame that asks for physical memory."""
+    return _ACCESS.pack(FrameType.READ, _ACCESS.size - 8, address, size, 0)
+
+
+def write_memory(address: int, data: bytes) -> bytes:
+    """The frame that writes physical memory."""
+    size = len(data)
+    return _ACCESS.pack(FrameType.WRITE, _ACCESS.size - 8 + size, address, size, 0) + data
+
+
+def parse_memory(body: bytes, size: int) -> bytes | None:
+    """What was read, `size` bytes; `None`: it failed. Raises `ValueError` for neither."""
+    if len(body) < 4:
+        raise ValueError("a MEMORY without a result")
+    if int.from_bytes(body[:4], "little"):
+        return None
+    if len(body) != 4 + size:
+        raise ValueError(f"a MEMORY of {len(body) - 4} bytes, and {size} were asked for")
+    return body[4:]

@@ -1,0 +1,114 @@
+"""The hand-over between a vCPU's thread and the event loop, on either loop.
+
+A blocking backend runs each vCPU in a thread. The thread posts its trap to the loop
+and sleeps on a lock; the answer, given on the loop, opens it. There is one trap per
+vCPU at a time, so one slot is enough, and nothing here can pile up.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import anyio
+
+from vmibridge.errors import TrapQueueClosedError
+from vmibridge.vm.backend import TrapSink
+from vmibridge.vm.trap import RegisterWrites, TrapEvent
+
+Soon = Callable[..., Any]
+"""Run a function on the loop, soon: `soon(function, *arguments)`, from any thread."""
+
+
+def loop_door() -> Soon:
+    """A way for other threads into the running event loop.
+
+    Both loops raise `RuntimeError` when they are closed by then.
+    """
+    if anyio.get_cancelled_exc_class().__module__.startswith("trio"):
+        import trio
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
+    import asyncio
+
+    return asyncio.get_running_loop().call_soon_threadsafe
+
+
+class Handover:
+    """The loop's end for all vCPUs of one backend."""
+
+    def __init__(self, sink: TrapSink) -> None:
+        """On the loop that is to serve the vCPUs."""
+        self.soon: Soon = loop_door()
+        self.sink = sink
+        self._held: deque[tuple[VcpuSlot, TrapEvent]] = deque()
+        self._arrived = anyio.Event()
+
+    def hold(self, slot: "VcpuSlot", event: TrapEvent) -> None:
+        """Keep a trap that found the queue full; its vCPU waits."""
+        self._held.append((slot, event))
+        self._arrived.set()
+
+    async def feed(self) -> None:
+        """Put held traps into the queue as it has room, until cancelled.
+
+        A task of its own: what a thread posts runs outside of any task and cannot wait.
+        """
+        while True:
+            while self._held:
+                slot, event = self._held.popleft()
+                try:
+                    await self.sink.put(event)
+                except TrapQueueClosedError:
+                    slot.release()
+            self._arrived = anyio.Event()
+            await self._arrived.wait()
+
+
+class VcpuSlot:
+    """Where one vCPU's thread and the loop meet."""
+
+    def __init__(self, handover: Handover) -> None:
+        self._handover = handover
+        self._answered = Lock()
+        self._answered.acquire()
+        self._waiting = False
+        self._released = False
+        self._writes: RegisterWrites | None = None
+
+    def ask(self, event: TrapEvent) -> tuple[bool, RegisterWrites | None]:
+        """In the vCPU's thread: hand a trap over, and wait for what to write.
+
+        Whether there was an answer, and the answer; a slot that was released gives
+        none. Raises `RuntimeError` when the loop is closed.
+        """
+        self._handover.soon(self._deliver, event)
+        self._answered.acquire()
+        return not self._released, self._writes
+
+    def answer(self, writes: RegisterWrites | None) -> None:
+        """On the loop: let the vCPU go on, with these writes or natively.
+
+        Without a trap that waits, this does nothing: the slot was released before.
+        """
+        if self._waiting:
+            self._waiting = False
+            self._writes = writes
+            self._answered.release()
+
+    def release(self) -> None:
+        """On the loop: let the vCPU go without an answer, now and from here on."""
+        self._released = True
+        self.answer(None)
+
+    def _deliver(self, event: TrapEvent) -> None:
+        self._waiting = True
+        if self._released:
+            return self.answer(None)
+        try:
+            self._handover.sink.put_nowait(event)
+        except anyio.WouldBlock:
+            self._handover.hold(self, event)
+        except TrapQueueClosedError:
+            self.release()
+        return None

@@ -1,0 +1,1 @@
+"""The backend that emulates a raw x86 image with Unicorn."""

@@ -1,0 +1,1 @@
+"""The protocol of vmi-utils, and what an author of handlers touches."""

@@ -1,0 +1,239 @@
+"""From a packet to the handler that answers it.
+
+Handlers are tried in order, and the first whose magic and request match wins. The
+order is worked out once, into a table: a match is one look-up, however many handlers
+there are. A nested bridge is taken apart into its handlers; a dispatcher of another
+kind is asked itself, and passes a request on by answering *unmatched*.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Sequence
+from operator import itemgetter
+from typing import Any, ClassVar, TypeAlias
+
+from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.contract import BridgeContract
+from vmibridge.bridge.handler import BridgeHandler, check_retry_values, check_timeout
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.response import BridgeResponse
+from vmibridge.text import printable
+from vmibridge.vm.trap import TrapFilter, TrapReason
+
+__all__ = ["Bridge", "BridgeDispatch", "Target"]
+
+log: logging.Logger = logging.getLogger(__name__)
+
+_MAX_ERROR = 500
+"""Characters."""
+
+# Asking an Enum for a member takes as long as a call before Python 3.12.
+_HANDLED = OutcomeKind.HANDLED
+
+
+class BridgeDispatch(ABC):
+    """Something that answers packets: a bridge, or a dispatcher of one's own."""
+
+    ANY_CPUID: ClassVar[bool] = False
+    """With a contract without magic: make every CPUID of the guest ours."""
+    may_wait: ClassVar[bool] = False
+    """Its guests take WAIT for what it is: the soft deadline of the server holds for it."""
+
+    @abstractmethod
+    def contracts(self) -> Sequence[BridgeContract]:
+        """What it may answer to, in its order; fixed for its life."""
+
+    @abstractmethod
+    async def dispatch(self, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
+        """Answer a packet, stamps included. It may raise; it may be cancelled."""
+
+
+Target: TypeAlias = BridgeHandler[Any] | BridgeDispatch
+"""What a bridge may hold: handlers, and dispatchers of one's own, other bridges among them."""
+
+
+class Entry:
+    """One place in the order of a bridge: a target, and what it answers to."""
+
+    __slots__ = (
+        "any_cpuid",
+        "contract",
+        "handler",
+        "instant",
+        "name",
+        "serial",
+        "stamps",
+        "target",
+    )
+
+    def __init__(self, target: Target, contract: BridgeContract) -> None:
+        self.target: Target = target
+        self.contract: BridgeContract = contract
+        self.handler: BridgeHandler[Any] | None = (
+            target if isinstance(target, BridgeHandler) else None
+        )
+        self.stamps: bool = any(value is not None for value in contract.verify_values)
+        self.any_cpuid: bool = target.ANY_CPUID
+        self.instant: bool = self.handler is not None and self.handler.instant
+        self.serial: bool = self.handler is not None and self.handler.serial
+        if self.handler is not None:
+            # An instance may have set its own.
+            check_timeout(self.handler.timeout)
+            check_timeout(self.handler.soft_timeout, "soft_timeout")
+            check_retry_values(self.handler.retry_values)
+        self.name: str = type(target).__name__ if self.handler is None else self.handler.name
+
+
+class Bridge(BridgeDispatch):
+    """An ordered set of handlers and other dispatchers; `Bridge()` answers nothing.
+
+    Raises `ValueError` when a handler's contract is out of range, `TypeError` for
+    what is neither a handler nor a dispatcher.
+    """
+
+    def __init__(self, *targets: Target) -> None:
+        self.entries: list[Entry] = []
+        """Who is asked, in order; nested bridges are taken apart."""
+        for target in targets:
+            # One that answers in its own way is asked itself.
+            if isinstance(target, Bridge) and type(target).dispatch is Bridge.dispatch:
+                self.entries += target.entries
+            elif isinstance(target, BridgeDispatch):
+                self.entries += [Entry(target, contract) for contract in target.contracts()]
+            elif isinstance(target, BridgeHandler):
+                self.entries.append(Entry(target, target.contract))
+            else:
+                raise TypeError(f"a bridge takes handlers and dispatchers, not {target!r}")
+        self._magics = frozenset(
+            entry.contract.magic for entry in self.entries if entry.contract.magic is not None
+        )
+        self._exact: dict[tuple[int, int], tuple[Entry, ...]] = {}
+        self._any_magic: dict[int, tuple[Entry, ...]] = {}
+        self._any_cpuid: dict[int, tuple[Entry, ...]] = {}
+        self._build_tables()
+
+    def _build_tables(self) -> None:
+        anonymous: dict[int, list[tuple[int, Entry]]] = {}
+        named: dict[tuple[int, int], list[tuple[int, Entry]]] = {}
+        for place, entry in enumerate(self.entries):
+            request, magic = entry.contract.request, entry.contract.magic
+            if magic is None:
+                anonymous.setdefault(request, []).append((place, entry))
+            else:
+                named.setdefault((magic, request), []).append((place, entry))
+        for request, placed in anonymous.items():
+            opted_in = _until_final([each for each in placed if each[1].any_cpuid])
+            self._any_cpuid[request] = tuple(entry for _, entry in opted_in)
+            anonymous[request] = _until_final(placed)
+            self._any_magic[request] = tuple(entry for _, entry in anonymous[request])
+        for key, placed in named.items():
+            merged = sorted(placed + anonymous.get(key[1], []), key=itemgetter(0))
+            self._exact[key] = tuple(entry for _, entry in _until_final(merged))
+
+    def contracts(self) -> Sequence[BridgeContract]:
+        return [entry.contract for entry in self.entries]
+
+    @property
+    def handlers(self) -> list[BridgeHandler[Any]]:
+        """The handlers in order, those of nested bridges included."""
+        found: list[BridgeHandler[Any]] = []
+        for entry in self.entries:
+            if entry.handler is not None:
+                found.append(entry.handler)
+            elif isinstance(entry.target, Bridge):
+                found += entry.target.handlers
+        return found
+
+    @property
+    def trap_filter(self) -> TrapFilter:
+        """Which traps are this bridge's own."""
+        anonymous = [entry for entry in self.entries if entry.contract.magic is None]
+        return TrapFilter(
+            magics=self._magics,
+            any_hypercall=bool(anonymous),
+            any_cpuid=any(entry.any_cpuid for entry in anonymous),
+        )
+
+    def match(self, packet: BridgePacket, reason: TrapReason) -> tuple[Entry, ...]:
+        """Who may answer, first choice first; empty when nobody does.
+
+        A CPUID with a magic that no handler names goes only to those that opted in.
+        """
+        found = self._exact.get((packet.magic, packet.request))
+        if found is not None:
+            return found
+        if reason is TrapReason.CPUID and packet.magic not in self._magics:
+            return self._any_cpuid.get(packet.request, ())
+        return self._any_magic.get(packet.request, ())
+
+    async def dispatch(self, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
+        """Find the handler and await its answer.
+
+        A handler that raises makes the outcome *failed*, and is logged. There is no
+        deadline here: that is the server's. Cancellation passes through.
+        """
+        for entry in self.match(packet, vmi.event.reason):
+            try:
+                outcome = outcome_of(entry, packet, await ask(entry, vmi, packet))
+            except Exception as error:
+                return failure(entry.name, packet, error)
+            if outcome.kind is not OutcomeKind.UNMATCHED:
+                return outcome
+        return Outcome(OutcomeKind.UNMATCHED, packet)
+
+
+Answer: TypeAlias = BridgeResponse[Any] | Outcome[Any] | None
+"""What a handler returns, or a dispatcher of another kind."""
+
+
+def ask(entry: Entry, vmi: BridgeContext, packet: BridgePacket) -> Awaitable[Answer]:
+    """Ask one target; `outcome_of` tells what its answer means."""
+    if entry.handler is None:
+        assert isinstance(entry.target, BridgeDispatch)
+        return entry.target.dispatch(vmi, packet)
+    return entry.handler.handle(vmi, packet)
+
+
+def outcome_of(entry: Entry, packet: BridgePacket, response: Answer) -> Outcome[Any]:
+    """The outcome of an answer, stamped. Raises `TypeError` for what is no answer."""
+    if entry.handler is None:
+        if not isinstance(response, Outcome):
+            raise TypeError(f"dispatch() returned {type(response).__name__}, not an Outcome")
+        return response
+    if response is None:
+        return Outcome(OutcomeKind.REJECTED, packet, handler=entry.name)
+    if not isinstance(response, BridgeResponse):
+        raise TypeError(f"handle() returned {type(response).__name__}, not a BridgeResponse")
+    if entry.stamps:
+        response = entry.contract.stamp(response)
+    return Outcome(_HANDLED, packet, response, entry.name)
+
+
+def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:
+    """The outcome of a handler that raised; logs the error with its traceback."""
+    told = one_line(error)
+    log.error("handler %s failed on method %#06x: %s", name, packet.method, told, exc_info=error)
+    return Outcome(OutcomeKind.FAILED, packet, handler=name, error=told)
+
+
+def one_line(error: BaseException) -> str:
+    """An error as printable text of at most 500 characters: it may quote the guest."""
+    kind = type(error).__name__
+    try:
+        text = f"{kind}: {error}"
+    except Exception:
+        # An error that cannot say what it is.
+        text = kind
+    return printable(text[:_MAX_ERROR])[:_MAX_ERROR]
+
+
+def _until_final(placed: Sequence[tuple[int, Entry]]) -> list[tuple[int, Entry]]:
+    # A handler that matches always answers, so nothing behind it is ever asked.
+    # A dispatcher that matches by two of its contracts is asked once.
+    kept: dict[int, tuple[int, Entry]] = {}
+    for place, entry in placed:
+        kept.setdefault(id(entry.target), (place, entry))
+        if entry.handler is not None:
+            break
+    return list(kept.values())

@@ -1,0 +1,285 @@
+"""A handler: the host's end of one request.
+
+    class Hello(BridgeHandler[int]):
+        MAGIC = 0x4249_4D56
+        REQUEST = 0x0001
+
+        @method(0x0001, timeout=2.0)
+        async def greet(self, vmi, packet): ...
+
+Rules:
+
+- `REQUEST` is a must; without `MAGIC` it takes any magic. Its verify values are
+  stamped over the response, and only when there is one.
+- Override `handle`, or mark methods with `@method`: the base class then routes by
+  the packet's method code and rejects the rest. To return `None` is to reject.
+- It may raise: the guest gets the fallback and the server goes on.
+- It is an async context manager, entered before the guest runs and left after.
+- A class is refused when it is made (`TypeError`) if one of its methods has the name of an
+  attribute of `BridgeHandler`, or such an attribute has a value of another type. A function
+  is true: a method `shared` would have one instance serve all VMs.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from inspect import getattr_static, getdoc, isabstract, iscoroutinefunction, isfunction
+from types import MappingProxyType, TracebackType
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+
+import msgspec
+
+from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.contract import BridgeContract, GuestRead
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.response import BridgeResponse, T
+
+__all__ = ["BridgeHandler", "Method", "contract_of", "method"]
+
+_F = TypeVar("_F", bound=Callable[..., Awaitable[BridgeResponse[Any] | None]])
+
+
+class Method(NamedTuple):
+    """One method of a handler."""
+
+    code: int
+    """16 bits: the packet's method."""
+    name: str
+    """The attribute of the handler that answers it."""
+    timeout: float | None
+    """Seconds; `None` leaves it to the handler. So it does for the next three."""
+    doc: str
+    """The first line of its docstring."""
+    soft_timeout: float | None = None
+    wait: BridgeResponse[Any] | None = None
+    retry_values: tuple[int, ...] | None = None
+    may_wait: bool | None = None
+
+
+def method(
+    code: int,
+    *,
+    timeout: float | None = None,
+    soft_timeout: float | None = None,
+    wait: BridgeResponse[Any] | None = None,
+    retry_values: tuple[int, ...] | None = None,
+    may_wait: bool | None = None,
+) -> Callable[[_F], _F]:
+    """Mark an async method of a `BridgeHandler` as the answer to a method code.
+
+    `code` has 16 bits. The others override what the handler says under the same name.
+    Raises `ValueError` for one out of range, `TypeError` for a function that is not async.
+    """
+    if code >> 16:
+        raise ValueError(f"a method code has 16 bits, got {code:#x}")
+    check_timeout(timeout)
+    check_timeout(soft_timeout, "soft_timeout")
+    check_retry_values(retry_values)
+
+    def mark(function: _F) -> _F:
+        is_async = iscoroutinefunction(function)
+        if not is_async:
+            raise TypeError(f"{function.__qualname__} answers a method, so it has to be async")
+        doc = (getdoc(function) or "").partition("\n")[0]
+        function.__bridge_method__ = Method(  # type: ignore[attr-defined]
+            code, function.__name__, timeout, doc, soft_timeout, wait, retry_values, may_wait
+        )
+        return function
+
+    return mark
+
+
+def check_timeout(timeout: float | None, name: str = "timeout") -> None:
+    """Raise `ValueError` for what is no time limit in seconds; `None` is none."""
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"{name} is a positive number of seconds, got {timeout!r}")
+
+
+def check_retry_values(values: tuple[int, ...] | None) -> None:
+    """Raise `ValueError` for what are no numbers of values, 1 to 4; `None` is none."""
+    if values is not None and not set(values) <= {1, 2, 3, 4}:
+        raise ValueError(f"retry_values are numbers of values, 1 to 4, got {values!r}")
+
+
+class BridgeHandler(Generic[T]):
+    """Base of all handlers; `T` is the type of its output."""
+
+    REQUEST: ClassVar[int]
+    """16 bits."""
+    MAGIC: ClassVar[int | None] = None
+    """32 bits; `None` takes any magic."""
+    VERIFY_VALUE1: ClassVar[int | None] = None
+    """64 bits; stamped over the response. So are the others."""
+    VERIFY_VALUE2: ClassVar[int | None] = None
+    VERIFY_VALUE3: ClassVar[int | None] = None
+    VERIFY_VALUE4: ClassVar[int | None] = None
+    ANY_CPUID: ClassVar[bool] = False
+    """Without `MAGIC`: make every CPUID of the guest ours, not only every VMCALL."""
+
+    name: ClassVar[str] = "bridge_handler"
+    """Its name in outcomes and in the configuration; by default the class's, in snake case."""
+    timeout: ClassVar[float | None] = None
+    """Seconds to the hard deadline of one request: it is cancelled, and the guest gets the
+    fallback. `None` leaves it to the server."""
+    soft_timeout: ClassVar[float | None] = None
+    """Seconds to the soft deadline: the guest gets WAIT and asks again, while the handler goes
+    on. `None`: that of the server where `may_wait` is set, else none. `math.inf`: none."""
+    may_wait: ClassVar[bool] = False
+    """Its guests take WAIT for what it is and ask again, so that the server's soft deadline holds
+    for it. Where `soft_timeout` is set it holds in any case."""
+    wait: ClassVar[BridgeResponse[Any] | None] = None
+    """What the guest is told at the soft deadline, before stamps; see `STANDARD_WAIT`."""
+    retry_values: ClassVar[tuple[int, ...] | None] = None
+    """Which of value1 to value4 a retry has in common with its request. Leave out one that
+    counts the attempts."""
+    serial: ClassVar[bool] = False
+    """Answer one request at a time; the others wait for their turn."""
+    instant: ClassVar[bool] = False
+    """It answers without awaiting anything, so it needs no place in flight."""
+    shared: ClassVar[bool] = False
+    """One instance may serve several VMs: it keeps nothing of a guest."""
+    reads: ClassVar[tuple[GuestRead, ...]] = ()
+    """Guest memory that it is known to read: an agent on another machine sends it along."""
+    Settings: ClassVar[type[msgspec.Struct] | None] = None
+    """The type of `[handlers.NAME]` in the configuration; an instance of it is then
+    the only argument of the constructor."""
+    methods: ClassVar[Mapping[int, Method]] = MappingProxyType({})
+    """The methods by code, as marked with `@method`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = re.sub(
+                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__
+            ).lower()
+        _check_attributes(cls)
+        check_timeout(cls.timeout)
+        check_timeout(cls.soft_timeout, "soft_timeout")
+        check_retry_values(cls.retry_values)
+        cls.methods = MappingProxyType(_collect_methods(cls))
+
+    @classmethod
+    def is_concrete(cls) -> bool:
+        """Whether this class can answer: it has a `REQUEST`, and nothing abstract."""
+        answers = bool(cls.methods) or cls.handle is not BridgeHandler.handle
+        return hasattr(cls, "REQUEST") and answers and not isabstract(cls)
+
+    @classmethod
+    def has_life(cls) -> bool:
+        """Whether there is something to enter or leave: most handlers have nothing."""
+        plain = (BridgeHandler.__aenter__, BridgeHandler.__aexit__)
+        return (cls.__aenter__, cls.__aexit__) != plain
+
+    @property
+    def contract(self) -> BridgeContract:
+        """What this handler answers to. Raises `ValueError` for a code out of range."""
+        return contract_of(self)
+
+    async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[T] | None:
+        """Answer one request; `None` rejects it.
+
+        Cancelled at its hard deadline, and when the server stops: the guest then has its
+        fallback already, and `vmi.memory` is closed. From its soft deadline on, an access
+        to `vmi.memory` waits until the guest has asked again.
+        """
+        marked = self.methods.get(packet.method)
+        if marked is None:
+            return None
+        response: BridgeResponse[T] | None = await getattr(self, marked.name)(vmi, packet)
+        return response
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return None
+
+
+_NUMBER = (int, type(None))
+_SECONDS = (int, float, type(None))
+_ATTRIBUTES: Mapping[str, tuple[type, ...]] = {
+    "REQUEST": (int,),
+    "MAGIC": _NUMBER,
+    "VERIFY_VALUE1": _NUMBER,
+    "VERIFY_VALUE2": _NUMBER,
+    "VERIFY_VALUE3": _NUMBER,
+    "VERIFY_VALUE4": _NUMBER,
+    "ANY_CPUID": (bool,),
+    "name": (str,),
+    "timeout": _SECONDS,
+    "soft_timeout": _SECONDS,
+    "may_wait": (bool,),
+    "wait": (BridgeResponse, type(None)),
+    "retry_values": (tuple, list, type(None)),
+    "serial": (bool,),
+    "instant": (bool,),
+    "shared": (bool,),
+    "reads": (tuple, list),
+    "Settings": (type, type(None)),
+}
+"""What a class attribute of a handler may be."""
+
+
+def _check_attributes(cls: type[BridgeHandler[Any]]) -> None:
+    # As the class has them, without calling a property: a mixin may be what shadows.
+    for name, kinds in _ATTRIBUTES.items():
+        value = getattr_static(cls, name, None)
+        if isfunction(value):
+            raise _shadows(cls, name)
+        if (value is not None or name != "REQUEST") and not isinstance(value, kinds):
+            expected = " or ".join(
+                "None" if kind is type(None) else kind.__name__ for kind in kinds
+            )
+            raise TypeError(f"{cls.__name__}.{name} is {value!r:.80}, not of type {expected}")
+    for name in ("contract", "is_concrete", "has_life"):
+        # A property or a class method may stand in for that of the base class.
+        if isfunction(getattr_static(cls, name)):
+            raise _shadows(cls, name)
+    if "methods" in vars(cls):
+        raise _shadows(cls, "methods")
+
+
+def _shadows(cls: type[BridgeHandler[Any]], name: str) -> TypeError:
+    return TypeError(
+        f"{cls.__name__}.{name} has the name of an attribute of BridgeHandler; rename it"
+    )
+
+
+def contract_of(handler: BridgeHandler[Any] | type[BridgeHandler[Any]]) -> BridgeContract:
+    """The contract of a handler, or of a class of them. Raises `ValueError`."""
+    if not hasattr(handler, "REQUEST"):
+        name = handler.__name__ if isinstance(handler, type) else type(handler).__name__
+        raise ValueError(f"{name} has no REQUEST")
+    return BridgeContract(
+        handler.REQUEST,
+        handler.MAGIC,
+        handler.VERIFY_VALUE1,
+        handler.VERIFY_VALUE2,
+        handler.VERIFY_VALUE3,
+        handler.VERIFY_VALUE4,
+    )
+
+
+def _collect_methods(cls: type[BridgeHandler[Any]]) -> dict[int, Method]:
+    # A method that overrides a marked one answers in its place, marked again or not.
+    marks: dict[str, Method] = {}
+    for base in reversed(cls.__mro__):
+        for attribute, value in vars(base).items():
+            marked = getattr(value, "__bridge_method__", None)
+            if isinstance(marked, Method):
+                if hasattr(BridgeHandler, attribute):
+                    raise _shadows(cls, attribute)
+                marks[attribute] = marked._replace(name=attribute)
+    methods: dict[int, Method] = {}
+    for attribute, marked in marks.items():
+        if marked.code in methods:
+            raise TypeError(
+                f"{cls.__name__}: {methods[marked.code].name} and {attribute}"
+                f" both answer method {marked.code:#06x}"
+            )
+        methods[marked.code] = marked
+    return methods

@@ -1,0 +1,1 @@
+"""From a trap to its answer. Knows no backend and no wire."""

@@ -1,0 +1,206 @@
+"""The engine of one backend: from the start of its guest to the last answer.
+
+Rules that it lives by:
+
+- Handlers are entered before the guest runs, and left after the last answer.
+- A stop has four steps: no trap is taken any more, and what is queued is answered;
+  handlers that a trap waits for have the grace period to end by themselves; the others
+  are answered for, and cancelled; the backend disarms its traps and lets the guest go.
+- All of this is shielded from cancellation from outside, which `main` turns into a stop
+  without grace: so an answer that is being written is always written.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from vmibridge.bridge.dispatch import Bridge, one_line
+from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.engine.outcome_queue import OutcomesIn
+from vmibridge.engine.places import InFlight, Turns
+from vmibridge.engine.replies import BeforeResume
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Tap
+from vmibridge.engine.workers import Workers
+from vmibridge.errors import HandlerLifeError
+from vmibridge.vm.backend import Backend
+
+
+class Engine:
+    """Serves one backend. See the module for its rules."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        bridge: Bridge,
+        settings: ServerSettings,
+        outcomes: OutcomesIn,
+        in_flight: InFlight,
+        turns: Turns,
+        taps: Sequence[Tap],
+        on_end: Callable[[str, BaseException | None], None],
+        before_resume: BeforeResume | None = None,
+    ) -> None:
+        self._backend = backend
+        self._on_end = on_end
+        self._handlers = [each for each in bridge.handlers if not each.shared]
+        self._settings = settings
+        self._outcomes = outcomes
+        self._workers = Workers(
+            backend,
+            bridge,
+            settings,
+            outcomes,
+            in_flight,
+            turns,
+            taps,
+            self._stop_for,
+            before_resume,
+        )
+        self._bridge = bridge
+        self._taps = taps
+        self._stop = anyio.Event()
+        self._grace = anyio.CancelScope()
+        self._stopping = False
+        self._ended = anyio.Event()
+        self._error: BaseException | None = None
+        self._shield = anyio.CancelScope(shield=True)
+        self._answered_by = 0.0
+        self._guest_done = False
+        self._tasks: TaskGroup | None = None
+
+    @property
+    def summary(self) -> Summary:
+        """Counts so far."""
+        return self._workers.summary
+
+    def stop(self, *, now: bool = False) -> None:
+        """Ask for the end: pending traps are answered, then the guest is let go.
+
+        `now` leaves handlers no time to end by themselves.
+        """
+        if now:
+            self._grace.cancel()
+        self._workers.take_no_more()
+        self._stop.set()
+
+    async def ended(self) -> None:
+        """Wait until the engine has ended and nothing of it is left."""
+        await self._ended.wait()
+
+    async def main(self) -> None:
+        """Serve until the guest ends, `stop` is called, or this is cancelled.
+
+        Errors of the backend and of entering a handler are given to `on_end`.
+        """
+        try:
+            async with lives_of(self._handlers):
+                if self._stop.is_set():
+                    return
+                async with anyio.create_task_group() as outside:
+                    outside.start_soon(self._serve, outside.cancel_scope)
+                    try:
+                        await self._stop.wait()
+                        self._begin_stop()
+                        with self._grace:
+                            self._grace.deadline = anyio.current_time() + min(
+                                self._settings.grace, self._settings.stop_timeout / 2
+                            )
+                            await self._workers.lanes.quiet()
+                    finally:
+                        self._begin_stop()
+                        self._end()
+        except Exception as error:
+            self._error = self._error or error
+        finally:
+            self._on_end(self._backend.vm, self._error)
+            self._ended.set()
+
+    async def _serve(self, outside: anyio.CancelScope) -> None:
+        for tap in self._taps:
+            tap.begin(self._backend.vm, self._bridge, self._settings, self._stop_for)
+        try:
+            with self._shield:
+                async with anyio.create_task_group() as watch:
+                    watch.start_soon(self._workers.watch)
+                    async with anyio.create_task_group() as self._tasks:
+                        self._workers.start(self._tasks)
+                        await self._run_guest()
+                    watch.cancel_scope.cancel()
+        finally:
+            for tap in self._taps:
+                tap.end(self._backend.vm, self.summary)
+        outside.cancel()
+
+    async def _run_guest(self) -> None:
+        try:
+            if not self._stopping:
+                self.summary.guest = await self._backend.run(
+                    self._workers.filter, self._workers.lanes
+                )
+        except Exception as error:
+            self._error = self._error or error
+        finally:
+            self._guest_done = True
+            self._workers.guest_ended()
+
+    def _stop_for(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self.stop()
+
+    def _begin_stop(self) -> None:
+        if not self._stopping:
+            self._stopping = True
+            self._answered_by = anyio.current_time() + self._settings.stop_timeout
+            self._workers.take_no_more()
+            self._outcomes.unbind()
+
+    def _end(self) -> None:
+        # Not before: where something held up the loop for longer than all of this takes, the
+        # answers that are given now would be cut short before they were begun.
+        self._shield.deadline = max(
+            self._answered_by, anyio.current_time() + self._settings.stop_timeout / 2
+        )
+        if self._tasks is not None and not self._guest_done:
+            self._tasks.start_soon(self._release_guest)
+        self._workers.cancel()
+
+    async def _release_guest(self) -> None:
+        await self._workers.lanes.quiet()
+        self._backend.stop()
+
+
+@asynccontextmanager
+async def lives_of(handlers: Iterable[BridgeHandler[Any]]) -> AsyncIterator[None]:
+    """Enter handlers in order and leave them in reverse, each once.
+
+    Raises `HandlerLifeError`, which names the handler.
+    """
+    async with AsyncExitStack() as lives:
+        for handler in dict.fromkeys(handlers):
+            if handler.has_life():
+                await lives.enter_async_context(_life(handler))
+        yield
+
+
+@asynccontextmanager
+async def _life(handler: BridgeHandler[Any]) -> AsyncIterator[None]:
+    try:
+        await handler.__aenter__()
+    except Exception as error:
+        raise HandlerLifeError(
+            f"handler {handler.name} did not start: {one_line(error)}"
+        ) from error
+    try:
+        yield
+    finally:
+        try:
+            await handler.__aexit__(None, None, None)
+        except Exception as error:
+            raise HandlerLifeError(
+                f"handler {handler.name} did not end: {one_line(error)}"
+            ) from error

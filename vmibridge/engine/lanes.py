@@ -1,0 +1,162 @@
+"""The bounded queue between a backend and the workers: one ordered lane per vCPU.
+
+Rules:
+
+- A trap is *ready* when no earlier trap of its vCPU is unanswered; else it waits in
+  its lane's backlog until `release`. So one vCPU's traps are answered in order, and
+  vCPUs do not wait for each other.
+- Queued traps, ready or not, are bounded by `capacity`. `put` waits for room, which
+  comes in batches of half the capacity: a task switch is then paid per batch.
+- One waiting worker at a time is woken. It takes traps until one makes it wait, and
+  only then is the next one woken (`Workers._promote`).
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import anyio
+
+from vmibridge.aio.loops import Parking, parking
+from vmibridge.errors import TrapQueueClosedError
+from vmibridge.vm.trap import TrapEvent
+
+
+class Lanes:
+    """See the module. For one event loop; not for threads."""
+
+    def __init__(
+        self, capacity: int, on_abandoned: Callable[[TrapEvent], None] = lambda _: None
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"a queue holds at least one trap, got {capacity}")
+        self._capacity = capacity
+        self._on_abandoned = on_abandoned
+        self.abandoned: set[int] = set()
+        """Sequence numbers of the queued traps that nobody waits for any more."""
+        self._queued = 0
+        self._ready: deque[TrapEvent] = deque()
+        self._busy: dict[int, deque[TrapEvent]] = {}
+        self._idle: list[Parking] = []
+        self._spare: list[Parking] = []
+        self._waking = False
+        self._room: anyio.Event | None = None
+        self._closed = False
+        self._quiet: anyio.Event | None = None
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether a trap can be taken now."""
+        return bool(self._ready)
+
+    @property
+    def idle(self) -> int:
+        """How many workers wait for a trap, a woken one not included."""
+        return len(self._idle)
+
+    @property
+    def attended(self) -> bool:
+        """Whether a worker waits for the next trap, or is on its way to it."""
+        return self._waking or bool(self._idle)
+
+    def put_nowait(self, event: TrapEvent) -> None:
+        """Raises `anyio.WouldBlock` when full, `TrapQueueClosedError` when closed."""
+        if self._closed:
+            raise TrapQueueClosedError("the server takes no more traps")
+        if self._queued >= self._capacity:
+            raise anyio.WouldBlock
+        self._queued += 1
+        backlog = self._busy.get(event.vcpu)
+        if backlog is None:
+            self._busy[event.vcpu] = deque()
+            self._ready.append(event)
+            if not self._waking:
+                self.wake()
+        else:
+            backlog.append(event)
+
+    async def put(self, event: TrapEvent) -> None:
+        """Wait for room. Raises `TrapQueueClosedError`. Cancelled, nothing was put."""
+        while True:
+            try:
+                return self.put_nowait(event)
+            except anyio.WouldBlock:
+                if self._room is None:
+                    self._room = anyio.Event()
+                await self._room.wait()
+
+    def abandon(self, event: TrapEvent) -> None:
+        """Nobody waits for the answer to this trap any more."""
+        if event in self._ready or event in self._busy.get(event.vcpu, ()):
+            self.abandoned.add(event.seq)
+        else:
+            self._on_abandoned(event)
+
+    def was_abandoned(self, event: TrapEvent) -> bool:
+        """Whether a trap that was taken was abandoned before; asked once."""
+        if event.seq in self.abandoned:
+            self.abandoned.remove(event.seq)
+            return True
+        return False
+
+    def wake(self) -> bool:
+        """Wake the worker that has waited least, unless one is waking; `False` if there is none."""
+        if not self._waking and self._idle:
+            self._idle.pop().wake()
+            self._waking = True
+        return self._waking
+
+    def get_nowait(self) -> TrapEvent | None:
+        """The next ready trap; its vCPU's lane is busy until `release`."""
+        if not self._ready:
+            return None
+        self._queued -= 1
+        if self._room is not None and self._queued <= self._capacity // 2:
+            self._room.set()
+            self._room = None
+        return self._ready.popleft()
+
+    async def get(self) -> TrapEvent | None:
+        """Wait for the next ready trap; `None` when closed and none is left."""
+        while not self._ready:
+            if self._closed:
+                return None
+            turn = self._spare.pop() if self._spare else parking()
+            self._idle.append(turn)
+            try:
+                await turn.wait()
+            except BaseException:
+                if turn in self._idle:
+                    self._idle.remove(turn)
+                else:
+                    self._waking = False
+                raise
+            self._waking = False
+            self._spare.append(turn)
+        return self.get_nowait()
+
+    def release(self, vcpu: int) -> None:
+        """The trap of this vCPU is answered; its next one, if any, becomes ready."""
+        backlog = self._busy.get(vcpu)
+        if backlog:
+            self._ready.append(backlog.popleft())
+        elif backlog is not None:
+            del self._busy[vcpu]
+            if self._quiet is not None and not self._busy:
+                self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Wait until every trap that was put has been released."""
+        while self._busy:
+            if self._quiet is None or self._quiet.is_set():
+                self._quiet = anyio.Event()
+            await self._quiet.wait()
+
+    def close(self) -> None:
+        """Take no more traps. Those that are queued can still be taken."""
+        self._closed = True
+        for turn in self._idle:
+            turn.wake()
+        self._idle.clear()
+        if self._room is not None:
+            self._room.set()
+            self._room = None

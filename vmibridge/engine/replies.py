@@ -1,0 +1,155 @@
+"""The last step of a trap: write the answer, tell of it, and let the vCPU's next trap in.
+
+What an outcome gives the guest stands in the table of `outcome`. An answer that cannot be
+written makes its outcome *failed*; the trap is done with in any case.
+"""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+import anyio
+
+from vmibridge.bridge.dispatch import one_line
+from vmibridge.bridge.outcome import GONE, Outcome, OutcomeKind
+from vmibridge.bridge.registers import write_response
+from vmibridge.bridge.response import BridgeResponse
+from vmibridge.engine.lanes import Lanes
+from vmibridge.engine.outcome_queue import OutcomesIn
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Tap
+from vmibridge.vm.backend import Backend
+from vmibridge.vm.trap import RegisterWrites, TrapEvent
+
+log: logging.Logger = logging.getLogger(__name__)
+
+_clock = time.monotonic
+
+# Asking an Enum for a member takes as long as a call before Python 3.12.
+_HANDLED, _DENIED = OutcomeKind.HANDLED, OutcomeKind.DENIED
+
+
+BeforeResume: TypeAlias = Callable[[Outcome[Any]], Awaitable[None]]
+"""What a consumer does with an outcome while the vCPU of its trap still stands still."""
+
+
+class Replies:
+    """The replies to the traps of one VM."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        settings: ServerSettings,
+        outcomes: OutcomesIn,
+        lanes: Lanes,
+        summary: Summary,
+        taps: Sequence[Tap],
+        before_resume: BeforeResume | None = None,
+    ) -> None:
+        self._backend = backend
+        self._outcomes = outcomes
+        self._lanes = lanes
+        self._summary = summary
+        self._taps = taps
+        self._before_resume = before_resume
+        self._patience = settings.timeout
+        self._consulted: set[anyio.CancelScope] = set()
+        denied = "native" if settings.policy is None else settings.policy.denied
+        self._denied_natively = denied == "native"
+        # Of the others the response is in the outcome.
+        self._responses: dict[OutcomeKind, BridgeResponse[Any] | None] = {
+            OutcomeKind.UNMATCHED: None,
+            OutcomeKind.DENIED: denied if isinstance(denied, BridgeResponse) else None,
+            **dict.fromkeys(
+                (
+                    OutcomeKind.REJECTED,
+                    OutcomeKind.TIMEOUT,
+                    OutcomeKind.FAILED,
+                    OutcomeKind.CANCELLED,
+                ),
+                settings.fallback,
+            ),
+        }
+
+    async def finish(self, event: TrapEvent, started: float, outcome: Outcome[Any]) -> None:
+        """Answer a trap that was taken at `started`, in seconds of the monotonic clock."""
+        kind, error = outcome.kind, outcome.error
+        response = outcome.response
+        if kind is not _HANDLED and kind in self._responses:
+            response = self._responses[kind]
+        writes: RegisterWrites | None = None
+        if kind is not _DENIED or not self._denied_natively:
+            writes = write_response(event, response)
+        if self._before_resume is not None:
+            await self._consult(
+                self._before_resume,
+                Outcome(
+                    kind,
+                    outcome.packet,
+                    response,
+                    outcome.handler,
+                    error,
+                    event,
+                    None,
+                    _clock() - started,
+                    outcome.retry_of,
+                ),
+            )
+        try:
+            await self._backend.resume(event, writes)
+        except Exception as lost:
+            writes = None
+            if error is not GONE:
+                log.exception("the answer to trap %d of vm %s was not written", event.seq, event.vm)
+                kind, error = OutcomeKind.FAILED, f"not written: {one_line(lost)}"
+        self._summary.outcomes[kind] += 1
+        done: Outcome[Any] = Outcome(
+            kind,
+            outcome.packet,
+            response,
+            outcome.handler,
+            error,
+            event,
+            writes,
+            _clock() - started,
+            outcome.retry_of,
+        )
+        for tap in self._taps:
+            tap.answered(done)
+            if tap.full:
+                await tap.room()
+        if not self._outcomes.put_nowait(done):
+            await self._outcomes.put(done)
+        self._lanes.release(event.vcpu)
+
+    async def _consult(self, before_resume: BeforeResume, outcome: Outcome[Any]) -> None:
+        """Let the consumer act first. Whatever it does, the answer is written after it."""
+        assert outcome.event is not None
+        where = f"before_resume of trap {outcome.event.seq} of vm {outcome.event.vm}"
+        with anyio.move_on_after(self._patience) as scope:
+            self._consulted.add(scope)
+            try:
+                await before_resume(outcome)
+            except Exception:
+                log.exception("%s failed; the answer is written all the same", where)
+            finally:
+                self._consulted.discard(scope)
+        if scope.cancelled_caught:
+            log.error("%s was cut off; the answer is written all the same", where)
+
+    def consult_no_more(self) -> None:
+        """Cut off what the consumer does, from here on: the server stops, and every trap is due."""
+        self._before_resume = None
+        for scope in self._consulted:
+            scope.cancel()
+
+    async def run_natively(self, event: TrapEvent) -> None:
+        """Answer a trap that is not ours."""
+        self._summary.native += 1
+        try:
+            await self._backend.resume(event, None)
+        except Exception:
+            log.exception("trap %d of vm %s did not run natively", event.seq, event.vm)
+        self._lanes.release(event.vcpu)

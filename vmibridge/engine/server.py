@@ -1,0 +1,402 @@
+"""The server: backends and a bridge, brought together.
+
+    async with open_backend("unicorn:guest.bin") as backend:
+        server = BridgeServer(backend, Bridge(Hello()), timeout=5.0)
+        async for outcome in server.run():
+            ...
+
+Rules:
+
+- Each VM has an engine and handlers of its own. Handlers that say `shared` may serve
+  several VMs; they are entered before the first of them runs, and left after the last.
+- An engine lives in its backend's `async with`: leaving that answers whatever is
+  pending, stops the guest, and only then goes on. The other VMs run on, unless it is
+  the first backend of the server: that one is to be left last.
+"""
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from threading import get_ident
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
+
+import anyio
+
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_WAIT
+from vmibridge.bridge.dispatch import Bridge, BridgeDispatch, Target, one_line
+from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.bridge.response import BridgeResponse
+from vmibridge.engine.engine import Engine, lives_of
+from vmibridge.engine.handshake import Feature, Host, HostInfo
+from vmibridge.engine.outcome_queue import OutcomeQueue
+from vmibridge.engine.places import InFlight, Turns
+from vmibridge.engine.policy import Policy
+from vmibridge.engine.replies import BeforeResume
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Tap
+from vmibridge.errors import ServerStateError
+from vmibridge.vm.backend import Backend
+
+__all__ = ["BridgeServer", "Run"]
+
+log: logging.Logger = logging.getLogger(__name__)
+
+OUTCOMES_AHEAD = 1024
+"""Outcomes that are kept for a consumer that lags, before vCPUs wait for it."""
+
+
+Until: TypeAlias = Literal["output", "exit"] | int | Callable[[Outcome[Any]], bool]
+"""When a run ends, other than with its guest."""
+
+_EXIT = 0xFFFF
+"""The method by which a guest of the standard contract says that it is done."""
+
+BridgeFactory: TypeAlias = Callable[[str], Target]
+"""Makes what serves one VM, given the name of the VM."""
+
+
+class BridgeServer:
+    """Answers the traps of one or more backends with the handlers of a bridge.
+
+    `bridge` is a bridge, a handler, or a function that makes one for the VM that it is
+    given the name of. With several backends it has to be a function, so that each VM has
+    handlers of its own; only handlers that say `shared` may be in more than one.
+
+    | setting | means |
+    |---|---|
+    | `timeout` | seconds to the hard deadline of a request |
+    | `soft_timeout` | seconds to the soft deadline of a trap whose handler says `may_wait` |
+    | `wait` | what the guest is told at the soft deadline |
+    | `retry_values` | the values that a retry has in common with its request |
+    | `result_timeout` | seconds that a result is kept for its retry |
+    | `fallback` | what the guest gets when a handler matched and did not answer |
+    | `queue` | traps of a VM that may be queued |
+    | `in_flight`, `in_flight_total` | handlers that may wait at a time, in a VM and in all |
+    | `grace` | seconds that handlers have at a stop to end by themselves |
+    | `stop_timeout` | seconds in which a stop has to have answered every trap |
+    | `policy` | who may ask, and how much |
+    | `handshake` | whether to answer the handshake of the standard contract |
+    | `taps` | what sees the traffic, such as a `Recorder` |
+    | `before_resume` | what acts on an outcome before its vCPU goes on |
+
+    An outcome is iterated over when its vCPU has gone on. Who has to act first, such as on an
+    output with the guest still at its instruction, gives `before_resume`: it is awaited with
+    the outcome of each trap of ours, whose `writes` are `None` then. The answer is written when
+    it returns, when it raises (which is logged), after `timeout` seconds at the latest, and at
+    a stop after the grace period: then it is cancelled.
+
+    The first four, where neither the handler nor its method says otherwise. Raises
+    `ValueError` for a number that makes no sense, for two VMs of one name, and for a
+    handler that two VMs would share without saying so.
+    """
+
+    def __init__(
+        self,
+        backends: Backend | Sequence[Backend],
+        bridge: Target | BridgeFactory,
+        *,
+        timeout: float = 5.0,
+        soft_timeout: float | None = None,
+        wait: BridgeResponse[Any] = STANDARD_WAIT,
+        retry_values: tuple[int, ...] = (1, 2, 3, 4),
+        result_timeout: float = 60.0,
+        fallback: BridgeResponse[Any] | None = None,
+        queue: int = 256,
+        in_flight: int = 1024,
+        in_flight_total: int = 8192,
+        grace: float = 1.0,
+        stop_timeout: float = 5.0,
+        policy: Policy | None = None,
+        handshake: bool = True,
+        taps: Sequence[Tap] = (),
+        before_resume: BeforeResume | None = None,
+    ) -> None:
+        self._settings = ServerSettings(
+            timeout,
+            soft_timeout,
+            wait,
+            retry_values,
+            result_timeout,
+            fallback or BridgeResponse(),
+            queue,
+            in_flight,
+            in_flight_total,
+            grace,
+            stop_timeout,
+            policy,
+            handshake,
+        )
+        self._backends = [backends] if isinstance(backends, Backend) else list(backends)
+        if not self._backends:
+            raise ValueError("a server has at least one backend")
+        for vm, count in Counter(backend.vm for backend in self._backends).items():
+            if count > 1:
+                raise ValueError(f"{count} VMs are named {vm!r}: give each a name of its own")
+        self._bridges = [self._bridge_for(backend.vm, bridge) for backend in self._backends]
+        _check_shared(self._bridges)
+        self._taps = tuple(taps)
+        self._before_resume = before_resume
+        self._owner: _Owner | None = None
+        self._stopped = False
+
+    def _bridge_for(self, vm: str, bridge: Target | BridgeFactory) -> Bridge:
+        target = bridge if isinstance(bridge, BridgeHandler | BridgeDispatch) else bridge(vm)
+        whole = target if isinstance(target, Bridge) else Bridge(target)
+        return with_handshake(whole, self._settings)
+
+    @property
+    def summary(self) -> Summary:
+        """Counts of all VMs so far, and how the guests ended.
+
+        Raises `ServerStateError` before `run`.
+        """
+        return Summary.of_all(self.summaries.values())
+
+    @property
+    def summaries(self) -> dict[str, Summary]:
+        """The same for each VM, by its name. Raises `ServerStateError` before `run`."""
+        if self._owner is None:
+            raise ServerStateError("the server has not run yet: iterate over server.run()")
+        return {vm: engine.summary for vm, engine in self._owner.engines.items()}
+
+    def run(self, until: Until | None = None) -> "Run":
+        """Run the guests, and iterate over what became of each of their traps.
+
+        Must be called inside the backends' `async with`, once. The guests start with the
+        first step of the iteration, and the iteration ends with the last of them. Leaving
+        the loop early stops the server, as `stop` does.
+
+        `until` ends it sooner: `"output"` with the first outcome that has an output, as
+        the dispatch loop of vmi-utils 0.5 to 0.7 does, `"exit"` when a handler of the standard
+        contract has answered method 0xffff, a number with so many outcomes, or a function with
+        the first outcome that it is true for. That outcome is the last one of the iteration, which
+        ends when the server has stopped; what was still pending is in the summary only.
+
+        Iterating raises `BackendError` when a VM cannot be run, and what a handler
+        raised when it was entered: after the last outcome, so that other VMs run on.
+        Cancelled, it answers what is pending on the way out. Raises `ServerStateError`
+        outside the backends' `async with`, and a second time, `ValueError` for an `until`
+        that is none of these.
+        """
+        is_last = None if until is None else _is_last(until)
+        if self._owner is not None:
+            raise ServerStateError("a server runs once: make another for another run")
+        self._owner = _Owner(
+            self._backends, self._bridges, self._settings, self._taps, self._before_resume
+        )
+        if self._stopped:
+            self._owner.stop()
+        return Run(self._owner, is_last)
+
+    def stop(self, *, now: bool = False) -> None:
+        """End the run in good order: take no more traps, answer those that are there, and
+        let the guests go.
+
+        Returns at once. Handlers that a trap waits for have the grace period to end by
+        themselves; with `now`, also in a second call, they are cancelled. All is answered within
+        `stop_timeout`; the iteration ends when every handler has unwound, which one that
+        shields itself puts off. Before `run`, it makes that run end before it begins.
+        """
+        self._stopped = True
+        if self._owner is not None:
+            self._owner.stop(now=now)
+
+
+def with_handshake(bridge: Bridge, settings: ServerSettings) -> Bridge:
+    """`bridge`, and what answers the handshake, where that is wanted and of use."""
+    speaks = any(entry.contract.magic == STANDARD_MAGIC for entry in bridge.entries)
+    if not (settings.handshake and speaks):
+        return bridge
+    return Bridge(bridge, Host(_host_info(bridge, settings)))
+
+
+class _Owner:
+    """Owns one run: its engines, and the handlers that they share."""
+
+    def __init__(
+        self,
+        backends: list[Backend],
+        bridges: list[Bridge],
+        settings: ServerSettings,
+        taps: tuple[Tap, ...],
+        before_resume: BeforeResume | None,
+    ) -> None:
+        self._places = [backend.tasks for backend in backends]
+        self.outcomes: OutcomeQueue = OutcomeQueue(OUTCOMES_AHEAD)
+        in_flight, turns = InFlight(settings.in_flight_total), Turns()
+        self.engines: dict[str, Engine] = {
+            backend.vm: Engine(
+                backend,
+                bridge,
+                settings,
+                self.outcomes.way_in(),
+                in_flight,
+                turns,
+                # A backend may want to know what became of its traps, as a replay does.
+                (*taps, backend) if isinstance(backend, Tap) else taps,
+                self._on_end,
+                before_resume,
+            )
+            for backend, bridge in zip(backends, bridges, strict=True)
+        }
+        self._shared = [each for bridge in bridges for each in bridge.handlers if each.shared]
+        self._error: BaseException | None = None
+        self._ended = anyio.Event()
+
+    def start(self) -> None:
+        """Start the run, in the first backend's task group."""
+        self._places[0].start_soon(self._main)
+
+    def stop(self, *, now: bool = False) -> None:
+        """Stop each engine."""
+        for engine in self.engines.values():
+            engine.stop(now=now)
+
+    async def ended(self) -> None:
+        """Wait until nothing is left of the run."""
+        await self._ended.wait()
+
+    async def _main(self) -> None:
+        """Run each engine in its backend's task group. Cancelled, it stops them all."""
+        started: list[Engine] = []
+        try:
+            async with lives_of(self._shared):
+                try:
+                    for engine, place in zip(self.engines.values(), self._places, strict=True):
+                        place.start_soon(engine.main)
+                        started.append(engine)
+                    for engine in started:
+                        await engine.ended()
+                finally:
+                    self.stop(now=True)
+                    with anyio.CancelScope(shield=True):
+                        for engine in started:
+                            await engine.ended()
+        except Exception as error:
+            self._error = self._error or error
+        finally:
+            self.outcomes.end(self._error)
+            self._ended.set()
+
+    def _on_end(self, vm: str, error: BaseException | None) -> None:
+        if error is None:
+            return
+        self._error = self._error or error
+        if not isinstance(error, Exception):
+            self.stop()
+        elif len(self.engines) > 1:
+            # The consumer is told at the end of the run, and that may be far.
+            log.error("vm %s: %s; the other VMs run on", vm, one_line(error))
+
+
+class Run(AsyncIterator[Outcome[Any]]):
+    """The outcomes of one run. `async with` it, or `aclose` it, to wait for its end."""
+
+    def __init__(self, owner: _Owner, until: Callable[[Outcome[Any]], bool] | None) -> None:
+        self._owner = owner
+        self._outcomes = owner.outcomes
+        self._until = until
+        self._over = False
+        self._started = False
+        self._thread = get_ident()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Outcome[Any]:
+        if not self._started:
+            self._owner.start()
+            self._started = True
+        while self._over:
+            # To its end, where the error is told that it may have ended with.
+            await self._outcomes.get()
+        outcome = await self._outcomes.get()
+        if self._until is not None and self._until(outcome):
+            self._over = True
+            self._owner.stop()
+        return outcome
+
+    async def aclose(self) -> None:
+        """Stop the server and wait until it has ended. Cancelled, it stops waiting."""
+        self._owner.stop()
+        if self._started:
+            await self._owner.ended()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # A consumer that left its loop early: nobody will read on, so do not hold the guest.
+        # Collected in another thread, it is left to the end of the backend's block.
+        if self._started and get_ident() == self._thread:
+            self._owner.stop()
+
+
+def _is_last(until: Until) -> Callable[[Outcome[Any]], bool]:
+    """Whether an outcome ends the run. Raises `ValueError`."""
+    if callable(until):
+        return until
+    if until == "output":
+        return lambda outcome: outcome.output is not None
+    if until == "exit":
+        return _is_exit
+    if type(until) is not int or until < 1:
+        raise ValueError(f"until is 'output', 'exit', a number from 1 or a function, got {until!r}")
+    left = itertools.count(until - 1, -1)
+    return lambda _: next(left) <= 0
+
+
+def _is_exit(outcome: Outcome[Any]) -> bool:
+    packet = outcome.packet
+    return (
+        packet.magic == STANDARD_MAGIC
+        and packet.method == _EXIT
+        and outcome.kind is OutcomeKind.HANDLED
+    )
+
+
+def _check_shared(bridges: list[Bridge]) -> None:
+    owners: dict[BridgeHandler[Any], int] = {}
+    for number, bridge in enumerate(bridges):
+        for handler in bridge.handlers:
+            if owners.setdefault(handler, number) != number and not handler.shared:
+                raise ValueError(
+                    f"handler {handler.name} would serve several VMs with one state: make one"
+                    " for each, in a function that is given the VM's name, or set shared = True"
+                )
+
+
+def _host_info(bridge: Bridge, settings: ServerSettings) -> HostInfo:
+    """What holds for the requests of a bridge, at the most."""
+    terms = [
+        settings.terms(entry.target, method)
+        for entry in bridge.entries
+        for method in (entry.handler.methods if entry.handler and entry.handler.methods else (0,))
+    ]
+    soft = [each.soft_timeout for each in terms if each.soft_timeout < each.timeout]
+    features = Feature(0)
+    if soft:
+        features |= Feature.WAIT
+    if settings.policy is not None:
+        features |= Feature.POLICY
+        if settings.policy.has_quota:
+            features |= Feature.QUOTA
+    return HostInfo(
+        features,
+        max(soft, default=None),
+        max(each.timeout for each in terms),
+        settings.result_timeout,
+        min(settings.in_flight, settings.in_flight_total),
+    )

@@ -1,0 +1,1 @@
+"""MCAP files: written, read, recovered."""

@@ -1,0 +1,369 @@
+"""Reads recordings, and believes nothing that they say.
+
+- A length is checked against the file and `MAX_RECORD`, a size against `MAX_CHUNK`, before
+  anything is allocated; a chunk has to unpack to exactly the size that it states, and to
+  its CRC. Payloads are decoded into the structs of `messages`, and into nothing else.
+- What cannot be read costs itself only: a message, or a chunk. It is told in `problems`,
+  with its place. Where a length is wrong, reading goes on at the next thing that has the
+  looks and the CRC of a chunk.
+- The index at the end is not used: a file that was cut short has none.
+
+Blocking, one chunk in memory at a time.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import msgspec
+import zstandard
+from mcap.opcode import Opcode
+from mcap.writer import MCAP0_MAGIC
+
+from vmibridge.errors import RecordingReadError
+from vmibridge.recording.file.writer import PROFILE
+from vmibridge.recording.messages import (
+    CHANNEL_OF_TOPIC,
+    CHANNELS,
+    FORMAT,
+    ChannelKind,
+    RecordedMessage,
+    Session,
+)
+
+MAX_CHUNK = 32 << 20
+"""Bytes of a chunk, unpacked."""
+MAX_RECORD = MAX_CHUNK + (1 << 20)
+"""Bytes of a record in the file."""
+MAX_MESSAGE = MAX_CHUNK - (2 << 20)
+"""Bytes of a message: with those of before it, it still fits into a chunk when recovered."""
+_MOST_PROBLEMS = 100
+_MOST_TEXT = 200
+"""Characters of a problem, which may quote the file."""
+_MOST_GUESSES = 1000
+"""Places that look like a chunk and are none, after which a search is given up."""
+_SEARCH = 1 << 20
+
+_FRAME = struct.Struct("<BQ")
+_MESSAGE = struct.Struct("<HIQQ")
+_CHUNK = struct.Struct("<QQQI")
+_INDEX = struct.Struct("<BQHI")
+# "zstd" with its length in front, and the length and the first bytes of the data behind.
+_MARK = b"\x04\0\0\0zstd"
+_MARK_AT = _FRAME.size + _CHUNK.size
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Something in a file that could not be read."""
+
+    offset: int
+    """Where in the file, in bytes."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"at byte {self.offset}: {self.text}"
+
+
+class TimedMessage(NamedTuple):
+    """One message of a recording."""
+
+    time: int
+    """Nanoseconds since the Unix epoch."""
+    message: RecordedMessage
+
+
+class RecordingReader:
+    """One file. `with` it; iterate over `messages` once or more, each time from the start."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Raises `RecordingReadError` for a file that cannot be opened or is no recording."""
+        self.path: Path = Path(path)
+        self.problems: list[Problem] = []
+        """What could not be read, so far in this pass; at most 100 are kept."""
+        self.problem_count: int = 0
+        self.complete: bool = False
+        """After a pass: whether the file ends as a recorder ends it."""
+        self.bytes_read: int = 0
+        """How far this pass has come."""
+        self.bytes_unpacked: int = 0
+        """What the chunks came to, in this pass."""
+        self._next = 0
+        self._tried = 0
+        """Bytes, in this pass, that looked like a chunk and were none."""
+        try:
+            self._file = self.path.open("rb")
+            self.size: int = os.fstat(self._file.fileno()).st_size
+            start = self._file.read(len(MCAP0_MAGIC))
+        except OSError as error:
+            raise RecordingReadError(f"{path}: {error.strerror}") from error
+        if start != MCAP0_MAGIC:
+            self._file.close()
+            what = "is empty" if not start else "is no MCAP file"
+            raise RecordingReadError(f"{path}: {what}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def messages(self, *kinds: ChannelKind) -> Iterator[TimedMessage]:
+        """What was recorded, in order; only of these channels, where any are named.
+
+        Raises `RecordingReadError` for an MCAP file of something else.
+        """
+        wanted = kinds or CHANNELS
+        for offset, data in self.chunks():
+            yield from self._decode(offset, data, wanted)
+
+    def chunks(self) -> Iterator[tuple[int, bytes]]:
+        """The records of each chunk, unpacked, with the chunk's place in the file."""
+        self.problems, self.problem_count = [], 0
+        self.complete = False
+        self.bytes_unpacked = 0
+        self._tried = 0
+        self._channels = {channel.id: channel for channel in CHANNELS}
+        self._decoders = {channel.id: msgspec.msgpack.Decoder(channel.kind) for channel in CHANNELS}
+        for at, opcode, length in self._records():
+            start, end = at + _FRAME.size, at + _FRAME.size + length
+            if opcode == Opcode.CHUNK:
+                try:
+                    data = _unpack(self._at(start, length))
+                except ValueError as error:
+                    # Its length may be wrong, too, and reach over sound chunks.
+                    self._tell(at, f"a chunk is damaged: {error}")
+                    sound = _lengths_agree(self._at(start, length)) and self._is_record(end)
+                    if not sound:
+                        self._next = self._search(at + 1) or self.size
+                else:
+                    self.bytes_unpacked += len(data)
+                    yield at, data
+            elif opcode == Opcode.HEADER and at == len(MCAP0_MAGIC):
+                self._check_header(self._at(start, length))
+            elif opcode == Opcode.CHANNEL:
+                self._learn_channel(self._at(start, length))
+            elif opcode == Opcode.MESSAGE:
+                # Outside of chunks, as other tools may write it.
+                yield at, self._at(at, _FRAME.size + length)
+            elif opcode == Opcode.FOOTER and self._at(end, len(MCAP0_MAGIC)) == MCAP0_MAGIC:
+                self.complete = True
+                break
+        self.bytes_read = self.size
+        if not self.complete:
+            self._tell(self._next, "the file ends here: it is truncated, or was not finished")
+
+    def _records(self) -> Iterator[tuple[int, int, int]]:
+        """Place, opcode and length of each record; the length is that of the body, and true."""
+        self._next = len(MCAP0_MAGIC)
+        while True:
+            at = self.bytes_read = self._next
+            head = self._at(at, _MARK_AT + len(_MARK))
+            if len(head) < _FRAME.size:
+                return
+            opcode, length = _FRAME.unpack_from(head)
+            end = at + _FRAME.size + length
+            if opcode != Opcode.CHUNK and head[_MARK_AT:] == _MARK:
+                self._tell(at, f"a chunk is damaged: its opcode is {opcode}")
+                opcode = Opcode.CHUNK
+            fits = length <= MAX_RECORD and end <= self.size
+            if opcode == Opcode.MESSAGE_INDEX and len(head) >= _INDEX.size:
+                # A wrong length would reach over sound chunks.
+                fits = fits and length == 6 + _INDEX.unpack_from(head)[3]
+            if opcode and fits:
+                self._next = end
+                yield at, opcode, length
+                continue
+            found = self._search(at + 1)
+            if found is None:
+                return
+            self._tell(at, f"{found - at} bytes are damaged")
+            self._next = found
+
+    def _decode(
+        self, offset: int, data: bytes, wanted: Collection[ChannelKind]
+    ) -> Iterator[TimedMessage]:
+        at, size = 0, len(data)
+        decoders = {channel.id: self._decoders[channel.id].decode for channel in wanted}
+        # A chunk may describe channels in front of their messages.
+        channel_of = self._channels.get
+        view = memoryview(data)
+        frame, head = _FRAME.unpack_from, _MESSAGE.unpack_from
+        while at < size:
+            if size - at < 9:
+                self._tell(offset, "a chunk ends in the middle of a record")
+                return
+            opcode, length = frame(data, at)
+            at += 9
+            end = at + length
+            if end > size:
+                self._tell(offset, "a chunk ends in the middle of a record")
+                return
+            if opcode == 5:
+                if length < 22:
+                    self._tell(offset, "a message is too short")
+                    return
+                if length > MAX_MESSAGE:
+                    self._tell(offset, f"a message has {length} bytes, {MAX_MESSAGE} is the most")
+                    at = end
+                    continue
+                number, _, time, _ = head(data, at)
+                channel = channel_of(number)
+                decode = None if channel is None else decoders.get(channel.id)
+                if decode is not None:
+                    try:
+                        message = decode(view[at + 22 : end])
+                    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+                        self._tell(offset, f"a message cannot be decoded: {error}")
+                    else:
+                        if type(message) is Session and message.format != FORMAT:
+                            raise RecordingReadError(
+                                f"{self.path}: has format {message.format}, and this version of"
+                                f" vmibridge reads format {FORMAT}"
+                            )
+                        yield TimedMessage(time, message)
+            elif opcode == 4:
+                self._learn_channel(data[at:end])
+            at = end
+
+    def _at(self, offset: int, size: int) -> bytes:
+        """At most `size` bytes there; fewer at the end of the file."""
+        try:
+            self._file.seek(offset)
+            return self._file.read(size)
+        except OSError as error:
+            raise RecordingReadError(f"{self.path}: {error.strerror}") from error
+
+    def _is_record(self, offset: int) -> bool:
+        frame = self._at(offset, _FRAME.size)
+        if len(frame) < _FRAME.size:
+            return False
+        opcode, length = _FRAME.unpack(frame)
+        fits: bool = 0 < opcode <= Opcode.DATA_END and offset + _FRAME.size + length <= self.size
+        return fits
+
+    def _search(self, start: int) -> int | None:
+        """Where the next sound chunk is."""
+        guesses = 0
+        at = start
+        while at < self.size:
+            window = self._at(at, _SEARCH + _MARK_AT + len(_MARK))
+            mark = window.find(_MARK, _MARK_AT)
+            while mark >= 0:
+                place = at + mark - _MARK_AT
+                opcode, length = _FRAME.unpack_from(window, mark - _MARK_AT)
+                if opcode == Opcode.CHUNK and length <= min(MAX_RECORD, self.size - place - 9):
+                    try:
+                        _unpack(self._at(place + 9, length))
+                    except ValueError:
+                        guesses += 1
+                        self._tried += length
+                        # True chunks that are damaged do not overlap.
+                        if guesses > _MOST_GUESSES or self._tried > self.size:
+                            return None
+                    else:
+                        return place
+                mark = window.find(_MARK, mark + 1)
+            at += _SEARCH
+        return None
+
+    def _check_header(self, body: bytes) -> None:
+        try:
+            profile, _ = _text(body, 0)
+        except ValueError:
+            self._tell(len(MCAP0_MAGIC), "the header is damaged")
+            return
+        if profile != PROFILE:
+            raise RecordingReadError(
+                f"{self.path}: is an MCAP file of profile {profile[:40]!r}, no recording"
+            )
+
+    def _learn_channel(self, body: bytes) -> None:
+        # Files that other tools have rewritten may number them in another way.
+        try:
+            (number,) = struct.unpack_from("<H", body)
+            topic, _ = _text(body, 4)
+        except (ValueError, struct.error):
+            return
+        channel = CHANNEL_OF_TOPIC.get(topic)
+        if channel is None:
+            self._channels.pop(number, None)
+        else:
+            self._channels[number] = channel
+
+    def _tell(self, offset: int, text: str) -> None:
+        self.problem_count += 1
+        if len(self.problems) < _MOST_PROBLEMS:
+            self.problems.append(Problem(offset, text[:_MOST_TEXT]))
+
+
+def _unpack(body: bytes) -> bytes:
+    """The records of a chunk. Raises `ValueError`, which says what is wrong with it."""
+    if len(body) < _CHUNK.size:
+        raise ValueError("it is too short")
+    _, _, size, crc = _CHUNK.unpack_from(body)
+    compression, at = _text(body, _CHUNK.size)
+    if len(body) < at + 8:
+        raise ValueError("it is too short")
+    (length,) = struct.unpack_from("<Q", body, at)
+    at += 8
+    if length != len(body) - at:
+        raise ValueError("its lengths do not fit together")
+    if size > MAX_CHUNK:
+        raise ValueError(f"it would unpack to {size} bytes, {MAX_CHUNK} is the most")
+    packed = memoryview(body)[at:]
+    if compression == "zstd":
+        data = _decompress(packed, size)
+    elif compression == "":
+        data = bytes(packed)
+    else:
+        raise ValueError(f"its compression is {compression[:20]!r}, and only zstd is read")
+    if len(data) != size:
+        raise ValueError(f"it has {len(data)} bytes and states {size}")
+    if crc and zlib.crc32(data) != crc:
+        raise ValueError("its CRC is wrong")
+    return data
+
+
+def _lengths_agree(body: bytes) -> bool:
+    """Whether what a chunk says of its data leads to where the record ends."""
+    try:
+        _, at = _text(body, _CHUNK.size)
+        (length,) = struct.unpack_from("<Q", body, at)
+    except (ValueError, struct.error):
+        return False
+    ends: bool = at + 8 + length == len(body)
+    return ends
+
+
+def _decompress(packed: memoryview, size: int) -> bytes:
+    try:
+        frame = zstandard.get_frame_parameters(packed)
+        # A frame that states its size is given room for it: that has to be the size above.
+        if frame.content_size not in (size, zstandard.CONTENTSIZE_UNKNOWN):
+            raise ValueError(f"it unpacks to {frame.content_size} bytes and states {size}")
+        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=max(size, 1))
+    except zstandard.ZstdError as error:
+        raise ValueError(f"it cannot be unpacked: {error}") from None
+
+
+def _text(body: bytes, at: int) -> tuple[str, int]:
+    """Text with its length in front, and where it ends. Raises `ValueError`."""
+    if len(body) < at + 4:
+        raise ValueError("it is too short")
+    (length,) = struct.unpack_from("<I", body, at)
+    if length > min(len(body) - at - 4, 1 << 16):
+        raise ValueError("a text in it is longer than it is")
+    return body[at + 4 : at + 4 + length].decode(), at + 4 + length

@@ -1,0 +1,75 @@
+"""A clean recording made of a damaged one: everything that can be read, with an index.
+
+What was lost is told in a note at the end. Times stay as they were. Blocking; one chunk in
+memory at a time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from vmibridge.recording.export import new_files
+from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.reader import Problem, RecordingReader, TimedMessage
+from vmibridge.recording.file.writer import RecordingWriter
+from vmibridge.recording.messages import CHANNELS, NOTE, Note
+
+_CHUNK = 1 << 20
+"""Bytes before compression after which a chunk is cut."""
+
+Watch: TypeAlias = Callable[[Iterator[TimedMessage], RecordingReader], Iterable[TimedMessage]]
+
+
+class Recovered(msgspec.Struct, frozen=True):
+    """What came of a recovery."""
+
+    messages: dict[str, int]
+    """Kept, by channel."""
+    complete: bool
+    """Whether there was nothing to recover."""
+    problem_count: int
+    problems: tuple[Problem, ...]
+    """The first 100."""
+
+
+def recover(source: Path, target: Path, watch: Watch | None = None) -> Recovered:
+    """Write what can be read of `source` into a new file. `watch` sees it go by.
+
+    Raises `RecordingReadError` when `source` is no recording, `ConfigError` when `target` is
+    there already, `RecordingError` when it cannot be written. Then there is no `target`.
+    """
+    with RecordingReader(source) as reader, new_files([target]) as (path,):
+        messages = reader.messages()
+        writer = RecordingWriter(path, "vmibridge recover", overwrite=True)
+        try:
+            counts = _copy(messages if watch is None else watch(messages, reader), reader, writer)
+            writer.finish()
+        except BaseException:
+            writer.close()
+            raise
+        return Recovered(
+            counts, not reader.problem_count, reader.problem_count, tuple(reader.problems)
+        )
+
+
+def _copy(
+    messages: Iterable[TimedMessage], reader: RecordingReader, writer: RecordingWriter
+) -> dict[str, int]:
+    number_of = {channel.kind: channel.id for channel in CHANNELS}
+    counts = dict.fromkeys((channel.kind for channel in CHANNELS), 0)
+    chunk = ChunkBuilder()
+    last = 0
+    for last, message in messages:
+        kind = type(message)
+        counts[kind] += 1
+        if chunk.add(number_of[kind], last, message) >= _CHUNK:
+            writer.add(chunk.pack())
+            chunk = ChunkBuilder()
+    if reader.problem_count:
+        counts[Note] += 1
+        chunk.add(NOTE.id, last, Note("lost", "; ".join(map(str, reader.problems))))
+    if len(chunk):
+        writer.add(chunk.pack())
+    return {channel.topic: counts[channel.kind] for channel in CHANNELS}

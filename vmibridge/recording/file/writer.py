@@ -1,0 +1,182 @@
+"""A recording on disk: an MCAP file that is whole at any moment but for its last chunk.
+
+Blocking, for a thread. A chunk goes to the file by itself, so what a killed process leaves
+behind is a prefix of the file with at most one chunk cut short. A chunk that cannot be
+written (the disk is full) is taken back: the file then ends with the chunk before it.
+"""
+
+import itertools
+import os
+import struct
+import zlib
+from pathlib import Path
+
+from mcap.data_stream import RecordBuilder
+from mcap.opcode import Opcode
+from mcap.records import (
+    Channel,
+    ChunkIndex,
+    DataEnd,
+    Footer,
+    Header,
+    Schema,
+    Statistics,
+    SummaryOffset,
+)
+from mcap.writer import MCAP0_MAGIC
+
+from vmibridge.errors import RecordingError
+from vmibridge.recording.file.chunk import PackedChunk, built
+from vmibridge.recording.messages import CHANNELS, json_schema
+
+PROFILE = "vmibridge"
+_FOOTER = struct.Struct("<BQQQ")
+
+
+class RecordingWriter:
+    """Writes one file. Its calls raise `OSError`; not for several threads at a time."""
+
+    def __init__(
+        self, path: Path, library: str, *, stem: str = "run", overwrite: bool = False
+    ) -> None:
+        """Make the file; in a folder, one that is not there yet: `run-1.mcap`, `run-2.mcap`, ...
+
+        Raises `RecordingError` when it is there already, or cannot be made.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
+        try:
+            if path.is_dir():
+                path, self._fd = _open_numbered(path, stem)
+            else:
+                self._fd = os.open(path, flags, 0o600)
+        except FileExistsError:
+            raise RecordingError(
+                f"{path}: is there already, and a recording is not written over;"
+                " move it away or name another file"
+            ) from None
+        except OSError as error:
+            raise RecordingError(f"{path}: {error.strerror}") from error
+        self.path = path
+        self._at = 0
+        """Bytes of the file that are whole."""
+        self._chunks: list[ChunkIndex] = []
+        self.counts: dict[int, int] = {}
+        """Messages in the file, by channel."""
+        builder = RecordBuilder()
+        builder.write(MCAP0_MAGIC)
+        Header(PROFILE, library).write(builder)
+        self._describe_channels(builder)
+        try:
+            self._write(built(builder))
+        except OSError as error:
+            self.close()
+            if not overwrite:
+                # One of nothing would be in the way; what was there before may be a device.
+                path.unlink(missing_ok=True)
+            raise RecordingError(f"{path}: {error.strerror}") from error
+
+    def add(self, chunk: PackedChunk) -> None:
+        """Append a chunk, whole or, with `OSError`, not at all."""
+        start = self._at
+        self._write(chunk.data)
+        self._chunks.append(
+            ChunkIndex(
+                message_start_time=chunk.start_time,
+                message_end_time=chunk.end_time,
+                chunk_start_offset=start,
+                chunk_length=chunk.chunk_length,
+                message_index_offsets={
+                    channel: start + offset for channel, offset in chunk.index_offsets.items()
+                },
+                message_index_length=len(chunk.data) - chunk.chunk_length,
+                compression="zstd",
+                compressed_size=chunk.compressed_size,
+                uncompressed_size=chunk.uncompressed_size,
+            )
+        )
+        for channel, count in chunk.counts.items():
+            self.counts[channel] = self.counts.get(channel, 0) + count
+
+    def finish(self) -> None:
+        """Write the index and close the file. On `OSError` it is closed without an index."""
+        try:
+            self._write(self._summary())
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file as it is; once more does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError:
+            os.ftruncate(self._fd, self._at)
+            os.lseek(self._fd, self._at, os.SEEK_SET)
+            raise
+        self._at += len(data)
+
+    def _describe_channels(self, builder: RecordBuilder) -> list[tuple[Opcode, int, int]]:
+        """Write schemas and channels; returns where the groups are in the builder."""
+        groups = []
+        start = builder.count
+        for channel in CHANNELS:
+            Schema(
+                channel.id, json_schema(channel), "jsonschema", f"vmibridge.{channel.topic}"
+            ).write(builder)
+        groups.append((Opcode.SCHEMA, start, builder.count - start))
+        start = builder.count
+        for channel in CHANNELS:
+            Channel(channel.id, channel.topic, "msgpack", {}, channel.id).write(builder)
+        groups.append((Opcode.CHANNEL, start, builder.count - start))
+        return groups
+
+    def _summary(self) -> bytes:
+        end = RecordBuilder()
+        DataEnd(0).write(end)
+        data_end = built(end)
+        summary_start = self._at + len(data_end)
+        builder = RecordBuilder()
+        groups = self._describe_channels(builder)
+        start = builder.count
+        Statistics(
+            attachment_count=0,
+            channel_count=len(CHANNELS),
+            channel_message_counts=self.counts,
+            chunk_count=len(self._chunks),
+            message_count=sum(self.counts.values()),
+            metadata_count=0,
+            message_start_time=min((each.message_start_time for each in self._chunks), default=0),
+            message_end_time=max((each.message_end_time for each in self._chunks), default=0),
+            schema_count=len(CHANNELS),
+        ).write(builder)
+        groups.append((Opcode.STATISTICS, start, builder.count - start))
+        start = builder.count
+        for index in self._chunks:
+            index.write(builder)
+        if self._chunks:
+            groups.append((Opcode.CHUNK_INDEX, start, builder.count - start))
+        offsets_start = summary_start + builder.count
+        for opcode, start, length in groups:
+            SummaryOffset(opcode, summary_start + start, length).write(builder)
+        summary = built(builder)
+        footer = _FOOTER.pack(Opcode.FOOTER, 20, summary_start, offsets_start)
+        crc = zlib.crc32(footer, zlib.crc32(summary))
+        Footer(summary_start, offsets_start, crc).write(builder)
+        return data_end + summary + built(builder) + MCAP0_MAGIC
+
+
+def _open_numbered(folder: Path, stem: str) -> tuple[Path, int]:
+    """A new file for this process alone, whoever else makes one there."""
+    paths = (folder / f"{stem}-{number}.mcap" for number in itertools.count(1))
+    while True:
+        path = next(paths)
+        try:
+            return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL, 0o600)
+        except FileExistsError:
+            continue

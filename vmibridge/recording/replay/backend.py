@@ -1,0 +1,520 @@
+"""A recording as a backend: the guest is played from the file, with no VM at all.
+
+    replay:FILE.mcap?speed=0&order=recorded&vm=NAME&strict=false
+
+Rules:
+
+- The file is walked in its order, once (`_walk`). A trap is given to the server; a memory
+  access is kept for its request; a reply holds the walk until the server has answered that
+  trap, too, and a trap until the server has taken the one before. So handlers begin in the
+  order of then, and run together where they did then. With `order=vcpu` only the traps of
+  one vCPU wait for each other.
+- Memory is served from the recording, to the request that accessed it (`replayed`).
+- A request that was told to wait then, and is answered at once now, is done: its retries
+  are left out. One that is told to wait now asks again, with the retries of then.
+- A trap that the policy denied then never reached a handler, and does not now. Values that
+  were left out of the recording are not there to be asked with.
+
+Nothing in here is bounded by the file: what is held is bounded by `_MOST_HELD`.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
+from vmibridge.engine.policy import Quota, Rate
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.taps import Tap
+from vmibridge.errors import (
+    BackendError,
+    BackendSpecError,
+    GuestMemoryError,
+    RecordingReadError,
+    TrapQueueClosedError,
+)
+from vmibridge.recording.file.reader import RecordingReader, TimedMessage
+from vmibridge.recording.messages import SESSION, TRAP, MemoryAccess, Note, Reply, Session
+from vmibridge.recording.redaction import Redaction
+from vmibridge.recording.replay.request import Difference, ReplayedRequest, packet_of
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
+
+_BATCH = 4096
+"""Messages that are read at a time."""
+_BATCH_BYTES = 8 << 20
+"""The same in bytes: a batch ends with the chunk that goes beyond."""
+_MOST_HELD = 32 << 20
+"""Bytes of memory accesses that may be held for requests that run."""
+_MUCH = 1e15
+"""Requests or bytes: more than a recording has."""
+_MOST_OPEN = 16_384
+"""Requests that may be open at a time."""
+_NO_REPLY = "its reply is missing"
+_TWICE = "its trap is in the recording twice"
+MISSING = frozenset({_NO_REPLY, _TWICE})
+"""Why a request was not compared, where the recording is to blame."""
+_NOTHING: frozenset[str] = frozenset()
+
+
+class ReplayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The options of a `replay:` spec."""
+
+    speed: float = 0.0
+    """1: as fast as it was; N: N times as fast; 0: without waiting."""
+    order: Literal["recorded", "vcpu"] = "recorded"
+    """What a trap waits for: all replies that the recording has before it, or those of its
+    vCPU."""
+    vm: str | None = None
+    """Which VM of the recording; `None`: the first."""
+    strict: bool = False
+    """Whether another order of memory accesses, and a read that is left out, count."""
+
+
+class ReplayResult(msgspec.Struct):
+    """What came of a replay, or has so far."""
+
+    compared: int = 0
+    """Requests whose answers of then and now are known."""
+    different: int = 0
+    first: Difference | None = None
+    unchecked: dict[str, int] = {}
+    """Requests that could not be compared, by the reason."""
+
+
+def replay_settings(recorded: ServerSettings) -> ServerSettings:
+    """The settings of a server that replays what was recorded under these.
+
+    Quotas are lifted: what they denied is not asked again, and time goes by faster.
+    """
+    policy = recorded.policy
+    if policy is None:
+        return recorded
+    lifted = {name: _lifted(getattr(policy, name)) for name in ("vm", "address_space")}
+    return msgspec.structs.replace(recorded, policy=msgspec.structs.replace(policy, **lifted))
+
+
+def _lifted(quota: Quota) -> Quota:
+    # One that there is stays one: a guest can ask whether there are any.
+    rates = (quota.requests, quota.bytes)
+    return Quota(*(None if rate is None else Rate(_MUCH, _MUCH) for rate in rates))
+
+
+class ReplayBackend(Backend, Tap):
+    """One VM of a recording. Raises `BackendSpecError` for options that make no sense."""
+
+    def __init__(
+        self,
+        path: Path,
+        options: ReplayOptions | None = None,
+        vm: str = "vm",
+        on_difference: Callable[[Difference], None] | None = None,
+    ) -> None:
+        super().__init__(vm)
+        options = options or ReplayOptions()
+        if not 0 <= options.speed < math.inf:
+            raise BackendSpecError(f"replay:{path}: speed={options.speed} is no number from 0")
+        self.path = path
+        self.options = options
+        self.result: ReplayResult = ReplayResult()
+        self.session: Session | None = None
+        """What served this VM then; known once the backend is open, if the file tells."""
+        self.reader: RecordingReader
+        self._recorded_vm = options.vm
+        self._on_difference = on_difference
+        self._redaction = Redaction()
+        self._messages: Iterator[TimedMessage]
+        self._batch: list[TimedMessage] = []
+        self._place = 0
+        self._at_end = False
+        self._open: dict[int, ReplayedRequest] = {}
+        self._unanswered: set[int] = set()
+        self._untaken: TrapEvent | None = None
+        self._awaited: ReplayedRequest | None = None
+        self._busy: dict[int, deque[TrapEvent]] = {}
+        self._vcpus: set[int] = set()
+        self._held = 0
+        self._stopped = False
+        self._poked = anyio.Event()
+        self._arrived = anyio.Event()
+        self._sink: TrapSink
+        self._full: deque[TrapEvent] = deque()
+        self._start: tuple[float, int] | None = None
+        self.started: int = 0
+        """When the first trap was taken then, in nanoseconds since the Unix epoch."""
+        self._pause = 0.0
+
+    # --- the life of a backend ------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open the file and find the VM.
+
+        Raises `RecordingReadError` for a file that is no recording, `BackendSpecError` for a
+        VM that is not in it.
+        """
+        self.reader = await anyio.to_thread.run_sync(RecordingReader, self.path)
+        try:
+            await anyio.to_thread.run_sync(self._find_vm)
+        except BaseException:
+            self.reader.close()
+            raise
+        self._messages = self.reader.messages()
+        if self.session is not None:
+            self._redaction = Redaction(self.session.redaction)
+
+    async def close(self) -> None:
+        self.reader.close()
+
+    async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
+        """Play the recording to its end."""
+        self._sink = sink
+        while not self._stopped:
+            self._poked = anyio.Event()
+            self._walk()
+            if self._full:
+                await self._put_held(self._full.popleft())
+            elif self._place < len(self._batch):
+                with anyio.move_on_after(
+                    self._pause - anyio.current_time() if self._pause else None
+                ):
+                    await self._poked.wait()
+                self._pause = 0.0
+            elif not self._at_end:
+                await self._read_on()
+            elif self._unanswered:
+                await self._poked.wait()
+            else:
+                break
+        for request in dict.fromkeys(self._open.values()):
+            self._close(request, "the recording ends before its answer")
+        ends = [
+            VcpuEnd(vcpu, "stopped" if self._stopped else "halted", "the recording ends here")
+            for vcpu in sorted(self._vcpus)
+        ]
+        return GuestEnd(tuple(ends))
+
+    def stop(self) -> None:
+        """Play no further."""
+        self._stopped = True
+        self._poked.set()
+
+    async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
+        """Take the answer. Raises `BackendError` for a trap that waits for none."""
+        if event.seq not in self._unanswered:
+            raise BackendError(f"trap {event.seq} was answered before, or never played")
+        if writes is None:
+            # Of one that is not ours no tap is told.
+            self._answer(event, None)
+
+    async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
+        """The bytes of then. Waits where the recording was not read as far."""
+        request = self._request_of(event, address)
+        while True:
+            before = request.held
+            try:
+                data = request.take_read(address, size)
+            finally:
+                self._held -= before - request.held
+            if data is not None:
+                return data
+            if request.over:
+                return request.read_unrecorded(address, size)
+            await self._further_accesses(request)
+
+    async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
+        """As it went then. Waits where the recording was not read as far."""
+        request = self._request_of(event, address)
+        while True:
+            before = request.held
+            try:
+                done = request.take_write(address, data)
+            finally:
+                self._held -= before - request.held
+            if done:
+                return
+            if request.over:
+                request.write_unrecorded(address, data)
+                return
+            await self._further_accesses(request)
+
+    def trap(self, event: TrapEvent) -> None:
+        if event is self._untaken:
+            self._untaken = None
+            self._walk()
+
+    def answered(self, outcome: Outcome[Any]) -> None:
+        assert outcome.event is not None
+        self._answer(outcome.event, outcome)
+
+    # --- the file -------------------------------------------------------------------
+
+    def _find_vm(self) -> None:
+        wanted = self._recorded_vm
+        names: dict[str, None] = {}
+        for _, message in self.reader.messages(*([SESSION] if wanted else [SESSION, TRAP])):
+            name = message.vm
+            assert name is not None
+            if wanted in (None, name):
+                self._recorded_vm = name
+                self.session = message if isinstance(message, Session) else None
+                return
+            names[name] = None
+        if wanted is None:
+            raise RecordingReadError(f"{self.path}: there is no trap in it")
+        if names:
+            raise BackendSpecError(
+                f"replay:{self.path}: has no VM {wanted!r}; there are {', '.join(names)}"
+            )
+
+    def _read_batch(self) -> list[TimedMessage]:
+        vm, reader = self._recorded_vm, self.reader
+        most = reader.bytes_unpacked + _BATCH_BYTES
+        batch: list[TimedMessage] = []
+        for each in self._messages:
+            if each.message.vm == vm:
+                batch.append(each)
+                if len(batch) >= _BATCH or reader.bytes_unpacked > most:
+                    break
+        # What tells that a trap is a retry, or was denied, stands right behind it.
+        while batch and type(batch[-1].message) is TrapEvent:
+            further = next((each for each in self._messages if each.message.vm == vm), None)
+            if further is None:
+                break
+            batch.append(further)
+        return batch
+
+    async def _read_on(self) -> None:
+        self._batch = await anyio.to_thread.run_sync(self._read_batch)
+        self._place = 0
+        if not self._batch:
+            self._at_end = True
+            for request in dict.fromkeys(self._open.values()):
+                request.over = True
+            self._arrive()
+
+    # --- the walk -------------------------------------------------------------------
+
+    def _walk(self) -> None:
+        """Go on in the file as far as nothing has to be waited for."""
+        if self._awaited is not None:
+            if not self._awaited.answered and not self._stopped:
+                return
+            self._awaited = None
+        batch = self._batch
+        while not self._stopped and not self._full and self._place < len(batch):
+            time, message = batch[self._place]
+            if isinstance(message, TrapEvent):
+                goes_on = self._walk_trap(time, message)
+            elif isinstance(message, MemoryAccess):
+                goes_on = self._walk_access(message)
+            elif isinstance(message, Reply):
+                goes_on = self._walk_reply(message)
+            else:
+                goes_on = True
+            if not goes_on:
+                return
+            self._place += 1
+        self._poked.set()
+
+    def _walk_trap(self, time: int, event: TrapEvent) -> bool:
+        self.started = self.started or time
+        if self._untaken is not None or (self.options.speed and not self._is_due(time)):
+            return False
+        if len(self._open) >= _MOST_OPEN:
+            if self._unanswered:
+                return False
+            self._close(next(iter(self._open.values())), _NO_REPLY)
+        if event.seq in self._open:
+            self._leave_unchecked(_TWICE)
+            return True
+        after = self._batch[self._place + 1].message if self._place + 1 < len(self._batch) else None
+        if event.vm != self.vm:
+            event = msgspec.structs.replace(event, vm=self.vm)
+        if isinstance(after, Note) and after.seq == event.seq and after.retry_of in self._open:
+            self._walk_retry(self._open[after.retry_of], event)
+            return True
+        if isinstance(after, Reply) and after.seq == event.seq and after.kind is OutcomeKind.DENIED:
+            self._leave_unchecked("the policy denied it")
+            return True
+        left_out = self._left_out(event) - {"memory"}
+        if left_out:
+            self._leave_unchecked(f"{', '.join(sorted(left_out))} was left out of the recording")
+            return True
+        self._open[event.seq] = ReplayedRequest(event, time, strict=self.options.strict)
+        self._feed(event)
+        return True
+
+    def _walk_retry(self, request: ReplayedRequest, event: TrapEvent) -> None:
+        request.seqs = (*request.seqs, event.seq)
+        self._open[event.seq] = request
+        if request.wants_retry:
+            request.wants_retry = False
+            self._feed(event)
+        elif not request.answered:
+            request.retries.append(event)
+
+    def _walk_access(self, access: MemoryAccess) -> bool:
+        request = self._open.get(access.seq)
+        if request is None:
+            return True
+        if request.answered:
+            request.leave_out(access)
+            return True
+        if self._held > _MOST_HELD and not request.blocked:
+            return False
+        self._held += request.attach(access)
+        if request.blocked:
+            self._arrive()
+        return True
+
+    def _walk_reply(self, reply: Reply) -> bool:
+        request = self._open.get(reply.seq)
+        if request is None or reply.kind is OutcomeKind.WAITING:
+            return True
+        if not request.over:
+            request.over, request.reply = True, reply
+            if request.blocked:
+                self._arrive()
+            if request.wants_retry:
+                # The retries of then are used up: it is slower now.
+                request.wants_retry = False
+                self._feed(request.event)
+        if request.answered:
+            self._close(request)
+            return True
+        if self.options.order == "recorded":
+            self._awaited = request
+            return False
+        return True
+
+    def _is_due(self, time: int) -> bool:
+        now = anyio.current_time()
+        if self._start is None:
+            self._start = (now, time)
+        since, first = self._start
+        due = since + (time - first) / 1e9 / self.options.speed
+        if due <= now:
+            return True
+        self._pause = due
+        self._poked.set()
+        return False
+
+    # --- requests -------------------------------------------------------------------
+
+    def _request_of(self, event: TrapEvent, address: int) -> ReplayedRequest:
+        request = self._open.get(event.seq)
+        if request is None:
+            raise GuestMemoryError(address, "it is not in the recording")
+        return request
+
+    async def _further_accesses(self, request: ReplayedRequest) -> None:
+        request.blocked = True
+        arrived = self._arrived
+        self._walk()
+        if not arrived.is_set():
+            await arrived.wait()
+
+    def _arrive(self) -> None:
+        for request in dict.fromkeys(self._open.values()):
+            request.blocked = False
+        self._arrived.set()
+        self._arrived = anyio.Event()
+
+    def _feed(self, event: TrapEvent) -> None:
+        self._vcpus.add(event.vcpu)
+        self._unanswered.add(event.seq)
+        if self.options.order == "vcpu":
+            queue = self._busy.get(event.vcpu)
+            if queue is not None:
+                queue.append(event)
+                return
+            self._busy[event.vcpu] = deque()
+        else:
+            self._untaken = event
+        self._put(event)
+
+    def _put(self, event: TrapEvent) -> None:
+        if self._full:
+            self._full.append(event)
+            return
+        try:
+            self._sink.put_nowait(event)
+        except anyio.WouldBlock:
+            self._full.append(event)
+            self._poked.set()
+        except TrapQueueClosedError:
+            self._unanswered.discard(event.seq)
+            self.stop()
+
+    async def _put_held(self, event: TrapEvent) -> None:
+        try:
+            await self._sink.put(event)
+        except TrapQueueClosedError:
+            self._unanswered.discard(event.seq)
+            self.stop()
+
+    def _answer(self, event: TrapEvent, outcome: Outcome[Any] | None) -> None:
+        if event.seq not in self._unanswered:
+            return
+        self._unanswered.discard(event.seq)
+        if event is self._untaken:
+            # It ran natively: of that no tap is told.
+            self._untaken = None
+        if self.options.order == "vcpu":
+            queue = self._busy[event.vcpu]
+            if queue:
+                self._put(queue.popleft())
+            else:
+                del self._busy[event.vcpu]
+        request = self._open.get(event.seq)
+        if request is not None:
+            if outcome is not None and outcome.kind is OutcomeKind.WAITING:
+                self._ask_again(request, event)
+            else:
+                request.answered, request.outcome = True, outcome
+                request.drop_retries()
+                if request.over and self.options.order == "vcpu":
+                    self._close(request)
+        self._walk()
+
+    def _ask_again(self, request: ReplayedRequest, event: TrapEvent) -> None:
+        if request.retries:
+            self._feed(request.retries.popleft())
+        elif request.over and request.reply is not None:
+            self._feed(event)
+        elif not request.over:
+            request.wants_retry = True
+
+    def _close(self, request: ReplayedRequest, why: str | None = None) -> None:
+        for seq in (request.event.seq, *request.seqs):
+            self._open.pop(seq, None)
+        self._held -= request.held
+        reply = request.reply
+        if reply is None:
+            why = why or _NO_REPLY
+        elif reply.kind is OutcomeKind.CANCELLED and reply.error == STOPPED:
+            why = "the server stopped before its answer"
+        why = request.unchecked or why
+        if why is not None:
+            self._leave_unchecked(why)
+            return
+        difference = request.compare(whole=not self._left_out(request.event))
+        self.result.compared += 1
+        if difference is not None:
+            self.result.different += 1
+            self.result.first = self.result.first or difference
+            if self._on_difference is not None:
+                self._on_difference(difference)
+
+    def _left_out(self, event: TrapEvent) -> frozenset[str]:
+        packet = packet_of(event) if self._redaction.rules else None
+        return _NOTHING if packet is None else self._redaction.of(packet.request)
+
+    def _leave_unchecked(self, why: str) -> None:
+        self.result.unchecked[why] = self.result.unchecked.get(why, 0) + 1

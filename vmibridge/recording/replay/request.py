@@ -1,0 +1,305 @@
+"""One request of a recording, served again: what its handler did then, and does now.
+
+A request is the trap that it came with and, where it was told to wait, the traps that asked
+for it again: they share its memory accesses and its final reply.
+
+| a handler now | gets | is a difference |
+|---|---|---|
+| reads what it read then | the bytes of then | in a strict replay, in another order |
+| reads something else, of bytes that it knew then | them | in a strict replay |
+| reads what it did not know then | `GuestMemoryError` | yes |
+| writes what it wrote then | what became of it then | in a strict replay, in another order |
+| writes something else | success | yes |
+| leaves out a read | | in a strict replay |
+| leaves out a write | | yes |
+"""
+
+import re
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+
+from vmibridge.bridge.outcome import Outcome
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.registers import read_packet
+from vmibridge.errors import GuestMemoryError, UnsupportedTrapError
+from vmibridge.recording.messages import MemoryAccess, Reply, output_text
+from vmibridge.vm.trap import TrapEvent
+
+_MOST_PAST = 64
+"""Accesses that are kept when they are done, to tell of them and to read from."""
+_MOST_FIELDS = 64
+_SHOWN = 16
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
+"""In the `repr` of an object: another one each time."""
+
+
+class FieldDifference(msgspec.Struct, frozen=True):
+    """One thing that is not as it was."""
+
+    field: str
+    """`outcome`, `handler`, `value1` to `value4`, `rip`, `output`, `error`, `read`, `write`."""
+    expected: str
+    got: str
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """A request that was answered in another way than in the recording."""
+
+    vm: str
+    vcpu: int
+    seq: int
+    """Of the trap that it came with."""
+    time: int
+    """When that was recorded, in nanoseconds since the Unix epoch."""
+    packet: BridgePacket | None
+    fields: tuple[FieldDifference, ...]
+    accesses: tuple[MemoryAccess, ...] = ()
+    """The last ones that its handler made now."""
+
+
+class ReplayedRequest:
+    """See the module."""
+
+    # Most requests access no memory and are never told to wait: what only others need is a
+    # default of the class until then.
+    held: int = 0
+    """Bytes in `pending`."""
+    reply: Reply | None = None
+    """The final one, once it was read."""
+    over = False
+    """Whether all that was recorded of it was read."""
+    outcome: Outcome[object] | None = None
+    """Its final one, now."""
+    answered = False
+    blocked = False
+    """Whether its handler waits for an access that was not read yet."""
+    wants_retry = False
+    """Whether it was told to wait now, so that it needs the next retry."""
+    unchecked: str | None = None
+    """Why it cannot be compared."""
+    seqs: Sequence[int] = ()
+    """Of the traps that asked again."""
+    _pending: "deque[tuple[int, MemoryAccess]] | None" = None
+    _past: "deque[MemoryAccess] | None" = None
+    _retries: "deque[TrapEvent] | None" = None
+    _differences: Sequence[FieldDifference] = ()
+    _attached = 0
+    _latest = -1
+
+    def __init__(self, event: TrapEvent, time: int, *, strict: bool) -> None:
+        self.event = event
+        self.time = time
+        self._strict = strict
+
+    @property
+    def pending(self) -> "deque[tuple[int, MemoryAccess]]":
+        """Accesses that were recorded, and are not made yet; with their places in order."""
+        if self._pending is None:
+            self._pending = deque()
+        return self._pending
+
+    @property
+    def past(self) -> "deque[MemoryAccess]":
+        """Accesses that were made now."""
+        if self._past is None:
+            self._past = deque(maxlen=_MOST_PAST)
+        return self._past
+
+    @property
+    def retries(self) -> "deque[TrapEvent]":
+        """Traps that asked again then, and were not needed yet."""
+        if self._retries is None:
+            self._retries = deque()
+        return self._retries
+
+    def attach(self, access: MemoryAccess) -> int:
+        """One more recorded access; returns the bytes that it holds."""
+        self.pending.append((self._attached, access))
+        self._attached += 1
+        size = held_size(access)
+        self.held += size
+        return size
+
+    def drop_retries(self) -> None:
+        """It is answered: nobody has to ask again."""
+        self._retries = None
+
+    def take_read(self, address: int, size: int) -> bytes | None:
+        """The bytes of then; `None`: not recorded, as far as is known yet.
+
+        Raises `GuestMemoryError` for a read that failed then, or was left out.
+        """
+        for place, (number, access) in enumerate(self.pending):
+            if access.address == address and access.size == size and not access.write:
+                self._take(place, number, access)
+                if access.error is not None:
+                    raise GuestMemoryError(address, access.error)
+                if access.data is None:
+                    self.unchecked = "memory was left out of the recording"
+                    raise GuestMemoryError(address, "it was left out of the recording")
+                return access.data
+        return None
+
+    def read_unrecorded(self, address: int, size: int) -> bytes:
+        """The bytes there, as far as other accesses tell. Raises `GuestMemoryError`."""
+        data = self._compose(address, size)
+        access = MemoryAccess(self.event.vm, self.event.seq, address, size, data)
+        self.past.append(access)
+        if data is None or self._strict:
+            self.differ("read", self._next(), describe(access))
+        if data is None:
+            raise GuestMemoryError(address, "it is not in the recording")
+        return data
+
+    def take_write(self, address: int, data: bytes) -> bool:
+        """Whether this was written then, as far as is known yet.
+
+        Raises `GuestMemoryError` for a write that failed then.
+        """
+        for place, (number, access) in enumerate(self.pending):
+            if (
+                access.write
+                and access.address == address
+                and access.size == len(data)
+                and access.data in (data, None)
+            ):
+                self._take(place, number, access)
+                if access.error is not None:
+                    raise GuestMemoryError(address, access.error)
+                return True
+        return False
+
+    def write_unrecorded(self, address: int, data: bytes) -> None:
+        """It was not written then."""
+        access = MemoryAccess(self.event.vm, self.event.seq, address, len(data), data, True)
+        self.past.append(access)
+        self.differ("write", self._next(), describe(access))
+
+    def differ(self, field: str, expected: str, got: str) -> None:
+        """Note a difference; the first 64 are kept."""
+        if len(self._differences) < _MOST_FIELDS and expected != got:
+            self._differences = (*self._differences, FieldDifference(field, expected, got))
+
+    def leave_out(self, access: MemoryAccess) -> None:
+        """A recorded access that is not made now."""
+        if self._strict or access.write:
+            self.differ("write" if access.write else "read", describe(access), "not made")
+
+    def compare(self, *, whole: bool) -> Difference | None:
+        """What is not as it was, when both replies are known; `None`: nothing.
+
+        Unless `whole`, texts are not compared: something of it was left out.
+        """
+        reply, outcome = self.reply, self.outcome
+        assert reply is not None
+        if outcome is None:
+            self.differ("outcome", reply.kind.value, "not ours: it ran natively")
+        else:
+            self._compare_outcomes(reply, outcome)
+            if whole:
+                self._compare_texts("error", reply.error, outcome.error)
+                self._compare_texts("output", reply.output, output_text(outcome.output))
+        for _, access in self._pending or ():
+            self.leave_out(access)
+        if not self._differences:
+            return None
+        event = self.event
+        return Difference(
+            event.vm,
+            event.vcpu,
+            event.seq,
+            self.time,
+            packet_of(event),
+            tuple(self._differences),
+            tuple(self.past)[-_SHOWN:],
+        )
+
+    def _compare_outcomes(self, reply: Reply, outcome: Outcome[object]) -> None:
+        if (reply.kind, reply.handler, reply.writes) == (
+            outcome.kind,
+            outcome.handler,
+            outcome.writes,
+        ):
+            return
+        self.differ("outcome", reply.kind.value, outcome.kind.value)
+        self.differ("handler", str(reply.handler), str(outcome.handler))
+        for name, then, now in zip(
+            ("rip", "value1", "value2", "value3", "value4"),
+            _numbers(reply),
+            _numbers(outcome),
+            strict=True,
+        ):
+            self.differ(name, _number(then), _number(now))
+
+    def _compare_texts(self, field: str, then: str | None, now: str | None) -> None:
+        if then != now:
+            self.differ(field, _stable(then), _stable(now))
+
+    def _take(self, place: int, number: int, access: MemoryAccess) -> None:
+        if number > self._latest:
+            self._latest = number
+        elif self._strict:
+            told = describe(access)
+            self.differ("write" if access.write else "read", told, f"after others: {told}")
+        del self.pending[place]
+        self.held -= held_size(access)
+        self.past.append(access)
+
+    def _next(self) -> str:
+        return describe(self.pending[0][1]) if self.pending else "no further access"
+
+    def _compose(self, address: int, size: int) -> bytes | None:
+        """Put together from what was read or written already, then from what was read later."""
+        found, known = bytearray(size), bytearray(size)
+        later = (access for _, access in self.pending if not access.write)
+        for access in (*reversed(self.past), *later):
+            data = access.data
+            if data is None or access.error is not None:
+                continue
+            first = max(address, access.address)
+            last = min(address + size, access.address + len(data))
+            for at in range(first, last):
+                if not known[at - address]:
+                    found[at - address] = data[at - access.address]
+                    known[at - address] = 1
+        return bytes(found) if all(known) else None
+
+
+def packet_of(event: TrapEvent) -> BridgePacket | None:
+    """What a trap asked; `None` for one that carries no request."""
+    try:
+        return read_packet(event)
+    except (UnsupportedTrapError, ValueError):
+        return None
+
+
+def held_size(access: MemoryAccess) -> int:
+    """Bytes that an access holds, its own fields included."""
+    return 200 + (0 if access.data is None else len(access.data))
+
+
+def describe(access: MemoryAccess) -> str:
+    """One access, in one line."""
+    what = "write" if access.write else "read"
+    if access.error is not None:
+        told = f"failed: {access.error}"
+    elif access.data is None:
+        told = "left out"
+    else:
+        told = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
+    return f"{what} of {access.size} bytes at {access.address:#x}: {told}"
+
+
+def _numbers(answer: Reply | Outcome[object]) -> tuple[int | None, ...]:
+    writes = answer.writes
+    return (None,) * 5 if writes is None else (writes.rip, *writes.values)
+
+
+def _number(value: int | None) -> str:
+    return "left alone" if value is None else f"{value:#x}"
+
+
+def _stable(text: str | None) -> str:
+    return "none" if text is None else _ADDRESS.sub(" at ...>", text)

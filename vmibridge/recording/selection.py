@@ -1,0 +1,163 @@
+"""Which traps of a recording are asked for: "or" within a field, "and" between fields.
+
+| field | takes a trap when |
+|---|---|
+| `requests` | its request has one of these codes, or a handler of one of these names took it |
+| `outcomes` | it ended so; `None` stands for a trap without a reply |
+| `vcpus`, `vms` | it is of one of them |
+| `since`, `until` | it was taken then or between; both ends count |
+
+An empty field takes all.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple, Self
+
+import msgspec
+
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.errors import ConfigError
+from vmibridge.recording.file.reader import TimedMessage
+from vmibridge.recording.messages import Note, Session
+from vmibridge.recording.traps import RecordedTrap, recorded_traps
+from vmibridge.vm.trap import TrapEvent
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|\d+")
+_SECONDS = re.compile(r"\d+(\.\d*)?|\.\d+")
+
+
+class Moment(NamedTuple):
+    """A point in time."""
+
+    nanoseconds: int
+    relative: bool
+    """Since the first trap of the recording; otherwise since the Unix epoch."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From seconds, or ISO 8601; UTC where it has no zone. Raises `ConfigError`."""
+        if _SECONDS.fullmatch(text):
+            return cls(round(float(text) * 1e9), relative=True)
+        try:
+            time = datetime.fromisoformat(text)
+            time = time if time.tzinfo else time.replace(tzinfo=UTC)
+            # Without floats, which lose nanoseconds here.
+            return cls((time - _EPOCH) // timedelta(microseconds=1) * 1000, relative=False)
+        except (ValueError, OverflowError):
+            raise ConfigError(
+                f"{text!r} is no time: it is seconds since the first trap, as in 2.5, or"
+                " ISO 8601, as in 2026-01-31T12:00:00Z"
+            ) from None
+
+    def after(self, start: int) -> int:
+        """In nanoseconds since the Unix epoch."""
+        return self.nanoseconds + (start if self.relative else 0)
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """Some of the traps; by default all."""
+
+    requests: frozenset[int | str] = frozenset()
+    outcomes: frozenset[OutcomeKind | None] = frozenset()
+    vcpus: frozenset[int] = frozenset()
+    vms: frozenset[str] = frozenset()
+    since: Moment | None = None
+    until: Moment | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        requests: Iterable[str] = (),
+        outcomes: Iterable[str] = (),
+        vcpus: Iterable[int] = (),
+        vms: Iterable[str] = (),
+        since: str | None = None,
+        until: str | None = None,
+    ) -> Self:
+        """From the words of a command line. Raises `ConfigError`."""
+        return cls(
+            frozenset(map(_request, requests)),
+            frozenset(map(_outcome, outcomes)),
+            frozenset(vcpus),
+            frozenset(vms),
+            None if since is None else Moment.parse(since),
+            None if until is None else Moment.parse(until),
+        )
+
+    def takes(self, trap: RecordedTrap, start: int) -> bool:
+        """Whether a trap is one of them. `start` is when the first of the recording was taken."""
+        event, packet, reply = trap.event, trap.packet, trap.reply
+        if self.requests and not (
+            (packet is not None and packet.request in self.requests)
+            or (reply is not None and reply.handler in self.requests)
+        ):
+            return False
+        if self.outcomes and (None if reply is None else reply.kind) not in self.outcomes:
+            return False
+        if self.vcpus and event.vcpu not in self.vcpus:
+            return False
+        if self.vms and event.vm not in self.vms:
+            return False
+        if self.since is not None and trap.time < self.since.after(start):
+            return False
+        return self.until is None or trap.time <= self.until.after(start)
+
+
+class SelectedTraps:
+    """One pass over the messages of a recording. `hear` is told each session and each note."""
+
+    def __init__(
+        self,
+        messages: Iterable[TimedMessage],
+        selection: Selection,
+        hear: Callable[[Session | Note], object],
+    ) -> None:
+        self._messages = messages
+        self._selection = selection
+        self._hear = hear
+        self.start: int = 0
+        """When the first trap of the recording was taken; known with the first trap."""
+
+    def __iter__(self) -> Iterator[RecordedTrap]:
+        """In the order of `recorded_traps`."""
+        selection = self._selection
+        every = selection == Selection()
+        for trap in recorded_traps(self._listen()):
+            if every or selection.takes(trap, self.start):
+                yield trap
+
+    def _listen(self) -> Iterator[TimedMessage]:
+        for timed in self._messages:
+            message = timed.message
+            if isinstance(message, (Session, Note)):
+                self._hear(message)
+                continue
+            if not self.start and type(message) is TrapEvent:
+                self.start = timed.time
+            yield timed
+
+
+def _request(text: str) -> int | str:
+    if not _NUMBER.fullmatch(text):
+        return text
+    try:
+        request = int(text, 16 if text[:2] in ("0x", "0X") else 10)
+    except ValueError:
+        request = 1 << 16  # more digits than Python converts
+    if request >> 16:
+        raise ConfigError(f"{text[:40]!r} is no request: it has 16 bits, 0x0000 to 0xffff")
+    return request
+
+
+def _outcome(text: str) -> OutcomeKind | None:
+    if text == "none":
+        return None
+    try:
+        return OutcomeKind(text)
+    except ValueError:
+        words = ", ".join(kind.value for kind in OutcomeKind)
+        raise ConfigError(f"{text!r} is no outcome: there are {words} and none") from None

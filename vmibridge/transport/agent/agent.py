@@ -1,0 +1,307 @@
+"""The end beside the VM: it takes the traps of any backend, and has them answered elsewhere.
+
+    async with open_backend("unicorn:guest.bin") as backend:
+        end = await Agent(backend, "unix:/run/vmibridge.sock").run()
+
+Rules that it lives by:
+
+- A trap is answered once (`carrier`): by the server, at the deadline, or by the stop. What
+  comes for others is dropped.
+- A vCPU has one trap in flight (`Flights`). So its order holds, and a server needs to remember
+  one answer a vCPU.
+- At its deadline a trap is answered here, with the fallback that the server told, whether
+  the server is slow, unreachable or gone. A guest never stands still for a network.
+- A connection that is lost is made again, after a pause that grows, with jitter. Traps in
+  flight are then sent again; those that another memory may have run are marked.
+- Guest memory is accessed for a trap that waits, and for no other.
+"""
+
+import logging
+import random
+import secrets
+from collections import Counter, deque
+from collections.abc import Awaitable
+
+import anyio
+from anyio.abc import TaskGroup
+
+from vmibridge.errors import (
+    BackendError,
+    ServerStateError,
+    VmiBridgeError,
+)
+from vmibridge.transport.agent.dial import AgentLink, Dialled, RefusedByServerError, dial
+from vmibridge.transport.agent.traps import AgentCounts, Carrier
+from vmibridge.transport.sockets.connection import ConnectionLostError
+from vmibridge.transport.urls import Url, parse_url
+from vmibridge.transport.wire import (
+    Answer,
+    End,
+    Ended,
+    FromServer,
+    Native,
+    Read,
+    Returned,
+    Welcome,
+    WireEnd,
+    WireError,
+    Write,
+    register_writes,
+    trap_filter,
+)
+from vmibridge.vm.backend import Backend, GuestEnd, VcpuEnd
+from vmibridge.vm.trap import TrapFilter
+
+log: logging.Logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE = 0.05
+"""Seconds from a lost connection to the next one, before jitter; doubled each time."""
+_LONGEST_PAUSE = 5.0
+_LAST = 5.0
+"""Seconds for the server to learn that the guest has ended."""
+
+
+class Agent:
+    """Carries the traps of `backend` to the server at `url`.
+
+    `vm` names the VM there, by default as the backend does. `deadline` is how long a vCPU
+    waits for an answer at the most, in seconds; by default a little longer than the server
+    itself takes. `longest_pause` bounds the time between two tries to connect.
+
+    Raises `BackendSpecError` for a URL that is wrong, `ValueError` for a number that makes
+    no sense.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        url: str,
+        *,
+        vm: str | None = None,
+        deadline: float | None = None,
+        longest_pause: float = _LONGEST_PAUSE,
+        silence: float = 15.0,
+        grace: float = 1.0,
+    ) -> None:
+        self.url: Url = parse_url(url)
+        self.vm: str = backend.vm if vm is None else vm
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline is a positive number of seconds, got {deadline!r}")
+        if not 0 < len(self.vm) <= 64 or not self.vm.isprintable():
+            raise ValueError(f"the name of a VM has 1 to 64 printable characters, got {self.vm!r}")
+        if not longest_pause > 0 or not silence > 0 or not grace >= 0:
+            raise ValueError("longest_pause, silence and grace are seconds")
+        self.session: bytes = secrets.token_bytes(16)
+        """The id of this run of this VM."""
+        self._backend = backend
+        self._carrier = Carrier(backend, self.vm, deadline)
+        self._flights = self._carrier.flights
+        self.counts: AgentCounts = self._carrier.counts
+        self._longest_pause = longest_pause
+        self._silence = silence
+        self._grace = grace
+        self._filter = TrapFilter()
+        self._welcomed = anyio.Event()
+        self._ended = anyio.Event()
+        self._stop = anyio.Event()
+        self._refused: VmiBridgeError | None = None
+        self._tasks: TaskGroup | None = None
+        self._end: End | None = None
+        self._shares: list[dict[str, int]] = []
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Where several servers answer: traps that each answered, by the first digits of the id
+        of its memory."""
+        total: Counter[str] = Counter()
+        for each in self._shares:
+            total.update(each)
+        return dict(total)
+
+    # --- the run --------------------------------------------------------------------
+
+    async def run(self) -> GuestEnd:
+        """Run the guest to its end, which this returns. Once, in the backend's `async with`.
+
+        The guest starts when a server has said which traps it wants. Raises `BackendError`
+        when the VM cannot be run, or the server refuses this agent for good.
+        """
+        if self._tasks is not None:
+            raise ServerStateError("an agent runs once: make another for another run")
+        end = GuestEnd()
+        failure: Exception | None = None
+        async with anyio.create_task_group() as self._tasks:
+            tasks = self._tasks
+            tasks.start_soon(self._carrier.run_errands, tasks)
+            tasks.start_soon(self._keep_connected)
+            await self._welcomed.wait()
+            if self._refused is not None:
+                tasks.cancel_scope.cancel()
+            elif not self._stop.is_set():
+                tasks.start_soon(self._carrier.watch)
+                tasks.start_soon(self._stop_when_asked)
+                try:
+                    end = await self._backend.run(self._filter, self._flights)
+                except Exception as error:
+                    failure = error
+                    end = GuestEnd((VcpuEnd(0, "lost", str(error)),))
+                self._flights.close()
+                await self._tell_the_end(end)
+            tasks.cancel_scope.cancel()
+        if self._refused is not None:
+            raise BackendError(f"{self.url}: {self._refused}") from self._refused
+        if failure is not None:
+            raise failure
+        return end
+
+    def stop(self, *, now: bool = False) -> None:
+        """End the run: take no more traps, answer those that wait, and let the guest go.
+
+        Traps in flight have the grace period for the server's answer; with `now`, none.
+        """
+        if now:
+            self._grace = 0.0
+        self._flights.close()
+        self._stop.set()
+        self._welcomed.set()
+
+    async def _stop_when_asked(self) -> None:
+        await self._stop.wait()
+        with anyio.move_on_after(self._grace):
+            await self._flights.quiet()
+        await self._carrier.answer_all()
+        await self._flights.quiet()
+        self._backend.stop()
+
+    async def _tell_the_end(self, end: GuestEnd) -> None:
+        """So that the server forgets the VM; it does so by itself after a while."""
+        if self._stop.is_set() and self._carrier.link is None:
+            return
+        self._end = End(
+            tuple(
+                WireEnd(
+                    each.vcpu,
+                    each.reason[:16],
+                    each.detail[:1000],
+                    each.registers if len(end.vcpus) <= 64 else {},
+                )
+                for each in end.vcpus
+            )
+        )
+        if self._carrier.link is not None:
+            self._carrier.link.post(self._end)
+        with anyio.move_on_after(_LAST):
+            await self._ended.wait()
+
+    # --- the connection -------------------------------------------------------------
+
+    async def _keep_connected(self) -> None:
+        pause, told = _FIRST_PAUSE, ""
+        while not self._ended.is_set():
+            why = ""
+            try:
+                async with dial(self.url, self.session, self.vm, self._backend) as dialled:
+                    self._on_welcome(dialled)
+                    log.log(
+                        logging.INFO,
+                        "vm %s: %s to %s",
+                        self.vm,
+                        "connected again" if self.counts.connections > 1 else "connected",
+                        self.url,
+                    )
+                    pause, told = _FIRST_PAUSE, ""
+                    await self._serve(dialled)
+            except RefusedByServerError as error:
+                why = f"refused: {error}"
+                if error.final and self._end is not None:
+                    # It has heard that the guest has ended, and said so in vain.
+                    self._ended.set()
+                if error.final and not self.counts.connections:
+                    self._refused = error
+                    self._welcomed.set()
+                    return
+            except (OSError, TimeoutError, ConnectionLostError, WireError) as error:
+                why = str(error) or type(error).__name__
+            finally:
+                self._carrier.link = None
+            if self._ended.is_set():
+                return
+            if why != told:
+                log.warning("vm %s: %s: %s; trying again", self.vm, self.url, why)
+                told = why
+            # Jitter: agents that lost the same server do not come back at once.
+            await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+            pause = min(pause * 2, self._longest_pause)
+
+    def _on_welcome(self, dialled: Dialled) -> None:
+        welcome: Welcome = dialled.welcome
+        self.counts.connections += 1
+        self._shares.append(dialled.shares)
+        wanted = trap_filter(welcome)
+        if not self._welcomed.is_set():
+            self._filter = wanted
+        elif wanted != self._filter:
+            log.warning(
+                "vm %s: the server wants other traps now: the VM has to start anew", self.vm
+            )
+        link = dialled.link
+        self._welcomed.set()
+        link.cork()
+        self._carrier.go_on_with(link, welcome)
+        if self._end is not None:
+            link.post(self._end)
+        link.uncork()
+
+    async def _serve(self, dialled: Dialled) -> None:
+        """Take frames until the connection is lost."""
+        async with anyio.create_task_group() as tasks:
+            for each in dialled.tasks(self._silence):
+                tasks.start_soon(each)
+            lost = _Lost()
+            # Not in this group: an answer that is being written outlives its connection.
+            assert self._tasks is not None
+            self._tasks.start_soon(self._take_frames, dialled.link, deque[FromServer](), lost)
+            await lost.happened.wait()
+            tasks.cancel_scope.cancel()
+        if lost.error is not None:
+            raise lost.error
+
+    async def _take_frames(self, link: AgentLink, frames: deque[FromServer], lost: "_Lost") -> None:
+        """Answers and accesses are done inside this task; one that waits has another go on."""
+        try:
+            while True:
+                if not frames:
+                    link.uncork()
+                    frames.extend(await link.receive())
+                    link.cork()
+                frame = frames.popleft()
+                rest: Awaitable[None] | None = None
+                if isinstance(frame, Answer):
+                    rest = self._carrier.answer(frame.seq, register_writes(frame))
+                elif isinstance(frame, Native):
+                    rest = self._carrier.answer(frame.seq, None)
+                elif isinstance(frame, Read | Write):
+                    rest = self._carrier.access(frame)
+                elif isinstance(frame, Returned):
+                    self._carrier.take_back(frame.seq)
+                elif isinstance(frame, Ended):
+                    self._ended.set()
+                elif isinstance(frame, Welcome):
+                    raise WireError("a second WELCOME")
+                if rest is not None:
+                    link.uncork()
+                    assert self._tasks is not None
+                    self._tasks.start_soon(self._take_frames, link, frames, lost)
+                    await rest
+                    return
+        except (ConnectionLostError, WireError) as error:
+            lost.error = error
+            lost.happened.set()
+
+
+class _Lost:
+    """How a connection ended."""
+
+    def __init__(self) -> None:
+        self.happened = anyio.Event()
+        self.error: VmiBridgeError | None = None

@@ -1,0 +1,265 @@
+"""From a trap to its answer: what an agent has in flight, and how it is answered.
+
+A trap is answered once: `Flights.pending` has those that are not, and whoever takes one out of
+it answers it: the server's answer, the deadline, the stop, or the end of its vCPU.
+"""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any
+
+import anyio
+from anyio.abc import TaskGroup
+
+from vmibridge.aio.stepping import DONE, first_step, go_on
+from vmibridge.bridge.registers import is_guest_request, read_packet, write_response
+from vmibridge.bridge.response import BridgeResponse
+from vmibridge.errors import UnsupportedTrapError
+from vmibridge.transport.agent.accesses import Accesses
+from vmibridge.transport.agent.dial import AgentLink
+from vmibridge.transport.agent.lanes import Flight, Flights
+from vmibridge.transport.agent.prefetch import Prefetch
+from vmibridge.transport.wire import (
+    NO_DEADLINE,
+    Cancel,
+    Memory,
+    Read,
+    Welcome,
+    Write,
+    milliseconds,
+    trap_frame,
+)
+from vmibridge.vm.backend import Backend
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapReason
+
+log: logging.Logger = logging.getLogger(__name__)
+
+_clock = time.monotonic
+
+MARGIN = 0.25
+"""Seconds that an answer may be on its way, beyond the deadline of the server."""
+MOST_SECONDS = 3600.0
+"""A deadline beyond that is none, and a guest has to have one."""
+_QUEUE = 1024
+"""Traps that may wait behind others of their vCPU."""
+
+
+class AgentCounts:
+    """What an agent did."""
+
+    __slots__ = ("answered", "connections", "late", "own", "sent_again", "traps")
+
+    def __init__(self) -> None:
+        self.traps: int = 0
+        self.answered: int = 0
+        """By the server."""
+        self.own: int = 0
+        """Answered here: at the deadline, at a stop, or for a vCPU that is gone."""
+        self.sent_again: int = 0
+        self.late: int = 0
+        """Answers that came for traps that did not wait for them any more."""
+        self.connections: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Carrier:
+    """The traps of one VM. `deadline` is that of the user, in seconds; `None`: the server's."""
+
+    def __init__(self, backend: Backend, vm: str, deadline: float | None) -> None:
+        self.vm = vm
+        self.counts: AgentCounts = AgentCounts()
+        self.flights: Flights = Flights(_QUEUE, self._depart, self._give_up)
+        self.link: AgentLink | None = None
+        """The connection, while there is one."""
+        self._backend = backend
+        self._pending = self.flights.pending
+        self._own_deadline = deadline
+        self._deadline = MOST_SECONDS
+        self._left = 0
+        self._fallback = BridgeResponse[object]()
+        self._vcpus = 0
+        self._memory = b""
+        self._accesses = Accesses(backend)
+        self._prefetch = Prefetch(backend, ())
+        self._errands: deque[Callable[[], Coroutine[Any, Any, None]]] = deque()
+        self._errand = anyio.Event()
+
+    def go_on_with(self, link: AgentLink, welcome: Welcome) -> None:
+        """Send the traps in flight, and those that come, to a server that has said WELCOME."""
+        if welcome.memory != self._memory:
+            self._accesses.forget()
+        self._memory = welcome.memory
+        self._vcpus = welcome.vcpus
+        self._fallback = BridgeResponse(*welcome.fallback)
+        self._prefetch = Prefetch(self._backend, welcome.reads)
+        told = MOST_SECONDS if welcome.timeout == NO_DEADLINE else welcome.timeout / 1000 + MARGIN
+        self._deadline = min(
+            told if self._own_deadline is None else self._own_deadline, MOST_SECONDS
+        )
+        self._left = milliseconds(self._deadline)
+        self.link = link
+        self._send_again(link)
+
+    def _depart(self, flight: Flight) -> None:
+        self.counts.traps += 1
+        event = flight.event
+        flight.deadline = _clock() + self._deadline
+        if event.vcpu > 0xFFFF or len(self._pending) > self._vcpus:
+            log.warning("vm %s: more vCPUs than the server takes: %d", self.vm, self._vcpus)
+            self._give_up(event.seq)
+        elif self._prefetch.wanted and self._prefetch.wants(event):
+            self._go(partial(self._send_with_memory, flight, event))
+        elif self.link is not None:
+            self._send(self.link, flight, self._left)
+
+    async def _send_with_memory(self, flight: Flight, event: TrapEvent) -> None:
+        memory = await self._prefetch.read(event)
+        # It may have been sent and answered by now, and the next one have taken its place.
+        if self._pending.get(event.seq) is flight:
+            flight.memory = memory
+            if self.link is not None:
+                self._send(self.link, flight, self._left_of(flight))
+
+    def _send(self, link: AgentLink, flight: Flight, left: int) -> None:
+        sent_to = flight.sent_to
+        elsewhere = sent_to is not None and sent_to != self._memory
+        try:
+            frame = trap_frame(flight.event, left, elsewhere, flight.memory)
+        except ValueError as error:
+            log.warning("vm %s: %s", self.vm, error)
+            self._give_up(flight.event.seq)
+            return
+        if not elsewhere:
+            flight.sent_to = self._memory
+        link.post(frame)
+
+    def _left_of(self, flight: Flight) -> int:
+        return milliseconds(flight.deadline - _clock())
+
+    def _send_again(self, link: AgentLink) -> None:
+        """Over a new connection, in the order of the traps."""
+        for flight in list(self._pending.values()):
+            if flight.sent_to is not None:
+                self.counts.sent_again += 1
+            self._send(link, flight, self._left_of(flight))
+
+    def answer(self, seq: int, writes: RegisterWrites | None) -> Coroutine[Any, Any, None] | None:
+        """Answer a trap that waits, once; returns what there is to wait for."""
+        flight = self.flights.take(seq)
+        if flight is None:
+            self.counts.late += 1
+            return None
+        self.counts.answered += 1
+        try:
+            body = self._backend.resume(flight.event, writes)
+            # As `first_step` does; a call less for every trap.
+            wish = body.send(None)
+        except StopIteration:
+            pass
+        except Exception:
+            log.exception("vm %s: the answer to trap %d was not written", self.vm, seq)
+        else:
+            return self._finish(flight, seq, go_on(body, wish))
+        self.flights.landed(flight)
+        return None
+
+    async def _finish(self, flight: Flight, seq: int, rest: Awaitable[None]) -> None:
+        try:
+            await rest
+        except Exception:
+            log.exception("vm %s: the answer to trap %d was not written", self.vm, seq)
+        finally:
+            self.flights.landed(flight)
+
+    # --- answers that are given here ------------------------------------------------
+
+    def _give_up(self, seq: int) -> None:
+        if self.link is not None:
+            self.link.post(Cancel(seq))
+        self._go(partial(self._answer_here, seq))
+
+    async def answer_all(self) -> None:
+        """Answer all that is in flight, without the server."""
+        for seq in list(self._pending):
+            await self._answer_here(seq)
+
+    async def _answer_here(self, seq: int) -> None:
+        flight = self._pending.get(seq)
+        if flight is not None:
+            self.counts.own += 1
+            self.counts.answered -= 1
+            rest = self.answer(seq, self._fallback_for(flight.event))
+            if rest is not None:
+                await rest
+
+    def _fallback_for(self, event: TrapEvent) -> RegisterWrites | None:
+        """As the server would have it; what may not be ours runs natively."""
+        try:
+            read_packet(event)
+        except (UnsupportedTrapError, ValueError):
+            return None
+        if (
+            self._backend.other_hypercalls
+            and event.reason is not TrapReason.CPUID
+            and not is_guest_request(event)
+        ):
+            return None
+        return write_response(event, self._fallback)
+
+    async def watch(self) -> None:
+        """Keep the deadlines. A trap that comes while this sleeps is due later than it wakes."""
+        while True:
+            now = _clock()
+            for seq, trap in list(self._pending.items()):
+                if trap.deadline <= now:
+                    log.warning(
+                        "vm %s: trap %d has no answer within %g s: the guest gets the fallback",
+                        self.vm,
+                        seq,
+                        self._deadline,
+                    )
+                    self._give_up(seq)
+                    trap.deadline = math.inf
+            following = min((trap.deadline for trap in self._pending.values()), default=math.inf)
+            await anyio.sleep(max(0.0, min(following - _clock(), self._deadline)))
+
+    # --- what a server asks for -------------------------------------------------------
+
+    def _post(self, memory: bytes, frame: Memory) -> None:
+        # A server that was started anew counts its accesses anew: this is none of its own.
+        if self.link is not None and self._memory == memory:
+            self.link.post(frame)
+
+    def access(self, frame: Read | Write) -> Awaitable[None] | None:
+        """Guest memory for a trap that waits; returns what there is to wait for."""
+        flight = self._pending.get(frame.seq)
+        post = partial(self._post, self._memory)
+        body = self._accesses.do(frame, None if flight is None else flight.event, post)
+        wish = first_step(body)
+        return None if wish is DONE else go_on(body, wish)
+
+    def take_back(self, seq: int) -> None:
+        """The server stops, and has asked nobody: as if it had not been sent."""
+        flight = self._pending.get(seq)
+        if flight is not None:
+            flight.sent_to = None
+
+    def _go(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Start a task, from anywhere: a trap of a vCPU's thread comes outside of any task."""
+        self._errands.append(task)
+        self._errand.set()
+
+    async def run_errands(self, tasks: TaskGroup) -> None:
+        """Start what `_go` was given, in tasks of this group, until cancelled."""
+        while True:
+            while self._errands:
+                tasks.start_soon(self._errands.popleft())
+            self._errand = anyio.Event()
+            await self._errand.wait()

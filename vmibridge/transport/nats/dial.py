@@ -1,0 +1,37 @@
+"""From a URL of NATS to a server there that has said WELCOME."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from vmibridge.errors import BackendError
+from vmibridge.transport.agent.dial import Dialled, RefusedByServerError
+from vmibridge.transport.nats.agent_link import NatsLink
+from vmibridge.transport.nats.client import NatsClient
+from vmibridge.transport.nats.login import NatsRefusedError
+from vmibridge.transport.urls.nats import NatsUrl
+from vmibridge.transport.wire import VERSION, WORD, Hello
+from vmibridge.vm.backend import Backend
+
+
+@asynccontextmanager
+async def dial_nats(
+    url: NatsUrl, session: bytes, vm: str, backend: Backend
+) -> AsyncIterator[Dialled]:
+    """Connect to NATS, and find a server there. Raises as `dial` does."""
+    try:
+        async with NatsClient(url, f"vmibridge agent {vm}"[:128]) as client:
+            link = NatsLink(client, Hello(WORD, VERSION, VERSION, session, vm, 0,
+                                          backend.other_hypercalls))  # fmt: skip
+            welcome = await link.shake_hands()
+            try:
+                yield Dialled(
+                    link,
+                    welcome,
+                    lambda silence: [link.watch, partial(link.keep_alive, silence)],
+                    link.shares,
+                )
+            finally:
+                link.tell_shares()
+    except (BackendError, NatsRefusedError) as error:
+        raise RefusedByServerError(str(error), final=True) from error

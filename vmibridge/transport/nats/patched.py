@@ -1,0 +1,48 @@
+"""The client of nats-py, and what it leaves undone. Needs the extra `nats`."""
+
+from typing import TYPE_CHECKING
+
+from nats.aio.client import Client
+from nats.errors import SecureConnRequiredError
+
+from vmibridge.transport.nats.login import NatsRefusedError
+
+if TYPE_CHECKING:
+    from nats.aio.client import Srv
+
+
+class NatsPyClient(Client):
+    """With `tls` it logs in over TLS or not at all.
+
+    nats-py begins TLS only when the server's INFO asks for it, which comes in the clear: who is
+    in between could leave that out, and would be told the password.
+    """
+
+    def __init__(self, *, tls: bool) -> None:
+        super().__init__()
+        if tls and not hasattr(Client, "_connect_command"):
+            raise NatsRefusedError("this nats-py cannot be held to TLS: install 2.16")
+        self._has_to_be_tls = tls
+
+    async def _connect_to_server(self, s: "Srv") -> None:
+        if self._transport:
+            # A connection that was refused would stay open until it is collected. `close`
+            # has no types.
+            self._transport.close()  # type: ignore[no-untyped-call]
+        await super()._connect_to_server(s)
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        try:
+            await super()._close(status, do_cbs)
+        except (OSError, RuntimeError):
+            # The last words did not go out (uvloop has a RuntimeError for that): nats-py stops
+            # halfway then, and tells nobody.
+            self._pending, self._pending_data_size = [], 0
+            self._status = Client.DISCONNECTED
+            await super()._close(status, do_cbs)
+
+    def _connect_command(self) -> bytes:
+        # Called after INFO and, if that asks for it, TLS; before anything is said.
+        if self._has_to_be_tls and not self._server_info.get("tls_required"):
+            raise SecureConnRequiredError
+        return super()._connect_command()

@@ -1,0 +1,165 @@
+"""The way from a server to the agent of one session, by subjects: a `Link`.
+
+Which subject an answer goes to is in the message that brought the trap; it is another one each
+time that the trap is sent.
+"""
+
+import time
+
+from vmibridge.transport.nats.client import NatsClient
+from vmibridge.transport.nats.message import (
+    FROM_NATS_AGENT,
+    Ask,
+    Messages,
+    NatsFromAgent,
+    Taken,
+    pack,
+)
+from vmibridge.transport.session import Session
+from vmibridge.transport.wire import (
+    Answer,
+    Cancel,
+    Frame,
+    Memory,
+    Native,
+    Read,
+    Refused,
+    Returned,
+    Trap,
+    WireError,
+    Write,
+)
+
+_clock = time.monotonic
+
+
+class _Open:
+    """A trap that is not answered."""
+
+    __slots__ = ("accesses", "asked", "reply", "vcpu")
+
+    def __init__(self, vcpu: int, reply: str) -> None:
+        self.vcpu = vcpu
+        self.reply = reply
+        """Where its answer goes."""
+        self.accesses: dict[int, Read | Write] = {}
+        """Guest memory that has been asked for."""
+        self.asked: set[int] = set()
+        """Those that were under way when the agent asked last."""
+
+
+class NatsSessionLink:
+    """The way to the agent of one session; a `Link`."""
+
+    def __init__(self, client: NatsClient, inbox: str, session: Session, hello: bytes) -> None:
+        self.session = session
+        self.hello = hello
+        self.inbox: str = f"{inbox}.{session.memory.hex()}"
+        self.heard: float = _clock()
+        self.closed: bool = False
+        self.agent = ""
+        """The agent's own inbox."""
+        self._client = client
+        self._messages: Messages[NatsFromAgent] = Messages(FROM_NATS_AGENT)
+        self._open: dict[int, _Open] = {}
+        self._last: dict[int, int] = {}
+        self._answers: dict[int, tuple[Answer | Native, str]] = {}
+        self._reply = ""
+
+    def allow(self, size: int) -> None:
+        """Messages are bounded by what any frame may have."""
+
+    def close(self) -> None:
+        """No word goes out any more."""
+        self.closed = True
+
+    def say(self, reply: str, frame: Frame | Taken) -> None:
+        """Publish for the agent."""
+        if not self.closed and reply:
+            self._client.publish(reply, pack(frame), self.inbox)
+
+    def post(self, frame: Frame, *, later: bool = False) -> None:
+        """Send a frame to where its trap came from."""
+        seq = getattr(frame, "seq", None)
+        if seq is None:
+            self.say(self._reply, frame)
+            return
+        found = self._open.get(seq)
+        if found is None:
+            return
+        if isinstance(frame, Read | Write):
+            found.accesses[frame.access] = frame
+        elif isinstance(frame, Answer | Native):
+            del self._open[seq]
+            self._answers[found.vcpu] = (frame, found.reply)
+        elif isinstance(frame, Returned):
+            del self._open[seq]
+            del self._last[found.vcpu]
+        self.say(found.reply, frame)
+
+    def take(self, data: bytes, reply: str) -> None:
+        """Take the frames of a message. Raises `WireError`."""
+        self.heard = _clock()
+        if self.session.link is not self and not self.closed:
+            # The agent was thought to be away.
+            self.session.attach(self)
+        for frame in self._messages.frames(data):
+            self._reply = reply
+            try:
+                self._take(frame, reply)
+            finally:
+                self._reply = ""
+
+    def _take(self, frame: NatsFromAgent, reply: str) -> None:
+        if isinstance(frame, Trap):
+            self._take_trap(frame, reply)
+        elif isinstance(frame, Ask):
+            self._tell(frame)
+        elif isinstance(frame, Cancel):
+            found = self._open.get(frame.seq)
+            if found is not None and found.reply == reply:
+                self.session.take(frame)
+        elif isinstance(frame, Memory):
+            for found in self._open.values():
+                if found.accesses.pop(frame.access, None) is not None:
+                    found.asked.discard(frame.access)
+                    break
+            self.session.take(frame)
+        else:
+            self.session.take(frame)
+
+    def _take_trap(self, frame: Trap, reply: str) -> None:
+        last = self._last.get(frame.vcpu, 0)
+        if frame.seq < last:
+            return
+        if frame.seq > last:
+            self._open.pop(last, None)
+        self._last[frame.vcpu] = frame.seq
+        before = self._open.get(frame.seq)
+        if before is not None:
+            before.reply = reply
+        else:
+            self._open[frame.seq] = _Open(frame.vcpu, reply)
+        try:
+            self.session.take_trap(frame)
+        except WireError as error:
+            self._open.pop(frame.seq, None)
+            del self._last[frame.vcpu]
+            self.say(reply, Refused(str(error)[:1000], final=False))
+            raise
+        if frame.seq in self._open:
+            self.say(reply, Taken(frame.seq))
+
+    def _tell(self, ask: Ask) -> None:
+        """That the trap is here, or its answer again."""
+        found = self._open.get(ask.seq)
+        if found is not None:
+            self.say(found.reply, Taken(ask.seq))
+            # A reply that has not come since the agent asked last may be lost.
+            for number in found.asked & found.accesses.keys():
+                self.say(found.reply, found.accesses[number])
+            found.asked = set(found.accesses)
+        else:
+            answer, reply = self._answers.get(ask.vcpu, (None, ""))
+            if answer is not None and answer.seq == ask.seq:
+                self.say(reply, answer)

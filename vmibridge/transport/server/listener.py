@@ -1,0 +1,266 @@
+"""Who may become a session: connections, the handshake of TLS, and that of the agents.
+
+- A peer has `handshake` seconds to say who it is, and to send no more than 64 KiB for it.
+- At most `handshakes` peers are at that; the oldest has to go when there is one more. So a
+  crowd that says nothing keeps nobody out for long, and costs what that many sockets cost.
+- Who a peer is comes of the kernel (unix) or of its certificate (TLS), never of what it says.
+"""
+
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import anyio
+from anyio.abc import TaskGroup
+
+from vmibridge.errors import VmiBridgeError
+from vmibridge.text import printable
+from vmibridge.transport.session import Session
+from vmibridge.transport.sockets.connection import Connection, ConnectionLostError, keep_alive
+from vmibridge.transport.sockets.endpoints import (
+    Listening,
+    certified_names,
+    listen,
+    peer_user,
+    tls_context,
+)
+from vmibridge.transport.urls import SocketUrl, TlsUrl, UnixUrl, parse_url
+from vmibridge.transport.urls.nats import NatsUrl
+from vmibridge.transport.wire import (
+    FRAME_LIMIT,
+    FROM_AGENT,
+    VERSION,
+    WORD,
+    AgentLimits,
+    FromAgent,
+    Hello,
+    Refused,
+    Trap,
+    Welcome,
+    WireError,
+)
+
+if TYPE_CHECKING:
+    from vmibridge.transport.nats.listener import NatsListening
+
+log: logging.Logger = logging.getLogger(__name__)
+
+AgentConnection: TypeAlias = Connection[FromAgent]
+Admit: TypeAlias = Callable[[Hello, str], Awaitable["tuple[Session, Welcome]"]]
+"""Makes or finds the session of a peer that said HELLO and proved who it is. Raises
+`RefusedError`."""
+
+_LAST = 1.0
+"""Seconds in which a peer is told why it is refused."""
+
+
+class RefusedError(VmiBridgeError):
+    """An agent is not served; the message says why."""
+
+    def __init__(self, why: str, *, final: bool = True) -> None:
+        super().__init__(why)
+        self.final = final
+
+
+class Listener:
+    """Listens at URLs, and serves the connections of the sessions that come of it."""
+
+    def __init__(self, urls: Sequence[str], limits: AgentLimits, admit: Admit) -> None:
+        """Raises `BackendSpecError` for a URL that is wrong."""
+        found = [parse_url(url) for url in urls]
+        self._urls: list[SocketUrl] = [url for url in found if not isinstance(url, NatsUrl)]
+        self._nats = _on_nats([url for url in found if isinstance(url, NatsUrl)], limits, admit)
+        self._limits = limits
+        self._admit = admit
+        self._contexts = {
+            url: tls_context(url, server_side=True) for url in self._urls if isinstance(url, TlsUrl)
+        }
+        self._listening: list[Listening] = []
+        self._at_handshake: dict[AgentConnection, None] = {}
+        self._connections: set[AgentConnection] = set()
+        self.refused: int = 0
+        """Peers that did not become a session's."""
+
+    async def open(self) -> None:
+        """Listen. Raises `BackendError` when a place cannot be had."""
+        try:
+            for url in self._urls:
+                self._listening.append(await listen(url))
+            for nats in self._nats:
+                await nats.open()
+        except BaseException:
+            await self.end()
+            raise
+
+    @property
+    def ports(self) -> list[int]:
+        """The TCP ports, in the order of the URLs; 0 for unix sockets."""
+        return [0 if isinstance(each.url, UnixUrl) else each.port for each in self._listening]
+
+    @property
+    def places(self) -> list[str]:
+        """The URLs without their options, with the ports that were given."""
+        return [str(each) for each in (*self._listening, *self._nats)]
+
+    async def serve(self) -> None:
+        """Serve whoever connects, until cancelled; then all are hung up."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                for each in self._listening:
+                    tasks.start_soon(self._listen, each, tasks)
+                for nats in self._nats:
+                    tasks.start_soon(nats.serve)
+        finally:
+            for connection in list(self._connections):
+                connection.close()
+
+    async def end(self) -> None:
+        """Listen no more, and leave NATS."""
+        self.close()
+        for nats in self._nats:
+            await nats.end()
+
+    def close(self) -> None:
+        """Listen no more. Connections that there are go on."""
+        for each in self._listening:
+            each.close()
+        for nats in self._nats:
+            nats.close()
+
+    async def _listen(self, listening: Listening, tasks: TaskGroup) -> None:
+        def take(accepted: socket.socket) -> None:
+            connection: AgentConnection = Connection(accepted, FROM_AGENT)
+            while len(self._at_handshake) >= self._limits.handshakes:
+                next(iter(self._at_handshake)).close()
+                self._at_handshake.pop(next(iter(self._at_handshake)))
+                self.refused += 1
+            self._at_handshake[connection] = None
+            self._connections.add(connection)
+            tasks.start_soon(self._serve, listening, accepted, connection)
+
+        await listening.serve(take)
+
+    async def _serve(
+        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+    ) -> None:
+        session: Session | None = None
+        try:
+            session = await self._shake_hands(listening, accepted, connection)
+            if session is not None:
+                await self._take_frames(session, connection)
+        except WireError as error:
+            log.warning("%s: a peer sent what it must not: %s", listening.url, error)
+            self.refused += session is None
+        except ConnectionLostError as error:
+            if session is None:
+                self.refused += 1
+                log.debug("%s: a peer did not get as far as HELLO: %s", listening.url, error)
+            else:
+                level = logging.DEBUG if session.over.is_set() else logging.INFO
+                log.log(level, "vm %s: the connection is lost: %s", session.vm, error)
+        finally:
+            self._at_handshake.pop(connection, None)
+            self._connections.discard(connection)
+            connection.close()
+            if session is not None:
+                session.detach(connection)
+
+    async def _shake_hands(
+        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+    ) -> Session | None:
+        url = listening.url
+        try:
+            with anyio.fail_after(self._limits.handshake):
+                connection.peer = await self._identify(listening, accepted, connection)
+                frames = await connection.receive()
+                hello, *others = frames
+                if not isinstance(hello, Hello) or others:
+                    raise WireError("no HELLO, or something behind it")
+                check_hello(hello)
+                session, welcome = await self._admit(hello, connection.peer)
+        except TimeoutError:
+            self.refused += 1
+            log.debug("%s: a peer did not say who it is", url)
+            return None
+        except RefusedError as error:
+            self.refused += 1
+            log.warning("%s: refused: %s", url, printable(str(error)))
+            connection.post(Refused(str(error)[:1000], error.final))
+            await connection.drain(_LAST)
+            return None
+        # Nothing is awaited between WELCOME and the session's own frames.
+        self._at_handshake.pop(connection, None)
+        if connection.closed:
+            return None
+        connection.allow(FRAME_LIMIT)
+        connection.post(welcome)
+        session.attach(connection)
+        return session
+
+    async def _identify(
+        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+    ) -> str:
+        url = listening.url
+        if isinstance(url, UnixUrl):
+            user = peer_user(accepted)
+            if user not in (url.uids or (0, os.geteuid())):
+                raise RefusedError(f"user {user} may not connect")
+            return f"uid:{user}"
+        if isinstance(url, TlsUrl):
+            made = await connection.start_tls(self._contexts[url], None)
+            return f"tls:{_client_name(made, url)}"
+        return "tcp"
+
+    async def _take_frames(self, session: Session, connection: AgentConnection) -> None:
+        lost: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.write)
+            tasks.start_soon(keep_alive, connection, None, self._limits.silence)
+            try:
+                while True:
+                    for frame in await connection.receive():
+                        if type(frame) is Trap:
+                            session.take_trap(frame)
+                        else:
+                            session.take(frame)
+            except (ConnectionLostError, WireError) as error:
+                # Raised in here, it would come out in a group.
+                lost = error
+            tasks.cancel_scope.cancel()
+        assert lost is not None
+        raise lost
+
+
+def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[NatsListening]":
+    if not urls:
+        return []
+    # Only here: nats-py is an extra.
+    from vmibridge.transport.nats.listener import NatsListening
+
+    return [NatsListening(url, limits, admit) for url in urls]
+
+
+def check_hello(hello: Hello) -> None:
+    """Raises `RefusedError` for an agent that this server does not understand."""
+    if hello.word != WORD:
+        raise RefusedError("this is no agent of vmibridge")
+    if not hello.oldest <= VERSION <= hello.version:
+        raise RefusedError(
+            f"the agent speaks versions {hello.oldest} to {hello.version} of the protocol, this"
+            f" server {VERSION}"
+        )
+    if not hello.vm.isprintable():
+        raise RefusedError("the name of the VM is not printable")
+
+
+def _client_name(made: ssl.SSLObject, url: TlsUrl) -> str:
+    names = certified_names(made)
+    if not url.names:
+        return ",".join(names)
+    for name in url.names:
+        if name in names:
+            return name
+    raise RefusedError(f"no client of the name {', '.join(names) or '(none)'} may connect")

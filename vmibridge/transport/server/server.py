@@ -1,0 +1,365 @@
+"""Agents and handlers, brought together: each VM that comes gets handlers of its own, but for
+those that say `shared`.
+
+    server = AgentServer(["unix:/run/vmibridge.sock"], HandlerFactory(["handlers/"]))
+    await server.run()
+
+Rules:
+
+- A VM is a session: its handlers, and what it was answered, outlive its connections. It ends
+  with its guest, or when its agent was away for `keep` seconds.
+- Handlers that are loaded anew take over at once, and those of before finish what they have
+  begun. A source that fails changes nothing.
+- A handler that says `shared` serves all VMs that it was given for (`shared`).
+- A stop answers what handlers are at, as `BridgeServer` does; traps that come then are given
+  back, for the agent to send to the server that follows.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
+from typing import Any, TypeAlias
+
+import anyio
+from anyio.abc import TaskGroup
+
+from vmibridge.bridge.dispatch import Bridge, Target, one_line
+from vmibridge.bridge.outcome import Outcome
+from vmibridge.engine.server import BridgeFactory
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Tap
+from vmibridge.errors import ServerStateError, VmiBridgeError
+from vmibridge.transport.server.backend import SessionBackend
+from vmibridge.transport.server.handler_set import Generation
+from vmibridge.transport.server.listener import Listener, RefusedError
+from vmibridge.transport.server.shared_handlers import Common
+from vmibridge.transport.server.welcome import welcome_to
+from vmibridge.transport.session import Repeated, Session
+from vmibridge.transport.wire import AgentLimits, Hello, Welcome
+from vmibridge.vm.trap import TrapEvent
+
+log: logging.Logger = logging.getLogger(__name__)
+
+OnOutcome: TypeAlias = Callable[[Outcome[Any]], Awaitable[None]]
+OnEnd: TypeAlias = Callable[[str, Summary, dict[str, int]], Awaitable[None]]
+TapFactory: TypeAlias = Callable[[str], Sequence[Tap]]
+"""Given the name of a VM: what sees the traffic of one set of its handlers. A tap that is an
+async context manager is entered and left."""
+
+_MOST_ENDED = 1024
+"""Ids of sessions that are known to have ended, or to have been followed by another."""
+_TAKE_OVER = 30.0
+"""Seconds that handlers may take to be entered, when they are loaded anew."""
+
+
+class _Vm:
+    """One session, and the handlers at work for it."""
+
+    def __init__(self, session: Session, current: Generation) -> None:
+        self.session = session
+        self.current = current
+        self.retired: list[Generation] = []
+        self.summaries: list[Summary] = []
+
+    def route(self, event: TrapEvent) -> SessionBackend:
+        for old in self.retired:
+            if old.awaits(event):
+                return old.backend
+        return self.current.backend
+
+
+class AgentServer:
+    """Serves the agents that connect to `urls`.
+
+    `handlers` makes what serves one VM, given its name, as for `BridgeServer`; `settings` are
+    those of each VM's server, and `in_flight_total` counts for all of them. `on_outcome` is
+    told of each trap, `on_end` of each VM that has ended: its name, its counts, and what no
+    outcome tells of (`SessionCounts`). Both may wait: the VM waits with them.
+
+    `repeated` says what becomes of a trap that a server which is gone may have run: by
+    default it is refused, and the guest gets the fallback.
+
+    Raises `BackendSpecError` for a URL that is wrong.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        handlers: BridgeFactory,
+        *,
+        settings: ServerSettings | None = None,
+        limits: AgentLimits | None = None,
+        repeated: Repeated = "refuse",
+        on_outcome: OnOutcome | None = None,
+        on_end: OnEnd | None = None,
+        taps: TapFactory | None = None,
+    ) -> None:
+        self._handlers = handlers
+        self._settings = settings or ServerSettings()
+        self._limits = limits or AgentLimits()
+        self._repeated: Repeated = repeated
+        self._on_outcome = on_outcome
+        self._on_end = on_end
+        self._taps = taps
+        self._listener = Listener(urls, self._limits, self._admit)
+        self._common = Common(self._settings.in_flight_total)
+        self._vms: dict[bytes, _Vm] = {}
+        self._serving: dict[Generation, None] = {}
+        self._ended: deque[bytes] = deque(maxlen=_MOST_ENDED)
+        self._tasks: TaskGroup | None = None
+        self._stop = anyio.Event()
+        self._now = False
+        self.listening: anyio.Event = anyio.Event()
+        """Agents can connect."""
+
+    @property
+    def ports(self) -> list[int]:
+        """The TCP ports that it listens at; 0 for unix sockets."""
+        return self._listener.ports
+
+    @property
+    def vms(self) -> list[str]:
+        """The names of the VMs that are served now, away or not."""
+        return [vm.session.vm for vm in self._vms.values()]
+
+    @property
+    def refused(self) -> int:
+        """Peers that were not served."""
+        return self._listener.refused
+
+    async def run(self) -> None:
+        """Serve until `stop`. Cancelled, it stops without grace. Once.
+
+        Raises `BackendError` when it cannot listen.
+        """
+        if self._tasks is not None:
+            raise ServerStateError("a server runs once: make another for another run")
+        await self._listener.open()
+        connections = anyio.CancelScope(shield=True)
+        try:
+            async with anyio.create_task_group() as outside:
+                outside.start_soon(self._serve_connections, connections)
+                try:
+                    async with anyio.create_task_group() as self._tasks:
+                        for place in self._listener.places:
+                            log.info("listening at %s", place)
+                        self.listening.set()
+                        self._tasks.start_soon(self._forget)
+                        try:
+                            await self._stop.wait()
+                        finally:
+                            # Cancelled, too: no VM may begin any more.
+                            self._stop.set()
+                        while self._serving:
+                            await next(iter(self._serving)).done.wait()
+                        await self._common.close()
+                        self._tasks.cancel_scope.cancel()
+                finally:
+                    # Only now: until here answers were on their way.
+                    connections.cancel()
+        finally:
+            self._listener.close()
+
+    async def _serve_connections(self, scope: anyio.CancelScope) -> None:
+        with scope:
+            await self._listener.serve()
+
+    def stop(self, *, now: bool = False) -> None:
+        """End in good order; `now` leaves handlers no time to end by themselves."""
+        self._now = self._now or now
+        self._stop.set()
+        self._listener.close()
+        for generation in self._serving:
+            generation.server.stop(now=now)
+
+    async def reload(self, handlers: BridgeFactory) -> int:
+        """Give every VM new handlers; returns how many have them. No trap is dropped.
+
+        A VM whose handlers cannot be made or entered keeps those that it has; VMs that come
+        later get the new ones in any case.
+        """
+        self._handlers = handlers
+        self._common.supersede()
+        done = 0
+        for vm in list(self._vms.values()):
+            if vm.session.over.is_set() or self._stop.is_set():
+                continue
+            try:
+                generation = await self._make(vm.session)
+            except RefusedError as error:
+                log.warning("vm %s: goes on with the handlers it has: %s", vm.session.vm, error)
+                continue
+            done += await self._take_over(vm, generation)
+        self._common.leave_unused()
+        return done
+
+    async def _take_over(self, vm: _Vm, generation: Generation) -> bool:
+        assert self._tasks is not None
+        name = vm.session.vm
+        self._start(vm, generation)
+        with anyio.move_on_after(_TAKE_OVER):
+            async with anyio.create_task_group() as either:
+
+                async def wait(event: anyio.Event) -> None:
+                    await event.wait()
+                    either.cancel_scope.cancel()
+
+                either.start_soon(wait, generation.backend.running)
+                either.start_soon(wait, generation.ended)
+        if not generation.backend.running.is_set() or generation.ended.is_set():
+            generation.server.stop(now=True)
+            log.error("vm %s: goes on with the handlers that it has", name)
+            return False
+        if generation.filter != vm.current.filter:
+            log.warning(
+                "vm %s: traps with magics that it did not have before come when it starts anew",
+                name,
+            )
+        old, vm.current = vm.current, generation
+        vm.retired.append(old)
+        self._tasks.start_soon(old.retire)
+        return True
+
+    # --- sessions -------------------------------------------------------------------
+
+    async def _admit(self, hello: Hello, peer: str) -> tuple[Session, Welcome]:
+        if self._stop.is_set() or self._tasks is None:
+            raise RefusedError("the server stops", final=False)
+        if hello.session in self._ended:
+            # Its agent has not heard that END had come, or the VM has begun anew.
+            raise RefusedError("this VM has ended")
+        vm = self._vms.get(hello.session)
+        if vm is None:
+            vm = await self._begin(hello, peer)
+        elif vm.session.owner != peer:
+            raise RefusedError("this session is that of another peer")
+        current = vm.current
+        return vm.session, welcome_to(
+            vm.session,
+            current.filter,
+            current.timeout,
+            self._settings.fallback,
+            self._limits,
+            current.reads,
+        )
+
+    async def _begin(self, hello: Hello, peer: str) -> _Vm:
+        for other in list(self._vms.values()):
+            session = other.session
+            if session.vm == hello.vm and not session.over.is_set():
+                if session.link is not None or session.owner != peer:
+                    raise RefusedError(f"a VM of the name {hello.vm} is served", final=False)
+                # The VM was started anew: of the one before nobody will come back.
+                session.lose("its agent began anew")
+                # What it has sent may come late, and is not to take the place of this one.
+                self._ended.append(session.id)
+        if len(self._vms) >= self._limits.sessions:
+            raise RefusedError(f"{len(self._vms)} VMs are served: no more", final=False)
+        session = Session(
+            hello,
+            peer,
+            vcpus=self._limits.vcpus,
+            repeated=self._repeated,
+            fallback=self._settings.fallback,
+        )
+        vm = _Vm(session, await self._make(session))
+        self._vms[session.id] = vm
+        session.route = lambda event: None if self._stop.is_set() else vm.route(event)
+        self._start(vm, vm.current)
+        return vm
+
+    def _start(self, vm: _Vm, generation: Generation) -> None:
+        assert self._tasks is not None
+        self._serving[generation] = None
+        self._tasks.start_soon(self._serve, vm, generation)
+
+    async def _make(self, session: Session) -> Generation:
+        """Raises `RefusedError` when the handlers cannot be made."""
+        try:
+            target: Target = self._handlers(session.vm)
+            bridge = target if isinstance(target, Bridge) else Bridge(target)
+            taps = () if self._taps is None else self._taps(session.vm)
+            return Generation(session, bridge, self._settings, taps, self._common)
+        except Exception as error:
+            why = _told(error)
+            log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
+            raise RefusedError("the handlers cannot be made", final=False) from error
+
+    async def _serve(self, vm: _Vm, generation: Generation) -> None:
+        """Run one set of handlers to its end."""
+        try:
+            try:
+                await self._run(vm.session, generation)
+            finally:
+                generation.ended.set()
+                vm.summaries.append(generation.server.summary)
+                if generation in vm.retired:
+                    vm.retired.remove(generation)
+                elif generation is vm.current:
+                    self._forget_vm(vm.session)
+            if generation is vm.current and self._on_end is not None:
+                summary = Summary.of_all(vm.summaries)
+                summary.guest = vm.session.guest
+                await self._on_end(vm.session.vm, summary, vm.session.counts.as_dict())
+        finally:
+            del self._serving[generation]
+            generation.done.set()
+
+    async def _run(self, session: Session, generation: Generation) -> None:
+        assert self._tasks is not None
+        server = generation.server
+        try:
+            async with AsyncExitStack() as stack:
+                for tap in generation.taps:
+                    if isinstance(tap, AbstractAsyncContextManager):
+                        await stack.enter_async_context(tap)
+                await stack.enter_async_context(
+                    self._common.use(
+                        generation.handlers, self._tasks, partial(server.stop, now=True)
+                    )
+                )
+                await stack.enter_async_context(generation.backend)
+                if self._stop.is_set():
+                    server.stop(now=self._now)
+                server.start()
+                while True:
+                    try:
+                        outcome = await server.outcome()
+                    except StopAsyncIteration:
+                        break
+                    generation.saw(outcome)
+                    if self._on_outcome is not None:
+                        await self._on_outcome(outcome)
+        except (Exception, SystemExit) as error:
+            why = _told(error)
+            log.exception("vm %s: its handlers ended: %s", session.vm, why)
+
+    def _forget_vm(self, session: Session) -> None:
+        """Its handlers have ended: with the guest, by a stop, or by themselves."""
+        self._vms.pop(session.id, None)
+        if session.ended_by_itself:
+            self._ended.append(session.id)
+        elif not self._stop.is_set() and session.link is not None:
+            session.link.close()
+        if not self._stop.is_set():
+            session.lose("its handlers have ended")
+
+    async def _forget(self) -> None:
+        """Give up VMs whose agents do not come back."""
+        keep = self._limits.keep
+        while True:
+            await anyio.sleep(min(keep / 4, 1.0))
+            for vm in list(self._vms.values()):
+                session = vm.session
+                if session.link is None and time.monotonic() - session.away_since >= keep:
+                    session.lose(f"the agent did not come back within {keep:g} s")
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"a handler asked to exit, with {error.code!r}"
+    return str(error) if isinstance(error, VmiBridgeError) else one_line(error)

@@ -1,0 +1,164 @@
+"""What the VMs of one server have in common: handlers that say `shared`, places, turns.
+
+Rules:
+
+- A shared handler is entered when the first VM comes that has it, in a task of its own, and
+  the VMs that have it wait for that. It is left after the last of them: when the server stops,
+  or when handlers were loaded anew and those that took its place have no use for it.
+- One that cannot be entered fails the VMs that wait for it, and is tried again with the next
+  that comes.
+- One that ends by itself, as by a task group that it holds, ends the VMs that have it first.
+- One that is serial has one turn for all VMs.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeAlias
+
+import anyio
+from anyio.abc import TaskGroup
+
+from vmibridge.bridge.dispatch import one_line
+from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.engine.engine import lives_of
+from vmibridge.engine.places import InFlight, Turns
+from vmibridge.errors import HandlerLifeError
+
+log: logging.Logger = logging.getLogger(__name__)
+
+End: TypeAlias = Callable[[], None]
+"""Makes a VM end, because a handler that it has ends."""
+
+
+class _Life:
+    """One shared handler."""
+
+    def __init__(self, handler: BridgeHandler[Any]) -> None:
+        self.handler = handler
+        self.turn = anyio.Lock(fast_acquire=True)
+        self.users: dict[object, End] = {}
+        self.entered = anyio.Event()
+        """Or failed, which `error` tells."""
+        self.error: Exception | None = None
+        self.unused = anyio.Event()
+        """Nobody has it, and nobody is to get it any more."""
+        self.superseded = False
+        """Handlers were loaded anew since somebody came for it."""
+        self.leaving = False
+        self.left = anyio.Event()
+
+
+class Common:
+    """See the module. For one server; `in_flight` handlers may wait at a time in all its VMs."""
+
+    def __init__(self, in_flight: int) -> None:
+        self.in_flight: InFlight = InFlight(in_flight)
+        self._lives: dict[BridgeHandler[Any], _Life] = {}
+        self._closed = False
+
+    def turns(self) -> Turns:
+        """Those of one VM: of its own handlers, and of those that are shared."""
+        return _Turns(self._lives)
+
+    @asynccontextmanager
+    async def use(
+        self, handlers: Iterable[BridgeHandler[Any]], tasks: TaskGroup, end: End
+    ) -> AsyncIterator[None]:
+        """Have those of `handlers` that are shared for the time of the block, entered.
+
+        `tasks` has to outlive the block. Raises `HandlerLifeError` for one that cannot be
+        entered.
+        """
+        async with AsyncExitStack() as stack:
+            for handler in dict.fromkeys(each for each in handlers if each.shared):
+                await stack.enter_async_context(self._use(handler, tasks, end))
+            yield
+
+    @asynccontextmanager
+    async def _use(
+        self, handler: BridgeHandler[Any], tasks: TaskGroup, end: End
+    ) -> AsyncIterator[None]:
+        while (life := self._lives.get(handler)) is not None and life.leaving:
+            await life.left.wait()
+        if life is None:
+            life = self._lives[handler] = _Life(handler)
+            tasks.start_soon(self._live, life)
+        user = object()
+        life.users[user] = end
+        life.superseded = False
+        try:
+            await life.entered.wait()
+            if life.error is not None:
+                raise life.error
+            yield
+        finally:
+            del life.users[user]
+            self._leave_if_unused(life)
+
+    def _leave_if_unused(self, life: _Life) -> None:
+        if not life.users and (life.superseded or life.leaving or self._closed):
+            life.leaving = True
+            life.unused.set()
+
+    async def _live(self, life: _Life) -> None:
+        """Enter a handler, and leave it in the same task, after all that have it."""
+        handler = life.handler
+        try:
+            async with lives_of([handler]):
+                life.entered.set()
+                try:
+                    await life.unused.wait()
+                finally:
+                    # Cancelled, by the server's end or by the handler itself, it has users.
+                    life.leaving = True
+                    for end in list(life.users.values()):
+                        end()
+                    with anyio.CancelScope(shield=True):
+                        while life.users:
+                            await life.unused.wait()
+        except (Exception, SystemExit) as error:
+            life.error = (
+                error
+                if isinstance(error, HandlerLifeError)
+                else HandlerLifeError(f"handler {handler.name} ended: {one_line(error)}")
+            )
+            if life.entered.is_set():
+                log.exception("%s", life.error)
+        finally:
+            if not life.entered.is_set() and life.error is None:
+                life.error = HandlerLifeError(f"handler {handler.name} did not start")
+            del self._lives[handler]
+            life.entered.set()
+            life.left.set()
+
+    def supersede(self) -> None:
+        """Handlers are being loaded anew: those of before end with the VMs that have them,
+        but for those that the new ones have, too."""
+        for life in self._lives.values():
+            life.superseded = True
+
+    def leave_unused(self) -> None:
+        """All VMs have the handlers that were loaded anew: leave what nobody has."""
+        for life in self._lives.values():
+            self._leave_if_unused(life)
+
+    async def close(self) -> None:
+        """Nobody comes any more: leave all, as their last users go, and wait for that."""
+        self._closed = True
+        self.leave_unused()
+        for life in list(self._lives.values()):
+            await life.left.wait()
+
+
+class _Turns(Turns):
+    """Those of one VM."""
+
+    def __init__(self, lives: dict[BridgeHandler[Any], _Life]) -> None:
+        super().__init__()
+        self._lives = lives
+
+    def of(self, handler: BridgeHandler[Any]) -> anyio.Lock:
+        """Held while this handler answers."""
+        life = self._lives.get(handler) if handler.shared else None
+        return super().of(handler) if life is None else life.turn

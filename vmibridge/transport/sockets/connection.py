@@ -1,0 +1,319 @@
+"""Frames over one connection, with TLS or without.
+
+- `post` never waits. What the socket does not take at once is kept, up to a bound, and sent by
+  `write`, a task of the connection.
+- Frames are coalesced: between `cork` and `uncork`, and with `later`, they go out together.
+- TLS is a code between bytes and bytes: the socket below it is the same.
+- A connection that is lost says so to whoever receives; what is posted then goes nowhere.
+"""
+
+import socket
+import ssl
+from contextlib import suppress
+from typing import Generic, Protocol
+
+import anyio
+import msgspec
+from anyio.lowlevel import checkpoint
+
+from vmibridge.aio.loops import parking
+from vmibridge.errors import VmiBridgeError
+from vmibridge.transport.wire import HELLO_LIMIT, F, Frame, FrameReader, encode_into
+
+_CHUNK = 256 << 10
+"""Bytes that are received at a time."""
+_MOST_UNSENT = 64 << 20
+"""Bytes that are kept for a peer that does not read; beyond it the connection is lost."""
+_MOST_IN_A_ROW = 16
+"""Chunks that are received before other tasks have their turn."""
+
+
+class ConnectionLostError(VmiBridgeError):
+    """The other end has hung up, or does not keep to what was agreed."""
+
+
+class Link(Protocol):
+    """What `Agent` and `Session` ask of a connection."""
+
+    def post(self, frame: Frame, *, later: bool = False) -> None:
+        """Send a frame, in the order of the calls; never waits, raises nothing."""
+
+    def allow(self, size: int) -> None:
+        """A frame of so many bytes may come, from here on."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+class Connection(Generic[F]):
+    """See the module. Close it in any case."""
+
+    def __init__(
+        self, connected: socket.socket, decoder: "msgspec.msgpack.Decoder[F]", *, unsent: int = 0
+    ) -> None:
+        self.peer = ""
+        """Who is at the other end, as far as it was proved."""
+        self.received: int = 0
+        """Counts the chunks that came."""
+        self.closed: bool = False
+        self.reader: FrameReader[F] = FrameReader(decoder, HELLO_LIMIT)
+        self._socket = connected
+        self._most_unsent = unsent or _MOST_UNSENT
+        self._plain = bytearray()
+        self._unsent = self._plain
+        self._tls: _Tls | None = None
+        self._corked = False
+        self._blocked = False
+        self._waking = False
+        self._more = parking()
+        self._in_a_row = 0
+        self._given_back: list[F] = []
+        self._behind_handshake = False
+
+    async def start_tls(self, context: ssl.SSLContext, name: str | None) -> ssl.SSLObject:
+        """The handshake of TLS, as the client of server `name`, or as a server.
+
+        Raises `ConnectionLostError` when it fails.
+        """
+        tls = _Tls(context, name)
+        self._unsent = tls.outgoing
+        self._tls = tls
+        try:
+            while not tls.shake_hands():
+                await self._flush_all()
+                tls.feed(await self._receive())
+            await self._flush_all()
+            self._behind_handshake = True
+        except ssl.SSLError as error:
+            # The other end wants to know why.
+            with suppress(OSError, ConnectionLostError):
+                self._send()
+            raise ConnectionLostError(f"TLS: {_ssl_reason(error)}") from error
+        return tls.ssl
+
+    async def receive(self) -> list[F]:
+        """Wait for frames: one at least. Raises `ConnectionLostError` and `WireError`."""
+        if self._given_back:
+            frames, self._given_back = self._given_back, []
+            return frames
+        while True:
+            if self._behind_handshake:
+                # What came with the last of the handshake is here already.
+                self._behind_handshake = False
+                data = b""
+            else:
+                data = await self._receive()
+            if self._tls is not None:
+                try:
+                    data = self._tls.decrypt(data)
+                except ssl.SSLError as error:
+                    raise ConnectionLostError(f"TLS: {_ssl_reason(error)}") from error
+            frames = self.reader.feed(data)
+            if frames:
+                return frames
+
+    def give_back(self, frames: list[F]) -> None:
+        """Frames that were received too soon: they come again."""
+        self._given_back = frames
+
+    async def _receive(self) -> bytes:
+        while not self.closed:
+            try:
+                data = self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                self._in_a_row = 0
+                try:
+                    await anyio.wait_readable(self._socket)
+                except anyio.ClosedResourceError:
+                    break
+            except OSError as error:
+                raise ConnectionLostError(error.strerror or str(error)) from error
+            else:
+                if not data:
+                    raise ConnectionLostError("the other end has hung up")
+                self.received += 1
+                self._in_a_row += 1
+                if self._in_a_row > _MOST_IN_A_ROW:
+                    self._in_a_row = 0
+                    await checkpoint()
+                return data
+        raise ConnectionLostError("hung up")
+
+    def post(self, frame: Frame, *, later: bool = False) -> None:
+        """Send a frame; with `later`, together with what comes until the loop turns."""
+        if self.closed:
+            return
+        encode_into(self._plain, frame)
+        if not self._corked:
+            if self._blocked:
+                self._keep()
+            elif not later:
+                self.flush()
+            elif not self._waking:
+                self._keep()
+
+    def allow(self, size: int) -> None:
+        """A frame of so many bytes may come, from here on."""
+        self.reader.limit = max(self.reader.limit, size)
+
+    def cork(self) -> None:
+        """Keep what is posted until `uncork`."""
+        self._corked = True
+
+    def uncork(self) -> None:
+        """Send what was posted since `cork`."""
+        if self._corked:
+            self._corked = False
+            if self._plain:
+                self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes."""
+        try:
+            self._send()
+        except OSError:
+            # Whoever receives learns of it.
+            self._unsent.clear()
+        if self._unsent and not self._waking:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Have `write` send it: that is woken once for all that comes until then."""
+        self._waking = True
+        self._more.wake()
+        if len(self._plain) + len(self._unsent) > self._most_unsent:
+            self.close()
+
+    def _send(self) -> None:
+        if self._tls is not None and self._plain:
+            self._tls.encrypt(self._plain)
+        unsent = self._unsent
+        self._blocked = False
+        while unsent:
+            try:
+                sent = self._socket.send(unsent)
+            except BlockingIOError:
+                self._blocked = True
+                return
+            if sent == len(unsent):
+                unsent.clear()
+            else:
+                del unsent[:sent]
+
+    async def _flush_all(self) -> None:
+        while True:
+            try:
+                self._send()
+                if not self._unsent:
+                    return
+                await anyio.wait_writable(self._socket)
+            except (OSError, anyio.ClosedResourceError) as error:
+                raise ConnectionLostError(str(error) or "hung up") from error
+
+    async def write(self) -> None:
+        """Send what was kept, until the connection is closed or this is cancelled."""
+        while not self.closed:
+            if not self._waking:
+                await self._more.wait()
+            self._waking = False
+            try:
+                while (self._unsent or self._plain) and not self.closed:
+                    self._send()
+                    if self._unsent:
+                        await anyio.wait_writable(self._socket)
+            except (OSError, anyio.ClosedResourceError):
+                self._unsent.clear()
+
+    async def drain(self, seconds: float) -> None:
+        """Wait for a while until all is sent that was posted."""
+        with anyio.move_on_after(seconds), suppress(ConnectionLostError):
+            await self._flush_all()
+
+    def close(self) -> None:
+        """Hang up. Nothing is sent any more; whoever receives is told."""
+        if self.closed:
+            return
+        self.closed = True
+        with suppress(OSError, ssl.SSLError):
+            self._send()
+            if self._tls is not None:
+                self._tls.end()
+                self._send()
+        anyio.notify_closing(self._socket)
+        self._socket.close()
+        self._more.wake()
+
+
+class _Tls:
+    """TLS over bytes in memory (ssl, "Memory BIO Support")."""
+
+    def __init__(self, context: ssl.SSLContext, name: str | None) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._made = ssl.MemoryBIO()
+        self.outgoing = bytearray()
+        self.ssl = context.wrap_bio(
+            self._incoming, self._made, server_side=name is None, server_hostname=name
+        )
+
+    def feed(self, data: bytes) -> None:
+        self._incoming.write(data)
+
+    def shake_hands(self) -> bool:
+        """Whether it is done. Raises `ssl.SSLError` when it cannot be."""
+        try:
+            self.ssl.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        finally:
+            self.outgoing += self._made.read()
+        return True
+
+    def encrypt(self, plain: bytearray) -> None:
+        self.ssl.write(plain)
+        plain.clear()
+        self.outgoing += self._made.read()
+
+    def decrypt(self, data: bytes) -> bytes:
+        """What is whole of it. Raises `ssl.SSLError`; `ConnectionLostError` at the end."""
+        self._incoming.write(data)
+        parts = []
+        part: bytes | None = None
+        try:
+            while part := self.ssl.read(_CHUNK):
+                parts.append(part)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            part = b""
+        # What came before the end counts; the socket tells of the end, too.
+        if part == b"" and not parts:
+            raise ConnectionLostError("the other end has hung up")
+        self.outgoing += self._made.read()
+        return b"".join(parts)
+
+    def end(self) -> None:
+        """Say that nothing follows."""
+        with suppress(ssl.SSLWantReadError):
+            self.ssl.unwrap()
+        self.outgoing += self._made.read()
+
+
+def _ssl_reason(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate does not do: {error.verify_message}"
+    return str(getattr(error, "reason", None) or error).lower().replace("_", " ")
+
+
+async def keep_alive(connection: Connection[F], ping: "Frame | None", silence: float) -> None:
+    """Hang up when nothing came for `silence` seconds; `ping` asks for something now and then."""
+    step = silence / 3
+    heard, since = connection.received, anyio.current_time()
+    while not connection.closed:
+        await anyio.sleep(step)
+        now = anyio.current_time()
+        if connection.received != heard:
+            heard, since = connection.received, now
+        elif now - since >= silence:
+            connection.close()
+        elif ping is not None:
+            connection.post(ping)

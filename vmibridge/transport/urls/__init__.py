@@ -1,0 +1,171 @@
+"""Where an agent connects to, and where a server listens.
+
+| URL | options | who may connect |
+|---|---|---|
+| `unix:PATH` | `mode=0o600`, `uid=0,1000` | these users; by default the server's own, and root |
+| `tcp:HOST:PORT` | `anywhere=true` | anyone, so HOST is this machine unless `anywhere` says so |
+| `tls:HOST:PORT` | `cert`, `key`, `ca`, `names=A,B`, `name` | who has a certificate of `ca` |
+| `nats://HOST:PORT,...` | those of `nats_url` | as NATS says |
+
+TLS is mutual: both ends have a certificate, and there is no way around it. `names` are the
+clients that a server takes (all of its authority, when there are none); `name` is the server
+that an agent expects, by default HOST.
+"""
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from vmibridge.errors import BackendSpecError
+from vmibridge.transport.urls.nats import NatsUrl, is_nats_url, parse_nats_url
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class UnixUrl(msgspec.Struct, frozen=True):
+    """A unix socket."""
+
+    path: Path
+    mode: int = 0o600
+    """Of the file."""
+    uids: tuple[int, ...] = ()
+    """Users that may connect; none: the server's own, and root."""
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+class TcpUrl(msgspec.Struct, frozen=True):
+    """TCP in the clear."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp:{_bracketed(self.host)}:{self.port}"
+
+
+class TlsUrl(msgspec.Struct, frozen=True):
+    """TLS 1.3 over TCP."""
+
+    host: str
+    port: int
+    cert: Path
+    """This end's certificate, with those between it and the authority; PEM."""
+    key: Path
+    """Its private key; PEM, without a pass phrase."""
+    ca: Path
+    """The authorities that the other end's certificate may be of; PEM."""
+    names: tuple[str, ...] = ()
+    """Clients that may connect; none: all that `ca` has certified."""
+    name: str = ""
+    """The server that is expected; by default the host."""
+
+    def __str__(self) -> str:
+        return f"tls:{_bracketed(self.host)}:{self.port}"
+
+
+SocketUrl: TypeAlias = UnixUrl | TcpUrl | TlsUrl
+Url: TypeAlias = SocketUrl | NatsUrl
+
+
+class _UnixOptions(msgspec.Struct, forbid_unknown_fields=True):
+    mode: str = "0o600"
+    uid: str = ""
+
+
+class _TcpOptions(msgspec.Struct, forbid_unknown_fields=True):
+    anywhere: bool = False
+
+
+class _TlsOptions(msgspec.Struct, forbid_unknown_fields=True):
+    cert: str
+    key: str
+    ca: str
+    names: str = ""
+    name: str = ""
+
+
+def parse_url(text: str) -> Url:
+    """Raises `BackendSpecError` for a URL that is wrong, or opens a door to anyone;
+    `MissingExtraError` for one of NATS without nats-py."""
+    if is_nats_url(text):
+        return parse_nats_url(text)
+    scheme, _, rest = text.partition(":")
+    where, _, query = rest.partition("?")
+    if scheme == "unix":
+        if not where:
+            raise BackendSpecError(f"{text}: the path of a socket is missing")
+        unix = _options(text, query, _UnixOptions)
+        try:
+            mode = int(unix.mode, 0)
+            uids = tuple(int(uid) for uid in unix.uid.split(",") if uid)
+        except ValueError:
+            mode, uids = -1, ()
+        if not 0 <= mode <= 0o777 or any(uid < 0 for uid in uids):
+            raise BackendSpecError(f"{text}: mode is one such as 0o600, uid numbers as in 0,1000")
+        return UnixUrl(Path(where), mode, uids)
+    if scheme == "tcp":
+        host, port = _host_and_port(text, where)
+        if not _options(text, query, _TcpOptions).anywhere and not _is_loopback(host):
+            raise BackendSpecError(
+                f"{text}: anyone there could connect: use tls:, or say anywhere=true"
+            )
+        return TcpUrl(host, port)
+    if scheme == "tls":
+        host, port = _host_and_port(text, where)
+        tls = _options(text, query, _TlsOptions)
+        names = tuple(name for name in tls.names.split(",") if name)
+        return TlsUrl(
+            host, port, Path(tls.cert), Path(tls.key), Path(tls.ca), names, tls.name or host
+        )
+    raise BackendSpecError(
+        f"{text}: a URL is unix:PATH, tcp:HOST:PORT, tls:HOST:PORT?cert=&key=&ca= or"
+        " nats://HOST:PORT"
+    )
+
+
+def _host_and_port(text: str, where: str) -> tuple[str, int]:
+    host, colon, port = where.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise BackendSpecError(f"{text}: an IPv6 address is in brackets, as in tcp:[::1]:7000")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+        raise BackendSpecError(f"{text}: HOST:PORT is missing, as in tcp:127.0.0.1:7000")
+    return host, int(port)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _options(text: str, query: str, kind: type[S]) -> S:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        raise BackendSpecError(f"{text}: {query!r} is not OPTION=VALUE&OPTION=VALUE") from None
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in kind.__struct_fields__:
+            known = ", ".join(kind.__struct_fields__)
+            raise BackendSpecError(f"{text}: no option {name!r}; there are {known}")
+        if name in values:
+            raise BackendSpecError(f"{text}: {name} is given twice")
+        values[name] = value
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise BackendSpecError(f"{text}: {error}") from None

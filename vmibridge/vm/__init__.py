@@ -1,0 +1,1 @@
+"""A VM as the host sees it: its traps, its backend, its memory."""

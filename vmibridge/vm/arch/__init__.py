@@ -1,0 +1,1 @@
+"""One package for each architecture of a guest."""

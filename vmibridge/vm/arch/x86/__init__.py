@@ -1,0 +1,1 @@
+"""x86: registers, trap instructions, segments, paging. Plain functions over structs and bytes."""

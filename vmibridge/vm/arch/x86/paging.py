@@ -1,0 +1,116 @@
+"""The page walk: from a virtual to a physical address, as the guest's MMU does it.
+
+A walk is a generator: it yields the physical address and the size in bytes of each
+entry that it needs and is sent the entry, so it runs over any memory without I/O of
+its own. Intel SDM volume 3, chapter 4; the widths are those of tables 4-2 to 4-19.
+
+| mode | when | levels |
+|---|---|---|
+| none | CR0.PG clear | the address is physical |
+| 32-bit | CR4.PAE clear | 2 of 10 bits, entries of 4 bytes, 4 MiB pages with CR4.PSE |
+| PAE | CR4.PAE, not long mode | 2 bits, then 2 of 9, 2 MiB pages |
+| 4-level | long mode | 4 of 9 bits, 2 MiB and 1 GiB pages |
+| 5-level | long mode, CR4.LA57 | 5 of 9 bits |
+
+Access is checked as the trapping code's own: ring 3 reaches user pages only, and a
+write needs writable pages (in rings 0 to 2: where CR0.WP asks for it). Otherwise a
+guest's user process could have its kernel's memory read or written by a handler.
+"""
+
+from collections.abc import Generator
+from typing import NamedTuple
+
+from vmibridge.errors import GuestMemoryError
+from vmibridge.vm.arch.x86.segment import EFER_LMA
+from vmibridge.vm.trap import Registers
+
+CR0_WP = 1 << 16
+CR0_PG = 1 << 31
+CR4_PSE = 1 << 4
+CR4_PAE = 1 << 5
+CR4_LA57 = 1 << 12
+
+_PRESENT = 1 << 0
+_WRITABLE = 1 << 1
+_USER = 1 << 2
+_LARGE = 1 << 7
+_ADDRESS = 0x000F_FFFF_FFFF_F000
+
+
+class Page(NamedTuple):
+    """Where a virtual address leads: a physical address, and the bytes left in its page."""
+
+    physical: int
+    left: int
+
+
+Walk = Generator[tuple[int, int], int, Page]
+
+
+def walk(registers: Registers, address: int, *, write: bool = False, ring: int = 0) -> Walk:
+    """Translate one virtual address with the paging state in `registers`.
+
+    Raises `GuestMemoryError`, with the virtual address, where the guest itself would
+    fault: not canonical, not mapped, or not allowed in this ring.
+    """
+    if not registers.cr0 & CR0_PG:
+        # To the top of the address space: without paging nothing else bounds it.
+        return Page(address, (1 << 64) - address)
+    long_mode = bool(registers.efer & EFER_LMA)
+    if not long_mode and address >> 32:
+        raise GuestMemoryError(address, "beyond 32 bits")
+    if not long_mode and not registers.cr4 & CR4_PAE:
+        return (yield from _walk_32bit(registers, address, write, ring))
+    table, levels = registers.cr3 & _ADDRESS, 5 if registers.cr4 & CR4_LA57 else 4
+    rights = _WRITABLE | _USER
+    if long_mode:
+        unused = 64 - 12 - 9 * levels
+        if address >> (63 - unused) not in (0, (2 << unused) - 1):
+            raise GuestMemoryError(address, "not canonical")
+    else:
+        # The four pointers of PAE carry neither rights nor large pages.
+        pointer = yield (registers.cr3 & 0xFFFF_FFE0) + 8 * (address >> 30), 8
+        if not pointer & _PRESENT:
+            raise GuestMemoryError(address, "not mapped")
+        table, levels = pointer & _ADDRESS, 2
+    level = levels
+    while True:
+        level -= 1
+        shift = 12 + 9 * level
+        entry = yield table + 8 * (address >> shift & 0x1FF), 8
+        if not entry & _PRESENT:
+            raise GuestMemoryError(address, "not mapped")
+        rights &= entry
+        if level == 0 or (level <= 2 and entry & _LARGE):
+            _check(registers, address, rights, write, ring)
+            return _page(entry & _ADDRESS, address, shift)
+        table = entry & _ADDRESS
+
+
+def _walk_32bit(registers: Registers, address: int, write: bool, ring: int) -> Walk:
+    rights = _WRITABLE | _USER
+    entry = yield (registers.cr3 & 0xFFFF_F000) + 4 * (address >> 22), 4
+    if not entry & _PRESENT:
+        raise GuestMemoryError(address, "not mapped")
+    rights &= entry
+    if entry & _LARGE and registers.cr4 & CR4_PSE:
+        _check(registers, address, rights, write, ring)
+        # PSE-36: bits 13-20 are bits 32-39 of the page's address.
+        return _page(entry & 0xFFC0_0000 | (entry >> 13 & 0xFF) << 32, address, 22)
+    entry = yield (entry & 0xFFFF_F000) + 4 * (address >> 12 & 0x3FF), 4
+    if not entry & _PRESENT:
+        raise GuestMemoryError(address, "not mapped")
+    _check(registers, address, rights & entry, write, ring)
+    return _page(entry & 0xFFFF_F000, address, 12)
+
+
+def _page(base: int, address: int, shift: int) -> Page:
+    offset = address & (1 << shift) - 1
+    return Page(base >> shift << shift | offset, (1 << shift) - offset)
+
+
+def _check(registers: Registers, address: int, rights: int, write: bool, ring: int) -> None:
+    if ring == 3 and not rights & _USER:
+        raise GuestMemoryError(address, "a supervisor page, asked for in ring 3")
+    if write and not rights & _WRITABLE and (ring == 3 or registers.cr0 & CR0_WP):
+        raise GuestMemoryError(address, "a read-only page")

@@ -1,0 +1,273 @@
+"""Guest memory as a handler sees it.
+
+Virtual addresses go through the page tables of the trapping address space, with the
+rights of the code that trapped (`arch.paging`). Every call is bounded, and every
+failure is a `GuestMemoryError` that names the address.
+
+The memory belongs to a trap, while its vCPU stands still. Its life:
+
+| state | an access | comes by |
+|---|---|---|
+| attached | is done | the trap; a retry brings the next one |
+| parked | waits for the next trap | the soft deadline: the guest was told to wait |
+| closed | fails | the final answer |
+
+An access that was under way when its trap left is begun anew with the next one: what it
+had translated may no longer be true. So nothing is ever read from, or written into, a
+guest that runs.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import anyio
+
+from vmibridge.errors import GuestMemoryError
+from vmibridge.vm.arch.x86.paging import Page, walk
+from vmibridge.vm.trap import TrapEvent
+
+__all__ = ["MAX_ACCESS", "GuestMemory", "PhysicalMemory"]
+
+MAX_ACCESS = 16 << 20
+"""Bytes that one call may read or write: a guest's length is not to be trusted."""
+
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+class PhysicalMemory(Protocol):
+    """What a backend offers: bytes by physical address, while the vCPU stands still."""
+
+    async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
+        """`size` bytes. Raises `GuestMemoryError` where the VM has no memory."""
+
+    async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
+        """All of `data` or, with `GuestMemoryError`, nothing."""
+
+
+class _TrapLeftError(Exception):
+    """The trap of this access is answered; the request may get another one."""
+
+
+class GuestMemory:
+    """Memory of the guest, for the time of one request."""
+
+    __slots__ = ("_accesses", "_attached", "_closed", "_event", "_physical", "_settled")
+
+    def __init__(self, physical: PhysicalMemory, event: TrapEvent) -> None:
+        self._physical = physical
+        self._event: TrapEvent | None = event
+        self._closed = False
+        self._attached: anyio.Event | None = None
+        self._accesses = 0
+        self._settled: anyio.Event | None = None
+
+    def close(self) -> None:
+        """From here on every access fails: the guest runs again."""
+        self._closed = True
+        self.attach(None)
+
+    def park(self) -> None:
+        """From here on an access waits for `attach`: the guest runs for now."""
+        self._event = None
+        if self._attached is None:
+            self._attached = anyio.Event()
+
+    def attach(self, event: TrapEvent | None) -> None:
+        """Go on with another trap of the guest."""
+        self._event = event
+        if self._attached is not None:
+            self._attached.set()
+            self._attached = None
+
+    async def settled(self) -> None:
+        """Wait until no access is under way in the VM."""
+        while self._accesses:
+            if self._settled is None:
+                self._settled = anyio.Event()
+            await self._settled.wait()
+
+    async def read(self, address: int, size: int) -> bytes:
+        """`size` bytes at a virtual address.
+
+        Raises `GuestMemoryError` for an address that the guest could not read, a
+        size over `MAX_ACCESS`, and after the final answer. Cancelling it has no effect
+        on the guest.
+        """
+        _bound(address, size)
+        return await self._in_one_trap(self._read, address, size)
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Put `data` at a virtual address.
+
+        Nothing is written unless all of the range can be. Raises `GuestMemoryError`
+        as `read` does, and for read-only pages. Cancelled in between, a write of
+        several pages may be left in part.
+        """
+        _bound(address, len(data))
+        await self._in_one_trap(self._write, address, data)
+
+    async def read_string(self, address: int, limit: int = 4096, encoding: str = "utf-8") -> str:
+        """Text that ends at a NUL byte, or after `limit` bytes.
+
+        Bytes that are no text become U+FFFD, so this never raises `UnicodeError`.
+        Raises `GuestMemoryError` when a page before the end is not mapped.
+        """
+        return (await self._read_text(address, limit, b"\0")).decode(encoding, "replace")
+
+    async def read_utf16(self, address: int, limit: int = 4096) -> str:
+        """UTF-16LE text that ends at a NUL character, or after `limit` bytes.
+
+        Lone surrogates become U+FFFD. Raises as `read_string` does.
+        """
+        raw = await self._read_text(address, limit & ~1, b"\0\0")
+        return raw.decode("utf-16-le", "replace")
+
+    async def read_c_string(self, address: int, limit: int) -> bytes:
+        """The bytes before a NUL, at most `limit` of them: for what must not be cut short.
+
+        Raises `GuestMemoryError` when there is no NUL within `limit` + 1 bytes, and as
+        `read_string` does.
+        """
+        found = await self._read_text(address, limit + 1, b"\0")
+        if len(found) > limit:
+            raise GuestMemoryError(address, f"no NUL within {limit} bytes")
+        return found
+
+    async def read_physical(self, address: int, size: int) -> bytes:
+        """`size` bytes at a physical address. Raises `GuestMemoryError`."""
+        _bound(address, size)
+        return await self._in_one_trap(self._get, address, size)
+
+    async def write_physical(self, address: int, data: bytes) -> None:
+        """Put `data` at a physical address. Raises `GuestMemoryError`."""
+        _bound(address, len(data))
+        await self._in_one_trap(self._put, address, data)
+
+    async def _in_one_trap(
+        self, access: Callable[[TrapEvent, int, S], Awaitable[R]], address: int, what: S
+    ) -> R:
+        """Do it all in the same trap: begin anew when the trap leaves in between."""
+        while True:
+            if self._closed:
+                raise GuestMemoryError(address, "the trap is answered: the guest runs again")
+            event = self._event
+            if event is None:
+                assert self._attached is not None
+                await self._attached.wait()
+                continue
+            try:
+                return await access(event, address, what)
+            except _TrapLeftError:
+                continue
+
+    async def _read(self, event: TrapEvent, address: int, size: int) -> bytes:
+        parts = []
+        while size:
+            page = await self._translate(event, address, write=False)
+            count = min(size, page.left)
+            parts.append(await self._fetch(event, address, page.physical, count))
+            address += count
+            size -= count
+        return b"".join(parts)
+
+    async def _write(self, event: TrapEvent, address: int, data: bytes) -> None:
+        places: list[tuple[int, int, bytes]] = []
+        at = 0
+        while at < len(data):
+            page = await self._translate(event, address + at, write=True)
+            part = data[at : at + page.left]
+            places.append((address + at, page.physical, part))
+            at += len(part)
+        if len(places) > 1:
+            for start, physical, part in places:
+                await self._fetch(event, start, physical, len(part))
+        for start, physical, part in places:
+            try:
+                await self._put(event, physical, part)
+            except GuestMemoryError as error:
+                raise GuestMemoryError(start, error.reason) from error
+
+    async def _read_text(self, address: int, limit: int, end: bytes) -> bytes:
+        _bound(address, 0)
+        _bound(address, min(limit, (1 << 64) - address))
+        return await self._in_one_trap(
+            lambda event, start, most: self._read_until(event, start, most, end), address, limit
+        )
+
+    async def _read_until(self, event: TrapEvent, address: int, limit: int, end: bytes) -> bytes:
+        # To the next 4 KiB boundary at a time: what lies behind the end need neither be
+        # mapped nor, where a large page or no paging maps it, be memory or an address.
+        found = bytearray()
+        width = len(end)
+        while len(found) < limit:
+            start = address + len(found)
+            _bound(start, 1)
+            page = await self._translate(event, start, write=False)
+            count = min(limit - len(found), page.left, 4096 - start % 4096)
+            searched = len(found) - len(found) % width
+            found += await self._fetch(event, start, page.physical, count)
+            at = found.find(end, searched)
+            while at % width and at >= 0:
+                at = found.find(end, at + 1)
+            if at >= 0:
+                return bytes(found[:at])
+        return bytes(found)
+
+    async def _translate(self, event: TrapEvent, address: int, *, write: bool) -> Page:
+        steps = walk(event.registers, address, write=write, ring=event.ring)
+        try:
+            place, size = next(steps)
+            while True:
+                try:
+                    entry = await self._get(event, place, size)
+                except GuestMemoryError as error:
+                    raise GuestMemoryError(address, "its page table is not in memory") from error
+                place, size = steps.send(int.from_bytes(entry, "little"))
+        except StopIteration as found:
+            page: Page = found.value
+            return page
+
+    async def _fetch(self, event: TrapEvent, address: int, physical: int, size: int) -> bytes:
+        # The caller asked by virtual address, so that is what an error names.
+        try:
+            return await self._get(event, physical, size)
+        except GuestMemoryError as error:
+            raise GuestMemoryError(address, error.reason) from error
+
+    async def _get(self, event: TrapEvent, address: int, size: int) -> bytes:
+        self._check(event)
+        if not size:
+            return b""
+        self._accesses += 1
+        try:
+            return await self._physical.read_physical(event, address, size)
+        finally:
+            self._accessed()
+
+    async def _put(self, event: TrapEvent, address: int, data: bytes) -> None:
+        self._check(event)
+        if not data:
+            return
+        self._accesses += 1
+        try:
+            await self._physical.write_physical(event, address, data)
+        finally:
+            self._accessed()
+
+    def _check(self, event: TrapEvent) -> None:
+        if event is not self._event:
+            raise _TrapLeftError
+
+    def _accessed(self) -> None:
+        self._accesses -= 1
+        if self._settled is not None and not self._accesses:
+            self._settled.set()
+            self._settled = None
+
+
+def _bound(address: int, size: int) -> None:
+    if not 0 <= size <= MAX_ACCESS:
+        raise GuestMemoryError(address, f"{size} bytes asked for, {MAX_ACCESS} is the most")
+    if address < 0 or address + size > 1 << 64:
+        raise GuestMemoryError(address, "beyond 64 bits")
