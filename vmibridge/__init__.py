@@ -69,9 +69,9 @@ __all__ = [
 
 # The imports above, for the interpreter. A test holds the two against each other.
 _NAMES_OF = {
-    "backend": ("open_backend",),
-    "context": ("BridgeContext",),
-    "contract": (
+    "backends": ("open_backend",),
+    "bridge.context": ("BridgeContext",),
+    "bridge.contract": (
         "STANDARD_FALLBACK",
         "STANDARD_MAGIC",
         "STANDARD_VERIFY_VALUE3",
@@ -79,16 +79,16 @@ _NAMES_OF = {
         "STANDARD_WAIT",
         "BridgeContract",
     ),
-    "dispatch": ("Bridge", "BridgeDispatch"),
+    "bridge.dispatch": ("Bridge", "BridgeDispatch"),
     "errors": ("GuestMemoryError", "VmiBridgeError"),
-    "event": ("RegisterWrites", "Registers", "TrapEvent", "TrapReason"),
-    "handler": ("BridgeHandler", "method"),
-    "outcome": ("Outcome", "OutcomeKind"),
-    "packet": ("BridgePacket",),
-    "policy": ("AddressRange", "Policy", "Quota", "Rate"),
-    "response": ("BridgeResponse",),
-    "server": ("BridgeServer",),
-    "status": ("Gate", "Status", "StatusKind"),
+    "vm.trap": ("RegisterWrites", "Registers", "TrapEvent", "TrapReason"),
+    "bridge.handler": ("BridgeHandler", "method"),
+    "bridge.outcome": ("Outcome", "OutcomeKind"),
+    "bridge.packet": ("BridgePacket",),
+    "engine.policy": ("AddressRange", "Policy", "Quota", "Rate"),
+    "bridge.response": ("BridgeResponse",),
+    "engine.server": ("BridgeServer",),
+    "bridge.status": ("Gate", "Status", "StatusKind"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 

@@ -8,11 +8,9 @@
 | `messages` | what a recording holds, as structs |
 | `redaction` | what is left out |
 | `recorder` | the tap that records |
-| `chunk`, `writer` | MCAP, on the way in |
-| `reader` | MCAP, on the way out, believing nothing |
-| `traps`, `select` | a recording trap by trap, and which of them |
-| `replay`, `replayed` | a recording as a backend, and the comparison |
-| `recover` | a clean file from a damaged one |
+| `file` | MCAP: written, read believing nothing, a clean file from a damaged one |
+| `traps`, `selection` | a recording trap by trap, and which of them |
+| `replay` | a recording as a backend, and the comparison |
 | `export`, `report` | for other tools, and for people |
 """
 
