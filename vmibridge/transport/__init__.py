@@ -6,7 +6,7 @@
 | `urls` | where an agent connects to, and where a server listens |
 | `session` | what a server remembers of a VM: frames in, frames out, no I/O |
 | `agent` | the end beside the VM: any `Backend`, and a connection |
-| `server` | `AgentServer`: many agents, handlers of their own for each VM; `RemoteBackend`: one VM of an agent |
+| `server` | `AgentServer` for many agents; `RemoteBackend`, one VM of an agent |
 | `sockets` | frames over unix sockets, TCP and TLS |
 | `nats` | the same ends on NATS: subjects, messages, who has which trap, recordings |
 
