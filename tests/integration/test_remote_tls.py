@@ -16,8 +16,9 @@ from remote_parts import Certificates, Echo, FakeAgent, frame_of, served, trap
 
 from vmibridge.errors import BackendError, BackendSpecError
 from vmibridge.testing import FakeBackend
-from vmibridge.transport import Agent, AgentLimits, connection
+from vmibridge.transport import Agent, AgentLimits
 from vmibridge.transport.agent.dial import RefusedByServerError, dial
+from vmibridge.transport.sockets import connection
 from vmibridge.transport.sockets.connection import ConnectionLostError
 from vmibridge.transport.sockets.endpoints import tls_context
 from vmibridge.transport.urls import parse_url

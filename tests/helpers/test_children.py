@@ -35,7 +35,9 @@ def run_pytest(tmp_path):
         arguments = [sys.executable, "-m", "pytest", "-q", "-ra", *options, str(file)]
         code = f"import os, signal\n{before}\nos.execv({sys.executable!r}, {arguments!r})"
         kept = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
-        return run(python(code), cwd=tmp_path, env={**kept, "PYTHONPATH": str(TESTS)})
+        return run(
+            python(code), cwd=tmp_path, env={**kept, "PYTHONPATH": f"{TESTS}:{TESTS / 'helpers'}"}
+        )
 
     return run_file
 

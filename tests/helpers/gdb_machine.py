@@ -12,7 +12,8 @@ import pytest
 from children import opened
 from needs import needs
 
-from vmibridge import Bridge, BridgeServer, open_backend, sockets
+from vmibridge import Bridge, BridgeServer, open_backend
+from vmibridge.aio import sockets
 from vmibridge.backends.qemu.qmp import Qmp
 
 KVM = "/dev/kvm"
