@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 
 import anyio
 import msgspec
-from anyio.abc import TaskStatus
 from cyclopts import Parameter
 
 from vmibridge.backends import open_backend
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import AsyncBackend, Uvloop, chosen_loop
+from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError
 from vmibridge.transport import Agent
@@ -88,8 +88,13 @@ async def _serve(backend: Backend, agent: Agent, *, as_json: bool) -> int:
     received: list[int] = []
     failure: BackendError | None = None
     end = GuestEnd()
+
+    def stop(number: signal.Signals, now: bool) -> None:
+        log.info("%s: stopping the guest", number.name)
+        agent.stop(now=now)
+
     async with anyio.create_task_group() as tasks:
-        await tasks.start(_stop_on_signal, agent, received)
+        await tasks.start(stop_on_signals, stop, received)
         try:
             async with backend:
                 end = await agent.run()
@@ -99,28 +104,14 @@ async def _serve(backend: Backend, agent: Agent, *, as_json: bool) -> int:
     if failure is not None:
         raise failure
     _tell(agent, end, as_json=as_json)
-    if received:
-        return 128 + received[0]
+    if (stopped := exit_status(received)) is not None:
+        return stopped
     failed = [each for each in end.vcpus if each.reason in ("crashed", "lost")]
     if failed:
         raise BackendError(
             "; ".join(f"vcpu {each.vcpu} {each.reason}: {each.detail}" for each in failed)
         )
     return 0
-
-
-async def _stop_on_signal(
-    agent: Agent, received: list[int], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-) -> None:
-    """The first signal stops in good order, a second leaves no grace, a third exits."""
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        async for number in signals:
-            received.append(number)
-            if len(received) > 2:
-                os._exit(128 + number)
-            log.info("%s: stopping the guest", signal.Signals(number).name)
-            agent.stop(now=len(received) > 1)
 
 
 def _tell(agent: Agent, end: GuestEnd, *, as_json: bool) -> None:

@@ -8,7 +8,6 @@
 
 import hashlib
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -19,7 +18,6 @@ from typing import Annotated, Literal
 from urllib.parse import quote
 
 import anyio
-from anyio.abc import TaskStatus
 from cyclopts import Parameter
 
 from vmibridge.backends import open_backend
@@ -39,6 +37,7 @@ from vmibridge.cli.logs import log_handler
 from vmibridge.cli.output import Writer, stream_writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
+from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.engine.server import BridgeServer
 from vmibridge.errors import BackendError, ConfigError
 from vmibridge.vm.backend import Backend
@@ -224,24 +223,19 @@ def _memory_file() -> Iterator[Path]:
 
 async def _run_alone(qemu: QemuProcess) -> int:
     """QEMU without a host here. SIGINT and SIGTERM end it through its monitor."""
-    status = 0
+    status, received = 0, list[int]()
     async with anyio.create_task_group() as tasks:
-        received = await tasks.start(_cancel_on_signal, tasks.cancel_scope)
+        cancel = partial(_cancel, tasks.cancel_scope)
+        await tasks.start(partial(stop_on_signals, exits=False), cancel, received)
         async with qemu:
             status = await qemu.wait()
         tasks.cancel_scope.cancel()
-    return 128 + received[0] if received else _exit_status(status)
+    stopped = exit_status(received)
+    return _exit_status(status) if stopped is None else stopped
 
 
-async def _cancel_on_signal(
-    scope: anyio.CancelScope, *, task_status: TaskStatus[list[int]]
-) -> None:
-    received: list[int] = []
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started(received)
-        async for number in signals:
-            received.append(number)
-            scope.cancel()
+def _cancel(scope: anyio.CancelScope, *_: object) -> None:
+    scope.cancel()
 
 
 def _serve(

@@ -1,19 +1,17 @@
 """`vmibridge serve`: handlers for VMs whose agents are elsewhere."""
 
-import importlib
 import logging
-import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import anyio
 import msgspec
-from anyio.abc import TaskGroup, TaskStatus
 from cyclopts import Parameter
 
 from vmibridge.bridge.outcome import Outcome
@@ -22,20 +20,16 @@ from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Sources
 from vmibridge.cli.output import JsonWriter, LineWriter
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.cli.server_run import Prepared
+from vmibridge.cli.server_run import LAST_LINES, Prepared
+from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.trap_line import summary_json, summary_text
-from vmibridge.config import Config, HandlerFactory
+from vmibridge.config import Config, HandlerFactory, reload_handlers
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, ConfigError, VmiBridgeError
 from vmibridge.transport import AgentLimits, AgentServer
 
 log: logging.Logger = logging.getLogger(__name__)
-
-_LAST_LINES = 1.0
-"""Seconds, after a second signal, in which the last outcomes are shown."""
-_LOADED = "vmibridge_handlers_"
-"""What `vmibridge.config.handlers` calls the modules that it makes of files."""
 
 
 def serve(
@@ -102,32 +96,6 @@ def serve(
         return run_on(given.loop, command.run)
 
 
-def load_anew(sources: list[str], config_file: Path | None) -> HandlerFactory:
-    """Import the handlers again, and make them once; those that are shared are made anew, too.
-
-    Raises `VmiBridgeError`; then those of before are as they were.
-    """
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_of(name, sources)}
-    importlib.invalidate_caches()
-    try:
-        config = Config() if config_file is None else Config.read(config_file)
-        factory = HandlerFactory(sources, config)
-        factory.make()
-    except BaseException:
-        for name in list(sys.modules):
-            if _is_of(name, sources):
-                del sys.modules[name]
-        sys.modules.update(before)
-        raise
-    return factory
-
-
-def _is_of(name: str, sources: list[str]) -> bool:
-    return name.startswith(_LOADED) or any(
-        name == source or name.startswith(f"{source}.") for source in sources
-    )
-
-
 class _Recordings:
     """A file for each set of handlers of each VM, in a folder."""
 
@@ -176,7 +144,10 @@ class _Command:
     async def run(self) -> int:
         """Serve until a signal."""
         async with anyio.create_task_group() as tasks:
-            await tasks.start(self._heed_signals, tasks)
+            reloading = anyio.Lock()
+            reload = partial(tasks.start_soon, self._reload, reloading)
+            also = {signal.SIGHUP: reload}
+            await tasks.start(stop_on_signals, self._stop, self._received, also)
             try:
                 with anyio.CancelScope() as self._scope:
                     async with self._writer:
@@ -188,7 +159,7 @@ class _Command:
             tasks.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
-        return 128 + self._received[0] if self._received else 0
+        return exit_status(self._received) or 0
 
     async def show(self, outcome: Outcome[Any]) -> None:
         """A trap was answered."""
@@ -217,36 +188,19 @@ class _Command:
             self._failure = BackendError("standard output was closed: nobody reads the outcomes")
             self.server.stop()
 
-    async def _heed_signals(
-        self, tasks: TaskGroup, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-    ) -> None:
-        """SIGHUP loads handlers anew; SIGINT and SIGTERM stop, as with `vmibridge run`."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        reloading = anyio.Lock()
-        with anyio.open_signal_receiver(*numbers) as signals:
-            task_status.started()
-            async for number in signals:
-                if number == signal.SIGHUP:
-                    tasks.start_soon(self._reload, reloading)
-                else:
-                    self._stop(number)
-
-    def _stop(self, number: int) -> None:
-        received = self._received
-        received.append(number)
-        if len(received) > 2:
-            # A handler may shield itself from being cancelled; the user has the last word.
-            os._exit(128 + number)
-        log.info("%s: stopping", signal.Signals(number).name)
-        self.server.stop(now=len(received) > 1)
-        if len(received) > 1 and self._scope is not None:
+    def _stop(self, number: signal.Signals, now: bool) -> None:
+        log.info("%s: stopping", number.name)
+        self.server.stop(now=now)
+        if now and self._scope is not None:
             # Whoever reads standard output may not read on.
-            self._scope.deadline = anyio.current_time() + _LAST_LINES
+            self._scope.deadline = anyio.current_time() + LAST_LINES
 
     async def _reload(self, reloading: anyio.Lock) -> None:
         async with reloading:
             try:
-                handlers = load_anew(self._sources, self._options.config)
+                config = self._options.config
+                read = Config() if config is None else Config.read(config)
+                handlers = reload_handlers(self._sources, read)
             except VmiBridgeError as error:
                 log.error("SIGHUP: the handlers stay as they are: %s", error)  # noqa: TRY400
                 return

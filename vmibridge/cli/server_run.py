@@ -1,7 +1,6 @@
 """A server of a command, from its options to its end: what `run` and `qemu run` share."""
 
 import logging
-import os
 import signal
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING, Self
 
 import anyio
 import msgspec
-from anyio import CancelScope
-from anyio.abc import TaskStatus
 
 from vmibridge.cli.event_loop import check_loop
 from vmibridge.cli.output import Writer
 from vmibridge.cli.server_options import ServerOptions
+from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.config import Config, HandlerFactory
 from vmibridge.engine.server import BridgeServer, Until
 from vmibridge.engine.settings import ServerSettings
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_LAST_LINES = 1.0
+LAST_LINES = 1.0
 """Seconds, after a second signal, in which the last outcomes are shown."""
 _MORE = {
     1: "handlers have their grace period, again to cancel them",
@@ -103,9 +101,17 @@ async def run_server(life: Life) -> int:
     server = life.server
     received: list[int] = []
     failures: list[VmiBridgeError] = []
+    run = anyio.CancelScope()
+
+    def stop(number: signal.Signals, now: bool) -> None:
+        log.info("%s: stopping; %s", number.name, _MORE[len(received)])
+        server.stop(now=now)
+        if now:
+            # Whoever reads standard output may not read on.
+            run.deadline = anyio.current_time() + LAST_LINES
+
     async with anyio.create_task_group() as tasks:
-        run = anyio.CancelScope()
-        await tasks.start(_stop_on_signal, server, run, received)
+        await tasks.start(stop_on_signals, stop, received)
         try:
             with run:
                 async with AsyncExitStack() as stack:
@@ -125,8 +131,8 @@ async def run_server(life: Life) -> int:
         tasks.cancel_scope.cancel()
     if failures:
         raise failures[0]
-    if received:
-        return 128 + received[0]
+    if (stopped := exit_status(received)) is not None:
+        return stopped
     ends = {vm: summary.guest for vm, summary in server.summaries.items()}
     failed = [
         f"vm {vm}: {_diagnosis(guest)}" if len(ends) > 1 else _diagnosis(guest)
@@ -148,28 +154,6 @@ async def _run_beside(
     except VmiBridgeError as error:
         failures.append(error)
         server.stop(now=True)
-
-
-async def _stop_on_signal(
-    server: BridgeServer,
-    run: CancelScope,
-    received: list[int],
-    *,
-    task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
-) -> None:
-    """The first signal stops in good order, a second leaves no grace, a third exits."""
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        async for number in signals:
-            received.append(number)
-            if len(received) > 2:
-                # A handler may shield itself from being cancelled; the user has the last word.
-                os._exit(128 + number)
-            log.info("%s: stopping; %s", signal.Signals(number).name, _MORE[len(received)])
-            server.stop(now=len(received) > 1)
-            if len(received) > 1:
-                # Whoever reads standard output may not read on.
-                run.deadline = anyio.current_time() + _LAST_LINES
 
 
 def _diagnosis(guest: GuestEnd | None) -> str:

@@ -7,6 +7,19 @@
 """
 
 from vmibridge.config.file import Config
-from vmibridge.config.handlers import HandlerFactory, Offered, find_handlers, load_handlers
+from vmibridge.config.handlers import (
+    HandlerFactory,
+    Offered,
+    find_handlers,
+    load_handlers,
+    reload_handlers,
+)
 
-__all__ = ["Config", "HandlerFactory", "Offered", "find_handlers", "load_handlers"]
+__all__ = [
+    "Config",
+    "HandlerFactory",
+    "Offered",
+    "find_handlers",
+    "load_handlers",
+    "reload_handlers",
+]

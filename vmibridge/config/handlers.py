@@ -28,9 +28,12 @@ from vmibridge.errors import (
     VmiBridgeError,
 )
 
-__all__ = ["HandlerFactory", "find_handlers", "load_handlers"]
+__all__ = ["HandlerFactory", "Offered", "find_handlers", "load_handlers", "reload_handlers"]
 
 log: logging.Logger = logging.getLogger(__name__)
+
+_OF_A_FILE = "vmibridge_handlers_"
+"""What the names of modules begin with that are made of files."""
 
 Offer: TypeAlias = BridgeHandler[Any] | type[BridgeHandler[Any]]
 
@@ -130,6 +133,32 @@ def load_handlers(sources: Iterable[str], config: Config | None = None) -> list[
     return HandlerFactory(sources, config).make()
 
 
+def reload_handlers(sources: Iterable[str], config: Config | None = None) -> HandlerFactory:
+    """Import the handlers again, from changed sources, and make them once, the shared ones too.
+
+    Raises `VmiBridgeError`; then the modules of before are as they were.
+    """
+    sources = list(sources)
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_of(name, sources)}
+    importlib.invalidate_caches()
+    try:
+        factory = HandlerFactory(sources, config or Config())
+        factory.make()
+    except BaseException:
+        for name in list(sys.modules):
+            if _is_of(name, sources):
+                del sys.modules[name]
+        sys.modules.update(before)
+        raise
+    return factory
+
+
+def _is_of(module: str, sources: list[str]) -> bool:
+    return module.startswith(_OF_A_FILE) or any(
+        module == source or module.startswith(f"{source}.") for source in sources
+    )
+
+
 def _make(offer: Offered, config: Config) -> BridgeHandler[Any]:
     handler = offer.handler
     if isinstance(handler, BridgeHandler):
@@ -167,7 +196,7 @@ def _modules(source: str) -> list[tuple[str, ModuleType]]:
 def _import_file(path: Path) -> ModuleType:
     # Two files of one name are two modules.
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    name = f"vmibridge_handlers_{path.stem}_{digest}"
+    name = f"{_OF_A_FILE}{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -15,6 +15,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from vmibridge.aio.cancellation import exit_unwrapped
 from vmibridge.errors import ServerStateError
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
@@ -99,13 +100,7 @@ class Backend(ABC):
         traceback: TracebackType | None,
     ) -> bool | None:
         self._tasks = None
-        try:
-            return await self._stack.__aexit__(kind, error, traceback)
-        except BaseExceptionGroup as group:
-            # The task group wraps what the block raised; callers want to catch it as it was.
-            if group.exceptions == (error,):
-                return False
-            raise
+        return await exit_unwrapped(self._stack.__aexit__, kind, error, traceback)
 
     async def _close_shielded(self) -> None:
         with anyio.CancelScope(shield=True):

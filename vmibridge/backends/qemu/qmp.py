@@ -24,6 +24,7 @@ import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from vmibridge.aio import sockets
+from vmibridge.aio.cancellation import exit_unwrapped
 from vmibridge.errors import QmpError
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -173,13 +174,7 @@ class Qmp:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        try:
-            return await self._stack.__aexit__(kind, error, traceback)
-        except BaseExceptionGroup as group:
-            # The task group wraps what the block raised; callers want to catch it as it was.
-            if group.exceptions == (error,):
-                return False
-            raise
+        return await exit_unwrapped(self._stack.__aexit__, kind, error, traceback)
 
     async def _negotiate(self) -> None:
         try:
