@@ -25,6 +25,9 @@ import os
 import msgspec
 
 from vmibridge import (
+    STANDARD_MAGIC,
+    STANDARD_VERIFY_VALUE3,
+    STANDARD_VERIFY_VALUE4,
     BridgeContext,
     BridgeHandler,
     BridgePacket,
@@ -34,7 +37,6 @@ from vmibridge import (
     StatusKind,
     method,
 )
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 MAX_NAME = 256
 """Bytes of a name, without its NUL."""

@@ -58,6 +58,9 @@ import anyio
 import msgspec
 
 from vmibridge import (
+    STANDARD_MAGIC,
+    STANDARD_VERIFY_VALUE3,
+    STANDARD_VERIFY_VALUE4,
     BridgeContext,
     BridgeHandler,
     BridgePacket,
@@ -67,7 +70,6 @@ from vmibridge import (
     StatusKind,
     method,
 )
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.errors import MissingExtraError, ServerStateError
 
 if TYPE_CHECKING:

@@ -20,6 +20,9 @@ The native code is in the upper half of the status, which an x86 guest does not 
 import errno
 
 from vmibridge import (
+    STANDARD_MAGIC,
+    STANDARD_VERIFY_VALUE3,
+    STANDARD_VERIFY_VALUE4,
     BridgeContext,
     BridgeHandler,
     BridgePacket,
@@ -28,7 +31,6 @@ from vmibridge import (
     Status,
     StatusKind,
 )
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 MAX_NAME = 256
 """Bytes of a name, without its NUL."""

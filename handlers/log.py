@@ -22,6 +22,9 @@ from typing import Literal
 import msgspec
 
 from vmibridge import (
+    STANDARD_MAGIC,
+    STANDARD_VERIFY_VALUE3,
+    STANDARD_VERIFY_VALUE4,
     BridgeContext,
     BridgeHandler,
     BridgePacket,
@@ -31,7 +34,6 @@ from vmibridge import (
     StatusKind,
     method,
 )
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.text import printable
 from vmibridge.vm.memory import MAX_ACCESS
 
