@@ -37,22 +37,13 @@ Rules that it lives by:
 """
 
 import errno
-import re
-import socket
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import suppress
-from ipaddress import (
-    IPv4Address,
-    IPv4Network,
-    IPv6Address,
-    IPv6Network,
-    ip_address,
-    ip_network,
-)
+from ipaddress import ip_network
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
-from urllib.parse import unquote, urljoin
+from typing import Self
+from urllib.parse import urljoin
 
 import anyio
 import msgspec
@@ -68,20 +59,21 @@ from vmibridge import (
     GuestMemoryError,
     Status,
     StatusKind,
+    __version__,
     method,
 )
 from vmibridge.errors import MissingExtraError, ServerStateError
-
-if TYPE_CHECKING:
-    import httpcore
-    from httpcore import AsyncNetworkBackend, AsyncNetworkStream
-else:
-    try:
-        import httpcore
-        from httpcore import AsyncNetworkBackend, AsyncNetworkStream
-    except ImportError:
-        # An optional dependency: the constructor of the handler says what is missing.
-        httpcore, AsyncNetworkBackend, AsyncNetworkStream = None, object, object
+from vmibridge.handlers._fetch_network import (
+    CLOSE_TIMEOUT,
+    CONNECT_TIMEOUT,
+    CheckedBackend,
+    FetchError,
+    close,
+    httpcore,
+    literal_address,
+    network_errors,
+)
+from vmibridge.handlers._fetch_urls import Url, parse_prefix, parse_url
 
 MAX_URL = 2048
 """Bytes of a URL, without its NUL."""
@@ -92,256 +84,11 @@ DEFAULT_CAPACITY = 4096
 """Bytes of a buffer whose capacity is given as 0, as by every x86 VMCALL."""
 UNKNOWN_LENGTH = (1 << 64) - 1
 
-_CONNECT_TIMEOUT = 30.0
-"""Seconds for the look-up of a host and all attempts to reach it."""
-_CLOSE_TIMEOUT = 5.0
-"""Seconds after which a connection that does not close is left to the system."""
 _KEEP_ALIVE = 2.0
 """Seconds for which a connection waits for a next request: shorter than servers wait, so
 that a request does not meet a connection that is just being closed."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-_Address: TypeAlias = IPv4Address | IPv6Address
-_Network: TypeAlias = IPv4Network | IPv6Network
-
-_GLOBAL_UNICAST = IPv6Network("2000::/3")
-_NAT64 = IPv6Network("64:ff9b::/96")
-"""RFC 6052: the last 32 bits are the IPv4 address that a gateway forwards to."""
-
-
-class _FetchError(Exception):
-    """A request that ends in a failed status."""
-
-    def __init__(self, native: int, code: int = 0) -> None:
-        super().__init__(native, code)
-        self.native = native
-        self.code = code
-
-
-class _Url(NamedTuple):
-    """A URL in its parts, as they are compared and sent: there is no second parser."""
-
-    scheme: str
-    host: str
-    """In lower case; an IPv6 address in its shortest form, without brackets."""
-    port: int
-    path: str
-    """From its first slash; as the guest wrote it, escapes included."""
-    query: str
-    """With its question mark, or empty."""
-
-    @property
-    def authority(self) -> str:
-        """Host and port, as in the header `Host`."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
-    @property
-    def target(self) -> str:
-        """Path and query, as in the request line."""
-        return self.path + self.query
-
-    def is_under(self, prefix: "_Url") -> bool:
-        """Whether scheme, host and port are the prefix's, and the path is at or below it."""
-        if self[:3] != prefix[:3]:
-            return False
-        # A prefix with a slash at its end does not cover the path without it.
-        below = prefix.path if prefix.path.endswith("/") else prefix.path + "/"
-        return self.path == prefix.path or self.path.startswith(below)
-
-
-_URL = re.compile(
-    r"(?P<scheme>https?)://"
-    r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)"
-    r"(?::(?P<port>[0-9]{1,5}))?"
-    r"(?P<path>/[^?#]*)?"
-    r"(?P<query>\?[^#]*)?"
-    r"(?:#.*)?",
-    re.IGNORECASE | re.ASCII,
-)
-
-
-def parse_url(text: str) -> _Url:
-    """Take a URL apart; its fragment is dropped.
-
-    Raises `ValueError` for anything that two parsers might read in two ways: user
-    names, backslashes, control and non-ASCII characters, dot segments (escaped ones
-    too), hosts that are numbers in disguise.
-    """
-    if not all("!" <= char <= "~" and char != "\\" for char in text):
-        raise ValueError("a URL is printable ASCII without spaces and backslashes")
-    found = _URL.fullmatch(text)
-    if found is None:
-        raise ValueError("not of the form http[s]://HOST[:PORT][/PATH][?QUERY]")
-    scheme = found["scheme"].lower()
-    port = int(found["port"] or _DEFAULT_PORTS[scheme])
-    if not 1 <= port <= 65535:
-        raise ValueError(f"a port is 1 to 65535, got {port}")
-    path = found["path"] or "/"
-    _check_path(path)
-    return _Url(scheme, _parse_host(found["host"].lower()), port, path, found["query"] or "")
-
-
-def _parse_host(host: str) -> str:
-    if host.startswith("["):
-        return str(IPv6Address(host[1:-1]))
-    labels = host.split(".")
-    if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", labels[-1]):
-        # To a resolver 127.1 and 0x7f000001 are addresses: only the plain form is read.
-        return str(IPv4Address(host))
-    if len(host) > 253 or not all(1 <= len(label) <= 63 for label in labels):
-        raise ValueError("a host has labels of 1 to 63 characters, 253 in all")
-    return host
-
-
-def _check_path(path: str) -> None:
-    """Raise `ValueError` for a path that a server could read as another one."""
-    # Servers decode once; what stands behind them may do so again.
-    for _ in range(4):
-        for segment in re.split(r"[/\\]", path):
-            # Some servers cut off parameters (`..;x`), or blanks and dots at the end.
-            name = segment.partition(";")[0]
-            if name and not name.strip(". "):
-                raise ValueError("a path has no dot segments")
-        if any(char < " " or char == "\x7f" for char in path):
-            raise ValueError("a path has no control characters")
-        decoded = unquote(path, "latin-1")
-        if decoded == path:
-            return
-        path = decoded
-    raise ValueError("a path that is escaped over and over")
-
-
-def _parse_prefix(text: str) -> _Url:
-    url = parse_url(text)
-    if url.query or "#" in text:
-        raise ValueError("a prefix has neither query nor fragment")
-    return url
-
-
-def _parse_address(text: str) -> _Address:
-    """An address; an IPv4 address that is mapped into IPv6 is the IPv4 address."""
-    address = ip_address(text)
-    if isinstance(address, IPv6Address):
-        return address.ipv4_mapped or address
-    return address
-
-
-def _is_public(address: _Address) -> bool:
-    """Whether an address is a host's on the Internet, and leads to no other address."""
-    if isinstance(address, IPv4Address):
-        return address.is_global and not address.is_multicast and not address.is_reserved
-    if address in _NAT64:
-        return _is_public(IPv4Address(int(address) & 0xFFFF_FFFF))
-    if address.sixtofour is not None:
-        return _is_public(address.sixtofour)
-    return address in _GLOBAL_UNICAST and address.is_global
-
-
-def _literal(host: str) -> _Address | None:
-    try:
-        return _parse_address(host)
-    except ValueError:
-        return None
-
-
-class _Stream(AsyncNetworkStream):
-    """A connection that is closed when its TLS handshake ends in any way but well."""
-
-    def __init__(self, inner: "AsyncNetworkStream") -> None:
-        self._inner = inner
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return await self._inner.read(max_bytes, timeout)
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        await self._inner.write(buffer, timeout)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> "AsyncNetworkStream":
-        # httpcore closes it after an error, but not after a cancellation.
-        try:
-            return await self._inner.start_tls(ssl_context, server_hostname, timeout)
-        except BaseException:
-            with anyio.move_on_after(_CLOSE_TIMEOUT, shield=True):
-                await self._inner.aclose()
-            raise
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-
-class _CheckedBackend(AsyncNetworkBackend):
-    """Connects to addresses that are allowed, and to those only.
-
-    An address is allowed when it is public, in a network of `private`, or one of
-    `literals` and itself the host that was asked for.
-    """
-
-    def __init__(
-        self,
-        inner: "AsyncNetworkBackend",
-        private: Iterable[_Network],
-        literals: Iterable[_Address],
-    ) -> None:
-        self._inner = inner
-        self._private = tuple(private)
-        self._literals = frozenset(literals)
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: "Iterable[httpcore.SOCKET_OPTION] | None" = None,
-    ) -> "AsyncNetworkStream":
-        """A connection to the first address of a host that takes one.
-
-        Raises `_FetchError` when any of its addresses is not allowed: a name that
-        leads to both sides of a firewall is not to be trusted at all.
-        """
-        limit = _CONNECT_TIMEOUT if timeout is None else timeout
-        with anyio.fail_after(limit) as scope:
-            addresses = await self._resolve(host, port)
-            for left in range(len(addresses), 0, -1):
-                # An address that does not answer must leave time for the next one.
-                share = (scope.deadline - anyio.current_time()) / left
-                try:
-                    return _Stream(
-                        await self._inner.connect_tcp(
-                            addresses[-left], port, share, local_address, socket_options
-                        )
-                    )
-                except (httpcore.ConnectError, httpcore.ConnectTimeout):
-                    if left == 1:
-                        raise
-        raise httpcore.ConnectError(f"{host} has no address")
-
-    async def _resolve(self, host: str, port: int) -> list[str]:
-        literal = _literal(host)
-        if literal is not None:
-            if literal not in self._literals:
-                self._check(literal)
-            return [host]
-        found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = list(dict.fromkeys(place[4][0] for place in found))
-        for address in addresses:
-            self._check(_parse_address(address))
-        return addresses
-
-    def _check(self, address: _Address) -> None:
-        if not _is_public(address) and not any(address in network for network in self._private):
-            raise _FetchError(errno.EACCES)
 
 
 class _Transfer:
@@ -380,7 +127,7 @@ class _Transfer:
         """The next bytes, at most `size`; none at the end. `skip` takes them.
 
         Waits for the network only when nothing is left of the last piece. Raises
-        `_FetchError` when the content is longer than allowed, and the network's errors;
+        `FetchError` when the content is longer than allowed, and the network's errors;
         the transfer is then to be closed, as it is after a cancellation.
         """
         if self._chunks is None:
@@ -391,11 +138,11 @@ class _Transfer:
                 chunk = await anext(self._chunks)
             except StopAsyncIteration:
                 self._ended = True
-                await _close(self.response)
+                await close(self.response)
                 break
             self._left -= len(chunk)
             if self._left < 0:
-                raise _FetchError(errno.EFBIG)
+                raise FetchError(errno.EFBIG)
             self._rest = memoryview(chunk)
         return bytes(self._rest[:size])
 
@@ -405,14 +152,14 @@ class _Transfer:
 
     async def aclose(self) -> None:
         """Close the connection, unless the end was reached. Never raises, never hangs."""
-        await _close(self.response)
+        await close(self.response)
         if self._chunks is None or self.busy:
             # Nothing to end, or a READ that ends with an error now.
             return
         # The body is a chain of generators that are held in the middle: with their
         # connection closed they end by themselves, at the latest by an error, while a
         # generator that is dropped would be left to the garbage collector.
-        with anyio.move_on_after(_CLOSE_TIMEOUT, shield=True), suppress(*_network_errors()):
+        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True), suppress(*network_errors()):
             async for _ in self._chunks:
                 pass
 
@@ -453,7 +200,7 @@ class Fetch(BridgeHandler[int]):
         def __post_init__(self) -> None:
             for entry in self.allow:
                 try:
-                    _parse_prefix(entry)
+                    parse_prefix(entry)
                 except ValueError as error:
                     raise ValueError(f"allow: {entry!r}: {error}") from error
             for entry in self.private:
@@ -476,12 +223,12 @@ class Fetch(BridgeHandler[int]):
         if httpcore is None:
             raise MissingExtraError("the fetch handler", "fetch")
         self._settings = settings or self.Settings()
-        self._allow = [_parse_prefix(entry) for entry in self._settings.allow]
+        self._allow = [parse_prefix(entry) for entry in self._settings.allow]
         self._pool: httpcore.AsyncConnectionPool | None = None
         self._transfers: dict[int, _Transfer] = {}
         self._opening = 0
         self._last_handle = 0
-        self._network_errors = _network_errors()
+        self._network_errors = network_errors()
 
     async def __aenter__(self) -> Self:
         """Make the pool; connections are made when a guest asks for them."""
@@ -492,10 +239,10 @@ class Fetch(BridgeHandler[int]):
             max_connections=None,
             max_keepalive_connections=self._settings.max_open,
             keepalive_expiry=_KEEP_ALIVE,
-            network_backend=_CheckedBackend(
+            network_backend=CheckedBackend(
                 httpcore.AnyIOBackend(),
                 [ip_network(entry) for entry in self._settings.private],
-                [literal for url in self._allow if (literal := _literal(url.host))],
+                [literal for url in self._allow if (literal := literal_address(url.host))],
             ),
         )
         return self
@@ -512,7 +259,7 @@ class Fetch(BridgeHandler[int]):
             await transfer.aclose()
         pool, self._pool = self._pool, None
         if pool is not None:
-            with anyio.move_on_after(_CLOSE_TIMEOUT, shield=True), suppress(*self._network_errors):
+            with anyio.move_on_after(CLOSE_TIMEOUT, shield=True), suppress(*self._network_errors):
                 await pool.aclose()
 
     @method(0x0001)
@@ -529,7 +276,7 @@ class Fetch(BridgeHandler[int]):
         self._opening += 1
         try:
             transfer = await self._start(url, vmi.event.address_space)
-        except _FetchError as error:
+        except FetchError as error:
             return _failed(packet, error.native, error.code)
         except self._network_errors:
             return _failed(packet, errno.EIO)
@@ -553,7 +300,7 @@ class Fetch(BridgeHandler[int]):
         try:
             try:
                 data = await transfer.peek(capacity)
-            except _FetchError as error:
+            except FetchError as error:
                 return _failed(packet, error.native, error.code)
             except self._network_errors:
                 return _failed(packet, errno.EIO)
@@ -619,18 +366,18 @@ class Fetch(BridgeHandler[int]):
             await transfer.aclose()
 
     async def _start(self, text: str, owner: int) -> _Transfer:
-        """Request a URL and what it redirects to. Raises `_FetchError` and network errors."""
+        """Request a URL and what it redirects to. Raises `FetchError` and network errors."""
         response = await self._request(self._check(text))
         limit = self._settings.max_bytes
         length = _content_length(response)
         if response.status == 200 and (length is None or length <= limit):
             return _Transfer(response, length, limit, owner)
-        await _close(response)
+        await close(response)
         if response.status != 200:
-            raise _FetchError(response.status, code=1)
-        raise _FetchError(errno.EFBIG)
+            raise FetchError(response.status, code=1)
+        raise FetchError(errno.EFBIG)
 
-    async def _request(self, url: _Url) -> "httpcore.Response":
+    async def _request(self, url: Url) -> "httpcore.Response":
         if self._pool is None:
             raise ServerStateError("the fetch handler answers between __aenter__ and __aexit__")
         left = self._settings.redirects
@@ -639,18 +386,18 @@ class Fetch(BridgeHandler[int]):
             location = _header(response, b"location")
             if response.status not in _REDIRECTS or location is None or not left:
                 return response
-            await _close(response)
+            await close(response)
             left -= 1
             url = self._check(_resolve_location(url, location))
 
-    def _check(self, text: str) -> _Url:
-        """Parse a URL and hold it against the list. Raises `_FetchError`."""
+    def _check(self, text: str) -> Url:
+        """Parse a URL and hold it against the list. Raises `FetchError`."""
         try:
             url = parse_url(text)
         except ValueError:
-            raise _FetchError(errno.EACCES) from None
+            raise FetchError(errno.EACCES) from None
         if not any(url.is_under(prefix) for prefix in self._allow):
-            raise _FetchError(errno.EACCES)
+            raise FetchError(errno.EACCES)
         return url
 
 
@@ -668,18 +415,18 @@ def _failed(packet: BridgePacket, native: int, code: int = 0) -> BridgeResponse[
     return BridgeResponse(status.encode(), 0)
 
 
-def _get(url: _Url) -> "httpcore.Request":
+def _get(url: Url) -> "httpcore.Request":
     return httpcore.Request(
         "GET",
         httpcore.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target),
         headers={
             "Host": url.authority,
-            "User-Agent": "vmibridge/0.1",
+            "User-Agent": f"vmibridge/{__version__}",
             "Accept": "*/*",
             # The guest is to get the bytes as they are, and their number beforehand.
             "Accept-Encoding": "identity",
         },
-        extensions={"timeout": {"connect": _CONNECT_TIMEOUT}},
+        extensions={"timeout": {"connect": CONNECT_TIMEOUT}},
     )
 
 
@@ -694,29 +441,13 @@ def _content_length(response: "httpcore.Response") -> int | None:
     return int(value) if value is not None and value.isdigit() else None
 
 
-def _resolve_location(base: _Url, location: bytes) -> str:
-    """The URL that a redirect leads to, yet to be checked. Raises `_FetchError`."""
+def _resolve_location(base: Url, location: bytes) -> str:
+    """The URL that a redirect leads to, yet to be checked. Raises `FetchError`."""
     text = location.decode("latin-1")
     # Checked before it is joined as well: joining drops what it does not like.
     if len(text) > MAX_URL or not all("!" <= char <= "~" for char in text):
-        raise _FetchError(errno.EACCES)
+        raise FetchError(errno.EACCES)
     try:
         return urljoin(f"{base.scheme}://{base.authority}{base.target}", text)
     except ValueError:
-        raise _FetchError(errno.EACCES) from None
-
-
-async def _close(response: "httpcore.Response") -> None:
-    """Give the connection back, or close it when the body was not read to its end."""
-    with anyio.move_on_after(_CLOSE_TIMEOUT, shield=True), suppress(*_network_errors()):
-        await response.aclose()
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What a fetch may meet on the network; httpcore's errors have no base of their own."""
-    return (
-        httpcore.NetworkError,
-        httpcore.ProtocolError,
-        httpcore.TimeoutException,
-        OSError,
-    )
+        raise FetchError(errno.EACCES) from None

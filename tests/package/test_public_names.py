@@ -90,7 +90,8 @@ def test_pages_and_handlers_import_public_names_only(page: Path) -> None:
     assert [
         f"{name}.{each}"
         for name, each in names
-        if name not in PUBLIC or each not in importlib.import_module(name).__all__
+        if not name.startswith("vmibridge.handlers._")  # parts of a handler
+        and (name not in PUBLIC or each not in importlib.import_module(name).__all__)
     ] == []
 
 

@@ -694,7 +694,7 @@ class Recorder(httpcore.AsyncNetworkBackend):
 
 def checked(fetch, *, private=(), literals=()):
     recorder = Recorder()
-    backend = fetch._CheckedBackend(
+    backend = fetch.CheckedBackend(
         recorder, [ip_network(n) for n in private], [ip_address(a) for a in literals]
     )
     return backend, recorder
@@ -707,7 +707,7 @@ async def test_a_host_at_an_address_that_is_not_public_is_not_connected_to(
 ):
     resolve(address)
     backend, recorder = checked(fetch, literals=["127.0.0.1", "10.0.0.1"])
-    with pytest.raises(fetch._FetchError) as caught:
+    with pytest.raises(fetch.FetchError) as caught:
         await backend.connect_tcp("files.test", 80)
     assert caught.value.native == errno.EACCES
     assert recorder.tried == []
@@ -733,7 +733,7 @@ async def test_one_address_that_is_not_allowed_spoils_the_host(
 ):
     resolve("8.8.8.8", private, "8.8.4.4")
     backend, recorder = checked(fetch, private=["10.0.0.1/32"])
-    with pytest.raises(fetch._FetchError):
+    with pytest.raises(fetch.FetchError):
         await backend.connect_tcp("files.test", 80)
     assert recorder.tried == []
 
@@ -748,7 +748,7 @@ async def test_an_address_as_host_is_not_looked_up_but_checked_as_well(
 ):
     asked = resolve("8.8.8.8")
     backend, recorder = checked(fetch, literals=["127.0.0.1"])
-    with pytest.raises(httpcore.ConnectError if allowed else fetch._FetchError):
+    with pytest.raises(httpcore.ConnectError if allowed else fetch.FetchError):
         await backend.connect_tcp(host, 80)
     assert recorder.tried == [host] * allowed
     assert asked == []
@@ -1438,6 +1438,7 @@ def test_a_host_is_named_to_the_server_in_its_plain_form(fetch, text, authority)
 
 def test_without_httpcore_the_handler_says_what_to_install(load_handler, monkeypatch):
     monkeypatch.setitem(sys.modules, "httpcore", None)
+    monkeypatch.delitem(sys.modules, "vmibridge.handlers._fetch_network")
     module = load_handler("fetch")
     with pytest.raises(MissingExtraError, match="the extra 'fetch'"):
         module.Fetch()
