@@ -1438,7 +1438,7 @@ def test_a_host_is_named_to_the_server_in_its_plain_form(fetch, text, authority)
 
 def test_without_httpcore_the_handler_says_what_to_install(load_handler, monkeypatch):
     monkeypatch.setitem(sys.modules, "httpcore", None)
-    monkeypatch.delitem(sys.modules, "vmibridge.handlers._fetch_network")
+    monkeypatch.delitem(sys.modules, "vmibridge.handlers._fetch_network", raising=False)
     module = load_handler("fetch")
     with pytest.raises(MissingExtraError, match="the extra 'fetch'"):
         module.Fetch()
