@@ -75,7 +75,7 @@ def replay(
     from vmibridge.cli.event_loop import check_loop, logging_to, run_on
     from vmibridge.cli.logs import log_handler
     from vmibridge.cli.replay_run import Replay, sessions_of
-    from vmibridge.recording.replay.backend import ReplayOptions
+    from vmibridge.recording.replay.options import ReplayOptions
 
     loop = chosen_loop(async_backend, uvloop=uvloop)
     check_loop(loop)

@@ -17,7 +17,8 @@ from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import MemoryAccess, Session
 from vmibridge.recording.recorder import recorded_handler
-from vmibridge.recording.replay.backend import MISSING, ReplayBackend
+from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.options import MISSING
 from vmibridge.recording.replay.request import Difference, describe
 from vmibridge.text import printable
 

@@ -14,7 +14,8 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import NotReplayedError
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, Session
-from vmibridge.recording.replay.backend import ReplayBackend, ReplayOptions, replay_settings
+from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.options import ReplayOptions, replay_settings
 
 
 class Replay:

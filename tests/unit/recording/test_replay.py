@@ -30,7 +30,8 @@ from vmibridge.backends import open_backend
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import BackendError, BackendSpecError, RecordingReadError
 from vmibridge.recording.recorder import Recorder
-from vmibridge.recording.replay.backend import ReplayBackend, ReplayOptions, replay_settings
+from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.options import ReplayOptions, replay_settings
 from vmibridge.testing import FakeGuest
 
 MAGIC = 0x1234_5678

@@ -20,90 +20,36 @@ Nothing in here is bounded by the file: what is held is bounded by `_MOST_HELD`.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import msgspec
 
 from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
-from vmibridge.engine.policy import Quota, Rate
-from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import (
     BackendError,
     BackendSpecError,
     GuestMemoryError,
-    RecordingReadError,
     TrapQueueClosedError,
 )
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import SESSION, TRAP, MemoryAccess, Note, Reply, Session
+from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
 from vmibridge.recording.redaction import Redaction
+from vmibridge.recording.replay.options import NO_REPLY, TWICE, ReplayOptions, ReplayResult
 from vmibridge.recording.replay.request import Difference, ReplayedRequest, packet_of
+from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
-_BATCH = 4096
-"""Messages that are read at a time."""
-_BATCH_BYTES = 8 << 20
-"""The same in bytes: a batch ends with the chunk that goes beyond."""
 _MOST_HELD = 32 << 20
 """Bytes of memory accesses that may be held for requests that run."""
-_MUCH = 1e15
-"""Requests or bytes: more than a recording has."""
 _MOST_OPEN = 16_384
 """Requests that may be open at a time."""
-_NO_REPLY = "its reply is missing"
-_TWICE = "its trap is in the recording twice"
-MISSING = frozenset({_NO_REPLY, _TWICE})
-"""Why a request was not compared, where the recording is to blame."""
 _NOTHING: frozenset[str] = frozenset()
-
-
-class ReplayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The options of a `replay:` spec."""
-
-    speed: float = 0.0
-    """1: as fast as it was; N: N times as fast; 0: without waiting."""
-    order: Literal["recorded", "vcpu"] = "recorded"
-    """What a trap waits for: all replies that the recording has before it, or those of its
-    vCPU."""
-    vm: str | None = None
-    """Which VM of the recording; `None`: the first."""
-    strict: bool = False
-    """Whether another order of memory accesses, and a read that is left out, count."""
-
-
-class ReplayResult(msgspec.Struct):
-    """What came of a replay, or has so far."""
-
-    compared: int = 0
-    """Requests whose answers of then and now are known."""
-    different: int = 0
-    first: Difference | None = None
-    unchecked: dict[str, int] = {}
-    """Requests that could not be compared, by the reason."""
-
-
-def replay_settings(recorded: ServerSettings) -> ServerSettings:
-    """The settings of a server that replays what was recorded under these.
-
-    Quotas are lifted: what they denied is not asked again, and time goes by faster.
-    """
-    policy = recorded.policy
-    if policy is None:
-        return recorded
-    lifted = {name: _lifted(getattr(policy, name)) for name in ("vm", "address_space")}
-    return msgspec.structs.replace(recorded, policy=msgspec.structs.replace(policy, **lifted))
-
-
-def _lifted(quota: Quota) -> Quota:
-    # One that there is stays one: a guest can ask whether there are any.
-    rates = (quota.requests, quota.bytes)
-    return Quota(*(None if rate is None else Rate(_MUCH, _MUCH) for rate in rates))
 
 
 class ReplayBackend(Backend, Tap):
@@ -126,10 +72,9 @@ class ReplayBackend(Backend, Tap):
         self.session: Session | None = None
         """What served this VM then; known once the backend is open, if the file tells."""
         self.reader: RecordingReader
-        self._recorded_vm = options.vm
         self._on_difference = on_difference
         self._redaction = Redaction()
-        self._messages: Iterator[TimedMessage]
+        self._source: RecordedVm
         self._batch: list[TimedMessage] = []
         self._place = 0
         self._at_end = False
@@ -158,18 +103,13 @@ class ReplayBackend(Backend, Tap):
         Raises `RecordingReadError` for a file that is no recording, `BackendSpecError` for a
         VM that is not in it.
         """
-        self.reader = await anyio.to_thread.run_sync(RecordingReader, self.path)
-        try:
-            await anyio.to_thread.run_sync(self._find_vm)
-        except BaseException:
-            self.reader.close()
-            raise
-        self._messages = self.reader.messages()
+        self._source = await anyio.to_thread.run_sync(RecordedVm, self.path, self.options.vm)
+        self.reader, self.session = self._source.reader, self._source.session
         if self.session is not None:
             self._redaction = Redaction(self.session.redaction)
 
     async def close(self) -> None:
-        self.reader.close()
+        self._source.close()
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Play the recording to its end."""
@@ -252,45 +192,8 @@ class ReplayBackend(Backend, Tap):
         assert outcome.event is not None
         self._answer(outcome.event, outcome)
 
-    # --- the file -------------------------------------------------------------------
-
-    def _find_vm(self) -> None:
-        wanted = self._recorded_vm
-        names: dict[str, None] = {}
-        for _, message in self.reader.messages(*([SESSION] if wanted else [SESSION, TRAP])):
-            name = message.vm
-            assert name is not None
-            if wanted in (None, name):
-                self._recorded_vm = name
-                self.session = message if isinstance(message, Session) else None
-                return
-            names[name] = None
-        if wanted is None:
-            raise RecordingReadError(f"{self.path}: there is no trap in it")
-        if names:
-            raise BackendSpecError(
-                f"replay:{self.path}: has no VM {wanted!r}; there are {', '.join(names)}"
-            )
-
-    def _read_batch(self) -> list[TimedMessage]:
-        vm, reader = self._recorded_vm, self.reader
-        most = reader.bytes_unpacked + _BATCH_BYTES
-        batch: list[TimedMessage] = []
-        for each in self._messages:
-            if each.message.vm == vm:
-                batch.append(each)
-                if len(batch) >= _BATCH or reader.bytes_unpacked > most:
-                    break
-        # What tells that a trap is a retry, or was denied, stands right behind it.
-        while batch and type(batch[-1].message) is TrapEvent:
-            further = next((each for each in self._messages if each.message.vm == vm), None)
-            if further is None:
-                break
-            batch.append(further)
-        return batch
-
     async def _read_on(self) -> None:
-        self._batch = await anyio.to_thread.run_sync(self._read_batch)
+        self._batch = await self._source.read_on()
         self._place = 0
         if not self._batch:
             self._at_end = True
@@ -329,9 +232,9 @@ class ReplayBackend(Backend, Tap):
         if len(self._open) >= _MOST_OPEN:
             if self._unanswered:
                 return False
-            self._close(next(iter(self._open.values())), _NO_REPLY)
+            self._close(next(iter(self._open.values())), NO_REPLY)
         if event.seq in self._open:
-            self._leave_unchecked(_TWICE)
+            self._leave_unchecked(TWICE)
             return True
         after = self._batch[self._place + 1].message if self._place + 1 < len(self._batch) else None
         if event.vm != self.vm:
@@ -497,7 +400,7 @@ class ReplayBackend(Backend, Tap):
         self._held -= request.held
         reply = request.reply
         if reply is None:
-            why = why or _NO_REPLY
+            why = why or NO_REPLY
         elif reply.kind is OutcomeKind.CANCELLED and reply.error == STOPPED:
             why = "the server stopped before its answer"
         why = request.unchecked or why

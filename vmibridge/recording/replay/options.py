@@ -1,0 +1,61 @@
+"""What a replay is asked for, the settings that it runs with, and what came of it."""
+
+from typing import Literal
+
+import msgspec
+
+from vmibridge.engine.policy import Quota, Rate
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.recording.replay.request import Difference
+
+__all__ = ["MISSING", "NO_REPLY", "TWICE", "ReplayOptions", "ReplayResult", "replay_settings"]
+
+_MUCH = 1e15
+"""Requests or bytes: more than a recording has."""
+NO_REPLY = "its reply is missing"
+TWICE = "its trap is in the recording twice"
+MISSING = frozenset({NO_REPLY, TWICE})
+"""Why a request was not compared, where the recording is to blame."""
+
+
+class ReplayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The options of a `replay:` spec."""
+
+    speed: float = 0.0
+    """1: as fast as it was; N: N times as fast; 0: without waiting."""
+    order: Literal["recorded", "vcpu"] = "recorded"
+    """What a trap waits for: all replies that the recording has before it, or those of its
+    vCPU."""
+    vm: str | None = None
+    """Which VM of the recording; `None`: the first."""
+    strict: bool = False
+    """Whether another order of memory accesses, and a read that is left out, count."""
+
+
+class ReplayResult(msgspec.Struct):
+    """What came of a replay, or has so far."""
+
+    compared: int = 0
+    """Requests whose answers of then and now are known."""
+    different: int = 0
+    first: Difference | None = None
+    unchecked: dict[str, int] = {}
+    """Requests that could not be compared, by the reason."""
+
+
+def replay_settings(recorded: ServerSettings) -> ServerSettings:
+    """The settings of a server that replays what was recorded under these.
+
+    Quotas are lifted: what they denied is not asked again, and time goes by faster.
+    """
+    policy = recorded.policy
+    if policy is None:
+        return recorded
+    lifted = {name: _lifted(getattr(policy, name)) for name in ("vm", "address_space")}
+    return msgspec.structs.replace(recorded, policy=msgspec.structs.replace(policy, **lifted))
+
+
+def _lifted(quota: Quota) -> Quota:
+    # One that there is stays one: a guest can ask whether there are any.
+    rates = (quota.requests, quota.bytes)
+    return Quota(*(None if rate is None else Rate(_MUCH, _MUCH) for rate in rates))
