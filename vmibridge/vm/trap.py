@@ -1,7 +1,6 @@
 """A trap: what a backend saw, and what it is to write back.
 
-The vCPU stands still between the two. Registers are named as in the vendors'
-manuals; values are unsigned, and an x86 guest's are zero-extended.
+The vCPU stands still between the two.
 """
 
 from enum import Enum
@@ -9,14 +8,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-__all__ = ["RegisterWrites", "Registers", "TrapEvent", "TrapFilter", "TrapReason"]
+from vmibridge.vm.arch.x86.registers import Registers, page_root
 
-_CR0_PG = 1 << 31
-_CR4_PAE = 1 << 5
-_EFER_LMA = 1 << 10
-_ROOT = 0x000F_FFFF_FFFF_F000
-_ROOT_PAE = 0xFFFF_FFE0
-_ROOT_32BIT = 0xFFFF_F000
+__all__ = ["RegisterWrites", "Registers", "TrapEvent", "TrapFilter", "TrapReason"]
 
 
 class TrapReason(Enum):
@@ -42,36 +36,6 @@ class TrapReason(Enum):
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _CPUID, _VMCALL, _VMMCALL = TrapReason.CPUID, TrapReason.VMCALL, TrapReason.VMMCALL
-
-
-class Registers(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """The registers of one vCPU at a trap, 64 bits each.
-
-    CR0, CR3, CR4 and EFER say how the guest's virtual addresses are mapped.
-    """
-
-    rax: int = 0
-    rbx: int = 0
-    rcx: int = 0
-    rdx: int = 0
-    rsi: int = 0
-    rdi: int = 0
-    rbp: int = 0
-    rsp: int = 0
-    r8: int = 0
-    r9: int = 0
-    r10: int = 0
-    r11: int = 0
-    r12: int = 0
-    r13: int = 0
-    r14: int = 0
-    r15: int = 0
-    rip: int = 0
-    rflags: int = 0x2
-    cr0: int = 0
-    cr3: int = 0
-    cr4: int = 0
-    efer: int = 0
 
 
 class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -103,23 +67,9 @@ class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     def address_space(self) -> int:
         """The physical address of the root of the page tables, which names the address space.
 
-        It is CR3 without the bits that do not name the root: a guest changes those from one
-        switch of tasks to the next (PCID), or per task (LAM). Intel SDM volume 3A, tables
-        4-3 (32-bit paging), 4-7 (PAE) and 4-12 and 4-13 (4 and 5 levels):
-
-        | paging | bits of the root |
-        |---|---|
-        | 4 or 5 levels, or none | 12 to 51 |
-        | PAE | 5 to 31 |
-        | 32-bit | 12 to 31 |
-
-        A kernel that isolates its page tables (Linux with PTI) has two roots for one
-        process: one that ring 3 runs on, and one for ring 0.
+        See `vmibridge.vm.arch.x86.registers.page_root` for which bits those are.
         """
-        registers = self.registers
-        if registers.efer & _EFER_LMA or not registers.cr0 & _CR0_PG:
-            return registers.cr3 & _ROOT
-        return registers.cr3 & (_ROOT_PAE if registers.cr4 & _CR4_PAE else _ROOT_32BIT)
+        return page_root(self.registers)
 
 
 class RegisterWrites(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

@@ -19,7 +19,8 @@ from vmibridge.backends.unicorn.registers import Snapshot, UnicornRegisters
 from vmibridge.bridge.registers import magic_of
 from vmibridge.errors import GuestMemoryError
 from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap, is_locked
-from vmibridge.vm.arch.x86.paging import CR0_PG, walk
+from vmibridge.vm.arch.x86.paging import walk
+from vmibridge.vm.arch.x86.registers import CR0_PG
 from vmibridge.vm.arch.x86.segment import (
     DESCRIPTOR_SIZE,
     base_of,

@@ -29,14 +29,10 @@ from vmibridge.backends.qemu.gdb.packets import (
     encode,
 )
 from vmibridge.backends.qemu.gdb.registers import (
-    MOST_ANNEXES,
-    MOST_DESCRIPTION,
     QEMU_X86_64,
-    Description,
     RegisterLayout,
-    layout_of,
-    parse_description,
 )
+from vmibridge.backends.qemu.gdb.target_description import read_layout
 from vmibridge.errors import BackendError
 
 PATIENCE = 10.0
@@ -347,37 +343,12 @@ class GdbClient:
             # GDB's own stub describes the registers of the thread that is selected.
             await self.ask(commands.select("p0.0"))
             if self.features.get("qXfer:features:read") == "+":
-                self.layout = layout_of(await self._descriptions())
+                self.layout = await read_layout(self.ask, self.chunk)
             self._asked_why = True
             commands.parse_stop(await self.ask(commands.WHY_STOPPED))
             self._asked_why = False
         except (StubError, ReplyError) as error:
             raise BackendError(f"the stub: {error}") from error
-
-    async def _descriptions(self) -> list[Description]:
-        # An include stands for the document that it names, at its place.
-        found: list[Description] = []
-        waiting, seen, size = ["target.xml"], set[str](), 0
-        while waiting:
-            annex = waiting.pop(0)
-            if annex in seen or len(seen) >= MOST_ANNEXES:
-                raise ReplyError(f"a target description with too many parts: {annex!r}")
-            seen.add(annex)
-            document = await self._annex(annex, MOST_DESCRIPTION - size)
-            size += len(document)
-            found.append(parse_description(document))
-            waiting[:0] = found[-1].includes
-        return found
-
-    async def _annex(self, annex: str, room: int) -> bytes:
-        document, last = bytearray(), False
-        while not last:
-            command = commands.read_feature(annex, len(document), self.chunk)
-            part, last = commands.parse_part(await self.ask(command))
-            document += part
-            if len(document) > room or not (part or last):
-                raise ReplyError("a target description that has no end")
-        return bytes(document)
 
     async def threads(self) -> list[str]:
         """The threads; of QEMU, its vCPUs. Raises `ClientLostError`, `ReplyError`, `StubError`."""

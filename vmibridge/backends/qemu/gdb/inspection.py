@@ -26,13 +26,8 @@ from vmibridge.backends.qemu.gdb.registers import (
 )
 from vmibridge.backends.qemu.gdb.skipping import unpatched
 from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap
-from vmibridge.vm.arch.x86.segment import (
-    DESCRIPTOR_SIZE,
-    EFER_LMA,
-    base_of,
-    is_segmented_16,
-    width_of,
-)
+from vmibridge.vm.arch.x86.registers import EFER_LMA
+from vmibridge.vm.arch.x86.segment import DESCRIPTOR_SIZE, base_of, is_segmented_16, width_of
 from vmibridge.vm.trap import Registers, TrapReason
 
 log: logging.Logger = logging.getLogger(__name__)

@@ -21,14 +21,15 @@ from collections.abc import Generator
 from typing import NamedTuple
 
 from vmibridge.errors import GuestMemoryError
-from vmibridge.vm.arch.x86.segment import EFER_LMA
-from vmibridge.vm.trap import Registers
-
-CR0_WP = 1 << 16
-CR0_PG = 1 << 31
-CR4_PSE = 1 << 4
-CR4_PAE = 1 << 5
-CR4_LA57 = 1 << 12
+from vmibridge.vm.arch.x86.registers import (
+    CR0_PG,
+    CR0_WP,
+    CR4_LA57,
+    CR4_PAE,
+    CR4_PSE,
+    EFER_LMA,
+    Registers,
+)
 
 _PRESENT = 1 << 0
 _WRITABLE = 1 << 1

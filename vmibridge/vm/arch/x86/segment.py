@@ -11,9 +11,7 @@ Intel SDM volume 3, sections 3.4.5 (descriptors) and 5.5 (the privilege level is
 the RPL of CS in protected mode, 3 in virtual-8086 mode).
 """
 
-CR0_PE = 1 << 0
-RFLAGS_VM = 1 << 17
-EFER_LMA = 1 << 10
+from vmibridge.vm.arch.x86.registers import CR0_PE, EFER_LMA, RFLAGS_VM
 
 DESCRIPTOR_SIZE = 8
 _DESCRIPTOR_L = 1 << 53
