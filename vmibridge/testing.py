@@ -95,10 +95,7 @@ class FakeBackend(Backend):
         for event in self.events:
             self._open.add(event.seq)
             try:
-                try:
-                    sink.put_nowait(event)
-                except anyio.WouldBlock:
-                    await sink.put(event)
+                await sink.put(event)
             except TrapQueueClosedError:
                 self._open.discard(event.seq)
                 break

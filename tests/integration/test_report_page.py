@@ -51,6 +51,9 @@ from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
 MAGIC = 0x1234_5678
 BIG = 0xFEDC_BA98_7654_3210
 MEMORY_OF_GUEST = {0x1000: b"hello <b>world</b>\0", 0x2000: bytes(range(256)) * 2}
+# A browser on a machine with other work; no test waits for as long.
+expect.set_options(timeout=60_000)
+
 CHROMIUM = [
     "--no-sandbox",
     "--disable-gpu",

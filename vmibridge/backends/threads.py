@@ -12,8 +12,7 @@ from typing import Any
 
 import anyio
 
-from vmibridge.errors import TrapQueueClosedError
-from vmibridge.vm.backend import TrapSink
+from vmibridge.vm.backend import TrapSink, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 Soon = Callable[..., Any]
@@ -57,10 +56,7 @@ class Handover:
         while True:
             while self._held:
                 slot, event = self._held.popleft()
-                try:
-                    await self.sink.put(event)
-                except TrapQueueClosedError:
-                    slot.release()
+                await feed_held(self.sink, event, slot.refuse)
             self._arrived = anyio.Event()
             await self._arrived.wait()
 
@@ -105,10 +101,12 @@ class VcpuSlot:
         self._waiting = True
         if self._released:
             return self.answer(None)
-        try:
-            self._handover.sink.put_nowait(event)
-        except anyio.WouldBlock:
-            self._handover.hold(self, event)
-        except TrapQueueClosedError:
-            self.release()
+        feed(self._handover.sink, event, self._hold, self.refuse)
         return None
+
+    def _hold(self, event: TrapEvent) -> None:
+        self._handover.hold(self, event)
+
+    def refuse(self, _event: TrapEvent) -> None:
+        """On the loop: the server takes no more traps."""
+        self.release()

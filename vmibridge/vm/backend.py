@@ -7,6 +7,7 @@ each with `resume`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Protocol, Self
@@ -16,10 +17,10 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.cancellation import exit_unwrapped
-from vmibridge.errors import ServerStateError
+from vmibridge.errors import ServerStateError, TrapQueueClosedError
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
-__all__ = ["Backend", "GuestEnd", "TrapSink", "VcpuEnd"]
+__all__ = ["Backend", "GuestEnd", "TrapSink", "VcpuEnd", "feed", "feed_held"]
 
 
 class TrapSink(Protocol):
@@ -36,6 +37,38 @@ class TrapSink(Protocol):
 
         The trap is resumed all the same. Does nothing for one that was answered.
         """
+
+
+def feed(
+    sink: TrapSink,
+    event: TrapEvent,
+    full: Callable[[TrapEvent], object],
+    closed: Callable[[TrapEvent], object],
+) -> None:
+    """Put a trap into the sink at once, where there is room.
+
+    Otherwise `full` takes it, which has to hold the vCPU and to call `feed_held` in a task, or
+    `closed`, which has to let the vCPU go on without an answer: the server takes no more traps.
+    """
+    try:
+        sink.put_nowait(event)
+    except anyio.WouldBlock:
+        full(event)
+    except TrapQueueClosedError:
+        closed(event)
+
+
+async def feed_held(
+    sink: TrapSink, event: TrapEvent, closed: Callable[[TrapEvent], object]
+) -> None:
+    """Put a trap that had no room into the sink when it has, or give it to `closed`.
+
+    If cancelled, neither happened.
+    """
+    try:
+        await sink.put(event)
+    except TrapQueueClosedError:
+        closed(event)
 
 
 class VcpuEnd(msgspec.Struct, frozen=True):

@@ -34,7 +34,6 @@ from vmibridge.errors import (
     BackendError,
     BackendSpecError,
     GuestMemoryError,
-    TrapQueueClosedError,
 )
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
@@ -42,7 +41,7 @@ from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.options import NO_REPLY, TWICE, ReplayOptions, ReplayResult
 from vmibridge.recording.replay.request import Difference, ReplayedRequest, packet_of
 from vmibridge.recording.replay.source import RecordedVm
-from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 _MOST_HELD = 32 << 20
@@ -118,7 +117,7 @@ class ReplayBackend(Backend, Tap):
             self._poked = anyio.Event()
             self._walk()
             if self._full:
-                await self._put_held(self._full.popleft())
+                await feed_held(self._sink, self._full.popleft(), self._refuse)
             elif self._place < len(self._batch):
                 with anyio.move_on_after(
                     self._pause - anyio.current_time() if self._pause else None
@@ -346,21 +345,15 @@ class ReplayBackend(Backend, Tap):
         if self._full:
             self._full.append(event)
             return
-        try:
-            self._sink.put_nowait(event)
-        except anyio.WouldBlock:
-            self._full.append(event)
-            self._poked.set()
-        except TrapQueueClosedError:
-            self._unanswered.discard(event.seq)
-            self.stop()
+        feed(self._sink, event, self._hold, self._refuse)
 
-    async def _put_held(self, event: TrapEvent) -> None:
-        try:
-            await self._sink.put(event)
-        except TrapQueueClosedError:
-            self._unanswered.discard(event.seq)
-            self.stop()
+    def _hold(self, event: TrapEvent) -> None:
+        self._full.append(event)
+        self._poked.set()
+
+    def _refuse(self, event: TrapEvent) -> None:
+        self._unanswered.discard(event.seq)
+        self.stop()
 
     def _answer(self, event: TrapEvent, outcome: Outcome[Any] | None) -> None:
         if event.seq not in self._unanswered:

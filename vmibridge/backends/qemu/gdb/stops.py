@@ -31,9 +31,9 @@ from vmibridge.backends.qemu.gdb.skipping import nop, patch_of
 from vmibridge.backends.qemu.gdb.steps import StepEnd, Stepper
 from vmibridge.backends.qemu.gdb.stop_log import StopLog
 from vmibridge.bridge.registers import form_of
-from vmibridge.errors import BackendError, TrapQueueClosedError
+from vmibridge.errors import BackendError
 from vmibridge.vm.arch.x86.segment import ring_of
-from vmibridge.vm.backend import TrapSink
+from vmibridge.vm.backend import TrapSink, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -219,18 +219,13 @@ class Stops:
         )
         self.pending, self._at, self._code, self.void = event, where, code, False
         self._since = time.monotonic()
-        try:
-            self._sink.put_nowait(event)
-        except anyio.WouldBlock:
-            self._start(self._put, event)
-        except TrapQueueClosedError:
-            self._go_on_natively()
+        feed(self._sink, event, self._hold, self._refuse)
 
-    async def _put(self, event: TrapEvent) -> None:
-        try:
-            await self._sink.put(event)
-        except TrapQueueClosedError:
-            self._go_on_natively()
+    def _hold(self, event: TrapEvent) -> None:
+        self._start(feed_held, self._sink, event, self._refuse)
+
+    def _refuse(self, _event: TrapEvent) -> None:
+        self._go_on_natively()
 
     def _vcpu_of(self, stop: Stop) -> int:
         return self._threads.get(stop.thread, 0)

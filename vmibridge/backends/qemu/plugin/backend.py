@@ -48,9 +48,8 @@ from vmibridge.errors import (
     BackendError,
     BackendSpecError,
     GuestMemoryError,
-    TrapQueueClosedError,
 )
-from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -220,21 +219,17 @@ class QemuPluginBackend(Backend):
                 raise ValueError("a TRAP before the answer to the one before")
             event = parse_trap(body, next(self._seq), self.vm, vcpu.lane)
             vcpu.pending, self._pending[event.seq] = event, vcpu
-            try:
-                sink.put_nowait(event)
-            except anyio.WouldBlock:
-                self.tasks.start_soon(self._put, sink, event)
-            except TrapQueueClosedError:
-                self.give_back(event)
+            feed(sink, event, hold, self.give_back)
+
+        def hold(event: TrapEvent) -> None:
+            self.tasks.start_soon(feed_held, sink, event, self._give_back_if_pending)
 
         await vcpu.receive(take)
 
-    async def _put(self, sink: TrapSink, event: TrapEvent) -> None:
-        try:
-            await sink.put(event)
-        except TrapQueueClosedError:
-            if event.seq in self._pending:
-                self.give_back(event)
+    def _give_back_if_pending(self, event: TrapEvent) -> None:
+        # Its vCPU may have hung up while the trap was held.
+        if event.seq in self._pending:
+            self.give_back(event)
 
     def _lose(self, vcpu: Vcpu, why: str, sink: TrapSink) -> None:
         vcpu.lose()
