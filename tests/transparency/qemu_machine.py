@@ -30,7 +30,7 @@ _EXIT = ("-device", "isa-debug-exit,iobase=0xf4,iosize=4")
 class QemuMachine:
     """Runs programs one after the other. Derived classes start QEMU and its backend."""
 
-    timeout = 10.0
+    timeout = 60.0
     """Seconds for a program, in a guest that does nothing else."""
 
     def __init__(self, qemu: str) -> None:

@@ -28,7 +28,7 @@ _NAMES = {
     3: ("#BP",),
     1: ("#DB",),
 }
-_TIMEOUT = 10.0
+_TIMEOUT = 60.0
 """Seconds."""
 
 

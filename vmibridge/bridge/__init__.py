@@ -1,1 +1,49 @@
-"""The protocol of vmi-utils, and what an author of handlers touches."""
+"""The protocol of vmi-utils, and what an author of handlers touches.
+
+| module | holds |
+|---|---|
+| `packet`, `response`, `status` | what a guest asks, what it gets, and how a status is encoded |
+| `contract` | what a handler answers to: magic, stamps, what is read of the guest |
+| `handler`, `context` | `BridgeHandler` and `method`; what a handler sees of the guest |
+| `dispatch`, `outcome` | from a packet to its handler; what became of a trap |
+| `registers` | the forms in which registers carry packets and responses |
+"""
+
+from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.contract import (
+    STANDARD_FALLBACK,
+    STANDARD_MAGIC,
+    STANDARD_VERIFY_VALUE3,
+    STANDARD_VERIFY_VALUE4,
+    STANDARD_WAIT,
+    BridgeContract,
+    GuestRead,
+)
+from vmibridge.bridge.dispatch import Bridge, BridgeDispatch
+from vmibridge.bridge.handler import BridgeHandler, method
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.response import BridgeResponse
+from vmibridge.bridge.status import Gate, Status, StatusKind
+
+__all__ = [
+    "STANDARD_FALLBACK",
+    "STANDARD_MAGIC",
+    "STANDARD_VERIFY_VALUE3",
+    "STANDARD_VERIFY_VALUE4",
+    "STANDARD_WAIT",
+    "Bridge",
+    "BridgeContext",
+    "BridgeContract",
+    "BridgeDispatch",
+    "BridgeHandler",
+    "BridgePacket",
+    "BridgeResponse",
+    "Gate",
+    "GuestRead",
+    "Outcome",
+    "OutcomeKind",
+    "Status",
+    "StatusKind",
+    "method",
+]
