@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.cli.trap_line import trap_cells
 from vmibridge.recording.export.jsonl import trap_record
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
@@ -137,35 +138,14 @@ def _session(session: Session) -> list[str]:
 
 
 def _cells(trap: RecordedTrap, start: int) -> dict[str, str]:
-    event, packet, reply = trap.event, trap.packet, trap.reply
-    call = "-"
-    if packet is not None:
-        call = f"{packet.magic:08x}/{packet.request:04x}/{packet.method:04x}"
-    cells = {
-        "time": f"{(trap.time - start) / 1e9:.6f}",
-        "seq": str(event.seq),
-        "vcpu": str(event.vcpu) if event.vm == "vm" else f"{event.vm}/{event.vcpu}",
-        "trap": f"{event.reason.value}{event.width}",
-        "handler": "-",
-        "magic/request/method": call,
-        "outcome": "none",
-        "answer": "",
-        "us": "",
-        "output": "no reply",
-    }
-    if reply is None:
-        return cells
-    values = (None,) * 4 if reply.writes is None else reply.writes.values
-    told = reply.output or "" if reply.error is None else reply.error
-    if reply.retry_of is not None:
-        told = f"(retry of {reply.retry_of}) {told}"
-    return cells | {
-        "handler": reply.handler or "-",
-        "outcome": reply.kind.value,
-        "answer": " ".join("." if value is None else f"{value:x}" for value in values),
-        "us": f"{reply.duration * 1e6:.0f}",
-        "output": told,
-    }
+    reply = trap.reply
+    told = "no reply"
+    if reply is not None:
+        told = reply.output or "" if reply.error is None else reply.error
+        if reply.retry_of is not None:
+            told = f"(retry of {reply.retry_of}) {told}"
+    time = f"{(trap.time - start) / 1e9:.6f}"
+    return {"time": time, **trap_cells(trap.event, trap.packet, reply, told)}
 
 
 def _details(trap: RecordedTrap) -> Iterator[str]:

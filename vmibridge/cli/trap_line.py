@@ -1,13 +1,18 @@
 """A trap and a summary as the command line shows them: JSON objects and plain lines."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.summary import Summary
 from vmibridge.text import printable
+from vmibridge.vm.trap import TrapEvent
+
+if TYPE_CHECKING:  # it needs an extra
+    from vmibridge.recording.messages import Reply
 
 
 class TrapLine(msgspec.Struct):
@@ -89,25 +94,36 @@ def summary_json(summaries: Mapping[str, Summary]) -> bytes:
     return msgspec.json.encode({"summary": line}) + b"\n"
 
 
-def trap_columns(outcome: Outcome[Any]) -> list[str]:
-    """What people see of one outcome: the columns of the table and of the plain lines."""
-    line = trap_line(outcome)
-    call = f"{line.magic:08x}/{line.request:04x}/{line.method:04x}"
-    answer = " ".join("." if value is None else f"{value:x}" for value in line.response)
-    told = (
-        line.error if line.error is not None else "" if line.output is None else repr(line.output)
-    )
-    return [
-        str(line.seq),
-        str(line.vcpu) if line.vm == "vm" else f"{line.vm}/{line.vcpu}",
-        f"{line.trap}{line.width}",
-        line.handler or "-",
-        call,
-        line.outcome,
-        answer,
-        f"{line.duration_us:.0f}",
-        printable(told if len(told) <= 200 else told[:200] + "..."),
-    ]
+def trap_cells(
+    event: TrapEvent, packet: BridgePacket | None, answer: "Outcome[Any] | Reply | None", told: str
+) -> dict[str, str]:
+    """What people see of one trap that runs or was recorded, by the name of its column.
+
+    `told` is the error, or else the output, as text.
+    """
+    call = "-"
+    if packet is not None:
+        call = f"{packet.magic:08x}/{packet.request:04x}/{packet.method:04x}"
+    cells = {
+        "seq": str(event.seq),
+        "vcpu": str(event.vcpu) if event.vm == "vm" else f"{event.vm}/{event.vcpu}",
+        "trap": f"{event.reason.value}{event.width}",
+        "handler": "-",
+        "magic/request/method": call,
+        "outcome": "none",
+        "answer": "",
+        "us": "",
+        "output": told,
+    }
+    if answer is None:
+        return cells
+    values = (None,) * 4 if answer.writes is None else answer.writes.values
+    return cells | {
+        "handler": answer.handler or "-",
+        "outcome": answer.kind.value,
+        "answer": " ".join("." if value is None else f"{value:x}" for value in values),
+        "us": f"{answer.duration * 1e6:.0f}",
+    }
 
 
 COLUMNS = [
@@ -121,6 +137,17 @@ COLUMNS = [
     "us",
     "output",
 ]
+
+
+def trap_columns(outcome: Outcome[Any]) -> list[str]:
+    """The cells of one outcome of a server, in the order of `COLUMNS`."""
+    assert outcome.event is not None, "outcomes of a server have their trap"
+    told = outcome.error
+    if told is None:
+        told = "" if outcome.output is None else repr(outcome.output)
+    told = printable(told if len(told) <= 200 else told[:200] + "...")
+    cells = trap_cells(outcome.event, outcome.packet, outcome, told)
+    return [cells[name] for name in COLUMNS]
 
 
 def summary_text(summary: Summary) -> str:
