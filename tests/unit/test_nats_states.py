@@ -6,8 +6,9 @@ import pytest
 from nats.aio.client import Client
 from nats.errors import AuthorizationError, Error
 
+from vmibridge.errors import NatsRefusedError
 from vmibridge.transport.nats import peers as nats_peers
-from vmibridge.transport.nats.login import NatsRefusedError, denied_by, is_refusal, reason
+from vmibridge.transport.nats.login import denied_by, is_refusal, reason
 from vmibridge.transport.nats.patched import NatsPyClient
 from vmibridge.transport.nats.peers import Peers, Waiting
 

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmibridge import BridgePacket
+from vmibridge.errors import WireError
+from vmibridge.transport.handshake import VERSION, WORD
 from vmibridge.transport.nats.accesses import PeerAccesses
 from vmibridge.transport.nats.attempts import Peer, Sent, SentTraps
 from vmibridge.transport.nats.message import (
@@ -20,8 +22,6 @@ from vmibridge.transport.nats.message import (
     parts_of,
 )
 from vmibridge.transport.nats.subjects import (
-    is_pattern,
-    is_subject,
     may_be_answered,
     partition_of,
     to_all_subject,
@@ -29,18 +29,8 @@ from vmibridge.transport.nats.subjects import (
     trap_subject,
     vm_token,
 )
-from vmibridge.transport.wire import (
-    VERSION,
-    WORD,
-    Cancel,
-    Hello,
-    Memory,
-    Native,
-    Read,
-    Trap,
-    WireError,
-    Write,
-)
+from vmibridge.transport.urls.nats import is_pattern, is_subject
+from vmibridge.transport.wire import Cancel, Hello, Memory, Native, Read, Trap, Write
 
 NAMES = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=64)
 HELLO = Hello(WORD, VERSION, VERSION, b"s" * 16, "web")

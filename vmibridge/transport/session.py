@@ -24,15 +24,15 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol, TypeAlias
 
 import anyio
 
 from vmibridge.bridge.registers import write_response
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.errors import GuestMemoryError
-from vmibridge.transport.sockets.connection import Link
+from vmibridge.errors import GuestMemoryError, WireError
+from vmibridge.transport.links import Link
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
     MOST_ACCESSES,
@@ -53,7 +53,7 @@ from vmibridge.transport.wire import (
     Read,
     Returned,
     Trap,
-    WireError,
+    Welcome,
     Write,
     answer_frame,
     trap_event,
@@ -378,3 +378,8 @@ class Session:
         if reply.error is not None:
             raise GuestMemoryError(frame.address, reply.error)
         return reply
+
+
+Admit: TypeAlias = Callable[[Hello, str], Awaitable[tuple[Session, Welcome]]]
+"""Makes or finds the session of a peer that said HELLO and proved who it is. Raises
+`RefusedError`."""

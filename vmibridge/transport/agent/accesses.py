@@ -7,14 +7,13 @@ done, or is being done, is not done again: it gets the reply of then.
 from collections import OrderedDict
 from collections.abc import Callable
 
-from vmibridge.errors import GuestMemoryError
+from vmibridge.errors import GuestMemoryError, WireError
 from vmibridge.transport.wire import (
     MOST_ACCESSES,
     MOST_LARGE_ACCESSES,
     SMALL_ACCESS,
     Memory,
     Read,
-    WireError,
     Write,
 )
 from vmibridge.vm.backend import Backend

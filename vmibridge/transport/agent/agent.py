@@ -27,12 +27,15 @@ from anyio.abc import TaskGroup
 
 from vmibridge.errors import (
     BackendError,
+    ConnectionLostError,
+    RefusedByServerError,
     ServerStateError,
     VmiBridgeError,
+    WireError,
 )
-from vmibridge.transport.agent.dial import AgentLink, Dialled, RefusedByServerError, dial
+from vmibridge.transport.agent.dial import dial
 from vmibridge.transport.agent.traps import AgentCounts, Carrier
-from vmibridge.transport.sockets.connection import ConnectionLostError
+from vmibridge.transport.links import AgentLink, Dialled
 from vmibridge.transport.urls import Url, parse_url
 from vmibridge.transport.wire import (
     Answer,
@@ -44,7 +47,6 @@ from vmibridge.transport.wire import (
     Returned,
     Welcome,
     WireEnd,
-    WireError,
     Write,
     register_writes,
     trap_filter,

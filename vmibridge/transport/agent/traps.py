@@ -15,14 +15,14 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from vmibridge.aio.stepping import DONE, first_step, go_on
+from vmibridge.aio.coroutines import DONE, first_step, go_on
 from vmibridge.bridge.registers import is_guest_request, read_packet, write_response
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import UnsupportedTrapError
 from vmibridge.transport.agent.accesses import Accesses
-from vmibridge.transport.agent.dial import AgentLink
 from vmibridge.transport.agent.lanes import Flight, Flights
 from vmibridge.transport.agent.prefetch import Prefetch
+from vmibridge.transport.links import AgentLink
 from vmibridge.transport.wire import (
     NO_DEADLINE,
     Cancel,

@@ -18,13 +18,17 @@ import msgspec
 
 from vmibridge.bridge.registers import read_packet
 from vmibridge.bridge.status import Gate
-from vmibridge.errors import UnsupportedTrapError
+from vmibridge.errors import (
+    ConnectionLostError,
+    NatsRefusedError,
+    UnsupportedTrapError,
+    WireError,
+)
 from vmibridge.text import printable
-from vmibridge.transport.agent.dial import RefusedByServerError
+from vmibridge.transport.handshake import WELCOME_SECONDS, check_welcome
 from vmibridge.transport.nats.accesses import PeerAccesses
 from vmibridge.transport.nats.attempts import Sent, SentTraps
 from vmibridge.transport.nats.client import NatsClient, is_nobody
-from vmibridge.transport.nats.login import NatsRefusedError
 from vmibridge.transport.nats.message import (
     Ask,
     NatsFromServer,
@@ -38,9 +42,7 @@ from vmibridge.transport.nats.subjects import (
     trap_subject,
     vm_token,
 )
-from vmibridge.transport.sockets.connection import ConnectionLostError
 from vmibridge.transport.wire import (
-    VERSION,
     Answer,
     Cancel,
     End,
@@ -56,7 +58,6 @@ from vmibridge.transport.wire import (
     Returned,
     Trap,
     Welcome,
-    WireError,
     Write,
     milliseconds,
     trap_event,
@@ -69,8 +70,6 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
-_HANDSHAKE = 10.0
-"""Seconds to a WELCOME; a server may have to load handlers first."""
 _TROUBLE = 20
 """Times the silence that traps go straight to servers that are heard, after one was silent."""
 _NOT_YOURS = "the trap is not yours any more: it was sent to another server"
@@ -110,21 +109,18 @@ class NatsLink:
         """
         await self._client.subscribe(f"{self._inbox}.>", self._take)
         self._say_hello()
-        with anyio.move_on_after(_HANDSHAKE):
+        with anyio.move_on_after(WELCOME_SECONDS):
             while self._welcome is None and not self._nobody and not self._client.denied:
                 self._look_whether_closed()
                 await self._wait()
-        welcome = self._welcome
-        if welcome is None:
+        first = self._welcome
+        if first is None:
             if self._nobody:
                 raise ConnectionLostError("no server listens on this NATS")
             if self._client.denied:
                 raise NatsRefusedError(self._client.denied[0])
-            raise TimeoutError(f"no server has said WELCOME in {_HANDSHAKE:g} s")
-        if isinstance(welcome, Refused):
-            raise RefusedByServerError(printable(welcome.why), final=welcome.final)
-        if welcome.version != VERSION:
-            raise WireError("no WELCOME")
+            raise TimeoutError(f"no server has said WELCOME in {WELCOME_SECONDS:g} s")
+        welcome = check_welcome(first)
         self._client.at_work = True
         # To the agent it is one memory: which one has a trap is looked after here.
         return msgspec.structs.replace(welcome, memory=secrets.token_bytes(16))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 from sniffio import current_async_library
 
-from vmibridge.aio.stepping import DONE, first_step, go_on
+from vmibridge.aio.coroutines import DONE, first_step, go_on
 from vmibridge.errors import BackendError
 from vmibridge.transport.nats.login import (
     denied_by,

@@ -13,15 +13,17 @@ import os
 import random
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from vmibridge.errors import BackendError
+from vmibridge.errors import BackendError, NatsRefusedError, RefusedError, WireError
 from vmibridge.text import printable
+from vmibridge.transport.handshake import check_hello, refused
+from vmibridge.transport.limits import AgentLimits
 from vmibridge.transport.nats.client import NatsClient, is_nobody
-from vmibridge.transport.nats.login import NatsRefusedError, reason
+from vmibridge.transport.nats.login import reason
 from vmibridge.transport.nats.message import (
     FROM_NATS_AGENT,
     Messages,
@@ -37,17 +39,9 @@ from vmibridge.transport.nats.subjects import (
     token_in,
     vm_token,
 )
-from vmibridge.transport.server.listener import RefusedError, check_hello
-from vmibridge.transport.session import Session
+from vmibridge.transport.session import Admit
 from vmibridge.transport.urls.nats import NatsUrl
-from vmibridge.transport.wire import (
-    AgentLimits,
-    Hello,
-    Pong,
-    Refused,
-    Welcome,
-    WireError,
-)
+from vmibridge.transport.wire import Hello, Pong
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -55,8 +49,6 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
-
-Admit: TypeAlias = Callable[[Hello, str], Awaitable[tuple[Session, Welcome]]]
 
 _PROBE = 1.0
 """Seconds for an agent to say that it is there."""
@@ -255,7 +247,7 @@ class NatsListening:
                     log.warning("%s: refused: %s", self.url, printable(str(error)))
                 if reply:
                     self._client.publish(
-                        reply, pack(Refused(str(error)[:1000], error.final)), self._inbox
+                        reply, pack(refused(error, final=error.final)), self._inbox
                     )
                 return None
             link = self._by_hello.get(start)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmibridge.errors import VmiBridgeError
+from vmibridge.errors import NatsRefusedError
 from vmibridge.text import printable
 from vmibridge.transport.urls.nats import NatsUrl
 
@@ -26,10 +26,6 @@ _SEED = re.compile(rb"-BEGIN USER NKEY SEED-+\s+([A-Z2-7]+)")
 _DENIED = "permissions violation for "
 
 _T = TypeVar("_T")
-
-
-class NatsRefusedError(VmiBridgeError):
-    """NATS does not take us: trying again as we are is of no use."""
 
 
 def login_options(url: NatsUrl) -> dict[str, Any]:

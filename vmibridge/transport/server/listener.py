@@ -10,16 +10,18 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 from anyio.abc import TaskGroup
 
-from vmibridge.errors import VmiBridgeError
+from vmibridge.errors import ConnectionLostError, RefusedError, WireError
 from vmibridge.text import printable
-from vmibridge.transport.session import Session
-from vmibridge.transport.sockets.connection import Connection, ConnectionLostError, keep_alive
+from vmibridge.transport.handshake import check_hello, refused
+from vmibridge.transport.limits import AgentLimits
+from vmibridge.transport.session import Admit, Session
+from vmibridge.transport.sockets.connection import Connection, keep_alive
 from vmibridge.transport.sockets.endpoints import (
     Listening,
     certified_names,
@@ -32,15 +34,9 @@ from vmibridge.transport.urls.nats import NatsUrl
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
     FROM_AGENT,
-    VERSION,
-    WORD,
-    AgentLimits,
     FromAgent,
     Hello,
-    Refused,
     Trap,
-    Welcome,
-    WireError,
 )
 
 if TYPE_CHECKING:
@@ -49,20 +45,9 @@ if TYPE_CHECKING:
 log: logging.Logger = logging.getLogger(__name__)
 
 AgentConnection: TypeAlias = Connection[FromAgent]
-Admit: TypeAlias = Callable[[Hello, str], Awaitable["tuple[Session, Welcome]"]]
-"""Makes or finds the session of a peer that said HELLO and proved who it is. Raises
-`RefusedError`."""
 
 _LAST = 1.0
 """Seconds in which a peer is told why it is refused."""
-
-
-class RefusedError(VmiBridgeError):
-    """An agent is not served; the message says why."""
-
-    def __init__(self, why: str, *, final: bool = True) -> None:
-        super().__init__(why)
-        self.final = final
 
 
 class Listener:
@@ -188,7 +173,7 @@ class Listener:
         except RefusedError as error:
             self.refused += 1
             log.warning("%s: refused: %s", url, printable(str(error)))
-            connection.post(Refused(str(error)[:1000], error.final))
+            connection.post(refused(error, final=error.final))
             await connection.drain(_LAST)
             return None
         # Nothing is awaited between WELCOME and the session's own frames.
@@ -237,23 +222,10 @@ class Listener:
 def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[NatsListening]":
     if not urls:
         return []
-    # Only here: nats-py is an extra.
+    # Not at the top: those who use sockets would pay a tenth of the import for it.
     from vmibridge.transport.nats.listener import NatsListening
 
     return [NatsListening(url, limits, admit) for url in urls]
-
-
-def check_hello(hello: Hello) -> None:
-    """Raises `RefusedError` for an agent that this server does not understand."""
-    if hello.word != WORD:
-        raise RefusedError("this is no agent of vmibridge")
-    if not hello.oldest <= VERSION <= hello.version:
-        raise RefusedError(
-            f"the agent speaks versions {hello.oldest} to {hello.version} of the protocol, this"
-            f" server {VERSION}"
-        )
-    if not hello.vm.isprintable():
-        raise RefusedError("the name of the VM is not printable")
 
 
 def _client_name(made: ssl.SSLObject, url: TlsUrl) -> str:

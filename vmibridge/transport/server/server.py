@@ -32,14 +32,15 @@ from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import ServerStateError, VmiBridgeError
+from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
+from vmibridge.transport.limits import AgentLimits
 from vmibridge.transport.server.backend import SessionBackend
 from vmibridge.transport.server.handler_set import Generation
-from vmibridge.transport.server.listener import Listener, RefusedError
+from vmibridge.transport.server.listener import Listener
 from vmibridge.transport.server.shared_handlers import Common
 from vmibridge.transport.server.welcome import welcome_to
 from vmibridge.transport.session import Repeated, Session
-from vmibridge.transport.wire import AgentLimits, Hello, Welcome
+from vmibridge.transport.wire import Hello, Welcome
 from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)

@@ -14,11 +14,13 @@ import time
 import anyio
 
 from vmibridge.bridge.response import BridgeResponse
+from vmibridge.errors import RefusedError
+from vmibridge.transport.limits import AgentLimits
 from vmibridge.transport.server.backend import SessionBackend
-from vmibridge.transport.server.listener import Listener, RefusedError
+from vmibridge.transport.server.listener import Listener
 from vmibridge.transport.server.welcome import welcome_to
 from vmibridge.transport.session import Repeated, Session
-from vmibridge.transport.wire import AgentLimits, Hello, Welcome
+from vmibridge.transport.wire import Hello, Welcome
 from vmibridge.vm.backend import GuestEnd, TrapSink
 from vmibridge.vm.trap import TrapFilter
 

@@ -16,15 +16,21 @@
 A URL never shows its secrets: `str` and `repr` are the hosts only.
 """
 
+import re
 from pathlib import Path
+from typing import Final
 from urllib.parse import parse_qsl
 
 import msgspec
 
 from vmibridge.errors import BackendSpecError, MissingExtraError
-from vmibridge.transport.nats.subjects import TRAPS, is_pattern, is_subject
 
 PORT = 4222
+TRAPS: Final = "vmibridge.*.*.*"
+"""Where a server listens for traps, by default; what the tokens are is in `nats.subjects`."""
+
+_SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
+_PATTERN = re.compile(r"([^\s.*>]+|\*)(\.([^\s.*>]+|\*))*(\.>)?")
 
 
 class NatsUrl(msgspec.Struct, frozen=True):
@@ -64,6 +70,16 @@ _OPTIONS = (
     *("user", "password", "password-file", "token", "token-file", "credentials", "nkey"),
     *("ca", "cert", "key", "inbox", "partitions", "partition", "subject", "bucket", "silence"),
 )
+
+
+def is_subject(text: str) -> bool:
+    """Whether something may be published there."""
+    return _SUBJECT.fullmatch(text) is not None
+
+
+def is_pattern(text: str) -> bool:
+    """Whether one may subscribe to it."""
+    return _PATTERN.fullmatch(text) is not None
 
 
 def is_nats_url(text: str) -> bool:
