@@ -217,7 +217,7 @@ class Proxy:
     async def running(self):
         listening = await listen(parse_url(f"unix:{self.path}"))
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(listening.serve, lambda near: tasks.start_soon(self._serve, near))
+            tasks.start_soon(listening.accept, lambda near: tasks.start_soon(self._serve, near))
             yield self
             tasks.cancel_scope.cancel()
         listening.close()

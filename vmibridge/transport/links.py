@@ -3,7 +3,7 @@
 - A session answers over a `Link`; an agent sends and receives over an `AgentLink`, which `Dialled`
   holds with the WELCOME that came over it.
 - `post` never waits and raises nothing: a peer that is gone is the receiver's to find out. So an
-  answer can be given from anywhere, also from a callback of a vCPU's thread.
+  answer can be given from anywhere on the loop, in a task or outside of any.
 - Nothing here knows a transport. `sockets` and `nats` each implement both, and import this;
   this imports neither, or the choice between them (`agent.dial`) would close a circle.
 """
@@ -15,7 +15,7 @@ from vmibridge.transport.wire import Frame, FromServer, Welcome
 
 
 class Link(Protocol):
-    """What `Agent` and `Session` ask of a connection."""
+    """What a session asks of the connection to its agent."""
 
     def post(self, frame: Frame, *, later: bool = False) -> None:
         """Send a frame, in the order of the calls; never waits, raises nothing."""
@@ -28,7 +28,7 @@ class Link(Protocol):
 
 
 class AgentLink(Protocol):
-    """What an agent asks of its connection."""
+    """What an agent asks of the connection to its server."""
 
     def post(self, frame: Frame, *, later: bool = False) -> None:
         """Send a frame; never waits, raises nothing."""

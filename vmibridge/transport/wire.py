@@ -90,7 +90,7 @@ class Trap(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
     left: _U32
     """Milliseconds that the agent still waits for the answer."""
     elsewhere: bool
-    """It was sent before, to a server whose memory of this VM is gone."""
+    """It was sent before, to another incarnation, and may have run there."""
     reason: _U8
     vcpu: _U16
     ip: _U64
@@ -144,8 +144,9 @@ class Welcome(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=16):
     """What the agent is to do."""
 
     version: _U16
-    memory: _Id
-    """Random; which memory of this VM serves the agent from here on."""
+    incarnation: _Id
+    """Random; which incarnation of the server serves the agent from here on. One life of a
+    server process has one of each session: what it remembers of a VM ends with it."""
     features: _U32
     magics: Annotated[tuple[_U32, ...], msgspec.Meta(max_length=4096)]
     any_hypercall: bool

@@ -29,6 +29,7 @@ import anyio.to_thread
 import msgspec
 
 from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
+from vmibridge.bridge.request import request_in
 from vmibridge.engine.policy import Quota, Rate
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
@@ -42,7 +43,7 @@ from vmibridge.errors import (
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import SESSION, TRAP, MemoryAccess, Note, Reply, Session
 from vmibridge.recording.redaction import Redaction
-from vmibridge.recording.replay.request import Difference, ReplayedRequest, packet_of
+from vmibridge.recording.replay.request import Difference, ReplayedRequest
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
@@ -513,7 +514,7 @@ class ReplayBackend(Backend, Tap):
                 self._on_difference(difference)
 
     def _left_out(self, event: TrapEvent) -> frozenset[str]:
-        packet = packet_of(event) if self._redaction.rules else None
+        packet = request_in(event) if self._redaction.rules else None
         return _NOTHING if packet is None else self._redaction.of(packet.request)
 
     def _leave_unchecked(self, why: str) -> None:

@@ -35,8 +35,8 @@ class Accesses:
         self._bytes = 0
 
     def forget(self) -> None:
-        """Another memory of the VM counts its accesses anew."""
-        # A write that is under way keeps the table that it is in.
+        """Another incarnation of the server numbers its accesses from 1 again."""
+        # A write that is under way keeps the table that it is in: its reply is kept there.
         self._writes = OrderedDict()
 
     async def do(

@@ -7,7 +7,7 @@ from functools import partial
 from vmibridge.errors import BackendError, NatsRefusedError, RefusedByServerError
 from vmibridge.transport.handshake import hello
 from vmibridge.transport.links import Dialled
-from vmibridge.transport.nats.agent_link import NatsLink
+from vmibridge.transport.nats.agent_link import NatsAgentLink
 from vmibridge.transport.nats.client import NatsClient
 from vmibridge.transport.urls.nats import NatsUrl
 from vmibridge.vm.backend import Backend
@@ -20,7 +20,9 @@ async def dial_nats(
     """Connect to NATS, and find a server there. Raises as `dial` does."""
     try:
         async with NatsClient(url, f"vmibridge agent {vm}"[:128]) as client:
-            link = NatsLink(client, hello(session, vm, other_hypercalls=backend.other_hypercalls))
+            link = NatsAgentLink(
+                client, hello(session, vm, other_hypercalls=backend.other_hypercalls)
+            )
             welcome = await link.shake_hands()
             try:
                 yield Dialled(

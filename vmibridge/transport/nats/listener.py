@@ -22,7 +22,7 @@ from vmibridge.errors import BackendError, NatsRefusedError, RefusedError, WireE
 from vmibridge.text import printable
 from vmibridge.transport.handshake import check_hello, refused
 from vmibridge.transport.limits import AgentLimits
-from vmibridge.transport.nats.client import NatsClient, is_nobody
+from vmibridge.transport.nats.client import NatsClient, is_no_responders
 from vmibridge.transport.nats.login import reason
 from vmibridge.transport.nats.message import (
     FROM_NATS_AGENT,
@@ -56,7 +56,7 @@ _MOST_REFUSED = 1024
 _LONGEST_PAUSE = 5.0
 
 
-class NatsListening:
+class NatsListener:
     """A server in the queue group of one NATS.
 
     Raises nothing; `open` does.
@@ -72,7 +72,7 @@ class NatsListening:
         self._client = NatsClient(url, self._name)
         self._inbox = ""
         self._by_hello: dict[bytes, NatsSessionLink] = {}
-        self._by_memory: dict[str, NatsSessionLink] = {}
+        self._by_incarnation: dict[str, NatsSessionLink] = {}
         self._by_session: dict[str, NatsSessionLink] = {}
         self._ends: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._admitting = anyio.Lock()
@@ -109,7 +109,7 @@ class NatsListening:
             await self.end()
             raise BackendError(f"{self.url}: {why}")
 
-    async def serve(self) -> None:
+    async def run(self) -> None:
         """Look after the sessions, until cancelled; then what was said is sent."""
         try:
             while True:
@@ -180,7 +180,7 @@ class NatsListening:
 
     def _forget(self, link: NatsSessionLink) -> None:
         self._by_hello.pop(link.hello, None)
-        self._by_memory.pop(link.session.memory.hex(), None)
+        self._by_incarnation.pop(link.session.incarnation.hex(), None)
         self._by_session.pop(link.session.id.hex(), None)
         link.session.detach(link)
 
@@ -203,12 +203,12 @@ class NatsListening:
             log.debug("%s: garbage: %s", self.url, error)
 
     async def _take_own(self, message: "Msg") -> None:
-        """At this server's own inbox: what an agent sends to the memory that it knows."""
-        link = self._by_memory.get(message.subject.rpartition(".")[2])
+        """At this server's own inbox: what an agent sends to the incarnation that it knows."""
+        link = self._by_incarnation.get(message.subject.rpartition(".")[2])
         if link is None:
             return
-        if is_nobody(message):
-            # Nobody listens any more where the agent was. Or it has lost NATS, and comes back.
+        if is_no_responders(message):
+            # The agent is gone. Or it has lost NATS, and comes back: then it is attached again.
             link.session.detach(link)
             return
         try:
@@ -254,7 +254,7 @@ class NatsListening:
             if link is None or link.session is not session or link.closed:
                 link = NatsSessionLink(self._client, self._inbox, session, start)
                 self._by_hello[start] = link
-                self._by_memory[session.memory.hex()] = link
+                self._by_incarnation[session.incarnation.hex()] = link
                 self._by_session[session.id.hex()] = link
                 link.agent = _inbox_of(reply)
             link.heard = _clock()

@@ -3,7 +3,7 @@
 - A file of secrets is checked before NATS is asked: nats-py would look for a JWT for ever in
   a file that has none. It is read again for each connection, so it may be renewed.
 - Where the URL wants TLS, nothing is said without it. nats-py would go on in the clear when
-  a server, or somebody in between, does not ask for it (`nats_py`).
+  a server, or somebody in between, does not ask for it (`patched`).
 - Secrets go to nats-py, and nowhere else: no error says one.
 """
 

@@ -54,7 +54,7 @@ class NatsSessionLink:
     def __init__(self, client: NatsClient, inbox: str, session: Session, hello: bytes) -> None:
         self.session = session
         self.hello = hello
-        self.inbox: str = f"{inbox}.{session.memory.hex()}"
+        self.inbox: str = f"{inbox}.{session.incarnation.hex()}"
         self.heard: float = _clock()
         self.closed: bool = False
         self.agent = ""

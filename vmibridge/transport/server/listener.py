@@ -23,7 +23,7 @@ from vmibridge.transport.limits import AgentLimits
 from vmibridge.transport.session import Admit, Session
 from vmibridge.transport.sockets.connection import Connection, keep_alive
 from vmibridge.transport.sockets.endpoints import (
-    Listening,
+    ListeningSockets,
     certified_names,
     listen,
     peer_user,
@@ -40,7 +40,7 @@ from vmibridge.transport.wire import (
 )
 
 if TYPE_CHECKING:
-    from vmibridge.transport.nats.listener import NatsListening
+    from vmibridge.transport.nats.listener import NatsListener
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Listener:
         self._contexts = {
             url: tls_context(url, server_side=True) for url in self._urls if isinstance(url, TlsUrl)
         }
-        self._listening: list[Listening] = []
+        self._listening: list[ListeningSockets] = []
         self._at_handshake: dict[AgentConnection, None] = {}
         self._connections: set[AgentConnection] = set()
         self.refused: int = 0
@@ -90,14 +90,14 @@ class Listener:
         """The URLs without their options, with the ports that were given."""
         return [str(each) for each in (*self._listening, *self._nats)]
 
-    async def serve(self) -> None:
+    async def run(self) -> None:
         """Serve whoever connects, until cancelled; then all are hung up."""
         try:
             async with anyio.create_task_group() as tasks:
                 for each in self._listening:
                     tasks.start_soon(self._listen, each, tasks)
                 for nats in self._nats:
-                    tasks.start_soon(nats.serve)
+                    tasks.start_soon(nats.run)
         finally:
             for connection in list(self._connections):
                 connection.close()
@@ -115,7 +115,7 @@ class Listener:
         for nats in self._nats:
             nats.close()
 
-    async def _listen(self, listening: Listening, tasks: TaskGroup) -> None:
+    async def _listen(self, listening: ListeningSockets, tasks: TaskGroup) -> None:
         def take(accepted: socket.socket) -> None:
             connection: AgentConnection = Connection(accepted, FROM_AGENT)
             while len(self._at_handshake) >= self._limits.handshakes:
@@ -124,12 +124,12 @@ class Listener:
                 self.refused += 1
             self._at_handshake[connection] = None
             self._connections.add(connection)
-            tasks.start_soon(self._serve, listening, accepted, connection)
+            tasks.start_soon(self._run_connection, listening, accepted, connection)
 
-        await listening.serve(take)
+        await listening.accept(take)
 
-    async def _serve(
-        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+    async def _run_connection(
+        self, listening: ListeningSockets, accepted: socket.socket, connection: AgentConnection
     ) -> None:
         session: Session | None = None
         try:
@@ -154,7 +154,7 @@ class Listener:
                 session.detach(connection)
 
     async def _shake_hands(
-        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+        self, listening: ListeningSockets, accepted: socket.socket, connection: AgentConnection
     ) -> Session | None:
         url = listening.url
         try:
@@ -186,7 +186,7 @@ class Listener:
         return session
 
     async def _identify(
-        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+        self, listening: ListeningSockets, accepted: socket.socket, connection: AgentConnection
     ) -> str:
         url = listening.url
         if isinstance(url, UnixUrl):
@@ -219,13 +219,13 @@ class Listener:
         raise lost
 
 
-def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[NatsListening]":
+def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[NatsListener]":
     if not urls:
         return []
     # Not at the top: those who use sockets would pay a tenth of the import for it.
-    from vmibridge.transport.nats.listener import NatsListening
+    from vmibridge.transport.nats.listener import NatsListener
 
-    return [NatsListening(url, limits, admit) for url in urls]
+    return [NatsListener(url, limits, admit) for url in urls]
 
 
 def _client_name(made: ssl.SSLObject, url: TlsUrl) -> str:

@@ -87,7 +87,7 @@ class RemoteBackend(SessionBackend):
         """Wait for an agent, and serve its guest to the end."""
         self._filter = traps
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._listener.serve)
+            tasks.start_soon(self._listener.run)
             await self._came.wait()
             end = GuestEnd()
             if hasattr(self, "session"):

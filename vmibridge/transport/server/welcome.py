@@ -23,7 +23,7 @@ def welcome_to(
     """The first frame of a server."""
     return Welcome(
         VERSION,
-        session.memory,
+        session.incarnation,
         0,
         tuple(sorted(traps.magics)),
         traps.any_hypercall,
