@@ -65,13 +65,13 @@ def agent(
     check_loop(chosen)
     vm = _open(backend)
     try:
-        agent = Agent(vm, connect, deadline=deadline)
+        carrier = Agent(vm, connect, deadline=deadline)
     except BackendSpecError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with logging_to(log_handler(log_level, None), log_level):
-        return run_on(chosen, partial(_run, vm, agent, as_json=json))
+        return run_on(chosen, partial(_serve, vm, carrier, as_json=json))
 
 
 def _open(text: str) -> Backend:
@@ -84,7 +84,7 @@ def _open(text: str) -> Backend:
     return open_backend(text, vm=os.uname().nodename[:64] or "vm")
 
 
-async def _run(backend: Backend, agent: Agent, *, as_json: bool) -> int:
+async def _serve(backend: Backend, agent: Agent, *, as_json: bool) -> int:
     received: list[int] = []
     failure: BackendError | None = None
     end = GuestEnd()
