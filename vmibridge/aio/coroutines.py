@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import copy_context
-from functools import partial
+from operator import call
 from types import coroutine
 from typing import Any, Final, TypeVar
 
@@ -24,22 +24,23 @@ DONE: Final = object()
 
 
 def _rest(
-    wish: object, send: Callable[[Any], object], throw: Callable[[Any], object]
+    body: Coroutine[Any, Any, Any], wish: object, run: Callable[..., object]
 ) -> Generator[object, Any, Any]:
     """Pass on what the loop and a suspended body say to each other; returns the body's result.
 
-    `wish` is what the body waits for now. It is not a `yield from`, because that would run the
-    body in the context of the task.
+    `wish` is what the body waits for now; `run` calls each step, with its argument, in the context
+    that the steps are to have. A `yield from` would run them all in that of the task.
     """
     while True:
         try:
             reply = yield wish
         except BaseException as error:
-            step, reply = throw, error
+            step: Callable[[Any], object] = body.throw
+            reply = error
         else:
-            step = send
+            step = body.send
         try:
-            wish = step(reply)
+            wish = run(step, reply)
         except StopIteration as end:
             return end.value
 
@@ -56,14 +57,13 @@ def run_inline(body: Coroutine[Any, Any, R], on_wait: Callable[[], None]) -> Gen
     Raises what `body` raises.
     """
     context = copy_context()
-    run: Callable[..., Any] = context.run
     try:
-        wish = run(body.send, None)
+        wish = context.run(body.send, None)
     except StopIteration as end:
         result: R = end.value
         return result
     on_wait()
-    result = yield from _rest(wish, partial(run, body.send), partial(run, body.throw))
+    result = yield from _rest(body, wish, context.run)
     return result
 
 
@@ -83,7 +83,7 @@ def go_on(body: Coroutine[Any, Any, None], wish: object) -> Awaitable[None]:
 
     `wish` is what `first_step` returned.
     """
-    return _rest_to_await(wish, body.send, body.throw)
+    return _rest_to_await(body, wish, call)
 
 
 def asyncio_task() -> "asyncio.Task[object] | None":
