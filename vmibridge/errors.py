@@ -12,19 +12,24 @@ __all__ = [
     "BackendError",
     "BackendSpecError",
     "ConfigError",
+    "ConnectionLostError",
     "GuestMemoryError",
     "HandlerLifeError",
     "HandlerLoadError",
     "HandlerSourceError",
     "MissingExtraError",
+    "NatsRefusedError",
     "NotReplayedError",
     "QmpError",
     "RecordingError",
     "RecordingReadError",
+    "RefusedByServerError",
+    "RefusedError",
     "ServerStateError",
     "TrapQueueClosedError",
     "UnsupportedTrapError",
     "VmiBridgeError",
+    "WireError",
 ]
 
 
@@ -148,3 +153,50 @@ class NotReplayedError(VmiBridgeError):
 
 class ConfigError(VmiBridgeError):
     """A configuration file is wrong; the message names the key and the place."""
+
+
+class ConnectionLostError(VmiBridgeError):
+    """The connection to a peer has ended: it hung up, was silent, or TLS failed.
+
+    Raised by what receives on the connection. An agent catches it and connects again, so
+    callers of `Agent.run` do not see it.
+    """
+
+
+class WireError(VmiBridgeError):
+    """A peer sent what the protocol does not allow: bytes that are no frame, a frame in the wrong
+    place, or one that exceeds a limit.
+
+    The connection it came over is of no further use and is closed.
+    """
+
+
+class RefusedError(VmiBridgeError):
+    """A server does not serve an agent; raised in the server, and sent to the agent as REFUSED.
+
+    The message is the reason that the agent gets. `final` says that a later attempt would be
+    refused as well.
+    """
+
+    def __init__(self, why: str, *, final: bool = True) -> None:
+        super().__init__(why)
+        self.final = final
+
+
+class RefusedByServerError(VmiBridgeError):
+    """A server has refused this agent; raised in the agent when REFUSED comes instead of WELCOME.
+
+    When `final`, and no server has served the agent before, `Agent.run` ends with a
+    `BackendError` that has this as its cause; otherwise the agent tries again.
+    """
+
+    def __init__(self, why: str, *, final: bool) -> None:
+        super().__init__(why)
+        self.final = final
+
+
+class NatsRefusedError(VmiBridgeError):
+    """NATS does not accept this end: its credentials, its certificate, or a subject it needs.
+
+    Raised when connecting. To connect again with the same credentials is of no use.
+    """

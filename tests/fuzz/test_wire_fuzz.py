@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmibridge.errors import WireError
 from vmibridge.transport.wire import (
     FROM_AGENT,
     FROM_SERVER,
@@ -21,7 +22,6 @@ from vmibridge.transport.wire import (
     Trap,
     Welcome,
     WireEnd,
-    WireError,
     WireRead,
     Write,
     encode,

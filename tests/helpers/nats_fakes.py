@@ -6,6 +6,7 @@ import anyio
 from nats_parts import plain_client, settle, until
 
 from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.transport.handshake import VERSION, WORD
 from vmibridge.transport.nats.message import (
     FROM_NATS_AGENT,
     FROM_NATS_SERVER,
@@ -13,18 +14,7 @@ from vmibridge.transport.nats.message import (
     hello_in,
     pack,
 )
-from vmibridge.transport.wire import (
-    VERSION,
-    WORD,
-    Answer,
-    End,
-    Ended,
-    Hello,
-    Ping,
-    Pong,
-    Trap,
-    Welcome,
-)
+from vmibridge.transport.wire import Answer, End, Ended, Hello, Ping, Pong, Trap, Welcome
 
 
 def answer(seq, value):

@@ -8,19 +8,13 @@ import anyio
 
 from vmibridge import BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.errors import ConnectionLostError
 from vmibridge.transport import Agent, AgentServer
-from vmibridge.transport.sockets.connection import Connection, ConnectionLostError
+from vmibridge.transport.handshake import VERSION, WORD
+from vmibridge.transport.sockets.connection import Connection
 from vmibridge.transport.sockets.endpoints import connect, listen
 from vmibridge.transport.urls import parse_url
-from vmibridge.transport.wire import (
-    FROM_SERVER,
-    MEMORY_LIMIT,
-    VERSION,
-    WORD,
-    Hello,
-    Welcome,
-    trap_frame,
-)
+from vmibridge.transport.wire import FROM_SERVER, MEMORY_LIMIT, Hello, Welcome, trap_frame
 from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 REQUEST = 0x0100
@@ -223,7 +217,7 @@ class Proxy:
     async def running(self):
         listening = await listen(parse_url(f"unix:{self.path}"))
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(listening.serve, lambda near: tasks.start_soon(self._serve, near))
+            tasks.start_soon(listening.accept, lambda near: tasks.start_soon(self._serve, near))
             yield self
             tasks.cancel_scope.cancel()
         listening.close()

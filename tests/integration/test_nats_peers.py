@@ -14,9 +14,9 @@ from vmibridge.bridge.contract import STANDARD_MAGIC, GuestRead
 from vmibridge.bridge.status import Gate
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest
+from vmibridge.transport.limits import AgentLimits
 from vmibridge.transport.nats.message import Ask, Taken
 from vmibridge.transport.wire import (
-    AgentLimits,
     Answer,
     Cancel,
     End,

@@ -260,7 +260,7 @@ class TestRights:
     async def test_a_server_that_may_not_answer_says_so_and_the_agent_that_nobody_does(
         self, nats, caplog, monkeypatch
     ):
-        monkeypatch.setattr("vmibridge.transport.nats.agent_link._HANDSHAKE", 0.3)
+        monkeypatch.setattr("vmibridge.transport.nats.agent_link.WELCOME_SECONDS", 0.3)
         # Not the inbox that this user may listen at, nor the server publish to.
         nats.stop()
         nats.configure(RIGHTS.replace('"_INBOX.>", "_INBOX_web.>"]\n', '"_INBOX.>"]\n'))

@@ -11,9 +11,10 @@ from nats_parts import (
 )
 from remote_parts import carry, served
 
+from vmibridge.transport.handshake import VERSION, WORD
 from vmibridge.transport.nats.message import pack
 from vmibridge.transport.nats.subjects import trap_subject
-from vmibridge.transport.wire import VERSION, WORD, Hello
+from vmibridge.transport.wire import Hello
 
 pytestmark = ON_ASYNCIO
 

@@ -168,8 +168,8 @@ class TestDeclaredReads:
                 backend = open_backend(f"unicorn:{image}")
                 async with backend:
                     agent = Agent(backend, here(server))
-                    do = agent._carrier._accesses.do
-                    agent._carrier._accesses.do = lambda *what, do=do, reads=reads: (
+                    do = agent._in_flight._accesses.do
+                    agent._in_flight._accesses.do = lambda *what, do=do, reads=reads: (
                         reads.append(what[0]) or do(*what)
                     )
                     end = await agent.run()

@@ -14,12 +14,16 @@ import anyio
 import pytest
 from remote_parts import Certificates, Echo, FakeAgent, frame_of, served, trap
 
-from vmibridge.errors import BackendError, BackendSpecError
+from vmibridge.errors import (
+    BackendError,
+    BackendSpecError,
+    ConnectionLostError,
+    RefusedByServerError,
+)
 from vmibridge.testing import FakeBackend
 from vmibridge.transport import Agent, AgentLimits
-from vmibridge.transport.agent.dial import RefusedByServerError, dial
+from vmibridge.transport.agent.dial import dial
 from vmibridge.transport.sockets import connection
-from vmibridge.transport.sockets.connection import ConnectionLostError
 from vmibridge.transport.sockets.endpoints import tls_context
 from vmibridge.transport.urls import parse_url
 from vmibridge.transport.wire import Ping, encode

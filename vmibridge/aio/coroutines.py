@@ -1,26 +1,60 @@
-"""Run a coroutine inside another, and learn when it first waits.
+"""Run a coroutine inside another: as far as it goes without waiting, then the rest of it.
 
-Most handlers answer without waiting. They are run to their end in the worker that
-took the trap, with no task switch; only a trap that does wait costs a second worker.
-Each trap runs in a copy of the context, so that context variables that one handler
-sets never reach the next trap.
+- What never waits costs no task and no task switch: most handlers, most answers of backends.
+- What the event loop sends or throws while the body waits goes to the body unchanged,
+  cancellation included.
+
+`run_inline` gives the body a copy of the context, so that context variables that a handler sets
+never reach the next trap. `first_step` and `go_on` leave it in the caller's: answers and messages
+set none, and a copy would cost more than they do.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import copy_context
+from operator import call
 from types import coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 R = TypeVar("R")
+
+DONE: Final = object()
+"""What `first_step` returns of a body that has ended."""
+
+
+def _rest(
+    body: Coroutine[Any, Any, Any], wish: object, run: Callable[..., object]
+) -> Generator[object, Any, Any]:
+    """Pass on what the loop and a suspended body say to each other; returns the body's result.
+
+    `wish` is what the body waits for now; `run` calls each step, with its argument, in the context
+    that the steps are to have. A `yield from` would run them all in that of the task.
+    """
+    while True:
+        try:
+            reply = yield wish
+        except BaseException as error:
+            step: Callable[[Any], object] = body.throw
+            reply = error
+        else:
+            step = body.send
+        try:
+            wish = run(step, reply)
+        except StopIteration as end:
+            return end.value
+
+
+# `coroutine` marks the function itself and returns it: the same object, with the type of something
+# that is awaited.
+_rest_to_await: Callable[..., Awaitable[None]] = coroutine(_rest)
 
 
 @coroutine
 def run_inline(body: Coroutine[Any, Any, R], on_wait: Callable[[], None]) -> Generator[Any, Any, R]:
-    """Await `body`; call `on_wait` once, right before it is first suspended.
+    """Await `body` in a copy of the context; call `on_wait` once, right before it first waits.
 
-    What the event loop sends or throws goes to `body` unchanged, cancellation included.
+    Raises what `body` raises.
     """
     context = copy_context()
     try:
@@ -29,19 +63,27 @@ def run_inline(body: Coroutine[Any, Any, R], on_wait: Callable[[], None]) -> Gen
         result: R = end.value
         return result
     on_wait()
-    while True:
-        try:
-            reply = yield wish
-        except BaseException as error:
-            step: Callable[[Any], Any] = body.throw
-            reply = error
-        else:
-            step = body.send
-        try:
-            wish = context.run(step, reply)
-        except StopIteration as end:
-            result = end.value
-            return result
+    result = yield from _rest(body, wish, context.run)
+    return result
+
+
+def first_step(body: Coroutine[Any, Any, None]) -> object:
+    """Run `body` until it waits; returns what for, or `DONE`. Raises what it raises.
+
+    The wish has to be passed to `go_on`, or `body.close()` called.
+    """
+    try:
+        return body.send(None)
+    except StopIteration:
+        return DONE
+
+
+def go_on(body: Coroutine[Any, Any, None], wish: object) -> Awaitable[None]:
+    """The rest of `body`, to be awaited once, in the task and context of the caller.
+
+    `wish` is what `first_step` returned.
+    """
+    return _rest_to_await(body, wish, call)
 
 
 def asyncio_task() -> "asyncio.Task[object] | None":

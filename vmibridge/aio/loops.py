@@ -13,32 +13,13 @@ from collections.abc import Callable
 import anyio
 from sniffio import current_async_library
 
-
-class Parking:
-    """Where one task at a time waits until another one wakes it. Made by `parking`."""
-
-    __slots__ = ("_future",)
-
-    def __init__(self) -> None:
-        self._future: asyncio.Future[None] | None = None
-
-    async def wait(self) -> None:
-        """Wait for `wake`. One that came before this does not count."""
-        self._future = asyncio.get_running_loop().create_future()
-        try:
-            await self._future
-        finally:
-            self._future = None
-
-    def wake(self) -> None:
-        """Let the task that waits go on; does nothing when there is none."""
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
+from vmibridge.aio.parking import Parking
 
 
 def parking() -> Parking:
     """One for the running loop."""
     if current_async_library() == "trio":
+        # Only here: trio is an extra.
         from vmibridge.aio.parking_trio import TrioParking
 
         return TrioParking()

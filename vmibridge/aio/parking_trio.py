@@ -2,7 +2,7 @@
 
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
-from vmibridge.aio.loops import Parking
+from vmibridge.aio.parking import Parking
 
 
 class TrioParking(Parking):

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import anyio
 
-from vmibridge.aio.loops import Parking, parking
+from vmibridge.aio.loops import parking
+from vmibridge.aio.parking import Parking
 from vmibridge.errors import TrapQueueClosedError
 from vmibridge.vm.trap import TrapEvent
 

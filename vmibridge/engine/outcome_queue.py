@@ -15,7 +15,8 @@ from typing import Any
 
 import anyio
 
-from vmibridge.aio.loops import Parking, parking
+from vmibridge.aio.loops import parking
+from vmibridge.aio.parking import Parking
 from vmibridge.bridge.outcome import Outcome
 
 _DENSE = 0.001

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from vmibridge.bridge.packet import BridgePacket
-from vmibridge.bridge.registers import read_packet
-from vmibridge.errors import UnsupportedTrapError
+from vmibridge.bridge.request import request_in
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.vm.trap import TrapEvent
@@ -56,7 +55,7 @@ def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
                 held -= _size(stale)
                 named -= len(stale.event.vm)
                 yield stale
-            open_traps[key] = RecordedTrap(time, message, _packet(message))
+            open_traps[key] = RecordedTrap(time, message, request_in(message))
         elif isinstance(message, MemoryAccess):
             trap = open_traps.get((message.vm, message.seq))
             if trap is not None:
@@ -74,14 +73,6 @@ def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
                 named -= len(message.vm)
                 yield trap
     yield from open_traps.values()
-
-
-def _packet(event: TrapEvent) -> BridgePacket | None:
-    try:
-        return read_packet(event)
-    except (UnsupportedTrapError, ValueError):
-        # `ValueError`: a file may have a register that is negative.
-        return None
 
 
 def _size(trap: RecordedTrap) -> int:

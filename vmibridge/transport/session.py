@@ -8,7 +8,7 @@ Rules, which sequence numbers and ids decide, never timing:
 | it is the last one, and was answered | it gets the same answer again |
 | it is the last one, and is not answered | its answer will go to where it came from now |
 | its number is lower | nobody waits for it: dropped |
-| it was sent to a memory that is gone | it may have run: as `repeated` says, refused or run |
+| it was sent to another incarnation | it may have run: as `repeated` says, refused or run |
 
 - One answer a vCPU is remembered: a vCPU has one trap in flight.
 - The agent may be away for a while. Handlers go on; accesses to guest memory wait, and are
@@ -24,15 +24,15 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol, TypeAlias
 
 import anyio
 
 from vmibridge.bridge.registers import write_response
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.errors import GuestMemoryError
-from vmibridge.transport.sockets.connection import Link
+from vmibridge.errors import GuestMemoryError, WireError
+from vmibridge.transport.links import Link
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
     MOST_ACCESSES,
@@ -53,7 +53,7 @@ from vmibridge.transport.wire import (
     Read,
     Returned,
     Trap,
-    WireError,
+    Welcome,
     Write,
     answer_frame,
     trap_event,
@@ -78,7 +78,7 @@ class SessionCounts:
     def __init__(self) -> None:
         self.connections: int = 0
         self.repeated: int = 0
-        """Traps that came again, and were answered from memory."""
+        """Traps that came again: answered again, or still with their handler."""
         self.refused: int = 0
         """Traps that may have run elsewhere, and were not run here."""
         self.late: int = 0
@@ -141,8 +141,8 @@ class Session:
         self.vm: str = hello.vm
         self.owner = owner
         """Who may go on with it: the peer that began it."""
-        self.memory: bytes = secrets.token_bytes(16)
-        """The id of what is remembered here."""
+        self.incarnation: bytes = secrets.token_bytes(16)
+        """The id of what is remembered here, which a restart of the server would not know."""
         self.other_hypercalls: bool = hello.other_hypercalls
         self.counts: SessionCounts = SessionCounts()
         self.guest: GuestEnd | None = None
@@ -378,3 +378,8 @@ class Session:
         if reply.error is not None:
             raise GuestMemoryError(frame.address, reply.error)
         return reply
+
+
+Admit: TypeAlias = Callable[[Hello, str], Awaitable[tuple[Session, Welcome]]]
+"""Makes or finds the session of a peer that said HELLO and proved who it is. Raises
+`RefusedError`."""

@@ -17,13 +17,10 @@ import msgspec
 from msgspec.structs import astuple
 
 from vmibridge.bridge.contract import GuestRead
-from vmibridge.errors import VmiBridgeError
+from vmibridge.errors import WireError
 from vmibridge.vm.memory import MAX_ACCESS
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
-VERSION: Final = 1
-WORD: Final = "vmibridge"
-"""The second element of HELLO."""
 HELLO_LIMIT: Final = 64 << 10
 """Bytes of a frame, before the server has said WELCOME."""
 FRAME_LIMIT: Final = 1 << 20
@@ -67,34 +64,6 @@ _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 _Pieces = Annotated[tuple[tuple[_U64, bytes], ...], msgspec.Meta(max_length=256)]
 
 
-class WireError(VmiBridgeError):
-    """The peer sent what it must not."""
-
-
-class AgentLimits(msgspec.Struct, frozen=True):
-    """What one agent may have a server keep. Raises `ValueError` for what makes no sense."""
-
-    vcpus: int = 1024
-    """vCPUs of one VM; each has one trap in flight."""
-    handshake: float = 5.0
-    """Seconds that a peer has to say who it is, TLS included."""
-    handshakes: int = 128
-    """Peers that may be at that at a time; beyond it the oldest is hung up on."""
-    sessions: int = 256
-    """VMs, those included whose agent is away."""
-    keep: float = 300.0
-    """Seconds that a VM is remembered whose agent is away."""
-    silence: float = 30.0
-    """Seconds without a byte from an agent until the connection counts as lost."""
-
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is a positive number, got {getattr(self, name)!r}")
-        if self.vcpus > 0xFFFF:
-            raise ValueError(f"vcpus is at most 65535, got {self.vcpus}")
-
-
 # --- frames of the agent ------------------------------------------------------------
 
 
@@ -121,7 +90,7 @@ class Trap(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
     left: _U32
     """Milliseconds that the agent still waits for the answer."""
     elsewhere: bool
-    """It was sent before, to a server whose memory of this VM is gone."""
+    """It was sent before, to another incarnation, and may have run there."""
     reason: _U8
     vcpu: _U16
     ip: _U64
@@ -175,8 +144,9 @@ class Welcome(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=16):
     """What the agent is to do."""
 
     version: _U16
-    memory: _Id
-    """Random; which memory of this VM serves the agent from here on."""
+    incarnation: _Id
+    """Random; which incarnation of the server serves the agent from here on. One life of a
+    server process has one of each session: what it remembers of a VM ends with it."""
     features: _U32
     magics: Annotated[tuple[_U32, ...], msgspec.Meta(max_length=4096)]
     any_hypercall: bool

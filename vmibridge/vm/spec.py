@@ -1,6 +1,10 @@
-"""The options of a backend spec: `width=64&memory=16MiB`, decoded by msgspec."""
+"""The options behind a spec or a URL: `width=64&memory=16MiB`, checked and decoded.
 
-from collections.abc import Collection, Mapping
+One place, so that the same mistake gives the same message everywhere. Each message begins with
+the spec as its caller wants it shown.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
@@ -21,6 +25,34 @@ def parse_size(text: str) -> int:
     return int(text, 0)
 
 
+def read_options(
+    spec: str,
+    options: str,
+    known: Collection[str],
+    lists: Collection[str] = (),
+    *,
+    secret: bool = False,
+) -> Iterator[tuple[str, str]]:
+    """Each option of `options`, name and value as text, in their order.
+
+    Those in `lists` may be given again. With `secret` no message shows a value. Raises
+    `BackendSpecError` for an option that is not in `known`, or is given twice.
+    """
+    try:
+        pairs = parse_qsl(options, keep_blank_values=True, strict_parsing=bool(options))
+    except ValueError:
+        told = "options are" if secret else f"{options!r} is not"
+        raise BackendSpecError(f"{spec}: {told} OPTION=VALUE&OPTION=VALUE") from None
+    seen: set[str] = set()
+    for name, value in pairs:
+        if name not in known:
+            raise BackendSpecError(f"{spec}: no option {name!r}; there are {', '.join(known)}")
+        if name in seen and name not in lists:
+            raise BackendSpecError(f"{spec}: {name} is given twice")
+        seen.add(name)
+        yield name, value
+
+
 def parse_options(
     spec: str,
     options: str,
@@ -34,16 +66,7 @@ def parse_options(
     unknown, given twice, or wrong.
     """
     values: dict[str, str | int | list[str | int]] = {}
-    try:
-        pairs = parse_qsl(options, keep_blank_values=True, strict_parsing=bool(options))
-    except ValueError:
-        raise BackendSpecError(f"{spec}: {options!r} is not OPTION=VALUE&OPTION=VALUE") from None
-    for name, value in pairs:
-        if name not in kind.__struct_encode_fields__:
-            known = ", ".join(kind.__struct_encode_fields__)
-            raise BackendSpecError(f"{spec}: no option {name!r}; there are {known}")
-        if name in values and name not in lists:
-            raise BackendSpecError(f"{spec}: {name} is given twice")
+    for name, value in read_options(spec, options, kind.__struct_encode_fields__, lists):
         try:
             parsed = parse_size(value) if name in numbers else value
         except ValueError:

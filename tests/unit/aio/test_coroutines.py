@@ -6,7 +6,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from vmibridge.aio.coroutines import run_inline
+from vmibridge.aio.coroutines import DONE, first_step, go_on, run_inline
 
 VAR: ContextVar[str] = ContextVar("VAR", default="unset")
 
@@ -352,3 +352,66 @@ async def test_what_the_worker_says_at_the_wait_stays_with_the_worker():
         assert VAR.get() == "at the wait"
     finally:
         VAR.reset(token)
+
+
+# --- the rest of a coroutine, in the caller's context ---------------------------------------
+
+
+@pytest.mark.anyio
+async def test_a_first_step_that_does_not_wait_is_all():
+    ran = []
+
+    async def body():
+        ran.append("all")
+
+    assert first_step(body()) is DONE
+    assert ran == ["all"]
+
+
+def test_the_rest_gets_what_the_loop_sends_and_throws():
+    seen = []
+
+    async def body():
+        seen.append(await Wish("one"))
+        try:
+            await Wish("two")
+        except KeyError as error:
+            seen.append(error.args[0])
+        seen.append(await Wish("three"))
+
+    running = body()
+    wish = first_step(running)
+    rest = go_on(running, wish)
+    assert rest.send(None).name == "one"
+    assert rest.send("first").name == "two"
+    assert rest.throw(KeyError("thrown")).name == "three"
+    with pytest.raises(StopIteration):
+        rest.send("last")
+    assert seen == ["first", "thrown", "last"]
+
+
+@pytest.mark.anyio
+async def test_the_rest_may_wait_and_raises_what_the_body_raises():
+    async def body():
+        await anyio.sleep(0.001)
+        raise LookupError("of the body")
+
+    running = body()
+    wish = first_step(running)
+    assert wish is not DONE
+    with pytest.raises(LookupError, match="of the body"):
+        await go_on(running, wish)
+
+
+@pytest.mark.anyio
+async def test_the_rest_runs_in_the_context_of_the_caller():
+    """Other than a handler, which `run_inline` gives a copy."""
+
+    async def body():
+        await anyio.sleep(0)
+        VAR.set("set by the rest")
+
+    VAR.set("before")
+    running = body()
+    await go_on(running, first_step(running))
+    assert VAR.get() == "set by the rest"

@@ -40,11 +40,17 @@ from vmibridge.vm.trap import RegisterWrites
 pytestmark = pytest.mark.anyio
 PACKET = BridgePacket(STANDARD_MAGIC, 0x0100, 1, 5)
 FALLBACK = (0xBAD, None, None, None)
-MEMORIES = [bytes([n]) * 16 for n in range(9)]
+INCARNATIONS = [bytes([n]) * 16 for n in range(9)]
 
 
-def welcome(memory=MEMORIES[0], timeout=60_000, reads=(), vcpus=64, magics=(STANDARD_MAGIC,)):
-    return Welcome(1, memory, 0, magics, False, False, timeout, FALLBACK, vcpus, reads)
+def welcome(
+    incarnation=INCARNATIONS[0],
+    timeout=60_000,
+    reads=(),
+    vcpus=64,
+    magics=(STANDARD_MAGIC,),
+):
+    return Welcome(1, incarnation, 0, magics, False, False, timeout, FALLBACK, vcpus, reads)
 
 
 class FakeServer:
@@ -61,7 +67,7 @@ class FakeServer:
         listening = await listen(parse_url(self.url))
         task_status.started()
         try:
-            await listening.serve(self._take)
+            await listening.accept(self._take)
         finally:
             listening.close()
             for each in (*self.accepted, self.connection):
@@ -278,7 +284,7 @@ class TestDeadlines:
             with anyio.fail_after(10):
                 while agent.counts.own < 2:
                     await anyio.sleep(0.001)
-            await server.greet(welcome(MEMORIES[1]))
+            await server.greet(welcome(INCARNATIONS[1]))
         assert vm.answers == [RegisterWrites(0x1003, 0xBAD)] * 2
 
     async def test_what_may_be_a_hypercall_of_others_runs_natively(self, url):
@@ -330,16 +336,16 @@ class TestReconnection:
             server.post(Native(first.seq))
         assert (agent.counts.connections, agent.counts.sent_again) == (2, 1)
 
-    async def test_one_that_another_memory_may_have_run_is_marked(self, url):
+    async def test_one_that_another_incarnation_may_have_run_is_marked(self, url):
         async with beside(FakeGuest(guest_of({}, {})), url) as (_, server):
-            await server.greet(welcome(MEMORIES[0]))
+            await server.greet(welcome(INCARNATIONS[0]))
             first = await server.next()
             server.hang_up()
-            for memory in MEMORIES[1:3]:
-                await server.greet(welcome(memory))
+            for incarnation in INCARNATIONS[1:3]:
+                await server.greet(welcome(incarnation))
                 assert (await server.next()).elsewhere
                 server.hang_up()
-            await server.greet(welcome(MEMORIES[0]))
+            await server.greet(welcome(INCARNATIONS[0]))
             assert not (await server.next()).elsewhere
             server.post(Native(first.seq))
             second = await server.next()
@@ -348,12 +354,12 @@ class TestReconnection:
 
     async def test_one_that_was_given_back_is_not(self, url):
         async with beside(FakeGuest(guest_of({})), url) as (_, server):
-            await server.greet(welcome(MEMORIES[0]))
+            await server.greet(welcome(INCARNATIONS[0]))
             first = await server.next()
             server.post(Returned(first.seq))
             server.post(Returned(99))
             server.hang_up()
-            await server.greet(welcome(MEMORIES[1]))
+            await server.greet(welcome(INCARNATIONS[1]))
             assert not (await server.next()).elsewhere
             server.post(Native(first.seq))
 
@@ -366,13 +372,13 @@ class TestReconnection:
 
         async with beside(FakeGuest(guest), url) as (agent, server):
             await server.greet()
-            while agent._carrier.link is None:
+            while agent._in_flight.link is None:
                 await anyio.sleep(0.001)
             server.hang_up()
-            while agent._carrier.link is not None:
+            while agent._in_flight.link is not None:
                 await anyio.sleep(0.001)
             start.set()
-            await server.greet(welcome(MEMORIES[1]))
+            await server.greet(welcome(INCARNATIONS[1]))
             first = await server.next()
             assert not first.elsewhere
             server.post(Native(first.seq))
@@ -497,8 +503,8 @@ class TestMemory:
             assert await server.next() == Memory(1)
             assert written == [b"abc"]
             server.hang_up()
-            # Another memory counts anew: this is another write.
-            await server.greet(welcome(MEMORIES[1]))
+            # Another incarnation counts anew: this is another write.
+            await server.greet(welcome(INCARNATIONS[1]))
             await server.next()
             server.post(Write(1, seq, self.AT, b"def"))
             assert await server.next() == Memory(1)
@@ -534,7 +540,7 @@ class TestMemory:
             server.post(asked)
             await began.wait()
             server.hang_up()
-            await server.greet(welcome(MEMORIES[1]))
+            await server.greet(welcome(INCARNATIONS[1]))
             await server.next()
             server.post(Write(1, seq, self.AT, b"new"))
             server.post(Read(2, seq, self.AT, 2))

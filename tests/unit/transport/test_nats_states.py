@@ -6,8 +6,9 @@ import pytest
 from nats.aio.client import Client
 from nats.errors import AuthorizationError, Error
 
+from vmibridge.errors import NatsRefusedError
 from vmibridge.transport.nats import peers as nats_peers
-from vmibridge.transport.nats.login import NatsRefusedError, denied_by, is_refusal, reason
+from vmibridge.transport.nats.login import denied_by, is_refusal, reason
 from vmibridge.transport.nats.patched import NatsPyClient
 from vmibridge.transport.nats.peers import Peers, Waiting
 
@@ -28,7 +29,7 @@ class TestPeers:
         assert peers.numbered(web.number) is web
         assert peers.numbered(77) is None
 
-    def test_one_that_does_not_say_where_it_listens_is_nobody(self):
+    def test_one_that_does_not_say_where_it_listens_is_none(self):
         assert Peers(silence=3).speaking("", 0) is None
 
     def test_there_are_no_more_than_so_many(self, monkeypatch):

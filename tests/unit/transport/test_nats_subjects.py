@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmibridge import BridgePacket
+from vmibridge.errors import WireError
+from vmibridge.transport.handshake import VERSION, WORD
 from vmibridge.transport.nats.accesses import PeerAccesses
 from vmibridge.transport.nats.attempts import Peer, Sent, SentTraps
 from vmibridge.transport.nats.message import (
@@ -20,8 +22,6 @@ from vmibridge.transport.nats.message import (
     parts_of,
 )
 from vmibridge.transport.nats.subjects import (
-    is_pattern,
-    is_subject,
     may_be_answered,
     partition_of,
     to_all_subject,
@@ -29,18 +29,8 @@ from vmibridge.transport.nats.subjects import (
     trap_subject,
     vm_token,
 )
-from vmibridge.transport.wire import (
-    VERSION,
-    WORD,
-    Cancel,
-    Hello,
-    Memory,
-    Native,
-    Read,
-    Trap,
-    WireError,
-    Write,
-)
+from vmibridge.transport.urls.nats import is_pattern, is_subject
+from vmibridge.transport.wire import Cancel, Hello, Memory, Native, Read, Trap, Write
 
 NAMES = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=64)
 HELLO = Hello(WORD, VERSION, VERSION, b"s" * 16, "web")
@@ -229,15 +219,15 @@ class TestWhoHasATrap:
         made = self.begun(traps)
         first = made.attempt
         assert traps.get(1, first) is made
-        traps.nobody_has(made, 100)
+        traps.send_later(made, 100)
         assert traps.get(1, first) is None
         traps.begin(made, 101)
         assert traps.get(1, first) is None
         assert traps.get(1, made.attempt) is made
 
-    def test_one_that_nobody_has_is_sent_again_after_a_pause_and_is_not_marked(self, traps):
+    def test_one_that_no_server_has_is_sent_again_after_a_pause_and_is_not_marked(self, traps):
         made = self.begun(traps)
-        traps.nobody_has(made, 100)
+        traps.send_later(made, 100)
         assert traps.to_send(100.0) == []
         assert traps.to_send(101.0) == [made]
         assert not made.elsewhere
@@ -246,7 +236,7 @@ class TestWhoHasATrap:
     def test_the_pause_grows_to_half_a_second(self, traps):
         made = self.begun(traps)
         for _ in range(20):
-            traps.nobody_has(made, 100)
+            traps.send_later(made, 100)
         assert 100.25 <= made.waits_until <= 100.5
 
     def test_one_of_which_nothing_is_heard_is_asked_about(self, traps):

@@ -39,7 +39,7 @@ class TestTraps:
             first = await agent.next()
             agent.connection.close()
             async with FakeAgent.connected(url) as again:
-                assert (await again.hello()).memory == agent.welcome.memory
+                assert (await again.hello()).incarnation == agent.welcome.incarnation
                 again.post(frame_of(trap(1, value=5)))
                 assert await again.next() == first
         assert handler.asked == [5]

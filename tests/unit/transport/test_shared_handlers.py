@@ -10,7 +10,7 @@ from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentServer
-from vmibridge.transport.server.shared_handlers import Common
+from vmibridge.transport.server.shared_handlers import SharedHandlers
 from vmibridge.transport.wire import End, Ended, Welcome
 
 pytestmark = pytest.mark.anyio
@@ -215,7 +215,7 @@ class TestLife:
         assert "handler fails did not end: OSError: no disk" in caplog.text
 
     async def test_a_vm_that_comes_as_it_is_left_waits_and_has_it_entered_again(self):
-        handler, common = Shared(), Common(1)
+        handler, common = Shared(), SharedHandlers(1)
         ended = []
 
         def end():
@@ -299,7 +299,7 @@ class TestReload:
                 assert await server.reload(lambda _: Bridge(handler, Own())) == 1
                 assert await ask(agent, 2) == 2
                 await end(agent)
-                await until(lambda: not server._serving)
+                await until(lambda: not server._handler_sets)
             async with agents(url, "b") as (agent,):
                 assert await ask(agent, 1) == 3
             assert handler.lives == ["entered"]

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmibridge.bridge.contract import GuestRead
+from vmibridge.errors import WireError
 from vmibridge.transport import AgentLimits
 from vmibridge.transport.wire import (
     FROM_AGENT,
@@ -27,7 +28,6 @@ from vmibridge.transport.wire import (
     Trap,
     Welcome,
     WireEnd,
-    WireError,
     WireRead,
     Write,
     answer_frame,

@@ -29,6 +29,7 @@ import anyio.to_thread
 import msgspec
 
 from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
+from vmibridge.bridge.request import request_in
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import (
     BackendError,
@@ -39,7 +40,7 @@ from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
 from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.options import NO_REPLY, TWICE, ReplayOptions, ReplayResult
-from vmibridge.recording.replay.request import Difference, ReplayedRequest, packet_of
+from vmibridge.recording.replay.request import Difference, ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
@@ -409,7 +410,7 @@ class ReplayBackend(Backend, Tap):
                 self._on_difference(difference)
 
     def _left_out(self, event: TrapEvent) -> frozenset[str]:
-        packet = packet_of(event) if self._redaction.rules else None
+        packet = request_in(event) if self._redaction.rules else None
         return _NOTHING if packet is None else self._redaction.of(packet.request)
 
     def _leave_unchecked(self, why: str) -> None:

@@ -22,8 +22,8 @@ import msgspec
 
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
-from vmibridge.bridge.registers import read_packet
-from vmibridge.errors import GuestMemoryError, UnsupportedTrapError
+from vmibridge.bridge.request import request_in
+from vmibridge.errors import GuestMemoryError
 from vmibridge.recording.messages import MemoryAccess, Reply, output_text
 from vmibridge.vm.trap import TrapEvent
 
@@ -211,7 +211,7 @@ class ReplayedRequest:
             event.vcpu,
             event.seq,
             self.time,
-            packet_of(event),
+            request_in(event),
             tuple(self._differences),
             tuple(self.past)[-_SHOWN:],
         )
@@ -265,14 +265,6 @@ class ReplayedRequest:
                     found[at - address] = data[at - access.address]
                     known[at - address] = 1
         return bytes(found) if all(known) else None
-
-
-def packet_of(event: TrapEvent) -> BridgePacket | None:
-    """What a trap asked; `None` for one that carries no request."""
-    try:
-        return read_packet(event)
-    except (UnsupportedTrapError, ValueError):
-        return None
 
 
 def held_size(access: MemoryAccess) -> int:

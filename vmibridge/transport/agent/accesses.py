@@ -7,14 +7,13 @@ done, or is being done, is not done again: it gets the reply of then.
 from collections import OrderedDict
 from collections.abc import Callable
 
-from vmibridge.errors import GuestMemoryError
+from vmibridge.errors import GuestMemoryError, WireError
 from vmibridge.transport.wire import (
     MOST_ACCESSES,
     MOST_LARGE_ACCESSES,
     SMALL_ACCESS,
     Memory,
     Read,
-    WireError,
     Write,
 )
 from vmibridge.vm.backend import Backend
@@ -36,8 +35,8 @@ class Accesses:
         self._bytes = 0
 
     def forget(self) -> None:
-        """Another memory of the VM counts its accesses anew."""
-        # A write that is under way keeps the table that it is in.
+        """Another incarnation of the server numbers its accesses from 1 again."""
+        # A write that is under way keeps the table that it is in: its reply is kept there.
         self._writes = OrderedDict()
 
     async def do(

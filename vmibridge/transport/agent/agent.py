@@ -3,17 +3,17 @@
     async with open_backend("unicorn:guest.bin") as backend:
         end = await Agent(backend, "unix:/run/vmibridge.sock").run()
 
-Rules that it lives by:
+Invariants:
 
-- A trap is answered once (`carrier`): by the server, at the deadline, or by the stop. What
-  comes for others is dropped.
-- A vCPU has one trap in flight (`Flights`). So its order holds, and a server needs to remember
+- A trap is answered once (`traps`): by the server, at the deadline, or by the stop. An answer
+  to a trap that is not in flight is dropped.
+- A vCPU has one trap in flight (`lanes`). So its order holds, and a server needs to remember
   one answer a vCPU.
-- At its deadline a trap is answered here, with the fallback that the server told, whether
+- At its deadline a trap is answered here, with the fallback of the server's WELCOME, whether
   the server is slow, unreachable or gone. A guest never stands still for a network.
-- A connection that is lost is made again, after a pause that grows, with jitter. Traps in
-  flight are then sent again; those that another memory may have run are marked.
-- Guest memory is accessed for a trap that waits, and for no other.
+- A connection that is lost is made again, after a pause that grows, with jitter. In-flight
+  traps are then sent again; those that another incarnation may have run are marked.
+- Guest memory is accessed for a trap in flight, and for no other.
 """
 
 import logging
@@ -27,12 +27,15 @@ from anyio.abc import TaskGroup
 
 from vmibridge.errors import (
     BackendError,
+    ConnectionLostError,
+    RefusedByServerError,
     ServerStateError,
     VmiBridgeError,
+    WireError,
 )
-from vmibridge.transport.agent.dial import AgentLink, Dialled, RefusedByServerError, dial
-from vmibridge.transport.agent.traps import AgentCounts, Carrier
-from vmibridge.transport.sockets.connection import ConnectionLostError
+from vmibridge.transport.agent.dial import dial
+from vmibridge.transport.agent.traps import AgentCounts, InFlightTraps
+from vmibridge.transport.links import AgentLink, Dialled
 from vmibridge.transport.urls import Url, parse_url
 from vmibridge.transport.wire import (
     Answer,
@@ -44,7 +47,6 @@ from vmibridge.transport.wire import (
     Returned,
     Welcome,
     WireEnd,
-    WireError,
     Write,
     register_writes,
     trap_filter,
@@ -94,9 +96,9 @@ class Agent:
         self.session: bytes = secrets.token_bytes(16)
         """The id of this run of this VM."""
         self._backend = backend
-        self._carrier = Carrier(backend, self.vm, deadline)
-        self._flights = self._carrier.flights
-        self.counts: AgentCounts = self._carrier.counts
+        self._in_flight = InFlightTraps(backend, self.vm, deadline)
+        self._lanes = self._in_flight.lanes
+        self.counts: AgentCounts = self._in_flight.counts
         self._longest_pause = longest_pause
         self._silence = silence
         self._grace = grace
@@ -112,7 +114,7 @@ class Agent:
     @property
     def shares(self) -> dict[str, int]:
         """Where several servers answer: traps that each answered, by the first digits of the id
-        of its memory."""
+        of its incarnation."""
         total: Counter[str] = Counter()
         for each in self._shares:
             total.update(each)
@@ -132,20 +134,20 @@ class Agent:
         failure: Exception | None = None
         async with anyio.create_task_group() as self._tasks:
             tasks = self._tasks
-            tasks.start_soon(self._carrier.run_errands, tasks)
+            tasks.start_soon(self._in_flight.run_errands, tasks)
             tasks.start_soon(self._keep_connected)
             await self._welcomed.wait()
             if self._refused is not None:
                 tasks.cancel_scope.cancel()
             elif not self._stop.is_set():
-                tasks.start_soon(self._carrier.watch)
+                tasks.start_soon(self._in_flight.watch)
                 tasks.start_soon(self._stop_when_asked)
                 try:
-                    end = await self._backend.run(self._filter, self._flights)
+                    end = await self._backend.run(self._filter, self._lanes)
                 except Exception as error:
                     failure = error
                     end = GuestEnd((VcpuEnd(0, "lost", str(error)),))
-                self._flights.close()
+                self._lanes.close()
                 await self._tell_the_end(end)
             tasks.cancel_scope.cancel()
         if self._refused is not None:
@@ -161,21 +163,21 @@ class Agent:
         """
         if now:
             self._grace = 0.0
-        self._flights.close()
+        self._lanes.close()
         self._stop.set()
         self._welcomed.set()
 
     async def _stop_when_asked(self) -> None:
         await self._stop.wait()
         with anyio.move_on_after(self._grace):
-            await self._flights.quiet()
-        await self._carrier.answer_all()
-        await self._flights.quiet()
+            await self._lanes.quiet()
+        await self._in_flight.answer_all()
+        await self._lanes.quiet()
         self._backend.stop()
 
     async def _tell_the_end(self, end: GuestEnd) -> None:
         """So that the server forgets the VM; it does so by itself after a while."""
-        if self._stop.is_set() and self._carrier.link is None:
+        if self._stop.is_set() and self._in_flight.link is None:
             return
         self._end = End(
             tuple(
@@ -188,8 +190,8 @@ class Agent:
                 for each in end.vcpus
             )
         )
-        if self._carrier.link is not None:
-            self._carrier.link.post(self._end)
+        if self._in_flight.link is not None:
+            self._in_flight.link.post(self._end)
         with anyio.move_on_after(_LAST):
             await self._ended.wait()
 
@@ -210,7 +212,7 @@ class Agent:
                         self.url,
                     )
                     pause, told = _FIRST_PAUSE, ""
-                    await self._serve(dialled)
+                    await self._run_link(dialled)
             except RefusedByServerError as error:
                 why = f"refused: {error}"
                 if error.final and self._end is not None:
@@ -223,7 +225,7 @@ class Agent:
             except (OSError, TimeoutError, ConnectionLostError, WireError) as error:
                 why = str(error) or type(error).__name__
             finally:
-                self._carrier.link = None
+                self._in_flight.link = None
             if self._ended.is_set():
                 return
             if why != told:
@@ -247,12 +249,12 @@ class Agent:
         link = dialled.link
         self._welcomed.set()
         link.cork()
-        self._carrier.go_on_with(link, welcome)
+        self._in_flight.go_on_with(link, welcome)
         if self._end is not None:
             link.post(self._end)
         link.uncork()
 
-    async def _serve(self, dialled: Dialled) -> None:
+    async def _run_link(self, dialled: Dialled) -> None:
         """Take frames until the connection is lost."""
         async with anyio.create_task_group() as tasks:
             for each in dialled.tasks(self._silence):
@@ -277,13 +279,13 @@ class Agent:
                 frame = frames.popleft()
                 rest: Awaitable[None] | None = None
                 if isinstance(frame, Answer):
-                    rest = self._carrier.answer(frame.seq, register_writes(frame))
+                    rest = self._in_flight.answer(frame.seq, register_writes(frame))
                 elif isinstance(frame, Native):
-                    rest = self._carrier.answer(frame.seq, None)
+                    rest = self._in_flight.answer(frame.seq, None)
                 elif isinstance(frame, Read | Write):
-                    rest = self._carrier.access(frame)
+                    rest = self._in_flight.access(frame)
                 elif isinstance(frame, Returned):
-                    self._carrier.take_back(frame.seq)
+                    self._in_flight.take_back(frame.seq)
                 elif isinstance(frame, Ended):
                     self._ended.set()
                 elif isinstance(frame, Welcome):

@@ -1,7 +1,11 @@
-"""The traps of one VM that wait for an answer: one in flight a vCPU, others behind it.
+"""The lanes of an agent: of each vCPU one trap in flight, and those that wait behind it.
 
-A trap is in `pending` from its departure until somebody takes it out to answer it, and that
-is once. `most` bounds those that wait behind others of their vCPU.
+- A trap is *in flight* (`in_flight`) from its first sending until somebody takes it out to answer
+  it, which is once: whoever is second finds nothing.
+- While one trap of a vCPU is in flight, later ones wait in the backlog of its lane. So the order of
+  a vCPU holds, and a server has to remember one answer a vCPU. All backlogs together hold `most`.
+
+As in `engine.lanes`, but nobody works on a ready trap here: it is sent.
 """
 
 from collections import deque
@@ -13,35 +17,37 @@ from vmibridge.errors import TrapQueueClosedError
 from vmibridge.vm.trap import TrapEvent
 
 
-class Flight:
-    """The trap of one vCPU."""
+class AgentLane:
+    """One vCPU: its trap in flight, and its backlog."""
 
     __slots__ = ("backlog", "busy", "deadline", "event", "memory", "sent_to")
 
     event: TrapEvent
+    """The trap in flight; when there is none, the last one."""
     deadline: float
-    """When it is answered without the server."""
+    """When that is answered without the server."""
     sent_to: bytes | None
-    """The memory of the server that it was sent to last."""
+    """The incarnation that it was sent to first; `None`: to none, or it was given back."""
     memory: tuple[tuple[int, bytes], ...]
-    """Guest memory that travels with it."""
+    """Guest memory that travels with it: physical address and bytes."""
 
     def __init__(self) -> None:
         self.busy: bool = False
+        """A further trap has to wait."""
         self.backlog: deque[TrapEvent] = deque()
 
 
-class Flights:
-    """See the module; the sink of a backend. `depart` is called with each flight when its turn
-    has come, `give_up` with the number of a trap whose vCPU is gone."""
+class AgentLanes:
+    """See the module; the sink of a backend. `send` is called with a lane whose next trap is
+    in flight from now on, `give_up` with the number of a trap whose vCPU is gone."""
 
     def __init__(
-        self, most: int, depart: Callable[[Flight], None], give_up: Callable[[int], None]
+        self, most: int, send: Callable[[AgentLane], None], give_up: Callable[[int], None]
     ) -> None:
-        self.pending: dict[int, Flight] = {}
-        """By the sequence number of the trap, in the order of departure."""
-        self._lanes: dict[int, Flight] = {}
-        self._depart = depart
+        self.in_flight: dict[int, AgentLane] = {}
+        """By the sequence number of the trap, in the order of sending."""
+        self._by_vcpu: dict[int, AgentLane] = {}
+        self._send = send
         self._give_up = give_up
         self._most = most
         self._queued = 0
@@ -54,16 +60,16 @@ class Flights:
         """Raises `anyio.WouldBlock` when full, `TrapQueueClosedError` when closed."""
         if self._closed:
             raise TrapQueueClosedError("the agent takes no more traps")
-        flight = self._lanes.get(event.vcpu)
-        if flight is None:
-            flight = self._lanes[event.vcpu] = Flight()
-        elif flight.busy:
+        lane = self._by_vcpu.get(event.vcpu)
+        if lane is None:
+            lane = self._by_vcpu[event.vcpu] = AgentLane()
+        elif lane.busy:
             if self._queued >= self._most:
                 raise anyio.WouldBlock
             self._queued += 1
-            flight.backlog.append(event)
+            lane.backlog.append(event)
             return
-        self._begin(flight, event)
+        self._begin(lane, event)
 
     async def put(self, event: TrapEvent) -> None:
         """Wait for room. Raises `TrapQueueClosedError`. Cancelled, nothing was put."""
@@ -76,43 +82,48 @@ class Flights:
                 await self._room.wait()
 
     def abandon(self, event: TrapEvent) -> None:
-        """The vCPU of a trap is gone: it is answered at once, by nobody in particular."""
-        if event.seq in self.pending:
+        """The vCPU of a trap is gone: the trap is answered here, and nobody reads the answer."""
+        if event.seq in self.in_flight:
             self._give_up(event.seq)
 
-    def _begin(self, flight: Flight, event: TrapEvent) -> None:
-        flight.busy = True
-        flight.event = event
-        flight.sent_to = None
-        flight.memory = ()
-        self.pending[event.seq] = flight
-        self._depart(flight)
+    def _begin(self, lane: AgentLane, event: TrapEvent) -> None:
+        lane.busy = True
+        lane.event = event
+        lane.sent_to = None
+        lane.memory = ()
+        self.in_flight[event.seq] = lane
+        self._send(lane)
 
-    def take(self, seq: int) -> Flight | None:
-        """Whoever gets it has to answer it, and call `landed`; `None`: somebody else did."""
-        flight = self.pending.pop(seq, None)
-        if flight is not None:
+    def take(self, seq: int) -> AgentLane | None:
+        """Take a trap out to answer it; `None`: it is not in flight, or somebody else did.
+
+        The caller must answer it, and then call `release`.
+        """
+        lane = self.in_flight.pop(seq, None)
+        if lane is not None:
             self._answering += 1
-            if not flight.backlog:
-                # Its next trap may come before this answer has been seen to its end.
-                flight.busy = False
-        return flight
+            if not lane.backlog:
+                # The vCPU goes on as soon as the backend has the answer: its next trap may come
+                # before `resume` has returned here, and must not wait behind it.
+                lane.busy = False
+        return lane
 
-    def landed(self, flight: Flight) -> None:
-        """The answer is written."""
+    def release(self, lane: AgentLane) -> None:
+        """The answer is written, or could not be: the next trap of the vCPU is sent."""
         self._answering -= 1
-        if flight.backlog:
+        if lane.backlog:
             self._queued -= 1
+            # Room comes in batches, so that a vCPU that waits costs a task switch once a batch.
             if self._room is not None and self._queued <= self._most // 2:
                 self._room.set()
                 self._room = None
-            self._begin(flight, flight.backlog.popleft())
-        elif self._quiet is not None and not self.pending and not self._answering:
+            self._begin(lane, lane.backlog.popleft())
+        elif self._quiet is not None and not self.in_flight and not self._answering:
             self._quiet.set()
 
     async def quiet(self) -> None:
         """Wait until every trap that was put is answered."""
-        while self.pending or self._answering:
+        while self.in_flight or self._answering:
             if self._quiet is None or self._quiet.is_set():
                 self._quiet = anyio.Event()
             await self._quiet.wait()

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from vmibridge.bridge.contract import GuestRead
 from vmibridge.bridge.packet import BridgePacket
-from vmibridge.bridge.registers import read_packet
-from vmibridge.errors import GuestMemoryError, UnsupportedTrapError
+from vmibridge.bridge.request import request_in
+from vmibridge.errors import GuestMemoryError
 from vmibridge.transport.wire import MOST_PREFETCHED, WireRead, guest_read
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.memory import GuestMemory
@@ -39,9 +39,8 @@ class Prefetch:
         return bool(self._of(event)[1])
 
     def _of(self, event: TrapEvent) -> tuple[BridgePacket | None, list[GuestRead]]:
-        try:
-            packet = read_packet(event)
-        except (UnsupportedTrapError, ValueError):
+        packet = request_in(event)
+        if packet is None:
             return None, []
         found = self._reads.get((packet.magic, packet.request)) or self._reads.get(
             (None, packet.request), []

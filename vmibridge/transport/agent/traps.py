@@ -1,7 +1,12 @@
-"""From a trap to its answer: what an agent has in flight, and how it is answered.
+"""The in-flight traps of an agent: how they are sent, sent again, and answered.
 
-A trap is answered once: `Flights.pending` has those that are not, and whoever takes one out of
-it answers it: the server's answer, the deadline, the stop, or the end of its vCPU.
+- A trap is answered once. Four may want to: the server's answer, the deadline, the stop, and the
+  end of its vCPU. The one that takes it out of `AgentLanes` answers it; all run on one loop.
+- A trap that was sent to one incarnation, and goes to another now, is marked (`elsewhere`): a
+  handler may have run for it. So it is to each further one. It is not to the first, which
+  remembers it; nor after RETURNED, by which a server says that it asked no handler.
+- What belongs to another incarnation is not sent: the reply to an access has the number that the
+  server of then gave it.
 """
 
 import logging
@@ -15,14 +20,14 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from vmibridge.aio.stepping import DONE, first_step, go_on
-from vmibridge.bridge.registers import is_guest_request, read_packet, write_response
+from vmibridge.aio.coroutines import DONE, first_step, go_on
+from vmibridge.bridge.registers import write_response
+from vmibridge.bridge.request import is_ours
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.errors import UnsupportedTrapError
 from vmibridge.transport.agent.accesses import Accesses
-from vmibridge.transport.agent.dial import AgentLink
-from vmibridge.transport.agent.lanes import Flight, Flights
+from vmibridge.transport.agent.lanes import AgentLane, AgentLanes
 from vmibridge.transport.agent.prefetch import Prefetch
+from vmibridge.transport.links import AgentLink
 from vmibridge.transport.wire import (
     NO_DEADLINE,
     Cancel,
@@ -31,10 +36,11 @@ from vmibridge.transport.wire import (
     Welcome,
     Write,
     milliseconds,
+    trap_filter,
     trap_frame,
 )
 from vmibridge.vm.backend import Backend
-from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapReason
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -69,23 +75,25 @@ class AgentCounts:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-class Carrier:
-    """The traps of one VM. `deadline` is that of the user, in seconds; `None`: the server's."""
+class InFlightTraps:
+    """The in-flight traps of one VM. `deadline` is that of the user, in seconds; `None`: the
+    server's."""
 
     def __init__(self, backend: Backend, vm: str, deadline: float | None) -> None:
         self.vm = vm
         self.counts: AgentCounts = AgentCounts()
-        self.flights: Flights = Flights(_QUEUE, self._depart, self._give_up)
+        self.lanes: AgentLanes = AgentLanes(_QUEUE, self._send_first, self._give_up)
         self.link: AgentLink | None = None
         """The connection, while there is one."""
         self._backend = backend
-        self._pending = self.flights.pending
+        self._in_flight = self.lanes.in_flight
         self._own_deadline = deadline
         self._deadline = MOST_SECONDS
         self._left = 0
         self._fallback = BridgeResponse[object]()
+        self._filter = TrapFilter()
         self._vcpus = 0
-        self._memory = b""
+        self._incarnation = b""
         self._accesses = Accesses(backend)
         self._prefetch = Prefetch(backend, ())
         self._errands: deque[Callable[[], Coroutine[Any, Any, None]]] = deque()
@@ -93,11 +101,12 @@ class Carrier:
 
     def go_on_with(self, link: AgentLink, welcome: Welcome) -> None:
         """Send the traps in flight, and those that come, to a server that has said WELCOME."""
-        if welcome.memory != self._memory:
+        if welcome.incarnation != self._incarnation:
             self._accesses.forget()
-        self._memory = welcome.memory
+        self._incarnation = welcome.incarnation
         self._vcpus = welcome.vcpus
         self._fallback = BridgeResponse(*welcome.fallback)
+        self._filter = trap_filter(welcome)
         self._prefetch = Prefetch(self._backend, welcome.reads)
         told = MOST_SECONDS if welcome.timeout == NO_DEADLINE else welcome.timeout / 1000 + MARGIN
         self._deadline = min(
@@ -107,58 +116,59 @@ class Carrier:
         self.link = link
         self._send_again(link)
 
-    def _depart(self, flight: Flight) -> None:
+    def _send_first(self, lane: AgentLane) -> None:
         self.counts.traps += 1
-        event = flight.event
-        flight.deadline = _clock() + self._deadline
-        if event.vcpu > 0xFFFF or len(self._pending) > self._vcpus:
+        event = lane.event
+        lane.deadline = _clock() + self._deadline
+        if event.vcpu > 0xFFFF or len(self._in_flight) > self._vcpus:
             log.warning("vm %s: more vCPUs than the server takes: %d", self.vm, self._vcpus)
             self._give_up(event.seq)
         elif self._prefetch.wanted and self._prefetch.wants(event):
-            self._go(partial(self._send_with_memory, flight, event))
+            self._go(partial(self._send_with_memory, lane, event))
         elif self.link is not None:
-            self._send(self.link, flight, self._left)
+            self._send(self.link, lane, self._left)
 
-    async def _send_with_memory(self, flight: Flight, event: TrapEvent) -> None:
+    async def _send_with_memory(self, lane: AgentLane, event: TrapEvent) -> None:
         memory = await self._prefetch.read(event)
         # It may have been sent and answered by now, and the next one have taken its place.
-        if self._pending.get(event.seq) is flight:
-            flight.memory = memory
+        if self._in_flight.get(event.seq) is lane:
+            lane.memory = memory
             if self.link is not None:
-                self._send(self.link, flight, self._left_of(flight))
+                self._send(self.link, lane, self._left_of(lane))
 
-    def _send(self, link: AgentLink, flight: Flight, left: int) -> None:
-        sent_to = flight.sent_to
-        elsewhere = sent_to is not None and sent_to != self._memory
+    def _send(self, link: AgentLink, lane: AgentLane, left: int) -> None:
+        sent_to = lane.sent_to
+        elsewhere = sent_to is not None and sent_to != self._incarnation
         try:
-            frame = trap_frame(flight.event, left, elsewhere, flight.memory)
+            frame = trap_frame(lane.event, left, elsewhere, lane.memory)
         except ValueError as error:
             log.warning("vm %s: %s", self.vm, error)
-            self._give_up(flight.event.seq)
+            self._give_up(lane.event.seq)
             return
         if not elsewhere:
-            flight.sent_to = self._memory
+            # Else the first one stays: the trap is marked for whoever is not that one.
+            lane.sent_to = self._incarnation
         link.post(frame)
 
-    def _left_of(self, flight: Flight) -> int:
-        return milliseconds(flight.deadline - _clock())
+    def _left_of(self, lane: AgentLane) -> int:
+        return milliseconds(lane.deadline - _clock())
 
     def _send_again(self, link: AgentLink) -> None:
         """Over a new connection, in the order of the traps."""
-        for flight in list(self._pending.values()):
-            if flight.sent_to is not None:
+        for lane in list(self._in_flight.values()):
+            if lane.sent_to is not None:
                 self.counts.sent_again += 1
-            self._send(link, flight, self._left_of(flight))
+            self._send(link, lane, self._left_of(lane))
 
     def answer(self, seq: int, writes: RegisterWrites | None) -> Coroutine[Any, Any, None] | None:
         """Answer a trap that waits, once; returns what there is to wait for."""
-        flight = self.flights.take(seq)
-        if flight is None:
+        lane = self.lanes.take(seq)
+        if lane is None:
             self.counts.late += 1
             return None
         self.counts.answered += 1
         try:
-            body = self._backend.resume(flight.event, writes)
+            body = self._backend.resume(lane.event, writes)
             # As `first_step` does; a call less for every trap.
             wish = body.send(None)
         except StopIteration:
@@ -166,17 +176,17 @@ class Carrier:
         except Exception:
             log.exception("vm %s: the answer to trap %d was not written", self.vm, seq)
         else:
-            return self._finish(flight, seq, go_on(body, wish))
-        self.flights.landed(flight)
+            return self._finish(lane, seq, go_on(body, wish))
+        self.lanes.release(lane)
         return None
 
-    async def _finish(self, flight: Flight, seq: int, rest: Awaitable[None]) -> None:
+    async def _finish(self, lane: AgentLane, seq: int, rest: Awaitable[None]) -> None:
         try:
             await rest
         except Exception:
             log.exception("vm %s: the answer to trap %d was not written", self.vm, seq)
         finally:
-            self.flights.landed(flight)
+            self.lanes.release(lane)
 
     # --- answers that are given here ------------------------------------------------
 
@@ -187,38 +197,31 @@ class Carrier:
 
     async def answer_all(self) -> None:
         """Answer all that is in flight, without the server."""
-        for seq in list(self._pending):
+        for seq in list(self._in_flight):
             await self._answer_here(seq)
 
     async def _answer_here(self, seq: int) -> None:
-        flight = self._pending.get(seq)
-        if flight is not None:
+        lane = self._in_flight.get(seq)
+        if lane is not None:
             self.counts.own += 1
+            # `answer` counts it as the server's.
             self.counts.answered -= 1
-            rest = self.answer(seq, self._fallback_for(flight.event))
+            rest = self.answer(seq, self._fallback_for(lane.event))
             if rest is not None:
                 await rest
 
     def _fallback_for(self, event: TrapEvent) -> RegisterWrites | None:
         """As the server would have it; what may not be ours runs natively."""
-        try:
-            read_packet(event)
-        except (UnsupportedTrapError, ValueError):
-            return None
-        if (
-            self._backend.other_hypercalls
-            and event.reason is not TrapReason.CPUID
-            and not is_guest_request(event)
-        ):
-            return None
-        return write_response(event, self._fallback)
+        if is_ours(event, self._filter, other_hypercalls=self._backend.other_hypercalls):
+            return write_response(event, self._fallback)
+        return None
 
     async def watch(self) -> None:
         """Keep the deadlines. A trap that comes while this sleeps is due later than it wakes."""
         while True:
             now = _clock()
-            for seq, trap in list(self._pending.items()):
-                if trap.deadline <= now:
+            for seq, lane in list(self._in_flight.items()):
+                if lane.deadline <= now:
                     log.warning(
                         "vm %s: trap %d has no answer within %g s: the guest gets the fallback",
                         self.vm,
@@ -226,30 +229,31 @@ class Carrier:
                         self._deadline,
                     )
                     self._give_up(seq)
-                    trap.deadline = math.inf
-            following = min((trap.deadline for trap in self._pending.values()), default=math.inf)
+                    # It is answered by a task, which may wait: once is enough.
+                    lane.deadline = math.inf
+            following = min((lane.deadline for lane in self._in_flight.values()), default=math.inf)
             await anyio.sleep(max(0.0, min(following - _clock(), self._deadline)))
 
     # --- what a server asks for -------------------------------------------------------
 
-    def _post(self, memory: bytes, frame: Memory) -> None:
-        # A server that was started anew counts its accesses anew: this is none of its own.
-        if self.link is not None and self._memory == memory:
+    def _post(self, incarnation: bytes, frame: Memory) -> None:
+        # Another incarnation numbers its accesses from 1 again: this is none of its own.
+        if self.link is not None and self._incarnation == incarnation:
             self.link.post(frame)
 
     def access(self, frame: Read | Write) -> Awaitable[None] | None:
         """Guest memory for a trap that waits; returns what there is to wait for."""
-        flight = self._pending.get(frame.seq)
-        post = partial(self._post, self._memory)
-        body = self._accesses.do(frame, None if flight is None else flight.event, post)
+        lane = self._in_flight.get(frame.seq)
+        post = partial(self._post, self._incarnation)
+        body = self._accesses.do(frame, None if lane is None else lane.event, post)
         wish = first_step(body)
         return None if wish is DONE else go_on(body, wish)
 
     def take_back(self, seq: int) -> None:
         """The server stops, and has asked nobody: as if it had not been sent."""
-        flight = self._pending.get(seq)
-        if flight is not None:
-            flight.sent_to = None
+        lane = self._in_flight.get(seq)
+        if lane is not None:
+            lane.sent_to = None
 
     def _go(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Start a task, from anywhere: a trap of a vCPU's thread comes outside of any task."""

@@ -8,15 +8,9 @@ from collections import deque
 
 from msgspec.structs import replace
 
+from vmibridge.errors import WireError
 from vmibridge.transport.nats.peers import Peer
-from vmibridge.transport.wire import (
-    MOST_ACCESSES,
-    MOST_LARGE_ACCESSES,
-    Memory,
-    Read,
-    WireError,
-    Write,
-)
+from vmibridge.transport.wire import MOST_ACCESSES, MOST_LARGE_ACCESSES, Memory, Read, Write
 
 _MOST = MOST_ACCESSES + MOST_LARGE_ACCESSES
 _BITS = 64

@@ -1,7 +1,7 @@
 """The end of an agent on NATS: traps as requests that any server of the queue group may take.
 
-To `Agent` this is one connection, with one memory behind it. Which server has which trap is
-kept here (`nats_flights`); what a server says of a trap that it does not have is dropped, and
+To `Agent` this is one connection, with one incarnation behind it. Which server has which trap is
+kept here (`attempts`); what a server says of a trap that it does not have is dropped, and
 it is told that its access to guest memory failed.
 
 A connection to NATS that is lost is made again by nats-py, below this: the link goes on.
@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING
 import anyio
 import msgspec
 
-from vmibridge.bridge.registers import read_packet
+from vmibridge.bridge.request import request_in, retry_key
 from vmibridge.bridge.status import Gate
-from vmibridge.errors import UnsupportedTrapError
+from vmibridge.errors import (
+    ConnectionLostError,
+    NatsRefusedError,
+    WireError,
+)
 from vmibridge.text import printable
-from vmibridge.transport.agent.dial import RefusedByServerError
+from vmibridge.transport.handshake import WELCOME_SECONDS, check_welcome
 from vmibridge.transport.nats.accesses import PeerAccesses
 from vmibridge.transport.nats.attempts import Sent, SentTraps
-from vmibridge.transport.nats.client import NatsClient, is_nobody
-from vmibridge.transport.nats.login import NatsRefusedError
+from vmibridge.transport.nats.client import NatsClient, is_no_responders
 from vmibridge.transport.nats.message import (
     Ask,
     NatsFromServer,
@@ -38,9 +41,7 @@ from vmibridge.transport.nats.subjects import (
     trap_subject,
     vm_token,
 )
-from vmibridge.transport.sockets.connection import ConnectionLostError
 from vmibridge.transport.wire import (
-    VERSION,
     Answer,
     Cancel,
     End,
@@ -56,7 +57,6 @@ from vmibridge.transport.wire import (
     Returned,
     Trap,
     Welcome,
-    WireError,
     Write,
     milliseconds,
     trap_event,
@@ -69,19 +69,17 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
-_HANDSHAKE = 10.0
-"""Seconds to a WELCOME; a server may have to load handlers first."""
 _TROUBLE = 20
 """Times the silence that traps go straight to servers that are heard, after one was silent."""
 _NOT_YOURS = "the trap is not yours any more: it was sent to another server"
 
 
-class NatsLink:
+class NatsAgentLink:
     """See the module; an `AgentLink`."""
 
     def __init__(self, client: NatsClient, hello: Hello) -> None:
         self.shares: dict[str, int] = {}
-        """Traps that each server answered, by the first digits of its memory's id."""
+        """Traps that each server answered, by the first digits of the id of its incarnation."""
         self._client = client
         self._url = client.url
         self._vm = hello.vm
@@ -96,7 +94,7 @@ class NatsLink:
         self._frames: deque[FromServer] = deque()
         self._came = anyio.Event()
         self._welcome: Welcome | Refused | None = None
-        self._nobody = False
+        self._no_responders = False
         self._end: End | None = None
         self._ended_at = 0.0
         self._told: set[str] = set()
@@ -110,24 +108,21 @@ class NatsLink:
         """
         await self._client.subscribe(f"{self._inbox}.>", self._take)
         self._say_hello()
-        with anyio.move_on_after(_HANDSHAKE):
-            while self._welcome is None and not self._nobody and not self._client.denied:
+        with anyio.move_on_after(WELCOME_SECONDS):
+            while self._welcome is None and not self._no_responders and not self._client.denied:
                 self._look_whether_closed()
                 await self._wait()
-        welcome = self._welcome
-        if welcome is None:
-            if self._nobody:
+        first = self._welcome
+        if first is None:
+            if self._no_responders:
                 raise ConnectionLostError("no server listens on this NATS")
             if self._client.denied:
                 raise NatsRefusedError(self._client.denied[0])
-            raise TimeoutError(f"no server has said WELCOME in {_HANDSHAKE:g} s")
-        if isinstance(welcome, Refused):
-            raise RefusedByServerError(printable(welcome.why), final=welcome.final)
-        if welcome.version != VERSION:
-            raise WireError("no WELCOME")
+            raise TimeoutError(f"no server has said WELCOME in {WELCOME_SECONDS:g} s")
+        welcome = check_welcome(first)
         self._client.at_work = True
-        # To the agent it is one memory: which one has a trap is looked after here.
-        return msgspec.structs.replace(welcome, memory=secrets.token_bytes(16))
+        # To the agent this is one incarnation: which server has a trap is kept track of here.
+        return msgspec.structs.replace(welcome, incarnation=secrets.token_bytes(16))
 
     def _say_hello(self) -> None:
         self._client.publish(hello_subject(self._token), self._hello, f"{self._inbox}.hello")
@@ -160,13 +155,8 @@ class NatsLink:
 
     def _post_trap(self, frame: Trap) -> None:
         event = trap_event(frame, self._vm)
-        packet, key = None, None
-        try:
-            packet = read_packet(event)
-        except (UnsupportedTrapError, ValueError):
-            pass
-        else:
-            key = (event.address_space, event.ring, packet.magic, packet.request, packet.method)
+        packet = request_in(event)
+        key = None if packet is None else retry_key(event, packet)
         deadline = _clock() + frame.left / 1000
         subject = trap_subject(self._token, packet, self._url.partitions)
         sent = Sent(frame, deadline, subject, key)
@@ -227,8 +217,8 @@ class NatsLink:
         """A message has come to the inbox: nothing in it may hurt."""
         place = message.subject[len(self._inbox) + 1 :].split(".")
         try:
-            if is_nobody(message):
-                self._take_nobody(place)
+            if is_no_responders(message):
+                self._on_no_responders(place)
             elif place == ["probe"]:
                 self._client.publish(message.reply, pack(Ping()))
             else:
@@ -236,10 +226,10 @@ class NatsLink:
         except (WireError, ValueError, IndexError) as error:
             log.debug("vm %s: %s: garbage: %s", self._vm, self._url, error)
 
-    def _take_nobody(self, place: list[str]) -> None:
-        """NATS says that nobody listens where this was published."""
+    def _on_no_responders(self, place: list[str]) -> None:
+        """No responders to the message that had this reply subject."""
         if place == ["hello"]:
-            self._nobody = True
+            self._no_responders = True
             self._came.set()
         elif place[0] == "to":
             peer = self._peers.numbered(int(place[1]))
@@ -251,14 +241,14 @@ class NatsLink:
             if sent is not None and sent.holder is None:
                 if sent.only is not None:
                     self._waiting.drop(sent.key)
-                self._sent.nobody_has(sent, self._client.uptime())
-                self._tell_once("nobody", "no server takes traps on this NATS; trying again")
+                self._sent.send_later(sent, self._client.uptime())
+                self._tell_once("no responders", "no server takes traps on this NATS; trying again")
 
     def _take_frames(self, place: list[str], message: "Msg") -> None:
         now = self._client.uptime()
         peer = self._peers.speaking(message.reply, now)
         if peer is None:
-            raise WireError("from nobody")
+            raise WireError("no reply subject, or one server too many")
         frames = peer.messages.frames(message.data)
         peer.speaks(now)
         if place == ["hello"]:
@@ -281,7 +271,7 @@ class NatsLink:
             raise WireError("about another trap")
         sent = self._sent.get(seq, attempt)
         if sent is not None and isinstance(frame, Refused):
-            self._sent.nobody_has(sent, self._client.uptime())
+            self._sent.send_later(sent, self._client.uptime())
             self._tell_once(frame.why, f"a server refuses its traps: {printable(frame.why)}")
             return
         if sent is None or not self._sent.held_by(sent, peer, self._client.uptime()):
@@ -294,7 +284,7 @@ class NatsLink:
             self._pass_on(frame)
         elif isinstance(frame, Returned):
             # It stops, and has asked no handler.
-            self._sent.nobody_has(sent, self._client.uptime())
+            self._sent.send_later(sent, self._client.uptime())
         elif isinstance(frame, Read | Write):
             access = self._accesses.take(frame, peer)
             if access is not None:

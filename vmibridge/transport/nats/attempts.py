@@ -4,7 +4,7 @@
 |---|---|
 | sent, and nobody has said TAKEN | its server is unknown: all are asked |
 | taken by a server | that one is asked, now and then |
-| with nobody: NATS said so, or it was given back or refused | sent again after a pause |
+| with no server: no responders, or it was given back or refused | sent again after a pause |
 | with a server that is silent, or gone | sent again, marked: it may have run there |
 
 Each time that it is sent it has another attempt number, which is in the reply subject. So what
@@ -20,10 +20,11 @@ from vmibridge.transport.nats.peers import Peer
 from vmibridge.transport.wire import Trap
 
 _FIRST_PAUSE = 0.02
-"""Seconds until a trap that nobody has is sent again, before jitter; doubled each time."""
+"""Seconds until a trap that no server has is sent again, before jitter; doubled each time."""
 _LONGEST_PAUSE = 0.5
 _MOST_MISSES = 2
-"""NATS says twice that a server is gone: once may be just before it is there again."""
+"""No responders, so often in a row, and a server is gone. Once may be just before it has
+subscribed again, after NATS was restarted."""
 
 
 class Sent:
@@ -50,7 +51,7 @@ class Sent:
         self.heard: float = 0.0
         self.asked: float = 0.0
         self.waits_until: float | None = None
-        """Nobody has it: when it is to be sent again."""
+        """No server has it: when it is to be sent again."""
         self.pause = _FIRST_PAUSE
 
 
@@ -100,12 +101,12 @@ class SentTraps:
         sent.waits_until = None
         sent.heard = sent.asked = now
 
-    def nobody_has(self, sent: Sent, now: float) -> None:
-        """It was not run, and is to be sent again."""
+    def send_later(self, sent: Sent, now: float) -> None:
+        """No server has it, and none has run it: it is to be sent again, without the mark."""
         sent.only = None
         sent.waits_until = now + sent.pause * random.uniform(0.5, 1.0)  # noqa: S311
         sent.pause = min(sent.pause * 2, _LONGEST_PAUSE)
-        # What still comes for this attempt is of no account.
+        # So what still comes for this attempt is known as late.
         sent.attempt += 1
         sent.holder = None
 

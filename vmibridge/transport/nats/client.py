@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 from sniffio import current_async_library
 
-from vmibridge.aio.stepping import DONE, first_step, go_on
+from vmibridge.aio.coroutines import DONE, first_step, go_on
 from vmibridge.errors import BackendError
 from vmibridge.transport.nats.login import (
     denied_by,
@@ -317,8 +317,11 @@ class NatsClient:
         return end
 
 
-def is_nobody(message: "Msg") -> bool:
-    """Whether NATS says that nobody listens where a message was published."""
+def is_no_responders(message: "Msg") -> bool:
+    """Whether this is NATS' "no responders": nobody subscribes to where a message was published.
+
+    It has no body, and the status 503 (NATS client protocol, HMSG).
+    """
     return not message.data and (message.headers or {}).get("Status") == "503"
 
 

@@ -4,13 +4,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
-from vmibridge.errors import BackendError
-from vmibridge.transport.agent.dial import Dialled, RefusedByServerError
-from vmibridge.transport.nats.agent_link import NatsLink
+from vmibridge.errors import BackendError, NatsRefusedError, RefusedByServerError
+from vmibridge.transport.handshake import hello
+from vmibridge.transport.links import Dialled
+from vmibridge.transport.nats.agent_link import NatsAgentLink
 from vmibridge.transport.nats.client import NatsClient
-from vmibridge.transport.nats.login import NatsRefusedError
 from vmibridge.transport.urls.nats import NatsUrl
-from vmibridge.transport.wire import VERSION, WORD, Hello
 from vmibridge.vm.backend import Backend
 
 
@@ -21,8 +20,9 @@ async def dial_nats(
     """Connect to NATS, and find a server there. Raises as `dial` does."""
     try:
         async with NatsClient(url, f"vmibridge agent {vm}"[:128]) as client:
-            link = NatsLink(client, Hello(WORD, VERSION, VERSION, session, vm, 0,
-                                          backend.other_hypercalls))  # fmt: skip
+            link = NatsAgentLink(
+                client, hello(session, vm, other_hypercalls=backend.other_hypercalls)
+            )
             welcome = await link.shake_hands()
             try:
                 yield Dialled(

@@ -13,15 +13,17 @@ import os
 import random
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from vmibridge.errors import BackendError
+from vmibridge.errors import BackendError, NatsRefusedError, RefusedError, WireError
 from vmibridge.text import printable
-from vmibridge.transport.nats.client import NatsClient, is_nobody
-from vmibridge.transport.nats.login import NatsRefusedError, reason
+from vmibridge.transport.handshake import check_hello, refused
+from vmibridge.transport.limits import AgentLimits
+from vmibridge.transport.nats.client import NatsClient, is_no_responders
+from vmibridge.transport.nats.login import reason
 from vmibridge.transport.nats.message import (
     FROM_NATS_AGENT,
     Messages,
@@ -37,17 +39,9 @@ from vmibridge.transport.nats.subjects import (
     token_in,
     vm_token,
 )
-from vmibridge.transport.server.listener import RefusedError, check_hello
-from vmibridge.transport.session import Session
+from vmibridge.transport.session import Admit
 from vmibridge.transport.urls.nats import NatsUrl
-from vmibridge.transport.wire import (
-    AgentLimits,
-    Hello,
-    Pong,
-    Refused,
-    Welcome,
-    WireError,
-)
+from vmibridge.transport.wire import Hello, Pong
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -56,15 +50,13 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
-Admit: TypeAlias = Callable[[Hello, str], Awaitable[tuple[Session, Welcome]]]
-
 _PROBE = 1.0
 """Seconds for an agent to say that it is there."""
 _MOST_REFUSED = 1024
 _LONGEST_PAUSE = 5.0
 
 
-class NatsListening:
+class NatsListener:
     """A server in the queue group of one NATS.
 
     Raises nothing; `open` does.
@@ -80,7 +72,7 @@ class NatsListening:
         self._client = NatsClient(url, self._name)
         self._inbox = ""
         self._by_hello: dict[bytes, NatsSessionLink] = {}
-        self._by_memory: dict[str, NatsSessionLink] = {}
+        self._by_incarnation: dict[str, NatsSessionLink] = {}
         self._by_session: dict[str, NatsSessionLink] = {}
         self._ends: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._admitting = anyio.Lock()
@@ -117,7 +109,7 @@ class NatsListening:
             await self.end()
             raise BackendError(f"{self.url}: {why}")
 
-    async def serve(self) -> None:
+    async def run(self) -> None:
         """Look after the sessions, until cancelled; then what was said is sent."""
         try:
             while True:
@@ -188,7 +180,7 @@ class NatsListening:
 
     def _forget(self, link: NatsSessionLink) -> None:
         self._by_hello.pop(link.hello, None)
-        self._by_memory.pop(link.session.memory.hex(), None)
+        self._by_incarnation.pop(link.session.incarnation.hex(), None)
         self._by_session.pop(link.session.id.hex(), None)
         link.session.detach(link)
 
@@ -211,12 +203,12 @@ class NatsListening:
             log.debug("%s: garbage: %s", self.url, error)
 
     async def _take_own(self, message: "Msg") -> None:
-        """At this server's own inbox: what an agent sends to the memory that it knows."""
-        link = self._by_memory.get(message.subject.rpartition(".")[2])
+        """At this server's own inbox: what an agent sends to the incarnation that it knows."""
+        link = self._by_incarnation.get(message.subject.rpartition(".")[2])
         if link is None:
             return
-        if is_nobody(message):
-            # Nobody listens any more where the agent was. Or it has lost NATS, and comes back.
+        if is_no_responders(message):
+            # The agent is gone. Or it has lost NATS, and comes back: then it is attached again.
             link.session.detach(link)
             return
         try:
@@ -255,14 +247,14 @@ class NatsListening:
                     log.warning("%s: refused: %s", self.url, printable(str(error)))
                 if reply:
                     self._client.publish(
-                        reply, pack(Refused(str(error)[:1000], error.final)), self._inbox
+                        reply, pack(refused(error, final=error.final)), self._inbox
                     )
                 return None
             link = self._by_hello.get(start)
             if link is None or link.session is not session or link.closed:
                 link = NatsSessionLink(self._client, self._inbox, session, start)
                 self._by_hello[start] = link
-                self._by_memory[session.memory.hex()] = link
+                self._by_incarnation[session.incarnation.hex()] = link
                 self._by_session[session.id.hex()] = link
                 link.agent = _inbox_of(reply)
             link.heard = _clock()

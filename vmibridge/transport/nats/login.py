@@ -3,7 +3,7 @@
 - A file of secrets is checked before NATS is asked: nats-py would look for a JWT for ever in
   a file that has none. It is read again for each connection, so it may be renewed.
 - Where the URL wants TLS, nothing is said without it. nats-py would go on in the clear when
-  a server, or somebody in between, does not ask for it (`nats_py`).
+  a server, or somebody in between, does not ask for it (`patched`).
 - Secrets go to nats-py, and nowhere else: no error says one.
 """
 
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmibridge.errors import VmiBridgeError
+from vmibridge.errors import NatsRefusedError
 from vmibridge.text import printable
 from vmibridge.transport.urls.nats import NatsUrl
 
@@ -26,10 +26,6 @@ _SEED = re.compile(rb"-BEGIN USER NKEY SEED-+\s+([A-Z2-7]+)")
 _DENIED = "permissions violation for "
 
 _T = TypeVar("_T")
-
-
-class NatsRefusedError(VmiBridgeError):
-    """NATS does not take us: trying again as we are is of no use."""
 
 
 def login_options(url: NatsUrl) -> dict[str, Any]:

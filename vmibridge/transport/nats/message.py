@@ -14,15 +14,8 @@ from typing import Annotated, Final, Generic, TypeAlias
 
 import msgspec
 
-from vmibridge.transport.wire import (
-    HELLO_LIMIT,
-    MEMORY_LIMIT,
-    F,
-    Frame,
-    FromAgent,
-    FromServer,
-    WireError,
-)
+from vmibridge.errors import WireError
+from vmibridge.transport.wire import HELLO_LIMIT, MEMORY_LIMIT, F, Frame, FromAgent, FromServer
 
 _PART = struct.Struct("<IIHH")
 """The mark, the id of the whole, the number of this part, and of how many."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from nats.aio.client import Client
 from nats.errors import SecureConnRequiredError
 
-from vmibridge.transport.nats.login import NatsRefusedError
+from vmibridge.errors import NatsRefusedError
 
 if TYPE_CHECKING:
     from nats.aio.client import Srv

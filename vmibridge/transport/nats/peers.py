@@ -18,7 +18,7 @@ _MOST_WAITING = 1024
 
 
 class Peer:
-    """One server, as an agent knows it: one memory of this VM."""
+    """One server, as an agent knows it: one incarnation."""
 
     __slots__ = (
         *("answered", "ended", "heard", "messages", "misses"),
@@ -33,7 +33,7 @@ class Peer:
         self.messages: Messages[NatsFromServer] = Messages(FROM_NATS_SERVER)
         self.heard: float = now
         self.misses: int = 0
-        """How often NATS has said, since it was heard, that nobody listens there."""
+        """How often there were no responders at `subject`, since it was heard."""
         self.answered = 0
         self.under_way = 0
         """Accesses to guest memory that it waits for."""

@@ -6,6 +6,8 @@ time that the trap is sent.
 
 import time
 
+from vmibridge.errors import WireError
+from vmibridge.transport.handshake import refused
 from vmibridge.transport.nats.client import NatsClient
 from vmibridge.transport.nats.message import (
     FROM_NATS_AGENT,
@@ -23,10 +25,8 @@ from vmibridge.transport.wire import (
     Memory,
     Native,
     Read,
-    Refused,
     Returned,
     Trap,
-    WireError,
     Write,
 )
 
@@ -54,7 +54,7 @@ class NatsSessionLink:
     def __init__(self, client: NatsClient, inbox: str, session: Session, hello: bytes) -> None:
         self.session = session
         self.hello = hello
-        self.inbox: str = f"{inbox}.{session.memory.hex()}"
+        self.inbox: str = f"{inbox}.{session.incarnation.hex()}"
         self.heard: float = _clock()
         self.closed: bool = False
         self.agent = ""
@@ -145,7 +145,7 @@ class NatsSessionLink:
         except WireError as error:
             self._open.pop(frame.seq, None)
             del self._last[frame.vcpu]
-            self.say(reply, Refused(str(error)[:1000], final=False))
+            self.say(reply, refused(error, final=False))
             raise
         if frame.seq in self._open:
             self.say(reply, Taken(frame.seq))

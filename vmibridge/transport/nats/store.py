@@ -14,9 +14,8 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from vmibridge.errors import BackendError, RecordingError
+from vmibridge.errors import BackendError, NatsRefusedError, RecordingError
 from vmibridge.transport.nats.client import NatsClient
-from vmibridge.transport.nats.login import NatsRefusedError
 from vmibridge.transport.urls.nats import NatsUrl
 
 if TYPE_CHECKING:

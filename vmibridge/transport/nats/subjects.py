@@ -16,16 +16,14 @@ import re
 from typing import Final
 
 from vmibridge.bridge.packet import BridgePacket
+from vmibridge.transport.urls.nats import is_subject
 
 QUEUE: Final = "vmibridge"
 """The queue group of the servers."""
 HELLO: Final = "vmibridge.hello"
-TRAPS: Final = "vmibridge.*.*.*"
 FROM_ALL_AGENTS: Final = "vmibridge.*.agent.all.*"
 
 _SAFE = re.compile(rb"[^A-Za-z0-9_-]")
-_SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
-_PATTERN = re.compile(r"([^\s.*>]+|\*)(\.([^\s.*>]+|\*))*(\.>)?")
 
 
 def vm_token(vm: str) -> str:
@@ -71,16 +69,6 @@ def token_in(subject: str) -> str | None:
     if len(parts) >= 4 and len(parts[-2]) == 8 and len(parts[-1]) == 4:
         return parts[-3]
     return None
-
-
-def is_subject(text: str) -> bool:
-    """Whether something may be published there."""
-    return _SUBJECT.fullmatch(text) is not None
-
-
-def is_pattern(text: str) -> bool:
-    """Whether one may subscribe to it."""
-    return _PATTERN.fullmatch(text) is not None
 
 
 def may_be_answered(reply: str) -> bool:

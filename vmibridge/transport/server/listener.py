@@ -10,18 +10,20 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 from anyio.abc import TaskGroup
 
-from vmibridge.errors import VmiBridgeError
+from vmibridge.errors import ConnectionLostError, RefusedError, WireError
 from vmibridge.text import printable
-from vmibridge.transport.session import Session
-from vmibridge.transport.sockets.connection import Connection, ConnectionLostError, keep_alive
+from vmibridge.transport.handshake import check_hello, refused
+from vmibridge.transport.limits import AgentLimits
+from vmibridge.transport.session import Admit, Session
+from vmibridge.transport.sockets.connection import Connection, keep_alive
 from vmibridge.transport.sockets.endpoints import (
-    Listening,
+    ListeningSockets,
     certified_names,
     listen,
     peer_user,
@@ -32,37 +34,20 @@ from vmibridge.transport.urls.nats import NatsUrl
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
     FROM_AGENT,
-    VERSION,
-    WORD,
-    AgentLimits,
     FromAgent,
     Hello,
-    Refused,
     Trap,
-    Welcome,
-    WireError,
 )
 
 if TYPE_CHECKING:
-    from vmibridge.transport.nats.listener import NatsListening
+    from vmibridge.transport.nats.listener import NatsListener
 
 log: logging.Logger = logging.getLogger(__name__)
 
 AgentConnection: TypeAlias = Connection[FromAgent]
-Admit: TypeAlias = Callable[[Hello, str], Awaitable["tuple[Session, Welcome]"]]
-"""Makes or finds the session of a peer that said HELLO and proved who it is. Raises
-`RefusedError`."""
 
 _LAST = 1.0
 """Seconds in which a peer is told why it is refused."""
-
-
-class RefusedError(VmiBridgeError):
-    """An agent is not served; the message says why."""
-
-    def __init__(self, why: str, *, final: bool = True) -> None:
-        super().__init__(why)
-        self.final = final
 
 
 class Listener:
@@ -78,7 +63,7 @@ class Listener:
         self._contexts = {
             url: tls_context(url, server_side=True) for url in self._urls if isinstance(url, TlsUrl)
         }
-        self._listening: list[Listening] = []
+        self._listening: list[ListeningSockets] = []
         self._at_handshake: dict[AgentConnection, None] = {}
         self._connections: set[AgentConnection] = set()
         self.refused: int = 0
@@ -105,14 +90,14 @@ class Listener:
         """The URLs without their options, with the ports that were given."""
         return [str(each) for each in (*self._listening, *self._nats)]
 
-    async def serve(self) -> None:
+    async def run(self) -> None:
         """Serve whoever connects, until cancelled; then all are hung up."""
         try:
             async with anyio.create_task_group() as tasks:
                 for each in self._listening:
                     tasks.start_soon(self._listen, each, tasks)
                 for nats in self._nats:
-                    tasks.start_soon(nats.serve)
+                    tasks.start_soon(nats.run)
         finally:
             for connection in list(self._connections):
                 connection.close()
@@ -130,7 +115,7 @@ class Listener:
         for nats in self._nats:
             nats.close()
 
-    async def _listen(self, listening: Listening, tasks: TaskGroup) -> None:
+    async def _listen(self, listening: ListeningSockets, tasks: TaskGroup) -> None:
         def take(accepted: socket.socket) -> None:
             connection: AgentConnection = Connection(accepted, FROM_AGENT)
             while len(self._at_handshake) >= self._limits.handshakes:
@@ -139,12 +124,12 @@ class Listener:
                 self.refused += 1
             self._at_handshake[connection] = None
             self._connections.add(connection)
-            tasks.start_soon(self._serve, listening, accepted, connection)
+            tasks.start_soon(self._run_connection, listening, accepted, connection)
 
-        await listening.serve(take)
+        await listening.accept(take)
 
-    async def _serve(
-        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+    async def _run_connection(
+        self, listening: ListeningSockets, accepted: socket.socket, connection: AgentConnection
     ) -> None:
         session: Session | None = None
         try:
@@ -169,7 +154,7 @@ class Listener:
                 session.detach(connection)
 
     async def _shake_hands(
-        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+        self, listening: ListeningSockets, accepted: socket.socket, connection: AgentConnection
     ) -> Session | None:
         url = listening.url
         try:
@@ -188,7 +173,7 @@ class Listener:
         except RefusedError as error:
             self.refused += 1
             log.warning("%s: refused: %s", url, printable(str(error)))
-            connection.post(Refused(str(error)[:1000], error.final))
+            connection.post(refused(error, final=error.final))
             await connection.drain(_LAST)
             return None
         # Nothing is awaited between WELCOME and the session's own frames.
@@ -201,7 +186,7 @@ class Listener:
         return session
 
     async def _identify(
-        self, listening: Listening, accepted: socket.socket, connection: AgentConnection
+        self, listening: ListeningSockets, accepted: socket.socket, connection: AgentConnection
     ) -> str:
         url = listening.url
         if isinstance(url, UnixUrl):
@@ -234,26 +219,13 @@ class Listener:
         raise lost
 
 
-def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[NatsListening]":
+def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[NatsListener]":
     if not urls:
         return []
-    # Only here: nats-py is an extra.
-    from vmibridge.transport.nats.listener import NatsListening
+    # Not at the top: those who use sockets would pay a tenth of the import for it.
+    from vmibridge.transport.nats.listener import NatsListener
 
-    return [NatsListening(url, limits, admit) for url in urls]
-
-
-def check_hello(hello: Hello) -> None:
-    """Raises `RefusedError` for an agent that this server does not understand."""
-    if hello.word != WORD:
-        raise RefusedError("this is no agent of vmibridge")
-    if not hello.oldest <= VERSION <= hello.version:
-        raise RefusedError(
-            f"the agent speaks versions {hello.oldest} to {hello.version} of the protocol, this"
-            f" server {VERSION}"
-        )
-    if not hello.vm.isprintable():
-        raise RefusedError("the name of the VM is not printable")
+    return [NatsListener(url, limits, admit) for url in urls]
 
 
 def _client_name(made: ssl.SSLObject, url: TlsUrl) -> str:

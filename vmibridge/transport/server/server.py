@@ -1,16 +1,16 @@
-"""Agents and handlers, brought together: each VM that comes gets handlers of its own, but for
-those that say `shared`.
+"""`AgentServer`: each VM whose agent connects gets a handler set of its own; only handlers that
+say `shared` serve several.
 
     server = AgentServer(["unix:/run/vmibridge.sock"], HandlerFactory(["handlers/"]))
     await server.run()
 
-Rules:
+Invariants:
 
 - A VM is a session: its handlers, and what it was answered, outlive its connections. It ends
   with its guest, or when its agent was away for `keep` seconds.
-- Handlers that are loaded anew take over at once, and those of before finish what they have
-  begun. A source that fails changes nothing.
-- A handler that says `shared` serves all VMs that it was given for (`shared`).
+- A handler set that is reloaded takes over at once, and the one before retires: it finishes what
+  it has begun (`handler_set`). A source that fails changes nothing.
+- A handler that says `shared` serves all VMs that it was given for (`shared_handlers`).
 - A stop answers what handlers are at, as `BridgeServer` does; traps that come then are given
   back, for the agent to send to the server that follows.
 """
@@ -32,14 +32,15 @@ from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import ServerStateError, VmiBridgeError
+from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
+from vmibridge.transport.limits import AgentLimits
 from vmibridge.transport.server.backend import SessionBackend
-from vmibridge.transport.server.handler_set import Generation
-from vmibridge.transport.server.listener import Listener, RefusedError
-from vmibridge.transport.server.shared_handlers import Common
+from vmibridge.transport.server.handler_set import HandlerSet
+from vmibridge.transport.server.listener import Listener
+from vmibridge.transport.server.shared_handlers import SharedHandlers
 from vmibridge.transport.server.welcome import welcome_to
 from vmibridge.transport.session import Repeated, Session
-from vmibridge.transport.wire import AgentLimits, Hello, Welcome
+from vmibridge.transport.wire import Hello, Welcome
 from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ log: logging.Logger = logging.getLogger(__name__)
 OnOutcome: TypeAlias = Callable[[Outcome[Any]], Awaitable[None]]
 OnEnd: TypeAlias = Callable[[str, Summary, dict[str, int]], Awaitable[None]]
 TapFactory: TypeAlias = Callable[[str], Sequence[Tap]]
-"""Given the name of a VM: what sees the traffic of one set of its handlers. A tap that is an
+"""Given the name of a VM: what sees the traffic of one of its handler sets. A tap that is an
 async context manager is entered and left."""
 
 _MOST_ENDED = 1024
@@ -57,12 +58,12 @@ _TAKE_OVER = 30.0
 
 
 class _Vm:
-    """One session, and the handlers at work for it."""
+    """One session, and the handler sets at work for it."""
 
-    def __init__(self, session: Session, current: Generation) -> None:
+    def __init__(self, session: Session, current: HandlerSet) -> None:
         self.session = session
         self.current = current
-        self.retired: list[Generation] = []
+        self.retired: list[HandlerSet] = []
         self.summaries: list[Summary] = []
 
     def route(self, event: TrapEvent) -> SessionBackend:
@@ -106,9 +107,9 @@ class AgentServer:
         self._on_end = on_end
         self._taps = taps
         self._listener = Listener(urls, self._limits, self._admit)
-        self._common = Common(self._settings.in_flight_total)
+        self._shared = SharedHandlers(self._settings.in_flight_total)
         self._vms: dict[bytes, _Vm] = {}
-        self._serving: dict[Generation, None] = {}
+        self._handler_sets: dict[HandlerSet, None] = {}
         self._ended: deque[bytes] = deque(maxlen=_MOST_ENDED)
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
@@ -142,7 +143,7 @@ class AgentServer:
         connections = anyio.CancelScope(shield=True)
         try:
             async with anyio.create_task_group() as outside:
-                outside.start_soon(self._serve_connections, connections)
+                outside.start_soon(self._run_listener, connections)
                 try:
                     async with anyio.create_task_group() as self._tasks:
                         for place in self._listener.places:
@@ -154,9 +155,9 @@ class AgentServer:
                         finally:
                             # Cancelled, too: no VM may begin any more.
                             self._stop.set()
-                        while self._serving:
-                            await next(iter(self._serving)).done.wait()
-                        await self._common.close()
+                        while self._handler_sets:
+                            await next(iter(self._handler_sets)).done.wait()
+                        await self._shared.close()
                         self._tasks.cancel_scope.cancel()
                 finally:
                     # Only now: until here answers were on their way.
@@ -164,17 +165,17 @@ class AgentServer:
         finally:
             self._listener.close()
 
-    async def _serve_connections(self, scope: anyio.CancelScope) -> None:
+    async def _run_listener(self, scope: anyio.CancelScope) -> None:
         with scope:
-            await self._listener.serve()
+            await self._listener.run()
 
     def stop(self, *, now: bool = False) -> None:
         """End in good order; `now` leaves handlers no time to end by themselves."""
         self._now = self._now or now
         self._stop.set()
         self._listener.close()
-        for generation in self._serving:
-            generation.server.stop(now=now)
+        for handler_set in self._handler_sets:
+            handler_set.stop(now=now)
 
     async def reload(self, handlers: BridgeFactory) -> int:
         """Give every VM new handlers; returns how many have them. No trap is dropped.
@@ -183,24 +184,24 @@ class AgentServer:
         later get the new ones in any case.
         """
         self._handlers = handlers
-        self._common.supersede()
+        self._shared.supersede()
         done = 0
         for vm in list(self._vms.values()):
             if vm.session.over.is_set() or self._stop.is_set():
                 continue
             try:
-                generation = await self._make(vm.session)
+                handler_set = await self._make(vm.session)
             except RefusedError as error:
                 log.warning("vm %s: goes on with the handlers it has: %s", vm.session.vm, error)
                 continue
-            done += await self._take_over(vm, generation)
-        self._common.leave_unused()
+            done += await self._take_over(vm, handler_set)
+        self._shared.leave_unused()
         return done
 
-    async def _take_over(self, vm: _Vm, generation: Generation) -> bool:
+    async def _take_over(self, vm: _Vm, handler_set: HandlerSet) -> bool:
         assert self._tasks is not None
         name = vm.session.vm
-        self._start(vm, generation)
+        self._start(vm, handler_set)
         with anyio.move_on_after(_TAKE_OVER):
             async with anyio.create_task_group() as either:
 
@@ -208,18 +209,18 @@ class AgentServer:
                     await event.wait()
                     either.cancel_scope.cancel()
 
-                either.start_soon(wait, generation.backend.running)
-                either.start_soon(wait, generation.ended)
-        if not generation.backend.running.is_set() or generation.ended.is_set():
-            generation.server.stop(now=True)
+                either.start_soon(wait, handler_set.backend.running)
+                either.start_soon(wait, handler_set.ended)
+        if not handler_set.backend.running.is_set() or handler_set.ended.is_set():
+            handler_set.stop(now=True)
             log.error("vm %s: goes on with the handlers that it has", name)
             return False
-        if generation.filter != vm.current.filter:
+        if handler_set.filter != vm.current.filter:
             log.warning(
                 "vm %s: traps with magics that it did not have before come when it starts anew",
                 name,
             )
-        old, vm.current = vm.current, generation
+        old, vm.current = vm.current, handler_set
         vm.retired.append(old)
         self._tasks.start_soon(old.retire)
         return True
@@ -272,66 +273,64 @@ class AgentServer:
         self._start(vm, vm.current)
         return vm
 
-    def _start(self, vm: _Vm, generation: Generation) -> None:
+    def _start(self, vm: _Vm, handler_set: HandlerSet) -> None:
         assert self._tasks is not None
-        self._serving[generation] = None
-        self._tasks.start_soon(self._serve, vm, generation)
+        self._handler_sets[handler_set] = None
+        self._tasks.start_soon(self._run_to_the_end, vm, handler_set)
 
-    async def _make(self, session: Session) -> Generation:
+    async def _make(self, session: Session) -> HandlerSet:
         """Raises `RefusedError` when the handlers cannot be made."""
         try:
             target: Target = self._handlers(session.vm)
             bridge = target if isinstance(target, Bridge) else Bridge(target)
             taps = () if self._taps is None else self._taps(session.vm)
-            return Generation(session, bridge, self._settings, taps, self._common)
+            return HandlerSet(session, bridge, self._settings, taps, self._shared)
         except Exception as error:
             why = _told(error)
             log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
             raise RefusedError("the handlers cannot be made", final=False) from error
 
-    async def _serve(self, vm: _Vm, generation: Generation) -> None:
-        """Run one set of handlers to its end."""
+    async def _run_to_the_end(self, vm: _Vm, handler_set: HandlerSet) -> None:
+        """Run a handler set until nothing is left of it."""
         try:
             try:
-                await self._run(vm.session, generation)
+                await self._run(vm.session, handler_set)
             finally:
-                generation.ended.set()
-                vm.summaries.append(generation.server.summary)
-                if generation in vm.retired:
-                    vm.retired.remove(generation)
-                elif generation is vm.current:
+                handler_set.ended.set()
+                vm.summaries.append(handler_set.summary)
+                if handler_set in vm.retired:
+                    vm.retired.remove(handler_set)
+                elif handler_set is vm.current:
                     self._forget_vm(vm.session)
-            if generation is vm.current and self._on_end is not None:
+            if handler_set is vm.current and self._on_end is not None:
                 summary = Summary.of_all(vm.summaries)
                 summary.guest = vm.session.guest
                 await self._on_end(vm.session.vm, summary, vm.session.counts.as_dict())
         finally:
-            del self._serving[generation]
-            generation.done.set()
+            del self._handler_sets[handler_set]
+            handler_set.done.set()
 
-    async def _run(self, session: Session, generation: Generation) -> None:
+    async def _run(self, session: Session, handler_set: HandlerSet) -> None:
         assert self._tasks is not None
-        server = generation.server
         try:
             async with AsyncExitStack() as stack:
-                for tap in generation.taps:
+                for tap in handler_set.taps:
                     if isinstance(tap, AbstractAsyncContextManager):
                         await stack.enter_async_context(tap)
                 await stack.enter_async_context(
-                    self._common.use(
-                        generation.handlers, self._tasks, partial(server.stop, now=True)
+                    self._shared.use(
+                        handler_set.handlers, self._tasks, partial(handler_set.stop, now=True)
                     )
                 )
-                await stack.enter_async_context(generation.backend)
+                await stack.enter_async_context(handler_set.backend)
                 if self._stop.is_set():
-                    server.stop(now=self._now)
-                server.start()
+                    handler_set.stop(now=self._now)
+                handler_set.start()
                 while True:
                     try:
-                        outcome = await server.outcome()
+                        outcome = await handler_set.outcome()
                     except StopAsyncIteration:
                         break
-                    generation.saw(outcome)
                     if self._on_outcome is not None:
                         await self._on_outcome(outcome)
         except (Exception, SystemExit) as error:

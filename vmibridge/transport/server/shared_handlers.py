@@ -1,10 +1,10 @@
 """What the VMs of one server have in common: handlers that say `shared`, places, turns.
 
-Rules:
+Invariants:
 
 - A shared handler is entered when the first VM comes that has it, in a task of its own, and
   the VMs that have it wait for that. It is left after the last of them: when the server stops,
-  or when handlers were loaded anew and those that took its place have no use for it.
+  or when handlers were reloaded and no set that followed has it.
 - One that cannot be entered fails the VMs that wait for it, and is tried again with the next
   that comes.
 - One that ends by itself, as by a task group that it holds, ends the VMs that have it first.
@@ -49,7 +49,7 @@ class _Life:
         self.left = anyio.Event()
 
 
-class Common:
+class SharedHandlers:
     """See the module. For one server; `in_flight` handlers may wait at a time in all its VMs."""
 
     def __init__(self, in_flight: int) -> None:

@@ -14,11 +14,13 @@ import time
 import anyio
 
 from vmibridge.bridge.response import BridgeResponse
+from vmibridge.errors import RefusedError
+from vmibridge.transport.limits import AgentLimits
 from vmibridge.transport.server.backend import SessionBackend
-from vmibridge.transport.server.listener import Listener, RefusedError
+from vmibridge.transport.server.listener import Listener
 from vmibridge.transport.server.welcome import welcome_to
 from vmibridge.transport.session import Repeated, Session
-from vmibridge.transport.wire import AgentLimits, Hello, Welcome
+from vmibridge.transport.wire import Hello, Welcome
 from vmibridge.vm.backend import GuestEnd, TrapSink
 from vmibridge.vm.trap import TrapFilter
 
@@ -85,7 +87,7 @@ class RemoteBackend(SessionBackend):
         """Wait for an agent, and serve its guest to the end."""
         self._filter = traps
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._listener.serve)
+            tasks.start_soon(self._listener.run)
             await self._came.wait()
             end = GuestEnd()
             if hasattr(self, "session"):

@@ -5,15 +5,10 @@ from collections.abc import Iterable
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.engine.settings import ServerSettings
+from vmibridge.transport.handshake import VERSION
+from vmibridge.transport.limits import AgentLimits
 from vmibridge.transport.session import Session
-from vmibridge.transport.wire import (
-    VERSION,
-    AgentLimits,
-    Welcome,
-    WireRead,
-    milliseconds,
-    wire_read,
-)
+from vmibridge.transport.wire import Welcome, WireRead, milliseconds, wire_read
 from vmibridge.vm.trap import TrapFilter
 
 
@@ -28,7 +23,7 @@ def welcome_to(
     """The first frame of a server."""
     return Welcome(
         VERSION,
-        session.memory,
+        session.incarnation,
         0,
         tuple(sorted(traps.magics)),
         traps.any_hypercall,

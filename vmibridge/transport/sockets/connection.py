@@ -10,14 +10,14 @@
 import socket
 import ssl
 from contextlib import suppress
-from typing import Generic, Protocol
+from typing import Generic
 
 import anyio
 import msgspec
 from anyio.lowlevel import checkpoint
 
 from vmibridge.aio.loops import parking
-from vmibridge.errors import VmiBridgeError
+from vmibridge.errors import ConnectionLostError
 from vmibridge.transport.wire import HELLO_LIMIT, F, Frame, FrameReader, encode_into
 
 _CHUNK = 256 << 10
@@ -26,23 +26,6 @@ _MOST_UNSENT = 64 << 20
 """Bytes that are kept for a peer that does not read; beyond it the connection is lost."""
 _MOST_IN_A_ROW = 16
 """Chunks that are received before other tasks have their turn."""
-
-
-class ConnectionLostError(VmiBridgeError):
-    """The other end has hung up, or does not keep to what was agreed."""
-
-
-class Link(Protocol):
-    """What `Agent` and `Session` ask of a connection."""
-
-    def post(self, frame: Frame, *, later: bool = False) -> None:
-        """Send a frame, in the order of the calls; never waits, raises nothing."""
-
-    def allow(self, size: int) -> None:
-        """A frame of so many bytes may come, from here on."""
-
-    def close(self) -> None:
-        """Hang up."""
 
 
 class Connection(Generic[F]):

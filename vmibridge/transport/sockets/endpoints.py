@@ -24,7 +24,7 @@ async def connect(url: SocketUrl) -> socket.socket:
     return await sockets.connect_tcp(url.host, url.port)
 
 
-class Listening:
+class ListeningSockets:
     """The sockets of one URL that a server listens at."""
 
     def __init__(self, url: SocketUrl, made: list[socket.socket]) -> None:
@@ -41,7 +41,7 @@ class Listening:
             return str(self.url)
         return str(msgspec.structs.replace(self.url, port=self.port))
 
-    async def serve(self, take: Callable[[socket.socket], None]) -> None:
+    async def accept(self, take: Callable[[socket.socket], None]) -> None:
         """Give each connection to `take`, until cancelled."""
         async with anyio.create_task_group() as tasks:
             for each in self._sockets:
@@ -55,11 +55,11 @@ class Listening:
             sockets.close(each)
 
 
-async def listen(url: SocketUrl) -> Listening:
+async def listen(url: SocketUrl) -> ListeningSockets:
     """Raises `BackendError` when another one does, or the place cannot be had."""
     try:
         if isinstance(url, UnixUrl):
-            return Listening(url, [await sockets.listen_unix(url.path, url.mode)])
+            return ListeningSockets(url, [await sockets.listen_unix(url.path, url.mode)])
         found = await anyio.getaddrinfo(
             url.host, url.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
@@ -82,7 +82,7 @@ async def listen(url: SocketUrl) -> Listening:
         for each in made:
             each.close()
         raise BackendError(f"{url}: {error.strerror or error}") from error
-    return Listening(url, made)
+    return ListeningSockets(url, made)
 
 
 def peer_user(connected: socket.socket) -> int:

@@ -5,7 +5,7 @@
 | `unix:PATH` | `mode=0o600`, `uid=0,1000` | these users; by default the server's own, and root |
 | `tcp:HOST:PORT` | `anywhere=true` | anyone, so HOST is this machine unless `anywhere` says so |
 | `tls:HOST:PORT` | `cert`, `key`, `ca`, `names=A,B`, `name` | who has a certificate of `ca` |
-| `nats://HOST:PORT,...` | those of `nats_url` | as NATS says |
+| `nats://HOST:PORT,...` | those of `urls.nats` | as NATS says |
 
 TLS is mutual: both ends have a certificate, and there is no way around it. `names` are the
 clients that a server takes (all of its authority, when there are none); `name` is the server
@@ -14,15 +14,13 @@ that an agent expects, by default HOST.
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TypeAlias, TypeVar
-from urllib.parse import parse_qsl
+from typing import TypeAlias
 
 import msgspec
 
 from vmibridge.errors import BackendSpecError
 from vmibridge.transport.urls.nats import NatsUrl, is_nats_url, parse_nats_url
-
-S = TypeVar("S", bound=msgspec.Struct)
+from vmibridge.vm.spec import parse_options
 
 
 class UnixUrl(msgspec.Struct, frozen=True):
@@ -99,7 +97,7 @@ def parse_url(text: str) -> Url:
     if scheme == "unix":
         if not where:
             raise BackendSpecError(f"{text}: the path of a socket is missing")
-        unix = _options(text, query, _UnixOptions)
+        unix = parse_options(text, query, _UnixOptions, numbers={})
         try:
             mode = int(unix.mode, 0)
             uids = tuple(int(uid) for uid in unix.uid.split(",") if uid)
@@ -110,14 +108,15 @@ def parse_url(text: str) -> Url:
         return UnixUrl(Path(where), mode, uids)
     if scheme == "tcp":
         host, port = _host_and_port(text, where)
-        if not _options(text, query, _TcpOptions).anywhere and not _is_loopback(host):
+        tcp = parse_options(text, query, _TcpOptions, numbers={})
+        if not tcp.anywhere and not _is_loopback(host):
             raise BackendSpecError(
                 f"{text}: anyone there could connect: use tls:, or say anywhere=true"
             )
         return TcpUrl(host, port)
     if scheme == "tls":
         host, port = _host_and_port(text, where)
-        tls = _options(text, query, _TlsOptions)
+        tls = parse_options(text, query, _TlsOptions, numbers={})
         names = tuple(name for name in tls.names.split(",") if name)
         return TlsUrl(
             host, port, Path(tls.cert), Path(tls.key), Path(tls.ca), names, tls.name or host
@@ -150,22 +149,3 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _options(text: str, query: str, kind: type[S]) -> S:
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError:
-        raise BackendSpecError(f"{text}: {query!r} is not OPTION=VALUE&OPTION=VALUE") from None
-    values: dict[str, str] = {}
-    for name, value in pairs:
-        if name not in kind.__struct_fields__:
-            known = ", ".join(kind.__struct_fields__)
-            raise BackendSpecError(f"{text}: no option {name!r}; there are {known}")
-        if name in values:
-            raise BackendSpecError(f"{text}: {name} is given twice")
-        values[name] = value
-    try:
-        return msgspec.convert(values, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise BackendSpecError(f"{text}: {error}") from None

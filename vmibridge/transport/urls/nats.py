@@ -16,15 +16,21 @@
 A URL never shows its secrets: `str` and `repr` are the hosts only.
 """
 
+import re
 from pathlib import Path
-from urllib.parse import parse_qsl
+from typing import Final
 
 import msgspec
 
 from vmibridge.errors import BackendSpecError, MissingExtraError
-from vmibridge.transport.nats.subjects import TRAPS, is_pattern, is_subject
+from vmibridge.vm.spec import read_options
 
 PORT = 4222
+TRAPS: Final = "vmibridge.*.*.*"
+"""Where a server listens for traps, by default; what the tokens are is in `nats.subjects`."""
+
+_SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
+_PATTERN = re.compile(r"([^\s.*>]+|\*)(\.([^\s.*>]+|\*))*(\.>)?")
 
 
 class NatsUrl(msgspec.Struct, frozen=True):
@@ -66,6 +72,16 @@ _OPTIONS = (
 )
 
 
+def is_subject(text: str) -> bool:
+    """Whether something may be published there."""
+    return _SUBJECT.fullmatch(text) is not None
+
+
+def is_pattern(text: str) -> bool:
+    """Whether one may subscribe to it."""
+    return _PATTERN.fullmatch(text) is not None
+
+
 def is_nats_url(text: str) -> bool:
     """Whether it is one by its scheme."""
     return text.startswith(("nats:", "tls://"))
@@ -86,7 +102,7 @@ def parse_nats_url(text: str) -> NatsUrl:
             f"{shown}: user and password are options, as in {shown}?user=web&password-file=FILE"
         )
     hosts = tuple(_host(shown, each) for each in where.rstrip("/").split(","))
-    options = _options(shown, query)
+    options = dict(read_options(shown, query, _OPTIONS, secret=True))
     for name in ("password", "token"):
         file = options.pop(f"{name}-file", None)
         if file is not None:
@@ -125,21 +141,6 @@ def _host(shown: str, text: str) -> str:
     if not port.isascii() or not port.isdigit() or not 0 < int(port) <= 0xFFFF:
         raise BackendSpecError(f"{shown}: a port is a number up to 65535")
     return f"{host}:{int(port)}"
-
-
-def _options(shown: str, query: str) -> dict[str, str]:
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError:
-        raise BackendSpecError(f"{shown}: options are OPTION=VALUE&OPTION=VALUE") from None
-    options: dict[str, str] = {}
-    for name, value in pairs:
-        if name not in _OPTIONS:
-            raise BackendSpecError(f"{shown}: no option {name!r}; there are {', '.join(_OPTIONS)}")
-        if name in options:
-            raise BackendSpecError(f"{shown}: {name} is given twice")
-        options[name] = value
-    return options
 
 
 def _secret(shown: str, file: str) -> str:

@@ -1,4 +1,4 @@
-"""Sites of the gdbstub backend: addresses, and symbols of ELF files; and its spec."""
+"""Sites of the gdbstub backend: addresses, and symbols of ELF files; and the options of specs."""
 
 import sys
 
@@ -11,7 +11,7 @@ from vmibridge.backends import open_backend
 from vmibridge.backends.qemu.gdb.options import parse_spec
 from vmibridge.backends.qemu.gdb.sites import sites_of
 from vmibridge.errors import BackendSpecError, MissingExtraError
-from vmibridge.vm.spec import parse_options
+from vmibridge.vm.spec import parse_options, read_options
 
 SOURCE = """
 .globl _start, call_host, other, prefixed, nowhere
@@ -153,3 +153,15 @@ def test_an_option_that_is_a_list_may_be_given_again():
         parse_options("s", "size=1&size=x", Options, numbers, lists)
     with pytest.raises(BackendSpecError, match="one is given twice"):
         parse_options("s", "one=1&one=2", Options, numbers, lists)
+
+
+def test_options_as_text_are_checked_in_their_order_and_secrets_are_not_shown():
+    known = ("user", "token")
+    assert list(read_options("s", "token=a%3D&user=", known)) == [("token", "a="), ("user", "")]
+    assert list(read_options("s", "", known)) == []
+    with pytest.raises(BackendSpecError, match="s: 'token' is not OPTION=VALUE&OPTION=VALUE"):
+        list(read_options("s", "token", known))
+    with pytest.raises(BackendSpecError, match=r"^s: options are OPTION=VALUE&OPTION=VALUE$"):
+        list(read_options("s", "s3cret", known, secret=True))
+    with pytest.raises(BackendSpecError, match="s: no option 'usr'; there are user, token"):
+        list(read_options("s", "usr=web", known))

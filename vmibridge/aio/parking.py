@@ -1,0 +1,28 @@
+"""Where one task waits until another wakes it; an `Event` costs as much as the rest of a switch.
+
+This one is for asyncio. `parking_trio` has the one for trio, `loops.parking` chooses.
+"""
+
+import asyncio
+
+
+class Parking:
+    """Where one task at a time waits until another one wakes it. Made by `loops.parking`."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Wait for `wake`. One that came before this does not count."""
+        self._future = asyncio.get_running_loop().create_future()
+        try:
+            await self._future
+        finally:
+            self._future = None
+
+    def wake(self) -> None:
+        """Let the task that waits go on; does nothing when there is none."""
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)

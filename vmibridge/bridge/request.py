@@ -1,0 +1,61 @@
+"""What a trap asks, and whether it is ours to answer: the same for engine, transport and recording.
+
+- Reading never raises here. A trap may carry no request (`UnsupportedTrapError`: port I/O, an
+  MSR), and one out of a file or from a peer may have registers that no machine has (`ValueError`:
+  a negative one). Neither has an answer, so both are `None`.
+- A trap that is not ours runs as if vmibridge were not there. So whoever answers traps, the engine
+  or an agent without its server, decides that by the same test.
+"""
+
+from typing import TypeAlias
+
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.registers import is_guest_request, read_packet
+from vmibridge.errors import UnsupportedTrapError
+from vmibridge.vm.trap import TrapEvent, TrapFilter, TrapReason
+
+RetryKey: TypeAlias = tuple[int, int, int, int, int]
+"""Made by `retry_key`."""
+
+
+def request_in(event: TrapEvent) -> BridgePacket | None:
+    """The request that a trap carries; `None`: there is none that can be read."""
+    try:
+        return read_packet(event)
+    except (UnsupportedTrapError, ValueError):
+        return None
+
+
+def is_ours(
+    event: TrapEvent,
+    traps: TrapFilter,
+    *,
+    other_hypercalls: bool,
+    packet: BridgePacket | None = None,
+) -> bool:
+    """Whether a handler, or the fallback, answers this trap; else its instruction runs natively.
+
+    `traps` is what the backend was armed with: it may be coarser than that, as one that can stop
+    at every CPUID or at none. `other_hypercalls` is the backend's attribute: the guest has
+    hypercalls of its own, whose registers may have a magic by chance, so the signature of Xen's
+    guest request is needed, too. CPUID is no hypercall, and has no signature. `packet` is the
+    request in the trap, where the caller has read it.
+    """
+    if packet is None:
+        packet = request_in(event)
+        if packet is None:
+            return False
+    return traps.wants(event.reason, packet.magic) and (
+        not other_hypercalls or event.reason is TrapReason.CPUID or is_guest_request(event)
+    )
+
+
+def retry_key(event: TrapEvent, packet: BridgePacket) -> RetryKey:
+    """Which requests may be a retry of this one, as far as routing goes: to the server, or to the
+    handlers, that told the guest to wait.
+
+    With the ring: what was begun for a program may not go on with a kernel's rights. Without the
+    values: which of them make another request is for the handler to say (`retry_values`), and the
+    engine that gets the trap decides by a finer key.
+    """
+    return event.address_space, event.ring, packet.magic, packet.request, packet.method
