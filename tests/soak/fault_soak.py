@@ -56,6 +56,7 @@ import anyio
 
 from vmibridge import (
     Bridge,
+    BridgeContext,
     BridgeContract,
     BridgeDispatch,
     BridgeHandler,
@@ -70,10 +71,13 @@ from vmibridge import (
     TrapReason,
     method,
 )
+from vmibridge.engine.engine import Engine
 from vmibridge.engine.policy import Policy, Quota, Rate
+from vmibridge.engine.request import Request, Worker
+from vmibridge.engine.workers import Workers
 from vmibridge.errors import BackendError, TrapQueueClosedError
 from vmibridge.vm.backend import Backend, GuestEnd, VcpuEnd
-from vmibridge.vm.memory import MAX_ACCESS
+from vmibridge.vm.memory import MAX_ACCESS, GuestMemory
 
 LOOPS = {
     "asyncio": {"backend": "asyncio", "backend_options": {"use_uvloop": False}},
@@ -1287,15 +1291,13 @@ def tasks_alive() -> int:
     return len(asyncio.all_tasks())
 
 
-OURS = {"server", "engine", "workers", "worker", "pending", "context", "memory"}
+OURS = (BridgeServer, Engine, Workers, Worker, Request, BridgeContext, GuestMemory)
 
 
 def objects_alive() -> Counter[str]:
-    """Workers, pending requests, contexts: what a run has to leave nothing of."""
+    """Workers, requests, contexts: what a run has to leave nothing of."""
     gc.collect()
-    modules = {f"vmibridge.{name}" for name in OURS}
-    kinds = (type(each) for each in gc.get_objects())
-    return Counter(kind.__name__ for kind in kinds if kind.__module__ in modules)
+    return Counter(type(each).__name__ for each in gc.get_objects() if type(each) in OURS)
 
 
 class Soak:

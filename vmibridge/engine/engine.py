@@ -126,7 +126,7 @@ class Engine:
         try:
             with self._shield:
                 async with anyio.create_task_group() as watch:
-                    watch.start_soon(self._workers.watch)
+                    watch.start_soon(self._workers.deadlines.watch)
                     async with anyio.create_task_group() as self._tasks:
                         self._workers.start(self._tasks)
                         await self._run_guest()

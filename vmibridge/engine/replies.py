@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import anyio
 
 from vmibridge.bridge.dispatch import one_line
-from vmibridge.bridge.outcome import GONE, Outcome, OutcomeKind
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.registers import write_response
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.engine.lanes import Lanes
@@ -73,8 +73,18 @@ class Replies:
             ),
         }
 
-    async def finish(self, event: TrapEvent, started: float, outcome: Outcome[Any]) -> None:
-        """Answer a trap that was taken at `started`, in seconds of the monotonic clock."""
+    async def finish(
+        self,
+        event: TrapEvent,
+        started: float,
+        outcome: Outcome[Any],
+        *,
+        vcpu_gone: bool = False,
+    ) -> None:
+        """Answer a trap that was taken at `started`, in seconds of the monotonic clock.
+
+        `vcpu_gone`: nobody waits for the answer, so that it cannot be written is no failure.
+        """
         kind, error = outcome.kind, outcome.error
         response = outcome.response
         if kind is not _HANDLED and kind in self._responses:
@@ -101,7 +111,7 @@ class Replies:
             await self._backend.resume(event, writes)
         except Exception as lost:
             writes = None
-            if error is not GONE:
+            if not vcpu_gone:
                 log.exception("the answer to trap %d of vm %s was not written", event.seq, event.vm)
                 kind, error = OutcomeKind.FAILED, f"not written: {one_line(lost)}"
         self._summary.outcomes[kind] += 1

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vmibridge.bridge.contract import STANDARD_WAIT
-from vmibridge.bridge.dispatch import BridgeDispatch, Target
+from vmibridge.bridge.dispatch import BridgeDispatch, Entry, Target
 from vmibridge.bridge.handler import check_retry_values, check_timeout
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.engine.policy import Policy
@@ -109,3 +109,22 @@ class ServerSettings(msgspec.Struct, frozen=True):
             self.wait if wait is None else wait,
             self.retry_values if retry_values is None else retry_values,
         )
+
+
+class TermsTable:
+    """The terms of each method of each handler, worked out once."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._known: dict[tuple[Entry, int | None], Terms] = {}
+
+    def of(self, entry: Entry, method: int) -> Terms:
+        """The terms of a method code, of which a guest may make up any number."""
+        handler = entry.handler
+        # Codes that the handler does not name have its own terms in common: one row for all of
+        # them, so that a guest cannot grow the table.
+        known = None if handler is None or method not in handler.methods else method
+        terms = self._known.get((entry, known))
+        if terms is None:
+            terms = self._known[entry, known] = self._settings.terms(entry.target, method)
+        return terms

@@ -1,53 +1,52 @@
-"""Workers: from a trap that is ready to its answer.
+"""Workers: take a trap that is ready, find who answers it, and run the handler inline.
 
-Rules that they live by:
+Most handlers answer without waiting. To start a task for each would cost more than the handler,
+so a worker is a task that steps the handler's coroutine itself (`run_inline`). Only when the
+handler is about to be suspended does the worker do what waiting calls for: it takes a place, has
+the deadlines armed, and *promotes*, which is to wake or to start another worker for the next
+ready trap. So there are as many workers as handlers that wait, and one more.
 
-- Every trap is answered once: by its worker, when the handler ends, or in its place by
-  the watchdog at a deadline, or by the shutdown. Those two find it in `_waiting`, and take
-  the trap (`Worker.event`) or the whole worker out of there before they answer.
-- A worker takes a ready trap and runs its handler inline. When the handler waits,
-  another worker takes over the lanes (`_promote`), and the deadlines are armed: one
-  watchdog for all, no cancel scope per trap. A handler that never waits can miss no
-  deadline.
-- At the soft deadline the guest is told to wait. The worker keeps the handler, without a
-  trap; its request is *pending* until a retry has collected the result.
-- At the hard deadline the guest gets its fallback at once; the handler is cancelled, and
-  may take its time to unwind: it is cut off from the guest's memory.
+Here are the tasks, and the way of one trap. How handlers are asked is in `asking`, the states of
+a request are in `request`, what may answer in the place of a worker is in `deadlines`, and what a
+retry gets is in `retries`.
 
-| the worker has | soft deadline | hard deadline | the handler ends | shutdown |
-|---|---|---|---|---|
-| a trap, no place yet | WAIT; forgotten | fallback | | fallback |
-| a trap | WAIT; loses the trap | fallback | answer | fallback |
-| no trap | | fallback is kept | answer is kept | dropped |
+Invariants
+----------
+
+- While a trap is ready, a worker is on its way to it.
+- A trap that a worker took is answered by that worker, unless the request was overtaken, or the
+  trap was a retry and waits with another worker. Nothing that a handler does changes that:
+  whatever it raises, groups and `SystemExit` included, becomes an outcome.
+- The answer of a worker is never cut off: a scope is cancelled by overtaking only, which takes the
+  trap first, and a request is not watched any more when its worker answers.
+- A cancellation that a handler left in the task ends with its trap: the worker takes it back.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import anyio
-import msgspec
 from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint_if_cancelled
 
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
 from vmibridge.bridge.context import BridgeContext
-from vmibridge.bridge.dispatch import Answer, Bridge, Entry, ask, failure, outcome_of
+from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.registers import is_guest_request, read_packet
+from vmibridge.engine.asking import Asking, is_being_cancelled
+from vmibridge.engine.deadlines import Deadlines
 from vmibridge.engine.lanes import Lanes
 from vmibridge.engine.outcome_queue import OutcomesIn
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Guard, MeteredMemory
 from vmibridge.engine.replies import BeforeResume, Replies
-from vmibridge.engine.request import Worker
-from vmibridge.engine.retries import PendingRequest, PendingRequests
-from vmibridge.engine.settings import ServerSettings, Terms
+from vmibridge.engine.request import Cause, Request, State, Worker
+from vmibridge.engine.retries import Retries, as_retry
+from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap, TappedMemory
 from vmibridge.errors import UnsupportedTrapError
@@ -58,19 +57,19 @@ from vmibridge.vm.trap import TrapEvent, TrapFilter, TrapReason
 log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
-_deadline = attrgetter("deadline")
 
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
-_UNMATCHED = OutcomeKind.UNMATCHED
+_TAKEN, _INLINE, _ANSWERED = State.TAKEN, State.INLINE, State.ANSWERED
+_JOINED = State.JOINED
 
 _NO_16_BIT = "16-bit guest code has no register form in the bridge protocol"
 
 
 class Workers:
-    """The workers of one VM. See the module for their rules."""
+    """The workers of one VM. See the module."""
 
     def __init__(
         self,
@@ -89,13 +88,16 @@ class Workers:
         self.filter: TrapFilter = bridge.trap_filter
         self._backend = backend
         self._bridge = bridge
-        self._settings = settings
         self._taps = taps
+        self._terms = TermsTable(settings)
         self._replies = Replies(
             backend, settings, outcomes, self.lanes, self.summary, taps, before_resume
         )
-        self._in_flight = InFlight(settings.in_flight, in_flight)
-        self._turns = turns
+        self._retries = Retries(settings, self._terms, self.summary, taps)
+        self.deadlines: Deadlines = Deadlines(
+            self._replies, self._retries, self.summary, self._promote
+        )
+        self._asking = Asking(InFlight(settings.in_flight, in_flight), turns, on_fatal)
         self._on_fatal = on_fatal
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = TappedMemory(backend, taps) if taps else backend
@@ -103,56 +105,56 @@ class Workers:
             self._guard = Guard(settings.policy)
             if self._guard.meters_bytes:
                 self._memory = MeteredMemory(self._memory, self._guard)
-        self._terms: dict[tuple[Entry, int | None], Terms] = {}
-        self._waiting: set[Worker] = set()
-        self._pending: PendingRequests[Worker] = PendingRequests(
-            settings.result_timeout, settings.in_flight, lambda worker: worker.event is not None
-        )
-        self._stopping = False
-        self._guest_gone = False
-        self._told = False
-        self._wake_at = math.inf
-        self._poke = anyio.Event()
-        self._tasks: TaskGroup | None = None
+        # Not asked for when something was raised: a task may be closed when its loop is gone.
         self._cancelled = anyio.get_cancelled_exc_class()
+        self._stopping = False
+        self._logged_16_bit = False
+        self._tasks: TaskGroup | None = None
 
     def start(self, tasks: TaskGroup) -> None:
         """Answer traps, in tasks of this group, until the lanes are closed and empty."""
         self._tasks = tasks
+        self.deadlines.start(tasks)
         tasks.start_soon(self._work)
 
-    # --- one trap -------------------------------------------------------------------
+    # --- the tasks ------------------------------------------------------------------
 
     async def _work(self) -> None:
+        """One worker. Ends when no trap is left, or when there are idle ones enough."""
         worker = Worker()
         worker.task = asyncio_task()
-        worker.on_wait = partial(self._worker_waits, worker)
+        worker.has_place = False
+        worker.on_wait = partial(self._suspended, worker)
         while True:
             try:
+                # A scope that was cancelled stays cancelled, so a worker that was overtaken gets
+                # another one: together with another request, because the old one may be kept for
+                # a retry.
                 with anyio.CancelScope() as worker.scope:
+                    worker.request = Request(worker)
                     if not await self._answer_traps(worker):
                         return
             except self._cancelled:
                 # On asyncio a handler can raise this without any scope that was cancelled.
-                if worker.task is None or _is_being_cancelled():
+                if worker.task is None or is_being_cancelled():
                     raise
                 await forget_cancellation(worker.task)
             except Exception:
                 # A handler that was overtaken may end as it likes: its trap is answered.
-                if not worker.overtaken:
+                if not worker.request.is_overtaken:
                     raise
                 log.debug("a handler raised while it was being cancelled", exc_info=True)
             except BaseExceptionGroup as error:
-                # What a handler that was overtaken left, without the cancellations.
-                if not worker.overtaken or _is_being_cancelled():
+                # What a handler that was overtaken left, without the cancellations: these are
+                # the scope's, which has taken them out by now.
+                if not worker.request.is_overtaken or is_being_cancelled():
                     raise
                 self._on_fatal(error)
 
     async def _answer_traps(self, worker: Worker) -> bool:
         """Answer traps while there are any; returns whether to go on with a new scope."""
-        lanes = self.lanes
-        worker.overtaken = False
-        while not worker.overtaken:
+        lanes, request, on_wait = self.lanes, worker.request, worker.on_wait
+        while True:
             event = lanes.get_nowait()
             if event is None:
                 if lanes.idle >= _MAX_IDLE:
@@ -163,28 +165,23 @@ class Workers:
             if self._stopping and self._backend.give_back(event):
                 lanes.release(event.vcpu)
                 continue
-            worker.event = event
-            worker.entry = worker.pending = None
-            worker.waited = worker.placed = worker.queued = False
-            await run_inline(self._answer(worker, event), worker.on_wait)
-        return True
+            request.event = event
+            request.state = _TAKEN
+            await run_inline(self._answer(worker, request, event), on_wait)
+            if request.state is not _ANSWERED and request.state is not _JOINED:
+                # Overtaken, or kept for a retry: somebody else may have this request now.
+                return True
 
-    def _worker_waits(self, worker: Worker) -> None:
-        if worker.entry is not None:
-            if not worker.queued and not worker.entry.instant:
-                self._in_flight.enter_nowait()
-                worker.placed = True
-            worker.waited = True
-            terms = worker.terms = self._terms_of(worker.entry, worker.packet.method)
-            worker.hard_deadline = worker.started + terms.timeout
-            self._arm(worker)
+    def _suspended(self, worker: Worker) -> None:
+        """The worker is about to be suspended, for the first time at this trap."""
+        request = worker.request
+        # Else no handler makes it wait, but the backend or the consumer: a reply has no deadline.
+        if request.state is not _ANSWERED:
+            if request.on(Cause.SUSPEND) is State.RUNNING:
+                # Not before: a handler that never waits overlaps with no other, and needs none.
+                self._asking.take_place(worker)
+            self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         self._promote()
-
-    def _arm(self, worker: Worker) -> None:
-        worker.deadline = min(worker.hard_deadline, worker.started + worker.terms.soft_timeout)
-        self._waiting.add(worker)
-        if worker.deadline < self._wake_at:
-            self._poke.set()
 
     def _promote(self) -> None:
         """See to it that a worker will take the next ready trap."""
@@ -192,51 +189,80 @@ class Workers:
             assert self._tasks is not None
             self._tasks.start_soon(self._work)
 
-    async def _answer(self, worker: Worker, event: TrapEvent) -> None:
-        started = worker.started = _clock()
+    # --- one trap -------------------------------------------------------------------
+
+    async def _answer(self, worker: Worker, request: Request, event: TrapEvent) -> None:
+        # This is the hot path: each trap pays for what stands here, so it sets states without a
+        # look-up. The state is ANSWERED before the reply is begun: from there on nobody else may
+        # answer, and when the reply has to wait, `_suspended` has no deadline to arm.
+        started = request.started = _clock()
+        # Asked before anything else, and of all traps: this forgets that it was abandoned.
         gone = self.lanes.abandoned and self.lanes.was_abandoned(event)
-        in_vain = GONE if gone else STOPPED if self._stopping else None
         packet = self._read_ours(event)
         if packet is None:
+            request.state = _ANSWERED
             return await self._replies.run_natively(event)
-        if self._guard is not None:
-            denied = self._guard.denies(event, started)
-            if denied is not None:
-                outcome: Outcome[Any] = Outcome(OutcomeKind.DENIED, packet, error=denied)
-                return await self._replies.finish(event, started, outcome)
-        entries = self._bridge.match(packet, event.reason)
-        if in_vain:
-            outcome = Outcome(OutcomeKind.CANCELLED, packet, error=in_vain)
+        outcome: Outcome[Any]
+        # The policy first: who is denied learns nothing of what is served, nor that it stops.
+        if self._guard is not None and (denied := self._guard.denies(event, started)) is not None:
+            outcome = Outcome(OutcomeKind.DENIED, packet, error=denied)
+        elif gone or self._stopping:
+            outcome = Outcome(OutcomeKind.CANCELLED, packet, error=GONE if gone else STOPPED)
+            request.state = _ANSWERED
+            return await self._replies.finish(event, started, outcome, vcpu_gone=bool(gone))
         elif event.width == 16:
-            # Told once: a guest may not fill the log.
-            log.log(
-                logging.DEBUG if self._told else logging.WARNING, "vm %s: %s", event.vm, _NO_16_BIT
-            )
-            self._told = True
-            outcome = Outcome(OutcomeKind.FAILED, packet, error=_NO_16_BIT)
-        elif not entries:
+            outcome = self._refuse_16_bit(event, packet)
+        elif not (entries := self._bridge.match(packet, event.reason)):
             outcome = Outcome(OutcomeKind.UNMATCHED, packet)
-        elif self._pending and (
-            request := self._pending.find(self._key(event, packet, entries[0]))
-        ):
-            retried = self._join(request, event, packet, started)
-            if retried is None:
-                return None
-            outcome = retried
         else:
-            worker.packet = packet
-            worker.first = entries[0]
-            worker.context = BridgeContext(event, self._memory)
-            outcome = await self._ask(worker, entries)
-            if worker.overtaken:
-                return None
-            worker.entry = None
-            worker.context.close()
-            if worker.waited:
-                self._waiting.discard(worker)
-                if worker.pending is not None:
-                    return await self._end_pending(worker, worker.pending, outcome)
+            request.packet = packet
+            pending = (
+                self._retries.find(event, packet, entries[0])
+                if self._retries.pending.by_key
+                else None
+            )
+            if pending is None:
+                request.first = entries[0]
+                context = worker.context = BridgeContext(event, self._memory)
+                outcome = await self._asking.ask(worker, request, entries)
+                if request.state is not _INLINE:
+                    return await self._answer_late(request, context, outcome)
+                context.close()
+            else:
+                joined = self._retries.join(pending, request)
+                if joined is None:
+                    # Its worker will answer this trap; this one goes on to the next.
+                    return self.deadlines.rearm(pending)
+                outcome = joined
+        request.state = _ANSWERED
         return await self._replies.finish(event, started, outcome)
+
+    async def _answer_late(
+        self, request: Request, context: BridgeContext, outcome: Outcome[Any]
+    ) -> None:
+        """Answer for a handler that has waited: its request may have another trap, or none."""
+        if request.is_overtaken:
+            # Answered already: what the handler came to on its way out goes nowhere.
+            return
+        self.deadlines.disarm(request)
+        context.close()
+        # Before the transition, which ends this.
+        first_seq = request.retry_of
+        if request.on(Cause.END) is State.KEPT:
+            request.take_worker()
+            self.deadlines.keep(request, outcome)
+            return
+        if first_seq is not None:
+            self._retries.pending.remove(request)
+            outcome = as_retry(outcome, request.packet, first_seq)
+        await self._replies.finish(request.take_trap(), request.started, outcome)
+
+    def _refuse_16_bit(self, event: TrapEvent, packet: BridgePacket) -> Outcome[Any]:
+        # A warning once, so that a guest cannot flood the log.
+        level = logging.DEBUG if self._logged_16_bit else logging.WARNING
+        log.log(level, "vm %s: %s", event.vm, _NO_16_BIT)
+        self._logged_16_bit = True
+        return Outcome(OutcomeKind.FAILED, packet, error=_NO_16_BIT)
 
     def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
         """The request of a trap that is ours, which taps are told of; `None` for others."""
@@ -257,244 +283,16 @@ class Workers:
             tap.trap(event)
         return packet
 
-    async def _ask(self, worker: Worker, entries: tuple[Entry, ...]) -> Outcome[Any]:
-        packet = worker.packet
-        try:
-            for entry in entries:
-                worker.entry = entry
-                try:
-                    found = await (
-                        self._ask_in_turn(worker, entry)
-                        if entry.serial
-                        or worker.waited
-                        or (self._in_flight.full and not entry.instant)
-                        else ask(entry, worker.context, packet)
-                    )
-                    outcome = outcome_of(entry, packet, found)
-                except Exception as error:
-                    if worker.overtaken:
-                        raise
-                    return failure(entry.name, packet, error)
-                except self._cancelled:
-                    if worker.overtaken:
-                        raise
-                    return Outcome(
-                        OutcomeKind.CANCELLED,
-                        packet,
-                        handler=entry.name,
-                        error="the handler was cancelled",
-                    )
-                except BaseException as error:
-                    # A group may hold the cancellation, which is the scope's to take out.
-                    if worker.overtaken and isinstance(error, BaseExceptionGroup):
-                        raise
-                    # Such as SystemExit: the server goes down with it, in good order.
-                    self._on_fatal(error)
-                    return failure(entry.name, packet, error)
-                if outcome.kind is not _UNMATCHED:
-                    return outcome
-            return Outcome(OutcomeKind.UNMATCHED, packet)
-        finally:
-            if worker.task is not None and worker.task.cancelling() and not _is_being_cancelled():
-                await forget_cancellation(worker.task)
-            if worker.placed:
-                self._in_flight.leave()
-
-    async def _ask_in_turn(self, worker: Worker, entry: Entry) -> Answer:
-        """Wait for the handler's turn and for a place, as far as it needs them."""
-        worker.queued = True
-        if entry.serial:
-            assert entry.handler is not None
-            async with self._turns.of(entry.handler):
-                return await self._ask_in_place(worker, entry)
-        return await self._ask_in_place(worker, entry)
-
-    async def _ask_in_place(self, worker: Worker, entry: Entry) -> Answer:
-        if not worker.placed and (worker.waited or self._in_flight.full):
-            await self._in_flight.enter()
-            worker.placed = True
-        if worker.waited:
-            # Answered for between its turn and now, it must not begin.
-            await checkpoint_if_cancelled()
-        worker.queued = False
-        return await ask(entry, worker.context, worker.packet)
-
-    # --- requests that were told to wait, and their retries -------------------------
-
-    def _terms_of(self, entry: Entry, method: int) -> Terms:
-        handler = entry.handler
-        known = None if handler is None or method not in handler.methods else method
-        terms = self._terms.get((entry, known))
-        if terms is None:
-            terms = self._terms[entry, known] = self._settings.terms(entry.target, method)
-        return terms
-
-    def _key(self, event: TrapEvent, packet: BridgePacket, entry: Entry) -> Hashable:
-        """What a retry has in common with its request; the VM is that of these workers.
-
-        The ring, too: what was begun for a program may not go on with a kernel's rights.
-        """
-        values = packet.values
-        return (
-            event.address_space,
-            event.ring,
-            packet.magic,
-            packet.request,
-            packet.method,
-            *[values[at - 1] for at in self._terms_of(entry, packet.method).retry_values],
-        )
-
-    def _join(
-        self,
-        request: PendingRequest[Worker],
-        event: TrapEvent,
-        packet: BridgePacket,
-        started: float,
-    ) -> Outcome[Any] | None:
-        """What a retry is answered at once; `None`: it waits with its worker now."""
-        self.summary.retries += 1
-        for tap in self._taps:
-            tap.retried(event, request.seq)
-        worker = request.running
-        if worker is None:
-            assert request.outcome is not None
-            self._pending.remove(request)
-            return msgspec.structs.replace(request.outcome, packet=packet, retry_of=request.seq)
-        assert worker.entry is not None
-        if worker.event is not None:
-            return _told_to_wait(worker, packet)
-        worker.event, worker.packet, worker.started = event, packet, started
-        worker.context.attach(event)
-        self._arm(worker)
-        return None
-
-    async def _end_pending(
-        self, worker: Worker, request: PendingRequest[Worker], outcome: Outcome[Any]
-    ) -> None:
-        event, worker.event = worker.event, None
-        if event is None:
-            self._keep(request, outcome)
-            return
-        self._pending.remove(request)
-        outcome = msgspec.structs.replace(outcome, packet=worker.packet, retry_of=request.seq)
-        await self._replies.finish(event, worker.started, outcome)
-
-    def _keep(self, request: PendingRequest[Worker], outcome: Outcome[Any]) -> None:
-        if self._guest_gone:
-            self._pending.remove(request)
-            self.summary.uncollected += 1
-            return
-        self.summary.uncollected += self._pending.keep(request, outcome, _clock())
-        if request.expires < self._wake_at:
-            self._poke.set()
-
-    # --- deadlines and shutdown: those that answer in the place of a worker ---------
-
-    async def watch(self) -> None:
-        """Keep the deadlines, until this is cancelled."""
-        while True:
-            now = _clock()
-            due = [worker for worker in self._waiting if worker.deadline <= now]
-            for worker in sorted(due, key=_deadline):
-                if worker.hard_deadline <= now:
-                    error = f"no answer within {worker.terms.timeout:g} s"
-                    self._overtake(worker, OutcomeKind.TIMEOUT, error)
-                else:
-                    self._tell_to_wait(worker)
-            self.summary.uncollected += self._pending.expire(now)
-            self._wake_at = min(
-                min((worker.deadline for worker in self._waiting), default=math.inf),
-                self._pending.next_expiry,
-            )
-            self._poke = anyio.Event()
-            with anyio.move_on_after(self._wake_at - now):
-                await self._poke.wait()
-
-    def _tell_to_wait(self, worker: Worker) -> None:
-        """The soft deadline: answer WAIT, and let the handler go on."""
-        event = worker.event
-        assert event is not None
-        if self._guest_gone:
-            self._overtake(worker, OutcomeKind.CANCELLED, "the guest has ended")
-            return
-        outcome = _told_to_wait(worker, worker.packet)
-        if worker.queued and worker.pending is None:
-            # Nothing has begun that is worth keeping; so nothing piles up, either.
-            self._answer_for(worker, outcome)
-            return
-        worker.event = None
-        worker.deadline = worker.hard_deadline
-        worker.context.park()
-        if worker.pending is None:
-            key = self._key(event, worker.packet, worker.first)
-            worker.pending = self._pending.add(key, worker, event.seq)
-        assert self._tasks is not None
-        self._tasks.start_soon(
-            self._finish_waiting, event, worker.started, outcome, worker.context, worker.deadline
-        )
-
-    async def _finish_waiting(
-        self,
-        event: TrapEvent,
-        started: float,
-        outcome: Outcome[Any],
-        context: BridgeContext,
-        until: float,
-    ) -> None:
-        # An access to guest memory that is under way has to end before the guest runs.
-        with anyio.move_on_after(until - _clock()):
-            await context.memory.settled()
-        await self._finish_for(event, started, outcome)
-
-    def _overtake(self, worker: Worker, kind: OutcomeKind, error: str) -> None:
-        assert worker.entry is not None
-        self._answer_for(
-            worker,
-            Outcome(
-                kind,
-                worker.packet,
-                handler=worker.entry.name,
-                error=error,
-                retry_of=_retry_of(worker),
-            ),
-        )
-
-    def _answer_for(self, worker: Worker, outcome: Outcome[Any]) -> None:
-        """Answer in the place of a handler that runs, and cancel it."""
-        self._waiting.discard(worker)
-        worker.overtaken = True
-        worker.context.close()
-        worker.scope.cancel()
-        event, worker.event = worker.event, None
-        request = worker.pending
-        if event is not None:
-            if request is not None:
-                self._pending.remove(request)
-            assert self._tasks is not None
-            self._tasks.start_soon(self._finish_for, event, worker.started, outcome)
-        elif request is not None:
-            if outcome.kind is OutcomeKind.TIMEOUT:
-                self._keep(request, outcome)
-            else:
-                self._pending.remove(request)
-                self.summary.abandoned += 1
-
-    async def _finish_for(self, event: TrapEvent, started: float, outcome: Outcome[Any]) -> None:
-        await self._replies.finish(event, started, outcome)
-        self._promote()
+    # --- the end --------------------------------------------------------------------
 
     def _abandon(self, event: TrapEvent) -> None:
-        for worker in [each for each in self._waiting if each.event is event]:
-            self._overtake(worker, OutcomeKind.CANCELLED, GONE)
+        # The lanes are made before the deadlines, which need them.
+        self.deadlines.abandon(event)
 
     def guest_ended(self) -> None:
-        """No trap and no retry will come any more: what only waits for them is dropped."""
-        self._guest_gone = True
+        """No trap and no retry will come any more."""
         self.lanes.close()
-        for worker in list(self._waiting):
-            if worker.event is None:
-                self._overtake(worker, OutcomeKind.CANCELLED, "the guest has ended")
-        self.summary.uncollected += self._pending.drop_results()
+        self.deadlines.guest_ended()
 
     def take_no_more(self) -> None:
         """From here on traps are answered without asking anybody."""
@@ -503,23 +301,6 @@ class Workers:
 
     def cancel(self) -> None:
         """Answer all that waits for a handler, and cancel the handlers."""
+        # First the consumer, who may hold answers that are due.
         self._replies.consult_no_more()
-        for worker in list(self._waiting):
-            self._overtake(worker, OutcomeKind.CANCELLED, STOPPED)
-
-
-def _is_being_cancelled() -> bool:
-    """Whether a cancel scope around this was cancelled."""
-    return anyio.current_effective_deadline() == -math.inf
-
-
-def _told_to_wait(worker: Worker, packet: BridgePacket) -> Outcome[Any]:
-    """The outcome of a trap whose handler goes on."""
-    entry = worker.entry
-    assert entry is not None
-    response = entry.contract.stamp(worker.terms.wait) if entry.stamps else worker.terms.wait
-    return Outcome(OutcomeKind.WAITING, packet, response, entry.name, retry_of=_retry_of(worker))
-
-
-def _retry_of(worker: Worker) -> int | None:
-    return None if worker.pending is None else worker.pending.seq
+        self.deadlines.cancel()
