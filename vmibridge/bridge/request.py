@@ -26,28 +26,26 @@ def request_in(event: TrapEvent) -> BridgePacket | None:
         return None
 
 
-def is_ours(
-    event: TrapEvent,
-    traps: TrapFilter,
-    *,
-    other_hypercalls: bool,
-    packet: BridgePacket | None = None,
-) -> bool:
-    """Whether a handler, or the fallback, answers this trap; else its instruction runs natively.
+def own_request(
+    event: TrapEvent, traps: TrapFilter, *, other_hypercalls: bool
+) -> BridgePacket | None:
+    """The request of a trap that a handler, or the fallback, answers; `None`: it runs natively.
 
     `traps` is what the backend was armed with: it may be coarser than that, as one that can stop
     at every CPUID or at none. `other_hypercalls` is the backend's attribute: the guest has
     hypercalls of its own, whose registers may have a magic by chance, so the signature of Xen's
-    guest request is needed, too. CPUID is no hypercall, and has no signature. `packet` is the
-    request in the trap, where the caller has read it.
+    guest request is needed, too. CPUID is no hypercall, and has no signature.
     """
-    if packet is None:
-        packet = request_in(event)
-        if packet is None:
-            return False
-    return traps.wants(event.reason, packet.magic) and (
-        not other_hypercalls or event.reason is TrapReason.CPUID or is_guest_request(event)
-    )
+    # On the way of every trap: one function, without calls that could be saved.
+    try:
+        packet = read_packet(event)
+    except (UnsupportedTrapError, ValueError):
+        return None
+    if not traps.wants(event.reason, packet.magic):
+        return None
+    if other_hypercalls and event.reason is not TrapReason.CPUID and not is_guest_request(event):
+        return None
+    return packet
 
 
 def retry_key(event: TrapEvent, packet: BridgePacket) -> RetryKey:

@@ -36,7 +36,7 @@ from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
-from vmibridge.bridge.registers import is_guest_request, read_packet
+from vmibridge.bridge.request import own_request
 from vmibridge.engine.asking import Asking, is_being_cancelled
 from vmibridge.engine.deadlines import Deadlines
 from vmibridge.engine.lanes import Lanes
@@ -49,10 +49,9 @@ from vmibridge.engine.retries import Retries, as_retry
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap, TappedMemory
-from vmibridge.errors import UnsupportedTrapError
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.memory import PhysicalMemory
-from vmibridge.vm.trap import TrapEvent, TrapFilter, TrapReason
+from vmibridge.vm.trap import TrapEvent, TrapFilter
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -266,21 +265,11 @@ class Workers:
 
     def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
         """The request of a trap that is ours, which taps are told of; `None` for others."""
-        try:
-            packet = read_packet(event)
-        except (UnsupportedTrapError, ValueError):
-            # A recording may have registers that no machine has.
-            return None
-        if not self.filter.wants(event.reason, packet.magic):
-            return None
-        if (
-            self._backend.other_hypercalls
-            and event.reason is not TrapReason.CPUID
-            and not is_guest_request(event)
-        ):
-            return None
-        for tap in self._taps:
-            tap.trap(event)
+        others = self._backend.other_hypercalls
+        packet = own_request(event, self.filter, other_hypercalls=others)
+        if packet is not None:
+            for tap in self._taps:
+                tap.trap(event)
         return packet
 
     # --- the end --------------------------------------------------------------------

@@ -22,7 +22,7 @@ from anyio.abc import TaskGroup
 
 from vmibridge.aio.coroutines import DONE, first_step, go_on
 from vmibridge.bridge.registers import write_response
-from vmibridge.bridge.request import is_ours
+from vmibridge.bridge.request import own_request
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.transport.agent.accesses import Accesses
 from vmibridge.transport.agent.lanes import AgentLane, AgentLanes
@@ -212,9 +212,10 @@ class InFlightTraps:
 
     def _fallback_for(self, event: TrapEvent) -> RegisterWrites | None:
         """As the server would have it; what may not be ours runs natively."""
-        if is_ours(event, self._filter, other_hypercalls=self._backend.other_hypercalls):
-            return write_response(event, self._fallback)
-        return None
+        others = self._backend.other_hypercalls
+        if own_request(event, self._filter, other_hypercalls=others) is None:
+            return None
+        return write_response(event, self._fallback)
 
     async def watch(self) -> None:
         """Keep the deadlines. A trap that comes while this sleeps is due later than it wakes."""

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from vmibridge.bridge.packet import BridgePacket
-from vmibridge.bridge.request import is_ours, request_in, retry_key
+from vmibridge.bridge.request import own_request, request_in, retry_key
 from vmibridge.vm.trap import Registers, TrapEvent, TrapFilter, TrapReason
 
 MAGIC = 0x4249_4D56
@@ -16,6 +16,10 @@ XEN = {"rax": 0x22, "rdi": 0x18, "rsi": 0}
 
 def trap(reason=TrapReason.VMCALL, *, ring=3, width=64, **registers):
     return TrapEvent(7, reason, Registers(**{"cr3": 0x5000, **registers}), width=width, ring=ring)
+
+
+def is_ours(event, traps, *, other_hypercalls):
+    return own_request(event, traps, other_hypercalls=other_hypercalls) is not None
 
 
 def test_the_request_is_the_packet_in_the_registers():
@@ -59,10 +63,9 @@ def test_the_signature_is_not_enough_where_the_filter_does_not_want_the_trap():
     assert not is_ours(trap(**X64 | XEN), TrapFilter(), other_hypercalls=True)
 
 
-def test_a_packet_that_was_read_is_not_read_again():
-    # Of registers that hold another request: what counts is the one that is given.
-    event, packet = trap(rcx=1), BridgePacket(MAGIC, 2, 3)
-    assert is_ours(event, OURS, other_hypercalls=False, packet=packet)
+def test_a_request_that_is_ours_is_given():
+    packet = own_request(trap(**X64), OURS, other_hypercalls=False)
+    assert packet == BridgePacket(MAGIC, 2, 3, 8, 9, 10, 11)
 
 
 @pytest.mark.parametrize("same", [{"r8": 1}, {"r11": 1}, {"rip": 0x1234}], ids=str)
