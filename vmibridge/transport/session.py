@@ -1,22 +1,24 @@
-"""A VM whose agent is elsewhere: what a server remembers of it.
+"""What a server remembers of a VM whose agent is elsewhere: frames in, frames out, no I/O.
 
-Rules, which sequence numbers and ids decide, never timing:
+Invariants. Sequence numbers and ids decide, never timing, so a duplicate or a late frame has the
+same effect whenever it comes:
 
 | a trap of a vCPU comes, and | then |
 |---|---|
 | its number is higher than the last one | it is a new one, and is given to the engine |
 | it is the last one, and was answered | it gets the same answer again |
 | it is the last one, and is not answered | its answer will go to where it came from now |
-| its number is lower | nobody waits for it: dropped |
+| its number is lower | its vCPU has gone on: dropped |
 | it was sent to another incarnation | it may have run: as `repeated` says, refused or run |
 
-- One answer a vCPU is remembered: a vCPU has one trap in flight.
+- One answer a vCPU is remembered, which is enough: a vCPU has one trap in flight. It stays when
+  it was sent, for the connection may be lost before the agent has it.
 - The agent may be away for a while. Handlers go on; accesses to guest memory wait, and are
   sent again to the connection that comes.
-- An answer to a trap that the agent does not wait for any more goes nowhere.
+- An answer to a trap that is not in flight any more goes nowhere.
 
-A `SessionBackend` is one way of traps into an engine. There may be several after each other,
-when handlers are loaded anew.
+`route` says which `SessionBackend`, and so which handler set, gets a trap. There are several when
+handlers were reloaded.
 """
 
 import itertools
@@ -279,7 +281,7 @@ class Session:
     def _refuse(self, lane: _Lane) -> None:
         event = lane.event
         self.counts.refused += 1
-        # Told once: there may be one of each vCPU.
+        # One warning is enough: there may be one of each vCPU.
         log.log(
             logging.DEBUG if self._told else logging.WARNING,
             "vm %s: trap %d was sent to a server that is gone: it may have run there, so it is"
@@ -353,14 +355,14 @@ class Session:
         """All of `data`, or nothing. Raises `GuestMemoryError`."""
         lane = self._lanes.get(event.vcpu)
         if lane is not None:
-            # What came along may be older from here on.
+            # What came along is from before this write: the handler has to read what it wrote.
             lane.prefetched = ()
         await self._access(Write(next(self._numbers), event.seq, address, data), len(data))
 
     def _ask(self, frame: Read | Write) -> None:
         if self.link is not None:
             if isinstance(frame, Read):
-                # Its reply may come when nobody waits for it any more.
+                # Never lowered again: the reply may come after the handler was cancelled.
                 self.link.allow(FRAME_LIMIT + frame.size)
             self.link.post(frame)
 

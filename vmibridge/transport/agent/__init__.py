@@ -1,1 +1,1 @@
-"""The end beside the VM."""
+"""The end beside the VM: takes the traps of a backend, and has a server answer them."""

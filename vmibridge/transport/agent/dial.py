@@ -1,4 +1,7 @@
-"""From a URL to a server that has said WELCOME."""
+"""From a URL to a server that has said WELCOME: the one place of an agent that knows transports.
+
+What it gives (`Dialled`) is the same for all of them. The transports do not know this module.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

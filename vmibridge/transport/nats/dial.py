@@ -1,4 +1,8 @@
-"""From a URL of NATS to a server there that has said WELCOME."""
+"""From a URL of NATS to a server there that has said WELCOME.
+
+What trying again cannot mend, such as wrong credentials, is a final refusal to the agent, as if
+a server had said it.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,1 +1,1 @@
-"""The end that runs the handlers."""
+"""The end that runs the handlers, of one VM (`single`) or of many (`server`)."""

@@ -1,4 +1,12 @@
-"""A VM whose agent is elsewhere, as the backend of one engine."""
+"""A VM whose agent is elsewhere, as the backend of one engine, which is that of one handler set.
+
+- `take` is called by the session, outside of any task of the engine. So a trap that finds the
+  engine's queue full is held here, and `run` feeds it; the order of traps stays.
+- Every trap that was taken is answered (`resume`) or given back, once. `unanswered` counts them,
+  and a retired handler set does not end before it is 0.
+- That the agent is away is no error of guest memory: an access waits for it. That the session is
+  over is one.
+"""
 
 import time
 from collections import deque

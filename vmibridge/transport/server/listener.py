@@ -1,9 +1,12 @@
-"""Who may become a session: connections, the handshake of TLS, and that of the agents.
+"""Who may become a session: listens at all URLs, and does the handshake on sockets.
+
+NATS has its own (`nats.listener`), for it has no connections of agents. What both check is in
+`transport.handshake`.
 
 - A peer has `handshake` seconds to say who it is, and to send no more than 64 KiB for it.
 - At most `handshakes` peers are at that; the oldest has to go when there is one more. So a
   crowd that says nothing keeps nobody out for long, and costs what that many sockets cost.
-- Who a peer is comes of the kernel (unix) or of its certificate (TLS), never of what it says.
+- Who a peer is, is what the kernel (unix) or its certificate (TLS) says, never the peer itself.
 """
 
 import logging

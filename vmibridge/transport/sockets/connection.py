@@ -3,8 +3,10 @@
 - `post` never waits. What the socket does not take at once is kept, up to a bound, and sent by
   `write`, a task of the connection.
 - Frames are coalesced: between `cork` and `uncork`, and with `later`, they go out together.
-- TLS is a code between bytes and bytes: the socket below it is the same.
-- A connection that is lost says so to whoever receives; what is posted then goes nowhere.
+- TLS is a code between bytes and bytes, in memory: the socket below it is the same, and what is
+  sent without waiting in the clear is sent without waiting in TLS.
+- That a connection is lost is raised to whoever receives (or shakes hands), and to nobody else;
+  what is posted then goes nowhere.
 """
 
 import socket
