@@ -27,9 +27,8 @@ import msgspec
 
 from vmibridge.bridge.contract import STANDARD_FALLBACK
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.bridge.status import Gate
 from vmibridge.engine.policy import AddressRange, Policy, Quota
-from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.settings import DEFAULTS, ServerSettings
 from vmibridge.errors import ConfigError
 
 __all__ = ["Config"]
@@ -56,18 +55,18 @@ class _Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    timeout: _Seconds = 5.0
-    soft_timeout: _Seconds | None = None
-    wait: _Reply = _Reply(int(Gate.WAIT))
-    retry_values: tuple[Annotated[int, msgspec.Meta(ge=1, le=4)], ...] = (1, 2, 3, 4)
-    result_timeout: _Seconds = 60.0
-    fallback: _Reply | Literal["standard"] = _Reply()
-    queue: _Count = 256
-    in_flight: _Count = 1024
-    in_flight_total: _Count = 8192
-    grace: Annotated[float, msgspec.Meta(ge=0)] = 1.0
-    stop_timeout: _Seconds = 5.0
-    handshake: bool = True
+    timeout: _Seconds = DEFAULTS.timeout
+    soft_timeout: _Seconds | None = DEFAULTS.soft_timeout
+    wait: _Reply = _Reply(*DEFAULTS.wait.values)
+    retry_values: tuple[Annotated[int, msgspec.Meta(ge=1, le=4)], ...] = DEFAULTS.retry_values
+    result_timeout: _Seconds = DEFAULTS.result_timeout
+    fallback: _Reply | Literal["standard"] = _Reply(*DEFAULTS.fallback.values)
+    queue: _Count = DEFAULTS.queue
+    in_flight: _Count = DEFAULTS.in_flight
+    in_flight_total: _Count = DEFAULTS.in_flight_total
+    grace: Annotated[float, msgspec.Meta(ge=0)] = DEFAULTS.grace
+    stop_timeout: _Seconds = DEFAULTS.stop_timeout
+    handshake: bool = DEFAULTS.handshake
 
     def settings(self, policy: Policy | None) -> ServerSettings:
         values = {name: getattr(self, name) for name in self.__struct_fields__}

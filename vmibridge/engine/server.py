@@ -24,7 +24,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import anyio
 
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_WAIT
+from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.bridge.dispatch import Bridge, BridgeDispatch, Target, one_line
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
@@ -35,7 +35,7 @@ from vmibridge.engine.outcome_queue import OutcomeQueue
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Policy
 from vmibridge.engine.replies import BeforeResume
-from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.settings import DEFAULTS, ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import ServerStateError
@@ -99,19 +99,19 @@ class BridgeServer:
         backends: Backend | Sequence[Backend],
         bridge: Target | BridgeFactory,
         *,
-        timeout: float = 5.0,
-        soft_timeout: float | None = None,
-        wait: BridgeResponse[Any] = STANDARD_WAIT,
-        retry_values: tuple[int, ...] = (1, 2, 3, 4),
-        result_timeout: float = 60.0,
+        timeout: float = DEFAULTS.timeout,
+        soft_timeout: float | None = DEFAULTS.soft_timeout,
+        wait: BridgeResponse[Any] = DEFAULTS.wait,
+        retry_values: tuple[int, ...] = DEFAULTS.retry_values,
+        result_timeout: float = DEFAULTS.result_timeout,
         fallback: BridgeResponse[Any] | None = None,
-        queue: int = 256,
-        in_flight: int = 1024,
-        in_flight_total: int = 8192,
-        grace: float = 1.0,
-        stop_timeout: float = 5.0,
-        policy: Policy | None = None,
-        handshake: bool = True,
+        queue: int = DEFAULTS.queue,
+        in_flight: int = DEFAULTS.in_flight,
+        in_flight_total: int = DEFAULTS.in_flight_total,
+        grace: float = DEFAULTS.grace,
+        stop_timeout: float = DEFAULTS.stop_timeout,
+        policy: Policy | None = DEFAULTS.policy,
+        handshake: bool = DEFAULTS.handshake,
         taps: Sequence[Tap] = (),
         before_resume: BeforeResume | None = None,
     ) -> None:
@@ -121,7 +121,7 @@ class BridgeServer:
             wait,
             retry_values,
             result_timeout,
-            fallback or BridgeResponse(),
+            fallback or DEFAULTS.fallback,
             queue,
             in_flight,
             in_flight_total,

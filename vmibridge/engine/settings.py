@@ -111,6 +111,10 @@ class ServerSettings(msgspec.Struct, frozen=True):
         )
 
 
+DEFAULTS = ServerSettings()
+"""Where the keywords of `BridgeServer` and the keys of the TOML file take their defaults from."""
+
+
 class TermsTable:
     """The terms of each method of each handler, worked out once."""
 
