@@ -22,7 +22,7 @@ EDGES = {(old, new) for old, follow in TRANSITIONS.items() for new in follow.val
 """The transitions of the table, without their causes."""
 
 
-class Watched:
+class WatchedStates:
     """The transitions that happened, how often, and what was wrong about them."""
 
     def __init__(self) -> None:
@@ -59,9 +59,9 @@ class Watched:
 
 
 @contextmanager
-def watched_states() -> Iterator[Watched]:
+def watched_states() -> Iterator[WatchedStates]:
     """Watch every request, from here to the end of the block."""
-    watched = Watched()
+    watched = WatchedStates()
     slot = Request.__dict__["state"]
 
     def change(request: Request, new: State) -> None:

@@ -22,6 +22,7 @@ It fails, with exit status 1, unless:
 - a quota lets through what it has, and no more;
 - guest memory is touched only while the vCPU stands still;
 - the memory of the process stays flat: the median of its second half within 5 % of the first's;
+- each request goes from state to state as the table of the engine says;
 - no task, thread, context or pending request is left, and nothing was logged but what was asked
   for.
 
@@ -78,6 +79,10 @@ from vmibridge.engine.workers import Workers
 from vmibridge.errors import BackendError, TrapQueueClosedError
 from vmibridge.vm.backend import Backend, GuestEnd, VcpuEnd
 from vmibridge.vm.memory import MAX_ACCESS, GuestMemory
+
+# As a command it is started with its own folder in the path only.
+sys.path.append(str(Path(__file__).parents[1]))
+from transitions import watched_states
 
 LOOPS = {
     "asyncio": {"backend": "asyncio", "backend_options": {"use_uvloop": False}},
@@ -1327,11 +1332,16 @@ class Soak:
         await anyio.sleep(0.01)
         threads, tasks, alive = threading.active_count(), tasks_alive(), objects_alive()
         started = time.monotonic()
-        with self._logged() as log:
+        with self._logged() as log, watched_states() as states:
             server = await self._serve()
         seconds = time.monotonic() - started
         summary = server.summary
         self._check_counts(summary, log)
+        for wrong in states.wrong:
+            self.ledger.wrong(f"the state of a request: {wrong}")
+        self.ledger.check(bool(states.seen), "no request was seen")
+        seen = objects_alive()["Engine"] > alive["Engine"]
+        self.ledger.check(seen, "the engine is there, and is not seen in memory")
         del server
         with anyio.move_on_after(5):
             while tasks_alive() > tasks:

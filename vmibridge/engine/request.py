@@ -152,7 +152,8 @@ TRANSITIONS: dict[State, dict[Cause, State]] = {
     },
     State.INLINE: {
         Cause.SUSPEND: State.RUNNING,
-        # A dispatcher passed the request on, without waiting, to a handler that has turns.
+        # A dispatcher passed the request on without waiting; the next one may have turns.
+        Cause.ASK: State.INLINE,
         Cause.QUEUE: State.ENTERING,
         Cause.END: State.ANSWERED,
     },

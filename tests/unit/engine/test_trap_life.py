@@ -11,6 +11,7 @@ at any time; at the end, those that hold for a whole run.
   takes its time when it is cancelled.
 - What the machine knows of a request, it has from what can be seen: a trap is taken, a
   handler begins or ends, a reply is written. `Requests` says what must follow from it.
+- Each request of the engine is watched: its state changes as the table of `engine.request` says.
 - Several things may happen at once. Where two of them race, either may win: the keys that
   this touches are *unsure* from there on, and only what holds for all traps is checked.
 """
@@ -45,6 +46,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from transitions import EDGES, WatchedStates, watched_states
 
 import vmibridge.engine.workers
 from vmibridge import (
@@ -65,6 +67,7 @@ from vmibridge import (
     method,
 )
 from vmibridge.engine.policy import Policy
+from vmibridge.engine.request import State
 from vmibridge.errors import BackendError, TrapQueueClosedError
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink
 
@@ -1359,6 +1362,7 @@ class TrapLife(RuleBasedStateMachine):
     """Makes the moves, one or several at a time; the loop runs in between."""
 
     loop: ClassVar[type[Asyncio] | type[Trio]]
+    states: ClassVar[WatchedStates]
     stage: Stage
 
     def __init__(self):
@@ -1380,6 +1384,7 @@ class TrapLife(RuleBasedStateMachine):
         """`idle` is the number of idle workers that are kept, `life` that of the steps before
         anything comes to its end."""
         vmibridge.engine.workers._MAX_IDLE = idle
+        self.states.wrong.clear()
         self.seed, self.asks, self.life, self.finale = seed, asks, life, finale
         self.racing = racing
         self.thread = LoopThread(self.loop)
@@ -1423,6 +1428,7 @@ class TrapLife(RuleBasedStateMachine):
             self.stage.read(True)
         await self.loop.quiet()
         self.stage.check()
+        assert self.states.wrong == []
 
     # The end of the play.
 
@@ -1497,17 +1503,27 @@ def still(monkeypatch):
     logging.disable(logging.NOTSET)
 
 
-def play(machine, examples: int, steps: int) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+def play(machine, examples: int, steps: int) -> WatchedStates:
+    with watched_states() as machine.states:
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=steps,
+                derandomize=True,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    machine.states.check()
+    return machine.states
 
+
+SELDOM = {
+    (State.INLINE, State.ENTERING),
+    (State.ENTERING, State.ANSWERED),
+    (State.QUEUED, State.ANSWERED),
+}
+"""Transitions that the moves do not lead to; `test_request_states` has those that there are."""
 
 MACHINES = [
     pytest.param(TrapLifeOnAsyncio, id="asyncio"),
@@ -1524,4 +1540,5 @@ def test_every_trap_is_answered_once_whatever_happens(machine):
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_trap_is_answered_once_whatever_happens_for_long(machine):
-    play(machine, examples=1500, steps=60)
+    states = play(machine, examples=1500, steps=60)
+    assert EDGES - set(states.seen) <= SELDOM
