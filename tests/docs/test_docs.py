@@ -17,8 +17,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -475,15 +473,3 @@ def test_every_method_feature_and_limit_of_the_handshake_is_there():
     ]
     assert named_codes(limits) == [(limit.value, limit.name) for limit in Limit]
     assert f"now {VERSION:#010x}" in text
-
-
-def test_every_layer_is_there():
-    """Each module of the contract is in the table of the design, in the order of its layers."""
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
-    layers = [layer.split(" | ") for layer in contract["contracts"][0]["layers"]]
-    lines = section("docs/design.md", "## Layers").splitlines()
-    table = [re.findall(r"`(\w+)`", line.split(" | ")[0]) for line in lines if line[:3] == "| `"]
-    assert sorted(chain(*table)) == sorted(chain(*layers))
-    row_of = {module: row for row, modules in enumerate(table) for module in modules}
-    for above, below in pairwise(layers):
-        assert max(row_of[module] for module in above) <= min(row_of[module] for module in below)

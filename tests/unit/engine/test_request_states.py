@@ -40,7 +40,7 @@ from vmibridge.engine.request import (
 )
 from vmibridge.testing import FakeBackend
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 THEORY = vmibridge.engine.request.__doc__
 ENDS = {state for state in State if not TRANSITIONS[state]}
 
