@@ -24,7 +24,7 @@ from vmibridge.testing import FakeBackend
 from vmibridge.transport import Agent, AgentLimits
 from vmibridge.transport.agent.dial import dial
 from vmibridge.transport.sockets import connection
-from vmibridge.transport.sockets.endpoints import tls_context
+from vmibridge.transport.sockets.tls import tls_context
 from vmibridge.transport.urls import parse_url
 from vmibridge.transport.wire import Ping, encode
 

@@ -12,7 +12,8 @@ import anyio
 from vmibridge.transport.handshake import WELCOME_SECONDS, check_welcome, hello
 from vmibridge.transport.links import Dialled
 from vmibridge.transport.sockets.connection import Connection, keep_alive
-from vmibridge.transport.sockets.endpoints import connect, tls_context
+from vmibridge.transport.sockets.endpoints import connect
+from vmibridge.transport.sockets.tls import tls_context
 from vmibridge.transport.urls import TlsUrl, Url
 from vmibridge.transport.urls.nats import NatsUrl
 from vmibridge.transport.wire import (

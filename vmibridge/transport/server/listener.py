@@ -27,11 +27,10 @@ from vmibridge.transport.session import Admit, Session
 from vmibridge.transport.sockets.connection import Connection, keep_alive
 from vmibridge.transport.sockets.endpoints import (
     ListeningSockets,
-    certified_names,
     listen,
     peer_user,
-    tls_context,
 )
+from vmibridge.transport.sockets.tls import certified_names, tls_context
 from vmibridge.transport.urls import SocketUrl, TlsUrl, UnixUrl, parse_url
 from vmibridge.transport.urls.nats import NatsUrl
 from vmibridge.transport.wire import (

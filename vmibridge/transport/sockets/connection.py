@@ -20,6 +20,7 @@ from anyio.lowlevel import checkpoint
 
 from vmibridge.aio.loops import parking
 from vmibridge.errors import ConnectionLostError
+from vmibridge.transport.sockets.tls import TlsCode, ssl_reason
 from vmibridge.transport.wire import HELLO_LIMIT, F, Frame, FrameReader, encode_into
 
 _CHUNK = 256 << 10
@@ -46,7 +47,7 @@ class Connection(Generic[F]):
         self._most_unsent = unsent or _MOST_UNSENT
         self._plain = bytearray()
         self._unsent = self._plain
-        self._tls: _Tls | None = None
+        self._tls: TlsCode | None = None
         self._corked = False
         self._blocked = False
         self._waking = False
@@ -60,7 +61,7 @@ class Connection(Generic[F]):
 
         Raises `ConnectionLostError` when it fails.
         """
-        tls = _Tls(context, name)
+        tls = TlsCode(context, name)
         self._unsent = tls.outgoing
         self._tls = tls
         try:
@@ -73,7 +74,7 @@ class Connection(Generic[F]):
             # The other end wants to know why.
             with suppress(OSError, ConnectionLostError):
                 self._send()
-            raise ConnectionLostError(f"TLS: {_ssl_reason(error)}") from error
+            raise ConnectionLostError(f"TLS: {ssl_reason(error)}") from error
         return tls.ssl
 
     async def receive(self) -> list[F]:
@@ -92,7 +93,7 @@ class Connection(Generic[F]):
                 try:
                     data = self._tls.decrypt(data)
                 except ssl.SSLError as error:
-                    raise ConnectionLostError(f"TLS: {_ssl_reason(error)}") from error
+                    raise ConnectionLostError(f"TLS: {ssl_reason(error)}") from error
             frames = self.reader.feed(data)
             if frames:
                 return frames
@@ -227,78 +228,3 @@ class Connection(Generic[F]):
         anyio.notify_closing(self._socket)
         self._socket.close()
         self._more.wake()
-
-
-class _Tls:
-    """TLS over bytes in memory (ssl, "Memory BIO Support")."""
-
-    def __init__(self, context: ssl.SSLContext, name: str | None) -> None:
-        self._incoming = ssl.MemoryBIO()
-        self._made = ssl.MemoryBIO()
-        self.outgoing = bytearray()
-        self.ssl = context.wrap_bio(
-            self._incoming, self._made, server_side=name is None, server_hostname=name
-        )
-
-    def feed(self, data: bytes) -> None:
-        self._incoming.write(data)
-
-    def shake_hands(self) -> bool:
-        """Whether it is done. Raises `ssl.SSLError` when it cannot be."""
-        try:
-            self.ssl.do_handshake()
-        except ssl.SSLWantReadError:
-            return False
-        finally:
-            self.outgoing += self._made.read()
-        return True
-
-    def encrypt(self, plain: bytearray) -> None:
-        self.ssl.write(plain)
-        plain.clear()
-        self.outgoing += self._made.read()
-
-    def decrypt(self, data: bytes) -> bytes:
-        """What is whole of it. Raises `ssl.SSLError`; `ConnectionLostError` at the end."""
-        self._incoming.write(data)
-        parts = []
-        part: bytes | None = None
-        try:
-            while part := self.ssl.read(_CHUNK):
-                parts.append(part)
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLZeroReturnError:
-            part = b""
-        # What came before the end counts; the socket tells of the end, too.
-        if part == b"" and not parts:
-            raise ConnectionLostError("the other end has hung up")
-        self.outgoing += self._made.read()
-        return b"".join(parts)
-
-    def end(self) -> None:
-        """Say that nothing follows."""
-        with suppress(ssl.SSLWantReadError):
-            self.ssl.unwrap()
-        self.outgoing += self._made.read()
-
-
-def _ssl_reason(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the certificate does not do: {error.verify_message}"
-    return str(getattr(error, "reason", None) or error).lower().replace("_", " ")
-
-
-async def keep_alive(connection: Connection[F], ping: "Frame | None", silence: float) -> None:
-    """Hang up when nothing came for `silence` seconds; `ping` asks for something now and then."""
-    step = silence / 3
-    heard, since = connection.received, anyio.current_time()
-    while not connection.closed:
-        await anyio.sleep(step)
-        now = anyio.current_time()
-        if connection.received != heard:
-            heard, since = connection.received, now
-        elif now - since >= silence:
-            connection.close()
-        elif ping is not None:
-            connection.post(ping)

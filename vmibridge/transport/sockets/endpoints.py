@@ -1,17 +1,15 @@
 """The sockets of a URL: connected, listened at, and asked who is at the other end."""
 
 import socket
-import ssl
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import anyio
 import msgspec
 
 from vmibridge.aio import sockets
-from vmibridge.errors import BackendError, BackendSpecError
-from vmibridge.transport.urls import SocketUrl, TlsUrl, UnixUrl
+from vmibridge.errors import BackendError
+from vmibridge.transport.urls import SocketUrl, UnixUrl
 
 _BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")
@@ -90,38 +88,3 @@ def peer_user(connected: socket.socket) -> int:
     found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     user: int = _CREDENTIALS.unpack(found)[1]
     return user
-
-
-def tls_context(url: TlsUrl, *, server_side: bool) -> ssl.SSLContext:
-    """Mutual TLS 1.3. Raises `BackendSpecError` for files that are none of what they should be."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    if server_side:
-        # An agent that comes again shakes hands again.
-        context.num_tickets = 0
-    # Without a function OpenSSL asks the terminal for a pass phrase.
-    no_phrase = str
-    for file in (url.cert, url.key, url.ca):
-        if not Path(file).is_file():
-            raise BackendSpecError(f"{url}: {file}: there is no such file")
-    try:
-        context.load_cert_chain(url.cert, url.key, no_phrase)
-    except (OSError, ValueError) as error:
-        raise BackendSpecError(f"{url}: {url.cert}, {url.key}: {_reason(error)}") from error
-    try:
-        context.load_verify_locations(url.ca)
-    except (OSError, ValueError) as error:
-        raise BackendSpecError(f"{url}: {url.ca}: {_reason(error)}") from error
-    return context
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "reason", None) or str(error)
-
-
-def certified_names(made: ssl.SSLObject) -> list[str]:
-    """The names that the peer's certificate is for: of hosts, addresses, mail and URIs."""
-    certificate = made.getpeercert() or {}
-    found = certificate.get("subjectAltName", ())
-    return [str(each[1]) for each in found]
