@@ -228,3 +228,18 @@ class Connection(Generic[F]):
         anyio.notify_closing(self._socket)
         self._socket.close()
         self._more.wake()
+
+
+async def keep_alive(connection: Connection[F], ping: "Frame | None", silence: float) -> None:
+    """Hang up when nothing came for `silence` seconds; `ping` asks for something now and then."""
+    step = silence / 3
+    heard, since = connection.received, anyio.current_time()
+    while not connection.closed:
+        await anyio.sleep(step)
+        now = anyio.current_time()
+        if connection.received != heard:
+            heard, since = connection.received, now
+        elif now - since >= silence:
+            connection.close()
+        elif ping is not None:
+            connection.post(ping)

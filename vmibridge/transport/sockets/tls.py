@@ -1,8 +1,8 @@
 """TLS of agents and servers: its files, its names, and its code between bytes and bytes.
 
 Both ends show a certificate (mutual TLS 1.3), and each checks that of the other. The code runs in
-memory, over whatever socket there is: what would be sent without waiting in the clear is sent without
-waiting in TLS, too.
+memory, over whatever socket there is: what would be sent without waiting in the clear is sent
+without waiting in TLS, too.
 """
 
 import ssl
@@ -112,18 +112,3 @@ def ssl_reason(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate does not do: {error.verify_message}"
     return str(getattr(error, "reason", None) or error).lower().replace("_", " ")
-
-
-async def keep_alive(connection: Connection[F], ping: "Frame | None", silence: float) -> None:
-    """Hang up when nothing came for `silence` seconds; `ping` asks for something now and then."""
-    step = silence / 3
-    heard, since = connection.received, anyio.current_time()
-    while not connection.closed:
-        await anyio.sleep(step)
-        now = anyio.current_time()
-        if connection.received != heard:
-            heard, since = connection.received, now
-        elif now - since >= silence:
-            connection.close()
-        elif ping is not None:
-            connection.post(ping)
