@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 
+from vmibridge import __version__
+from vmibridge.handlers._fetch_urls import Url
+
 if TYPE_CHECKING:
     import httpcore
     from httpcore import AsyncNetworkBackend, AsyncNetworkStream
@@ -33,6 +36,9 @@ __all__ = [
     "FetchError",
     "Network",
     "close",
+    "content_length",
+    "get_request",
+    "header",
     "httpcore",
     "literal_address",
     "network_errors",
@@ -197,3 +203,32 @@ def network_errors() -> tuple[type[Exception], ...]:
         httpcore.TimeoutException,
         OSError,
     )
+
+
+def get_request(url: Url) -> "httpcore.Request":
+    """A GET of this URL, whose content comes as it is."""
+    return httpcore.Request(
+        "GET",
+        httpcore.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target),
+        headers={
+            "Host": url.authority,
+            "User-Agent": f"vmibridge/{__version__}",
+            "Accept": "*/*",
+            # The guest is to get the bytes as they are, and their number beforehand.
+            "Accept-Encoding": "identity",
+        },
+        extensions={"timeout": {"connect": CONNECT_TIMEOUT}},
+    )
+
+
+def header(response: "httpcore.Response", name: bytes) -> bytes | None:
+    """The first header of this name, which is in lower case."""
+    return next((value for key, value in response.headers if key.lower() == name), None)
+
+
+def content_length(response: "httpcore.Response") -> int | None:
+    """Bytes of the content; `None` where the server does not say."""
+    if header(response, b"transfer-encoding") is not None:
+        return None
+    value = header(response, b"content-length")
+    return int(value) if value is not None and value.isdigit() else None

@@ -59,16 +59,17 @@ from vmibridge import (
     GuestMemoryError,
     Status,
     StatusKind,
-    __version__,
     method,
 )
 from vmibridge.errors import MissingExtraError, ServerStateError
 from vmibridge.handlers._fetch_network import (
     CLOSE_TIMEOUT,
-    CONNECT_TIMEOUT,
     CheckedBackend,
     FetchError,
     close,
+    content_length,
+    get_request,
+    header,
     httpcore,
     literal_address,
     network_errors,
@@ -369,7 +370,7 @@ class Fetch(BridgeHandler[int]):
         """Request a URL and what it redirects to. Raises `FetchError` and network errors."""
         response = await self._request(self._check(text))
         limit = self._settings.max_bytes
-        length = _content_length(response)
+        length = content_length(response)
         if response.status == 200 and (length is None or length <= limit):
             return _Transfer(response, length, limit, owner)
         await close(response)
@@ -382,8 +383,8 @@ class Fetch(BridgeHandler[int]):
             raise ServerStateError("the fetch handler answers between __aenter__ and __aexit__")
         left = self._settings.redirects
         while True:
-            response = await self._pool.handle_async_request(_get(url))
-            location = _header(response, b"location")
+            response = await self._pool.handle_async_request(get_request(url))
+            location = header(response, b"location")
             if response.status not in _REDIRECTS or location is None or not left:
                 return response
             await close(response)
@@ -413,32 +414,6 @@ def _invalid(packet: BridgePacket) -> BridgeResponse[int]:
 def _failed(packet: BridgePacket, native: int, code: int = 0) -> BridgeResponse[int]:
     status = Status(packet.method & 0xFF, StatusKind.FAILED, code, native)
     return BridgeResponse(status.encode(), 0)
-
-
-def _get(url: Url) -> "httpcore.Request":
-    return httpcore.Request(
-        "GET",
-        httpcore.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target),
-        headers={
-            "Host": url.authority,
-            "User-Agent": f"vmibridge/{__version__}",
-            "Accept": "*/*",
-            # The guest is to get the bytes as they are, and their number beforehand.
-            "Accept-Encoding": "identity",
-        },
-        extensions={"timeout": {"connect": CONNECT_TIMEOUT}},
-    )
-
-
-def _header(response: "httpcore.Response", name: bytes) -> bytes | None:
-    return next((value for key, value in response.headers if key.lower() == name), None)
-
-
-def _content_length(response: "httpcore.Response") -> int | None:
-    if _header(response, b"transfer-encoding") is not None:
-        return None
-    value = _header(response, b"content-length")
-    return int(value) if value is not None and value.isdigit() else None
 
 
 def _resolve_location(base: Url, location: bytes) -> str:
