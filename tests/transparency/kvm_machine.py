@@ -18,6 +18,7 @@ import fcntl
 import mmap
 import os
 import struct
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -188,7 +189,12 @@ class KvmMachine:
 
     def _run(self) -> str | None:
         """To the next trap, or the end of the program."""
-        fcntl.ioctl(self._vcpu, _RUN, 0)
+        # Who stops and continues the process interrupts the vCPU: it has not left for a reason of
+        # its own, and goes on.
+        while True:
+            with suppress(InterruptedError):
+                fcntl.ioctl(self._vcpu, _RUN, 0)
+                break
         (reason,) = struct.unpack_from("I", self._run_page, 8)
         if reason == _EXIT_INTERNAL_ERROR:
             raise _NotEmulatedError

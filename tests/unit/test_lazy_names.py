@@ -50,6 +50,20 @@ def test_another_name_is_an_error():
         exec("from vmibridge import Brigde", {})
 
 
+def test_what_packs_an_initramfs_needs_nothing_but_python():
+    """guest/linux/build-guest runs it with the Python of the system, without any package."""
+    code = "import sys, vmibridge.backends.qemu.initramfs; print('anyio' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={"PYTHONPATH": str(PACKAGE.parent)},
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 def test_every_module_can_be_imported_first():
     """No module needs that another one was imported before it."""
     # What others made is imported once, before the forks.

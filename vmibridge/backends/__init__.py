@@ -12,30 +12,36 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from vmibridge.errors import BackendSpecError
-from vmibridge.vm.backend import Backend
-from vmibridge.vm.spec import parse_options
+
+# Each backend is imported when it is asked for; what is packed into a guest's initramfs, in this
+# package too, needs nothing but Python.
+if TYPE_CHECKING:
+    from vmibridge.vm.backend import Backend
 
 
-def _unicorn(path: str, options: str, vm: str) -> Backend:
+def _unicorn(path: str, options: str, vm: str) -> "Backend":
     from vmibridge.backends.unicorn.backend import UnicornBackend
 
     return UnicornBackend.from_spec(path, options, vm)
 
 
-def _replay(path: str, options: str, vm: str) -> Backend:
+def _replay(path: str, options: str, vm: str) -> "Backend":
     if not path:
         raise BackendSpecError("replay: needs the path of a recording, as in replay:run.mcap")
     from vmibridge.recording import ReplayBackend, ReplayOptions
+    from vmibridge.vm.spec import parse_options
 
     return ReplayBackend(
         Path(path), parse_options(f"replay:{path}", options, ReplayOptions, {}), vm
     )
 
 
-def _qemu_plugin(where: str, options: str, vm: str) -> Backend:
+def _qemu_plugin(where: str, options: str, vm: str) -> "Backend":
     from vmibridge.backends.qemu.plugin.backend import QemuPluginBackend, QemuPluginOptions
+    from vmibridge.vm.spec import parse_options
 
     kind, _, path = where.partition(":")
     if kind != "unix" or not path:
@@ -48,19 +54,19 @@ def _qemu_plugin(where: str, options: str, vm: str) -> Backend:
     return QemuPluginBackend(Path(path), given, vm)
 
 
-def _qemu_gdb(where: str, options: str, vm: str) -> Backend:
+def _qemu_gdb(where: str, options: str, vm: str) -> "Backend":
     from vmibridge.backends.qemu.gdb.backend import QemuGdbBackend
 
     return QemuGdbBackend.from_spec(where, options, vm)
 
 
-def _remote(where: str, options: str, vm: str) -> Backend:
+def _remote(where: str, options: str, vm: str) -> "Backend":
     from vmibridge.transport import RemoteBackend
 
     return RemoteBackend(f"{where}?{options}" if options else where, vm=vm)
 
 
-BACKENDS: Mapping[str, Callable[[str, str, str], Backend]] = MappingProxyType(
+BACKENDS: Mapping[str, Callable[[str, str, str], "Backend"]] = MappingProxyType(
     {
         "qemu-gdb": _qemu_gdb,
         "qemu-plugin": _qemu_plugin,
@@ -72,7 +78,7 @@ BACKENDS: Mapping[str, Callable[[str, str, str], Backend]] = MappingProxyType(
 """From a backend's name to what makes it, given path, options and the name of the VM."""
 
 
-def open_backend(spec: str, *, vm: str = "vm") -> Backend:
+def open_backend(spec: str, *, vm: str = "vm") -> "Backend":
     """The backend that `spec` names: `NAME:WHERE?OPTION=VALUE&...`.
 
     Enter it with `async with`. `vm` is the VM's name in events. Raises
