@@ -24,7 +24,7 @@ from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import Tap, Taps
 from vmibridge.engine.workers import Workers
 from vmibridge.errors import HandlerLifeError
 from vmibridge.vm.backend import Backend
@@ -45,6 +45,8 @@ class Engine:
         on_end: Callable[[str, BaseException | None], None],
         before_resume: BeforeResume | None = None,
     ) -> None:
+        # None where there are none: a trap then pays one test, and no call.
+        self._taps = Taps(backend.vm, taps) if taps else None
         self._backend = backend
         self._on_end = on_end
         self._handlers = [each for each in bridge.handlers if not each.shared]
@@ -57,12 +59,11 @@ class Engine:
             outcomes,
             in_flight,
             turns,
-            taps,
+            self._taps,
             self._stop_for,
             before_resume,
         )
         self._bridge = bridge
-        self._taps = taps
         self._stop = anyio.Event()
         self._grace = anyio.CancelScope()
         self._stopping = False
@@ -121,8 +122,8 @@ class Engine:
             self._ended.set()
 
     async def _serve(self, outside: anyio.CancelScope) -> None:
-        for tap in self._taps:
-            tap.begin(self._backend.vm, self._bridge, self._settings, self._stop_for)
+        if self._taps is not None:
+            self._taps.begin(self._bridge, self._settings, self._stop_for)
         try:
             with self._shield:
                 async with anyio.create_task_group() as watch:
@@ -132,8 +133,8 @@ class Engine:
                         await self._run_guest()
                     watch.cancel_scope.cancel()
         finally:
-            for tap in self._taps:
-                tap.end(self._backend.vm, self.summary)
+            if self._taps is not None:
+                self._taps.end(self.summary)
         outside.cancel()
 
     async def _run_guest(self) -> None:

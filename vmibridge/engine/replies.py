@@ -6,7 +6,7 @@ written makes its outcome *failed*; the trap is done with in any case.
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import anyio
@@ -19,7 +19,7 @@ from vmibridge.engine.lanes import Lanes
 from vmibridge.engine.outcome_queue import OutcomesIn
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import Taps
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
@@ -45,7 +45,7 @@ class Replies:
         outcomes: OutcomesIn,
         lanes: Lanes,
         summary: Summary,
-        taps: Sequence[Tap],
+        taps: Taps | None,
         before_resume: BeforeResume | None = None,
     ) -> None:
         self._backend = backend
@@ -126,10 +126,8 @@ class Replies:
             _clock() - started,
             outcome.retry_of,
         )
-        for tap in self._taps:
-            tap.answered(done)
-            if tap.full:
-                await tap.room()
+        if self._taps is not None and self._taps.answered(done):
+            await self._taps.room()
         if not self._outcomes.put_nowait(done):
             await self._outcomes.put(done)
         self._lanes.release(event.vcpu)

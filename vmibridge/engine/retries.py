@@ -24,7 +24,7 @@ Invariants
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import msgspec
@@ -35,7 +35,7 @@ from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.request import Cause, Request, State
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import Taps
 from vmibridge.vm.trap import TrapEvent
 
 
@@ -43,7 +43,7 @@ class Retries:
     """What retries of one VM are answered."""
 
     def __init__(
-        self, settings: ServerSettings, terms: TermsTable, summary: Summary, taps: Sequence[Tap]
+        self, settings: ServerSettings, terms: TermsTable, summary: Summary, taps: Taps | None
     ) -> None:
         self.pending: PendingRequests = PendingRequests(settings.result_timeout, settings.in_flight)
         """Empty while no guest was told to wait: a trap then pays for nothing here."""
@@ -63,8 +63,8 @@ class Retries:
         event, packet = retry.event, retry.packet
         assert event is not None
         self._summary.retries += 1
-        for tap in self._taps:
-            tap.retried(event, request.first_seq)
+        if self._taps is not None:
+            self._taps.retried(event, request.first_seq)
         if request.state is State.RETRIED:
             # One trap waits for a handler: two could not both get its answer, and which of them
             # would go without must not depend on when it comes.

@@ -24,7 +24,7 @@ Invariants
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,7 @@ from vmibridge.engine.request import Cause, Request, State, Worker
 from vmibridge.engine.retries import Retries, as_retry
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap, TappedMemory
+from vmibridge.engine.taps import TappedMemory, Taps
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent, TrapFilter
@@ -78,7 +78,7 @@ class Workers:
         outcomes: OutcomesIn,
         in_flight: InFlight,
         turns: Turns,
-        taps: Sequence[Tap],
+        taps: Taps | None,
         on_fatal: Callable[[BaseException], None],
         before_resume: BeforeResume | None = None,
     ) -> None:
@@ -99,7 +99,7 @@ class Workers:
         self._asking = Asking(InFlight(settings.in_flight, in_flight), turns, on_fatal)
         self._on_fatal = on_fatal
         self._guard: Guard | None = None
-        self._memory: PhysicalMemory = TappedMemory(backend, taps) if taps else backend
+        self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
         if settings.policy is not None:
             self._guard = Guard(settings.policy)
             if self._guard.meters_bytes:
@@ -267,9 +267,8 @@ class Workers:
         """The request of a trap that is ours, which taps are told of; `None` for others."""
         others = self._backend.other_hypercalls
         packet = own_request(event, self.filter, other_hypercalls=others)
-        if packet is not None:
-            for tap in self._taps:
-                tap.trap(event)
+        if packet is not None and self._taps is not None:
+            self._taps.trap(event)
         return packet
 
     # --- the end --------------------------------------------------------------------

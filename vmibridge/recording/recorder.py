@@ -256,6 +256,11 @@ class Recorder(Tap):
         text = f"{summary.total} traps"
         self._add(NOTE, Note("end", text, vm, counts={**counts, "native": summary.native}))
 
+    def dropped(self, vm: str, error: Exception) -> None:
+        """What must not happen: it could not take what it was told. The recording ends here, and
+        the runs end or go on as if the file could not be written."""
+        self._fail(error)
+
     # --- into the file --------------------------------------------------------------
 
     def _access(self, event: TrapEvent, access: MemoryAccess) -> None:

@@ -28,6 +28,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.request import request_in
 from vmibridge.engine.taps import Tap
@@ -86,6 +87,7 @@ class ReplayBackend(Backend, Tap):
         self._vcpus: set[int] = set()
         self._held = 0
         self._stopped = False
+        self._stop_for: Callable[[Exception], None]
         self._poked = anyio.Event()
         self._arrived = anyio.Event()
         self._sink: TrapSink
@@ -182,6 +184,15 @@ class ReplayBackend(Backend, Tap):
                 request.write_unrecorded(address, data)
                 return
             await self._further_accesses(request)
+
+    def begin(
+        self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
+    ) -> None:
+        self._stop_for = stop
+
+    def dropped(self, vm: str, error: Exception) -> None:
+        """Without what it is told here it cannot go on: it would wait for ever."""
+        self._stop_for(error)
 
     def trap(self, event: TrapEvent) -> None:
         if event is self._untaken:
