@@ -31,6 +31,7 @@ import msgspec
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.request import request_in
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import (
     BackendError,
