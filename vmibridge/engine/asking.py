@@ -33,6 +33,7 @@ from vmibridge.engine.request import Cause, Request, State, Worker
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _UNMATCHED = OutcomeKind.UNMATCHED
 _INLINE, _ENTERING = State.INLINE, State.ENTERING
+_QUEUE, _BEGIN = Cause.QUEUE, Cause.BEGIN
 
 
 class Asking:
@@ -98,7 +99,7 @@ class Asking:
 
     async def _ask_in_turn(self, worker: Worker, request: Request, entry: Entry) -> Answer:
         """Wait for the handler's turn and for a place, as far as it needs them."""
-        request.on(Cause.QUEUE)
+        request.on(_QUEUE)
         if entry.serial:
             assert entry.handler is not None
             # The turn before the place: who waits for a turn keeps nobody else from a place.
@@ -114,7 +115,7 @@ class Asking:
         if request.state is not _ENTERING:
             # Overtaken between the hand-over of its turn and now, it must not begin.
             await checkpoint_if_cancelled()
-        request.on(Cause.BEGIN)
+        request.on(_BEGIN)
         return await ask(entry, worker.context, request.packet)
 
     def _outcome_of_error(

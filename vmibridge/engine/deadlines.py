@@ -75,14 +75,18 @@ class Deadlines:
 
     def arm(self, request: Request, terms: Terms) -> None:
         """Watch a request that was suspended for the first time, just now."""
+        started = request.started
         request.terms = terms
-        request.hard_deadline = request.started + terms.timeout
-        self.rearm(request)
+        request.hard_deadline = started + terms.timeout
+        request.deadline = deadline = min(request.hard_deadline, started + terms.soft_timeout)
+        self._watched.add(request)
+        if deadline < self._wake_at:
+            self._poke.set()
 
     def rearm(self, request: Request) -> None:
         """Watch a request that has another trap; its hard deadline stays."""
-        request.deadline = min(request.hard_deadline, request.started + request.terms.soft_timeout)
-        self._watched.add(request)
+        soft = request.started + request.terms.soft_timeout
+        request.deadline = min(request.hard_deadline, soft)
         self._wake_by(request.deadline)
 
     def disarm(self, request: Request) -> None:

@@ -318,13 +318,16 @@ class Request:
     def on(self, cause: Cause) -> State:
         """Make the transition of the table; returns the new state.
 
+        What most requests pass through is set without it: `TAKEN`, `INLINE`, `ANSWERED`, and
+        `RUNNING` at the first suspension. It would be one more call for each trap.
+
         Raises `RuntimeError` where the table has none: the engine is wrong, and to go on could
         answer a trap twice.
         """
-        state = TRANSITIONS[self.state].get(cause)
-        if state is None:
-            raise RuntimeError(f"{cause} in {self.state}")
-        self.state = state
+        try:
+            state = self.state = TRANSITIONS[self.state][cause]
+        except KeyError:
+            raise RuntimeError(f"{cause} in {self.state}") from None
         return state
 
     def take_trap(self) -> TrapEvent:

@@ -44,7 +44,7 @@ from vmibridge.engine.outcome_queue import OutcomesIn
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Guard, MeteredMemory
 from vmibridge.engine.replies import BeforeResume, Replies
-from vmibridge.engine.request import Cause, Request, State, Worker
+from vmibridge.engine.request import WATCHED, Cause, Request, State, Worker
 from vmibridge.engine.retries import Retries, as_retry
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
@@ -62,7 +62,7 @@ _MAX_IDLE = 1024
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _TAKEN, _INLINE, _ANSWERED = State.TAKEN, State.INLINE, State.ANSWERED
-_JOINED = State.JOINED
+_RUNNING, _PARKED, _RETRIED, _JOINED = State.RUNNING, State.PARKED, State.RETRIED, State.JOINED
 
 _NO_16_BIT = "16-bit guest code has no register form in the bridge protocol"
 
@@ -176,9 +176,12 @@ class Workers:
         request = worker.request
         # Else no handler makes it wait, but the backend or the consumer: a reply has no deadline.
         if request.state is not _ANSWERED:
-            if request.on(Cause.SUSPEND) is State.RUNNING:
+            if request.state is _INLINE:
+                request.state = _RUNNING
                 # Not before: a handler that never waits overlaps with no other, and needs none.
                 self._asking.take_place(worker)
+            else:
+                request.on(Cause.SUSPEND)
             self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         self._promote()
 
@@ -225,7 +228,12 @@ class Workers:
                 context = worker.context = BridgeContext(event, self._memory)
                 outcome = await self._asking.ask(worker, request, entries)
                 if request.state is not _INLINE:
-                    return await self._answer_late(request, context, outcome)
+                    # It has waited: the request may have another trap by now, or none.
+                    late = self._end_late(request, context, outcome)
+                    if late is None:
+                        return None
+                    assert request.event is not None
+                    outcome, event, started = late, request.event, request.started
                 context.close()
             else:
                 joined = self._retries.join(pending, request)
@@ -236,25 +244,25 @@ class Workers:
         request.state = _ANSWERED
         return await self._replies.finish(event, started, outcome)
 
-    async def _answer_late(
+    def _end_late(
         self, request: Request, context: BridgeContext, outcome: Outcome[Any]
-    ) -> None:
-        """Answer for a handler that has waited: its request may have another trap, or none."""
-        if request.is_overtaken:
-            # Answered already: what the handler came to on its way out goes nowhere.
-            return
+    ) -> Outcome[Any] | None:
+        """The handler has ended after it had waited. `None`: no trap is there to be answered."""
+        state = request.state
+        if state is not _RUNNING and state not in WATCHED:
+            # Overtaken: what the handler came to on its way out goes nowhere.
+            return None
         self.deadlines.disarm(request)
-        context.close()
-        # Before the transition, which ends this.
-        first_seq = request.retry_of
-        if request.on(Cause.END) is State.KEPT:
+        if state is _PARKED:
+            request.on(Cause.END)
             request.take_worker()
+            context.close()
             self.deadlines.keep(request, outcome)
-            return
-        if first_seq is not None:
+            return None
+        if state is _RETRIED:
             self._retries.pending.remove(request)
-            outcome = as_retry(outcome, request.packet, first_seq)
-        await self._replies.finish(request.take_trap(), request.started, outcome)
+            return as_retry(outcome, request.packet, request.first_seq)
+        return outcome
 
     def _refuse_16_bit(self, event: TrapEvent, packet: BridgePacket) -> Outcome[Any]:
         # A warning once, so that a guest cannot flood the log.
