@@ -118,7 +118,7 @@ class LinuxGuest:
         arms = ("-S", "-gdb", f"unix:{stub},server=on,wait=off")
         outcomes, said = [], b""
         async with opened(self.command(what, *arms, **options, kernel="nokaslr")) as process:
-            while not stub.exists():
+            while not stub.exists():  # QEMU does not say when it listens
                 await anyio.sleep(0.01)
             async with open_backend(f"qemu-gdb:unix:{stub}?{where}") as backend:
                 server = BridgeServer(backend, Bridge(handler), timeout=30)

@@ -11,16 +11,15 @@ from pathlib import Path
 import anyio
 import pytest
 from children import Child
-from remote_parts import carry
+from remote_parts import AT, Adds, carry
 
-from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
+from vmibridge import BridgePacket, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.errors import BackendError
 from vmibridge.testing import FakeGuest
 from vmibridge.transport import AgentServer
 
 BINARY = Path(sys.executable).with_name("nats-server")
-AT = 0x5000
 
 # nats-py is for asyncio; that trio says so is in test_nats_urls.
 ON_ASYNCIO = [
@@ -122,35 +121,13 @@ async def fail(url):
     return said
 
 
-class Work(BridgeHandler[None]):
-    """Adds one, in several ways; keeps which traps it was asked for."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
+class Work(Adds):
+    """And waits, or does not come to an end, for as long as a test wants."""
 
     def __init__(self):
-        self.asked = []
+        super().__init__()
         self.cancelled = 0
         self.go_on = anyio.Event()
-
-    @method(1)
-    async def add(self, vmi, packet):
-        self.asked.append(vmi.event.seq)
-        return BridgeResponse(value1=packet.value1 + 1)
-
-    @method(2)
-    async def add_later(self, vmi, packet):
-        self.asked.append(vmi.event.seq)
-        await anyio.sleep(0.001)
-        return BridgeResponse(value1=packet.value1 + 1)
-
-    @method(3)
-    async def add_in_memory(self, vmi, packet):
-        self.asked.append(vmi.event.seq)
-        at = AT + 8 * vmi.vcpu
-        count = int.from_bytes(await vmi.memory.read(at, 8), "little")
-        await vmi.memory.write(at, (count + 1).to_bytes(8, "little"))
-        return BridgeResponse(value1=packet.value1 + 1)
 
     @method(4)
     async def invert(self, vmi, packet):

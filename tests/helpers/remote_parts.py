@@ -321,3 +321,37 @@ class Certificates:
         cert = self._write(f"{name}-{len(list(self._folder.iterdir()))}", made.cert_chain_pems)
         key = self._write(f"{name}-key-{len(list(self._folder.iterdir()))}", [made.private_key_pem])
         return f"cert={cert}&key={key}&ca={self.ca}"
+
+
+AT = 0x5000
+"""Where each vCPU has a counter in guest memory, of 8 bytes."""
+
+
+class Adds(BridgeHandler[None]):
+    """Adds one; keeps who asked."""
+
+    MAGIC = STANDARD_MAGIC
+    REQUEST = 0x0100
+
+    def __init__(self):
+        self.asked = []
+
+    @method(1)
+    async def add(self, vmi, packet):
+        self.asked.append(vmi.event.seq)
+        return BridgeResponse(value1=packet.value1 + 1)
+
+    @method(2)
+    async def add_later(self, vmi, packet):
+        self.asked.append(vmi.event.seq)
+        await anyio.sleep(0.001)
+        return BridgeResponse(value1=packet.value1 + 1)
+
+    @method(3)
+    async def add_in_memory(self, vmi, packet):
+        """Each vCPU has a counter in memory, which a write that is done twice would spoil."""
+        self.asked.append(vmi.event.seq)
+        at = AT + 8 * vmi.vcpu
+        count = int.from_bytes(await vmi.memory.read(at, 8), "little")
+        await vmi.memory.write(at, (count + 1).to_bytes(8, "little"))
+        return BridgeResponse(value1=packet.value1 + 1)

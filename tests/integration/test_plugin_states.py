@@ -102,8 +102,8 @@ async def test_by_the_plugin_api_alone_cpuid_is_exact(machine):
     assert not any(event.flags_known for event in witness.events)
 
 
-# On a machine with other work its guest has begun anew in the middle, twice in some 150 runs, each
-# time at the case "overflow": what does that is not known yet.
+# On a busy machine its guest restarted in the middle, twice in some 150 runs, each time in the case
+# "overflow". The cause is not known yet.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [VMCALL, VMMCALL])
 async def test_by_the_plugin_api_alone_hypercalls_say_that_flags_are_not_known(machine, kind):

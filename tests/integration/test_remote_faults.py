@@ -9,9 +9,9 @@ import random
 
 import anyio
 import pytest
-from remote_parts import Late, Proxy, served
+from remote_parts import AT, Adds, Late, Proxy, served
 
-from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
+from vmibridge import BridgePacket, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest
@@ -19,38 +19,7 @@ from vmibridge.transport import Agent
 
 pytestmark = pytest.mark.anyio
 VCPUS = 16
-AT = 0x5000
 HELLO_HAS = b"vmibridge"
-
-
-class Work(BridgeHandler[None]):
-    """Adds one; keeps who asked."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
-
-    def __init__(self):
-        self.asked = []
-
-    @method(1)
-    async def add(self, vmi, packet):
-        self.asked.append(vmi.event.seq)
-        return BridgeResponse(value1=packet.value1 + 1)
-
-    @method(2)
-    async def add_later(self, vmi, packet):
-        self.asked.append(vmi.event.seq)
-        await anyio.sleep(0.001)
-        return BridgeResponse(value1=packet.value1 + 1)
-
-    @method(3)
-    async def add_in_memory(self, vmi, packet):
-        """Each vCPU has a counter in memory, which a write that is done twice would spoil."""
-        self.asked.append(vmi.event.seq)
-        at = AT + 8 * vmi.vcpu
-        count = int.from_bytes(await vmi.memory.read(at, 8), "little")
-        await vmi.memory.write(at, (count + 1).to_bytes(8, "little"))
-        return BridgeResponse(value1=packet.value1 + 1)
 
 
 class Guest(FakeGuest):
@@ -103,7 +72,7 @@ def fates(seed, *, every):
 
 
 async def carry_through(tmp_path, traps, *, every=60, seed=7):
-    handler = Work()
+    handler = Adds()
     vm = make_guest(traps, seed)
     there, here = tmp_path / "there.sock", tmp_path / "here.sock"
     proxy = Proxy(here, there, fates(seed, every=every))
@@ -163,7 +132,7 @@ async def test_a_server_that_is_started_anew_refuses_what_may_have_run(tmp_path,
     url = f"unix:{tmp_path / 'x.sock'}"
     ran, refused, answers = [], [], []
 
-    class Slow(Work):
+    class Slow(Adds):
         @method(1)
         async def add(self, vmi, packet):
             ran.append(packet.value1)
@@ -200,7 +169,7 @@ async def test_a_server_that_is_started_anew_refuses_what_may_have_run(tmp_path,
                 raise Lost
         except* Lost:
             pass
-        async with served(url, Work(), settings=settings, on_end=on_end) as server:
+        async with served(url, Adds(), settings=settings, on_end=on_end) as server:
             with anyio.fail_after(30):
                 while len(answers) < 2 or server.vms:
                     await anyio.sleep(0.001)

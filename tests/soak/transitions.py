@@ -1,7 +1,8 @@
 """Watch the states of all requests of the engine: each change is checked against its table.
 
 The engine looks a transition up in the table itself, except on its hot path. Here every change of
-`Request.state` is seen, whoever makes it, and what must hold in each state is looked at.
+`Request.state` is seen, also where the code sets it by itself, and the invariants of each state are
+checked.
 """
 
 from collections import Counter

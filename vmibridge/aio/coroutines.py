@@ -34,7 +34,7 @@ def _rest(
     while True:
         try:
             reply = yield wish
-        except BaseException as error:
+        except BaseException as error:  # all that is thrown in is the body's to catch
             step: Callable[[Any], object] = body.throw
             reply = error
         else:

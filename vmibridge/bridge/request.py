@@ -3,8 +3,8 @@
 - Reading never raises here. A trap may carry no request (`UnsupportedTrapError`: port I/O, an
   MSR), and one out of a file or from a peer may have registers that no machine has (`ValueError`:
   a negative one). Neither has an answer, so both are `None`.
-- A trap that is not ours runs as if vmibridge were not there. So whoever answers traps, the engine
-  or an agent without its server, decides that by the same test.
+- A trap that is not ours runs as if vmibridge were not there. So the engine,
+  and an agent without its server, decide that by the same test.
 """
 
 from typing import TypeAlias

@@ -68,7 +68,7 @@ def serve(
 
     Example: vmibridge serve --listen unix:/run/vmibridge.sock --handlers handlers/hello.py
     """
-    # Handlers may be loaded anew, and a change within a second would go unseen.
+    # Handlers may be reloaded, and a change within a second would go unseen.
     sys.dont_write_bytecode = True
     given = options or ServerOptions()
     # A recorder is made for each VM; those of `run` and `qemu` are not wanted.
@@ -192,7 +192,7 @@ class _Command:
         log.info("%s: stopping", number.name)
         self.server.stop(now=now)
         if now and self._scope is not None:
-            # Whoever reads standard output may not read on.
+            # The reader of standard output may have stopped reading.
             self._scope.deadline = anyio.current_time() + LAST_LINES
 
     async def _reload(self, reloading: anyio.Lock) -> None:

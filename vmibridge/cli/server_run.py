@@ -107,7 +107,7 @@ async def run_server(life: Life) -> int:
         log.info("%s: stopping; %s", number.name, _MORE[len(received)])
         server.stop(now=now)
         if now:
-            # Whoever reads standard output may not read on.
+            # The reader of standard output may have stopped reading.
             run.deadline = anyio.current_time() + LAST_LINES
 
     async with anyio.create_task_group() as tasks:

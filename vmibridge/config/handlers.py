@@ -144,7 +144,7 @@ def reload_handlers(sources: Iterable[str], config: Config | None = None) -> Han
     try:
         factory = HandlerFactory(sources, config or Config())
         factory.make()
-    except BaseException:
+    except BaseException:  # a module may raise anything, SystemExit among it
         for name in list(sys.modules):
             if _is_of(name, sources):
                 del sys.modules[name]

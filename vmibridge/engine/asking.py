@@ -6,8 +6,8 @@ that they run in, or take no notice of being cancelled. Here each of that become
 Invariants
 ----------
 
-- A handler that is suspended has a place in flight, and keeps it until it has unwound, whoever
-  answers its trap before that. So handlers that do not end are bounded, too.
+- A handler that is suspended has a place in flight, and keeps it until it has unwound, also when
+  the watchdog or a stop answers its trap before that. So handlers that do not end are bounded, too.
 - Whether there is a place is tested before a handler is asked. It is taken when the handler is
   suspended (`Asking.take_place`), so one that never waits takes none. Between the two nothing else
   runs, so the place is still there.
@@ -77,7 +77,7 @@ class Asking:
                         request.state = _INLINE
                         found = await ask(entry, worker.context, packet)
                     outcome = outcome_of(entry, packet, found)
-                except BaseException as error:
+                except BaseException as error:  # a handler may raise anything
                     if request.is_overtaken and isinstance(error, self._left_to_the_scope):
                         raise
                     return self._outcome_of_error(entry, packet, error)

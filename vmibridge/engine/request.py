@@ -209,9 +209,8 @@ TRANSITIONS: dict[State, dict[Cause, State]] = {
 }
 """The state that follows, by state and cause. The code runs on it (`Request.on`).
 
-The hot path sets `TAKEN`, `INLINE` and `ANSWERED` by themselves, without a look-up: it is about one
-part in fifty of a trap. `tests/unit/engine/test_trap_life.py` and the fault soak check those
-against the table, too.
+The states that most requests pass through are set without a look-up; `Request.on` names them.
+`tests/unit/engine/test_trap_life.py` and the fault soak check those against the table, too.
 """
 
 HAS_TRAP: frozenset[State] = frozenset(

@@ -200,7 +200,7 @@ class Taps:
                 scope.cancel()
         try:
             tap.dropped(self._vm, error)
-        except Exception:
+        except Exception:  # dropped is dropped: it has no further call to be dropped from
             log.debug("tap %s raised when it was dropped", name, exc_info=True)
 
 

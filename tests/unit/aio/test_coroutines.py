@@ -393,7 +393,7 @@ def test_the_rest_gets_what_the_loop_sends_and_throws():
 @pytest.mark.anyio
 async def test_the_rest_may_wait_and_raises_what_the_body_raises():
     async def body():
-        await anyio.sleep(0.001)
+        await anyio.sleep(0.001)  # any wait will do
         raise LookupError("of the body")
 
     running = body()

@@ -503,7 +503,7 @@ class TestMemory:
             assert await server.next() == Memory(1)
             assert written == [b"abc"]
             server.hang_up()
-            # Another incarnation counts anew: this is another write.
+            # Another incarnation counts from the start: this is another write.
             await server.greet(welcome(INCARNATIONS[1]))
             await server.next()
             server.post(Write(1, seq, self.AT, b"def"))

@@ -51,7 +51,7 @@ async def dial(url: Url, session: bytes, vm: str, backend: Backend) -> AsyncIter
             welcome = check_welcome(first)
             connection.reader.limit = MEMORY_LIMIT
             connection.give_back(others)
-        except BaseException:
+        except BaseException:  # a cancellation in the handshake, too
             connection.close()
             raise
     try:

@@ -14,9 +14,9 @@ from collections import deque
 import anyio
 
 from vmibridge.bridge.outcome import GONE
-from vmibridge.errors import GuestMemoryError, TrapQueueClosedError
+from vmibridge.errors import GuestMemoryError
 from vmibridge.transport.session import Session
-from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 _clock = time.monotonic
@@ -62,10 +62,7 @@ class SessionBackend(Backend):
     async def _feed(self, sink: TrapSink) -> None:
         while self._held and not self._over:
             event = self._held[0]
-            try:
-                await sink.put(event)
-            except TrapQueueClosedError:
-                self._give_back(event)
+            await feed_held(sink, event, self._give_back)
             self._held.popleft()
 
     async def _end_with_session(self) -> None:
@@ -81,15 +78,12 @@ class SessionBackend(Backend):
     def take(self, event: TrapEvent) -> None:
         """A trap has come."""
         self.unanswered += 1
-        if self._sink is not None and not self._held:
-            try:
-                self._sink.put_nowait(event)
-                return
-            except anyio.WouldBlock:
-                pass
-            except TrapQueueClosedError:
-                self._give_back(event)
-                return
+        if self._sink is None or self._held:
+            self._hold(event)
+        else:
+            feed(self._sink, event, self._hold, self._give_back)
+
+    def _hold(self, event: TrapEvent) -> None:
         self._held.append(event)
         self._poked.set()
 

@@ -54,7 +54,7 @@ async context manager is entered and left."""
 _MOST_ENDED = 1024
 """Ids of sessions that are known to have ended, or to have been followed by another."""
 _TAKE_OVER = 30.0
-"""Seconds that handlers may take to be entered, when they are loaded anew."""
+"""Seconds that handlers may take to be entered, when they are reloaded."""
 
 
 class _Vm:

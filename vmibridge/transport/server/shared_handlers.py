@@ -44,7 +44,7 @@ class _Life:
         self.unused = anyio.Event()
         """Nobody has it, and nobody is to get it any more."""
         self.superseded = False
-        """Handlers were loaded anew since somebody came for it."""
+        """Handlers were reloaded since somebody came for it."""
         self.leaving = False
         self.left = anyio.Event()
 
@@ -133,13 +133,13 @@ class SharedHandlers:
             life.left.set()
 
     def supersede(self) -> None:
-        """Handlers are being loaded anew: those of before end with the VMs that have them,
+        """Handlers are being reloaded: those of before end with the VMs that have them,
         but for those that the new ones have, too."""
         for life in self._lives.values():
             life.superseded = True
 
     def leave_unused(self) -> None:
-        """All VMs have the handlers that were loaded anew: leave what nobody has."""
+        """All VMs have the reloaded handlers: leave what nobody has."""
         for life in self._lives.values():
             self._leave_if_unused(life)
 
