@@ -15,8 +15,11 @@
  * state begins is found by what it must hold, and proved by a register that is written through
  * the API and seen to change there. What is not found is not used.
  */
+#define _GNU_SOURCE
 #include <malloc.h>
 #include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #include "plugin.h"
 
@@ -34,7 +37,9 @@ enum { RUNNING = 9, SHUTDOWN = 11 };
 enum { ARITHMETIC = 0x8D5, TF = 1 << 8, DF = 1 << 10, RF = 1 << 16, VM = 1 << 17 };
 /* target/i386/cpu.h: HF_... */
 enum { CPL = 3, SHADOW = 1 << 3, CS32 = 1 << 4, PE = 1 << 7, LMA = 1 << 14, CS64 = 1 << 15 };
-enum { MOST_SEARCHES = 16, STEP = 16 };
+enum { MOST_SEARCHES = 16, STEP = 16, SPAN = 48 };
+/* target/i386/cpu.h: CC_OP_EFLAGS to CC_OP_ADCOX, whose first operand holds flags as they are. */
+enum { OPERANDS = 2, FLAGS_AS_THEY_ARE = 4 };
 
 /* In the order of QEMU's array of general registers. */
 static const unsigned ORDER[] = {RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI};
@@ -107,23 +112,62 @@ static bool follows(struct vcpu *vcpu, char *env)
     return true;
 }
 
-static void find_env(struct vcpu *vcpu)
+static bool is_env(struct vcpu *vcpu, char *candidate, const uint64_t *registers)
 {
     static const unsigned ROOMS[] = {16, 32};
-    char *cpu = qemu_get_cpu(vcpu->number);
-    size_t size = cpu ? malloc_usable_size(cpu) : 0, span = 48 * settings.register_size;
-    uint64_t registers[REGISTERS];
+    for (unsigned k = 0; k < 2; k++) {
+        unsigned room = settings.register_size == 4 ? 8 : ROOMS[k];
+        if (may_be(candidate, room, registers) && follows(vcpu, candidate)) {
+            vcpu->room = room;
+            vcpu->env = candidate;
+            return true;
+        }
+    }
+    return false;
+}
+
+static void get_registers(struct vcpu *vcpu, uint64_t *registers)
+{
     for (unsigned i = 0; i < REGISTERS; i++) {
         registers[i] = get_register(vcpu, i);
     }
+}
+
+static void find_env(struct vcpu *vcpu)
+{
+    char *cpu = qemu_get_cpu(vcpu->number);
+    size_t size = cpu ? malloc_usable_size(cpu) : 0, span = SPAN * settings.register_size;
+    uint64_t registers[REGISTERS];
+    get_registers(vcpu, registers);
     for (size_t at = 0; at + span <= size && at < 1 << 16; at += STEP) {
-        for (unsigned k = 0; k < 2; k++) {
-            unsigned room = settings.register_size == 4 ? 8 : ROOMS[k];
-            if (may_be(cpu + at, room, registers) && follows(vcpu, cpu + at)) {
-                vcpu->room = room;
-                vcpu->env = cpu + at;
-                return;
-            }
+        if (is_env(vcpu, cpu + at, registers)) {
+            return;
+        }
+    }
+}
+
+/* The candidate may be anything where translated code does not keep the state in that register. */
+static bool is_readable(const char *start, size_t size)
+{
+    char copy[SPAN * sizeof(uint64_t)];
+    struct iovec here = {copy, size}, there = {(void *)start, size};
+    return process_vm_readv(getpid(), &here, 1, &there, 1, 0) == (ssize_t)size;
+}
+
+/* For a QEMU that does not tell where its state of a CPU is: what `on_trap` found is that, if it proves so. */
+void take_env(struct vcpu *vcpu, char *candidate)
+{
+    if (settings.inside || vcpu->env || vcpu->searches == MOST_SEARCHES) {
+        return;
+    }
+    uint64_t registers[REGISTERS];
+    get_registers(vcpu, registers);
+    vcpu->searches++;
+    if (!candidate || !is_readable(candidate, SPAN * settings.register_size) ||
+        !is_env(vcpu, candidate, registers)) {
+        if (vcpu->searches == MOST_SEARCHES) {
+            say("%s", "QEMU's state of a CPU is not where it was in 11.1: behind a VMCALL or VMMCALL "
+                      "that has no jump right before it, flags may be anything");
         }
     }
 }
@@ -197,6 +241,24 @@ bool read_flags(struct vcpu *vcpu, uint64_t *flags)
     return true;
 }
 
+/*
+ * A block that is left in its middle has changed the operands of the flags, and not which
+ * operation they are of. Where that is "flags as they are", an operand of the guest's code would
+ * become flags, those of the system included, as soon as another thread wants something of the vCPU.
+ */
+static void keep_flags_of_the_system(struct vcpu *vcpu)
+{
+    static const uint64_t MASKS[] = {1, ARITHMETIC, 1};
+    if (!vcpu->env || half_at(vcpu->env, vcpu->room, 0) >= FLAGS_AS_THEY_ARE) {
+        return;
+    }
+    for (unsigned i = 0; i < 3; i++) {
+        uint64_t operand = word_at(vcpu->env, vcpu->room, OPERANDS + i) & MASKS[i];
+        memcpy(vcpu->env + (vcpu->room + OPERANDS + i) * settings.register_size, &operand,
+               settings.register_size);
+    }
+}
+
 /* Go on at `rip`, with what the hardware leaves behind an instruction that has ended. */
 void leave_behind(struct vcpu *vcpu, uint64_t rip)
 {
@@ -212,6 +274,9 @@ void leave_behind(struct vcpu *vcpu, uint64_t rip)
             memcpy(vcpu->env + vcpu->room * word, &rip, word);
             helper_single_step(vcpu->env);
         }
+    }
+    if (!settings.inside) {
+        keep_flags_of_the_system(vcpu);
     }
     qemu_plugin_set_pc(rip);
 }

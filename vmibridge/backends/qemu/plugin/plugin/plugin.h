@@ -74,6 +74,7 @@ unsigned width_inside(struct vcpu *);
 bool read_state(struct vcpu *, uint64_t *registers, uint64_t *rip);
 bool write_state(struct vcpu *, unsigned which, uint64_t value);
 bool read_flags(struct vcpu *, uint64_t *flags);
+void take_env(struct vcpu *, char *candidate);
 _Noreturn void leave_behind(struct vcpu *, uint64_t rip);
 
 /* sites.c: which instructions trap, and what is known of them when they are translated. */
@@ -85,6 +86,7 @@ void on_translation(void *block, void *unused);
 
 /* trap.c */
 void on_trap(unsigned vcpu, void *site);
+void on_trap_of(unsigned vcpu, void *site, char *env);
 void on_block(unsigned vcpu, void *unused);
 void on_deferred(unsigned vcpu, void *unused);
 extern qemu_plugin_u64 deferred;

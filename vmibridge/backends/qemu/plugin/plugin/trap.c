@@ -4,7 +4,7 @@
  * | with | RIP and flags of a trap | how the answer is written |
  * |---|---|---|
  * | QEMU's own functions | `restore_state` | at once; the block is left behind the trap |
- * | the plugin API alone | RIP by that of the block's beginning; flags when nothing in the block has changed them | VMCALL, VMMCALL: the same, and flags that the block has changed are lost. CPUID runs natively, and the answer is written over it when the next instruction begins: its flags and single steps are the processor's own |
+ * | the plugin API alone | RIP by that of the block's beginning; flags when nothing in the block has changed them | VMCALL, VMMCALL: the same, and arithmetic flags that the block has changed are lost. CPUID runs natively, and the answer is written over it when the next instruction begins: its flags and single steps are the processor's own |
  *
  * After `restore_state` a block must not go on. So what has to run natively is run by leaving for
  * the trap itself, and letting it pass when the vCPU comes there: `native`.
@@ -250,7 +250,25 @@ static enum result ask_host(struct vcpu *vcpu, struct trap *trap, struct answer 
     return LOST;
 }
 
+/*
+ * Translated code keeps the state of its CPU in one register of the host (TCG_AREG0 in QEMU's
+ * tcg/x86_64/tcg-target.h and tcg/aarch64/tcg-target.h), which has to be read before a compiler
+ * uses it for something else. On other hosts the state is not known to a QEMU without functions.
+ */
+#if defined(__x86_64__)
+__asm__(".text\n.hidden on_trap\n.globl on_trap\n.type on_trap, @function\n"
+        "on_trap:\n mov %rbp, %rdx\n jmp on_trap_of\n.size on_trap, . - on_trap\n");
+#elif defined(__aarch64__)
+__asm__(".text\n.hidden on_trap\n.globl on_trap\n.type on_trap, %function\n"
+        "on_trap:\n mov x2, x19\n b on_trap_of\n.size on_trap, . - on_trap\n");
+#else
 void on_trap(unsigned number, void *data)
+{
+    on_trap_of(number, data, NULL);
+}
+#endif
+
+void on_trap_of(unsigned number, void *data, char *env)
 {
     /* Where in the translated block this is, as QEMU counts: 2 bytes before the return address. */
     uintptr_t in_block = (uintptr_t)__builtin_return_address(0) - 2;
@@ -264,6 +282,7 @@ void on_trap(unsigned number, void *data)
         return;
     }
     bool is_restored = restore_state(vcpu, in_block);
+    take_env(vcpu, env);
     struct trap trap = {0};
     if (!describe(vcpu, &site, is_restored, &trap)) {
         run_natively(vcpu, &trap, is_restored);
