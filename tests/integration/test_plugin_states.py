@@ -111,7 +111,7 @@ async def test_by_the_plugin_api_alone_hypercalls_say_that_flags_are_not_known(m
 
 
 class Stopped(BridgeHandler[None]):
-    """Another client stops the VM while a trap is pending, so its vCPU leaves QEMU's loop behind it."""
+    """Another client stops the VM in a trap, so its vCPU leaves QEMU's loop behind it."""
 
     MAGIC, REQUEST = STANDARD_MAGIC, 0x0100
 
