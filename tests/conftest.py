@@ -42,13 +42,23 @@ def end_early_coverage() -> None:
             begun.stop()
 
 
+COUNTS_CHILDREN = pytest.StashKey[bool]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Coverage is gathered on asyncio. On the other loops the same lines of ours run but for a few,
-    and counting them takes half of the time of a test."""
+    and counting them takes half of the time of a test. In a process that a test runs it costs as
+    much as the start of a command does, so it is gathered in those of `tests/cli` alone, and of a
+    test with several parameters with the first ones."""
+    seen = set()
     for item in items:
         call = getattr(item, "callspec", None)
         if call is not None and ("trio" in call.id or "uvloop" in call.id):
             item.add_marker(pytest.mark.no_cover)
+        name = item.nodeid.partition("[")[0]
+        is_counted = not item.get_closest_marker("no_cover") and name not in seen
+        item.stash[COUNTS_CHILDREN] = is_counted and item.path.is_relative_to(ROOT / "tests/cli")
+        seen.add(name)
 
 
 def pytest_collection_finish() -> None:
@@ -59,9 +69,8 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def children_are_counted_as_their_test_is(request, monkeypatch):
-    """Coverage costs a command as much as its start does, in each process that a test runs."""
-    if request.node.get_closest_marker("no_cover"):
+def children_are_counted_where_that_shows_more(request, monkeypatch):
+    if not request.node.stash[COUNTS_CHILDREN]:
         for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
             monkeypatch.delenv(name)
 

@@ -229,15 +229,6 @@ def serving(site: Site) -> Iterator[Site]:
     assert site.errors == []
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """What was there before has no part in the collections, which so take no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def site() -> Iterator[Site]:
     with serving(Site()) as site:

@@ -257,7 +257,7 @@ static enum result ask_host(struct vcpu *vcpu, struct trap *trap, struct answer 
  */
 #if defined(__x86_64__)
 __asm__(".text\n.hidden on_trap\n.globl on_trap\n.type on_trap, @function\n"
-        "on_trap:\n mov %rbp, %rdx\n jmp on_trap_of\n.size on_trap, . - on_trap\n");
+        "on_trap:\n endbr64\n mov %rbp, %rdx\n jmp on_trap_of\n.size on_trap, . - on_trap\n");
 #elif defined(__aarch64__)
 __asm__(".text\n.hidden on_trap\n.globl on_trap\n.type on_trap, %function\n"
         "on_trap:\n mov x2, x19\n b on_trap_of\n.size on_trap, . - on_trap\n");
