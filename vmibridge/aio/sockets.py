@@ -51,7 +51,7 @@ async def connect_tcp(host: str, port: int) -> socket.socket:
     raise failed or OSError(f"{host} has no address")
 
 
-async def listen_unix(path: Path, mode: int) -> socket.socket:
+async def listen_unix(path: Path, mode: int) -> "UnixListener":
     """Listen at a file of this mode; one that is left behind is removed.
 
     Raises `BackendError` when somebody listens there, and for another file; `OSError`.
@@ -68,10 +68,39 @@ async def listen_unix(path: Path, mode: int) -> socket.socket:
             os.umask(before)
         made.listen(_BACKLOG)
         await anyio.Path(path).chmod(mode)
+        return UnixListener(made, path)
     except BaseException:
         made.close()
         raise
-    return made
+
+
+class UnixListener:
+    """A socket that listens at a file, which it removes at the end: its own, and not that of a
+    server that has taken its place."""
+
+    def __init__(self, made: socket.socket, path: Path) -> None:
+        self.socket: socket.socket = made
+        self._path = path
+        self._identity = _identity(path)
+
+    def close(self) -> None:
+        """Listen no more, and remove the file. Once more does nothing."""
+        if self.socket.fileno() < 0:
+            return
+        # Before the socket is closed, so that nobody takes the file for one left behind.
+        if _identity(self._path) == self._identity:
+            self._path.unlink(missing_ok=True)
+        close(self.socket)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file. The number of an inode is not given to another file while a
+    socket is bound to it."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 async def _remove_stale(path: Path) -> None:

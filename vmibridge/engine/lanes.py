@@ -13,6 +13,7 @@ Rules:
 
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
 import anyio
 
@@ -87,7 +88,10 @@ class Lanes:
 
     def abandon(self, event: TrapEvent) -> None:
         """Nobody waits for the answer to this trap any more."""
-        if event in self._ready or event in self._busy.get(event.vcpu, ()):
+        # By identity, and the latest first: an agent that waits for no answer abandons each trap
+        # with the next one.
+        queued = chain(reversed(self._busy.get(event.vcpu, ())), reversed(self._ready))
+        if any(each is event for each in queued):
             self.abandoned.add(event.seq)
         else:
             self._on_abandoned(event)

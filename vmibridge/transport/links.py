@@ -30,6 +30,10 @@ class Link(Protocol):
 class AgentLink(Protocol):
     """What an agent asks of the connection to its server."""
 
+    @property
+    def closed(self) -> bool:
+        """Nothing comes or goes any more; `receive` raises, too."""
+
     def post(self, frame: Frame, *, later: bool = False) -> None:
         """Send a frame; never waits, raises nothing."""
 

@@ -16,6 +16,8 @@ same effect whenever it comes:
 - The agent may be away for a while. Handlers go on; accesses to guest memory wait, and are
   sent again to the connection that comes.
 - An answer to a trap that is not in flight any more goes nowhere.
+- Memory that came along with traps is bounded in all (`MAX_PREFETCHED`), and dropped with the
+  answer: beyond it a handler asks for what it reads, as if nothing had come.
 
 `route` says which `SessionBackend`, and so which handler set, gets a trap. There are several when
 handlers were reloaded.
@@ -64,6 +66,9 @@ from vmibridge.vm.backend import GuestEnd, VcpuEnd
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
+
+MAX_PREFETCHED = 16 << 20
+"""Bytes that are kept of what came along with the unanswered traps of a VM."""
 
 _clock = time.monotonic
 _PONG, _ENDED = Pong(), Ended()
@@ -115,7 +120,7 @@ class _Lane:
     backend: TakesTraps | None
     """Which engine is asked."""
     prefetched: tuple[tuple[int, bytes], ...]
-    """Physical memory that came along: address and bytes."""
+    """Physical memory that came along with a trap that is not answered: address and bytes."""
 
 
 class _Access:
@@ -163,6 +168,7 @@ class Session:
         self._fallback = fallback
         self._lanes: dict[int, _Lane] = {}
         self._open = 0
+        self._prefetched = 0
         self._accesses: dict[int, _Access] = {}
         self._numbers = itertools.count(1)
         self._small = anyio.Semaphore(MOST_ACCESSES, fast_acquire=True)
@@ -201,7 +207,9 @@ class Session:
                 access.reply = frame
                 access.arrived.set()
         elif type(frame) is Ping:
-            self._post(_PONG)
+            # Together with what follows: a peer that sends nothing else gets few packets.
+            if self.link is not None:
+                self.link.post(_PONG, later=True)
         elif type(frame) is Cancel:
             self._cancel(frame.seq)
         elif type(frame) is End:
@@ -232,7 +240,7 @@ class Session:
         vcpus = sorted(self._lanes) or [0]
         self.end(GuestEnd(tuple(VcpuEnd(vcpu, "lost", why) for vcpu in vcpus)))
 
-    def _post(self, frame: Answer | Native | Pong | Returned | Ended) -> None:
+    def _post(self, frame: Answer | Native | Returned | Ended) -> None:
         if self.link is not None:
             self.link.post(frame)
 
@@ -252,14 +260,18 @@ class Session:
                 self._forsake(lane)
         elif len(self._lanes) >= self._vcpus:
             raise WireError(f"more than {self._vcpus} vCPUs")
-        if frame.memory and sum(len(data) for _, data in frame.memory) > MOST_PREFETCHED:
+        size = sum(len(data) for _, data in frame.memory) if frame.memory else 0
+        if size > MOST_PREFETCHED:
             raise WireError(f"more than {MOST_PREFETCHED} bytes came with a trap")
         event = trap_event(frame, self.vm)
         if lane is None:
             lane = self._lanes[frame.vcpu] = _Lane()
         lane.event = event
         lane.gives_up = gives_up
-        lane.prefetched = frame.memory
+        lane.prefetched = ()
+        if size and self._prefetched + size <= MAX_PREFETCHED:
+            lane.prefetched = frame.memory
+            self._prefetched += size
         lane.answer = lane.backend = None
         self._open += 1
         if frame.elsewhere and self._repeated == "refuse":
@@ -297,15 +309,26 @@ class Session:
         lane = self._lanes.get(event.vcpu)
         if lane is not None and lane.event.seq == event.seq and lane.answer is None:
             del self._lanes[event.vcpu]
-            self._open -= 1
+            self._close(lane)
             self.counts.returned += 1
             self._post(Returned(event.seq))
 
     def _forsake(self, lane: _Lane) -> None:
         """The vCPU went on without an answer."""
-        self._open -= 1
         if lane.backend is not None:
             lane.backend.abandon(lane.event)
+        if lane.answer is None:
+            self._close(lane)
+
+    def _close(self, lane: _Lane) -> None:
+        """Its trap is not open any more."""
+        self._open -= 1
+        self._drop_prefetched(lane)
+
+    def _drop_prefetched(self, lane: _Lane) -> None:
+        if lane.prefetched:
+            self._prefetched -= sum(len(data) for _, data in lane.prefetched)
+            lane.prefetched = ()
 
     def _cancel(self, seq: int) -> None:
         for lane in self._lanes.values():
@@ -319,7 +342,7 @@ class Session:
             self.counts.late += 1
             return
         answer = lane.answer = answer_frame(event.seq, writes)
-        self._open -= 1
+        self._close(lane)
         if self.link is not None:
             # The last one of those that are open goes out with all before it.
             self.link.post(answer, later=self._open > 0)
@@ -356,7 +379,7 @@ class Session:
         lane = self._lanes.get(event.vcpu)
         if lane is not None:
             # What came along is from before this write: the handler has to read what it wrote.
-            lane.prefetched = ()
+            self._drop_prefetched(lane)
         await self._access(Write(next(self._numbers), event.seq, address, data), len(data))
 
     def _ask(self, frame: Read | Write) -> None:

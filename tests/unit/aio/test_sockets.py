@@ -99,7 +99,7 @@ async def test_a_listener_has_its_mode_takes_connections_and_ends_when_it_is_clo
     listener = await sockets.listen_unix(path, 0o640)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(sockets.accept, listener, taken.append)
+        tasks.start_soon(sockets.accept, listener.socket, taken.append)
         with await sockets.connect(socket.AF_UNIX, str(path)) as connected:
             while not taken:
                 await anyio.sleep(0.001)
@@ -108,9 +108,27 @@ async def test_a_listener_has_its_mode_takes_connections_and_ends_when_it_is_clo
                 assert await sockets.receive(peer, 10) == b"bytes"
         with pytest.raises(BackendError, match=r"^somebody else listens there$"):
             await sockets.listen_unix(path, 0o600)
-        sockets.close(listener)
-    # What it leaves behind is in nobody's way.
-    sockets.close(await sockets.listen_unix(path, 0o600))
+        listener.close()
+        listener.close()
+    assert not path.exists()
+
+
+async def test_a_file_that_a_dead_process_left_is_in_nobodys_way(tmp_path):
+    path = tmp_path / "s"
+    sockets.close((await sockets.listen_unix(path, 0o600)).socket)
+    assert path.exists()
+    (await sockets.listen_unix(path, 0o600)).close()
+
+
+async def test_a_listener_leaves_the_file_of_one_that_has_replaced_it(tmp_path):
+    path = tmp_path / "s"
+    first = await sockets.listen_unix(path, 0o600)
+    path.unlink()
+    second = await sockets.listen_unix(path, 0o600)
+    first.close()
+    assert path.exists()
+    second.close()
+    assert not path.exists()
 
 
 async def test_a_file_that_is_no_socket_is_left_alone(tmp_path):

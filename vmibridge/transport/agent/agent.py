@@ -24,6 +24,7 @@ from collections.abc import Awaitable
 
 import anyio
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
 from vmibridge.errors import (
     BackendError,
@@ -59,6 +60,11 @@ log: logging.Logger = logging.getLogger(__name__)
 _FIRST_PAUSE = 0.05
 """Seconds from a lost connection to the next one, before jitter; doubled each time."""
 _LONGEST_PAUSE = 5.0
+_STEADY = 1.0
+"""Seconds that a connection has to last, or an answer has to come over it, for the pause after it
+to be a short one: a server that welcomes and hangs up is not asked all the time."""
+_MAX_IN_A_ROW = 64
+"""Frames of the server that are done before other tasks have their turn."""
 _LAST = 5.0
 """Seconds for the server to learn that the guest has ended."""
 
@@ -198,7 +204,7 @@ class Agent:
     # --- the connection -------------------------------------------------------------
 
     async def _keep_connected(self) -> None:
-        pause, told = _FIRST_PAUSE, ""
+        backoff, told = Backoff(self._longest_pause), ""
         while not self._ended.is_set():
             why = ""
             try:
@@ -211,8 +217,13 @@ class Agent:
                         "connected again" if self.counts.connections > 1 else "connected",
                         self.url,
                     )
-                    pause, told = _FIRST_PAUSE, ""
-                    await self._run_link(dialled)
+                    since, answered = anyio.current_time(), self.counts.answered
+                    try:
+                        await self._run_link(dialled)
+                    finally:
+                        lasted = anyio.current_time() - since >= _STEADY
+                        if lasted or self.counts.answered > answered:
+                            backoff, told = Backoff(self._longest_pause), ""
             except RefusedByServerError as error:
                 why = f"refused: {error}"
                 if error.final and self._end is not None:
@@ -231,9 +242,7 @@ class Agent:
             if why != told:
                 log.warning("vm %s: %s: %s; trying again", self.vm, self.url, why)
                 told = why
-            # Jitter: agents that lost the same server do not come back at once.
-            await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
-            pause = min(pause * 2, self._longest_pause)
+            await anyio.sleep(backoff.next())
 
     def _on_welcome(self, dialled: Dialled) -> None:
         welcome: Welcome = dialled.welcome
@@ -270,12 +279,19 @@ class Agent:
 
     async def _take_frames(self, link: AgentLink, frames: deque[FromServer], lost: "_Lost") -> None:
         """Answers and accesses are done inside this task; one that waits has another go on."""
+        in_a_row = 0
         try:
             while True:
                 if not frames:
                     link.uncork()
                     frames.extend(await link.receive())
                     link.cork()
+                elif in_a_row >= _MAX_IN_A_ROW:
+                    in_a_row = 0
+                    link.uncork()
+                    await checkpoint()
+                    link.cork()
+                in_a_row += 1
                 frame = frames.popleft()
                 rest: Awaitable[None] | None = None
                 if isinstance(frame, Answer):
@@ -283,6 +299,9 @@ class Agent:
                 elif isinstance(frame, Native):
                     rest = self._in_flight.answer(frame.seq, None)
                 elif isinstance(frame, Read | Write):
+                    if link.closed:
+                        # It has asked for more than it reads: nothing is read for nobody.
+                        raise ConnectionLostError("hung up")
                     rest = self._in_flight.access(frame)
                 elif isinstance(frame, Returned):
                     self._in_flight.take_back(frame.seq)
@@ -299,6 +318,20 @@ class Agent:
         except (ConnectionLostError, WireError) as error:
             lost.error = error
             lost.happened.set()
+
+
+class Backoff:
+    """The pauses between tries to connect, in seconds."""
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._pause = _FIRST_PAUSE
+
+    def next(self) -> float:
+        """The next one, twice the last; with jitter, so that agents that lost the same server do
+        not come back at once."""
+        pause, self._pause = self._pause, min(self._pause * 2, self._longest)
+        return pause * random.uniform(0.5, 1.0)  # noqa: S311
 
 
 class _Lost:

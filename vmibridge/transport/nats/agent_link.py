@@ -147,6 +147,11 @@ class NatsAgentLink:
                 self._publish_to(peer, pack(frame))
             self._look_for_end()
 
+    @property
+    def closed(self) -> bool:
+        """NATS has closed the connection for good."""
+        return self._client.closed.is_set()
+
     def cork(self) -> None:
         """nats-py coalesces by itself."""
 

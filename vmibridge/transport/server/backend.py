@@ -2,8 +2,9 @@
 
 - `take` is called by the session, outside of any task of the engine. So a trap that finds the
   engine's queue full is held here, and `run` feeds it; the order of traps stays.
-- Every trap that was taken is answered (`resume`) or given back, once. `unanswered` counts them,
-  and a retired handler set does not end before it is 0.
+- Every trap that was taken is answered (`resume`), given back, or abandoned before the engine had
+  it, once. `unanswered` counts them, and a retired handler set does not end before it is 0.
+- What is held is bounded by the vCPUs of the session: one trap of each has somebody who waits.
 - That the agent is away is no error of guest memory: an access waits for it. That the session is
   over is one.
 """
@@ -38,6 +39,7 @@ class SessionBackend(Backend):
         """Traps that were given to the engine."""
         self._sink: TrapSink | None = None
         self._held: deque[TrapEvent] = deque()
+        self._head_abandoned = False
         self._poked = anyio.Event()
         self._over = False
 
@@ -61,9 +63,14 @@ class SessionBackend(Backend):
 
     async def _feed(self, sink: TrapSink) -> None:
         while self._held and not self._over:
+            # It stays at the head until the engine has it, so that later traps line up behind it.
             event = self._held[0]
+            self._head_abandoned = False
             await feed_held(sink, event, self._give_back)
             self._held.popleft()
+            if self._head_abandoned:
+                # Before any worker can have it: no handler runs for a trap that nobody waits for.
+                sink.abandon(event)
 
     async def _end_with_session(self) -> None:
         await self.session.over.wait()
@@ -98,6 +105,15 @@ class SessionBackend(Backend):
 
     def abandon(self, event: TrapEvent) -> None:
         """Nobody waits for this trap any more."""
+        if self._held and self._held[0] is event:
+            self._head_abandoned = True
+            return
+        for at in reversed(range(len(self._held))):
+            if self._held[at] is event:
+                del self._held[at]
+                self.unanswered -= 1
+                self.session.answer(event, None)
+                return
         if self._sink is not None:
             self._sink.abandon(event)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
 from vmibridge.errors import ConnectionLostError, RefusedError, WireError
 from vmibridge.text import printable
@@ -50,6 +51,8 @@ AgentConnection: TypeAlias = Connection[FromAgent]
 
 _LAST = 1.0
 """Seconds in which a peer is told why it is refused."""
+_MAX_IN_A_ROW = 64
+"""Frames of one agent that are taken before other tasks have their turn."""
 
 
 class Listener:
@@ -208,11 +211,16 @@ class Listener:
             tasks.start_soon(keep_alive, connection, None, self._limits.silence)
             try:
                 while True:
-                    for frame in await connection.receive():
+                    for number, frame in enumerate(await connection.receive(), 1):
                         if type(frame) is Trap:
                             session.take_trap(frame)
                         else:
                             session.take(frame)
+                        if not number % _MAX_IN_A_ROW:
+                            await checkpoint()
+                            if connection.closed:
+                                # What else it sent is not to come behind its successor's.
+                                raise ConnectionLostError("hung up")
             except (ConnectionLostError, WireError) as error:
                 # Raised in here, it would come out in a group.
                 lost = error
@@ -231,10 +239,14 @@ def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[Na
 
 
 def _client_name(made: ssl.SSLObject, url: TlsUrl) -> str:
-    names = certified_names(made)
+    """Who the peer is. A session is its owner's, so one without a name could be anybody's."""
+    found = certified_names(made)
+    if not found:
+        raise RefusedError("the certificate names nobody: it needs a subject alternative name")
     if not url.names:
-        return ",".join(names)
+        return ",".join(name for _, name in found)
+    names = [name for kind, name in found if kind == "DNS"]
     for name in url.names:
         if name in names:
             return name
-    raise RefusedError(f"no client of the name {', '.join(names) or '(none)'} may connect")
+    raise RefusedError(f"no client of the DNS name {', '.join(names) or '(none)'} may connect")

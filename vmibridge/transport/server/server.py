@@ -33,7 +33,7 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
-from vmibridge.transport.limits import AgentLimits
+from vmibridge.transport.limits import AgentLimits, NewSessions
 from vmibridge.transport.server.backend import SessionBackend
 from vmibridge.transport.server.handler_set import HandlerSet
 from vmibridge.transport.server.listener import Listener
@@ -108,6 +108,7 @@ class AgentServer:
         self._taps = taps
         self._listener = Listener(urls, self._limits, self._admit)
         self._shared = SharedHandlers(self._settings.in_flight_total)
+        self._new_sessions = NewSessions(self._limits.new_sessions)
         self._vms: dict[bytes, _Vm] = {}
         self._handler_sets: dict[HandlerSet, None] = {}
         self._ended: deque[bytes] = deque(maxlen=_MOST_ENDED)
@@ -260,6 +261,8 @@ class AgentServer:
                 self._ended.append(session.id)
         if len(self._vms) >= self._limits.sessions:
             raise RefusedError(f"{len(self._vms)} VMs are served: no more", final=False)
+        if not self._new_sessions.take(peer, time.monotonic()):
+            raise RefusedError("this peer begins too many VMs: come later", final=False)
         session = Session(
             hello,
             peer,

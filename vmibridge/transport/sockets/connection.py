@@ -27,6 +27,8 @@ _CHUNK = 256 << 10
 """Bytes that are received at a time."""
 _MOST_UNSENT = 64 << 20
 """Bytes that are kept for a peer that does not read; beyond it the connection is lost."""
+_MAX_CORKED = 1 << 20
+"""Bytes that are kept for `uncork`; beyond it they go out before, or count as unsent."""
 _MOST_IN_A_ROW = 16
 """Chunks that are received before other tasks have their turn."""
 
@@ -130,13 +132,14 @@ class Connection(Generic[F]):
         if self.closed:
             return
         encode_into(self._plain, frame)
-        if not self._corked:
-            if self._blocked:
-                self._keep()
-            elif not later:
-                self.flush()
-            elif not self._waking:
-                self._keep()
+        if self._corked and len(self._plain) < _MAX_CORKED:
+            return
+        if self._blocked:
+            self._keep()
+        elif not later:
+            self.flush()
+        elif not self._waking:
+            self._keep()
 
     def allow(self, size: int) -> None:
         """A frame of so many bytes may come, from here on."""

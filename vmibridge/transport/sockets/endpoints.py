@@ -25,9 +25,12 @@ async def connect(url: SocketUrl) -> socket.socket:
 class ListeningSockets:
     """The sockets of one URL that a server listens at."""
 
-    def __init__(self, url: SocketUrl, made: list[socket.socket]) -> None:
+    def __init__(
+        self, url: SocketUrl, made: list[socket.socket], file: sockets.UnixListener | None = None
+    ) -> None:
         self.url = url
         self._sockets = made
+        self._file = file
 
     @property
     def port(self) -> int:
@@ -47,9 +50,9 @@ class ListeningSockets:
 
     def close(self) -> None:
         """Listen no more; the file of a unix socket is removed."""
+        if self._file is not None:
+            self._file.close()
         for each in self._sockets:
-            if isinstance(self.url, UnixUrl) and each.fileno() >= 0:
-                self.url.path.unlink(missing_ok=True)
             sockets.close(each)
 
 
@@ -57,7 +60,8 @@ async def listen(url: SocketUrl) -> ListeningSockets:
     """Raises `BackendError` when another one does, or the place cannot be had."""
     try:
         if isinstance(url, UnixUrl):
-            return ListeningSockets(url, [await sockets.listen_unix(url.path, url.mode)])
+            file = await sockets.listen_unix(url.path, url.mode)
+            return ListeningSockets(url, [file.socket], file)
         found = await anyio.getaddrinfo(
             url.host, url.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )

@@ -46,11 +46,12 @@ def _reason(error: Exception) -> str:
     return getattr(error, "reason", None) or str(error)
 
 
-def certified_names(made: ssl.SSLObject) -> list[str]:
-    """The names that the peer's certificate is for: of hosts, addresses, mail and URIs."""
+def certified_names(made: ssl.SSLObject) -> list[tuple[str, str]]:
+    """What the peer's certificate is for, kind (`DNS`, `IP Address`, `email`, `URI`) and name: the
+    subject alternative names, in the certificate's order (RFC 5280, 4.2.1.6)."""
     certificate = made.getpeercert() or {}
     found = certificate.get("subjectAltName", ())
-    return [str(each[1]) for each in found]
+    return [(str(each[0]), str(each[1])) for each in found]
 
 
 class TlsCode:

@@ -7,8 +7,9 @@
 | `tls:HOST:PORT` | `cert`, `key`, `ca`, `names=A,B`, `name` | who has a certificate of `ca` |
 | `nats://HOST:PORT,...` | those of `urls.nats` | as NATS says |
 
-TLS is mutual: both ends have a certificate, and there is no way around it. `names` are the
-clients that a server takes (all of its authority, when there are none); `name` is the server
+TLS is mutual: both ends have a certificate, and there is no way around it. `names` are the DNS
+names of the clients that a server takes (all of its authority, when there are none), among the
+subject alternative names of their certificates, of which each needs one; `name` is the server
 that an agent expects, by default HOST.
 """
 
@@ -58,7 +59,7 @@ class TlsUrl(msgspec.Struct, frozen=True):
     ca: Path
     """The authorities that the other end's certificate may be of; PEM."""
     names: tuple[str, ...] = ()
-    """Clients that may connect; none: all that `ca` has certified."""
+    """DNS names of the clients that may connect; none: all that `ca` has certified."""
     name: str = ""
     """The server that is expected; by default the host."""
 

@@ -91,7 +91,7 @@ class QemuPluginBackend(Backend):
         self.options: QemuPluginOptions = options or QemuPluginOptions()
         if not 0 <= self.options.mode <= 0o777:
             raise BackendSpecError(f"qemu-plugin:unix:{path}: mode={self.options.mode:#o}")
-        self._listener: socket.socket
+        self._listener: sockets.UnixListener
         self._seq = itertools.count(1)
         self._pending: dict[int, Vcpu] = {}
         self._qemus: dict[int, _Qemu] = {}
@@ -109,8 +109,7 @@ class QemuPluginBackend(Backend):
             raise BackendError(f"qemu-plugin:unix:{self.path}: {why}") from error
 
     async def close(self) -> None:
-        sockets.close(self._listener)
-        await anyio.Path(self.path).unlink(missing_ok=True)
+        self._listener.close()
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Serve whoever connects, until the last vCPU has hung up."""
@@ -124,7 +123,7 @@ class QemuPluginBackend(Backend):
             def take(connected: socket.socket) -> None:
                 tasks.start_soon(self._serve, connected, hello, sink)
 
-            tasks.start_soon(sockets.accept, self._listener, take)
+            tasks.start_soon(sockets.accept, self._listener.socket, take)
             await self._over.wait()
             tasks.cancel_scope.cancel()
         return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
