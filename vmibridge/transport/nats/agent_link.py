@@ -268,6 +268,11 @@ class NatsAgentLink:
                 self._look_for_end()
             return
         seq, attempt = int(place[0], 16), int(place[1], 16)
+        if not frames:
+            # A part of something large: its server is not silent.
+            sent = self._sent.get(seq, attempt)
+            if sent is not None:
+                self._sent.held_by(sent, peer, now)
         for each in frames:
             self._take_frame(each, peer, seq, attempt)
 
@@ -333,7 +338,11 @@ class NatsAgentLink:
             await anyio.sleep(step)
             self._look_for_end()
             if self._client.nats.is_connected:
-                self._look_after(self._client.uptime())
+                now = self._client.uptime()
+                if self._client.has_backlog:
+                    # Memory that a handler reads, on its way to the server that is silent.
+                    self._sent.hear_all(now)
+                self._look_after(now)
 
     def _look_after(self, now: float) -> None:
         if now < self._trouble_until and now - self._pinged >= self._url.silence / 3:

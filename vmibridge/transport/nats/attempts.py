@@ -94,6 +94,11 @@ class SentTraps:
         """NATS is there again: for a while servers may not be, and live."""
         self._since = now
 
+    def hear_all(self, now: float) -> None:
+        """No server can be heard now: none of them is silent."""
+        for sent in self._by_vcpu.values():
+            sent.heard = now
+
     def begin(self, sent: Sent, now: float) -> None:
         """It is about to be sent."""
         sent.attempt += 1

@@ -52,6 +52,11 @@ _HANG_UP = 0.2
 _MOST_UNSENT = 64 << 20
 _LINGER = 0.1
 """Seconds that messages are taken after a subscription was ended."""
+_MAX_PART = 128 << 10
+"""Bytes of each part of a message that NATS does not take whole: parts that come show that their
+sender lives."""
+_BACKLOG = 64 << 10
+"""Bytes that nats-py has and the connection has not; what goes out with the next turn is less."""
 _MOST_TOLD = 64
 """Warnings between two connections."""
 
@@ -220,12 +225,22 @@ class NatsClient:
         """Seconds that NATS has been there, in all: only then is anybody's silence one."""
         return self._up_before + (0.0 if self._up_since is None else _clock() - self._up_since)
 
+    @property
+    def has_backlog(self) -> bool:
+        """Whether much that was published waits here for the connection. What a peer is asked stands
+        behind it, so a peer that says nothing then is not silent."""
+        return bool(self._unsent) or self.nats.pending_data_size > _BACKLOG
+
     # --- messages -------------------------------------------------------------------
 
     def publish(self, subject: str, message: bytes, reply: str = "") -> None:
         """Never waits, raises nothing: a message that cannot be sent is lost."""
         try:
-            for part in parts_of(message, self.nats.max_payload):
+            most = self.nats.max_payload
+            # A message that fits stays whole: the parts of a trap could come to several servers.
+            if len(message) > most:
+                most = min(most, _MAX_PART)
+            for part in parts_of(message, most):
                 self._publish(subject, part, reply)
         except ValueError as error:
             log.warning("%s: %s", self.url, error)

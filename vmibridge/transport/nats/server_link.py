@@ -32,6 +32,9 @@ from vmibridge.transport.wire import (
 
 _clock = time.monotonic
 
+_SIGN = 0.25
+"""Seconds between two words of a server to which something large comes."""
+
 
 class _Open:
     """A trap that is not answered."""
@@ -44,8 +47,8 @@ class _Open:
         """Where its answer goes."""
         self.accesses: dict[int, Read | Write] = {}
         """Guest memory that has been asked for."""
-        self.asked: set[int] = set()
-        """Those that were under way when the agent asked last."""
+        self.asked: dict[int, int] = {}
+        """How often the agent has asked while they were under way."""
 
 
 class NatsSessionLink:
@@ -65,6 +68,7 @@ class NatsSessionLink:
         self._last: dict[int, int] = {}
         self._answers: dict[int, tuple[Answer | Native, str]] = {}
         self._reply = ""
+        self._signed = 0.0
 
     def allow(self, size: int) -> None:
         """Messages are bounded by what any frame may have."""
@@ -103,12 +107,23 @@ class NatsSessionLink:
         if self.session.link is not self and not self.closed:
             # The agent was thought to be away.
             self.session.attach(self)
-        for frame in self._messages.frames(data):
+        frames = self._messages.frames(data)
+        if not frames:
+            self._give_a_sign()
+        for frame in frames:
             self._reply = reply
             try:
                 self._take(frame, reply)
             finally:
                 self._reply = ""
+
+    def _give_a_sign(self) -> None:
+        """A part of something large has come: what the agent asks stands behind the rest of it."""
+        if self.heard - self._signed >= _SIGN:
+            self._signed = self.heard
+            for seq, found in self._open.items():
+                if found.accesses:
+                    self.say(found.reply, Taken(seq))
 
     def _take(self, frame: NatsFromAgent, reply: str) -> None:
         if isinstance(frame, Trap):
@@ -122,7 +137,7 @@ class NatsSessionLink:
         elif isinstance(frame, Memory):
             for found in self._open.values():
                 if found.accesses.pop(frame.access, None) is not None:
-                    found.asked.discard(frame.access)
+                    found.asked.pop(frame.access, None)
                     break
             self.session.take(frame)
         else:
@@ -150,15 +165,22 @@ class NatsSessionLink:
         if frame.seq in self._open:
             self.say(reply, Taken(frame.seq))
 
+    def _ask_for_memory_again(self, found: _Open) -> None:
+        """An access that is under way when the agent asks once more may be lost, or only large: so
+        it is sent again at the second time, the fourth, the eighth, or a slow connection would
+        have more to carry with each of them."""
+        for number, access in found.accesses.items():
+            asked = found.asked[number] = found.asked.get(number, 0) + 1
+            if asked > 1 and not asked & asked - 1:
+                self.say(found.reply, access)
+
     def _tell(self, ask: Ask) -> None:
         """That the trap is here, or its answer again."""
         found = self._open.get(ask.seq)
         if found is not None:
             self.say(found.reply, Taken(ask.seq))
-            # A reply that has not come since the agent asked last may be lost.
-            for number in found.asked & found.accesses.keys():
-                self.say(found.reply, found.accesses[number])
-            found.asked = set(found.accesses)
+            if not self._client.has_backlog:
+                self._ask_for_memory_again(found)
         else:
             answer, reply = self._answers.get(ask.vcpu, (None, ""))
             if answer is not None and answer.seq == ask.seq:
