@@ -17,7 +17,14 @@ from vmibridge.bridge.dispatch import Bridge, Target
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.errors import BackendError, GuestMemoryError, TrapQueueClosedError
-from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
+from vmibridge.vm.backend import (
+    Backend,
+    GuestEnd,
+    SessionEvent,
+    SessionEventKind,
+    TrapSink,
+    VcpuEnd,
+)
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
 __all__ = ["FakeBackend", "FakeGuest", "FakeMemory", "drive"]
@@ -117,6 +124,14 @@ class FakeBackend(Backend):
         self.writes[event.seq] = writes
         if not self._open:
             self._answered.set()
+
+    def change_session(self, kind: SessionEventKind, reason: str | None = None) -> None:
+        """Tell taps of a change of the session, as a remote VM does: for tests of `session_event`.
+
+        Nobody is told before the run and after it, nor where no tap has that hook.
+        """
+        if self.on_session_event is not None:
+            self.on_session_event(SessionEvent(self.vm, kind, "00" * 16, "test", reason))
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         return self.memory.read(address, size)

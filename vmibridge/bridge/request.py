@@ -7,7 +7,7 @@
   and an agent without its server, decide that by the same test.
 """
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.registers import is_guest_request, read_packet
@@ -16,6 +16,10 @@ from vmibridge.vm.trap import TrapEvent, TrapFilter, TrapReason
 
 RetryKey: TypeAlias = tuple[int, int, int, int, int]
 """Made by `retry_key`."""
+
+NativeReason: TypeAlias = Literal["no request", "another magic", "no signature"]
+"""Why a trap is not ours: it carries no request that can be read, one with a magic that nobody
+answers to, or a hypercall of the guest's own, without the signature of Xen's guest request."""
 
 
 def request_in(event: TrapEvent) -> BridgePacket | None:
@@ -46,6 +50,17 @@ def own_request(
     if other_hypercalls and event.reason is not TrapReason.CPUID and not is_guest_request(event):
         return None
     return packet
+
+
+def why_native(event: TrapEvent, traps: TrapFilter) -> NativeReason:
+    """Why `own_request` has found none in this trap, given the same filter.
+
+    Apart from it, since that is on the way of every trap.
+    """
+    packet = request_in(event)
+    if packet is None:
+        return "no request"
+    return "no signature" if traps.wants(event.reason, packet.magic) else "another magic"
 
 
 def retry_key(event: TrapEvent, packet: BridgePacket) -> RetryKey:

@@ -40,11 +40,17 @@ class Asking:
     """Asks handlers, and makes an outcome of whatever they do. See the module."""
 
     def __init__(
-        self, in_flight: InFlight, turns: Turns, on_fatal: Callable[[BaseException], None]
+        self,
+        in_flight: InFlight,
+        turns: Turns,
+        on_fatal: Callable[[BaseException], None],
+        began: Callable[[Worker, Entry], None] | None = None,
     ) -> None:
         self._in_flight = in_flight
         self._turns = turns
         self._on_fatal = on_fatal
+        # Of a tap that wants to know; else `None`, and a handler pays one test.
+        self._began = began
         self._cancelled = anyio.get_cancelled_exc_class()
         # What a handler that was overtaken may leave. A group may hold the cancellation, which its
         # scope has to get back. Others, such as SystemExit, are meant for the server.
@@ -75,6 +81,8 @@ class Asking:
                         found = await self._ask_in_turn(worker, request, entry)
                     else:
                         request.state = _INLINE
+                        if self._began is not None:
+                            self._began(worker, entry)
                         found = await ask(entry, worker.context, packet)
                     outcome = outcome_of(entry, packet, found)
                 except BaseException as error:  # a handler may raise anything
@@ -116,6 +124,8 @@ class Asking:
             # Overtaken between the hand-over of its turn and now, it must not begin.
             await checkpoint_if_cancelled()
         request.on(_BEGIN)
+        if self._began is not None:
+            self._began(worker, entry)
         return await ask(entry, worker.context, request.packet)
 
     def _outcome_of_error(

@@ -46,7 +46,7 @@ class Engine:
         before_resume: BeforeResume | None = None,
     ) -> None:
         # None where there are none: a trap then pays one test, and no call.
-        self._taps = Taps(backend.vm, taps) if taps else None
+        self._taps = Taps(backend.vm, bridge.trap_filter, taps) if taps else None
         self._backend = backend
         self._on_end = on_end
         self._handlers = [each for each in bridge.handlers if not each.shared]
@@ -124,6 +124,7 @@ class Engine:
     async def _serve(self, outside: anyio.CancelScope) -> None:
         if self._taps is not None:
             self._taps.begin(self._bridge, self._settings, self._stop_for)
+            self._backend.on_session_event = self._taps.session_event
         try:
             with self._shield:
                 async with anyio.create_task_group() as watch:
@@ -134,6 +135,7 @@ class Engine:
                     watch.cancel_scope.cancel()
         finally:
             if self._taps is not None:
+                self._backend.on_session_event = None
                 self._taps.end(self.summary)
         outside.cancel()
 

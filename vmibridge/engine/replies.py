@@ -53,6 +53,7 @@ class Replies:
         self._lanes = lanes
         self._summary = summary
         self._taps = taps
+        self._ran_natively = None if taps is None else taps.ran_natively
         self._before_resume = before_resume
         self._patience = settings.timeout
         self._consulted: set[anyio.CancelScope] = set()
@@ -160,4 +161,7 @@ class Replies:
             await self._backend.resume(event, None)
         except Exception:
             log.exception("trap %d of vm %s did not run natively", event.seq, event.vm)
+        else:
+            if self._ran_natively is not None:
+                self._ran_natively(event)
         self._lanes.release(event.vcpu)

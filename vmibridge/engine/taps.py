@@ -11,6 +11,22 @@ A server calls its taps on the event loop, in this order:
 | `answered` | the answer to a trap was written; every trap has one |
 | `end` | for each VM, after its last answer |
 
+Besides, there are *hooks*, for what counts and times. A tap that does not define one costs nothing
+for it, nor does a server without taps: which taps define which hook is worked out once, when the
+run is made, and what only a hook needs, such as the time in the queue, is not measured without.
+
+| hook | when |
+|---|---|
+| `handler_began` | a handler is called, right before it is; after `trap`, before `answered` |
+| `ran_natively` | a trap that is not ours was let go: it has none of the calls above |
+| `session_event` | between `begin` and `end`: the agent of a remote VM has come, or is lost |
+| `tap_lost` | another tap was dropped |
+| `missed_traps` | this tap was dropped, and the VM has ended: in the place of `end` |
+
+What belongs together: a *trap* is its VM and `TrapEvent.seq`. A *request* is its VM and the
+sequence number of the trap that it came with: `HandlerBegan.first`, and of an outcome
+`Outcome.retry_of` or, where that is `None`, the number of its own trap.
+
 A tap that cannot keep up says so by `full`: the server then awaits `room` between an
 answer and the next trap of that vCPU, and after an access to memory. So a tap can hold a
 guest, but loses nothing and steers nothing.
@@ -23,21 +39,51 @@ compare no more.
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
+import msgspec
 
 from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.request import NativeReason, why_native
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import GuestMemoryError
+from vmibridge.vm.backend import SessionEvent
 from vmibridge.vm.memory import PhysicalMemory
-from vmibridge.vm.trap import TrapEvent
+from vmibridge.vm.trap import TrapEvent, TrapFilter
 
-__all__ = ["Tap"]
+__all__ = ["HandlerBegan", "NativeReason", "Tap"]
 
 log: logging.Logger = logging.getLogger(__name__)
+
+_HOOKS = ("handler_began", "ran_natively", "session_event", "tap_lost")
+
+
+class HandlerBegan(msgspec.Struct, frozen=True):
+    """A handler is about to be called. Times are of the monotonic clock."""
+
+    event: TrapEvent
+    """The trap; after a soft deadline the one that was answered WAIT, until the retry."""
+    first: int
+    """The sequence number of the trap that the request came with: all of its traps, and all
+    handlers that are asked for it, have it in common."""
+    packet: BridgePacket
+    """What the guest asks."""
+    handler: str
+    """The name of the handler, as in `Outcome.handler`."""
+    method: str | None
+    """The name of its method; `None` for a handler without methods, or a code that it does not
+    know."""
+    queued: int | None
+    """Nanoseconds from when the trap was put into the queue until a worker took it. It is told once
+    for a trap: `None` for a handler that a request was passed on to by another one."""
+    waited: int
+    """Nanoseconds since the trap was taken: for the turn of a serial handler, for a place, and for
+    handlers that passed the request on. It is in `Outcome.duration`, `queued` is not."""
 
 
 class Tap:
@@ -75,24 +121,76 @@ class Tap:
         """A VM has ended."""
 
     def dropped(self, vm: str, error: Exception) -> None:
-        """A call raised `error`, and this one is the last for that VM.
+        """A call raised `error`, and this one is the last for that VM, but for `missed_traps`.
 
         A tap that must not be missed calls the `stop` that it was given.
         """
+
+    # --- hooks: without a definition in a subclass they are not called ----------------
+
+    def handler_began(self, began: HandlerBegan) -> None:
+        """A handler is about to be called."""
+
+    def ran_natively(self, event: TrapEvent, why: NativeReason) -> None:
+        """A trap that is not ours ran natively. One that the policy denies is ours: `answered`
+        is told of it, whatever its guest gets."""
+
+    def session_event(self, event: SessionEvent) -> None:
+        """The session of a remote VM has changed.
+
+        After handlers were reloaded, the taps of the new ones are told, from the next change on.
+        """
+
+    def tap_lost(self, vm: str, tap: "Tap", error: Exception) -> None:
+        """Another tap of the VM raised `error`, and was dropped."""
+
+    def missed_traps(self, vm: str, count: int) -> None:
+        """This tap was dropped, and the VM has ended: `count` traps were taken without it, the one
+        included that its own `trap` raised at."""
 
 
 class Taps:
     """The taps of one VM. One that raises is dropped, and everything goes on without it.
 
-    Dropped means: it gets no further call for this VM but `dropped`, nobody waits for its `room`
-    any more, and the log has one line. What else it sees, such as of other VMs, stays as it was.
+    Dropped means: it gets no further call for this VM but `dropped` and `missed_traps`, nobody
+    waits for its `room` any more, and the log has one line. What else it sees, such as of other
+    VMs, stays as it was.
     """
 
-    def __init__(self, vm: str, taps: Sequence[Tap]) -> None:
+    def __init__(self, vm: str, traps: TrapFilter, taps: Sequence[Tap]) -> None:
         self._vm = vm
+        self._filter = traps
         # Replaced and not changed when one goes: it happens while they are being called.
         self._taps = tuple(taps)
+        self._hooks = {name: _callees(self._taps, name) for name in _HOOKS}
         self._waits: dict[anyio.CancelScope, Tap] = {}
+        self._losses: list[tuple[Tap, Exception]] = []
+        self._dropped: list[tuple[Tap, int]] = []
+        """With how much of `_untold` is not its own."""
+        self._untold = 0
+        """Traps that were taken since the first tap was dropped."""
+        # None where no tap has the hook: whoever would call it pays one test.
+        self.handler_began: Callable[[HandlerBegan], None] | None = self._hook("handler_began")
+        self.session_event: Callable[[SessionEvent], None] | None = self._hook("session_event")
+        self.ran_natively: Callable[[TrapEvent], None] | None = (
+            self._tell_native if self._hooks["ran_natively"] else None
+        )
+
+    def _hook(self, name: str) -> Callable[..., None] | None:
+        return partial(self._tell, name) if self._hooks[name] else None
+
+    def _tell(self, hook: str, *told: object) -> None:
+        for tap, call in self._hooks[hook]:
+            try:
+                call(*told)
+            except Exception as error:
+                self._drop(tap, hook, error)
+        if self._losses:
+            self._tell_losses()
+
+    def _tell_native(self, event: TrapEvent) -> None:
+        """A trap that is not ours ran natively."""
+        self._tell("ran_natively", event, why_native(event, self._filter))
 
     def begin(
         self, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
@@ -103,14 +201,20 @@ class Taps:
                 tap.begin(self._vm, bridge, settings, stop)
             except Exception as error:
                 self._drop(tap, "begin", error)
+        if self._losses:
+            self._tell_losses()
 
     def trap(self, event: TrapEvent) -> None:
         """A trap was taken."""
+        if self._dropped:
+            self._untold += 1
         for tap in self._taps:
             try:
                 tap.trap(event)
             except Exception as error:
                 self._drop(tap, "trap", error)
+        if self._losses:
+            self._tell_losses()
 
     def retried(self, event: TrapEvent, first: int) -> None:
         """The trap asks again for what came with trap `first`."""
@@ -119,6 +223,8 @@ class Taps:
                 tap.retried(event, first)
             except Exception as error:
                 self._drop(tap, "retried", error)
+        if self._losses:
+            self._tell_losses()
 
     def read(
         self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
@@ -131,6 +237,8 @@ class Taps:
                 full = full or tap.full
             except Exception as raised:
                 self._drop(tap, "read", raised)
+        if self._losses:
+            self._tell_losses()
         return full
 
     def wrote(self, event: TrapEvent, address: int, data: bytes, error: str | None) -> bool:
@@ -142,6 +250,8 @@ class Taps:
                 full = full or tap.full
             except Exception as raised:
                 self._drop(tap, "wrote", raised)
+        if self._losses:
+            self._tell_losses()
         return full
 
     def answered(self, outcome: Outcome[Any]) -> bool:
@@ -153,6 +263,8 @@ class Taps:
                 full = full or tap.full
             except Exception as error:
                 self._drop(tap, "answered", error)
+        if self._losses:
+            self._tell_losses()
         return full
 
     async def room(self) -> None:
@@ -162,6 +274,7 @@ class Taps:
                 await self._room_of(tap)
             except Exception as error:
                 self._drop(tap, "room", error)
+                self._tell_losses()
 
     async def _room_of(self, tap: Tap) -> None:
         with anyio.CancelScope() as scope:
@@ -180,6 +293,14 @@ class Taps:
                 tap.end(self._vm, summary)
             except Exception as error:
                 self._drop(tap, "end", error)
+        if self._losses:
+            self._tell_losses()
+        for tap, not_its_own in self._dropped:
+            for _, call in _callees((tap,), "missed_traps"):
+                try:
+                    call(self._vm, self._untold - not_its_own)
+                except Exception:  # dropped is dropped
+                    log.debug("tap %s raised at its end", type(tap).__name__, exc_info=True)
 
     def _has(self, tap: Tap) -> bool:
         # By identity: a tap may say anything about being equal.
@@ -190,6 +311,11 @@ class Taps:
             # By two calls at a time, such as two that waited for its room.
             return
         self._taps = tuple(each for each in self._taps if each is not tap)
+        for hook, callees in self._hooks.items():
+            self._hooks[hook] = tuple(each for each in callees if each[0] is not tap)
+        self._losses.append((tap, error))
+        # The trap that `trap` raised at is not with the tap.
+        self._dropped.append((tap, self._untold - (call == "trap")))
         name = type(tap).__name__
         told = one_line(error)
         log.error("vm %s: tap %s is dropped: its %s() raised %s", self._vm, name, call, told)
@@ -202,6 +328,34 @@ class Taps:
             tap.dropped(self._vm, error)
         except Exception:  # dropped is dropped: it has no further call to be dropped from
             log.debug("tap %s raised when it was dropped", name, exc_info=True)
+
+    def _tell_losses(self) -> None:
+        # After the call that brought it about was made to all: one that raises here, too, has had
+        # that call, and gets no further one.
+        while self._losses:
+            lost, why = self._losses.pop(0)
+            for tap, call in self._hooks["tap_lost"]:
+                try:
+                    call(self._vm, lost, why)
+                except Exception as error:
+                    self._drop(tap, "tap_lost", error)
+
+
+def _callees(taps: Sequence[Tap], hook: str) -> tuple[tuple[Tap, Callable[..., None]], ...]:
+    """The taps that define a hook, and what is called.
+
+    A tap need not derive from `Tap`, and may be older than the hook: an attribute of another kind
+    that has its name by chance is none.
+    """
+    found = []
+    for tap in taps:
+        try:
+            call = getattr(tap, hook, None)
+        except Exception:  # such as a proxy that knows the older calls only
+            call = None
+        if callable(call) and getattr(call, "__func__", None) is not getattr(Tap, hook):
+            found.append((tap, call))
+    return tuple(found)
 
 
 class TappedMemory:

@@ -38,8 +38,8 @@ from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import own_request
 from vmibridge.engine.asking import Asking, is_being_cancelled
+from vmibridge.engine.beginnings import lanes_for
 from vmibridge.engine.deadlines import Deadlines
-from vmibridge.engine.lanes import Lanes
 from vmibridge.engine.outcome_queue import OutcomesIn
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Guard, MeteredMemory
@@ -83,7 +83,7 @@ class Workers:
         before_resume: BeforeResume | None = None,
     ) -> None:
         self.summary: Summary = Summary()
-        self.lanes: Lanes = Lanes(settings.queue, self._abandon)
+        self.lanes, began = lanes_for(taps, settings.queue, self._abandon)
         self.filter: TrapFilter = bridge.trap_filter
         self._backend = backend
         self._bridge = bridge
@@ -96,7 +96,7 @@ class Workers:
         self.deadlines: Deadlines = Deadlines(
             self._replies, self._retries, self.summary, self._promote
         )
-        self._asking = Asking(InFlight(settings.in_flight, in_flight), turns, on_fatal)
+        self._asking = Asking(InFlight(settings.in_flight, in_flight), turns, on_fatal, began)
         self._on_fatal = on_fatal
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)

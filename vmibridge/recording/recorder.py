@@ -99,7 +99,8 @@ class Recorder(Tap):
         self.path: Path = Path(path)
         """Of the file, from when it is made."""
         self.lost: int = 0
-        """Traps that were taken after the file could not be written any more."""
+        """Traps that were taken after the file could not be written any more. If the recorder was
+        dropped, those of that VM are counted when the VM has ended."""
         self.error: RecordingError | None = None
         """Why it could not be written."""
         # Half a period fills up while the other half is being written.
@@ -261,6 +262,9 @@ class Recorder(Tap):
         the runs end or go on as if the file could not be written."""
         self._fail(error)
 
+    def missed_traps(self, vm: str, count: int) -> None:
+        self.lost += count
+
     # --- into the file --------------------------------------------------------------
 
     def _access(self, event: TrapEvent, access: MemoryAccess) -> None:
@@ -309,14 +313,20 @@ class Recorder(Tap):
             except Exception as lost:
                 self._fail(lost)
                 return
-            self._unwritten -= len(chunk)
-            self._unwritten_traps -= chunk.traps
-            # A small chunk, or one without traps, makes too little room.
-            if (
-                self._unwritten_traps + self._chunk.traps < self._most_traps
-                and self._unwritten < _MOST_UNWRITTEN
-            ):
-                self._free()
+            self._written(chunk)
+
+    def _written(self, chunk: ChunkBuilder) -> None:
+        self._unwritten -= len(chunk)
+        self._unwritten_traps -= chunk.traps
+        if self.error is not None:
+            # It was being written when the recorder was dropped, and counted as lost.
+            self.lost -= chunk.traps
+        # A small chunk, or one without traps, makes too little room.
+        if (
+            self._unwritten_traps + self._chunk.traps < self._most_traps
+            and self._unwritten < _MOST_UNWRITTEN
+        ):
+            self._free()
 
     def _write(self, chunk: ChunkBuilder) -> None:
         self._writer.add(chunk.pack())

@@ -37,6 +37,7 @@ from vmibridge.bridge.registers import write_response
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import GuestMemoryError, WireError
 from vmibridge.transport.links import Link
+from vmibridge.transport.session_events import SessionEvents
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
     MOST_ACCESSES,
@@ -62,7 +63,7 @@ from vmibridge.transport.wire import (
     answer_frame,
     trap_event,
 )
-from vmibridge.vm.backend import GuestEnd, VcpuEnd
+from vmibridge.vm.backend import GuestEnd, SessionEvent, SessionEventKind, VcpuEnd
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -158,6 +159,8 @@ class Session:
         """Its agent has said END."""
         self.over: anyio.Event = anyio.Event()
         """The guest has ended, or its agent did not come back."""
+        self.events: SessionEvents = SessionEvents()
+        """What taps are told of it."""
         self.link: Link | None = None
         self.away_since: float = _clock()
         """When the last connection was lost."""
@@ -181,8 +184,11 @@ class Session:
         """Go on over this connection; one that there was is hung up."""
         if self.link is not None:
             self.link.close()
+            self._happened(SessionEventKind.LOST, "another connection has taken its place")
         self.link = link
         self.counts.connections += 1
+        first = self.events.last is None
+        self._happened(SessionEventKind.CONNECTED if first else SessionEventKind.BACK)
         for access in self._accesses.values():
             self._ask(access.frame)
 
@@ -191,6 +197,7 @@ class Session:
         if self.link is link:
             self.link = None
             self.away_since = _clock()
+            self._happened(SessionEventKind.LOST)
 
     @property
     def open_traps(self) -> int:
@@ -226,10 +233,14 @@ class Session:
         else:
             raise WireError(f"{type(frame).__name__.upper()} where it must not be")
 
-    def end(self, guest: GuestEnd) -> None:
-        """No trap will come any more."""
+    def end(self, guest: GuestEnd, given_up: str | None = None) -> None:
+        """No trap will come any more; `given_up` says why, if the guest has not ended by itself."""
         if not self.over.is_set():
             self.guest = guest
+            if given_up is None:
+                self._happened(SessionEventKind.ENDED)
+            else:
+                self._happened(SessionEventKind.GIVEN_UP, given_up)
             self.over.set()
             for lane in self._lanes.values():
                 if lane.answer is None and lane.backend is not None:
@@ -238,7 +249,11 @@ class Session:
     def lose(self, why: str) -> None:
         """The agent is given up."""
         vcpus = sorted(self._lanes) or [0]
-        self.end(GuestEnd(tuple(VcpuEnd(vcpu, "lost", why) for vcpu in vcpus)))
+        self.end(GuestEnd(tuple(VcpuEnd(vcpu, "lost", why) for vcpu in vcpus)), why)
+
+    def _happened(self, kind: SessionEventKind, reason: str | None = None) -> None:
+        if not self.over.is_set():
+            self.events.add(SessionEvent(self.vm, kind, self.id.hex(), self.owner, reason))
 
     def _post(self, frame: Answer | Native | Returned | Ended) -> None:
         if self.link is not None:

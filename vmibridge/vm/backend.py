@@ -9,6 +9,7 @@ each with `resume`.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from enum import Enum
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -20,7 +21,16 @@ from vmibridge.aio.cancellation import exit_unwrapped
 from vmibridge.errors import ServerStateError, TrapQueueClosedError
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
-__all__ = ["Backend", "GuestEnd", "TrapSink", "VcpuEnd", "feed", "feed_held"]
+__all__ = [
+    "Backend",
+    "GuestEnd",
+    "SessionEvent",
+    "SessionEventKind",
+    "TrapSink",
+    "VcpuEnd",
+    "feed",
+    "feed_held",
+]
 
 
 class TrapSink(Protocol):
@@ -94,12 +104,47 @@ class GuestEnd(msgspec.Struct, frozen=True):
         return any(end.reason in ("crashed", "lost") for end in self.vcpus)
 
 
+class SessionEventKind(Enum):
+    """What happened to the session of a remote VM; see `SessionEvent`."""
+
+    CONNECTED = "connected"
+    """Its agent has come."""
+    LOST = "lost"
+    """The connection is lost; handlers go on, and accesses to guest memory wait."""
+    BACK = "back"
+    """The agent has come back."""
+    GIVEN_UP = "given up"
+    """The agent is not waited for any more: the VM has ended for the server."""
+    ENDED = "ended"
+    """The agent has said that the guest has ended."""
+
+
+class SessionEvent(msgspec.Struct, frozen=True):
+    """A change of the session of a VM whose agent is elsewhere.
+
+    `CONNECTED` comes first, then `LOST` and `BACK` in turns, and `GIVEN_UP` or `ENDED` last. A
+    session that the server leaves, because it stops, has no last one.
+    """
+
+    vm: str
+    kind: SessionEventKind
+    session: str
+    """The id of the run of that VM, in hexadecimal digits: of two runs of one name it differs."""
+    peer: str
+    """Who its agent is, as its connection shows: `uid:1000`, `tls:NAME`, `tcp`, `nats`."""
+    reason: str | None = None
+    """Why, where it is known; for people."""
+
+
 class Backend(ABC):
     """A VM, or a connection to one."""
 
     other_hypercalls: bool = False
     """Whether the guest has hypercalls that are not ours: then only a VMCALL with the
     signature of Xen's guest request is a bridge call."""
+    on_session_event: Callable[[SessionEvent], None] | None = None
+    """Set by the server before `run`, where a tap wants to know. A backend whose VM has a session
+    calls it on the event loop, while `run` runs. It returns soon and does not raise."""
 
     def __init__(self, vm: str) -> None:
         self.vm = vm

@@ -40,12 +40,12 @@ from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3
 from vmibridge.config import Config, HandlerFactory, load_handlers
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import HandlerBegan, Tap
 from vmibridge.errors import BackendError, HandlerLoadError
 from vmibridge.recording import RecordedTrap, Recorder, RecordingReader, recorded_traps
 from vmibridge.testing import FakeBackend, FakeGuest, FakeMemory, drive
 from vmibridge.transport import Agent, AgentLimits, AgentServer, RemoteBackend
-from vmibridge.vm.backend import Backend
+from vmibridge.vm.backend import Backend, SessionEvent, SessionEventKind
 from vmibridge.vm.memory import MAX_ACCESS, GuestMemory
 
 
@@ -87,6 +87,12 @@ class Count(Tap):
     def answered(self, outcome: Outcome[Any]) -> None:
         assert_type(outcome.kind, OutcomeKind)
         self.answered_traps += 1
+
+    def handler_began(self, began: HandlerBegan) -> None:
+        assert_type(began.queued, int | None)
+
+    def session_event(self, event: SessionEvent) -> None:
+        assert_type(event.kind, SessionEventKind)
 
 
 PACKET = BridgePacket(STANDARD_MAGIC, Shout.REQUEST, 0x0001, 0x1000, 5)

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from vmibridge.bridge.packet import BridgePacket
-from vmibridge.bridge.request import own_request, request_in, retry_key
+from vmibridge.bridge.request import own_request, request_in, retry_key, why_native
 from vmibridge.vm.trap import Registers, TrapEvent, TrapFilter, TrapReason
 
 MAGIC = 0x4249_4D56
@@ -88,3 +88,19 @@ def test_the_key_does_not_depend_on_the_number_of_the_trap():
     first = trap(**X64)
     again = msgspec.structs.replace(first, seq=8, vcpu=1)
     assert retry_key(first, request_in(first)) == retry_key(again, request_in(again))
+
+
+@pytest.mark.parametrize(
+    ("event", "other_hypercalls", "why"),
+    [
+        (trap(TrapReason.PORT_IO, **X64), False, "no request"),
+        (trap(**X64 | {"r8": -1}), False, "no request"),
+        (trap(**X64 | {"rcx": MAGIC + 1}), False, "another magic"),
+        (trap(**X64 | XEN | {"rcx": MAGIC + 1}), True, "another magic"),
+        (trap(TrapReason.CPUID, rax=MAGIC + 1), True, "another magic"),
+        (trap(**X64), True, "no signature"),
+    ],
+)
+def test_why_a_trap_is_not_ours(event, other_hypercalls, why):
+    assert not is_ours(event, OURS, other_hypercalls=other_hypercalls)
+    assert why_native(event, OURS) == why

@@ -47,15 +47,16 @@ class SessionBackend(Backend):
         """Until the guest has ended, or `stop`."""
         self._sink = sink
         self.running.set()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch)
-            tasks.start_soon(self._end_with_session)
-            while not self._over:
-                self._poked = anyio.Event()
-                await self._feed(sink)
-                if not self._over:
-                    await self._poked.wait()
-            tasks.cancel_scope.cancel()
+        with self.session.events.watched(self.on_session_event):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch)
+                tasks.start_soon(self._end_with_session)
+                while not self._over:
+                    self._poked = anyio.Event()
+                    await self._feed(sink)
+                    if not self._over:
+                        await self._poked.wait()
+                tasks.cancel_scope.cancel()
         for event in self._held:
             self._give_back(event)
         self._held.clear()

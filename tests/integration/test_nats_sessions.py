@@ -1,0 +1,52 @@
+"""What taps are told of agents on NATS, where nobody hangs up: who says nothing is lost."""
+
+import anyio
+from nats_parts import ON_ASYNCIO, Work, ask, nats_server, until
+from remote_parts import carry, served
+
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.taps import Tap
+from vmibridge.testing import FakeGuest
+from vmibridge.transport import AgentLimits
+
+pytestmark = ON_ASYNCIO
+
+
+class Watch(Tap):
+    def __init__(self):
+        self.calls = []
+
+    def session_event(self, event):
+        self.calls.append((event.vm, event.kind.value, event.peer))
+
+    def end(self, vm, summary):
+        self.calls.append("end")
+
+
+async def test_one_that_loses_nats_is_lost_and_is_back_when_it_is_heard_again(tmp_path):
+    watch, work = Watch(), Work()
+
+    async def guest(vm):
+        assert (await vm.call(ask(5, 1))).rax == 2
+        assert (await vm.call(ask(1, 1))).rax == 2
+
+    with nats_server(tmp_path) as nats, anyio.fail_after(60):
+        limits, settings = AgentLimits(silence=3.0), ServerSettings(timeout=3600)
+        async with (
+            served(nats.url, work, taps=lambda _: [watch], limits=limits, settings=settings),
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(carry, FakeGuest(guest, vm="web"), nats.url)
+            await until(lambda: work.asked)
+            nats.stop()
+            await until(lambda: len(watch.calls) == 2)
+            nats.start()
+            await until(lambda: len(watch.calls) == 3)
+            work.go_on.set()
+            await until(lambda: watch.calls[-1] == "end")
+    kinds = [each[1] for each in watch.calls[:-1]]
+    assert kinds[:3] == ["connected", "lost", "back"]
+    assert kinds[-1] == "ended"
+    # It may be quiet for as long as that more than once.
+    assert kinds[1:-1] == ["lost", "back"] * ((len(kinds) - 2) // 2)
+    assert {(vm, peer) for vm, _, peer in watch.calls[:-1]} == {("web", "nats")}
