@@ -1,13 +1,14 @@
-"""The table of `[server]` in docs/configuration.md is what the one struct of settings says."""
+"""The pages say of settings, and of the options for them, what the structs of settings say."""
 
 import re
 
 import msgspec
 import pytest
-from test_docs import section
+from test_docs import rows, section
 
 from vmibridge.bridge.bounds import declared
 from vmibridge.engine.settings import ServerSettings
+from vmibridge.transport import AgentLimits
 
 NAMES = [name for name in ServerSettings.__struct_fields__ if name != "policy"]
 TYPES = {
@@ -48,6 +49,19 @@ def row(name):
 
 def test_each_has_its_row_with_type_default_unit_meaning_and_bounds(table):
     assert table == [row(name) for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "default"),
+    [
+        ("run", "--timeout", ServerSettings().timeout),
+        ("run", "--soft-timeout", ServerSettings().soft_timeout),
+        ("serve", "--keep", AgentLimits().keep),
+    ],
+)
+def test_an_option_that_is_a_setting_has_its_default(command, option, default):
+    cells = rows(section("docs/command-line.md", f"## vmibridge {command}"))[option]
+    assert cells[1] == ("none" if default is None else f"{default:g}")
 
 
 def as_toml(value):

@@ -38,6 +38,7 @@ __all__ = [
     "options",
     "plain_type",
     "problem",
+    "problem_of",
 ]
 
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, extra={"unit": "seconds"})]
@@ -66,8 +67,10 @@ def declared(struct: type[msgspec.Struct], name: str) -> Declared:
 
 def check_fields(struct: msgspec.Struct) -> None:
     """Raise `ValueError` for the first field that is out of bounds; for `__post_init__`."""
-    for name, kind in _kinds(type(struct)).items():
-        check(name, getattr(struct, name), kind)
+    for name in struct.__struct_fields__:
+        why = problem_of(type(struct), name, getattr(struct, name))
+        if why is not None:
+            raise ValueError(f"{name} {why}")
 
 
 def check(name: str, value: object, kind: Any) -> None:
@@ -81,6 +84,11 @@ def problem(value: object, kind: Any) -> str | None:
     """Why a value is out of the bounds that `kind` declares, to be read behind its name; else
     `None`. Whether it is of the right type is not tested."""
     return _problem(value, kind, "must")
+
+
+def problem_of(struct: type[msgspec.Struct], name: str, value: object) -> str | None:
+    """The same of a field. Raises `KeyError`."""
+    return problem(value, _kinds(struct)[name])
 
 
 def _problem(value: object, kind: Any, must: str) -> str | None:

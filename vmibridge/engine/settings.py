@@ -46,8 +46,8 @@ class ServerSettings(msgspec.Struct, frozen=True):
     timeout: Annotated[
         Seconds,
         Meta(
-            description="the hard deadline of a request, from its first trap: the handler is"
-            " cancelled"
+            description="the hard deadline of a request, from its first trap, where neither its"
+            " handler nor its method has one: the handler is cancelled"
         ),
     ] = 5.0
     soft_timeout: Annotated[
