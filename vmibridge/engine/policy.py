@@ -22,12 +22,14 @@ Rules that it lives by:
 """
 
 import math
+import sys
 import time
 from bisect import bisect_right
 from heapq import heappop, heappush, heapreplace
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from vmibridge.bridge.bounds import Count, check_fields
 from vmibridge.bridge.response import BridgeResponse
@@ -36,11 +38,13 @@ from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["AddressRange", "Policy", "Quota", "Rate"]
 
-_Address = Annotated[int, msgspec.Meta(ge=0)]
-_Ring = Annotated[int, msgspec.Meta(ge=0, le=3)]
+_FINITE = sys.float_info.max
+"""The largest number that is finite: msgspec takes no bound that is not."""
+_Address = Annotated[int, Meta(ge=0)]
+_Ring = Annotated[int, Meta(ge=0, le=3)]
 _Root = Annotated[
     int,
-    msgspec.Meta(
+    Meta(
         ge=0,
         le=(1 << 52) - 1,
         multiple_of=32,
@@ -52,16 +56,15 @@ _Root = Annotated[
 class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One token bucket, full at first. Raises `ValueError` for numbers that make no sense."""
 
-    burst: Annotated[float, msgspec.Meta(gt=0)]
-    """What the bucket holds when it is full: the most at once. Above 0."""
-    rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    burst: Annotated[float, Meta(gt=0, le=_FINITE, extra={"words": "a finite number above 0"})]
+    """What the bucket holds when it is full: the most at once."""
+    rate: Annotated[
+        float, Meta(ge=0, le=_FINITE, extra={"words": "a finite number, 0 or more"})
+    ] = 0.0
     """What flows back each second. 0: nothing, so that `burst` is for the whole run."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.burst < math.inf:
-            raise ValueError(f"burst is a finite number above 0, got {self.burst!r}")
-        if not 0 <= self.rate < math.inf:
-            raise ValueError(f"rate is a finite number from 0, got {self.rate!r}")
+        check_fields(self)
 
 
 class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,7 +104,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Raises `ValueError` for what makes no sense.
     """
 
-    rings: Annotated[frozenset[_Ring], msgspec.Meta(min_length=1)] = frozenset({0, 1, 2, 3})
+    rings: Annotated[frozenset[_Ring], Meta(min_length=1)] = frozenset({0, 1, 2, 3})
     """Privilege levels that may ask."""
     address_spaces: frozenset[_Root] | None = None
     """Those that may ask, as `TrapEvent.address_space` names them. `None`: all."""

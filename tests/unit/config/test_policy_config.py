@@ -106,13 +106,19 @@ def test_empty_lists_are_not_the_same_as_none():
         ("[policy.vm]\nbits = 1", "2: policy.vm.bits: no such key; there are requests, bytes"),
         (
             "[policy.vm.requests]\nburst = 3\nrate = -1",
-            "3: policy.vm.requests.rate: must be 0 or more, got -1",
+            "3: policy.vm.requests.rate: must be a finite number, 0 or more, got -1",
         ),
-        ("[policy.vm.bytes]\nburst = 0", "2: policy.vm.bytes.burst: must be above 0, got 0"),
-        ("[policy.vm.bytes]\nburst = nan", "2: policy.vm.bytes.burst: must be above 0, got nan"),
+        (
+            "[policy.vm.bytes]\nburst = 0",
+            "2: policy.vm.bytes.burst: must be a finite number above 0, got 0",
+        ),
+        (
+            "[policy.vm.bytes]\nburst = nan",
+            "2: policy.vm.bytes.burst: must be a finite number above 0, got nan",
+        ),
         (
             "[policy.vm.bytes]\nburst = inf",
-            "1: policy.vm.bytes: burst is a finite number above 0, got inf",
+            "2: policy.vm.bytes.burst: must be a finite number above 0, got inf",
         ),
         (
             "[policy.vm.bytes]\nrate = 1",
