@@ -17,6 +17,8 @@ same annotations with `declared` and `problem`, so a bound has one message where
 | `extra["unit"]` | what a number counts |
 | `extra["words"]` | the bounds in words, where the numbers alone would not be understood |
 | `extra["format"]` | how a wrong number is shown |
+
+Bounds of one part of a union are annotated at that part: `Seconds | None`.
 """
 
 from collections.abc import Collection

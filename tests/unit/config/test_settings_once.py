@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from typing import get_type_hints
+from typing import Annotated, get_type_hints
 
 import msgspec
 import pytest
@@ -113,6 +113,17 @@ def test_of_a_list_the_item_that_is_out_of_bounds_is_named():
         ServerSettings(retry_values=(1, 5))
     with pytest.raises(ConfigError, match=r"^c.toml:2: server.retry_values.1: must be 1 to 4, got"):
         Config("c.toml", "[server]\nretry_values = [1, 5]")
+
+
+def test_the_settings_of_a_handler_have_the_same_messages():
+    class Settings(msgspec.Struct):
+        most: Annotated[int, msgspec.Meta(ge=1, le=9)] = 1
+        name: Annotated[str, msgspec.Meta(min_length=2)] = "ab"
+
+    with pytest.raises(ConfigError, match=r"^c.toml:2: handlers.x.most: must be 1 to 9, got 10$"):
+        Config("c.toml", "[handlers.x]\nmost = 10").settings_of("x", Settings)
+    with pytest.raises(ConfigError, match=r"^c.toml:2: handlers.x.name: Expected `str` of length"):
+        Config("c.toml", "[handlers.x]\nname = 'a'").settings_of("x", Settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
