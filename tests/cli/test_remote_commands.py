@@ -276,7 +276,8 @@ class TestWrongUsage:
             (["--backend", "none:", "--connect", "unix:x"], 2, "no backend"),
             (["--backend", "=unicorn:x", "--connect", "unix:x"], 2, "name of the VM"),
             (["--backend", "unicorn:x", "--connect", "x"], 2, "a URL is"),
-            (["--backend", "unicorn:x", "--connect", "unix:x", "--deadline", "0"], 2, "deadline"),
+            (["--backend", "unicorn:x", "--connect", "unix:x", "--deadline", "0"], 2,
+             "vmibridge: --deadline: must be above 0 seconds, got 0.0\n"),
             (["--backend", "unicorn:none.bin", "--connect", "unix:x"], 1, "no such file"),
         ],
     )  # fmt: skip

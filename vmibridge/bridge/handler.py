@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import msgspec
 
+from vmibridge.bridge.bounds import Seconds, Value, check
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.contract import BridgeContract, GuestRead
 from vmibridge.bridge.packet import BridgePacket
@@ -90,14 +91,12 @@ def method(
 
 def check_timeout(timeout: float | None, name: str = "timeout") -> None:
     """Raise `ValueError` for what is no time limit in seconds; `None` is none."""
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"{name} is a positive number of seconds, got {timeout!r}")
+    check(name, timeout, Seconds)
 
 
 def check_retry_values(values: tuple[int, ...] | None) -> None:
     """Raise `ValueError` for what are no numbers of values, 1 to 4; `None` is none."""
-    if values is not None and not set(values) <= {1, 2, 3, 4}:
-        raise ValueError(f"retry_values are numbers of values, 1 to 4, got {values!r}")
+    check("retry_values", values, tuple[Value, ...])
 
 
 class BridgeHandler(Generic[T]):

@@ -5,16 +5,16 @@ import os
 import signal
 import sys
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import anyio
 import msgspec
 from cyclopts import Parameter
 
-from vmibridge.backends import open_backend
+from vmibridge.bridge.bounds import Seconds, problem
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import AsyncBackend, Uvloop, chosen_loop
+from vmibridge.cli.options import Json, LogLevel, LoopOptions, named_backend
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError
@@ -43,13 +43,9 @@ def agent(
             " longer than the server's own deadline."
         ),
     ] = None,
-    async_backend: AsyncBackend = "asyncio",
-    uvloop: Uvloop = False,
-    json: Annotated[bool, Parameter(negative=(), help="The summary as one JSON object.")] = False,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        Parameter(help="What goes to standard error; debug shows tracebacks."),
-    ] = "info",
+    loop: LoopOptions | None = None,
+    json: Annotated[Json, Parameter(help="The summary as one JSON object.")] = False,
+    log_level: LogLevel = "info",
 ) -> int:
     """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
 
@@ -61,9 +57,11 @@ def agent(
 
     Example: vmibridge agent --backend web=unicorn:guest.bin --connect unix:/run/vmibridge.sock
     """
-    chosen = chosen_loop(async_backend, uvloop=uvloop)
+    chosen = (loop or LoopOptions()).loop
     check_loop(chosen)
-    vm = _open(backend)
+    if (why := problem(deadline, Seconds)) is not None:
+        raise ConfigError(f"--deadline: {why}")
+    vm = named_backend(backend, os.uname().nodename[:64] or "vm")
     try:
         carrier = Agent(vm, connect, deadline=deadline)
     except BackendSpecError:
@@ -72,16 +70,6 @@ def agent(
         raise ConfigError(str(error)) from error
     with logging_to(log_handler(log_level, None), log_level):
         return run_on(chosen, partial(_serve, vm, carrier, as_json=json))
-
-
-def _open(text: str) -> Backend:
-    """`NAME=SPEC` names the VM; without, it is named after this machine."""
-    name, named, spec = text.partition("=")
-    if named and ":" not in name:
-        if not name:
-            raise BackendSpecError(f"{text}: the name of the VM is missing before '='")
-        return open_backend(spec, vm=name)
-    return open_backend(text, vm=os.uname().nodename[:64] or "vm")
 
 
 async def _serve(backend: Backend, agent: Agent, *, as_json: bool) -> int:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from vmibridge.cli.guest_files import guest_file
-from vmibridge.cli.options import CHECKS, AsyncBackend, Uvloop, chosen_loop
+from vmibridge.cli.options import Json, LoopOptions
 from vmibridge.cli.run import run
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import BackendError, VmiBridgeError
@@ -33,11 +34,8 @@ _SECONDS = 60.0
 
 def demo(
     *,
-    async_backend: AsyncBackend = "asyncio",
-    uvloop: Uvloop = False,
-    json: Annotated[
-        bool, Parameter(group=CHECKS, negative=(), help="One JSON object a trap, then a summary.")
-    ] = False,
+    loop: LoopOptions | None = None,
+    json: Annotated[Json, Parameter(help="One JSON object a trap, then a summary.")] = False,
 ) -> int:
     """Run a guest that calls the ready-made handlers and checks every answer.
 
@@ -48,7 +46,8 @@ def demo(
 
     Example: vmibridge demo
     """
-    chosen_loop(async_backend, uvloop=uvloop)
+    chosen = loop or LoopOptions()
+    _ = chosen.loop  # an error that is told before the guest is assembled
     try:
         with tempfile.TemporaryDirectory(prefix="vmibridge-") as name, _web_server() as origin:
             folder = Path(name)
@@ -57,7 +56,7 @@ def demo(
                 f'[handlers.environment]\nvalues = {{ DEMO_URL = "{origin}/demo/start" }}\n'
                 f'[handlers.fetch]\nallow = ["{origin}/demo/"]\n'
             )
-            options = ServerOptions(async_backend, config=config, uvloop=uvloop, json=json)
+            options = ServerOptions(**asdict(chosen), config=config, json=json)
             # By name, so that one whose extra is missing is an error.
             sources = [f"vmibridge.handlers.{each}" for each in _HANDLERS]
             status = run(backend=[f"unicorn:{_image(folder)}"], handlers=sources, options=options)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from vmibridge.cli.options import OptionalOutput, Recording
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.errors import ConfigError
 from vmibridge.text import printable
@@ -20,14 +21,13 @@ if TYPE_CHECKING:
 
 
 def export(
-    file: Annotated[Path, Parameter(help="A recording.")],
+    file: Recording,
     /,
     *,
     to: Annotated[Literal["jsonl", "perfetto", "sqlite", "parquet"], Parameter(help="The format.")],
     output: Annotated[
-        Path | None,
+        OptionalOutput,
         Parameter(
-            name=("--output", "-o"),
             allow_leading_hyphen=True,
             help="The file to make; by default FILE with another suffix. - is standard output,"
             " for jsonl.",

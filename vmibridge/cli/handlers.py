@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmibridge.bridge.handler import BridgeHandler, contract_of
+from vmibridge.cli.options import Json, Sources
 from vmibridge.config import Offered, find_handlers
 from vmibridge.errors import HandlerLoadError
 
@@ -42,12 +43,10 @@ class HandlerLine(msgspec.Struct):
 
 
 def list_handlers(
-    sources: Annotated[
-        list[str], Parameter(help="Python files, folders or dotted modules that offer handlers.")
-    ],
+    sources: Sources,
     /,
     *,
-    json: Annotated[bool, Parameter(negative=(), help="One JSON object a handler.")] = False,
+    json: Annotated[Json, Parameter(help="One JSON object a handler.")] = False,
 ) -> int:
     """Show each handler's contract and methods, without making any.
 

@@ -1,15 +1,15 @@
 """`vmibridge inspect`: what a recording holds, trap by trap."""
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter, validators
 
+from vmibridge.cli.options import Json, Recording
 from vmibridge.cli.selection import SelectionOptions
 
 
 def inspect(
-    file: Annotated[Path, Parameter(help="A recording.")],
+    file: Recording,
     /,
     *,
     selection: SelectionOptions | None = None,
@@ -21,7 +21,7 @@ def inspect(
         bool, Parameter(negative=(), help="Registers and accesses to memory, too.")
     ] = False,
     json: Annotated[
-        bool, Parameter(negative=(), help="One JSON object a session and a trap, then a summary.")
+        Json, Parameter(help="One JSON object a session and a trap, then a summary.")
     ] = False,
 ) -> int:
     """List the traps of a recording, in the order of their replies.

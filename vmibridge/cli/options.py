@@ -1,32 +1,76 @@
-"""What several commands have: groups of options, and options that are the same for each."""
+"""What several commands have, declared once: options, and what they mean together.
 
-from typing import Annotated, Literal, TypeAlias
+A command that says something else of an option puts a `Parameter` of its own behind the shared
+type: `json: Annotated[Json, Parameter(help="One JSON object a handler.")] = False`.
+
+Options that are settings of a server are in `setting_options`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from cyclopts import Group, Parameter
 
-from vmibridge.errors import ConfigError
+from vmibridge.errors import BackendSpecError, ConfigError
+
+if TYPE_CHECKING:
+    from vmibridge.vm.backend import Backend
 
 Loop: TypeAlias = Literal["asyncio", "uvloop", "trio"]
 
 CHECKS = Group("Looking at what happens")
 RECORDING = Group("Recording")
 
-Sources: TypeAlias = Annotated[
-    list[str],
-    Parameter(
-        consume_multiple=True,
-        negative=(),
-        help="Python files, folders or dotted modules that offer handlers.",
-    ),
+HANDLERS = Parameter(
+    consume_multiple=True,
+    negative=(),
+    help="Python files, folders or dotted modules that offer handlers.",
+)
+OUTPUT = Parameter(name=("--output", "-o"), help="The file to make.")
+
+Sources: TypeAlias = Annotated[list[str], HANDLERS]
+Recording: TypeAlias = Annotated[Path, Parameter(help="A recording.")]
+Output: TypeAlias = Annotated[Path, OUTPUT]
+OptionalOutput: TypeAlias = Annotated[Path | None, OUTPUT]
+Json: TypeAlias = Annotated[bool, Parameter(group=CHECKS, negative=())]
+Level: TypeAlias = Literal["debug", "info", "warning", "error"]
+LogLevel: TypeAlias = Annotated[
+    Level, Parameter(group=CHECKS, help="What goes to standard error; debug shows tracebacks.")
 ]
-AsyncBackend: TypeAlias = Annotated[Literal["asyncio", "trio"], Parameter(help="The event loop.")]
-Uvloop: TypeAlias = Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")]
 
 
-def chosen_loop(async_backend: Literal["asyncio", "trio"], *, uvloop: bool) -> Loop:
-    """What `--async-backend` and `--uvloop` mean. Raises `ConfigError`: they do not go together."""
-    if not uvloop:
-        return async_backend
-    if async_backend == "trio":
-        raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
-    return "uvloop"
+@Parameter(name="*")
+@dataclass(frozen=True)
+class LoopOptions:
+    """As given."""
+
+    async_backend: Annotated[Literal["asyncio", "trio"], Parameter(help="The event loop.")] = (
+        "asyncio"
+    )
+    uvloop: Annotated[bool, Parameter(negative=(), help="asyncio on uvloop.")] = False
+
+    @property
+    def loop(self) -> Loop:
+        """What they mean. Raises `ConfigError`: `--uvloop` does not go with trio."""
+        if not self.uvloop:
+            return self.async_backend
+        if self.async_backend == "trio":
+            raise ConfigError("--uvloop: uvloop is for asyncio, so it does not go with trio")
+        return "uvloop"
+
+
+def named_backend(text: str, unnamed: str) -> "Backend":
+    """The VM of a `--backend`: `NAME=SPEC` names it; without, it is called `unnamed`.
+
+    Raises `BackendSpecError`.
+    """
+    from vmibridge.backends import open_backend
+
+    name, named, spec = text.partition("=")
+    if not named or ":" in name:
+        # What is before the first `=` is a part of the spec.
+        return open_backend(text, vm=unnamed)
+    if not name:
+        raise BackendSpecError(f"{text}: the name of the VM is missing before '='")
+    return open_backend(spec, vm=name)

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from vmibridge.cli.guest_files import guest_file
+from vmibridge.cli.options import Output
 from vmibridge.errors import ConfigError, VmiBridgeError
 from vmibridge.files import replaceable
 from vmibridge.text import printable
@@ -18,7 +19,7 @@ def make_initramfs(
     programs: Annotated[list[Path], Parameter(help="Programs for Linux on x86, to run in order.")],
     /,
     *,
-    output: Annotated[Path, Parameter(name=("--output", "-o"), help="The file to make.")],
+    output: Output,
 ) -> int:
     """Pack programs into an initramfs, which runs them in order and powers off.
 

@@ -6,14 +6,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmibridge.cli.options import Output
 from vmibridge.text import printable
 
 
 def build_qemu_plugin(
     *,
-    output: Annotated[Path, Parameter(name=("--output", "-o"), help="The file to make.")] = Path(
-        "vmibridge-plugin.so"
-    ),
+    output: Output = Path("vmibridge-plugin.so"),
     cc: Annotated[
         str | None, Parameter(help="The C compiler; cc, gcc or clang by default.")
     ] = None,

@@ -34,6 +34,7 @@ from vmibridge.backends.qemu.plugin.build import SOURCES, build_plugin
 from vmibridge.backends.qemu.process import QemuProcess
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
+from vmibridge.cli.options import HANDLERS
 from vmibridge.cli.output import Writer, stream_writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
@@ -56,12 +57,8 @@ def run_qemu(
     ],
     handlers: Annotated[
         list[str] | None,
-        Parameter(
-            consume_multiple=True,
-            negative=(),
-            help="Who answers: Python files, folders or dotted modules. Without, a host that"
-            " listens at --socket.",
-        ),
+        HANDLERS,
+        Parameter(help=f"{HANDLERS.help} Without, a host answers that listens at --socket."),
     ] = None,
     qemu: Annotated[
         str | None,

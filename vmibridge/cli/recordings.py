@@ -3,28 +3,31 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import msgspec
 from cyclopts import Parameter
 
 from vmibridge.cli.event_loop import run_on
+from vmibridge.cli.options import Json, OptionalOutput, Recording
 from vmibridge.errors import BackendSpecError
 from vmibridge.text import printable
 from vmibridge.transport.nats import store as nats_store
 from vmibridge.transport.nats.store import StoredRecording
 from vmibridge.transport.urls.nats import NatsUrl, is_nats_url, parse_nats_url
 
+_Store: TypeAlias = Annotated[str, Parameter(help="nats://HOST:PORT, as with put.")]
+
 
 def put_recording(
-    file: Annotated[Path, Parameter(help="A recording that is finished.")],
+    file: Annotated[Recording, Parameter(help="A recording that is finished.")],
     to: Annotated[str, Parameter(help="nats://HOST:PORT, with ?bucket= for another store.")],
     /,
     *,
     name: Annotated[
         str | None, Parameter(help="What to keep it as; the name of the file by default.")
     ] = None,
-    json: Annotated[bool, Parameter(negative=(), help="As one JSON object.")] = False,
+    json: Annotated[Json, Parameter(help="As one JSON object.")] = False,
 ) -> int:
     """Keep a recording in NATS.
 
@@ -39,13 +42,13 @@ def put_recording(
 
 def get_recording(
     name: Annotated[str, Parameter(help="What it is kept as.")],
-    source: Annotated[str, Parameter(help="nats://HOST:PORT, as with put.")],
+    source: _Store,
     /,
     *,
     output: Annotated[
-        Path | None, Parameter(alias="-o", help="The file to make; NAME, here, by default.")
+        OptionalOutput, Parameter(help="The file to make; NAME, here, by default.")
     ] = None,
-    json: Annotated[bool, Parameter(negative=(), help="As one JSON object.")] = False,
+    json: Annotated[Json, Parameter(help="As one JSON object.")] = False,
 ) -> int:
     """Get a recording back.
 
@@ -62,10 +65,10 @@ def get_recording(
 
 
 def list_recordings(
-    source: Annotated[str, Parameter(help="nats://HOST:PORT, as with put.")],
+    source: _Store,
     /,
     *,
-    json: Annotated[bool, Parameter(negative=(), help="One JSON object a recording.")] = False,
+    json: Annotated[Json, Parameter(help="One JSON object a recording.")] = False,
 ) -> int:
     """List the recordings that are kept: bytes, name.
 

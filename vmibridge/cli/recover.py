@@ -1,25 +1,22 @@
 """`vmibridge recover`: a clean file made of a damaged recording."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import CHECKS
+from vmibridge.cli.options import Json, Output, Recording
 from vmibridge.text import printable
 
 _MOST_PROBLEMS = 10
 
 
 def recover(
-    file: Annotated[Path, Parameter(help="A recording that was cut short or damaged.")],
+    file: Annotated[Recording, Parameter(help="A recording that was cut short or damaged.")],
     /,
     *,
-    output: Annotated[Path, Parameter(alias="-o", help="The file to make.")],
-    json: Annotated[
-        bool, Parameter(group=CHECKS, negative=(), help="What was kept, as one JSON object.")
-    ] = False,
+    output: Output,
+    json: Annotated[Json, Parameter(help="What was kept, as one JSON object.")] = False,
 ) -> int:
     """Make a clean recording of a damaged one, with all of it that can be read.
 

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import CHECKS, AsyncBackend, Sources, Uvloop, chosen_loop
+from vmibridge.cli.options import (
+    CHECKS,
+    Json,
+    Level,
+    LoopOptions,
+    Recording,
+    Sources,
+)
+from vmibridge.cli.setting_options import setting
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import (
     BackendSpecError,
     NotReplayedError,
@@ -16,7 +25,7 @@ from vmibridge.errors import (
 
 
 def replay(
-    file: Annotated[Path, Parameter(help="The recording.")],
+    file: Recording,
     /,
     *,
     handlers: Sources,
@@ -40,21 +49,15 @@ def replay(
             help="The same memory accesses in the same order, and nothing missing in the file.",
         ),
     ] = False,
-    async_backend: AsyncBackend = "asyncio",
-    uvloop: Uvloop = False,
-    timeout: Annotated[
-        float | None, Parameter(help="Seconds for one request; as recorded by default.")
-    ] = None,
+    loop: LoopOptions | None = None,
+    timeout: Annotated[float | None, setting(ServerSettings, "timeout", "as recorded")] = None,
     config: Annotated[
         Path | None,
         Parameter(help="A TOML file for [handlers.NAME]; the server's settings are as recorded."),
     ] = None,
-    json: Annotated[
-        bool,
-        Parameter(group=CHECKS, negative=(), help="One JSON object a difference, then the counts."),
-    ] = False,
+    json: Annotated[Json, Parameter(help="One JSON object a difference, then the counts.")] = False,
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error", "critical"],
+        Literal[Level, "critical"],
         Parameter(
             group=CHECKS,
             help="What goes to standard error; error tells of handlers that fail, debug shows"
@@ -77,15 +80,15 @@ def replay(
     from vmibridge.cli.replay_run import Replay, sessions_of
     from vmibridge.recording.replay.options import ReplayOptions
 
-    loop = chosen_loop(async_backend, uvloop=uvloop)
-    check_loop(loop)
+    chosen = (loop or LoopOptions()).loop
+    check_loop(chosen)
     sessions = sessions_of(file)
     names: list[str | None] = [*(vm or ())] or [session.vm for session in sessions] or [None]
     options = [ReplayOptions(speed, order, name, strict) for name in names]
     run = Replay(file, options, {session.vm: session for session in sessions}, as_json=json)
     with logging_to(log_handler(log_level, None), log_level):
         try:
-            return run_on(loop, partial(run.compare, handlers, config, timeout))
+            return run_on(chosen, partial(run.compare, handlers, config, timeout))
         except (RecordingReadError, BackendSpecError):
             raise
         except VmiBridgeError as error:

@@ -8,10 +8,10 @@ import msgspec
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.cli.progress import ReadingBar
 from vmibridge.cli.replay_result import ReplayPrinter
+from vmibridge.cli.setting_options import with_options
 from vmibridge.config import Config, HandlerFactory
 from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
-from vmibridge.errors import NotReplayedError
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, Session
 from vmibridge.recording.replay.backend import ReplayBackend
@@ -69,12 +69,7 @@ class Replay:
         recorded = [self._sessions.get(options.vm or "") for options in self._options]
         session = next((session for session in recorded if session is not None), None)
         settings = replay_settings(ServerSettings() if session is None else session.settings)
-        if timeout is None:
-            return settings
-        try:
-            return msgspec.structs.replace(settings, timeout=timeout)
-        except ValueError as error:
-            raise NotReplayedError(f"--timeout: {error}") from error
+        return with_options(settings, {"timeout": timeout})
 
 
 def sessions_of(file: Path) -> list[Session]:

@@ -9,19 +9,18 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
+from vmibridge.cli.options import OptionalOutput, Recording
 from vmibridge.errors import ConfigError
 from vmibridge.text import printable
 
 
 def report(
-    file: Annotated[Path, Parameter(help="A recording.")],
+    file: Recording,
     /,
     *,
     output: Annotated[
-        Path | None,
-        Parameter(
-            name=("--output", "-o"), help="The page to make; by default FILE with .html at its end."
-        ),
+        OptionalOutput,
+        Parameter(help="The page to make; by default FILE with .html at its end."),
     ] = None,
     limit: Annotated[
         int,

@@ -2,16 +2,13 @@
 
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import Sources
+from vmibridge.cli.options import Sources, named_backend
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.errors import BackendSpecError, ConfigError
-
-if TYPE_CHECKING:
-    from vmibridge.vm.backend import Backend
+from vmibridge.errors import ConfigError
 
 
 def run(
@@ -56,26 +53,13 @@ def run(
     if isinstance(until, int) and until < 1:
         raise ConfigError(f"--until {until}: give output, exit, or a number of traps from 1")
     prepared = Prepared.of(handlers, given)
-    backends = _open_backends(backend)
+    backends = [
+        named_backend(text, f"vm{number}" if len(backend) > 1 else "vm")
+        for number, text in enumerate(backend)
+    ]
     console = None if given.json or not sys.stdout.isatty() else Console()
     writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)
     with logging_to(log_handler(given.log_level, console), given.log_level):
         server = prepared.server(backends)
         life = Life([*prepared.taps, *backends, writer], server, writer, until=until)
         return run_on(given.loop, partial(run_server, life))
-
-
-def _open_backends(specs: list[str]) -> "list[Backend]":
-    """`NAME=SPEC` names the VM; without, it is `vm`, or `vm0` and on when there are several."""
-    from vmibridge.backends import open_backend
-
-    backends = []
-    for number, text in enumerate(specs):
-        name, named, spec = text.partition("=")
-        if named and ":" not in name:
-            if not name:
-                raise BackendSpecError(f"{text}: the name of the VM is missing before '='")
-            backends.append(open_backend(spec, vm=name))
-        else:
-            backends.append(open_backend(text, vm=f"vm{number}" if len(specs) > 1 else "vm"))
-    return backends

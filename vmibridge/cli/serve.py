@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
 import anyio
 import msgspec
@@ -21,13 +20,15 @@ from vmibridge.cli.options import Sources
 from vmibridge.cli.output import JsonWriter, LineWriter
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import LAST_LINES, Prepared
+from vmibridge.cli.setting_options import setting, with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import Config, HandlerFactory, reload_handlers
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import BackendError, ConfigError, VmiBridgeError
+from vmibridge.errors import BackendError, VmiBridgeError
 from vmibridge.transport import AgentLimits, AgentServer
+from vmibridge.transport.session import Repeated
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -45,11 +46,9 @@ def serve(
         ),
     ],
     handlers: Sources,
-    keep: Annotated[
-        float, Parameter(help="Seconds that a VM is remembered whose agent is away.")
-    ] = 300.0,
+    keep: Annotated[float | None, setting(AgentLimits, "keep")] = None,
     repeated: Annotated[
-        Literal["refuse", "run"],
+        Repeated,
         Parameter(
             help="A trap that a server which is gone may have run: give the guest its fallback,"
             " or run it."
@@ -73,11 +72,8 @@ def serve(
     given = options or ServerOptions()
     # A recorder is made for each VM; those of `run` and `qemu` are not wanted.
     prepared = Prepared.of(handlers, replace(given, record=None, redact=[], unrecorded=None))
-    recordings = _Recordings.of(given)
-    try:
-        limits = AgentLimits(keep=keep)
-    except ValueError as error:
-        raise ConfigError(f"--keep: {error}") from error
+    recordings = _Recordings(given) if given.records("FOLDER") else None
+    limits = with_options(AgentLimits(), {"keep": keep})
     with logging_to(log_handler(given.log_level, None), given.log_level):
         factory = HandlerFactory(handlers, prepared.config)
         # Once, to find what is wrong with them before anybody comes.
@@ -99,32 +95,13 @@ def serve(
 class _Recordings:
     """A file for each set of handlers of each VM, in a folder."""
 
-    def __init__(self, folder: Path, options: ServerOptions) -> None:
-        self._folder = folder
+    def __init__(self, options: ServerOptions) -> None:
         self._options = options
 
-    @classmethod
-    def of(cls, options: ServerOptions) -> Self | None:
-        """`None` where none is wanted. Raises `ConfigError`."""
-        if options.record is not None:
-            return cls(options.record, options)
-        for name in ("redact", "unrecorded"):
-            if getattr(options, name):
-                raise ConfigError(f"--{name} is about a recording: give --record FOLDER, too")
-        return None
-
     def __call__(self, vm: str) -> Sequence[Tap]:
-        from vmibridge.recording import Recorder
-
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return [
-            Recorder(
-                self._folder,
-                stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."),
-                on_error=self._options.unrecorded or "stop",
-                redact=self._options.redact,
-            )
-        ]
+        assert self._options.record is not None
+        self._options.record.mkdir(parents=True, exist_ok=True)
+        return [self._options.recorder(stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."))]
 
 
 class _Command:

@@ -2,34 +2,32 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import CHECKS, RECORDING, AsyncBackend, Loop, Uvloop, chosen_loop
+from vmibridge.cli.options import RECORDING, Json, LogLevel, LoopOptions
+from vmibridge.cli.setting_options import setting
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vmibridge.recording import Recorder
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class ServerOptions:
-    """As given."""
+class ServerOptions(LoopOptions):
+    """As given. Those that have the name of a setting stand over the one of the file."""
 
-    async_backend: AsyncBackend = "asyncio"
-    timeout: Annotated[
-        float | None,
-        Parameter(help="Seconds for one request, where its handler says nothing; 5 by default."),
-    ] = None
-    soft_timeout: Annotated[
-        float | None,
-        Parameter(help="Seconds until the guest is told to wait and ask again; none by default."),
-    ] = None
+    timeout: Annotated[float | None, setting(ServerSettings, "timeout")] = None
+    soft_timeout: Annotated[float | None, setting(ServerSettings, "soft_timeout")] = None
     config: Annotated[
         Path | None,
         Parameter(
             help="A TOML file: [server], [policy], [handlers.NAME]; see docs/configuration.md."
         ),
     ] = None
-    uvloop: Uvloop = False
     record: Annotated[
         Path | None,
         Parameter(
@@ -55,15 +53,28 @@ class ServerOptions:
             " default.",
         ),
     ] = None
-    json: Annotated[
-        bool, Parameter(group=CHECKS, negative=(), help="One JSON object a trap, then a summary.")
-    ] = False
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"],
-        Parameter(group=CHECKS, help="What goes to standard error; debug shows tracebacks."),
-    ] = "info"
+    json: Annotated[Json, Parameter(help="One JSON object a trap, then a summary.")] = False
+    log_level: LogLevel = "info"
 
     @property
-    def loop(self) -> Loop:
-        """Raises `ConfigError` for what does not go together."""
-        return chosen_loop(self.async_backend, uvloop=self.uvloop)
+    def settings(self) -> dict[str, object]:
+        """The settings of a server among them, by name; `None`: not given."""
+        names = ServerSettings.__struct_fields__
+        return {name: value for name, value in vars(self).items() if name in names}
+
+    def recorder(self, *, stem: str = "run") -> "Recorder":
+        """A recorder, as they say. Raises `ConfigError`, `MissingExtraError`."""
+        from vmibridge.recording import Recorder
+
+        assert self.record is not None, "asked for where records() is true"
+        return Recorder(
+            self.record, stem=stem, on_error=self.unrecorded or "stop", redact=self.redact
+        )
+
+    def records(self, what: str = "FILE") -> bool:
+        """Whether they ask for a recording, in `what`. Raises `ConfigError`."""
+        if self.record is None:
+            for name in ("redact", "unrecorded"):
+                if getattr(self, name):
+                    raise ConfigError(f"--{name} is about a recording: give --record {what}, too")
+        return self.record is not None

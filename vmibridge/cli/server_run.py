@@ -13,6 +13,7 @@ import msgspec
 from vmibridge.cli.event_loop import check_loop
 from vmibridge.cli.output import Writer
 from vmibridge.cli.server_options import ServerOptions
+from vmibridge.cli.setting_options import with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.config import Config, HandlerFactory
 from vmibridge.engine.server import BridgeServer, Until
@@ -50,16 +51,9 @@ class Prepared:
     def of(cls, handlers: list[str], options: ServerOptions) -> Self:
         """Raises `ConfigError`, `MissingExtraError`."""
         config = Config() if options.config is None else Config.read(options.config)
-        settings = config.server
-        for name in ("timeout", "soft_timeout"):
-            seconds = getattr(options, name)
-            if seconds is not None:
-                try:
-                    settings = msgspec.structs.replace(settings, **{name: seconds})
-                except ValueError as error:
-                    raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
+        settings = with_options(config.server, options.settings)
         check_loop(options.loop)
-        return cls(handlers, config, settings, _taps(options))
+        return cls(handlers, config, settings, [options.recorder()] if options.records() else [])
 
     def server(self, backends: list[Backend]) -> BridgeServer:
         """Raises `HandlerLoadError` and `ConfigError`."""
@@ -70,17 +64,6 @@ class Prepared:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-
-
-def _taps(options: ServerOptions) -> "list[Recorder]":
-    if options.record is None:
-        for name in ("redact", "unrecorded"):
-            if getattr(options, name):
-                raise ConfigError(f"--{name} is about a recording: give --record FILE, too")
-        return []
-    from vmibridge.recording import Recorder
-
-    return [Recorder(options.record, on_error=options.unrecorded or "stop", redact=options.redact)]
 
 
 @dataclass(frozen=True)

@@ -17,30 +17,28 @@ An error names the file, the line where it can be found, and the key.
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
+from vmibridge.bridge.bounds import options, plain_type, problem
 from vmibridge.bridge.contract import STANDARD_FALLBACK
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.engine.policy import AddressRange, Policy, Quota
-from vmibridge.engine.settings import DEFAULTS, ServerSettings
+from vmibridge.engine.policy import Policy
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
 
 __all__ = ["Config"]
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-_AT = re.compile(r" - at `\$(?P<path>[^`]*)`$")
-
-
-_Seconds = Annotated[float, msgspec.Meta(gt=0)]
-_Count = Annotated[int, msgspec.Meta(ge=1)]
 _Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+_AT = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 
 class _Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,56 +52,52 @@ class _Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         BridgeResponse(*msgspec.structs.astuple(self))
 
 
-class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    timeout: _Seconds = DEFAULTS.timeout
-    soft_timeout: _Seconds | None = DEFAULTS.soft_timeout
-    wait: _Reply = _Reply(*DEFAULTS.wait.values)
-    retry_values: tuple[Annotated[int, msgspec.Meta(ge=1, le=4)], ...] = DEFAULTS.retry_values
-    result_timeout: _Seconds = DEFAULTS.result_timeout
-    fallback: _Reply | Literal["standard"] = _Reply(*DEFAULTS.fallback.values)
-    queue: _Count = DEFAULTS.queue
-    in_flight: _Count = DEFAULTS.in_flight
-    in_flight_total: _Count = DEFAULTS.in_flight_total
-    grace: Annotated[float, msgspec.Meta(ge=0)] = DEFAULTS.grace
-    stop_timeout: _Seconds = DEFAULTS.stop_timeout
-    handshake: bool = DEFAULTS.handshake
+def _table(
+    struct: type[msgspec.Struct],
+    *,
+    without: str = "",
+    words: Mapping[str, Any] = MappingProxyType({}),
+) -> type[msgspec.Struct]:
+    """What a table of the file is decoded into that sets the fields of `struct`.
 
-    def settings(self, policy: Policy | None) -> ServerSettings:
-        values = {name: getattr(self, name) for name in self.__struct_fields__}
-        replies = {
-            name: BridgeResponse(*msgspec.structs.astuple(value))
-            for name, value in values.items()
-            if isinstance(value, _Reply)
-        }
-        if self.fallback == "standard":
-            replies["fallback"] = STANDARD_FALLBACK
-        return ServerSettings(**{**values, **replies}, policy=policy)
+    It has a key for each field but `without`, of the same type and bounds; none of them has to be
+    there, so defaults are those of `struct`. A response is a table of its values, or one of the
+    `words` that are given for its key.
+    """
+    keys: list[tuple[str, Any, Any]] = []
+    for field in msgspec.structs.fields(struct):
+        kinds = [_Reply if _is_response(kind) else kind for kind in options(field.type)]
+        if field.name != without:
+            kinds.append(words.get(field.name, UnsetType))
+            keys.append((field.name, Union[(*kinds, UnsetType)], UNSET))
+    return msgspec.defstruct(f"_{struct.__name__}", keys, frozen=True, forbid_unknown_fields=True)
 
 
-_Ring = Annotated[int, msgspec.Meta(ge=0, le=3)]
-_Root = Annotated[int, msgspec.Meta(ge=0, le=(1 << 52) - 1, multiple_of=32)]
+def _is_response(kind: Any) -> bool:
+    plain = plain_type(kind)
+    return (get_origin(plain) or plain) is BridgeResponse
 
 
-class _Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    rings: Annotated[frozenset[_Ring], msgspec.Meta(min_length=1)] = frozenset({0, 1, 2, 3})
-    address_spaces: frozenset[_Root] | None = None
-    instructions: tuple[AddressRange, ...] | None = None
-    vm: Quota = Quota()
-    address_space: Quota = Quota()
-    max_address_spaces: _Count = 4096
-    denied: Literal["native", "skip"] | _Reply = "native"
+def _given(table: msgspec.Struct) -> dict[str, Any]:
+    """The fields that a decoded table sets."""
+    values = {name: getattr(table, name) for name in table.__struct_fields__}
+    return {
+        name: BridgeResponse(*msgspec.structs.astuple(value))
+        if isinstance(value, _Reply)
+        else value
+        for name, value in values.items()
+        if value is not UNSET
+    }
 
-    @property
-    def policy(self) -> Policy:
-        values = msgspec.structs.asdict(self)
-        if isinstance(self.denied, _Reply):
-            values["denied"] = BridgeResponse(*msgspec.structs.astuple(self.denied))
-        return Policy(**values)
+
+# The policy is a table beside it.
+_SERVER = _table(ServerSettings, without="policy", words={"fallback": Literal["standard"]})
+_POLICY = _table(Policy)
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    server: _Server = _Server()
-    policy: _Policy | None = None
+    server: dict[str, Any] = {}
+    policy: dict[str, Any] | None = None
     handlers: dict[str, dict[str, Any]] = {}
 
 
@@ -119,6 +113,14 @@ class Config:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{source}: {error}") from error
         self._file = self._convert(tree, _File, ())
+        table = self._file.policy
+        self._policy = None
+        if table is not None:
+            self._policy = Policy(**_given(self._convert(table, _POLICY, ("policy",))))
+        given = _given(self._convert(self._file.server, _SERVER, ("server",)))
+        if given.get("fallback") == "standard":
+            given["fallback"] = STANDARD_FALLBACK
+        self._server = ServerSettings(**given, policy=self._policy)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -131,12 +133,12 @@ class Config:
     @property
     def server(self) -> ServerSettings:
         """`[server]` with `[policy]`, and defaults for what is not there."""
-        return self._file.server.settings(self.policy)
+        return self._server
 
     @property
     def policy(self) -> Policy | None:
         """`[policy]`; `None` where the file has no such table."""
-        return None if self._file.policy is None else self._file.policy.policy
+        return self._policy
 
     def settings_of(self, handler: str, kind: type[S]) -> S:
         """`[handlers.NAME]`, decoded. Raises `ConfigError`."""
@@ -174,6 +176,10 @@ class Config:
                 inside.append(unknown[1])
             elif message.startswith("Invalid enum value") and (known := _words_at(kind, inside)):
                 message = f"no such value; there are {', '.join(known)}"
+            else:
+                value = _value_at(tree, inside)
+                found = (problem(value, option) for option in _types_at(kind, inside))
+                message = next((why for why in found if why is not None), message)
             raise self._error((*path, *inside), _AT.sub("", message)) from error
 
     def _error(self, path: tuple[str, ...], message: str) -> ConfigError:
@@ -189,35 +195,42 @@ def _keys_at(kind: Any, path: Iterable[str]) -> list[str]:
 
 def _words_at(kind: Any, path: Iterable[str]) -> list[str]:
     """The words that a key may have for a value."""
-    literals = [option for option in _types_at(kind, path) if get_origin(option) is Literal]
+    kinds = [plain_type(option) for option in _types_at(kind, path)]
+    literals = [plain for plain in kinds if get_origin(plain) is Literal]
     return [str(word) for literal in literals for word in get_args(literal)]
 
 
 def _types_at(kind: Any, path: Iterable[str]) -> list[Any]:
     """What the value of a key may be: the parts of a union. An index is a key, too."""
-    kinds = _options(kind)
+    kinds = options(kind)
     for key in path:
         inside: list[Any] = []
         for option in kinds:
             inside += [field.type for field in _fields(option) if field.encode_name == key]
+            plain = plain_type(option)
             # The values of a dict, the items of what else holds any.
-            inside += get_args(option)[1:] if get_origin(option) is dict else get_args(option)[:1]
-        kinds = [option for part in inside for option in _options(part)]
+            inside += get_args(plain)[1:] if get_origin(plain) is dict else get_args(plain)[:1]
+        kinds = [option for part in inside for option in options(part)]
     return kinds
 
 
-def _options(kind: Any) -> list[Any]:
-    if get_origin(kind) is Annotated:
-        return _options(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return [option for part in get_args(kind) for option in _options(part)]
-    return [kind]
+def _value_at(tree: Any, path: Iterable[str]) -> object:
+    """The value of a key; `None` where it cannot be found."""
+    for key in path:
+        if isinstance(tree, dict):
+            tree = tree.get(key)
+        elif isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
+            tree = tree[int(key)]
+        else:
+            return None
+    return tree
 
 
 def _fields(kind: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
-    struct = get_origin(kind) or kind
+    plain = plain_type(kind)
+    struct = get_origin(plain) or plain
     if isinstance(struct, type) and issubclass(struct, msgspec.Struct):
-        return msgspec.structs.fields(kind)
+        return msgspec.structs.fields(plain)
     return ()
 
 

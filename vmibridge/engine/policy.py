@@ -22,35 +22,49 @@ Rules that it lives by:
 """
 
 import math
+import sys
 import time
 from bisect import bisect_right
 from heapq import heappop, heappush, heapreplace
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
+from vmibridge.bridge.bounds import Count, check_fields
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["AddressRange", "Policy", "Quota", "Rate"]
 
-_Address = Annotated[int, msgspec.Meta(ge=0)]
+_FINITE = sys.float_info.max
+"""The largest number that is finite: msgspec takes no bound that is not."""
+_Address = Annotated[int, Meta(ge=0)]
+_Ring = Annotated[int, Meta(ge=0, le=3)]
+_Root = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=(1 << 52) - 1,
+        multiple_of=32,
+        extra={"words": "a page-table root of 52 bits, the low 5 clear", "format": "#x"},
+    ),
+]
 
 
 class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One token bucket, full at first. Raises `ValueError` for numbers that make no sense."""
 
-    burst: Annotated[float, msgspec.Meta(gt=0)]
-    """What the bucket holds when it is full: the most at once. Above 0."""
-    rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    burst: Annotated[float, Meta(gt=0, le=_FINITE, extra={"words": "a finite number above 0"})]
+    """What the bucket holds when it is full: the most at once."""
+    rate: Annotated[
+        float, Meta(ge=0, le=_FINITE, extra={"words": "a finite number, 0 or more"})
+    ] = 0.0
     """What flows back each second. 0: nothing, so that `burst` is for the whole run."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.burst < math.inf:
-            raise ValueError(f"burst is a finite number above 0, got {self.burst!r}")
-        if not 0 <= self.rate < math.inf:
-            raise ValueError(f"rate is a finite number from 0, got {self.rate!r}")
+        check_fields(self)
 
 
 class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,9 +104,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Raises `ValueError` for what makes no sense.
     """
 
-    rings: frozenset[int] = frozenset({0, 1, 2, 3})
-    """Privilege levels that may ask; at least one."""
-    address_spaces: frozenset[int] | None = None
+    rings: Annotated[frozenset[_Ring], Meta(min_length=1)] = frozenset({0, 1, 2, 3})
+    """Privilege levels that may ask."""
+    address_spaces: frozenset[_Root] | None = None
     """Those that may ask, as `TrapEvent.address_space` names them. `None`: all."""
     instructions: tuple[AddressRange, ...] | None = None
     """Where the trapping instruction may start, as `TrapEvent.ip` tells. `None`: anywhere."""
@@ -100,25 +114,14 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For each VM."""
     address_space: Quota = Quota()
     """For each address space of a VM."""
-    max_address_spaces: int = 4096
-    """How many address spaces of a VM may be using their quota at a time; 1 or more."""
+    max_address_spaces: Count = 4096
+    """How many address spaces of a VM may be using their quota at a time."""
     denied: Literal["native", "skip"] | BridgeResponse[Any] = "native"
     """What a denied trap gets. `"native"`: the instruction runs as if no host were there.
     `"skip"`: registers stay, and the guest moves past it. Or a reply."""
 
     def __post_init__(self) -> None:
-        if not self.rings:
-            raise ValueError("rings has at least one ring: without, nobody may ask")
-        for ring in self.rings:
-            if ring not in range(4):
-                raise ValueError(f"rings are 0 to 3, got {ring!r}")
-        for root in self.address_spaces or ():
-            if not 0 <= root < 1 << 52 or root % 32:
-                raise ValueError(
-                    f"{root:#x} is no address space: a page-table root has 52 bits, the low 5 clear"
-                )
-        if self.max_address_spaces < 1:
-            raise ValueError(f"max_address_spaces is 1 or more, got {self.max_address_spaces!r}")
+        check_fields(self)
         if not isinstance(self.denied, BridgeResponse) and self.denied not in ("native", "skip"):
             raise ValueError(f"denied is 'native', 'skip' or a response, got {self.denied!r}")
 

@@ -66,22 +66,8 @@ class BridgeServer:
     given the name of. With several backends it has to be a function, so that each VM has
     handlers of its own; only handlers that say `shared` may be in more than one.
 
-    | setting | means |
-    |---|---|
-    | `timeout` | seconds to the hard deadline of a request |
-    | `soft_timeout` | seconds to the soft deadline of a trap whose handler says `may_wait` |
-    | `wait` | what the guest is told at the soft deadline |
-    | `retry_values` | the values that a retry has in common with its request |
-    | `result_timeout` | seconds that a result is kept for its retry |
-    | `fallback` | what the guest gets when a handler matched and did not answer |
-    | `queue` | traps of a VM that may be queued |
-    | `in_flight`, `in_flight_total` | handlers that may wait at a time, in a VM and in all |
-    | `grace` | seconds that handlers have at a stop to end by themselves |
-    | `stop_timeout` | seconds in which a stop has to have answered every trap |
-    | `policy` | who may ask, and how much |
-    | `handshake` | whether to answer the handshake of the standard contract |
-    | `taps` | what sees the traffic, such as a `Recorder` |
-    | `before_resume` | what acts on an outcome before its vCPU goes on |
+    The settings are the fields of `ServerSettings`, which says what each of them means; `taps`
+    is what sees the traffic, such as a `Recorder`.
 
     An outcome is iterated over when its vCPU has gone on. Who has to act first, such as on an
     output with the guest still at its instruction, gives `before_resume`: it is awaited with
@@ -89,9 +75,9 @@ class BridgeServer:
     it returns, when it raises (which is logged), after `timeout` seconds at the latest, and at
     a stop after the grace period: then it is cancelled.
 
-    The first four, where neither the handler nor its method says otherwise. Raises
-    `ValueError` for a number that makes no sense, for two VMs of one name, and for a
-    handler that two VMs would share without saying so.
+    `timeout`, `soft_timeout`, `wait` and `retry_values` hold where neither the handler nor its
+    method says otherwise. Raises `ValueError` for a number that is out of bounds, for two VMs of
+    one name, and for a handler that two VMs would share without saying so.
     """
 
     def __init__(

@@ -9,13 +9,14 @@ read it as a handle or as an abort.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
+from vmibridge.bridge.bounds import Count, Seconds, Value, check_fields
 from vmibridge.bridge.contract import STANDARD_WAIT
 from vmibridge.bridge.dispatch import BridgeDispatch, Entry, Target
-from vmibridge.bridge.handler import check_retry_values, check_timeout
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.engine.policy import Policy
 
@@ -36,50 +37,89 @@ class Terms(NamedTuple):
 
 
 class ServerSettings(msgspec.Struct, frozen=True):
-    """The settings of a server. Raises `ValueError` for what makes no sense."""
+    """The settings of a server: the one place of their names, defaults, bounds and meanings.
 
-    timeout: float = 5.0
-    """Seconds to the hard deadline of one request: the handler is cancelled."""
-    soft_timeout: float | None = None
-    """Seconds to the soft deadline of one trap, for handlers and methods that say `may_wait`:
-    the guest gets WAIT, and the handler goes on. `None`: none."""
-    wait: BridgeResponse[Any] = STANDARD_WAIT
-    """What a guest is told at the soft deadline; it gets the stamps of the handler."""
-    retry_values: tuple[int, ...] = (1, 2, 3, 4)
-    """Which of value1 to value4 a retry has in common with its request."""
-    result_timeout: float = 60.0
-    """Seconds that the result of a request that was told to wait is kept for its retry."""
-    fallback: BridgeResponse[Any] = BridgeResponse()
-    """What the guest gets when a handler did not answer; by default its registers stay."""
-    queue: int = 256
-    """Traps of one VM that may be queued; a full queue holds the vCPU."""
-    in_flight: int = 1024
-    """Handlers that may wait for something at a time, for one VM; also the results kept."""
-    in_flight_total: int = 8192
-    """The same for all VMs of the server together."""
-    grace: float = 1.0
-    """Seconds that handlers have at a stop to end by themselves, when a trap waits for
-    them; at most half of `stop_timeout`."""
-    stop_timeout: float = 5.0
-    """Seconds in which a stop has to have answered every trap."""
-    policy: Policy | None = None
-    """Who may ask, and how much; `None`: anyone, any amount."""
-    handshake: bool = True
-    """Answer the handshake, where the bridge speaks the standard contract."""
+    The TOML file, the options of the commands and docs/configuration.md are made of it or held
+    to it; so are the keywords of `BridgeServer`. Raises `ValueError` if a number is out of bounds.
+    """
+
+    timeout: Annotated[
+        Seconds,
+        Meta(
+            description="the hard deadline of a request, from its first trap, where neither its"
+            " handler nor its method has one: the handler is cancelled"
+        ),
+    ] = 5.0
+    soft_timeout: Annotated[
+        Seconds | None,
+        Meta(
+            description="the soft deadline of a trap, for handlers and methods that say `may_wait`:"
+            " the guest gets WAIT, the handler goes on"
+        ),
+    ] = None
+    wait: Annotated[
+        BridgeResponse[Any], Meta(description="what the guest is told at the soft deadline")
+    ] = STANDARD_WAIT
+    """It gets the stamps of the handler."""
+    retry_values: Annotated[
+        tuple[Value, ...],
+        Meta(description="which of value1 to value4 a retry has in common with its request"),
+    ] = (1, 2, 3, 4)
+    result_timeout: Annotated[
+        Seconds,
+        Meta(
+            description="how long the result of a request that was told to wait is kept for its"
+            " retry"
+        ),
+    ] = 60.0
+    fallback: Annotated[
+        BridgeResponse[Any],
+        Meta(description="what the guest gets when a handler matched and did not answer"),
+    ] = BridgeResponse()
+    """By default its registers stay."""
+    queue: Annotated[
+        Count,
+        Meta(
+            description="traps of one VM that may be queued; a full queue holds the vCPU",
+            extra={"unit": "traps"},
+        ),
+    ] = 256
+    in_flight: Annotated[
+        Count,
+        Meta(
+            description="handlers of one VM that may wait for something at a time, and results that"
+            " are kept for it",
+            extra={"unit": "handlers"},
+        ),
+    ] = 1024
+    in_flight_total: Annotated[
+        Count,
+        Meta(
+            description="handlers of all VMs that may wait for something at a time",
+            extra={"unit": "handlers"},
+        ),
+    ] = 8192
+    grace: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="the time that handlers which hold a vCPU have at a stop to end by"
+            " themselves, at most half of `stop_timeout`",
+            extra={"unit": "seconds"},
+        ),
+    ] = 1.0
+    stop_timeout: Annotated[
+        Seconds, Meta(description="the time in which a stop has to have answered every trap")
+    ] = 5.0
+    policy: Annotated[Policy | None, Meta(description="who may ask, and how much")] = None
+    """`None`: anyone, any amount. In the file it is a table of its own."""
+    handshake: Annotated[
+        bool,
+        Meta(description="answer the handshake, where the bridge speaks the standard contract"),
+    ] = True
 
     def __post_init__(self) -> None:
-        check_timeout(self.timeout)
-        check_timeout(self.soft_timeout, "soft_timeout")
-        check_timeout(self.result_timeout, "result_timeout")
-        check_timeout(self.stop_timeout, "stop_timeout")
-        check_retry_values(self.retry_values)
-        if not self.grace >= 0:
-            raise ValueError(f"grace is a number of seconds from 0, got {self.grace!r}")
-        if self.queue < 1:
-            raise ValueError(f"queue holds at least one trap, got {self.queue!r}")
-        for name in ("in_flight", "in_flight_total"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least one, got {getattr(self, name)!r}")
+        check_fields(self)
 
     def terms(self, target: Target, method: int) -> Terms:
         """What holds for a method code of a handler, or for a dispatcher of another kind."""
@@ -112,7 +152,7 @@ class ServerSettings(msgspec.Struct, frozen=True):
 
 
 DEFAULTS = ServerSettings()
-"""Where the keywords of `BridgeServer` and the keys of the TOML file take their defaults from."""
+"""Where the keywords of `BridgeServer` take their defaults from."""
 
 
 class TermsTable:

@@ -5,8 +5,12 @@ takes its bound from here. What a single frame may hold is in `wire`, since both
 """
 
 from collections import OrderedDict
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
+
+from vmibridge.bridge.bounds import Count, Seconds, check_fields
 
 WINDOW = 10.0
 """Seconds that `AgentLimits.new_sessions` is for."""
@@ -15,30 +19,36 @@ MAX_PEERS = 1024
 
 
 class AgentLimits(msgspec.Struct, frozen=True):
-    """What one agent may have a server keep. Raises `ValueError` for what makes no sense."""
+    """What one agent may have a server keep. Raises `ValueError` for what is out of bounds."""
 
-    vcpus: int = 1024
-    """vCPUs of one VM; each has one trap in flight."""
-    handshake: float = 5.0
-    """Seconds that a peer has to say who it is, TLS included."""
-    handshakes: int = 128
-    """Peers that may be at that at a time; beyond it the oldest is hung up on."""
-    sessions: int = 256
-    """VMs, those included whose agent is away."""
-    new_sessions: int = 64
-    """VMs that one peer may begin within 10 seconds: each loads handlers, and may open a recording.
-    Beyond it the peer is told to come later."""
-    keep: float = 300.0
-    """Seconds that a VM is remembered whose agent is away."""
-    silence: float = 30.0
-    """Seconds without a byte from an agent until the connection counts as lost."""
+    vcpus: Annotated[
+        int, Meta(ge=1, le=0xFFFF, description="vCPUs of one VM; each has one trap in flight")
+    ] = 1024
+    handshake: Annotated[
+        Seconds, Meta(description="how long a peer has to say who it is, TLS included")
+    ] = 5.0
+    handshakes: Annotated[
+        Count,
+        Meta(description="peers that may be at that at a time; beyond it the oldest is hung up on"),
+    ] = 128
+    sessions: Annotated[Count, Meta(description="VMs, those included whose agent is away")] = 256
+    new_sessions: Annotated[
+        Count,
+        Meta(
+            description="VMs that one peer may begin within 10 seconds: each loads handlers, and may"
+            " open a recording; beyond it the peer is told to come later"
+        ),
+    ] = 64
+    keep: Annotated[
+        Seconds, Meta(description="how long a VM is remembered whose agent is away")
+    ] = 300.0
+    silence: Annotated[
+        Seconds,
+        Meta(description="without a byte from an agent, until the connection counts as lost"),
+    ] = 30.0
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is a positive number, got {getattr(self, name)!r}")
-        if self.vcpus > 0xFFFF:
-            raise ValueError(f"vcpus is at most 65535, got {self.vcpus}")
+        check_fields(self)
 
 
 class NewSessions:

@@ -277,15 +277,15 @@ class TestServerSettings:
         ("text", "told"),
         [
             ("[server]\ntimeout = 'soon'", "c.toml:2: server.timeout: Expected `float`"),
-            ("[server]\ntimeout = -1", "c.toml:2: server.timeout: Expected `float` > 0"),
-            ("[server]\nqueue = 0", "c.toml:2: server.queue: Expected `int` >= 1"),
+            ("[server]\ntimeout = -1", "c.toml:2: server.timeout: must be above 0 seconds, got -1"),
+            ("[server]\nqueue = 0", "c.toml:2: server.queue: must be 1 or more traps, got 0"),
             (
                 "[server]\n\nfallback = { value9 = 1 }",
                 "c.toml:3: server.fallback.value9: no such key; there are value1",
             ),
             (
                 "[server]\nfallback = { value1 = -1 }",
-                "c.toml:2: server.fallback.value1: Expected `int` >= 0",
+                "c.toml:2: server.fallback.value1: must be 0 or more, got -1",
             ),
             (
                 f"[server]\nfallback = {{ value1 = {1 << 64} }}",

@@ -199,11 +199,11 @@ def test_several_vms_may_share_it():
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("soft_timeout", 0.0, "soft_timeout is a positive"),
-        ("soft_timeout", math.nan, "soft_timeout is a positive"),
-        ("timeout", 0, "timeout is a positive"),
-        ("timeout", -1.0, "timeout is a positive"),
-        ("timeout", math.nan, "timeout is a positive"),
+        ("soft_timeout", 0.0, "soft_timeout must be above 0 seconds"),
+        ("soft_timeout", math.nan, "soft_timeout must be above 0 seconds"),
+        ("timeout", 0, "timeout must be above 0 seconds"),
+        ("timeout", -1.0, "timeout must be above 0 seconds"),
+        ("timeout", math.nan, "timeout must be above 0 seconds"),
         ("result_timeout", -0.1, "0 seconds or more, got -0.1"),
         ("result_timeout", math.nan, "0 seconds or more, got nan"),
         ("in_flight", 0, "at least one request"),

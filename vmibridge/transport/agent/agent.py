@@ -26,6 +26,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
+from vmibridge.bridge.bounds import Seconds, check
 from vmibridge.errors import (
     BackendError,
     ConnectionLostError,
@@ -93,8 +94,7 @@ class Agent:
     ) -> None:
         self.url: Url = parse_url(url)
         self.vm: str = backend.vm if vm is None else vm
-        if deadline is not None and not deadline > 0:
-            raise ValueError(f"deadline is a positive number of seconds, got {deadline!r}")
+        check("deadline", deadline, Seconds)
         if not 0 < len(self.vm) <= 64 or not self.vm.isprintable():
             raise ValueError(f"the name of a VM has 1 to 64 printable characters, got {self.vm!r}")
         if not longest_pause > 0 or not silence > 0 or not grace >= 0:
