@@ -15,6 +15,10 @@ pytestmark = ON_ASYNCIO
 class Watch(Tap):
     def __init__(self):
         self.calls = []
+        self.outcomes = 0
+
+    def answered(self, outcome):
+        self.outcomes += 1
 
     def session_event(self, event):
         self.calls.append((event.vm, event.kind.value, event.peer))
@@ -50,3 +54,26 @@ async def test_one_that_loses_nats_is_lost_and_is_back_when_it_is_heard_again(tm
     # It may be quiet for as long as that more than once.
     assert kinds[1:-1] == ["lost", "back"] * ((len(kinds) - 2) // 2)
     assert {(vm, peer) for vm, _, peer in watch.calls[:-1]} == {("web", "nats")}
+
+
+async def test_an_answer_that_was_given_while_nobody_was_heard_comes_when_its_agent_is(tmp_path):
+    watch, work = Watch(), Work()
+
+    async def guest(vm):
+        assert (await vm.call(ask(5, 1))).rax == 2
+
+    with nats_server(tmp_path) as nats, anyio.fail_after(60):
+        limits, settings = AgentLimits(silence=1.0), ServerSettings(timeout=3600)
+        async with (
+            served(nats.url, work, taps=lambda _: [watch], limits=limits, settings=settings),
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(carry, FakeGuest(guest, vm="web"), nats.url)
+            await until(lambda: work.asked)
+            nats.stop()
+            await until(lambda: len(watch.calls) == 2)
+            work.go_on.set()
+            await until(lambda: watch.outcomes == 1)
+            nats.start()
+            await until(lambda: watch.calls[-1] == "end")
+    assert [each[1] for each in watch.calls[:3]] == ["connected", "lost", "back"]

@@ -35,8 +35,8 @@ class AgentLimits(msgspec.Struct, frozen=True):
     new_sessions: Annotated[
         Count,
         Meta(
-            description="VMs that one peer may begin within 10 seconds: each loads handlers, and may"
-            " open a recording; beyond it the peer is told to come later"
+            description="VMs that one peer may begin within 10 seconds: each loads handlers, and"
+            " may open a recording; beyond it the peer is told to come later"
         ),
     ] = 64
     keep: Annotated[

@@ -350,6 +350,11 @@ class Session:
             if lane.event.seq == seq and lane.answer is None and lane.backend is not None:
                 lane.backend.abandon(lane.event)
 
+    def kept_answer(self, vcpu: int, seq: int) -> Answer | Native | Returned | None:
+        """What became of this trap, which was the last one of its vCPU; `None`: it is not answered."""
+        lane = self._lanes.get(vcpu)
+        return Returned(seq) if lane is None or lane.event.seq != seq else lane.answer
+
     def answer(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Send an answer, and remember it; dropped when nobody waits for it."""
         lane = self._lanes.get(event.vcpu)

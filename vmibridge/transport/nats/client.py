@@ -227,8 +227,8 @@ class NatsClient:
 
     @property
     def has_backlog(self) -> bool:
-        """Whether much that was published waits here for the connection. What a peer is asked stands
-        behind it, so a peer that says nothing then is not silent."""
+        """Whether much that was published waits here for the connection. What a peer is asked
+        stands behind it, so a peer that says nothing then is not silent."""
         return bool(self._unsent) or self.nats.pending_data_size > _BACKLOG
 
     # --- messages -------------------------------------------------------------------

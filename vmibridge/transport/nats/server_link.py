@@ -105,8 +105,13 @@ class NatsSessionLink:
         """Take the frames of a message. Raises `WireError`."""
         self.heard = _clock()
         if self.session.link is not self and not self.closed:
-            # The agent was thought to be away.
+            # The agent was thought to be away. What was answered meanwhile went nowhere, and the
+            # agent, whose server has not changed, asks for it and does not send its trap again.
             self.session.attach(self)
+            for seq, found in list(self._open.items()):
+                answer = self.session.kept_answer(found.vcpu, seq)
+                if answer is not None:
+                    self.post(answer)
         frames = self._messages.frames(data)
         if not frames:
             self._give_a_sign()
