@@ -36,13 +36,11 @@ import anyio
 from nats_fakes import answer
 from playbook import Stage
 from remote_parts import REQUEST
+from server_stage import PlayedServer
 from session_stage import AGENT_FRAMES, BEHIND, Clock
 
-from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
-from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import VmiBridgeError
-from vmibridge.transport import AgentServer
 from vmibridge.transport.handshake import VERSION, hello
 from vmibridge.transport.nats import agent_link
 from vmibridge.transport.nats.agent_link import NatsAgentLink
@@ -245,34 +243,6 @@ class AgentLinkStage(Stage):
         self.client.on_trouble()
 
 
-class Told(BridgeHandler[None]):
-    """Tells the stage of each call, and returns what the playbook says."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = REQUEST
-
-    def __init__(self, stage):
-        self._stage = stage
-
-    @method(1)
-    async def hold(self, vmi, packet):
-        seq = vmi.event.seq
-        done, self._stage.done[seq] = anyio.Event(), None
-        self._stage.waiting[seq] = done
-        self._stage.does("begins", seq)
-        try:
-            await done.wait()
-        except BaseException:
-            self._stage.does("cancelled", seq, loose=True)
-            raise
-        return BridgeResponse(value1=self._stage.done[seq])
-
-    @method(2)
-    async def read(self, vmi, packet):
-        data = await vmi.memory.read_physical(packet.value1, 4)
-        return BridgeResponse(value1=int.from_bytes(data, "little"))
-
-
 class _FakeAgent:
     def __init__(self, vm, session):
         self.hello = pack(hello(session, vm, other_hypercalls=False))
@@ -284,25 +254,16 @@ class _FakeAgent:
         self.messages = Messages(FROM_NATS_SERVER)
 
 
-class NatsServerStage(Stage):
+class NatsServerStage(PlayedServer):
     frames: ClassVar = {
         **{name: made for name, made in AGENT_FRAMES.items() if name != "hello"},
         "ask": Ask,
         "hello": lambda: None,
     }
-    usual: ClassVar = {"answer": {"rip": BEHIND}}
 
     def __init__(self, **options):
-        super().__init__()
-        self.waiting, self.done = {}, {}
+        super().__init__("nats://127.0.0.1:4222", **options)
         self._agents = {}
-        settings = ServerSettings(timeout=3600, fallback=BridgeResponse(value1=0xBAD))
-        self.server = AgentServer(
-            ["nats://127.0.0.1:4222"],
-            lambda _: Bridge(Told(self)),
-            settings=settings,
-            **options,
-        )
 
     def _client(self, url, _):
         self.client = FakeNatsClient(url, self._published, self._requested)
@@ -312,8 +273,7 @@ class NatsServerStage(Stage):
         await super().__aenter__()
         nats = self.server._listener._nats[0]
         nats._client = self._client(nats.url, "")
-        self.tasks.start_soon(self.server.run)
-        await self.server.listening.wait()
+        await self.start()
         return self
 
     def state(self):
@@ -376,10 +336,6 @@ class NatsServerStage(Stage):
     async def when_agent(self, name, vm):
         self._agents[name] = _FakeAgent(vm, name.encode().ljust(16, b"-"))
 
-    async def when_finishes(self, seq, rax):
-        self.done[seq] = rax
-        self.waiting[seq].set()
-
     async def when_gone(self, name):
         self._agent(name).there = "gone"
 
@@ -399,9 +355,6 @@ class NatsServerStage(Stage):
             pack(Ask(seq, vcpu)),
             f"agents.{name}.{seq:x}.1",
         )
-
-    async def when_stops(self):
-        self.server.stop()
 
 
 __all__ = ["AgentLinkStage", "FakeNatsClient", "NatsServerStage"]

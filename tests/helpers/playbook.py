@@ -204,6 +204,9 @@ class Stage:
             await anyio.lowlevel.checkpoint()
         await anyio.wait_all_tasks_blocked()
 
+    async def something_comes(self):
+        """Wait for it, on a stage where what comes may take its time."""
+
     # --- what it tells ----------------------------------------------------------------
 
     def frame_out(self, frame, who="", **more):
@@ -235,14 +238,16 @@ class Stage:
         for step in parse(script):
             self._played.append(step.text)
             if step.mark in ("<-", "**"):
-                self._take(step)
+                await self._take(step)
             else:
                 self._nothing_else_came(f"nothing, before {step.text}")
                 await self._do(step)
                 await self.settle()
         self._nothing_else_came("nothing more")
 
-    def _take(self, step):
+    async def _take(self, step):
+        if not self._came:
+            await self.something_comes()
         for came in self._came:
             if matches(step, came):
                 self._came.remove(came)

@@ -24,6 +24,7 @@ import anyio
 from playbook import Stage
 from remote_parts import frame_of, trap
 
+from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import GuestMemoryError, WireError
 from vmibridge.transport import session as session_module
@@ -44,9 +45,12 @@ class Clock:
         return self.now
 
 
-def trap_frame(seq, vcpu=0, value=0, code=1, left=5000, elsewhere=False, memory=None):
+def trap_frame(
+    seq, vcpu=0, value=0, code=1, magic=STANDARD_MAGIC, left=5000, elsewhere=False, memory=None
+):
+    """`memory`: what comes along, from 0x5000 on."""
     pieces = () if memory is None else ((0x5000, memory.encode()),)
-    return frame_of(trap(seq, vcpu, value, code), left, elsewhere=elsewhere, memory=pieces)
+    return frame_of(trap(seq, vcpu, value, code, magic), left, elsewhere=elsewhere, memory=pieces)
 
 
 def memory_frame(access, data="", error=None):

@@ -30,7 +30,7 @@ STATES = {
     """,
     "waiting for memory": f"""
         {WELCOME}
-        web -> trap 1 value=0x5000 code=2
+        web -> trap 1 value=0x5000 code=3
         web <- taken 1 at=1.1
         web <- read 1 1 0x5000 4 at=1.1
     """,
