@@ -1,4 +1,4 @@
-"""Guest memory as a handler sees it: by virtual and by physical addresses, with rights and bounds."""
+"""Guest memory as a handler sees it: by virtual and physical addresses, with rights and bounds."""
 
 import struct
 
