@@ -4,7 +4,7 @@ memory.
 
 import anyio
 import pytest
-from soft_deadline_parts import COUNTED, READ_LATER, SOFT, WORK, Slow, kinds, serve
+from soft_deadline_parts import COUNTED, MAGIC, READ_LATER, SOFT, WORK, Slow, kinds, serve
 
 from vmibridge import (
     BridgeHandler,
