@@ -47,7 +47,7 @@ class TestOverview:
         text = page.locator("#sessions").inner_text()
         for told in ("red", "blue", "asyncio", "0x0077:value2", "0x12345678", "0x0001 add"):
             assert told in text
-        assert f"{__name__.rpartition('.')[2]}.py" in text
+        assert "report_page_parts.py" in text
         expect(page.locator("#problems")).to_be_hidden()
 
     def test_counts_by_handler_and_method(self, page, traps):

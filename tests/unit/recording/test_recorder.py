@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import recorder_parts
 from recorder_parts import (
     MAGIC,
     MEMORY,
@@ -129,12 +130,14 @@ class TestTheSession:
         probe, other = session.handlers
         assert (probe.name, probe.request, probe.magic) == ("probe", 2, MAGIC)
         assert (other.name, other.request) == ("other", 3)
-        assert probe.type == f"{__name__}.Probe"
+        assert probe.type == f"{Probe.__module__}.Probe"
         assert probe.verify_values == (None, None, None, 0x5747)
         names = ["mirror", "copy", "fail", "miss", "slow"]
         assert list(probe.methods) == [RecordedMethod(n, name) for n, name in enumerate(names, 1)]
-        assert probe.source == "test_recorder.py"
-        assert probe.sha256 == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        assert probe.source == "recorder_parts.py"
+        assert (
+            probe.sha256 == hashlib.sha256(Path(recorder_parts.__file__).read_bytes()).hexdigest()
+        )
 
     @pytest.mark.parametrize("denied", ["native", "skip", BridgeResponse(0xD)], ids=str)
     async def test_has_the_settings(self, path, denied):
