@@ -9,7 +9,8 @@ what the playbook says.
 | `** begins 1`, `!! finishes 1 7`, `** cancelled 1` | the handler of trap 1, of method 1 |
 | `** inverts 5` | that of method 2, which answers at once |
 | `-> trap 1 value=0x5000 code=3` | answers 4 bytes that it reads; method 4 writes them first |
-| `** ended vm 3` | a VM has ended, after so many traps |
+| `** ended vm 3 lost "why"` | a VM has ended, after so many traps: how its first vCPU did |
+| `!! noticed` | the server has seen that each agent hung up that did |
 | `!! stops` | the server, in good order |
 
 Behind each step the stage asks each welcome connection by PING whether all has come that the
@@ -21,7 +22,7 @@ from typing import ClassVar
 
 import anyio
 from playbook import Stage
-from remote_parts import REQUEST, FakeAgent
+from remote_parts import REQUEST, FakeAgent, until
 from session_stage import AGENT_FRAMES, BEHIND
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
@@ -132,7 +133,9 @@ class ServerStage(PlayedServer):
         await super().__aexit__(*error)
 
     async def _on_end(self, vm, summary, counts):
-        self.does("ended", vm, summary.total, loose=True)
+        how = summary.guest and summary.guest.vcpus and summary.guest.vcpus[0]
+        said = (how.reason, how.detail) if how else ()
+        self.does("ended", vm, summary.total, *said, loose=True)
 
     def state(self):
         return {
@@ -205,6 +208,13 @@ class ServerStage(PlayedServer):
         connected = self._connections[who]
         connected.agent.connection.close()
         await self._until(lambda: self._connections.get(who) is not connected)
+
+    async def when_noticed(self):
+        def all_away():
+            linked = sum(vm.session.link is not None for vm in self.server._vms.values())
+            return linked == sum(each.welcome for each in self._connections.values())
+
+        await until(all_away)
 
 
 @asynccontextmanager
