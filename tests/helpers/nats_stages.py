@@ -142,8 +142,16 @@ class AgentLinkStage(Stage):
         self._at = {}
 
     async def __aenter__(self):
-        self._patch = patch.object(agent_link, "_clock", self.clock)
-        self._patch.start()
+        self._tick = anyio.Event()
+        own = SimpleNamespace(
+            Event=anyio.Event, move_on_after=anyio.move_on_after, sleep=self._sleep
+        )
+        self._patches = [
+            patch.object(agent_link, "_clock", self.clock),
+            patch.object(agent_link, "anyio", own),
+        ]
+        for each in self._patches:
+            each.start()
         await super().__aenter__()
         self.link = NatsAgentLink(self.client, hello(b"s" * 16, "vm", other_hypercalls=False))
         if self._welcome:
@@ -157,9 +165,15 @@ class AgentLinkStage(Stage):
 
     async def __aexit__(self, *error):
         await super().__aexit__(*error)
-        self._patch.stop()
+        for each in self._patches:
+            each.stop()
+
+    async def _sleep(self, _):
+        """As `anyio.sleep` of the link: until the playbook says that time passes."""
+        await self._tick.wait()
 
     async def _receive(self):
+        self.tasks.start_soon(self.link.watch)
         try:
             while True:
                 for frame in await self.link.receive():
@@ -219,11 +233,9 @@ class AgentLinkStage(Stage):
         await self.link._take(message(f"inbox.{at}", b"\7\0\0\0", "srv.stranger"))
 
     async def when_passes(self, seconds):
-        """As `watch` does, which goes by the real time."""
         self.clock.now += float(seconds)
-        self.link._look_for_end()
-        if self.client.nats.is_connected:
-            self.link._look_after(self.clock.now)
+        tick, self._tick = self._tick, anyio.Event()
+        tick.set()
 
     async def when_nats_lost(self):
         self.client.nats.is_connected = False

@@ -271,6 +271,18 @@ class TestWhoHasATrap:
             queue <- trap 1 at=1.2 elsewhere=yes ...
         """)
 
+    async def test_just_after_nats_was_away_it_may_not_have_subscribed_yet(self):
+        await AgentLinkStage().run("""
+            agent -> trap 1
+            queue <- trap 1 at=1.1 ...
+            web -> taken 1
+            !! nats-lost
+            !! nats-back
+            !! nobody web
+            !! nobody web
+            !! passes 0.5
+        """)
+
     async def test_one_that_speaks_in_between_is_not(self):
         await AgentLinkStage().run("""
             agent -> trap 1
@@ -307,6 +319,35 @@ class TestWhoHasATrap:
             !! nobody 2.1
             !! passes 0.02
             queue <- trap 2 at=2.3 elsewhere=no ...
+        """)
+
+    async def test_or_silent(self):
+        await AgentLinkStage().run("""
+            agent -> trap 1
+            queue <- trap 1 at=1.1 ...
+            db -> answer 1 1       # WAIT
+            agent <- answer 1 rax=1
+            agent -> trap 2
+            db <- trap 2 at=2.1 ...
+            !! passes 6
+            all <- cancel 2 at=2.1
+            queue <- trap 2 at=2.2 elsewhere=yes ...
+        """)
+
+    async def test_after_a_silent_one_traps_go_straight_to_those_that_are_heard(self):
+        await AgentLinkStage().run("""
+            agent -> trap 1
+            queue <- trap 1 at=1.1 ...
+            db -> taken 1
+            !! passes 5
+            db <- ask 1 0 at=to.2
+            agent -> trap 2 vcpu=1
+            queue <- trap 2 at=2.1 ...
+            web -> taken 2
+            !! passes 1
+            db <- cancel 1 at=1.1
+            web <- trap 1 at=1.2 elsewhere=yes ...
+            web <- ask 2 1 at=to.1
         """)
 
     async def test_the_next_trap_of_the_vcpu_takes_the_place_of_the_last(self):
