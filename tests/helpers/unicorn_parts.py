@@ -50,6 +50,39 @@ class Echo(BridgeHandler[int]):
         )
 
 
+class Misbehaves(BridgeHandler[None]):
+    MAGIC = STANDARD_MAGIC
+    REQUEST = 0x0200
+    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
+
+    @method(1, timeout=0.05)
+    async def hang(self, vmi, packet):
+        await anyio.sleep_forever()
+
+    @method(2)
+    async def fail(self, vmi, packet):
+        raise RuntimeError("as it was told to")
+
+    @method(3, timeout=0.05)
+    async def cancelled_in_mid_write(self, vmi, packet):
+        await vmi.memory.write(0x200000, b"first")
+        await anyio.sleep_forever()
+        await vmi.memory.write(0x200000, b"never")
+
+    @method(4)
+    async def read_unmapped(self, vmi, packet):
+        await vmi.memory.read(packet.value1, 4096)
+
+    @method(5, timeout=0.05)
+    async def block_in_a_thread(self, vmi, packet):
+        await anyio.to_thread.run_sync(self.released.wait)
+
+    def __init__(self):
+        import threading
+
+        self.released = threading.Event()
+
+
 async def serve(spec, *handlers, **options):
     """Run a guest to its end: the outcomes, the summary, and the bytes at 2 MiB."""
     outcomes = []

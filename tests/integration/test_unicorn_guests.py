@@ -2,11 +2,10 @@
 
 import anyio
 import pytest
-from unicorn_parts import HOWS, PASSED, VMCALL, Echo, final, serve
+from unicorn_parts import HOWS, PASSED, VMCALL, Echo, Misbehaves, final, serve
 
 from vmibridge import (
     Bridge,
-    BridgeHandler,
     BridgeResponse,
     BridgeServer,
     GuestMemoryError,
@@ -14,42 +13,9 @@ from vmibridge import (
     method,
     open_backend,
 )
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3
+from vmibridge.bridge.contract import STANDARD_MAGIC
 
 pytestmark = pytest.mark.anyio
-
-
-class Misbehaves(BridgeHandler[None]):
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0200
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-
-    @method(1, timeout=0.05)
-    async def hang(self, vmi, packet):
-        await anyio.sleep_forever()
-
-    @method(2)
-    async def fail(self, vmi, packet):
-        raise RuntimeError("as it was told to")
-
-    @method(3, timeout=0.05)
-    async def cancelled_in_mid_write(self, vmi, packet):
-        await vmi.memory.write(0x200000, b"first")
-        await anyio.sleep_forever()
-        await vmi.memory.write(0x200000, b"never")
-
-    @method(4)
-    async def read_unmapped(self, vmi, packet):
-        await vmi.memory.read(packet.value1, 4096)
-
-    @method(5, timeout=0.05)
-    async def block_in_a_thread(self, vmi, packet):
-        await anyio.to_thread.run_sync(self.released.wait)
-
-    def __init__(self):
-        import threading
-
-        self.released = threading.Event()
 
 
 class TestMisbehavingHandlers:
