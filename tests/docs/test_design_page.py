@@ -6,7 +6,7 @@ import re
 import tomllib
 from itertools import chain, pairwise
 
-from test_docs import ROOT, prose, section
+from documents import ROOT, prose, section
 
 
 def test_every_layer_is_there():

@@ -14,8 +14,8 @@ from mcap.opcode import Opcode
 from mcap.reader import NonSeekingReader, make_reader
 from mcap.records import Chunk, Message, MessageIndex
 from mcap.stream_reader import StreamReader, breakup_chunk
+from unicorn_parts import CPUID, Echo, Misbehaves
 
-from tests.integration.test_unicorn import CPUID, Echo, Misbehaves
 from vmibridge import Bridge, BridgeServer, open_backend
 from vmibridge.recording.file.recover import recover
 from vmibridge.recording.recorder import Recorder

@@ -1,7 +1,7 @@
 """Code that changes under a Unicorn vCPU: mapped elsewhere, or written by a handler."""
 
 import pytest
-from test_unicorn import final, serve
+from unicorn_parts import final, serve
 
 from vmibridge import BridgeHandler, BridgeResponse, OutcomeKind, TrapReason, method
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4

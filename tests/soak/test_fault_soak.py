@@ -6,7 +6,9 @@ import sys
 import fault_soak
 import pytest
 from children import run
-from fault_soak import KINDS, LOOPS, Faults, Kind, Soak
+from soak_handlers import Faults
+from soak_kinds import KINDS, Kind
+from soak_run import LOOPS, Soak
 
 from vmibridge import BridgeResponse
 

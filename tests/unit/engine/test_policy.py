@@ -1,48 +1,29 @@
-"""The policy: who may ask, how often and for how many bytes; and what a hostile guest costs."""
+"""The policy: who may ask, how often and how much, and what makes no sense."""
 
-import time
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
+from policy_parts import SPACE_BYTES, TOO_MANY, VM_BYTES, let_through, trap
 
 from vmibridge import BridgeResponse
-from vmibridge.bridge.context import BridgeContext
 from vmibridge.engine.policy import (
     AddressRange,
     Guard,
-    MeteredMemory,
     Policy,
     Quota,
     Rate,
-    _Buckets,
 )
-from vmibridge.errors import GuestMemoryError
-from vmibridge.testing import FakeBackend
-from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 laws = settings(max_examples=examples(200))
 
 TOP = (1 << 64) - 1
 VM_REQUESTS = "over the request quota of the VM"
-VM_BYTES = "over the byte quota of the VM"
+
+
 SPACE_REQUESTS = "over the request quota of the address space"
-SPACE_BYTES = "over the byte quota of the address space"
-TOO_MANY = "too many address spaces"
-
-
-def trap(root: int = 0x1000, *, ring: int = 3, ip: int = 0x401000) -> TrapEvent:
-    return TrapEvent(1, TrapReason.VMCALL, Registers(cr3=root), ip=ip, length=3, ring=ring)
-
-
-def let_through(guard: Guard, now: float, root: int = 0x1000, most: int = 1000) -> int:
-    """How many traps in a row are let through at this time."""
-    for count in range(most):
-        if guard.denies(trap(root), now) is not None:
-            return count
-    return most
 
 
 # --- who may ask --------------------------------------------------------------------
@@ -370,177 +351,6 @@ def test_nothing_is_lost_by_what_is_forgotten(address_space, steps, data):
             charged = waiting.pop(0)
             guard.charge(trap(charged), size, now)
             model.take(charged, "bytes", size, now)
-
-
-# --- address spaces that a guest makes up -------------------------------------------
-
-
-def table_of(guard: Guard) -> int:
-    """How many address spaces are kept."""
-    assert guard._spaces is not None
-    assert len(guard._heap) == len(guard._spaces)
-    return len(guard._spaces)
-
-
-def test_an_address_space_too_many_is_denied_until_another_has_its_quota_back():
-    policy = Policy(address_space=Quota(Rate(burst=2, rate=1)), max_address_spaces=2)
-    guard = Guard(policy)
-    assert guard.denies(trap(0x1000), 0.0) is None
-    assert guard.denies(trap(0x2000), 0.5) is None
-    assert guard.denies(trap(0x3000), 0.5) == TOO_MANY
-    assert guard.denies(trap(0x1000), 0.5) is None, "one that is kept goes on"
-    assert guard.denies(trap(0x3000), 1.25) == TOO_MANY, "both are still in use"
-    assert guard.denies(trap(0x3000), 1.5) is None
-    assert guard.denies(trap(0x2000), 1.5) == TOO_MANY, "it made room, and has to wait now"
-    assert guard.denies(trap(0x1000), 1.5) is None
-
-
-def test_an_address_space_too_many_is_charged_to_nobody():
-    policy = Policy(
-        vm=Quota(Rate(burst=2)), address_space=Quota(Rate(burst=2)), max_address_spaces=1
-    )
-    guard = Guard(policy)
-    assert guard.denies(trap(0x1000), 0.0) is None
-    assert [guard.denies(trap(0x2000), 0.0) for _ in range(9)] == [TOO_MANY] * 9
-    assert guard.denies(trap(0x1000), 0.0) is None
-
-
-def test_a_debt_of_bytes_is_not_forgotten():
-    policy = Policy(
-        address_space=Quota(Rate(burst=9, rate=9), Rate(burst=10, rate=1)), max_address_spaces=1
-    )
-    guard = Guard(policy)
-    assert guard.denies(trap(0x1000), 0.0) is None
-    guard.charge(trap(0x1000), 30, 0.0)
-    assert guard.denies(trap(0x2000), 29.0) == TOO_MANY
-    assert guard.denies(trap(0x1000), 20.0) == SPACE_BYTES
-    assert guard.denies(trap(0x2000), 30.0) is None
-
-
-def test_bytes_that_come_when_their_address_space_is_forgotten_are_charged_all_the_same():
-    policy = Policy(address_space=Quota(bytes=Rate(burst=10, rate=1)), max_address_spaces=1)
-    guard = Guard(policy)
-    assert guard.denies(trap(0x1000), 0.0) is None
-    assert guard.denies(trap(0x2000), 0.0) is None
-    guard.charge(trap(0x2000), 15, 0.0)
-    guard.charge(trap(0x1000), 25, 0.0)
-    assert table_of(guard) == 2
-    assert guard.denies(trap(0x1000), 14.0) == SPACE_BYTES
-    assert guard.denies(trap(0x3000), 20.0) == TOO_MANY
-    assert guard.denies(trap(0x3000), 25.0) is None
-    assert table_of(guard) == 1
-
-
-def test_no_table_is_kept_where_address_spaces_have_no_quota():
-    guard = Guard(Policy(vm=Quota(Rate(1e6), Rate(1e6)), max_address_spaces=1))
-    for number in range(1000):
-        assert guard.denies(trap(number << 12), 0.0) is None
-        guard.charge(trap(number << 12), 8, 0.0)
-    assert guard._spaces is None
-
-
-@pytest.mark.no_cover
-@pytest.mark.parametrize(
-    ("quota", "pause", "count"),
-    [
-        pytest.param(Quota(Rate(2)), 1e-6, 10, id="none is ever free again"),
-        pytest.param(Quota(Rate(2, 1)), 1 / 4096, 10, id="one is free at each trap"),
-        pytest.param(Quota(Rate(2, 1)), 1 / 40960, 2, id="one is free now and then"),
-        pytest.param(Quota(Rate(2, 1e9)), 1e-6, 2, id="all are free at once"),
-        pytest.param(Quota(bytes=Rate(2, 1)), 1e-6, 2, id="none uses what it has"),
-    ],
-)
-@pytest.mark.parametrize("unit", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_million_address_spaces_are_bounded_in_memory_and_time(
-    quota, pause, count, unit, monkeypatch
-):
-    count *= unit
-    looks, full_at = 0, _Buckets.full_at
-
-    def counted(*of):
-        nonlocal looks
-        looks += 1
-        return full_at(*of)
-
-    monkeypatch.setattr(_Buckets, "full_at", counted)
-    guard = Guard(Policy(address_space=quota, max_address_spaces=4096))
-    now = 0.0
-    for number in range(count):
-        now += pause
-        event = TrapEvent(number, TrapReason.VMCALL, Registers(cr3=number << 12))
-        assert guard.denies(event, now) in (None, TOO_MANY)
-        if not number & 0xFFFF:
-            assert table_of(guard) <= 4096
-    assert table_of(guard) <= 4096
-    # Not at each of the 4096 at each trap, which would take minutes.
-    assert looks <= 2 * count
-
-
-def test_a_guest_that_keeps_its_address_spaces_busy_pays_for_each_look_at_them(monkeypatch):
-    # The worst for the heap: all were charged since it was last looked at, and none is free.
-    looks, full_at = [], _Buckets.full_at
-    monkeypatch.setattr(_Buckets, "full_at", lambda *of: looks.append(of) or full_at(*of))
-    most, now, traps = 256, 0.0, 0
-    guard = Guard(Policy(address_space=Quota(Rate(1e6, rate=1)), max_address_spaces=most))
-    for _ in range(50):
-        for number in range(1, most + 1):
-            traps += let_through(guard, now, number << 12, most=2)
-        now += 1.5
-        for number in range(most + 1, 2 * most):
-            assert guard.denies(trap(number << 12), now) == TOO_MANY
-    assert traps == 50 * most * 2
-    assert len(looks) <= traps
-
-
-# --- metered memory -----------------------------------------------------------------
-
-
-def metered(policy: Policy, memory: dict[int, bytes]) -> tuple[MeteredMemory, Guard, FakeBackend]:
-    backend, guard = FakeBackend(memory=memory), Guard(policy)
-    return MeteredMemory(backend, guard), guard, backend
-
-
-@pytest.mark.anyio
-async def test_memory_is_passed_through_and_charged():
-    memory, guard, backend = metered(
-        Policy(vm=Quota(bytes=Rate(burst=10))), {0x5000: b"hello, world"}
-    )
-    event = trap()
-    assert await memory.read_physical(event, 0x5000, 5) == b"hello"
-    assert guard.denies(event, time.monotonic()) is None
-    await memory.write_physical(event, 0x5000, b"HELLO")
-    assert backend.memory[0x5000].startswith(b"HELLO, world")
-    assert guard.denies(event, time.monotonic()) == VM_BYTES
-
-
-@pytest.mark.anyio
-async def test_it_is_charged_to_the_address_space_of_the_trap():
-    memory, guard, _ = metered(Policy(address_space=Quota(bytes=Rate(burst=4))), {0x5000: b"hello"})
-    await memory.read_physical(trap(0x1000), 0x5000, 4)
-    assert guard.denies(trap(0x1000), time.monotonic()) == SPACE_BYTES
-    assert guard.denies(trap(0x2000), time.monotonic()) is None
-
-
-@pytest.mark.anyio
-async def test_an_access_that_fails_is_charged():
-    memory, guard, _ = metered(Policy(vm=Quota(bytes=Rate(burst=4))), {})
-    with pytest.raises(GuestMemoryError):
-        await memory.write_physical(trap(), 0x5000, b"1234")
-    assert guard.denies(trap(), time.monotonic()) == VM_BYTES
-
-
-@pytest.mark.anyio
-async def test_page_tables_on_the_way_are_charged():
-    # 4 levels of 8 bytes, each table with one entry, then the data.
-    tables = {level << 12: (level + 1 << 12 | 7).to_bytes(8, "little") for level in range(1, 5)}
-    registers = Registers(cr0=1 << 31, cr3=0x1000, cr4=1 << 5, efer=1 << 10)
-    event = TrapEvent(1, TrapReason.VMCALL, registers, length=3)
-    for burst, denied in ((4 * 8 + 5, VM_BYTES), (4 * 8 + 6, None)):
-        memory, guard, _ = metered(
-            Policy(vm=Quota(bytes=Rate(burst))), {**tables, 0x5000: b"hello"}
-        )
-        assert await BridgeContext(event, memory).memory.read(0, 5) == b"hello"
-        assert guard.denies(event, time.monotonic()) == denied
 
 
 # --- what makes no sense ------------------------------------------------------------

@@ -3,12 +3,13 @@
 import anyio
 import pytest
 from remote_parts import Echo, FakeAgent, Steps, frame_of, served, talking_to, trap
+from server_stage import welcome
 
 from vmibridge import BridgeResponse, method
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import BackendError, BackendSpecError, ServerStateError
 from vmibridge.transport import AgentLimits, AgentServer
-from vmibridge.transport.wire import End, Ended, Returned, Welcome, WireEnd
+from vmibridge.transport.wire import End, Ended, Welcome, WireEnd
 
 pytestmark = pytest.mark.anyio
 FALLBACK = ServerSettings(fallback=BridgeResponse(value1=0xBAD))
@@ -38,35 +39,37 @@ class TestTheEnd:
         assert summary.guest.vcpus[0].registers == {"rax": 5}
 
     async def test_an_agent_that_did_not_hear_of_it_is_told_again(self, url):
-        async with talking_to(url, Echo()) as (server, agent):
-            agent.post(End())
-            while server.vms:
-                await anyio.sleep(0.001)
-            async with FakeAgent.connected(url) as again:
-                assert "has ended" in (await again.hello()).why
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> end
+                <- ended
+                ** ended vm 0 halted ""
+                !! connects again
+                again -> hello
+                again <- refused "has ended"
+                again ** hung-up
+                == vms=0
+            """)
 
     async def test_handlers_that_are_at_work_then_are_cancelled(self, url):
-        handler = Steps()
-        async with talking_to(url, handler) as (_, agent):
-            agent.post(frame_of(trap(1)))
-            await handler.began.wait()
-            agent.post(End())
-            await handler.cancelled.wait()
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                -> end
+                ** cancelled 1
+                <- ended
+                <- answer 1 rax=0xbad
+                ** ended vm 1 halted ""
+            """)
 
     async def test_a_vm_whose_agent_stays_away_is_given_up(self, url):
-        ended = []
-
-        async def on_end(vm, summary, counts):
-            ended.append(summary.guest.vcpus[0])
-
-        async with talking_to(url, Echo(), limits=AgentLimits(keep=0.05), on_end=on_end) as (
-            server, agent,
-        ):  # fmt: skip
-            agent.connection.close()
-            with anyio.fail_after(10):
-                while server.vms:
-                    await anyio.sleep(0.001)
-        assert ended[0].reason == "lost"
+        async with welcome(url, limits=AgentLimits(keep=0.05)) as stage:
+            await stage.play("""
+                !! hangs-up
+                ** ended vm 0 lost ...
+                == vms=0
+            """)
 
     async def test_an_agent_that_is_silent_is_hung_up_on(self, url):
         async with talking_to(url, Echo(), limits=AgentLimits(silence=0.05)) as (server, agent):
@@ -104,20 +107,24 @@ class TestTheEnd:
 
 class TestStop:
     async def test_what_is_at_work_is_answered_and_what_comes_is_given_back(self, url):
-        handler = Steps()
         settings = ServerSettings(grace=60, stop_timeout=3600)
-        async with talking_to(url, handler, settings=settings) as (server, agent):
-            agent.post(frame_of(trap(1)))
-            await handler.began.wait()
-            server.stop()
-            agent.post(frame_of(trap(2, vcpu=1)))
-            assert await agent.next() == Returned(2)
+        async with welcome(url, settings=settings) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                !! stops
+                -> trap 2 vcpu=1
+                <- returned 2
+            """)
             with pytest.raises(OSError):
                 async with FakeAgent.connected(url):
                     pass
-            handler.go_on.set()
-            assert (await agent.next()).rax == 7
-            assert await agent.is_hung_up_on()
+            await stage.play("""
+                !! finishes 1 7
+                <- answer 1 rax=7
+                ** hung-up
+                ** ended vm 1
+            """)
 
     async def test_each_vm_is_told_of_to_the_end(self, url):
         told = []

@@ -1,8 +1,8 @@
 """The server of agents: who is welcome, and who is told why not."""
 
-import anyio
 import pytest
-from remote_parts import Echo, FakeAgent, frame_of, served, serving, talking_to, trap, until
+from remote_parts import Echo, FakeAgent, served, serving, talking_to
+from server_stage import welcome
 
 from vmibridge import BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC, GuestRead
@@ -103,62 +103,102 @@ class TestHandshake:
         assert "no database" in caplog.text
 
     async def test_a_name_that_is_taken_is_refused_while_its_vm_is_there(self, url):
-        async with talking_to(url, Echo()), FakeAgent.connected(url) as other:
-            told = await other.hello(session=b"t" * 16)
-            assert "name vm" in told.why
-            assert not told.final
+        async with welcome(url) as stage:
+            await stage.play("""
+                !! connects other
+                other -> hello session=new
+                other <- refused "name vm" final=no
+                other ** hung-up
+                == vms=1 refused=1
+                -> ping
+                <- pong
+            """)
 
     async def test_a_vm_that_was_started_anew_takes_the_place_of_the_one_before(self, url):
-        ended = []
+        async with welcome(url) as stage:
+            await stage.play("""
+                !! hangs-up
+                !! noticed
+                !! connects other
+                other -> hello session=new
+                other <- welcome ...
+                ** ended vm 0 lost "its agent began anew"
+                == vms=1 incarnations=2
+            """)
 
-        async def on_end(vm, summary, counts):
-            ended.append(summary.guest and summary.guest.vcpus[0].detail)
-
-        async with served(url, Echo(), on_end=on_end):
-            async with FakeAgent.connected(url) as agent:
-                await agent.hello()
-            told = None
-            while not isinstance(told, Welcome):
-                # At first it may not have seen that the other one has hung up.
-                async with FakeAgent.connected(url) as other:
-                    told = await other.hello(session=b"t" * 16)
-            while not ended:
-                await anyio.sleep(0.001)
-            assert ended[0] == "its agent began anew"
+    async def test_and_what_the_one_before_was_at_is_cancelled(self, url):
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                !! hangs-up
+                !! noticed
+                !! connects other
+                other -> hello session=new
+                other <- welcome ...
+                ** cancelled 1
+                ** ended vm 1 lost "its agent began anew"
+            """)
 
     async def test_a_hello_of_the_one_before_that_comes_late_does_not_take_it_back(self, url):
-        async with served(url, Echo()) as server, FakeAgent.connected(url) as late:
-            async with FakeAgent.connected(url) as agent:
-                await agent.hello()
-            told = None
-            while not isinstance(told, Welcome):
-                async with FakeAgent.connected(url) as other:
-                    told = await other.hello(session=b"t" * 16)
-            # The new one is away for a moment, and it is still the one of that name.
-            await until(lambda: all(vm.session.link is None for vm in server._vms.values()))
-            told = await late.hello()
-            assert (type(told), told.final) == (Refused, True)
-            async with FakeAgent.connected(url) as again:
-                assert isinstance(await again.hello(session=b"t" * 16), Welcome)
+        async with welcome(url) as stage:
+            await stage.play("""
+                !! connects late
+                !! hangs-up
+                !! noticed
+                !! connects other
+                other -> hello session=new
+                other <- welcome ...
+                ** ended vm 0 lost "its agent began anew"
+                !! hangs-up other
+                !! noticed             # it is away for a moment, and still the one of that name
+                late -> hello
+                late <- refused "this VM has ended"
+                late ** hung-up
+                !! connects again
+                again -> hello session=new
+                again <- welcome ...
+                == vms=1 incarnations=2
+            """)
 
     async def test_a_hello_of_this_one_that_comes_late_loses_no_trap(self, url):
-        handler = Echo()
-        async with talking_to(url, handler) as (_, agent), FakeAgent.connected(url) as late:
-            agent.post(frame_of(trap(1, value=5)))
-            first = await agent.next()
-            # What comes last is the connection: the agent has to come again.
-            assert isinstance(await late.hello(), Welcome)
-            assert await agent.is_hung_up_on()
-            async with FakeAgent.connected(url) as again:
-                await again.hello()
-                again.post(frame_of(trap(1, value=5)))
-                assert await again.next() == first
-                assert await late.is_hung_up_on()
-        assert handler.asked == [5]
+        async with welcome(url) as stage:
+            await stage.play("""
+                !! connects late
+                -> trap 1 value=5 code=2
+                ** inverts 5
+                <- answer 1 rax=~5
+                late -> hello          # what comes last is the connection
+                late <- welcome ...
+                ** hung-up
+                !! connects again      # so the agent has to come again
+                again -> hello
+                again <- welcome ...
+                late ** hung-up
+                again -> trap 1 value=5 code=2
+                again <- answer 1 rax=~5
+            """)
+
+    async def test_a_second_hello_over_one_connection_loses_it_and_no_trap(self, url):
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                -> hello
+                ** hung-up
+                !! connects again
+                again -> hello
+                again <- welcome ...
+                again -> trap 1
+                !! finishes 1 7
+                again <- answer 1 rax=7
+            """)
 
     async def test_more_vms_than_allowed_are_refused(self, url):
-        async with (
-            talking_to(url, Echo(), limits=AgentLimits(sessions=1)),
-            FakeAgent.connected(url) as other,
-        ):
-            assert "no more" in (await other.hello(session=b"t" * 16, vm="other")).why
+        async with welcome(url, limits=AgentLimits(sessions=1)) as stage:
+            await stage.play("""
+                !! connects other
+                other -> hello session=new vm=other
+                other <- refused "no more" final=no
+                other ** hung-up
+            """)

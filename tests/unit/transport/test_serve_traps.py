@@ -1,15 +1,15 @@
 """The server of agents: each trap that an agent sends, and its deadline."""
 
-import anyio
 import msgspec
 import pytest
 from remote_parts import Echo, FakeAgent, Steps, frame_of, serving, talking_to, trap
+from server_stage import welcome
 
 from vmibridge import BridgeResponse
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentLimits, AgentServer, wire
-from vmibridge.transport.wire import Answer, Cancel, Native, Ping, Pong
+from vmibridge.transport.wire import Answer, Ping, Pong
 
 pytestmark = pytest.mark.anyio
 MASK = (1 << 64) - 1
@@ -23,50 +23,58 @@ def url(tmp_path):
 
 class TestTraps:
     async def test_one_gets_its_answer(self, url):
-        handler = Echo()
-        async with talking_to(url, handler) as (_, agent):
-            agent.post(frame_of(trap(1, value=5)))
-            answer = await agent.next()
-            assert (answer.seq, answer.rip, answer.rax) == (1, 0x1003, ~5 & MASK)
-            agent.post(frame_of(trap(2, magic=0x9999)))
-            assert await agent.next() == Native(2)
-        assert handler.asked == [5]
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1 value=5 code=2
+                ** inverts 5
+                <- answer 1 rax=~5
+                -> trap 2 magic=0x9999
+                <- native 2
+            """)
 
     async def test_one_that_comes_again_gets_the_same_answer_and_runs_once(self, url):
-        handler = Echo()
-        async with talking_to(url, handler) as (_, agent):
-            agent.post(frame_of(trap(1, value=5)))
-            first = await agent.next()
-            agent.connection.close()
-            async with FakeAgent.connected(url) as again:
-                assert (await again.hello()).incarnation == agent.welcome.incarnation
-                again.post(frame_of(trap(1, value=5)))
-                assert await again.next() == first
-        assert handler.asked == [5]
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1 value=5 code=2
+                ** inverts 5
+                <- answer 1 rax=~5
+                !! hangs-up
+                !! connects again
+                again -> hello
+                again <- welcome ...
+                == incarnations=1
+                again -> trap 1 value=5 code=2
+                again <- answer 1 rax=~5
+            """)
 
     async def test_one_that_is_still_handled_is_answered_where_it_came_from_last(self, url):
-        handler = Steps()
-        async with talking_to(url, handler) as (_, agent):
-            agent.post(frame_of(trap(1)))
-            await handler.began.wait()
-            # The first connection is still there: the new one takes its place.
-            async with FakeAgent.connected(url) as again:
-                await again.hello()
-                assert await agent.is_hung_up_on()
-                again.post(frame_of(trap(1)))
-                handler.go_on.set()
-                assert (await again.next()).rax == 7
-        assert handler.runs == 1
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                !! connects again
+                again -> hello         # the first connection is still there: it has to go
+                again <- welcome ...
+                ** hung-up
+                again -> trap 1
+                !! finishes 1 7
+                again <- answer 1 rax=7
+            """)
 
     async def test_one_that_was_lost_on_its_way_is_run(self, url):
-        async with talking_to(url, Echo()) as (_, agent):
-            agent.post(frame_of(trap(1)))
-            await agent.next()
-            agent.connection.close()
-            async with FakeAgent.connected(url) as again:
-                await again.hello()
-                again.post(frame_of(trap(2, value=6)))
-                assert (await again.next()).rax == ~6 & MASK
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1 code=2
+                ** inverts 0
+                <- answer 1 rax=~0
+                !! hangs-up
+                !! connects again
+                again -> hello
+                again <- welcome ...
+                again -> trap 2 value=6 code=2
+                ** inverts 6
+                again <- answer 2 rax=~6
+            """)
 
     async def test_one_that_may_have_run_elsewhere_is_refused_and_told(self, url, caplog):
         handler, counts = Echo(), []
@@ -85,24 +93,34 @@ class TestTraps:
         assert (counts[0]["refused"], counts[0]["repeated"]) == (2, 1)
 
     async def test_or_it_is_run_where_that_is_wanted(self, url):
-        handler = Echo()
-        async with talking_to(url, handler, repeated="run") as (_, agent):
-            agent.post(frame_of(trap(1, value=5), elsewhere=True))
-            assert (await agent.next()).rax == ~5 & MASK
+        async with welcome(url, repeated="run") as stage:
+            await stage.play("""
+                -> trap 1 value=5 code=2 elsewhere=yes
+                ** inverts 5
+                <- answer 1 rax=~5
+            """)
 
     async def test_one_with_an_old_number_is_dropped(self, url):
-        async with talking_to(url, Echo()) as (_, agent):
-            agent.post(frame_of(trap(2)))
-            await agent.next()
-            agent.post(frame_of(trap(1)))
-            agent.post(Ping())
-            assert await agent.next() == Pong()
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 2 code=2
+                ** inverts 0
+                <- answer 2 rax=~0
+                -> trap 1 code=2
+                -> ping
+                <- pong
+            """)
 
     async def test_more_vcpus_than_allowed_lose_the_connection(self, url):
-        async with talking_to(url, Echo(), limits=AgentLimits(vcpus=2)) as (_, agent):
-            for vcpu in range(3):
-                agent.post(frame_of(trap(vcpu + 1, vcpu)))
-            assert await agent.is_hung_up_on()
+        async with welcome(url, limits=AgentLimits(vcpus=2)) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                -> trap 2 vcpu=1
+                ** begins 2
+                -> trap 3 vcpu=2
+                ** hung-up
+            """)
 
     @pytest.mark.parametrize(
         "frame",
@@ -151,45 +169,53 @@ class TestTraps:
 
 class TestDeadlines:
     async def test_work_that_nobody_waits_for_is_cancelled(self, url):
-        handler = Steps()
-        async with talking_to(url, handler, settings=ServerSettings(timeout=60)) as (_, agent):
-            agent.post(frame_of(trap(1), left=50))
-            with anyio.fail_after(10):
-                await handler.cancelled.wait()
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1 left=50
+                ** begins 1
+                ** cancelled 1
+                <- answer 1 rax=0xbad
+            """)
 
     async def test_so_it_is_when_the_agent_says_so(self, url):
-        handler, outcomes = Steps(), []
+        outcomes = []
 
         async def on_outcome(outcome):
             outcomes.append(outcome)
 
-        async with talking_to(url, handler, on_outcome=on_outcome) as (_, agent):
-            agent.post(frame_of(trap(1)))
-            await handler.began.wait()
-            agent.post(Cancel(99))
-            agent.post(Cancel(1))
-            await handler.cancelled.wait()
+        async with welcome(url, on_outcome=on_outcome) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                -> cancel 99
+                -> cancel 1
+                ** cancelled 1
+                <- answer 1 rax=0xbad
+            """)
         assert outcomes[0].kind is OutcomeKind.CANCELLED
 
     async def test_and_when_the_next_trap_of_the_vcpu_comes(self, url):
-        handler = Steps()
-        async with talking_to(url, handler) as (_, agent):
-            agent.post(frame_of(trap(1)))
-            await handler.began.wait()
-            agent.post(frame_of(trap(2)))
-            await handler.cancelled.wait()
-            handler.go_on.set()
-            assert (await agent.next()).seq == 2
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                -> trap 2
+                ** cancelled 1
+                ** begins 2
+                !! finishes 2 7
+                <- answer 2 rax=7
+            """)
 
     async def test_it_goes_on_while_the_agent_is_away(self, url):
-        handler = Steps()
-        async with talking_to(url, handler) as (_, agent):
-            agent.post(frame_of(trap(1)))
-            await handler.began.wait()
-            agent.connection.close()
-            handler.go_on.set()
-            async with FakeAgent.connected(url) as again:
-                await again.hello()
-                again.post(frame_of(trap(1)))
-                assert (await again.next()).rax == 7
-        assert handler.runs == 1
+        async with welcome(url) as stage:
+            await stage.play("""
+                -> trap 1
+                ** begins 1
+                !! hangs-up
+                !! finishes 1 7
+                !! connects again
+                again -> hello
+                again <- welcome ...
+                again -> trap 1
+                again <- answer 1 rax=7
+            """)

@@ -1,0 +1,8 @@
+"""What the tests of recordings have in common."""
+
+import pytest
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run.mcap"
