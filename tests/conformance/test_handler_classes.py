@@ -143,9 +143,9 @@ def test_an_instance_may_have_a_timeout_of_its_own():
 
 @pytest.mark.parametrize("timeout", [0, 0.0, -1, -0.5, float("nan"), float("-inf")])
 def test_a_timeout_is_a_positive_number(timeout):
-    with pytest.raises(ValueError, match="positive number of seconds"):
+    with pytest.raises(ValueError, match="timeout must be above 0 seconds"):
         method(1, timeout=timeout)
-    with pytest.raises(ValueError, match="positive number of seconds"):
+    with pytest.raises(ValueError, match="timeout must be above 0 seconds"):
         type("Hasty", (BridgeHandler,), {"timeout": timeout})
 
 

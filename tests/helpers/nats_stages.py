@@ -91,6 +91,7 @@ class FakeNatsClient:
             new_inbox=lambda: "inbox", max_payload=1 << 20, is_connected=True, request=requested
         )
         self.uptime = lambda: 0.0
+        self.has_backlog = False
 
     async def __aenter__(self):
         return self

@@ -351,7 +351,7 @@ class Session:
                 lane.backend.abandon(lane.event)
 
     def kept_answer(self, vcpu: int, seq: int) -> Answer | Native | Returned | None:
-        """What became of this trap, which was the last one of its vCPU; `None`: it is not answered."""
+        """What became of a trap that was the last one of its vCPU; `None`: it is not answered."""
         lane = self._lanes.get(vcpu)
         return Returned(seq) if lane is None or lane.event.seq != seq else lane.answer
 

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from played_server import beside, guest_of
 from remote_parts import Echo, FakeAgent, Steps, frame_of, served, talking_to, trap, until
-from test_agent import beside, guest_of
 
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest

@@ -236,6 +236,25 @@ class TestAnAsk:
                 web <- answer 1 rax=0x64636261 at=1.1
             """)
 
+    async def test_those_behind_it_bring_it_less_and_less(self):
+        """It may only be large, and on its way."""
+        taken, read = "web <- taken 1 at=1.1", "web <- read 1 1 0x5000 4 at=1.1"
+        async with NatsServerStage() as stage:
+            await stage.play(STATES["waiting for memory"])
+            for number in range(1, 10):
+                again = [read] if number in (2, 4, 8) else []
+                await stage.play("\n".join(["web -> ask 1 0", taken, *again]))
+
+    async def test_nothing_is_sent_again_behind_what_waits_to_be_sent(self):
+        async with NatsServerStage() as stage:
+            await stage.play(STATES["waiting for memory"])
+            stage.client.has_backlog = True
+            for _ in range(4):
+                await stage.play("""
+                    web -> ask 1 0
+                    web <- taken 1 at=1.1
+                """)
+
 
 class TestACancel:
     async def test_of_the_attempt_that_is_here_abandons_it(self):
@@ -282,11 +301,6 @@ class TestAnAgentThatIsMissing:
                 == vms=1
             """)
 
-    @pytest.mark.xfail(
-        strict=True,
-        reason="it is said TAKEN for good: the link does not learn of an answer that was given"
-        " while the agent was away",
-    )
     async def test_gets_its_answer_when_it_asks(self):
         async with NatsServerStage() as stage:
             await stage.play(STATES["at work"])

@@ -105,13 +105,8 @@ class NatsSessionLink:
         """Take the frames of a message. Raises `WireError`."""
         self.heard = _clock()
         if self.session.link is not self and not self.closed:
-            # The agent was thought to be away. What was answered meanwhile went nowhere, and the
-            # agent, whose server has not changed, asks for it and does not send its trap again.
+            # The agent was thought to be away.
             self.session.attach(self)
-            for seq, found in list(self._open.items()):
-                answer = self.session.kept_answer(found.vcpu, seq)
-                if answer is not None:
-                    self.post(answer)
         frames = self._messages.frames(data)
         if not frames:
             self._give_a_sign()
@@ -182,7 +177,11 @@ class NatsSessionLink:
     def _tell(self, ask: Ask) -> None:
         """That the trap is here, or its answer again."""
         found = self._open.get(ask.seq)
-        if found is not None:
+        kept = None if found is None else self.session.kept_answer(found.vcpu, ask.seq)
+        if kept is not None:
+            # It was answered, or given back, while the agent was thought to be away.
+            self.post(kept)
+        elif found is not None:
             self.say(found.reply, Taken(ask.seq))
             if not self._client.has_backlog:
                 self._ask_for_memory_again(found)
