@@ -10,7 +10,9 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from operator import itemgetter
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
+
+from msgspec.structs import replace
 
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.contract import BridgeContract
@@ -18,7 +20,7 @@ from vmibridge.bridge.handler import BridgeHandler, check_retry_values, check_ti
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.text import printable
+from vmibridge.text import printable, str_of, type_name
 from vmibridge.vm.trap import TrapFilter, TrapReason
 
 __all__ = ["Bridge", "BridgeDispatch", "Target"]
@@ -198,16 +200,40 @@ def ask(entry: Entry, vmi: BridgeContext, packet: BridgePacket) -> Awaitable[Ans
 def outcome_of(entry: Entry, packet: BridgePacket, response: Answer) -> Outcome[Any]:
     """The outcome of an answer, stamped. Raises `TypeError` for what is no answer."""
     if entry.handler is None:
-        if not isinstance(response, Outcome):
-            raise TypeError(f"dispatch() returned {type(response).__name__}, not an Outcome")
-        return response
+        return _checked(response)
     if response is None:
         return Outcome(OutcomeKind.REJECTED, packet, handler=entry.name)
-    if not isinstance(response, BridgeResponse):
-        raise TypeError(f"handle() returned {type(response).__name__}, not a BridgeResponse")
+    if type(response) is not BridgeResponse:
+        response = _as_response(response, "handle() returned")
     if entry.stamps:
         response = entry.contract.stamp(response)
     return Outcome(_HANDLED, packet, response, entry.name)
+
+
+def _as_response(given: object, whose: str) -> BridgeResponse[Any]:
+    # By its type: an object may say anything of its class.
+    if not issubclass(type(given), BridgeResponse):
+        raise TypeError(f"{whose} {type_name(given)}, not a BridgeResponse")
+    response = cast("BridgeResponse[Any]", given)
+    # Its class may have a `__post_init__` of its own.
+    BridgeResponse.__post_init__(response)
+    return response
+
+
+def _checked(given: object) -> Outcome[Any]:
+    """What a dispatcher of one's own returned, in the types that files and frames take."""
+    if type(given) is not Outcome:
+        raise TypeError(f"dispatch() returned {type_name(given)}, not an Outcome")
+    outcome: Outcome[Any] = given
+    if type(outcome.kind) is not OutcomeKind or type(outcome.packet) is not BridgePacket:
+        raise TypeError("dispatch() returned an Outcome without an OutcomeKind or a BridgePacket")
+    if outcome.response is not None:
+        _as_response(outcome.response, "dispatch() returned an Outcome with")
+    for name in ("handler", "error"):
+        text = getattr(outcome, name)
+        if text is not None and not (type(text) is str and text.isprintable()):
+            outcome = replace(outcome, **{name: printable(str_of(text))})
+    return outcome
 
 
 def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:
