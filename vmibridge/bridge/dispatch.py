@@ -16,7 +16,12 @@ from msgspec.structs import replace
 
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.contract import BridgeContract
-from vmibridge.bridge.handler import BridgeHandler, check_retry_values, check_timeout
+from vmibridge.bridge.handler import (
+    BridgeHandler,
+    check_instance,
+    check_retry_values,
+    check_timeout,
+)
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse
@@ -81,6 +86,7 @@ class Entry:
         self.serial: bool = self.handler is not None and self.handler.serial
         if self.handler is not None:
             # An instance may have set its own.
+            check_instance(self.handler)
             check_timeout(self.handler.timeout)
             check_timeout(self.handler.soft_timeout, "soft_timeout")
             check_retry_values(self.handler.retry_values)
@@ -146,6 +152,19 @@ class Bridge(BridgeDispatch):
             elif isinstance(entry.target, Bridge):
                 found += entry.target.handlers
         return found
+
+    @property
+    def never_asked(self) -> list[tuple[Entry, Entry]]:
+        """Each handler that is never asked, with the one that takes all its requests before it."""
+        tables = (self._exact, self._any_magic, self._any_cpuid)
+        asked = {entry for table in tables for found in table.values() for entry in found}
+        pairs: list[tuple[Entry, Entry]] = []
+        for entry in self.entries:
+            if entry.handler is not None and entry not in asked:
+                request, magic = entry.contract.request, entry.contract.magic
+                found = self._any_magic[request] if magic is None else self._exact[magic, request]
+                pairs.append((entry, found[-1]))
+        return pairs
 
     @property
     def trap_filter(self) -> TrapFilter:

@@ -30,5 +30,5 @@ def unsigned(value: object, name: str, bits: int) -> int:
     if number >> bits:
         # In hex, since Python refuses to write long numbers as decimals.
         told = f"{number:#x}" if number.bit_length() <= _MOST_SHOWN else "one that is far too large"
-        raise ValueError(f"out of range: {name} has {bits} bits, got {told}")
+        raise ValueError(f"{name} has {bits} bits, got {told}: out of range")
     return number

@@ -179,7 +179,9 @@ class TestValues:
 
     @pytest.mark.parametrize("value", [-1, 1 << 64, -(1 << 64), Whole(-1), Whole(10**5000)])
     def test_one_out_of_range_is_refused_by_name(self, value):
-        with pytest.raises(ValueError, match=r"^out of range: value3 has 64 bits, got ") as raised:
+        with pytest.raises(
+            ValueError, match=r"^value3 has 64 bits, got .*: out of range$"
+        ) as raised:
             BridgeResponse(1, 2, value, 4, OUTPUTS["a repr that raises"])
         assert len(str(raised.value)) < 200
 
