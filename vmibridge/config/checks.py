@@ -16,7 +16,7 @@ from vmibridge.errors import HandlerLoadError
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_STAMPS = ("VERIFY_VALUE3", "VERIFY_VALUE4")
+_STAMPS = tuple(f"VERIFY_VALUE{number}" for number in (1, 2, 3, 4))
 
 
 class Checks:
@@ -42,12 +42,11 @@ class Checks:
         """Warn of handlers of the standard contract that leave out its stamps."""
         for source, handler, _ in offered:
             kind = handler if isinstance(handler, type) else type(handler)
-            forgotten = [name for name in _STAMPS if not _says(kind, name)]
-            if handler.MAGIC == STANDARD_MAGIC and forgotten:
+            if handler.MAGIC == STANDARD_MAGIC and not any(_says(kind, name) for name in _STAMPS):
                 self._warn(
-                    f"{source}: {handler.name} has the standard magic, but no"
-                    f" {' and no '.join(forgotten)}: a guest of the standard contract takes its"
-                    " answers for none; None says that this is meant"
+                    f"{source}: {handler.name} has the standard magic and no stamps: a guest of"
+                    " the standard contract takes its answers for none; set VERIFY_VALUE3 and"
+                    " VERIFY_VALUE4, to None where that is meant"
                 )
 
     def made(self, made: list[tuple[Offered, BridgeHandler[Any]]]) -> None:
