@@ -293,6 +293,8 @@ def check_instance(handler: BridgeHandler[Any]) -> None:
 
 def _check_answer(cls: type[BridgeHandler[Any]], name: str) -> None:
     function = getattr_static(cls, name)
+    if getattr(function, "__isabstractmethod__", False):
+        return
     if not isfunction(function):
         # Such as a `partialmethod`: of what else can be called nobody can tell.
         if not callable(getattr(cls, name)):

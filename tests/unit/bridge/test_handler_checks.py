@@ -1,6 +1,7 @@
 """A handler class that could only fail is refused when it is made; a dataclass is taken."""
 
 import functools
+from abc import abstractmethod
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
@@ -59,6 +60,10 @@ class TestWhatAnswersIsAsync:
         base = made(ask=ask)
         with pytest.raises(TypeError, match=r"^Other\.ask is not async"):
             type("Other", (base,), {"ask": answers})
+
+    def test_an_abstract_one_may_be_what_it_likes(self):
+        base = made(handle=abstractmethod(lambda self: None))
+        assert type("Other", (base,), {"handle": answer}).is_concrete()
 
     def test_a_decorated_one_is_taken(self):
         @functools.wraps(answer)
