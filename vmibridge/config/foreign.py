@@ -51,7 +51,8 @@ def tell(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and _comes_of_a_loop(error):
         return _RUNS_A_LOOP
     lines = [printable(line.strip()) for line in str_of(error).splitlines() if line.strip()]
-    return f"{printable(type_name(error))}: {' '.join(lines)}"[:_MOST_TEXT]
+    kind = printable(type_name(error))
+    return f"{kind}: {' '.join(lines)}"[:_MOST_TEXT] if lines else kind
 
 
 class _NoLoop:

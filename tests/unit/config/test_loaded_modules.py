@@ -350,9 +350,9 @@ class TestWhatAModuleRaises:
         ("text", "told"),
         [
             ("raise BaseException('x')", "1: BaseException: x"),
-            ("raise GeneratorExit", "1: GeneratorExit:"),
-            ("raise StopIteration", "1: StopIteration:"),
-            ("import asyncio; raise asyncio.CancelledError", "1: CancelledError:"),
+            ("raise GeneratorExit", "1: GeneratorExit"),
+            ("raise StopIteration", "1: StopIteration"),
+            ("import asyncio; raise asyncio.CancelledError", "1: CancelledError"),
             (f"{RAISES}raise Odd", "6: Odd: <Odd: its str raised SystemExit>"),
             ("raise ValueError('two\\nlines \\x1b[2J \\ud800')", "1: ValueError: two lines "),
             ("raise ExceptionGroup('g', [ValueError()])", "1: ExceptionGroup: g"),
