@@ -169,7 +169,7 @@ class BridgeHandler(Generic[T]):
             ).lower()
         # `@dataclass` would take it away, unless the class has one itself.
         if vars(cls).get("__hash__") is None:
-            cls.__hash__ = object.__hash__  # type: ignore[method-assign]
+            type.__setattr__(cls, "__hash__", object.__hash__)
         _check_attributes(cls)
         check_timeout(cls.timeout)
         check_timeout(cls.soft_timeout, "soft_timeout")
