@@ -1,10 +1,13 @@
-"""Text that may come from a guest, made fit for a terminal and a log.
+"""Text that may come from a guest, made fit for a terminal and a log; and objects of other people
+as text.
 
 Nothing that a guest sends may move a cursor, change a colour, reorder a line or
-start a new one.
+start a new one. Nothing that an object does when it is asked for its text is raised.
 """
 
-__all__ = ["printable"]
+from collections.abc import Callable
+
+__all__ = ["printable", "repr_of", "str_of", "type_name"]
 
 
 def printable(text: str) -> str:
@@ -12,3 +15,31 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def repr_of(value: object) -> str:
+    """The `repr` of any object, which UTF-8 can hold; it says so where that raises."""
+    return _asked(repr, value)
+
+
+def str_of(value: object) -> str:
+    """The `str` of any object, which UTF-8 can hold; it says so where that raises."""
+    return _asked(str, value)
+
+
+def type_name(value: object) -> str:
+    """The name of an object's type, without asking the object or its type."""
+    # Past a metaclass that has a `__name__` of its own, and an object that has a `__class__`.
+    name: str = type.__dict__["__name__"].__get__(type(value))
+    return name
+
+
+def _asked(ask: Callable[[object], str], value: object) -> str:
+    try:
+        # `repr` and `str` may return a subclass of str, whose methods are other people's, too.
+        text = str.__str__(ask(value))
+        if text.isprintable():  # so there are no surrogates, which UTF-8 cannot hold
+            return text
+        return text.encode("utf-8", "backslashreplace").decode()
+    except BaseException as error:  # whatever it raises is about this text alone
+        return f"<{type_name(value)}: its {ask.__name__} raised {type_name(error)}>"

@@ -28,6 +28,7 @@ class Pending(BridgeHandler[str]):
     """Ends when there is a file `end`. Says on standard error where it is."""
     MAGIC = 0x42494D56
     REQUEST = 0x0100
+    VERIFY_VALUE3 = VERIFY_VALUE4 = None
     may_wait = True
 
     async def handle(self, vmi, packet):

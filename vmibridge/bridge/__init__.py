@@ -7,6 +7,7 @@
 | `handler`, `context` | `BridgeHandler` and `method`; what a handler sees of the guest |
 | `dispatch`, `outcome` | from a packet to its handler; what became of a trap |
 | `registers` | the forms in which registers carry packets and responses |
+| `numbers`, `output` | what handlers give, made fit for registers, files and frames |
 """
 
 from vmibridge.bridge.context import BridgeContext

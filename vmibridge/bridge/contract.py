@@ -7,7 +7,9 @@ two stamps tells an answer from a missing host, which leaves its registers alone
 from typing import Any
 
 import msgspec
+from msgspec.structs import force_setattr
 
+from vmibridge.bridge.numbers import unsigned
 from vmibridge.bridge.response import BridgeResponse, T
 from vmibridge.bridge.status import Gate
 
@@ -40,7 +42,8 @@ stamps. Its gates and a file transfer end at ABORT."""
 class BridgeContract(msgspec.Struct, frozen=True, gc=False):
     """The request that a handler takes, its magic, and its stamps.
 
-    Raises `ValueError` for a field that is out of its range.
+    Raises `TypeError` for a field that is no whole number, `ValueError` for one that is out of
+    its range.
     """
 
     request: int
@@ -54,13 +57,13 @@ class BridgeContract(msgspec.Struct, frozen=True, gc=False):
     verify_value4: int | None = None
 
     def __post_init__(self) -> None:
-        if self.request >> 16:
-            raise ValueError(f"REQUEST has 16 bits, got {self.request:#x}")
-        if self.magic is not None and self.magic >> 32:
-            raise ValueError(f"MAGIC has 32 bits, got {self.magic:#x}")
+        force_setattr(self, "request", unsigned(self.request, "REQUEST", 16))
+        if self.magic is not None:
+            force_setattr(self, "magic", unsigned(self.magic, "MAGIC", 32))
         for slot, value in enumerate(self.verify_values, 1):
-            if value is not None and value >> 64:
-                raise ValueError(f"VERIFY_VALUE{slot} has 64 bits, got {value:#x}")
+            if value is not None:
+                number = unsigned(value, f"VERIFY_VALUE{slot}", 64)
+                force_setattr(self, f"verify_value{slot}", number)
 
     @property
     def verify_values(self) -> tuple[int | None, int | None, int | None, int | None]:

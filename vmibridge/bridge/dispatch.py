@@ -10,15 +10,22 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from operator import itemgetter
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
+
+from msgspec.structs import replace
 
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.contract import BridgeContract
-from vmibridge.bridge.handler import BridgeHandler, check_retry_values, check_timeout
+from vmibridge.bridge.handler import (
+    BridgeHandler,
+    check_instance,
+    check_retry_values,
+    check_timeout,
+)
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.text import printable
+from vmibridge.text import printable, str_of, type_name
 from vmibridge.vm.trap import TrapFilter, TrapReason
 
 __all__ = ["Bridge", "BridgeDispatch", "Target"]
@@ -79,6 +86,7 @@ class Entry:
         self.serial: bool = self.handler is not None and self.handler.serial
         if self.handler is not None:
             # An instance may have set its own.
+            check_instance(self.handler)
             check_timeout(self.handler.timeout)
             check_timeout(self.handler.soft_timeout, "soft_timeout")
             check_retry_values(self.handler.retry_values)
@@ -146,6 +154,19 @@ class Bridge(BridgeDispatch):
         return found
 
     @property
+    def never_asked(self) -> list[tuple[Entry, Entry]]:
+        """Each handler that is never asked, with the one that takes all its requests before it."""
+        tables = (self._exact, self._any_magic, self._any_cpuid)
+        asked = {entry for table in tables for found in table.values() for entry in found}
+        pairs: list[tuple[Entry, Entry]] = []
+        for entry in self.entries:
+            if entry.handler is not None and entry not in asked:
+                request, magic = entry.contract.request, entry.contract.magic
+                found = self._any_magic[request] if magic is None else self._exact[magic, request]
+                pairs.append((entry, found[-1]))
+        return pairs
+
+    @property
     def trap_filter(self) -> TrapFilter:
         """Which traps are this bridge's own."""
         anonymous = [entry for entry in self.entries if entry.contract.magic is None]
@@ -198,16 +219,40 @@ def ask(entry: Entry, vmi: BridgeContext, packet: BridgePacket) -> Awaitable[Ans
 def outcome_of(entry: Entry, packet: BridgePacket, response: Answer) -> Outcome[Any]:
     """The outcome of an answer, stamped. Raises `TypeError` for what is no answer."""
     if entry.handler is None:
-        if not isinstance(response, Outcome):
-            raise TypeError(f"dispatch() returned {type(response).__name__}, not an Outcome")
-        return response
+        return _checked(response)
     if response is None:
         return Outcome(OutcomeKind.REJECTED, packet, handler=entry.name)
-    if not isinstance(response, BridgeResponse):
-        raise TypeError(f"handle() returned {type(response).__name__}, not a BridgeResponse")
+    if type(response) is not BridgeResponse:
+        response = _as_response(response, "handle() returned")
     if entry.stamps:
         response = entry.contract.stamp(response)
     return Outcome(_HANDLED, packet, response, entry.name)
+
+
+def _as_response(given: object, whose: str) -> BridgeResponse[Any]:
+    # By its type: an object may say anything of its class.
+    if not issubclass(type(given), BridgeResponse):
+        raise TypeError(f"{whose} {type_name(given)}, not a BridgeResponse")
+    response = cast("BridgeResponse[Any]", given)
+    # Its class may have a `__post_init__` of its own.
+    BridgeResponse.__post_init__(response)
+    return response
+
+
+def _checked(given: object) -> Outcome[Any]:
+    """What a dispatcher of one's own returned, in the types that files and frames take."""
+    if type(given) is not Outcome:
+        raise TypeError(f"dispatch() returned {type_name(given)}, not an Outcome")
+    outcome: Outcome[Any] = given
+    if type(outcome.kind) is not OutcomeKind or type(outcome.packet) is not BridgePacket:
+        raise TypeError("dispatch() returned an Outcome without an OutcomeKind or a BridgePacket")
+    if outcome.response is not None:
+        _as_response(outcome.response, "dispatch() returned an Outcome with")
+    for name in ("handler", "error"):
+        text = getattr(outcome, name)
+        if text is not None and not (type(text) is str and text.isprintable()):
+            outcome = replace(outcome, **{name: printable(str_of(text))})
+    return outcome
 
 
 def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:

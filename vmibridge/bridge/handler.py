@@ -17,12 +17,24 @@ Rules:
 - It is an async context manager, entered before the guest runs and left after.
 - A class is refused when it is made (`TypeError`) if one of its methods has the name of an
   attribute of `BridgeHandler`, or such an attribute has a value of another type. A function
-  is true: a method `shared` would have one instance serve all VMs.
+  is true: a method `shared` would have one instance serve all VMs. What an instance sets for
+  itself is checked when it becomes part of a bridge.
+- So is one whose `handle`, or a marked method, is not async or does not take a context and a
+  packet: it would fail each request.
+- Handlers are told apart by identity, also where a dataclass compares them by their fields.
 """
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from inspect import getattr_static, getdoc, isabstract, iscoroutinefunction, isfunction
+from inspect import (
+    getattr_static,
+    getdoc,
+    isabstract,
+    iscoroutinefunction,
+    isfunction,
+    signature,
+    unwrap,
+)
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
@@ -31,8 +43,10 @@ import msgspec
 from vmibridge.bridge.bounds import Seconds, Value, check
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.contract import BridgeContract, GuestRead
+from vmibridge.bridge.numbers import unsigned
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse, T
+from vmibridge.text import repr_of
 
 __all__ = ["BridgeHandler", "Method", "contract_of", "method"]
 
@@ -68,10 +82,12 @@ def method(
     """Mark an async method of a `BridgeHandler` as the answer to a method code.
 
     `code` has 16 bits. The others override what the handler says under the same name.
-    Raises `ValueError` for one out of range, `TypeError` for a function that is not async.
+    Raises `ValueError` for one out of range, `TypeError` for one of another type and for a
+    function that is not async.
     """
-    if code >> 16:
-        raise ValueError(f"a method code has 16 bits, got {code:#x}")
+    code = unsigned(code, "a method code", 16)
+    if wait is not None and not isinstance(wait, BridgeResponse):
+        raise TypeError(f"wait is {_shown(wait)}, not of type BridgeResponse or None")
     check_timeout(timeout)
     check_timeout(soft_timeout, "soft_timeout")
     check_retry_values(retry_values)
@@ -150,17 +166,21 @@ class BridgeHandler(Generic[T]):
             cls.name = re.sub(
                 r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__
             ).lower()
+        # `@dataclass` would take it away, unless the class has one itself.
+        if vars(cls).get("__hash__") is None:
+            type.__setattr__(cls, "__hash__", object.__hash__)
         _check_attributes(cls)
         check_timeout(cls.timeout)
         check_timeout(cls.soft_timeout, "soft_timeout")
         check_retry_values(cls.retry_values)
         cls.methods = MappingProxyType(_collect_methods(cls))
+        for name in ("handle", *(marked.name for marked in cls.methods.values())):
+            _check_answer(cls, name)
 
     @classmethod
     def is_concrete(cls) -> bool:
         """Whether this class can answer: it has a `REQUEST`, and nothing abstract."""
-        answers = bool(cls.methods) or cls.handle is not BridgeHandler.handle
-        return hasattr(cls, "REQUEST") and answers and not isabstract(cls)
+        return hasattr(cls, "REQUEST") and answers(cls) and not isabstract(cls)
 
     @classmethod
     def has_life(cls) -> bool:
@@ -198,6 +218,11 @@ class BridgeHandler(Generic[T]):
         return None
 
 
+def answers(cls: type[BridgeHandler[Any]]) -> bool:
+    """Whether a class has a `handle` of its own, or methods."""
+    return bool(cls.methods) or cls.handle is not BridgeHandler.handle
+
+
 _NUMBER = (int, type(None))
 _SECONDS = (int, float, type(None))
 _ATTRIBUTES: Mapping[str, tuple[type, ...]] = {
@@ -225,21 +250,77 @@ _ATTRIBUTES: Mapping[str, tuple[type, ...]] = {
 
 def _check_attributes(cls: type[BridgeHandler[Any]]) -> None:
     # As the class has them, without calling a property: a mixin may be what shadows.
-    for name, kinds in _ATTRIBUTES.items():
+    for name in _ATTRIBUTES:
         value = getattr_static(cls, name, None)
         if isfunction(value):
             raise _shadows(cls, name)
-        if (value is not None or name != "REQUEST") and not isinstance(value, kinds):
-            expected = " or ".join(
-                "None" if kind is type(None) else kind.__name__ for kind in kinds
-            )
-            raise TypeError(f"{cls.__name__}.{name} is {value!r:.80}, not of type {expected}")
+        if value is not None or name != "REQUEST":
+            _check_attribute(cls, name, value)
     for name in ("contract", "is_concrete", "has_life"):
         # A property or a class method may stand in for that of the base class.
-        if isfunction(getattr_static(cls, name)):
+        value = getattr_static(cls, name)
+        if isfunction(value) or not hasattr(type(value), "__get__"):
             raise _shadows(cls, name)
     if "methods" in vars(cls):
         raise _shadows(cls, "methods")
+
+
+def _check_attribute(cls: type[BridgeHandler[Any]], name: str, value: object) -> None:
+    kinds = _ATTRIBUTES[name]
+    if not issubclass(type(value), kinds):
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise TypeError(f"{cls.__name__}.{name} is {_shown(value)}, not of type {expected}")
+    if name == "name" and not (value and str(value).isprintable()):
+        raise TypeError(f"{cls.__name__}.name is {_shown(value)}, not printable text")
+    if name == "Settings" and value is not None and not issubclass(value, msgspec.Struct):  # type: ignore[arg-type]
+        raise TypeError(f"{cls.__name__}.Settings is {_shown(value)}, not a msgspec.Struct")
+    if name == "reads" and not all(type(read) is GuestRead for read in value):  # type: ignore[attr-defined]
+        raise TypeError(f"{cls.__name__}.reads is {_shown(value)}, not of GuestReads")
+
+
+def check_instance(handler: BridgeHandler[Any]) -> None:
+    """Raise `TypeError` for attributes that an instance has of its own and that make no sense."""
+    cls = type(handler)
+    for name, value in getattr(handler, "__dict__", {}).items():
+        if name in _ATTRIBUTES:
+            _check_attribute(cls, name, value)
+        elif name in ("methods", "contract", "is_concrete", "has_life") or (
+            name == "handle" and not callable(value)
+        ):
+            raise _shadows(cls, name)
+
+
+def _check_answer(cls: type[BridgeHandler[Any]], name: str) -> None:
+    function = getattr_static(cls, name)
+    if getattr(function, "__isabstractmethod__", False):
+        return
+    if not isfunction(function):
+        # Such as a `partialmethod`: of what else can be called nobody can tell.
+        if not callable(getattr(cls, name)):
+            raise TypeError(f"{cls.__name__}.{name} is {_shown(function)}, not an async method")
+        return
+    inner = unwrap(function)
+    declared = str(getattr(function, "__annotations__", {}).get("return", ""))
+    if not (
+        iscoroutinefunction(function)
+        or iscoroutinefunction(inner)
+        or "Awaitable" in declared
+        or "Coroutine" in declared
+    ):
+        raise TypeError(
+            f"{cls.__name__}.{name} is not async; write 'async def {name}', or say in its return"
+            " type that it is an Awaitable"
+        )
+    try:
+        signature(function, follow_wrapped=False).bind(None, None, None)
+    except TypeError:
+        raise TypeError(
+            f"{cls.__name__}.{name} does not take what it is given: (self, vmi, packet)"
+        ) from None
+
+
+def _shown(value: object) -> str:
+    return repr_of(value)[:80]
 
 
 def _shadows(cls: type[BridgeHandler[Any]], name: str) -> TypeError:
@@ -249,7 +330,7 @@ def _shadows(cls: type[BridgeHandler[Any]], name: str) -> TypeError:
 
 
 def contract_of(handler: BridgeHandler[Any] | type[BridgeHandler[Any]]) -> BridgeContract:
-    """The contract of a handler, or of a class of them. Raises `ValueError`."""
+    """The contract of a handler, or of a class of them. Raises `TypeError`, `ValueError`."""
     if not hasattr(handler, "REQUEST"):
         name = handler.__name__ if isinstance(handler, type) else type(handler).__name__
         raise ValueError(f"{name} has no REQUEST")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from vmibridge import __version__
+from vmibridge.cli.hangups import note_hangups
 from vmibridge.errors import (
     BackendSpecError,
     ConfigError,
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tokens == ["--version"]:
         sys.stdout.write(f"{__version__}\n")
         return 0
+    if tokens[:1] == ["serve"]:
+        # Before the imports, which take most of the time in which SIGHUP would end it.
+        note_hangups()
     try:
         from cyclopts import CycloptsError
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.bridge.output import output_json
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.summary import Summary
-from vmibridge.text import printable
+from vmibridge.text import printable, repr_of
 from vmibridge.vm.trap import TrapEvent
 
 if TYPE_CHECKING:  # it needs an extra
@@ -30,7 +31,7 @@ class TrapLine(msgspec.Struct):
     outcome: str
     response: list[int | None]
     """The four values as written; null where the register was left alone."""
-    output: Any
+    output: msgspec.Raw
     duration_us: float
     handler: str | None
     error: str | None
@@ -62,7 +63,7 @@ def trap_line(outcome: Outcome[Any]) -> TrapLine:
         values=list(packet.values),
         outcome=outcome.kind.value,
         response=[None] * 4 if writes is None else list(writes.values),
-        output=outcome.output,
+        output=msgspec.Raw(output_json(outcome.output)),
         duration_us=round(outcome.duration * 1e6, 1),
         handler=outcome.handler,
         error=outcome.error,
@@ -71,7 +72,7 @@ def trap_line(outcome: Outcome[Any]) -> TrapLine:
 
 def trap_json(outcome: Outcome[Any]) -> bytes:
     """One line of JSON. An output that JSON cannot hold is given by its `repr`."""
-    return msgspec.json.encode(trap_line(outcome), enc_hook=repr) + b"\n"
+    return msgspec.json.encode(trap_line(outcome)) + b"\n"
 
 
 def summary_json(summaries: Mapping[str, Summary]) -> bytes:
@@ -144,7 +145,7 @@ def trap_columns(outcome: Outcome[Any]) -> list[str]:
     assert outcome.event is not None, "outcomes of a server have their trap"
     told = outcome.error
     if told is None:
-        told = "" if outcome.output is None else repr(outcome.output)
+        told = "" if outcome.output is None else repr_of(outcome.output)
     told = printable(told if len(told) <= 200 else told[:200] + "...")
     cells = trap_cells(outcome.event, outcome.packet, outcome, told)
     return [cells[name] for name in COLUMNS]

@@ -3,7 +3,8 @@
 | module | holds |
 |---|---|
 | `file` | the TOML file |
-| `handlers` | files, folders and modules of handlers, and the handlers that a VM gets of them |
+| `handlers`, `checks` | the handlers that a VM gets, and what is wrong with them |
+| `sources`, `loaded`, `foreign` | what handlers come from; modules made of it; what those raise |
 """
 
 from vmibridge.config.file import Config

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 
 from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.bridge.output import output_text as json_text
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.redaction import RedactionRule
@@ -156,11 +157,7 @@ def output_text(output: object) -> str | None:
     """How a typed output is told: as JSON, or by its `repr`; `None` for none."""
     if output is None:
         return None
-    try:
-        text = msgspec.json.encode(output, enc_hook=repr).decode()
-    except Exception:
-        # An output is of any kind: one that cannot be told is no reason to end anything.
-        text = type(output).__name__
+    text = json_text(output)
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
 

@@ -373,6 +373,8 @@ def _session(vm: str, bridge: Bridge, settings: ServerSettings, redaction: Redac
 def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
     """What a recording keeps of a handler."""
     cls, contract = type(handler), handler.contract
+    # The module of a file has the folder in its name, which is nobody's business.
+    module = cls.__module__.rpartition("/")[2]
     source = digest = None
     try:
         file = Path(inspect.getfile(cls))
@@ -383,7 +385,7 @@ def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
         pass
     return RecordedHandler(
         handler.name,
-        f"{cls.__module__}.{cls.__qualname__}",
+        f"{module}.{cls.__qualname__}",
         contract.request,
         contract.magic,
         contract.verify_values,

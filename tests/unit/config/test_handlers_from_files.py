@@ -289,7 +289,7 @@ class TestServerSettings:
             ),
             (
                 f"[server]\nfallback = {{ value1 = {1 << 64} }}",
-                "c.toml:2: server.fallback: out of range",
+                "c.toml:2: server.fallback: value1 has 64 bits, got 0x1",
             ),
             ("[sever]\n", "c.toml:1: sever: no such key; there are server, policy, handlers"),
             ("[server", "c.toml: Expected ']'"),
