@@ -29,8 +29,6 @@ from vmibridge.aio.loops import while_readable
 
 AT_ONCE = 16
 """Receptions that follow each other without a turn of the loop."""
-MOST_UNSENT = 64 << 20
-"""Bytes that are kept for a peer that does not read."""
 
 
 def _take_nothing() -> bool:
@@ -51,7 +49,8 @@ class Duplex:
         "unsent",
     )
 
-    def __init__(self, connected: socket.socket, most_unsent: int = MOST_UNSENT) -> None:
+    def __init__(self, connected: socket.socket, most_unsent: int) -> None:
+        """`most_unsent`: bytes that are kept for a peer that does not read."""
         self.unsent: bytearray = bytearray()
         """What was not sent yet. A caller may clear it when the connection is lost."""
         self.ended: bool = False

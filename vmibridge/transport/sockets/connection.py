@@ -17,7 +17,7 @@ from typing import Generic
 import anyio
 import msgspec
 
-from vmibridge.aio.duplex import MOST_UNSENT, Duplex
+from vmibridge.aio.duplex import Duplex
 from vmibridge.aio.loops import parking
 from vmibridge.errors import ConnectionLostError
 from vmibridge.transport.sockets.tls import TlsCode, ssl_reason
@@ -25,6 +25,8 @@ from vmibridge.transport.wire import HELLO_LIMIT, F, Frame, FrameReader, encode_
 
 _CHUNK = 256 << 10
 """Bytes that are received at a time."""
+_MOST_UNSENT = 64 << 20
+"""Bytes that are kept for a peer that does not read; beyond it the connection is lost."""
 
 
 class Connection(Generic[F]):
@@ -40,7 +42,7 @@ class Connection(Generic[F]):
         self.closed: bool = False
         self.reader: FrameReader[F] = FrameReader(decoder, HELLO_LIMIT)
         self._socket = connected
-        self._duplex = Duplex(connected, unsent or MOST_UNSENT)
+        self._duplex = Duplex(connected, unsent or _MOST_UNSENT)
         self._plain = bytearray()
         """Frames that were posted, and that the socket was not given yet."""
         self._tls: TlsCode | None = None

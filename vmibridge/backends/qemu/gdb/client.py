@@ -41,6 +41,8 @@ _IN_FLIGHT = 32
 """Commands that are sent ahead of their replies."""
 _MOST_TEXT = 1 << 20
 _MOST_STOPS = 256
+_MOST_UNSENT = 64 << 20
+"""Bytes that are kept for a stub that does not read; beyond it the connection is lost."""
 _TRIES = 4
 _MOST_PIECES = 100
 _PROBE = encode(commands.PROBE)
@@ -99,7 +101,7 @@ class GdbClient:
         self.interfered: int = 0
         """How often a probe was dropped: the VM ran, and the probe has paused it."""
         self._socket = connection
-        self._duplex = Duplex(connection)
+        self._duplex = Duplex(connection, _MOST_UNSENT)
         self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
         """Take what comes right now: a stop often follows at once when the VM goes on."""
         self._packets = PacketReader()

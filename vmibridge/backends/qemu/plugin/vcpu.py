@@ -17,7 +17,7 @@ from vmibridge.vm.trap import TrapEvent
 _PIECE, _LARGE_PIECE = 4096, 1 << 18
 """Bytes that are received at a time, at most; the larger one where memory was asked for."""
 _MOST_UNSENT = 16 * MAX_ACCESS
-"""Bytes that are kept for a plugin that does not read: a handler's writes to memory, above all."""
+"""Bytes that are kept for a plugin that does not read, beyond which it loses its connection."""
 
 
 class Vcpu:
