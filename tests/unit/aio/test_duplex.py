@@ -279,7 +279,8 @@ class TestAwaiting:
             tasks.start_soon(look)
             while len(got) < 100:
                 got += await duplex.receive(1)
-        assert seen == [AT_ONCE]
+        # Which task is first in a turn is nobody's promise.
+        assert seen[0] in (AT_ONCE, 2 * AT_ONCE)
 
     async def test_nothing_is_lost_when_who_receives_is_cancelled(self, pair):
         ours, theirs = pair
