@@ -43,6 +43,7 @@ class Connection(Generic[F]):
         self.reader: FrameReader[F] = FrameReader(decoder, HELLO_LIMIT)
         self._socket = connected
         self._duplex = Duplex(connected, unsent or _MOST_UNSENT)
+        self._unsent = self._duplex.unsent
         self._plain = bytearray()
         """Frames that were posted, and that the socket was not given yet."""
         self._tls: TlsCode | None = None
@@ -117,7 +118,7 @@ class Connection(Generic[F]):
             return
         encode_into(self._plain, frame)
         if not self._corked:
-            if self._duplex.unsent:
+            if self._unsent:
                 self._keep()
             elif not later:
                 self.flush()
@@ -142,13 +143,13 @@ class Connection(Generic[F]):
     def flush(self) -> None:
         """Send what the socket takes."""
         # Else it takes nothing: what was posted stays with what was posted before, for `write`.
-        if not self._duplex.unsent:
+        if not self._unsent:
             try:
                 self._send()
             except OSError:
                 # Whoever receives learns of it.
-                self._duplex.unsent.clear()
-        if self._duplex.unsent and not self._waking:
+                self._unsent.clear()
+        if self._unsent and not self._waking:
             self._keep()
 
     def _keep(self) -> None:
@@ -173,9 +174,9 @@ class Connection(Generic[F]):
 
     async def _flush_all(self) -> None:
         while not self.closed:
-            if not self._duplex.unsent:
+            if not self._unsent:
                 self._send()
-            if not self._duplex.unsent:
+            if not self._unsent:
                 return
             await self._duplex.flush()
         raise anyio.ClosedResourceError
@@ -189,7 +190,7 @@ class Connection(Generic[F]):
             try:
                 await self._flush_all()
             except (OSError, anyio.ClosedResourceError):
-                self._duplex.unsent.clear()
+                self._unsent.clear()
 
     async def drain(self, seconds: float) -> None:
         """Wait for a while until all is sent that was posted."""
@@ -202,7 +203,7 @@ class Connection(Generic[F]):
             return
         self.closed = True
         with suppress(OSError, ssl.SSLError):
-            if self._duplex.unsent:
+            if self._unsent:
                 self._duplex.send_unsent()
             self._send()
             if self._tls is not None:
