@@ -11,13 +11,12 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.cli.trap_line import trap_cells
 from vmibridge.recording.export.jsonl import trap_record
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.selection import SelectedTraps, Selection
-from vmibridge.recording.traps import RecordedTrap
+from vmibridge.recording.traps import NO_REPLY, OUTCOME_WORDS, RecordedTrap, outcome_word
 from vmibridge.text import printable
 
 _COLUMNS = {
@@ -36,7 +35,6 @@ _MOST_TEXT = 200
 """Characters of a cell."""
 _MOST_LINE = 2000
 _MOST_HANDLERS = 100
-_WORDS = (*(kind.value for kind in OutcomeKind), "none")
 
 
 class Listing:
@@ -64,7 +62,7 @@ class Listing:
         traps = SelectedTraps(self._reader.messages(), self._selection, self._hear)
         shown = 0
         for trap in islice(traps, limit):
-            self._counts["none" if trap.reply is None else trap.reply.kind.value] += 1
+            self._counts[outcome_word(trap)] += 1
             if self._as_json:
                 self._write_json(trap_record(trap, traps.start, full=self._full))
             else:
@@ -87,7 +85,7 @@ class Listing:
             self._write_line(_short(f"lost: {message.text}", _MOST_LINE))
 
     def _sum_up(self, *, stopped: bool) -> None:
-        reader, counts = self._reader, {word: self._counts[word] for word in _WORDS}
+        reader, counts = self._reader, {word: self._counts[word] for word in OUTCOME_WORDS}
         total = self._counts.total()
         truncated = not stopped and not reader.complete
         if self._as_json:
@@ -101,7 +99,7 @@ class Listing:
             }
             self._write_json({"summary": summary})
             return
-        words = {**dict.fromkeys(_WORDS), "none": "without a reply"}
+        words = {**dict.fromkeys(OUTCOME_WORDS), NO_REPLY: "without a reply"}
         told = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
         self._write_line(f"{total} traps: {', '.join(told) or 'none'}")
         if stopped:

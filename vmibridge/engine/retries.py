@@ -32,6 +32,7 @@ import msgspec
 from vmibridge.bridge.dispatch import Entry
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.request import retry_key
 from vmibridge.engine.request import Cause, Request, State
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
@@ -97,17 +98,10 @@ class Retries:
         self._summary.uncollected += self.pending.expire(now)
 
     def _key(self, event: TrapEvent, packet: BridgePacket, first: Entry) -> Hashable:
-        # The VM is that of this table. The ring is in it, too: what was begun for a program may
-        # not go on with a kernel's rights.
+        # The VM is that of this table.
         values = packet.values
-        return (
-            event.address_space,
-            event.ring,
-            packet.magic,
-            packet.request,
-            packet.method,
-            *[values[at - 1] for at in self._terms.of(first, packet.method).retry_values],
-        )
+        retry_values = self._terms.of(first, packet.method).retry_values
+        return *retry_key(event, packet), *[values[at - 1] for at in retry_values]
 
 
 class PendingRequests:

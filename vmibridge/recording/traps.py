@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.recording.file.reader import TimedMessage
@@ -21,6 +22,15 @@ _MOST_HELD = 32 << 20
 """Bytes of memory accesses that they may have; beyond it further ones are left out."""
 _MOST_NAMED = 32 << 20
 """Characters that the names of their VMs may have; beyond it the oldest are given without."""
+
+
+VALUE_NAMES = ("value1", "value2", "value3", "value4")
+"""What the values of a request are called, in all that is made of a recording."""
+ANSWER_NAMES = ("answer1", "answer2", "answer3", "answer4")
+"""What the values that were written are called."""
+NO_REPLY = "none"
+OUTCOME_WORDS = (*(kind.value for kind in OutcomeKind), NO_REPLY)
+"""All that `outcome_word` may return."""
 
 
 class RecordedTrap(msgspec.Struct):
@@ -38,6 +48,11 @@ class RecordedTrap(msgspec.Struct):
     reply: Reply | None = None
     """`None`: the recording ends before it, or it is among what was lost."""
     reply_time: int | None = None
+
+
+def outcome_word(trap: RecordedTrap) -> str:
+    """How a trap ended, in one word; `NO_REPLY` without a reply."""
+    return NO_REPLY if trap.reply is None else trap.reply.kind.value
 
 
 def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:

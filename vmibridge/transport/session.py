@@ -246,6 +246,11 @@ class Session:
                 if lane.answer is None and lane.backend is not None:
                     lane.backend.abandon(lane.event)
 
+    def give_up_agent(self, keep: float) -> None:
+        """End the session if its agent has been away for `keep` seconds."""
+        if self.link is None and _clock() - self.away_since >= keep:
+            self.lose(f"the agent did not come back within {keep:g} s")
+
     def lose(self, why: str) -> None:
         """The agent is given up."""
         vcpus = sorted(self._lanes) or [0]

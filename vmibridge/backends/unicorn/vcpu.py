@@ -7,7 +7,6 @@ would raise one ends the vCPU, with a diagnosis.
 
 import mmap
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from unicorn import UC_ARCH_X86, Uc, UcError, x86_const
 from unicorn import unicorn_const as uc
@@ -18,16 +17,15 @@ from vmibridge.backends.unicorn.code import Freeze, TranslatedCode, UnicornPages
 from vmibridge.backends.unicorn.registers import Snapshot, UnicornRegisters
 from vmibridge.bridge.registers import magic_of
 from vmibridge.errors import GuestMemoryError
+from vmibridge.vm.arch.x86.code import (
+    CodeSegment,
+    segment_of_descriptor,
+    segment_of_mode,
+)
 from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap, is_locked
 from vmibridge.vm.arch.x86.paging import walk
 from vmibridge.vm.arch.x86.registers import CR0_PG
-from vmibridge.vm.arch.x86.segment import (
-    DESCRIPTOR_SIZE,
-    base_of,
-    is_segmented_16,
-    ring_of,
-    width_of,
-)
+from vmibridge.vm.arch.x86.segment import DESCRIPTOR_SIZE, ring_of
 from vmibridge.vm.backend import VcpuEnd
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
@@ -46,16 +44,7 @@ _EXCEPTIONS = {
 _PAGE = 4096
 _TF = 1 << 8
 _DB = 1
-_MASK32, _MASK64 = 0xFFFF_FFFF, (1 << 64) - 1
 _MAX_WALKS = 64
-
-
-class CodeSegment(NamedTuple):
-    """Where code runs: its address width in bits, its ring, its linear base address."""
-
-    width: int
-    ring: int
-    base: int
 
 
 class UnicornVcpu:
@@ -154,8 +143,8 @@ class UnicornVcpu:
         if writes is None:
             return self._stopping
         self._registers.write(writes, move=False)
-        behind = segment.base + state.registers.rip + length
-        if self.code.drop_written(lambda: behind):
+        behind = state.registers.rip + length
+        if self.code.drop_written(lambda: segment.linear(behind)):
             self._freeze(state.registers, writes.rip)
             if state.registers.rflags & _TF:
                 self._on_exception(_DB)
@@ -246,37 +235,36 @@ class UnicornVcpu:
         rip = state.registers.rip
         # A vCPU that began in 16 bits wants what is linear in real mode; others the offset.
         entry = rip + (state.cs << 4 if self._width == 16 else 0)
-        return entry, self._code_segment(state).base + rip
+        return entry, self._code_segment(state).linear(rip)
 
     # --- the trapping instruction --------------------------------------------------
 
     def _event(
         self, reason: TrapReason, state: Snapshot, segment: CodeSegment, length: int
     ) -> TrapEvent:
+        registers = state.registers
         return TrapEvent(
             seq=next(self._seq),
             reason=reason,
-            registers=state.registers,
+            registers=registers,
             vm=self._vm,
             vcpu=self.number,
-            ip=state.registers.rip,
+            ip=registers.rip,
             length=length,
             width=segment.width,
-            ring=segment.ring,
+            ring=ring_of(state.cs, registers.cr0, registers.rflags),
         )
 
     def _code_segment(self, state: Snapshot) -> CodeSegment:
         """The segment of the code that runs."""
         registers = state.registers
-        ring = ring_of(state.cs, registers.cr0, registers.rflags)
-        if is_segmented_16(registers.cr0, registers.rflags):
-            return CodeSegment(16, ring, state.cs << 4)
+        segment = segment_of_mode(state.cs, registers.cr0, registers.rflags)
+        if segment is not None:
+            return segment
         descriptor = self._descriptor(state)
         if descriptor is None:
-            return CodeSegment(self._width, ring, 0)
-        width = width_of(descriptor, registers.efer)
-        # 64-bit code has no base, whatever its descriptor says.
-        return CodeSegment(width, ring, 0 if width == 64 else base_of(descriptor))
+            return CodeSegment(0, self._width)
+        return segment_of_descriptor(descriptor, registers.efer)
 
     def _descriptor(self, state: Snapshot) -> int | None:
         """The descriptor of CS; `None` before the guest has loaded one of its own."""
@@ -290,11 +278,9 @@ class UnicornVcpu:
 
     def _code_at(self, state: Snapshot, segment: CodeSegment) -> bytes:
         """Up to 15 bytes at the instruction pointer, fewer where no code can be fetched."""
-        address = segment.base + state.registers.rip
-        mask = _MASK64 if segment.width == 64 else _MASK32
         found = b""
         while len(found) < MAX_INSTRUCTION:
-            physical = self._pages.physical(address + len(found) & mask)
+            physical = self._pages.physical(segment.linear(state.registers.rip + len(found)))
             if physical is None or physical >= len(self._ram):
                 break
             size = min(MAX_INSTRUCTION - len(found), _PAGE - physical % _PAGE)

@@ -30,22 +30,20 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (  # type: ignore[
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.export.exporter import Exporter, MethodNames, unsigned
 from vmibridge.recording.messages import Note, Session
-from vmibridge.recording.traps import RecordedTrap
+from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, outcome_word
 
 _REALTIME, _BOOTTIME = 1, 6
 _SEQUENCE = 1
 _CLEARED, _NEEDED = 1, 2
 _MOST_TRACKS = 16_384
 """VMs and vCPUs; what is beyond goes to the track of the first trap."""
-_NUMBERS = ("value1", "value2", "value3", "value4")
-_ANSWERS = ("answer1", "answer2", "answer3", "answer4")
-_HEX = frozenset(("magic", "request", "method", *_NUMBERS, *_ANSWERS))
+_HEX = frozenset(("magic", "request", "method", *VALUE_NAMES, *ANSWER_NAMES))
 """Which numbers the user interface shows in hex."""
 _NAMES = {
     name: iid
     for iid, name in enumerate(
         (
-            *("seq", "trap", "magic", "request", "method", *_NUMBERS, "outcome", *_ANSWERS),
+            *("seq", "trap", "magic", "request", "method", *VALUE_NAMES, "outcome", *ANSWER_NAMES),
             *("output", "error", "bytes read", "bytes written", "failed accesses"),
         ),
         1,
@@ -90,7 +88,7 @@ class Perfetto(Exporter):
         told.type = TrackEvent.TYPE_INSTANT if reply is None else TrackEvent.TYPE_SLICE_BEGIN
         told.track_uuid = track
         told.name = self._names.of(trap)
-        told.categories.append("none" if reply is None else reply.kind.value)
+        told.categories.append(outcome_word(trap))
         if reply is not None and (reply.retry_of is not None or reply.kind is OutcomeKind.WAITING):
             first = event.seq if reply.retry_of is None else reply.retry_of
             flow = unsigned(self._processes.get(event.vm, 0) << 48 | first & (1 << 48) - 1)
@@ -163,10 +161,10 @@ def _facts(trap: RecordedTrap) -> dict[str, int | str]:
     facts: dict[str, int | str] = {"seq": event.seq, "trap": f"{event.reason.value}{event.width}"}
     if packet is not None:
         facts |= {"magic": packet.magic, "request": packet.request, "method": packet.method}
-        facts |= zip(_NUMBERS, packet.values, strict=True)
+        facts |= zip(VALUE_NAMES, packet.values, strict=True)
     if reply is not None:
         facts["outcome"] = reply.kind.value
-        answer = () if reply.writes is None else zip(_ANSWERS, reply.writes.values, strict=True)
+        answer = () if reply.writes is None else zip(ANSWER_NAMES, reply.writes.values, strict=True)
         facts |= {name: value for name, value in answer if value is not None}
         texts = (("output", reply.output), ("error", reply.error))
         facts |= {name: text for name, text in texts if text is not None}

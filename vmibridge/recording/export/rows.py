@@ -14,7 +14,7 @@ from enum import Enum, auto
 
 import msgspec
 
-from vmibridge.recording.traps import RecordedTrap
+from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap
 
 Row = tuple[int | float | str | bytes | None, ...]
 
@@ -49,10 +49,7 @@ TRAP_COLUMNS = {
     "magic": Kind.BITS,
     "request": Kind.BITS,
     "method": Kind.BITS,
-    "value1": Kind.BITS,
-    "value2": Kind.BITS,
-    "value3": Kind.BITS,
-    "value4": Kind.BITS,
+    **dict.fromkeys(VALUE_NAMES, Kind.BITS),
     "outcome": Kind.TEXT,  # null: no reply
     "handler": Kind.TEXT,
     "error": Kind.TEXT,
@@ -60,10 +57,7 @@ TRAP_COLUMNS = {
     "duration_us": Kind.REAL,
     "retry_of": Kind.BITS,
     "rip": Kind.BITS,  # where the guest went on; null: the instruction ran natively
-    "answer1": Kind.BITS,  # null: the register was left alone
-    "answer2": Kind.BITS,
-    "answer3": Kind.BITS,
-    "answer4": Kind.BITS,
+    **dict.fromkeys(ANSWER_NAMES, Kind.BITS),  # null: the register was left alone
     "accesses": Kind.BITS,
     "registers": Kind.TEXT,
 }

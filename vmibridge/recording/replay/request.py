@@ -25,6 +25,7 @@ from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import GuestMemoryError
 from vmibridge.recording.messages import MemoryAccess, Reply, output_text
+from vmibridge.recording.traps import VALUE_NAMES
 from vmibridge.vm.trap import TrapEvent
 
 _MOST_PAST = 64
@@ -226,7 +227,7 @@ class ReplayedRequest:
         self.differ("outcome", reply.kind.value, outcome.kind.value)
         self.differ("handler", str(reply.handler), str(outcome.handler))
         for name, then, now in zip(
-            ("rip", "value1", "value2", "value3", "value4"),
+            ("rip", *VALUE_NAMES),
             _numbers(reply),
             _numbers(outcome),
             strict=True,

@@ -12,13 +12,12 @@ from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.report.rows import (
     MOST_ACCESSES,
     MOST_BYTES,
-    OUTCOMES,
     REGISTERS,
     Rows,
     clipped,
 )
-from vmibridge.recording.report.statistics import Statistics, nanoseconds, outcome_of
-from vmibridge.recording.traps import RecordedTrap
+from vmibridge.recording.report.statistics import Statistics, nanoseconds
+from vmibridge.recording.traps import OUTCOME_WORDS, RecordedTrap, outcome_word
 
 SLOWEST = 50
 MOST_FAILED = 1000
@@ -77,7 +76,7 @@ class Collector:
         shown = place <= self.limit
         if shown:
             self.rows.add(clipped(trap), place, run)
-        elif outcome_of(trap) in FAILED:
+        elif outcome_word(trap) in FAILED:
             self._failed_behind += 1
             if len(self._failed) < MOST_FAILED:
                 self._failed[place] = (run, clipped(trap))
@@ -113,7 +112,7 @@ class Collector:
             "failed_left_out": self._failed_behind - len(self._failed),
             "most_accesses": MOST_ACCESSES,
             "most_bytes": MOST_BYTES,
-            "words": OUTCOMES,
+            "words": OUTCOME_WORDS,
             "registers": REGISTERS,
             # Text: nanoseconds since the epoch are more than JavaScript counts exactly.
             "start": str(self.rows.start),

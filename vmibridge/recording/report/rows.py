@@ -11,10 +11,15 @@ from typing import Any
 
 import msgspec
 
-from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.messages import MemoryAccess
 from vmibridge.recording.report.statistics import LONGEST, key_of, label_of, nanoseconds
-from vmibridge.recording.traps import RecordedTrap
+from vmibridge.recording.traps import (
+    ANSWER_NAMES,
+    OUTCOME_WORDS,
+    VALUE_NAMES,
+    RecordedTrap,
+    outcome_word,
+)
 from vmibridge.vm.trap import Registers
 
 MOST_ACCESSES = 32
@@ -31,12 +36,9 @@ _MOST_TEXTS = 16 << 20
 _SHORT = 80
 _MASK = (1 << 64) - 1
 
-OUTCOMES = (*(kind.value for kind in OutcomeKind), "none")
 REGISTERS = Registers.__struct_fields__
-_VALUES = ("value1", "value2", "value3", "value4")
-_ANSWERS = ("answer1", "answer2", "answer3", "answer4")
-_NUMBER_OF_OUTCOME = {word: number for number, word in enumerate(OUTCOMES)}
-_HEX = ("ip", *_VALUES, *_ANSWERS, *(f"reg_{name}" for name in REGISTERS))
+_NUMBER_OF_OUTCOME = {word: number for number, word in enumerate(OUTCOME_WORDS)}
+_HEX = ("ip", *VALUE_NAMES, *ANSWER_NAMES, *(f"reg_{name}" for name in REGISTERS))
 _WHOLE = ("seq", "width", "ring", "length", "left_out", "place")
 _SIGNED = (
     *("lane", "run", "trap", "what", "magic", "request", "method", "outcome", "written"),
@@ -110,15 +112,15 @@ class Rows:
             "magic": -1 if packet is None else packet.magic,
             "request": -1 if packet is None else packet.request,
             "method": -1 if packet is None else packet.method,
-            "outcome": _NUMBER_OF_OUTCOME["none" if reply is None else reply.kind.value],
+            "outcome": _NUMBER_OF_OUTCOME[outcome_word(trap)],
             "written": written | (0 if writes is None else _WRITTEN_AT_ALL),
             "error": -1 if reply is None else texts.number(reply.error),
             "output": -1 if reply is None else texts.number(reply.output),
             "duration": -1 if reply is None else nanoseconds(reply.duration),
             "taken": -1 if taken is None else min(max(taken, 0), LONGEST),
             "accesses": len(trap.accesses),
-            **dict(zip(_VALUES, (0,) * 4 if packet is None else packet.values, strict=True)),
-            **dict(zip(_ANSWERS, (value or 0 for value in answers), strict=True)),
+            **dict(zip(VALUE_NAMES, (0,) * 4 if packet is None else packet.values, strict=True)),
+            **dict(zip(ANSWER_NAMES, (value or 0 for value in answers), strict=True)),
         }
         for name, column in self._columns.items():
             value = values[name] if name in values else getattr(event.registers, name[4:])

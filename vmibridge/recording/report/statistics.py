@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
-from vmibridge.recording.traps import RecordedTrap
+from vmibridge.recording.traps import RecordedTrap, outcome_word
 
 BUCKETS = 32
 """Of one octave."""
@@ -90,7 +90,7 @@ class Statistics:
             if len(self.groups) >= _MOST_GROUPS:
                 key = OTHERS
             group = self.groups.setdefault(key, Group())
-        group.outcomes[outcome_of(trap)] += 1
+        group.outcomes[outcome_word(trap)] += 1
         if trap.reply is not None:
             group.latency.add(nanoseconds(trap.reply.duration))
 
@@ -142,11 +142,6 @@ def label_of(key: Key) -> str:
     if key.handler is not None:
         return key.handler
     return "no packet" if key.request is None else f"{key.request:#06x}"
-
-
-def outcome_of(trap: RecordedTrap) -> str:
-    """The outcome, or "none" without a reply."""
-    return "none" if trap.reply is None else trap.reply.kind.value
 
 
 def nanoseconds(seconds: float) -> int:

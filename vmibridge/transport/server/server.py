@@ -16,9 +16,8 @@ Invariants:
 """
 
 import logging
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from typing import Any, TypeAlias
@@ -34,6 +33,7 @@ from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
 from vmibridge.transport.limits import AgentLimits, NewSessions
+from vmibridge.transport.server.away import give_up_agents
 from vmibridge.transport.server.backend import SessionBackend
 from vmibridge.transport.server.handler_set import HandlerSet
 from vmibridge.transport.server.listener import Listener
@@ -126,7 +126,10 @@ class AgentServer:
     @property
     def vms(self) -> list[str]:
         """The names of the VMs that are served now, away or not."""
-        return [vm.session.vm for vm in self._vms.values()]
+        return [session.vm for session in self._sessions()]
+
+    def _sessions(self) -> Iterator[Session]:
+        return (vm.session for vm in self._vms.values())
 
     @property
     def refused(self) -> int:
@@ -150,7 +153,7 @@ class AgentServer:
                         for place in self._listener.places:
                             log.info("listening at %s", place)
                         self.listening.set()
-                        self._tasks.start_soon(self._forget)
+                        self._tasks.start_soon(give_up_agents, self._sessions, self._limits.keep)
                         try:
                             await self._stop.wait()
                         finally:
@@ -349,16 +352,6 @@ class AgentServer:
             session.link.close()
         if not self._stop.is_set():
             session.lose("its handlers have ended")
-
-    async def _forget(self) -> None:
-        """Give up VMs whose agents do not come back."""
-        keep = self._limits.keep
-        while True:
-            await anyio.sleep(min(keep / 4, 1.0))
-            for vm in list(self._vms.values()):
-                session = vm.session
-                if session.link is None and time.monotonic() - session.away_since >= keep:
-                    session.lose(f"the agent did not come back within {keep:g} s")
 
 
 def _told(error: BaseException) -> str:

@@ -9,13 +9,12 @@ It listens, takes the first agent that comes, and is the VM of that agent from t
 others are refused. The run ends with the guest, or when the agent was away for too long.
 """
 
-import time
-
 import anyio
 
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import RefusedError
 from vmibridge.transport.limits import AgentLimits
+from vmibridge.transport.server.away import give_up_agents
 from vmibridge.transport.server.backend import SessionBackend
 from vmibridge.transport.server.listener import Listener
 from vmibridge.transport.server.welcome import welcome_to
@@ -91,18 +90,11 @@ class RemoteBackend(SessionBackend):
             await self._came.wait()
             end = GuestEnd()
             if hasattr(self, "session"):
-                tasks.start_soon(self._give_up_when_away)
+                tasks.start_soon(give_up_agents, lambda: [self.session], self.limits.keep)
                 end = await super().run(traps, sink)
             self._listener.close()
             tasks.cancel_scope.cancel()
         return end
-
-    async def _give_up_when_away(self) -> None:
-        session, keep = self.session, self.limits.keep
-        while True:
-            await anyio.sleep(min(keep / 4, 1.0))
-            if session.link is None and time.monotonic() - session.away_since >= keep:
-                session.lose(f"the agent did not come back within {keep:g} s")
 
     def stop(self) -> None:
         """Hang up: the guest is with the agent, and goes on."""

@@ -16,8 +16,8 @@ from typing import Generic
 
 import anyio
 import msgspec
-from anyio.lowlevel import checkpoint
 
+from vmibridge.aio.duplex import Duplex
 from vmibridge.aio.loops import parking
 from vmibridge.errors import ConnectionLostError
 from vmibridge.transport.sockets.tls import TlsCode, ssl_reason
@@ -29,8 +29,6 @@ _MOST_UNSENT = 64 << 20
 """Bytes that are kept for a peer that does not read; beyond it the connection is lost."""
 _MAX_CORKED = 1 << 20
 """Bytes that are kept for `uncork`; beyond it they go out before, or count as unsent."""
-_MOST_IN_A_ROW = 16
-"""Chunks that are received before other tasks have their turn."""
 
 
 class Connection(Generic[F]):
@@ -46,15 +44,14 @@ class Connection(Generic[F]):
         self.closed: bool = False
         self.reader: FrameReader[F] = FrameReader(decoder, HELLO_LIMIT)
         self._socket = connected
-        self._most_unsent = unsent or _MOST_UNSENT
+        self._duplex = Duplex(connected, unsent or _MOST_UNSENT)
+        self._unsent = self._duplex.unsent
         self._plain = bytearray()
-        self._unsent = self._plain
+        """Frames that were posted, and that the socket was not given yet."""
         self._tls: TlsCode | None = None
         self._corked = False
-        self._blocked = False
         self._waking = False
         self._more = parking()
-        self._in_a_row = 0
         self._given_back: list[F] = []
         self._behind_handshake = False
 
@@ -64,7 +61,6 @@ class Connection(Generic[F]):
         Raises `ConnectionLostError` when it fails.
         """
         tls = TlsCode(context, name)
-        self._unsent = tls.outgoing
         self._tls = tls
         try:
             while not tls.shake_hands():
@@ -74,9 +70,11 @@ class Connection(Generic[F]):
             self._behind_handshake = True
         except ssl.SSLError as error:
             # The other end wants to know why.
-            with suppress(OSError, ConnectionLostError):
+            with suppress(OSError):
                 self._send()
             raise ConnectionLostError(f"TLS: {ssl_reason(error)}") from error
+        except (OSError, anyio.ClosedResourceError) as error:
+            raise ConnectionLostError(str(error) or "hung up") from error
         return tls.ssl
 
     async def receive(self) -> list[F]:
@@ -105,27 +103,16 @@ class Connection(Generic[F]):
         self._given_back = frames
 
     async def _receive(self) -> bytes:
-        while not self.closed:
-            try:
-                data = self._socket.recv(_CHUNK)
-            except BlockingIOError:
-                self._in_a_row = 0
-                try:
-                    await anyio.wait_readable(self._socket)
-                except anyio.ClosedResourceError:
-                    break
-            except OSError as error:
-                raise ConnectionLostError(error.strerror or str(error)) from error
-            else:
-                if not data:
-                    raise ConnectionLostError("the other end has hung up")
-                self.received += 1
-                self._in_a_row += 1
-                if self._in_a_row > _MOST_IN_A_ROW:
-                    self._in_a_row = 0
-                    await checkpoint()
-                return data
-        raise ConnectionLostError("hung up")
+        try:
+            data = await self._duplex.receive(_CHUNK)
+        except anyio.EndOfStream:
+            raise ConnectionLostError("the other end has hung up") from None
+        except anyio.ClosedResourceError:
+            raise ConnectionLostError("hung up") from None
+        except OSError as error:
+            raise ConnectionLostError(error.strerror or str(error)) from error
+        self.received += 1
+        return data
 
     def post(self, frame: Frame, *, later: bool = False) -> None:
         """Send a frame; with `later`, together with what comes until the loop turns."""
@@ -134,7 +121,7 @@ class Connection(Generic[F]):
         encode_into(self._plain, frame)
         if self._corked and len(self._plain) < _MAX_CORKED:
             return
-        if self._blocked:
+        if self._unsent:
             self._keep()
         elif not later:
             self.flush()
@@ -158,11 +145,13 @@ class Connection(Generic[F]):
 
     def flush(self) -> None:
         """Send what the socket takes."""
-        try:
-            self._send()
-        except OSError:
-            # Whoever receives learns of it.
-            self._unsent.clear()
+        # Else it takes nothing: what was posted stays with what was posted before, for `write`.
+        if not self._unsent:
+            try:
+                self._send()
+            except OSError:
+                # Whoever receives learns of it.
+                self._unsent.clear()
         if self._unsent and not self._waking:
             self._keep()
 
@@ -170,34 +159,30 @@ class Connection(Generic[F]):
         """Have `write` send it: that is woken once for all that comes until then."""
         self._waking = True
         self._more.wake()
-        if len(self._plain) + len(self._unsent) > self._most_unsent:
+        if not self._duplex.has_room(len(self._plain)):
             self.close()
 
     def _send(self) -> None:
-        if self._tls is not None and self._plain:
-            self._tls.encrypt(self._plain)
-        unsent = self._unsent
-        self._blocked = False
-        while unsent:
+        """Send what was posted, or keep it behind what is kept. Raises `OSError`."""
+        data = self._plain
+        if self._tls is not None:
+            if data:
+                self._tls.encrypt(data)
+            data = self._tls.outgoing
+        if data:
             try:
-                sent = self._socket.send(unsent)
-            except BlockingIOError:
-                self._blocked = True
-                return
-            if sent == len(unsent):
-                unsent.clear()
-            else:
-                del unsent[:sent]
+                self._duplex.send(data)
+            finally:
+                data.clear()
 
     async def _flush_all(self) -> None:
-        while True:
-            try:
+        while not self.closed:
+            if not self._unsent:
                 self._send()
-                if not self._unsent:
-                    return
-                await anyio.wait_writable(self._socket)
-            except (OSError, anyio.ClosedResourceError) as error:
-                raise ConnectionLostError(str(error) or "hung up") from error
+            if not self._unsent:
+                return
+            await self._duplex.flush()
+        raise anyio.ClosedResourceError
 
     async def write(self) -> None:
         """Send what was kept, until the connection is closed or this is cancelled."""
@@ -206,16 +191,13 @@ class Connection(Generic[F]):
                 await self._more.wait()
             self._waking = False
             try:
-                while (self._unsent or self._plain) and not self.closed:
-                    self._send()
-                    if self._unsent:
-                        await anyio.wait_writable(self._socket)
+                await self._flush_all()
             except (OSError, anyio.ClosedResourceError):
                 self._unsent.clear()
 
     async def drain(self, seconds: float) -> None:
         """Wait for a while until all is sent that was posted."""
-        with anyio.move_on_after(seconds), suppress(ConnectionLostError):
+        with anyio.move_on_after(seconds), suppress(OSError, anyio.ClosedResourceError):
             await self._flush_all()
 
     def close(self) -> None:
@@ -224,11 +206,13 @@ class Connection(Generic[F]):
             return
         self.closed = True
         with suppress(OSError, ssl.SSLError):
+            if self._unsent:
+                self._duplex.send_unsent()
             self._send()
             if self._tls is not None:
                 self._tls.end()
                 self._send()
-        anyio.notify_closing(self._socket)
+        self._duplex.end()
         self._socket.close()
         self._more.wake()
 

@@ -11,14 +11,14 @@
 
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from os import sched_yield
 
 import anyio
 
 from vmibridge.aio import sockets
-from vmibridge.aio.loops import while_readable
+from vmibridge.aio.duplex import Duplex
 from vmibridge.backends.qemu.gdb import commands
 from vmibridge.backends.qemu.gdb.commands import Exit, ReplyError, Stop, StubError
 from vmibridge.backends.qemu.gdb.packets import (
@@ -41,11 +41,11 @@ _IN_FLIGHT = 32
 """Commands that are sent ahead of their replies."""
 _MOST_TEXT = 1 << 20
 _MOST_STOPS = 256
+_MOST_UNSENT = 64 << 20
+"""Bytes that are kept for a stub that does not read; beyond it the connection is lost."""
 _TRIES = 4
 _MOST_PIECES = 100
 _PROBE = encode(commands.PROBE)
-_AT_ONCE = 16
-"""Traps that follow each other without a turn of the loop."""
 
 OnReply = Callable[[bytes], None]
 
@@ -101,16 +101,16 @@ class GdbClient:
         self.interfered: int = 0
         """How often a probe was dropped: the VM ran, and the probe has paused it."""
         self._socket = connection
+        self._duplex = Duplex(connection, _MOST_UNSENT)
+        self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
+        """Take what comes right now: a stop often follows at once when the VM goes on."""
         self._packets = PacketReader()
         self._due: deque[OnReply] = deque()
         self._replies = 0
         self._runs = False
         self._stops: dict[bytes, Stop | Exit] = {}
         self._acknowledges = True
-        self._at_once = 0
         self._asked_why = False
-        self._unsent = bytearray()
-        self._sending = anyio.Lock()
 
     def close(self) -> None:
         """Hang up. Nobody may read or wait any more."""
@@ -126,8 +126,8 @@ class GdbClient:
         if self.why_lost is not None:
             return
         self.why_lost = why
-        self._unsent.clear()
-        anyio.notify_closing(self._socket)
+        self._duplex.unsent.clear()
+        self._duplex.end()
         self.lost.set()
         # An empty reply would be "unknown": those who wait look at `why_lost` first.
         while self._due:
@@ -143,54 +143,39 @@ class GdbClient:
             tasks.cancel_scope.cancel()
 
     async def _receive_all(self) -> None:
-        with self._losing():
-            await while_readable(self._socket, self._receive)
+        with suppress(OSError, anyio.ClosedResourceError):
+            await self._duplex.receive_each(self._receive)
+        self.lose("it hung up")
 
-    @contextmanager
-    def _losing(self) -> Iterator[None]:
+    def _receive(self) -> bool:
+        # Raises nothing: why the stub is lost has to be known before somebody sends again.
         try:
-            yield
+            self._receive_pieces()
+        except anyio.EndOfStream:
+            within = self._packets.is_within_a_packet
+            self.lose("it hung up in the middle of a packet" if within else "it hung up")
         except (OSError, anyio.ClosedResourceError):
             self.lose("it hung up")
         except ClientLostError as error:
             self.lose(str(error))
         except PacketError as error:
             self.lose(f"it sent what it must not: {error}")
+        return self.why_lost is None
 
-    def receive_at_once(self) -> None:
-        """Take what comes right now: a stop often follows at once when the VM goes on.
-
-        It saves a turn of the loop; a few times, so that others have their turn, too.
-        """
-        if self._at_once and self.why_lost is None:
-            self._at_once -= 1
-            with self._losing():
-                self._receive_pieces()
-
-    def _receive(self) -> bool:
-        self._at_once = _AT_ONCE
-        return self._receive_pieces()
-
-    def _receive_pieces(self) -> bool:
+    def _receive_pieces(self) -> None:
         # QEMU writes a reply in two pieces, and the next one often follows at once: to look
         # again is cheaper than to wait. It looks only so often, for others to have their turn.
         tries = _TRIES
         for _ in range(_MOST_PIECES):
-            try:
-                data = self._socket.recv(1 << 16)
-            except BlockingIOError:
+            data = self._duplex.receive_now(1 << 16)
+            if data is None:
                 if not tries or not (self._due or self._runs):
                     break
                 tries -= 1
                 sched_yield()
                 continue
-            if not data:
-                within = self._packets.is_within_a_packet
-                self.lose("it hung up in the middle of a packet" if within else "it hung up")
-                return False
             self._packets.feed(data)
             self._take_packets()
-        return True
 
     def _take_packets(self) -> None:
         while (packet := self._packets.next()) is not None:
@@ -249,31 +234,26 @@ class GdbClient:
     def send(self, data: bytes) -> None:
         """Send bytes at once, or as soon as there is room. Raises `ClientLostError`."""
         self._check_lost()
-        others = bool(self._unsent)
-        self._unsent += data
-        if not others:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._check_lost()
         try:
-            del self._unsent[: self._socket.send(self._unsent)]
-        except BlockingIOError:
-            pass
+            self._duplex.send(data)
         except OSError as error:
-            # What it said before is still to be read.
-            self._unsent.clear()
-            raise ClientLostError(error.strerror or "it hung up") from error
+            raise self._broken(error) from error
 
     async def flush(self) -> None:
         """Wait until all has been sent. Raises `ClientLostError`."""
-        if not self._unsent:
+        if not self._duplex.unsent:
             return
-        async with self._sending:
-            while self._unsent:
-                with suppress(OSError, anyio.ClosedResourceError):
-                    await anyio.wait_writable(self._socket)
-                self._flush()
+        try:
+            await self._duplex.flush()
+        except anyio.ClosedResourceError:
+            self._check_lost()
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def _broken(self, error: OSError) -> ClientLostError:
+        # What it said before is still to be read.
+        self._duplex.unsent.clear()
+        return ClientLostError(error.strerror or "it hung up")
 
     def post(
         self,

@@ -25,9 +25,16 @@ from vmibridge.backends.qemu.gdb.registers import (
     parse_frame,
 )
 from vmibridge.backends.qemu.gdb.skipping import unpatched
+from vmibridge.vm.arch.x86.code import (
+    CODE_64,
+    CodeSegment,
+    segment_of_cache,
+    segment_of_descriptor,
+    segment_of_mode,
+)
 from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap
 from vmibridge.vm.arch.x86.registers import EFER_LMA
-from vmibridge.vm.arch.x86.segment import DESCRIPTOR_SIZE, base_of, is_segmented_16, width_of
+from vmibridge.vm.arch.x86.segment import DESCRIPTOR_SIZE
 from vmibridge.vm.trap import Registers, TrapReason
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -37,13 +44,6 @@ _RFLAGS_RF = 1 << 16
 _LOOK_BACK = 8
 """Bytes before a trap that may belong to a MOV SS."""
 _INT3 = b"\xcc"
-
-
-class Segment(NamedTuple):
-    """A code segment."""
-
-    base: int
-    width: int
 
 
 class Code(NamedTuple):
@@ -106,7 +106,7 @@ class Inspector:
         self._monitor = monitor
         self._layout = layout
         self._windows: dict[int, Window] = {}
-        self._segments: dict[tuple[int, ...], tuple[bytes, Segment]] = {}
+        self._segments: dict[tuple[int, ...], tuple[bytes, CodeSegment]] = {}
         self._tables: dict[int, Tables] = {}
         self._warned: set[int] = set()
 
@@ -133,7 +133,7 @@ class Inspector:
     async def look(self, where: Where, vcpu: int) -> tuple[Where, Code | None]:
         """The trap at a breakpoint; `None`: there is none of ours. Raises `ClientLostError`."""
         segment = await self._segment(where, vcpu)
-        address = _linear(segment, where.registers.rip)
+        address = segment.linear(where.registers.rip)
         if address not in self.points:
             self._warn(address, "stopped where there is no site of ours")
             return where, None
@@ -160,8 +160,8 @@ class Inspector:
         before = msgspec.structs.replace(registers, rsp=frame.sp, rip=frame.ip, rflags=frame.flags)
         return where._replace(registers=before, cs=frame.cs & 0xFFFF, frame=frame)
 
-    async def _code_at(self, where: Where, segment: Segment) -> Code | None:
-        address = _linear(segment, where.registers.rip)
+    async def _code_at(self, where: Where, segment: CodeSegment) -> Code | None:
+        address = segment.linear(where.registers.rip)
         # Where nothing is mapped before it, nothing was executed there.
         before = await self._memory.read_virtual(address - _LOOK_BACK, _LOOK_BACK) or b""
         read = code = await self._memory.read_code(address, MAX_INSTRUCTION)
@@ -193,27 +193,25 @@ class Inspector:
 
     # --- segments ------------------------------------------------------------------
 
-    async def _segment(self, where: Where, vcpu: int) -> Segment:
+    async def _segment(self, where: Where, vcpu: int) -> CodeSegment:
         """The code segment that a vCPU runs in."""
         registers, cs = where.registers, where.cs
         if self._layout.shows_64_bits(registers):
-            return Segment(0, 64)
-        real = is_segmented_16(registers.cr0, registers.rflags)
-        if real and _linear(Segment(cs << 4, 16), registers.rip) in self.points:
-            return Segment(cs << 4, 16)
+            return CODE_64
+        real = segment_of_mode(cs, registers.cr0, registers.rflags)
+        if real is not None and real.linear(registers.rip) in self.points:
+            return real
         key = (vcpu, cs, registers.cr0, registers.cr3, registers.cr4, registers.efer)
         tables = self._tables.get(vcpu)
-        if tables is not None and key in self._segments and not (real or cs & 4):
+        if tables is not None and key in self._segments and real is None and not cs & 4:
             descriptor = await self._memory.read_virtual(_place(tables, cs), DESCRIPTOR_SIZE)
             before, segment = self._segments[key]
-            if descriptor == before and _linear(segment, registers.rip) in self.points:
+            if descriptor == before and segment.linear(registers.rip) in self.points:
                 return segment
         tables = await self._look_up(vcpu)
         if tables is None or tables.flags is None:
-            width = 16 if real else 64 if registers.efer & EFER_LMA else 32
-            return Segment(cs << 4 if real else 0, width)
-        width = width_of(tables.flags << 32, registers.efer)
-        segment = Segment(0 if width == 64 else tables.base, width)
+            return real or CodeSegment(0, 64 if registers.efer & EFER_LMA else 32)
+        segment = segment_of_cache(tables.base, tables.flags, registers.efer)
         descriptor = await self._memory.read_virtual(_place(tables, cs), DESCRIPTOR_SIZE)
         if descriptor is not None and _segment_of(descriptor, registers.efer) == segment:
             if len(self._segments) >= _MOST_KNOWN:
@@ -221,7 +219,7 @@ class Inspector:
             self._segments[key] = descriptor, segment
         return segment
 
-    async def _described(self, where: Where, vcpu: int) -> Segment:
+    async def _described(self, where: Where, vcpu: int) -> CodeSegment:
         """The segment of a selector that was pushed, from its descriptor."""
         tables = self._tables.get(vcpu)
         if tables is None or where.cs & 4:
@@ -230,7 +228,7 @@ class Inspector:
             descriptor = await self._memory.read_virtual(_place(tables, where.cs), DESCRIPTOR_SIZE)
             if descriptor is not None:
                 return _segment_of(descriptor, where.registers.efer)
-        return Segment(0, 64)
+        return CODE_64
 
     async def _look_up(self, vcpu: int) -> Tables | None:
         tables = parse_tables(await self._monitor(ALL_REGISTERS), vcpu)
@@ -241,18 +239,12 @@ class Inspector:
         return tables
 
 
-def _linear(segment: Segment, ip: int) -> int:
-    return ip if segment.width == 64 else (segment.base + ip) & 0xFFFF_FFFF
-
-
 def _place(tables: Tables, cs: int) -> int:
     return ((tables.ldt if cs & 4 else tables.gdt) + (cs & ~7)) % (1 << 64)
 
 
-def _segment_of(descriptor: bytes, efer: int) -> Segment:
-    value = int.from_bytes(descriptor, "little")
-    width = width_of(value, efer)
-    return Segment(0 if width == 64 else base_of(value), width)
+def _segment_of(descriptor: bytes, efer: int) -> CodeSegment:
+    return segment_of_descriptor(int.from_bytes(descriptor, "little"), efer)
 
 
 def _may_shadow(before: bytes) -> bool:

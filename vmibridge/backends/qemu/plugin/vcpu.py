@@ -3,21 +3,21 @@
 import socket
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 
 import anyio
 
-from vmibridge.aio.loops import while_readable
+from vmibridge.aio.duplex import Duplex
 from vmibridge.backends.qemu.plugin.protocol import MOST_BODY, FrameReader
 from vmibridge.backends.qemu.ram import SharedRam
 from vmibridge.bridge.outcome import GONE
 from vmibridge.errors import BackendError, GuestMemoryError
+from vmibridge.vm.memory import MAX_ACCESS
 from vmibridge.vm.trap import TrapEvent
 
 _PIECE, _LARGE_PIECE = 4096, 1 << 18
 """Bytes that are received at a time, at most; the larger one where memory was asked for."""
-_AT_ONCE = 16
-"""Traps that follow each other without a turn of the loop."""
+_MOST_UNSENT = 16 * MAX_ACCESS
+"""Bytes that are kept for a plugin that does not read, beyond which it loses its connection."""
 
 
 class Vcpu:
@@ -33,13 +33,11 @@ class Vcpu:
         self.pending: TrapEvent | None = None
         self.gone: bool = False
         self.is_let_go: bool = False
-        self._socket = connected
+        self._duplex = Duplex(connected, _MOST_UNSENT)
+        self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
+        """Take what has come already: the next trap often comes while its answer is being sent."""
         self._reads: deque[_Reply] = deque()
         self._take: Callable[[int, bytes], None] = lambda _kind, _body: None
-        self._at_once = 0
-        self._error: Exception | None = None
-        self._unsent = bytearray()
-        self._sending = anyio.Lock()
 
     async def receive(self, take: Callable[[int, bytes], None]) -> None:
         """Give `take` the type and body of each frame, until it raises or this is cancelled.
@@ -48,42 +46,18 @@ class Vcpu:
         """
         self._take = take
         self._take_frames()
-        await while_readable(self._socket, self._receive)
+        await self._duplex.receive_each(self._receive)
 
     def _receive(self) -> bool:
-        self._at_once = _AT_ONCE
-        if self._error is not None:
-            raise self._error
-        while self._receive_some():
-            pass
-        return True
-
-    def receive_at_once(self) -> None:
-        """Take what has come already: the next trap often comes while its answer is being sent.
-
-        It saves a turn of the loop; a few times, so that others have their turn, too.
-        """
-        if self._at_once and not self.gone:
-            self._at_once -= 1
-            try:
-                self._receive_some()
-            except Exception as error:
-                # For the task that receives.
-                self._error = error
-                self.hang_up()
-
-    def _receive_some(self) -> bool:
-        """Whether there may be more."""
-        size = _PIECE if self.frames.most == MOST_BODY else _LARGE_PIECE
-        try:
-            data = self._socket.recv(size)
-        except BlockingIOError:
-            return False
-        if not data:
-            raise anyio.EndOfStream
-        self.frames.feed(data)
-        self._take_frames()
-        return len(data) == size
+        while True:
+            size = _PIECE if self.frames.most == MOST_BODY else _LARGE_PIECE
+            data = self._duplex.receive_now(size)
+            if data is None:
+                return True
+            self.frames.feed(data)
+            self._take_frames()
+            if len(data) < size:
+                return True
 
     def _take_frames(self) -> None:
         while (frame := self.frames.next()) is not None:
@@ -96,33 +70,17 @@ class Vcpu:
         """
         try:
             # There is room for an answer, unless something large is on its way.
-            sent = 0 if self._unsent else self._send_some(data)
-            if sent < len(data):
-                self._unsent += data[sent:]
-                async with self._sending:
-                    await self._send_unsent()
+            if not self._duplex.send(data):
+                await self._duplex.flush()
         except OSError as error:
             raise BackendError(f"{GONE}: {error.strerror}") from error
         except anyio.ClosedResourceError as error:
             raise BackendError(GONE) from error
 
-    async def _send_unsent(self) -> None:
-        while self._unsent:
-            if self.gone:
-                raise anyio.ClosedResourceError
-            await anyio.wait_writable(self._socket)
-            del self._unsent[: self._send_some(self._unsent)]
-
-    def _send_some(self, data: bytes | bytearray) -> int:
-        try:
-            return self._socket.send(data)
-        except BlockingIOError:
-            return 0
-
     @property
     def waits(self) -> bool:
         """Whether the vCPU stands still, as far as is known."""
-        return self.pending is not None or bool(self._unsent)
+        return self.pending is not None or bool(self._duplex.unsent)
 
     async def access(self, address: int, frame: bytes, size: int) -> bytes:
         """Send a memory access; returns the body of its reply, with at most `size` bytes of memory.
@@ -160,13 +118,12 @@ class Vcpu:
 
     def hang_up(self) -> None:
         """End the connection; the task that receives notices."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._duplex.hang_up()
 
     def lose(self) -> None:
         """The connection is gone."""
         self.gone = True
-        anyio.notify_closing(self._socket)
+        self._duplex.end()
         for reply in self._reads:
             reply.arrived.set()
         self._reads.clear()
