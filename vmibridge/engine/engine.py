@@ -123,7 +123,9 @@ class Engine:
 
     async def _serve(self, outside: anyio.CancelScope) -> None:
         if self._taps is not None:
-            self._taps.begin(self._bridge, self._settings, self._stop_for)
+            self._taps.begin(
+                self._bridge, self._settings, self._stop_for, self._backend.architecture
+            )
         try:
             with self._shield:
                 async with anyio.create_task_group() as watch:

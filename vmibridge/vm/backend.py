@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import anyio
 import msgspec
@@ -18,6 +18,8 @@ from anyio.abc import TaskGroup
 
 from vmibridge.aio.cancellation import exit_unwrapped
 from vmibridge.errors import ServerStateError, TrapQueueClosedError
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 __all__ = ["Backend", "GuestEnd", "TrapSink", "VcpuEnd", "feed", "feed_held"]
@@ -100,6 +102,8 @@ class Backend(ABC):
     other_hypercalls: bool = False
     """Whether the guest has hypercalls that are not ours: then only a VMCALL with the
     signature of Xen's guest request is a bridge call."""
+    architecture: Architecture[Any] = X86
+    """Of the guest: its registers, and what they mean."""
 
     def __init__(self, vm: str) -> None:
         self.vm = vm

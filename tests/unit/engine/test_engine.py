@@ -23,9 +23,9 @@ from vmibridge import (
     TrapReason,
     method,
 )
-from vmibridge.bridge.registers import XEN_GUEST_REQUEST, XEN_HVM_OP
 from vmibridge.errors import BackendError, HandlerLifeError, ServerStateError
 from vmibridge.testing import FakeBackend, FakeGuest
+from vmibridge.vm.arch.x86.forms import XEN_GUEST_REQUEST, XEN_HVM_OP
 from vmibridge.vm.backend import GuestEnd
 
 pytestmark = pytest.mark.anyio
