@@ -24,18 +24,25 @@ Rules that it lives by:
 import math
 import time
 from bisect import bisect_right
+from functools import reduce
 from heapq import heappop, heappush, heapreplace
+from operator import or_
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from vmibridge.bridge.response import BridgeResponse
+from vmibridge.vm.arch import ARCHITECTURES
 from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["AddressRange", "Policy", "Quota", "Rate"]
 
 _Address = Annotated[int, msgspec.Meta(ge=0)]
+# A policy is made before the VM is known, so what some architecture has is allowed.
+_RINGS = max(each.rings for each in ARCHITECTURES)
+_ROOTS = reduce(or_, (each.roots for each in ARCHITECTURES))
+_LOW_BITS = (_ROOTS & -_ROOTS).bit_length() - 1
 
 
 class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,12 +117,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not self.rings:
             raise ValueError("rings has at least one ring: without, nobody may ask")
         for ring in self.rings:
-            if ring not in range(4):
-                raise ValueError(f"rings are 0 to 3, got {ring!r}")
+            if ring not in range(_RINGS):
+                raise ValueError(f"rings are 0 to {_RINGS - 1}, got {ring!r}")
         for root in self.address_spaces or ():
-            if not 0 <= root < 1 << 52 or root % 32:
+            if root & ~_ROOTS:
                 raise ValueError(
-                    f"{root:#x} is no address space: a page-table root has 52 bits, the low 5 clear"
+                    f"{root:#x} is no address space: a page-table root has {_ROOTS.bit_length()}"
+                    f" bits, the low {_LOW_BITS} clear"
                 )
         if self.max_address_spaces < 1:
             raise ValueError(f"max_address_spaces is 1 or more, got {self.max_address_spaces!r}")

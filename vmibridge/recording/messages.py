@@ -27,13 +27,16 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.redaction import RedactionRule
-from vmibridge.vm.trap import RegisterWrites, TrapEvent
+from vmibridge.vm.arch import architecture_named
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent
 
 _MOST_TEXT = 4096
 """Characters of an output."""
 
 FORMAT = 1
-"""The version of these structs; another one means other fields."""
+"""The version of these structs; another one means other fields. What a trap has as registers is
+said by `Session.architecture`, which has a version of its own."""
 
 
 class RecordedMethod(msgspec.Struct, frozen=True):
@@ -59,6 +62,14 @@ class RecordedHandler(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of that file."""
 
 
+class RecordedArchitecture(msgspec.Struct, frozen=True):
+    """The architecture of a VM, as `vmibridge.vm.arch` knows it."""
+
+    name: str
+    version: int
+    """Of its registers."""
+
+
 class Session(msgspec.Struct, frozen=True, omit_defaults=True):
     """One VM, and what served it."""
 
@@ -73,6 +84,8 @@ class Session(msgspec.Struct, frozen=True, omit_defaults=True):
     settings: ServerSettings = ServerSettings()
     redaction: tuple[RedactionRule, ...] = ()
     """What was left out."""
+    architecture: RecordedArchitecture | None = None
+    """That of the registers of its traps. `None`: x86 version 1, as in all recordings of 0.2.0."""
 
 
 class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -162,6 +175,27 @@ def output_text(output: object) -> str | None:
         # An output is of any kind: one that cannot be told is no reason to end anything.
         text = type(output).__name__
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
+
+
+def architecture_of(session: Session) -> Architecture[Any]:
+    """The architecture of a recorded VM. Raises `UnknownArchitectureError`."""
+    told = session.architecture or RecordedArchitecture("x86", 1)
+    return architecture_named(told.name, told.version)
+
+
+def trap_type(architecture: Architecture[Any]) -> type[TrapEvent]:
+    """The `TrapEvent` whose registers are those of an architecture, to be decoded."""
+    if architecture.registers is Registers:
+        return TrapEvent
+    kind: type[Any] = msgspec.defstruct(
+        "TrapEvent",
+        [("registers", architecture.registers)],
+        bases=(TrapEvent,),
+        frozen=True,
+        gc=False,
+        omit_defaults=True,
+    )
+    return kind
 
 
 def json_schema(channel: ChannelKind) -> bytes:

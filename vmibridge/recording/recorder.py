@@ -54,6 +54,7 @@ from vmibridge.recording.messages import (
     ChannelKind,
     MemoryAccess,
     Note,
+    RecordedArchitecture,
     RecordedHandler,
     RecordedMethod,
     Reply,
@@ -61,6 +62,8 @@ from vmibridge.recording.messages import (
     output_text,
 )
 from vmibridge.recording.redaction import Redaction, RedactionRule
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -114,6 +117,7 @@ class Recorder(Tap):
         self._overwrite = overwrite
         self._writer: RecordingWriter
         self._stops: dict[str, Callable[[Exception], None]] = {}
+        self._architectures: dict[str, Architecture[Any]] = {}
         self._chunk = ChunkBuilder()
         self._waiting: deque[ChunkBuilder] = deque()
         self._unwritten = 0
@@ -173,6 +177,9 @@ class Recorder(Tap):
                 self._room = anyio.Event()
             await self._room.wait()
 
+    def machine(self, vm: str, architecture: Architecture[Any]) -> None:
+        self._architectures[vm] = architecture
+
     def begin(
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
     ) -> None:
@@ -186,7 +193,8 @@ class Recorder(Tap):
         self._stops[vm] = stop
         if self.error is not None and self._on_error == "stop":
             stop(self.error)
-        self._add(SESSION, _session(vm, bridge, settings, self._redaction))
+        architecture = self._architectures.pop(vm, X86)
+        self._add(SESSION, _session(vm, bridge, settings, self._redaction, architecture))
         self._cut()
 
     def trap(self, event: TrapEvent) -> None:
@@ -344,7 +352,13 @@ class Recorder(Tap):
             self._room = None
 
 
-def _session(vm: str, bridge: Bridge, settings: ServerSettings, redaction: Redaction) -> Session:
+def _session(
+    vm: str,
+    bridge: Bridge,
+    settings: ServerSettings,
+    redaction: Redaction,
+    architecture: Architecture[Any],
+) -> Session:
     """What is known of a VM before it runs."""
     return Session(
         vm,
@@ -357,6 +371,7 @@ def _session(vm: str, bridge: Bridge, settings: ServerSettings, redaction: Redac
         handlers=tuple(map(recorded_handler, bridge.handlers)),
         settings=settings,
         redaction=redaction.rules,
+        architecture=RecordedArchitecture(architecture.name, architecture.version),
     )
 
 

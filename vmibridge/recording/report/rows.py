@@ -15,7 +15,7 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.messages import MemoryAccess
 from vmibridge.recording.report.statistics import LONGEST, key_of, label_of, nanoseconds
 from vmibridge.recording.traps import RecordedTrap
-from vmibridge.vm.trap import Registers
+from vmibridge.vm.arch import ARCHITECTURES
 
 MOST_ACCESSES = 32
 """Of one trap."""
@@ -32,7 +32,8 @@ _SHORT = 80
 _MASK = (1 << 64) - 1
 
 OUTCOMES = (*(kind.value for kind in OutcomeKind), "none")
-REGISTERS = Registers.__struct_fields__
+REGISTERS = tuple(dict.fromkeys(name for each in ARCHITECTURES for name in each.names))
+"""Of all architectures; a trap has 0 for those of others."""
 _VALUES = ("value1", "value2", "value3", "value4")
 _ANSWERS = ("answer1", "answer2", "answer3", "answer4")
 _NUMBER_OF_OUTCOME = {word: number for number, word in enumerate(OUTCOMES)}
@@ -121,7 +122,7 @@ class Rows:
             **dict(zip(_ANSWERS, (value or 0 for value in answers), strict=True)),
         }
         for name, column in self._columns.items():
-            value = values[name] if name in values else getattr(event.registers, name[4:])
+            value = values[name] if name in values else getattr(event.registers, name[4:], 0)
             column.append(value if column.typecode == "q" else value & _MASK)
         if reply is not None and reply.retry_of is not None:
             self._retries.append((len(self), reply.retry_of))
