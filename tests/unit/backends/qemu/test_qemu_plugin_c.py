@@ -24,7 +24,7 @@ AT = 0x40_1000
 CPUID, VMCALL, VMMCALL = 1, 2, 3
 MAGIC, TF = 0x4249_4D56, 0x100
 HELLO, TRAP, MEMORY, WELCOME, REFUSED, ANSWER, NATIVE, READ, WRITE = (1, 2, 3, *range(16, 22))
-WELCOMED = struct.pack("<5I", 2, 0b1110, 0, 1, MAGIC)
+WELCOMED = struct.pack("<5I", 3, 0b1110, 0, 1, MAGIC)
 MOST = 16 << 20
 
 
@@ -275,9 +275,9 @@ def test_random_bytes_do_no_harm(stage):
 WRONG_WELCOMES = {
     "another version": struct.pack("<5I", 1, 14, 0, 1, MAGIC),
     "too short": bytes(15),
-    "too many magics": struct.pack("<4I", 2, 14, 0, 65) + bytes(260),
-    "a count that wraps": struct.pack("<4I", 2, 14, 0, 0x4000_0001) + bytes(4),
-    "fewer magics than it says": struct.pack("<4I", 2, 14, 0, 3) + bytes(4),
+    "too many magics": struct.pack("<4I", 3, 14, 0, 65) + bytes(260),
+    "a count that wraps": struct.pack("<4I", 3, 14, 0, 0x4000_0001) + bytes(4),
+    "fewer magics than it says": struct.pack("<4I", 3, 14, 0, 3) + bytes(4),
 }
 
 
@@ -307,7 +307,7 @@ def never(host):
 def in_single_bytes(host):
     try:
         for byte in (
-            struct.pack("<II", WELCOME, 272) + struct.pack("<4I", 2, 14, 0, 64) + bytes(256)
+            struct.pack("<II", WELCOME, 272) + struct.pack("<4I", 3, 14, 0, 64) + bytes(256)
         ):
             host.send_bytes(bytes([byte]))
             host.socket.settimeout(0.1)
