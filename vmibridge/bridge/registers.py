@@ -85,17 +85,19 @@ def read_packet(event: TrapEvent) -> BridgePacket:
 def write_response(event: TrapEvent, response: BridgeResponse[object] | None) -> RegisterWrites:
     """The register writes that answer a trap; `None` only moves past the instruction."""
     if event.width == 64:
-        rip = event.ip + event.length & _MASK64
+        ip = event.ip + event.length & _MASK64
         if response is None:
-            return RegisterWrites(rip)
+            return RegisterWrites(ip)
         return RegisterWrites(
-            rip, response.value1, response.value2, response.value3, response.value4
+            ip, response.value1, response.value2, response.value3, response.value4
         )
-    rip = event.ip + event.length & (_MASK32 if event.width == 32 else 0xFFFF)
+    ip = event.ip + event.length & (1 << event.width) - 1
     if response is None:
-        return RegisterWrites(rip)
+        return RegisterWrites(ip)
+    form = _FORMS.get((event.reason, event.width))
+    mask = _MASK32 if form is None else form.mask
     return RegisterWrites(
-        rip, *[None if value is None else value & _MASK32 for value in response.values]
+        ip, *[None if value is None else value & mask for value in response.values]
     )
 
 
