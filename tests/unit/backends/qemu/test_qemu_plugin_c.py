@@ -145,6 +145,23 @@ def stage(fake, tmp_path):
     stage.close()
 
 
+def test_the_plugin_names_its_architecture(stage):
+    vcpu = stage.vcpu()
+    vcpu.trap()
+    connection = Connection(stage.listener.accept()[0])
+    stage.connections.append(connection)
+    kind, body = connection.receive()
+    told = struct.unpack_from("<I20x16s12sI", body)
+    assert kind == HELLO
+    assert told == (3, b"x86_64".ljust(16, b"\0"), b"x86".ljust(12, b"\0"), 1)
+    assert body[56:].startswith(b"rax,rbx,")
+    connection.send(WELCOME, WELCOMED)
+    connection.receive()
+    connection.send(NATIVE)
+    vcpu.goes_on()
+    assert vcpu.end() == ""
+
+
 def behind(kind):
     return AT + (2 if kind == CPUID else 3)
 
