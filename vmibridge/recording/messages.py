@@ -18,6 +18,7 @@ walks them again.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -35,8 +36,11 @@ _MOST_TEXT = 4096
 """Characters of an output."""
 
 FORMAT = 1
-"""The version of these structs; another one means other fields. What a trap has as registers is
-said by `Session.architecture`, which has a version of its own."""
+"""The version of these structs; another one means other fields."""
+FORMAT_OF_OTHERS = 2
+"""The same fields, and registers that are those of `Session.architecture`. A VM of x86 version 1
+has format 1, and 0.2.0 reads it; in any other 0.2.0 would find registers that are all 0."""
+FORMATS = (FORMAT, FORMAT_OF_OTHERS)
 
 
 class RecordedMethod(msgspec.Struct, frozen=True):
@@ -177,12 +181,21 @@ def output_text(output: object) -> str | None:
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
 
+_OF_0_2_0 = RecordedArchitecture("x86", 1)
+
+
+def format_of(architecture: RecordedArchitecture) -> int:
+    """The format of a recorded VM."""
+    return FORMAT if architecture == _OF_0_2_0 else FORMAT_OF_OTHERS
+
+
 def architecture_of(session: Session) -> Architecture[Any]:
     """The architecture of a recorded VM. Raises `UnknownArchitectureError`."""
-    told = session.architecture or RecordedArchitecture("x86", 1)
+    told = session.architecture or _OF_0_2_0
     return architecture_named(told.name, told.version)
 
 
+@cache
 def trap_type(architecture: Architecture[Any]) -> type[TrapEvent]:
     """The `TrapEvent` whose registers are those of an architecture, to be decoded."""
     if architecture.registers is Registers:

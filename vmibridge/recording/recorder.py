@@ -59,6 +59,7 @@ from vmibridge.recording.messages import (
     RecordedMethod,
     Reply,
     Session,
+    format_of,
     output_text,
 )
 from vmibridge.recording.redaction import Redaction, RedactionRule
@@ -360,8 +361,10 @@ def _session(
     architecture: Architecture[Any],
 ) -> Session:
     """What is known of a VM before it runs."""
+    told = RecordedArchitecture(architecture.name, architecture.version)
     return Session(
         vm,
+        format=format_of(told),
         started=datetime.now(UTC).isoformat(),
         versions={
             "python": platform.python_version(),
@@ -371,7 +374,7 @@ def _session(
         handlers=tuple(map(recorded_handler, bridge.handlers)),
         settings=settings,
         redaction=redaction.rules,
-        architecture=RecordedArchitecture(architecture.name, architecture.version),
+        architecture=told,
     )
 
 

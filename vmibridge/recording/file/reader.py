@@ -17,6 +17,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -31,7 +32,7 @@ from vmibridge.recording.file.writer import PROFILE
 from vmibridge.recording.messages import (
     CHANNEL_OF_TOPIC,
     CHANNELS,
-    FORMAT,
+    FORMATS,
     SESSION,
     TRAP,
     ChannelKind,
@@ -66,7 +67,14 @@ class _VmOfTrap(msgspec.Struct):
 
 
 _vm_of_trap = msgspec.msgpack.Decoder(_VmOfTrap).decode
-_decode_x86_trap = msgspec.msgpack.Decoder(TrapEvent).decode
+
+
+@cache
+def _decoder_of(kind: type[TrapEvent]) -> Callable[[memoryview], Any]:
+    # One for each architecture: a file may have any number of sessions.
+    return msgspec.msgpack.Decoder(kind).decode
+
+
 # "zstd" with its length in front, and the length and the first bytes of the data behind.
 _MARK = b"\x04\0\0\0zstd"
 _MARK_AT = _FRAME.size + _CHUNK.size
@@ -259,10 +267,10 @@ class RecordingReader:
 
     def _begin(self, session: Session) -> None:
         """What follows of this VM is of its session."""
-        if session.format != FORMAT:
+        if session.format not in FORMATS:
             raise RecordingReadError(
                 f"{self.path}: has format {session.format}, and this version of vmibridge reads"
-                f" format {FORMAT}"
+                f" formats {FORMATS[0]} to {FORMATS[-1]}"
             )
         try:
             kind = trap_type(architecture_of(session))
@@ -270,12 +278,12 @@ class RecordingReader:
             raise RecordingReadError(f"{self.path}: {error}") from error
         if kind is TrapEvent and not self._traps_of:
             return
-        self._traps_of[session.vm] = msgspec.msgpack.Decoder(kind).decode
+        self._traps_of[session.vm] = _decoder_of(kind)
         self._decoders[TRAP.id] = self._decode_trap
 
     def _decode_trap(self, data: memoryview) -> TrapEvent:
         """A trap of a file that has a VM of another architecture than x86."""
-        decode = self._traps_of.get(_vm_of_trap(data).vm, _decode_x86_trap)
+        decode = self._traps_of.get(_vm_of_trap(data).vm, _decoder_of(TrapEvent))
         event: TrapEvent = decode(data)
         return event
 
