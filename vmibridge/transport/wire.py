@@ -191,16 +191,14 @@ class Refused(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=17):
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=18):
-    """Write registers and go on."""
+    """Write registers and go on. The names are those of `RegisterWrites`, on every architecture."""
 
     seq: _U64
-    ip: _U64
-    """Where the guest goes on."""
-    value1: _U64 | None = None
-    """For the registers of `RegisterWrites`; `None` leaves one as it was. So are the others."""
-    value2: _U64 | None = None
-    value3: _U64 | None = None
-    value4: _U64 | None = None
+    rip: _U64
+    rax: _U64 | None = None
+    rbx: _U64 | None = None
+    rcx: _U64 | None = None
+    rdx: _U64 | None = None
 
 
 class Native(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=19):
@@ -407,7 +405,7 @@ def answer_frame(seq: int, writes: RegisterWrites | None) -> Answer | Native:
 
 def register_writes(frame: Answer) -> RegisterWrites:
     """What is to be written."""
-    return RegisterWrites(frame.ip, frame.value1, frame.value2, frame.value3, frame.value4)
+    return RegisterWrites(frame.rip, frame.rax, frame.rbx, frame.rcx, frame.rdx)
 
 
 def trap_filter(frame: Welcome) -> TrapFilter:

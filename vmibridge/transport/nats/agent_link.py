@@ -305,7 +305,7 @@ class NatsAgentLink:
         """A guest that is told to wait asks again, and the handler is with that server."""
         if sent.key is None:
             return
-        if isinstance(frame, Answer) and frame.value1 == Gate.WAIT:
+        if isinstance(frame, Answer) and frame.rax == Gate.WAIT:
             self._waiting.add(sent.key, peer)
         else:
             self._waiting.drop(sent.key)
