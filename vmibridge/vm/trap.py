@@ -62,7 +62,9 @@ class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 class RegisterWrites(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What goes back into the vCPU; `None` leaves a register as it was.
 
-    `rip` moves past the trapping instruction, so that it does not run natively.
+    `rip` moves past the trapping instruction, so that it does not run natively. The names are those
+    of x86, which handlers and recordings rely on: another architecture has its instruction pointer
+    in `rip`, and value1 to value4 in the others.
     """
 
     rip: int

@@ -1,5 +1,7 @@
 """The architecture of a VM in its recording: named by the session, and how its traps are read."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 from recorded_session import session, trap, write_file
@@ -84,6 +86,13 @@ class TestASession:
         """Also that of x86: what is left out is a recording of 0.2.0."""
         written = msgspec.to_builtins(Session("pc", architecture=RecordedArchitecture("x86", 1)))
         assert written["architecture"] == {"name": "x86", "version": 1}
+
+    def test_of_the_golden_recording_of_0_2_0_is_of_x86(self):
+        found = messages(Path(__file__).parent / "golden" / "0.2.0.mcap", SESSION, TRAP)
+        sessions = [each for each in found if isinstance(each, Session)]
+        assert [(each.format, each.architecture) for each in sessions] == [(1, None)] * 2
+        assert {architecture_of(each) for each in sessions} == {X86}
+        assert {each.architecture for each in found if isinstance(each, TrapEvent)} == {X86}
 
     def test_of_0_2_0_is_of_x86(self):
         assert "architecture" not in msgspec.to_builtins(session())
