@@ -27,6 +27,7 @@ __all__ = [
     "RefusedError",
     "ServerStateError",
     "TrapQueueClosedError",
+    "UnknownArchitectureError",
     "UnsupportedTrapError",
     "VmiBridgeError",
     "WireError",
@@ -52,6 +53,13 @@ class GuestMemoryError(VmiBridgeError):
 
 class UnsupportedTrapError(VmiBridgeError):
     """A trap that has no register form, such as one of a 16-bit guest."""
+
+
+class UnknownArchitectureError(VmiBridgeError):
+    """An architecture, or a version of one, that this vmibridge does not know.
+
+    A peer that names one is refused, and a file is not read, with this message.
+    """
 
 
 class BackendError(VmiBridgeError):

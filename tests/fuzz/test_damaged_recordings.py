@@ -371,7 +371,7 @@ def test_many_fake_chunks_are_not_all_tried(tmp_path, monkeypatch, size):
     assert unpacked < 4 * len(data)
 
 
-LATER = encode({"vm": "vm", "format": 2})
+LATER = encode({"vm": "vm", "format": 3})
 
 
 def test_channels_may_have_other_numbers(tmp_path):
@@ -388,7 +388,7 @@ def test_channels_may_have_other_numbers(tmp_path):
         (MAGIC[:7], "is no MCAP file"),
         (mcap(SOUND, profile=b"ros2"), "is an MCAP file of profile 'ros2', no recording"),
         (mcap(SOUND, profile=b""), "is an MCAP file of profile '', no recording"),
-        (mcap(chunk(message(SESSION.id, LATER))), "has format 2, and this .* reads format 1"),
+        (mcap(chunk(message(SESSION.id, LATER))), "has format 3, and this .* reads formats 1 to 2"),
     ],
 )
 @pytest.mark.parametrize("use", [use_messages, use_traps, use_recover])

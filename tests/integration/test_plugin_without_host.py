@@ -128,7 +128,7 @@ async def test_a_qemu_whose_host_is_stopped_in_a_trap_can_be_ended(machine, way)
     async def host(stream):
         async with stream:
             await stream.receive()
-            numbers = (16, 20, 2, 14, 0, 1, 0x42494D56)
+            numbers = (16, 20, 3, 14, 0, 1, 0x42494D56)
             await stream.send(b"".join(number.to_bytes(4, "little") for number in numbers))
             await stream.receive()
             taken.set()

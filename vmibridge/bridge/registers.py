@@ -1,67 +1,47 @@
-"""Registers to packet, response to registers: the four forms of a request.
+"""Registers to packet, response to registers, by the register forms of an architecture.
 
-| field | x64 VMCALL | x86 VMCALL | x64 CPUID | x86 CPUID |
-|---|---|---|---|---|
-| magic | ECX | EBP | EAX | EAX |
-| request, method | EDX | EDX | ECX | ECX |
-| value1 | R8 | ESI | R8 | EBX |
-| value2 | R9 | EDI | R9 | EDX |
-| value3 | R10 | 0 | R10 | ESI |
-| value4 | R11 | 0 | R11 | EDI |
-
-The request is bits 0-15 of its register, the method bits 16-31. VMMCALL is VMCALL.
-value1 to value4 of the answer go to RAX, RBX, RCX, RDX (x86: EAX to EDX, the low 32
-bits). x64 or x86 is decided by the effective address width at the trap. Source:
-vmi-utils 0.4 to 0.12, module `bridge`.
+Which register has which field of a request stands in `vmibridge.vm.arch`, for x86 in
+`vm/arch/x86/forms.py`. value1 to value4 of the answer go to the registers of `RegisterWrites`: on
+x86 RAX, RBX, RCX, RDX (32-bit guests: EAX to EDX, the low 32 bits).
 """
 
-from collections.abc import Callable
-from operator import attrgetter
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import UnsupportedTrapError
-from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
+from vmibridge.vm.arch import ARCHITECTURES
+from vmibridge.vm.arch.architecture import Architecture, RegisterForm
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapReason
 
 _MASK32 = 0xFFFF_FFFF
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 
-XEN_HVM_OP = 0x22
-"""`__HYPERVISOR_hvm_op`, in EAX."""
-XEN_GUEST_REQUEST = 0x18
-"""`HVMOP_guest_request_vm_event`, in EDI (x64) or EBX (x86)."""
+
+def forms_of(
+    architectures: Iterable[Architecture[Any]],
+) -> Mapping[tuple[TrapReason, int], RegisterForm]:
+    """The register forms of these, by trap instruction and address width.
+
+    One table for all, since a trap instruction is one of a single architecture: the way of every
+    trap has one look-up, and does not ask for its architecture. Raises `ValueError` where two
+    architectures have one instruction.
+    """
+    found: dict[tuple[TrapReason, int], RegisterForm] = {}
+    owners: dict[TrapReason, str] = {}
+    for architecture in architectures:
+        for (reason, width), form in architecture.forms.items():
+            if owners.setdefault(reason, architecture.name) != architecture.name:
+                raise ValueError(
+                    f"{reason.value} is of {owners[reason]} and of {architecture.name}"
+                )
+            # The newest version is first.
+            found.setdefault((reason, width), form)
+    return found
 
 
-class RegisterForm(NamedTuple):
-    """Where one kind of guest keeps the fields of a request."""
-
-    names: tuple[str, ...]
-    """magic, request and method, value1 to as many values as the form has."""
-    mask: int
-    """The bits that a value of this form has."""
-    get: Callable[[Registers], tuple[int, ...]]
-
-
-def _form(mask: int, *names: str) -> RegisterForm:
-    return RegisterForm(names, mask, attrgetter(*names))
-
-
-_X64_VMCALL = _form(_MASK64, "rcx", "rdx", "r8", "r9", "r10", "r11")
-_X86_VMCALL = _form(_MASK32, "rbp", "rdx", "rsi", "rdi")
-_X64_CPUID = _form(_MASK64, "rax", "rcx", "r8", "r9", "r10", "r11")
-_X86_CPUID = _form(_MASK32, "rax", "rcx", "rbx", "rdx", "rsi", "rdi")
-
-# A 16-bit guest has no form of its own; it is read like x86 to tell whose call it is.
-_FORMS = {
-    (reason, width): form
-    for reason, x64, x86 in (
-        (TrapReason.CPUID, _X64_CPUID, _X86_CPUID),
-        (TrapReason.VMCALL, _X64_VMCALL, _X86_VMCALL),
-        (TrapReason.VMMCALL, _X64_VMCALL, _X86_VMCALL),
-    )
-    for width, form in ((64, x64), (32, x86), (16, x86))
-}
+_FORMS = forms_of(ARCHITECTURES)
 
 
 def form_of(reason: TrapReason, width: int) -> RegisterForm:
@@ -105,30 +85,26 @@ def read_packet(event: TrapEvent) -> BridgePacket:
 def write_response(event: TrapEvent, response: BridgeResponse[object] | None) -> RegisterWrites:
     """The register writes that answer a trap; `None` only moves past the instruction."""
     if event.width == 64:
-        rip = event.ip + event.length & _MASK64
+        ip = event.ip + event.length & _MASK64
         if response is None:
-            return RegisterWrites(rip)
+            return RegisterWrites(ip)
         return RegisterWrites(
-            rip, response.value1, response.value2, response.value3, response.value4
+            ip, response.value1, response.value2, response.value3, response.value4
         )
-    rip = event.ip + event.length & (_MASK32 if event.width == 32 else 0xFFFF)
+    ip = event.ip + event.length & (1 << event.width) - 1
     if response is None:
-        return RegisterWrites(rip)
+        return RegisterWrites(ip)
+    form = _FORMS.get((event.reason, event.width))
+    mask = _MASK32 if form is None else form.mask
     return RegisterWrites(
-        rip, *[None if value is None else value & _MASK32 for value in response.values]
+        ip, *[None if value is None else value & mask for value in response.values]
     )
 
 
 def is_guest_request(event: TrapEvent) -> bool:
-    """Whether a VMCALL has the signature of Xen's guest request.
+    """Whether a hypercall has the signature of Xen's guest request.
 
-    A hypervisor that has hypercalls of its own lets only these through to a bridge:
-    EAX is `__HYPERVISOR_hvm_op`; then x64 has EDI `HVMOP_guest_request_vm_event`
-    and RSI 0, x86 has EBX and ECX. Source: Xen public headers `xen.h`, `hvm/hvm_op.h`.
+    A hypervisor that has hypercalls of its own lets only these through to a bridge. What the
+    signature is, is said by the architecture.
     """
-    registers = event.registers
-    if registers.rax & _MASK32 != XEN_HVM_OP:
-        return False
-    if event.width == 64:
-        return registers.rdi & _MASK32 == XEN_GUEST_REQUEST and registers.rsi == 0
-    return registers.rbx & _MASK32 == XEN_GUEST_REQUEST and registers.rcx & _MASK32 == 0
+    return event.architecture.is_guest_request(event.registers, event.width)

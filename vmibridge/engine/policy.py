@@ -25,7 +25,9 @@ import math
 import sys
 import time
 from bisect import bisect_right
+from functools import reduce
 from heapq import heappop, heappush, heapreplace
+from operator import or_
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -33,22 +35,30 @@ from msgspec import Meta
 
 from vmibridge.bridge.bounds import Count, check_fields
 from vmibridge.bridge.response import BridgeResponse
+from vmibridge.vm.arch import ARCHITECTURES
 from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["AddressRange", "Policy", "Quota", "Rate"]
 
+# A policy is made before the VM is known, so what some architecture has is allowed.
+_RINGS = max(each.rings for each in ARCHITECTURES)
+_ROOTS = reduce(or_, (each.roots for each in ARCHITECTURES))
+_LOW_BITS = (_ROOTS & -_ROOTS).bit_length() - 1
 _FINITE = sys.float_info.max
 """The largest number that is finite: msgspec takes no bound that is not."""
 _Address = Annotated[int, Meta(ge=0)]
-_Ring = Annotated[int, Meta(ge=0, le=3)]
+_Ring = Annotated[int, Meta(ge=0, le=_RINGS - 1)]
 _Root = Annotated[
     int,
     Meta(
         ge=0,
-        le=(1 << 52) - 1,
-        multiple_of=32,
-        extra={"words": "a page-table root of 52 bits, the low 5 clear", "format": "#x"},
+        le=_ROOTS,
+        multiple_of=1 << _LOW_BITS,
+        extra={
+            "words": f"a page-table root of {_ROOTS.bit_length()} bits, the low {_LOW_BITS} clear",
+            "format": "#x",
+        },
     ),
 ]
 

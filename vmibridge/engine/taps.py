@@ -4,7 +4,7 @@ A server calls its taps on the event loop, in this order:
 
 | call | when |
 |---|---|
-| `begin` | for each VM, before its guest runs |
+| `machine`, `begin` | for each VM, before its guest runs |
 | `trap` | a trap of ours was taken |
 | `retried` | right after `trap`: it asks again for what was told to wait |
 | `read`, `wrote` | guest memory was accessed for a trap, or could not be |
@@ -52,6 +52,7 @@ from vmibridge.bridge.request import NativeReason, why_native
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import GuestMemoryError
+from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.backend import SessionEvent
 from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent, TrapFilter
@@ -94,6 +95,9 @@ class Tap:
 
     async def room(self) -> None:
         """Wait until `full` is false. May be cancelled."""
+
+    def machine(self, vm: str, architecture: Architecture[Any]) -> None:
+        """What a VM is that is about to run: `begin` follows."""
 
     def begin(
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
@@ -193,14 +197,21 @@ class Taps:
         self._tell("ran_natively", event, why_native(event, self._filter))
 
     def begin(
-        self, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
+        self,
+        bridge: Bridge,
+        settings: ServerSettings,
+        stop: Callable[[Exception], None],
+        architecture: Architecture[Any],
     ) -> None:
         """The VM is about to run."""
         for tap in self._taps:
+            call = "machine"
             try:
+                tap.machine(self._vm, architecture)
+                call = "begin"
                 tap.begin(self._vm, bridge, settings, stop)
             except Exception as error:
-                self._drop(tap, "begin", error)
+                self._drop(tap, call, error)
         if self._losses:
             self._tell_losses()
 

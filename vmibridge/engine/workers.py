@@ -64,7 +64,7 @@ _MAX_IDLE = 1024
 _TAKEN, _INLINE, _ANSWERED = State.TAKEN, State.INLINE, State.ANSWERED
 _RUNNING, _PARKED, _RETRIED, _JOINED = State.RUNNING, State.PARKED, State.RETRIED, State.JOINED
 
-_NO_16_BIT = "16-bit guest code has no register form in the bridge protocol"
+_NO_FORM = "guest code has no register form in the bridge protocol"
 
 
 class Workers:
@@ -107,7 +107,8 @@ class Workers:
         # Not asked for when something was raised: a task may be closed when its loop is gone.
         self._cancelled = anyio.get_cancelled_exc_class()
         self._stopping = False
-        self._logged_16_bit = False
+        self._narrowest = backend.architecture.narrowest
+        self._logged_narrow = False
         self._tasks: TaskGroup | None = None
 
     def start(self, tasks: TaskGroup) -> None:
@@ -212,8 +213,8 @@ class Workers:
             outcome = Outcome(OutcomeKind.CANCELLED, packet, error=GONE if gone else STOPPED)
             request.state = _ANSWERED
             return await self._replies.finish(event, started, outcome, vcpu_gone=bool(gone))
-        elif event.width == 16:
-            outcome = self._refuse_16_bit(event, packet)
+        elif event.width < self._narrowest:
+            outcome = self._refuse_narrow(event, packet)
         elif not (entries := self._bridge.match(packet, event.reason)):
             outcome = Outcome(OutcomeKind.UNMATCHED, packet)
         else:
@@ -264,12 +265,13 @@ class Workers:
             return as_retry(outcome, request.packet, request.first_seq)
         return outcome
 
-    def _refuse_16_bit(self, event: TrapEvent, packet: BridgePacket) -> Outcome[Any]:
+    def _refuse_narrow(self, event: TrapEvent, packet: BridgePacket) -> Outcome[Any]:
         # A warning once, so that a guest cannot flood the log.
-        level = logging.DEBUG if self._logged_16_bit else logging.WARNING
-        log.log(level, "vm %s: %s", event.vm, _NO_16_BIT)
-        self._logged_16_bit = True
-        return Outcome(OutcomeKind.FAILED, packet, error=_NO_16_BIT)
+        level = logging.DEBUG if self._logged_narrow else logging.WARNING
+        error = f"{event.width}-bit {_NO_FORM}"
+        log.log(level, "vm %s: %s", event.vm, error)
+        self._logged_narrow = True
+        return Outcome(OutcomeKind.FAILED, packet, error=error)
 
     def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
         """The request of a trap that is ours, which taps are told of; `None` for others."""

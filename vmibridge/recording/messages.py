@@ -18,6 +18,7 @@ walks them again.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -28,13 +29,19 @@ from vmibridge.bridge.output import output_text as json_text
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.redaction import RedactionRule
-from vmibridge.vm.trap import RegisterWrites, TrapEvent
+from vmibridge.vm.arch import architecture_named
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent
 
 _MOST_TEXT = 4096
 """Characters of an output."""
 
 FORMAT = 1
 """The version of these structs; another one means other fields."""
+FORMAT_OF_OTHERS = 2
+"""The same fields, and registers that are those of `Session.architecture`. A VM of x86 version 1
+has format 1, and 0.2.0 reads it; in any other 0.2.0 would find registers that are all 0."""
+FORMATS = (FORMAT, FORMAT_OF_OTHERS)
 
 
 class RecordedMethod(msgspec.Struct, frozen=True):
@@ -60,6 +67,14 @@ class RecordedHandler(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of that file."""
 
 
+class RecordedArchitecture(msgspec.Struct, frozen=True):
+    """The architecture of a VM, as `vmibridge.vm.arch` knows it."""
+
+    name: str
+    version: int
+    """Of its registers."""
+
+
 class Session(msgspec.Struct, frozen=True, omit_defaults=True):
     """One VM, and what served it."""
 
@@ -74,6 +89,8 @@ class Session(msgspec.Struct, frozen=True, omit_defaults=True):
     settings: ServerSettings = ServerSettings()
     redaction: tuple[RedactionRule, ...] = ()
     """What was left out."""
+    architecture: RecordedArchitecture | None = None
+    """That of the registers of its traps. `None`: x86 version 1, as in all recordings of 0.2.0."""
 
 
 class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -159,6 +176,36 @@ def output_text(output: object) -> str | None:
         return None
     text = json_text(output)
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
+
+
+_OF_0_2_0 = RecordedArchitecture("x86", 1)
+
+
+def format_of(architecture: RecordedArchitecture) -> int:
+    """The format of a recorded VM."""
+    return FORMAT if architecture == _OF_0_2_0 else FORMAT_OF_OTHERS
+
+
+def architecture_of(session: Session) -> Architecture[Any]:
+    """The architecture of a recorded VM. Raises `UnknownArchitectureError`."""
+    told = session.architecture or _OF_0_2_0
+    return architecture_named(told.name, told.version)
+
+
+@cache
+def trap_type(architecture: Architecture[Any]) -> type[TrapEvent]:
+    """The `TrapEvent` whose registers are those of an architecture, to be decoded."""
+    if architecture.registers is Registers:
+        return TrapEvent
+    kind: type[Any] = msgspec.defstruct(
+        "TrapEvent",
+        [("registers", architecture.registers)],
+        bases=(TrapEvent,),
+        frozen=True,
+        gc=False,
+        omit_defaults=True,
+    )
+    return kind
 
 
 def json_schema(channel: ChannelKind) -> bytes:

@@ -54,13 +54,17 @@ from vmibridge.recording.messages import (
     ChannelKind,
     MemoryAccess,
     Note,
+    RecordedArchitecture,
     RecordedHandler,
     RecordedMethod,
     Reply,
     Session,
+    format_of,
     output_text,
 )
 from vmibridge.recording.redaction import Redaction, RedactionRule
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -115,6 +119,7 @@ class Recorder(Tap):
         self._overwrite = overwrite
         self._writer: RecordingWriter
         self._stops: dict[str, Callable[[Exception], None]] = {}
+        self._architectures: dict[str, Architecture[Any]] = {}
         self._chunk = ChunkBuilder()
         self._waiting: deque[ChunkBuilder] = deque()
         self._unwritten = 0
@@ -174,6 +179,9 @@ class Recorder(Tap):
                 self._room = anyio.Event()
             await self._room.wait()
 
+    def machine(self, vm: str, architecture: Architecture[Any]) -> None:
+        self._architectures[vm] = architecture
+
     def begin(
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
     ) -> None:
@@ -187,7 +195,8 @@ class Recorder(Tap):
         self._stops[vm] = stop
         if self.error is not None and self._on_error == "stop":
             stop(self.error)
-        self._add(SESSION, _session(vm, bridge, settings, self._redaction))
+        architecture = self._architectures.pop(vm, X86)
+        self._add(SESSION, _session(vm, bridge, settings, self._redaction, architecture))
         self._cut()
 
     def trap(self, event: TrapEvent) -> None:
@@ -354,10 +363,18 @@ class Recorder(Tap):
             self._room = None
 
 
-def _session(vm: str, bridge: Bridge, settings: ServerSettings, redaction: Redaction) -> Session:
+def _session(
+    vm: str,
+    bridge: Bridge,
+    settings: ServerSettings,
+    redaction: Redaction,
+    architecture: Architecture[Any],
+) -> Session:
     """What is known of a VM before it runs."""
+    told = RecordedArchitecture(architecture.name, architecture.version)
     return Session(
         vm,
+        format=format_of(told),
         started=datetime.now(UTC).isoformat(),
         versions={
             "python": platform.python_version(),
@@ -367,6 +384,7 @@ def _session(vm: str, bridge: Bridge, settings: ServerSettings, redaction: Redac
         handlers=tuple(map(recorded_handler, bridge.handlers)),
         settings=settings,
         redaction=redaction.rules,
+        architecture=told,
     )
 
 

@@ -27,10 +27,7 @@ from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 _RULE = re.compile(r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|\d{1,5}):)?(?P<what>memory|value[1-4])")
 _VALUES = ("value1", "value2", "value3", "value4")
-_GENERAL = frozenset({"rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp"}) | {
-    f"r{number}" for number in range(8, 16)
-}
-_ANSWERS = ("rax", "rbx", "rcx", "rdx")
+_ANSWERS = RegisterWrites.__struct_fields__[1:]
 
 
 class RedactionRule(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -78,7 +75,7 @@ class Redaction:
         hidden = {
             name for name, value in zip(names[2:], _VALUES, strict=False) if value in left_out
         }
-        zeros = (hidden | _GENERAL) - ({*names} - hidden)
+        zeros = hidden.union(event.architecture.values) - ({*names} - hidden)
         registers = msgspec.structs.replace(event.registers, **dict.fromkeys(zeros, 0))
         return msgspec.structs.replace(event, registers=registers)
 

@@ -136,7 +136,7 @@ class SelectedTraps:
             if isinstance(message, (Session, Note)):
                 self._hear(message)
                 continue
-            if not self.start and type(message) is TrapEvent:
+            if not self.start and isinstance(message, TrapEvent):
                 self.start = timed.time
             yield timed
 

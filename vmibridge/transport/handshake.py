@@ -7,11 +7,18 @@
   `RefusedByServerError` that in the agent; the two are made from each other only here.
 """
 
-from typing import Final
+from typing import Any, Final
 
-from vmibridge.errors import RefusedByServerError, RefusedError, WireError
+from vmibridge.errors import (
+    RefusedByServerError,
+    RefusedError,
+    UnknownArchitectureError,
+    WireError,
+)
 from vmibridge.text import printable
 from vmibridge.transport.wire import FromServer, Hello, Refused, Welcome
+from vmibridge.vm.arch import architecture_named
+from vmibridge.vm.arch.architecture import Architecture
 
 VERSION: Final = 1
 """Of the protocol: what this end speaks, and nothing else."""
@@ -22,9 +29,21 @@ WELCOME_SECONDS: Final = 10.0
 known, a server may have to load handlers before it can say which traps it wants."""
 
 
-def hello(session: bytes, vm: str, *, other_hypercalls: bool) -> Hello:
+def hello(
+    session: bytes, vm: str, *, other_hypercalls: bool, architecture: Architecture[Any]
+) -> Hello:
     """The first frame of an agent."""
-    return Hello(WORD, VERSION, VERSION, session, vm, 0, other_hypercalls)
+    return Hello(
+        WORD,
+        VERSION,
+        VERSION,
+        session,
+        vm,
+        0,
+        other_hypercalls,
+        architecture.name,
+        architecture.version,
+    )
 
 
 def check_hello(frame: Hello) -> None:
@@ -39,6 +58,10 @@ def check_hello(frame: Hello) -> None:
     # It goes into logs and names of files from here on.
     if not frame.vm.isprintable():
         raise RefusedError("the name of the VM is not printable")
+    try:
+        architecture_named(frame.architecture, frame.architecture_version)
+    except UnknownArchitectureError as error:
+        raise RefusedError(str(error)) from error
 
 
 def refused(error: Exception, *, final: bool) -> Refused:
@@ -46,15 +69,26 @@ def refused(error: Exception, *, final: bool) -> Refused:
     return Refused(str(error)[:1000], final)
 
 
-def check_welcome(frame: FromServer) -> Welcome:
-    """The WELCOME that `frame` is to be.
+def check_welcome(frame: FromServer, architecture: Architecture[Any]) -> Welcome:
+    """The WELCOME that `frame` is to be, to an agent whose guest is of this architecture.
 
-    Raises `RefusedByServerError` for REFUSED; `WireError` for any other frame, and for a version
-    that this agent did not offer.
+    Raises `RefusedByServerError` for REFUSED, and for a server that takes the guest for one of
+    another architecture; `WireError` for any other frame, and for a version that this agent did
+    not offer.
     """
     if isinstance(frame, Refused):
         # The words are the server's, and go into the agent's log.
         raise RefusedByServerError(printable(frame.why), final=frame.final)
     if not isinstance(frame, Welcome) or frame.version != VERSION:
         raise WireError("no WELCOME")
+    if (frame.architecture, frame.architecture_version) != (
+        architecture.name,
+        architecture.version,
+    ):
+        # One from before HELLO named architectures takes registers of any for those of x86.
+        raise RefusedByServerError(
+            f"the server takes the guest for {frame.architecture!a} version"
+            f" {frame.architecture_version}, and it is {architecture}",
+            final=True,
+        )
     return frame

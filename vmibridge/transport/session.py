@@ -29,7 +29,7 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import anyio
 
@@ -61,8 +61,11 @@ from vmibridge.transport.wire import (
     Welcome,
     Write,
     answer_frame,
+    layout_of,
     trap_event,
 )
+from vmibridge.vm.arch import architecture_named
+from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.backend import GuestEnd, SessionEvent, SessionEventKind, VcpuEnd
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
@@ -145,6 +148,7 @@ class Session:
         repeated: Repeated = "refuse",
         fallback: BridgeResponse[object] | None = None,
     ) -> None:
+        """`hello` has been checked. Raises `UnknownArchitectureError` where it was not."""
         self.id: bytes = hello.session
         self.vm: str = hello.vm
         self.owner = owner
@@ -152,6 +156,9 @@ class Session:
         self.incarnation: bytes = secrets.token_bytes(16)
         """The id of what is remembered here, which a restart of the server would not know."""
         self.other_hypercalls: bool = hello.other_hypercalls
+        self.architecture: Architecture[Any] = architecture_named(
+            hello.architecture, hello.architecture_version
+        )
         self.counts: SessionCounts = SessionCounts()
         self.guest: GuestEnd | None = None
         """How the guest ended, when it has."""
@@ -166,6 +173,7 @@ class Session:
         """When the last connection was lost."""
         self.route: Callable[[TrapEvent], TakesTraps | None] = lambda _: None
         """Which backend takes a trap; `None`: the server stops."""
+        self._layout = layout_of(self.architecture)
         self._vcpus = vcpus
         self._repeated = repeated
         self._fallback = fallback
@@ -283,7 +291,7 @@ class Session:
         size = sum(len(data) for _, data in frame.memory) if frame.memory else 0
         if size > MOST_PREFETCHED:
             raise WireError(f"more than {MOST_PREFETCHED} bytes came with a trap")
-        event = trap_event(frame, self.vm)
+        event = trap_event(frame, self.vm, self._layout)
         if lane is None:
             lane = self._lanes[frame.vcpu] = _Lane()
         lane.event = event

@@ -6,20 +6,26 @@
   direction: each end has a decoder of its own.
 - An element that this version does not know, at the end of an array, is skipped. The first
   six elements of HELLO, and REFUSED, stay as they are in every version.
+- Registers are bytes to a frame: how many, in which order and of which size is said by the
+  architecture that HELLO names (`TrapLayout`).
 
 Plain functions and a small state machine over bytes: no I/O.
 """
 
 import struct
-from typing import Annotated, Final, Generic, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec.structs import astuple
 
 from vmibridge.bridge.contract import GuestRead
 from vmibridge.errors import WireError
+from vmibridge.vm.arch import ARCHITECTURES
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.memory import MAX_ACCESS
-from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
 HELLO_LIMIT: Final = 64 << 10
 """Bytes of a frame, before the server has said WELCOME."""
@@ -36,7 +42,6 @@ NO_DEADLINE: Final = 0xFFFF_FFFF
 """Milliseconds."""
 
 _SIZE = struct.Struct("<I")
-_REGISTERS = struct.Struct("<22Q")
 _REASONS = (
     TrapReason.CPUID,
     TrapReason.VMCALL,
@@ -47,9 +52,7 @@ _REASONS = (
 )
 _REASON_OF = dict(enumerate(_REASONS, 1))
 _CODES = {reason: code for code, reason in _REASON_OF.items()}
-_WIDTHS = frozenset({16, 32, 64})
 _NO_SIZE = bytes(4)
-_pack_registers, _unpack_registers = _REGISTERS.pack, _REGISTERS.unpack
 _pack_size, _unpack_size = _SIZE.pack_into, _SIZE.unpack_from
 _encode_into = msgspec.msgpack.Encoder().encode_into
 
@@ -62,6 +65,8 @@ _Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 _Pieces = Annotated[tuple[tuple[_U64, bytes], ...], msgspec.Meta(max_length=256)]
+_MOST_REGISTERS = max(each.size for each in ARCHITECTURES)
+"""Bytes."""
 
 
 # --- frames of the agent ------------------------------------------------------------
@@ -81,6 +86,10 @@ class Hello(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=1):
     """None are defined yet."""
     other_hypercalls: bool = False
     """As that of the backend."""
+    architecture: _Name = "x86"
+    """Of the guest; agents of 0.2.0 have x86 only, and do not say so."""
+    architecture_version: _U16 = 1
+    """How its registers are sent."""
 
 
 class Trap(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
@@ -97,7 +106,8 @@ class Trap(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
     length: _U8
     width: _U8
     ring: _U8
-    registers: Annotated[bytes, msgspec.Meta(min_length=176, max_length=176)]
+    registers: Annotated[bytes, msgspec.Meta(max_length=_MOST_REGISTERS)]
+    """As the architecture of HELLO has them."""
     memory: _Pieces = ()
     """Physical memory that its handler is known to read: address and bytes."""
     flags_known: bool = True
@@ -157,6 +167,9 @@ class Welcome(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=16):
     """What the guest gets when no answer has come in time."""
     vcpus: _U16
     reads: Annotated[tuple["WireRead", ...], msgspec.Meta(max_length=4096)] = ()
+    architecture: _Name = "x86"
+    """That of HELLO, as the server takes it; one of 0.2.0 takes any guest for x86."""
+    architecture_version: _U16 = 1
 
 
 class WireRead(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -178,7 +191,7 @@ class Refused(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=17):
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=18):
-    """Write registers and go on."""
+    """Write registers and go on. The names are those of `RegisterWrites`, on every architecture."""
 
     seq: _U64
     rip: _U64
@@ -297,10 +310,45 @@ class FrameReader(Generic[F]):
 # --- between frames and what the engine knows ---------------------------------------
 
 
-def trap_frame(event: TrapEvent, left: int, elsewhere: bool = False, memory: _Pieces = ()) -> Trap:
+class TrapLayout(NamedTuple):
+    """How the traps of one architecture travel."""
+
+    pack: Callable[..., bytes]
+    unpack: Callable[[bytes], tuple[int, ...]]
+    registers: Callable[..., Any]
+    """Makes registers of what `unpack` gives."""
+    widths: frozenset[int]
+    highest_ring: int
+    longest: int
+    """Bytes of an instruction."""
+
+
+def layout_of(architecture: Architecture[Any]) -> TrapLayout:
+    """The layout that a description makes."""
+    registers = struct.Struct(f"<{architecture.layout}")
+    return TrapLayout(
+        registers.pack,
+        registers.unpack,
+        architecture.registers,
+        architecture.widths,
+        architecture.rings - 1,
+        architecture.longest_instruction,
+    )
+
+
+_X86 = layout_of(X86)
+
+
+def trap_frame(
+    event: TrapEvent,
+    left: int,
+    elsewhere: bool = False,
+    memory: _Pieces = (),
+    layout: TrapLayout = _X86,
+) -> Trap:
     """A trap to send. Raises `ValueError` for what no machine has."""
     try:
-        registers = _pack_registers(*astuple(event.registers))
+        registers = layout.pack(*astuple(event.registers))
     except struct.error as error:
         raise ValueError(f"trap {event.seq}: registers have 64 bits: {error}") from error
     return Trap(
@@ -319,21 +367,25 @@ def trap_frame(event: TrapEvent, left: int, elsewhere: bool = False, memory: _Pi
     )
 
 
-def trap_event(frame: Trap, vm: str) -> TrapEvent:
+def trap_event(frame: Trap, vm: str, layout: TrapLayout = _X86) -> TrapEvent:
     """The trap that came. Raises `WireError` for what no machine has."""
     reason = _REASON_OF.get(frame.reason)
     if (
         reason is None
-        or frame.width not in _WIDTHS
-        or frame.ring > 3
-        or frame.length > 15
+        or frame.width not in layout.widths
+        or frame.ring > layout.highest_ring
+        or frame.length > layout.longest
         or not frame.seq
     ):
         raise WireError(f"a trap that no machine has: {frame.reason=} {frame.width=}")
+    try:
+        values = layout.unpack(frame.registers)
+    except struct.error as error:
+        raise WireError(f"registers of {len(frame.registers)} bytes: {error}") from error
     return TrapEvent(
         frame.seq,
         reason,
-        Registers(*_unpack_registers(frame.registers)),
+        layout.registers(*values),
         vm,
         frame.vcpu,
         frame.ip,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from enum import Enum
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import anyio
 import msgspec
@@ -19,6 +19,8 @@ from anyio.abc import TaskGroup
 
 from vmibridge.aio.cancellation import exit_unwrapped
 from vmibridge.errors import ServerStateError, TrapQueueClosedError
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 __all__ = [
@@ -145,6 +147,8 @@ class Backend(ABC):
     on_session_event: Callable[[SessionEvent], None] | None = None
     """Set by the server before `run`, where a tap wants to know. A backend whose VM has a session
     calls it on the event loop, while `run` runs. It returns soon and does not raise."""
+    architecture: Architecture[Any] = X86
+    """Of the guest: its registers, and what they mean."""
 
     def __init__(self, vm: str) -> None:
         self.vm = vm

@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 import anyio
 
 from vmibridge.errors import GuestMemoryError
-from vmibridge.vm.arch.x86.paging import Page, walk
+from vmibridge.vm.arch.architecture import Page
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["MAX_ACCESS", "GuestMemory", "PhysicalMemory"]
@@ -215,6 +215,7 @@ class GuestMemory:
         return bytes(found)
 
     async def _translate(self, event: TrapEvent, address: int, *, write: bool) -> Page:
+        walk = event.architecture.walk
         steps = walk(event.registers, address, write=write, ring=event.ring)
         try:
             place, size = next(steps)

@@ -3,35 +3,16 @@
 The vCPU stands still between the two.
 """
 
-from enum import Enum
-from typing import TYPE_CHECKING
+from typing import Any
 
 import msgspec
 
-from vmibridge.vm.arch.x86.registers import Registers, page_root
+from vmibridge.vm.arch import architecture_of
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.arch.x86.registers import Registers
+from vmibridge.vm.reason import TrapReason
 
 __all__ = ["RegisterWrites", "Registers", "TrapEvent", "TrapFilter", "TrapReason"]
-
-
-class TrapReason(Enum):
-    """The instruction that a backend intercepted."""
-
-    CPUID = "cpuid"
-    VMCALL = "vmcall"
-    """Intel's hypercall, 0F 01 C1."""
-    VMMCALL = "vmmcall"
-    """AMD's spelling, 0F 01 D9; to the bridge the same as VMCALL."""
-    PORT_IO = "port-io"
-    MSR = "msr"
-    BREAKPOINT = "breakpoint"
-
-    # Members are singletons, and the hash of an Enum is a function in Python.
-    if TYPE_CHECKING:
-
-        def __hash__(self) -> int: ...
-
-    else:
-        __hash__ = object.__hash__
 
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
@@ -64,18 +45,26 @@ class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """
 
     @property
+    def architecture(self) -> Architecture[Any]:
+        """The architecture of the guest, which is that of its registers."""
+        return architecture_of(self.registers)
+
+    @property
     def address_space(self) -> int:
         """The physical address of the root of the page tables, which names the address space.
 
-        See `vmibridge.vm.arch.x86.registers.page_root` for which bits those are.
+        Which bits those are is said by the architecture, for x86 in
+        `vmibridge.vm.arch.x86.registers.page_root`.
         """
-        return page_root(self.registers)
+        return self.architecture.page_root(self.registers)
 
 
 class RegisterWrites(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What goes back into the vCPU; `None` leaves a register as it was.
 
-    `rip` moves past the trapping instruction, so that it does not run natively.
+    `rip` moves past the trapping instruction, so that it does not run natively. The names are those
+    of x86, which handlers and recordings rely on: another architecture has its instruction pointer
+    in `rip`, and value1 to value4 in the others.
     """
 
     rip: int

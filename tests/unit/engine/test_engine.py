@@ -30,8 +30,8 @@ from vmibridge import (
     TrapReason,
     method,
 )
-from vmibridge.bridge.registers import XEN_GUEST_REQUEST, XEN_HVM_OP
 from vmibridge.testing import FakeBackend
+from vmibridge.vm.arch.x86.forms import XEN_GUEST_REQUEST, XEN_HVM_OP
 
 pytestmark = pytest.mark.anyio
 

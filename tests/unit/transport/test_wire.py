@@ -146,7 +146,7 @@ class TestWhatIsNoFrame:
             framed(body(1, "vmibridge", 1, 1, b"short", "web")),
             framed(body(1, "vmibridge", 1, 1, ID, "x" * 65)),
             framed(body(1, "vmibridge", 1, 1, ID, "")),
-            framed(body(2, 7, 1, False, 2, 0, 0, 3, 64, 0, bytes(175))),
+            framed(body(2, 7, 1, False, 2, 0, 0, 3, 64, 0, bytes(177))),
             framed(b"\x91" * 5000),
         ],
     )

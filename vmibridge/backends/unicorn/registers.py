@@ -12,14 +12,18 @@ from typing import NamedTuple
 from unicorn import Uc, UcError, x86_const
 from unicorn.unicorn_py3.unicorn import uclib
 
+from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import Registers, RegisterWrites
 
 _EFER = 0xC000_0080
-_NUMBERED = tuple(f"R{n}" for n in range(8, 16))
-_NAMED = ("AX", "BX", "CX", "DX", "SI", "DI", "BP", "SP")
-# In the order of `Registers`; a 32-bit vCPU leaves the numbered ones 0.
-_LAYOUT = struct.Struct("<16Q Q Q 3Q 8xQ Q 8xQI4x 8xQI4x")
-_OFFSET_EFER = 21 * 8
+_NUMBERED = tuple(f"r{n}" for n in range(8, 16))
+_NAMED = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "rip")
+# The registers of the description in its order, then CS, GDTR and LDTR. EFER, which has to be the
+# last of them, is an MSR: its number stands before it. A 32-bit vCPU leaves the numbered ones 0.
+_NAMES = X86.names
+assert _NAMES[-1] == "efer"
+_LAYOUT = struct.Struct(f"<{len(_NAMES) - 1}Q 8xQ Q 8xQI4x 8xQI4x")
+_OFFSET_EFER = 8 * (len(_NAMES) - 1)
 _OFFSET_CS = _OFFSET_EFER + 16
 _OFFSET_GDTR = _OFFSET_CS + 8
 _OFFSET_LDTR = _OFFSET_GDTR + 24
@@ -41,12 +45,12 @@ class UnicornRegisters:
     def __init__(self, engine: Uc, width: int) -> None:
         self._handle = engine._uch  # noqa: SLF001 - the C functions take the C handle
         wide = width == 64
-        prefix = "R" if wide else "E"
-        names = {8 * at: prefix + name for at, name in enumerate(_NAMED)}
-        if wide:
-            names |= {64 + 8 * at: name for at, name in enumerate(_NUMBERED)}
-        names |= {128: prefix + "IP", 136: "EFLAGS", 144: "CR0", 152: "CR3", 160: "CR4"}
-        names |= {_OFFSET_EFER: "MSR", _OFFSET_CS: "CS"}
+        names = {
+            8 * at: _unicorn_name(name, wide)
+            for at, name in enumerate(_NAMES)
+            if wide or name not in _NUMBERED
+        }
+        names |= {_OFFSET_CS: "CS"}
         names |= {_OFFSET_GDTR: "GDTR", _OFFSET_LDTR: "LDTR"}
         self._buffer = bytearray(_LAYOUT.size)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
@@ -58,7 +62,8 @@ class UnicornRegisters:
         place = ctypes.addressof(self._written)
         self._write_places = (ctypes.c_void_p * 5)(*(place + 8 * at for at in range(5)))
         self._write_ids = (ctypes.c_int * 5)()
-        self._targets = [_register_id(prefix + name) for name in ("AX", "BX", "CX", "DX", "IP")]
+        written = ("rax", "rbx", "rcx", "rdx", "rip")
+        self._targets = [_register_id(_unicorn_name(name, wide)) for name in written]
 
     def read(self) -> Snapshot:
         """All of them, now. Raises `unicorn.UcError`."""
@@ -87,6 +92,12 @@ class UnicornRegisters:
             )
             if status:
                 raise UcError(status)
+
+
+def _unicorn_name(name: str, wide: bool) -> str:
+    if name in _NAMED:
+        return name.upper() if wide else f"E{name[1:].upper()}"
+    return {"rflags": "EFLAGS", "efer": "MSR"}.get(name, name.upper())
 
 
 def _register_id(name: str) -> int:

@@ -3,6 +3,8 @@
 - A length is checked against the file and `MAX_RECORD`, a size against `MAX_CHUNK`, before
   anything is allocated; a chunk has to unpack to exactly the size that it states, and to
   its CRC. Payloads are decoded into the structs of `messages`, and into nothing else.
+- The registers of a trap are those of the architecture that the session of its VM names. A file
+  with an architecture that is not known is not read: its traps would be read as others.
 - What cannot be read costs itself only: a message, or a chunk. It is told in `problems`,
   with its place. Where a length is wrong, reading goes on at the next thing that has the
   looks and the CRC of a chunk.
@@ -14,26 +16,32 @@ Blocking, one chunk in memory at a time.
 import os
 import struct
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import zstandard
 from mcap.opcode import Opcode
 from mcap.writer import MCAP0_MAGIC
 
-from vmibridge.errors import RecordingReadError
+from vmibridge.errors import RecordingReadError, UnknownArchitectureError
 from vmibridge.recording.file.writer import PROFILE
 from vmibridge.recording.messages import (
     CHANNEL_OF_TOPIC,
     CHANNELS,
-    FORMAT,
+    FORMATS,
+    SESSION,
+    TRAP,
     ChannelKind,
     RecordedMessage,
     Session,
+    architecture_of,
+    trap_type,
 )
+from vmibridge.vm.trap import TrapEvent
 
 MAX_CHUNK = 32 << 20
 """Bytes of a chunk, unpacked."""
@@ -52,6 +60,21 @@ _FRAME = struct.Struct("<BQ")
 _MESSAGE = struct.Struct("<HIQQ")
 _CHUNK = struct.Struct("<QQQI")
 _INDEX = struct.Struct("<BQHI")
+
+
+class _VmOfTrap(msgspec.Struct):
+    vm: str = "vm"
+
+
+_vm_of_trap = msgspec.msgpack.Decoder(_VmOfTrap).decode
+
+
+@cache
+def _decoder_of(kind: type[TrapEvent]) -> Callable[[memoryview], Any]:
+    # One for each architecture: a file may have any number of sessions.
+    return msgspec.msgpack.Decoder(kind).decode
+
+
 # "zstd" with its length in front, and the length and the first bytes of the data behind.
 _MARK = b"\x04\0\0\0zstd"
 _MARK_AT = _FRAME.size + _CHUNK.size
@@ -123,7 +146,8 @@ class RecordingReader:
     def messages(self, *kinds: ChannelKind) -> Iterator[TimedMessage]:
         """What was recorded, in order; only of these channels, where any are named.
 
-        Raises `RecordingReadError` for an MCAP file of something else.
+        Raises `RecordingReadError` for an MCAP file of something else, and for a recording of a
+        format or an architecture that is not known here.
         """
         wanted = kinds or CHANNELS
         for offset, data in self.chunks():
@@ -136,7 +160,10 @@ class RecordingReader:
         self.bytes_unpacked = 0
         self._tried = 0
         self._channels = {channel.id: channel for channel in CHANNELS}
-        self._decoders = {channel.id: msgspec.msgpack.Decoder(channel.kind) for channel in CHANNELS}
+        self._decoders: dict[int, Callable[[memoryview], Any]] = {
+            channel.id: msgspec.msgpack.Decoder(channel.kind).decode for channel in CHANNELS
+        }
+        self._traps_of: dict[str, Callable[[memoryview], Any]] = {}
         for at, opcode, length in self._records():
             start, end = at + _FRAME.size, at + _FRAME.size + length
             if opcode == Opcode.CHUNK:
@@ -196,7 +223,10 @@ class RecordingReader:
         self, offset: int, data: bytes, wanted: Collection[ChannelKind]
     ) -> Iterator[TimedMessage]:
         at, size = 0, len(data)
-        decoders = {channel.id: self._decoders[channel.id].decode for channel in wanted}
+        # Sessions in any case: they say how to read the rest.
+        told = {channel.id for channel in wanted}
+        needed = {SESSION.id, *told}
+        decoders = self._decoders
         # A chunk may describe channels in front of their messages.
         channel_of = self._channels.get
         view = memoryview(data)
@@ -221,22 +251,41 @@ class RecordingReader:
                     continue
                 number, _, time, _ = head(data, at)
                 channel = channel_of(number)
-                decode = None if channel is None else decoders.get(channel.id)
-                if decode is not None:
+                if channel is not None and channel.id in needed:
                     try:
-                        message = decode(view[at + 22 : end])
+                        message = decoders[channel.id](view[at + 22 : end])
                     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                         self._tell(offset, f"a message cannot be decoded: {error}")
                     else:
-                        if type(message) is Session and message.format != FORMAT:
-                            raise RecordingReadError(
-                                f"{self.path}: has format {message.format}, and this version of"
-                                f" vmibridge reads format {FORMAT}"
-                            )
-                        yield TimedMessage(time, message)
+                        if type(message) is Session:
+                            self._begin(message)
+                        if channel.id in told:
+                            yield TimedMessage(time, message)
             elif opcode == 4:
                 self._learn_channel(data[at:end])
             at = end
+
+    def _begin(self, session: Session) -> None:
+        """What follows of this VM is of its session."""
+        if session.format not in FORMATS:
+            raise RecordingReadError(
+                f"{self.path}: has format {session.format}, and this version of vmibridge reads"
+                f" formats {FORMATS[0]} to {FORMATS[-1]}"
+            )
+        try:
+            kind = trap_type(architecture_of(session))
+        except UnknownArchitectureError as error:
+            raise RecordingReadError(f"{self.path}: {error}") from error
+        if kind is TrapEvent and not self._traps_of:
+            return
+        self._traps_of[session.vm] = _decoder_of(kind)
+        self._decoders[TRAP.id] = self._decode_trap
+
+    def _decode_trap(self, data: memoryview) -> TrapEvent:
+        """A trap of a file that has a VM of another architecture than x86."""
+        decode = self._traps_of.get(_vm_of_trap(data).vm, _decoder_of(TrapEvent))
+        event: TrapEvent = decode(data)
+        return event
 
     def _at(self, offset: int, size: int) -> bytes:
         """At most `size` bytes there; fewer at the end of the file."""

@@ -39,7 +39,7 @@ from vmibridge.errors import (
     GuestMemoryError,
 )
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
+from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, architecture_of
 from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.options import NO_REPLY, TWICE, ReplayOptions, ReplayResult
 from vmibridge.recording.replay.request import Difference, ReplayedRequest
@@ -110,6 +110,7 @@ class ReplayBackend(Backend, Tap):
         self.reader, self.session = self._source.reader, self._source.session
         if self.session is not None:
             self._redaction = Redaction(self.session.redaction)
+            self.architecture = architecture_of(self.session)
 
     async def close(self) -> None:
         self._source.close()

@@ -74,7 +74,7 @@ class RecordedVm:
                 if len(batch) >= _BATCH or self.reader.bytes_unpacked > most:
                     break
         # What tells that a trap is a retry, or was denied, stands right behind it.
-        while batch and type(batch[-1].message) is TrapEvent:
+        while batch and isinstance(batch[-1].message, TrapEvent):
             further = next((each for each in self._messages if each.message.vm == self._name), None)
             if further is None:
                 break

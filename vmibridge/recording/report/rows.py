@@ -20,7 +20,7 @@ from vmibridge.recording.traps import (
     RecordedTrap,
     outcome_word,
 )
-from vmibridge.vm.trap import Registers
+from vmibridge.vm.arch import ARCHITECTURES
 
 MOST_ACCESSES = 32
 """Of one trap."""
@@ -36,7 +36,8 @@ _MOST_TEXTS = 16 << 20
 _SHORT = 80
 _MASK = (1 << 64) - 1
 
-REGISTERS = Registers.__struct_fields__
+REGISTERS = tuple(dict.fromkeys(name for each in ARCHITECTURES for name in each.names))
+"""Of all architectures; a trap has 0 for those of others."""
 _NUMBER_OF_OUTCOME = {word: number for number, word in enumerate(OUTCOME_WORDS)}
 _HEX = ("ip", *VALUE_NAMES, *ANSWER_NAMES, *(f"reg_{name}" for name in REGISTERS))
 _WHOLE = ("seq", "width", "ring", "length", "left_out", "place")
@@ -123,7 +124,7 @@ class Rows:
             **dict(zip(ANSWER_NAMES, (value or 0 for value in answers), strict=True)),
         }
         for name, column in self._columns.items():
-            value = values[name] if name in values else getattr(event.registers, name[4:])
+            value = values[name] if name in values else getattr(event.registers, name[4:], 0)
             column.append(value if column.typecode == "q" else value & _MASK)
         if reply is not None and reply.retry_of is not None:
             self._retries.append((len(self), reply.retry_of))

@@ -46,9 +46,16 @@ async def dial(url: Url, session: bytes, vm: str, backend: Backend) -> AsyncIter
             if context is not None:
                 assert isinstance(url, TlsUrl)
                 await connection.start_tls(context, url.name)
-            connection.post(hello(session, vm, other_hypercalls=backend.other_hypercalls))
+            connection.post(
+                hello(
+                    session,
+                    vm,
+                    other_hypercalls=backend.other_hypercalls,
+                    architecture=backend.architecture,
+                )
+            )
             first, *others = await connection.receive()
-            welcome = check_welcome(first)
+            welcome = check_welcome(first, backend.architecture)
             connection.reader.limit = MEMORY_LIMIT
             connection.give_back(others)
         except BaseException:  # a cancellation in the handshake, too

@@ -33,8 +33,10 @@ from vmibridge.transport.wire import (
     Cancel,
     Memory,
     Read,
+    TrapLayout,
     Welcome,
     Write,
+    layout_of,
     milliseconds,
     trap_filter,
     trap_frame,
@@ -92,6 +94,7 @@ class InFlightTraps:
         self._left = 0
         self._fallback = BridgeResponse[object]()
         self._filter = TrapFilter()
+        self._layout: TrapLayout
         self._vcpus = 0
         self._incarnation = b""
         self._accesses = Accesses(backend)
@@ -105,6 +108,7 @@ class InFlightTraps:
             self._accesses.forget()
         self._incarnation = welcome.incarnation
         self._vcpus = welcome.vcpus
+        self._layout = layout_of(self._backend.architecture)
         self._fallback = BridgeResponse(*welcome.fallback)
         self._filter = trap_filter(welcome)
         self._prefetch = Prefetch(self._backend, welcome.reads)
@@ -140,7 +144,7 @@ class InFlightTraps:
         sent_to = lane.sent_to
         elsewhere = sent_to is not None and sent_to != self._incarnation
         try:
-            frame = trap_frame(lane.event, left, elsewhere, lane.memory)
+            frame = trap_frame(lane.event, left, elsewhere, lane.memory, self._layout)
         except ValueError as error:
             log.warning("vm %s: %s", self.vm, error)
             self._give_up(lane.event.seq)

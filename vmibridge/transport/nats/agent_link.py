@@ -58,9 +58,11 @@ from vmibridge.transport.wire import (
     Trap,
     Welcome,
     Write,
+    layout_of,
     milliseconds,
     trap_event,
 )
+from vmibridge.vm.arch import architecture_named
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -85,6 +87,8 @@ class NatsAgentLink:
         self._vm = hello.vm
         self._token = vm_token(hello.vm)
         self._hello = pack(hello)
+        self._architecture = architecture_named(hello.architecture, hello.architecture_version)
+        self._layout = layout_of(self._architecture)
         self._inbox = client.nats.new_inbox()
         self._to_all = to_all_subject(self._token, hello.session)
         self._sent = SentTraps(client.url.silence)
@@ -119,7 +123,7 @@ class NatsAgentLink:
             if self._client.denied:
                 raise NatsRefusedError(self._client.denied[0])
             raise TimeoutError(f"no server has said WELCOME in {WELCOME_SECONDS:g} s")
-        welcome = check_welcome(first)
+        welcome = check_welcome(first, self._architecture)
         self._client.at_work = True
         # To the agent this is one incarnation: which server has a trap is kept track of here.
         return msgspec.structs.replace(welcome, incarnation=secrets.token_bytes(16))
@@ -159,7 +163,7 @@ class NatsAgentLink:
         """As `cork`."""
 
     def _post_trap(self, frame: Trap) -> None:
-        event = trap_event(frame, self._vm)
+        event = trap_event(frame, self._vm, self._layout)
         packet = request_in(event)
         key = None if packet is None else retry_key(event, packet)
         deadline = _clock() + frame.left / 1000

@@ -25,7 +25,13 @@ async def dial_nats(
     try:
         async with NatsClient(url, f"vmibridge agent {vm}"[:128]) as client:
             link = NatsAgentLink(
-                client, hello(session, vm, other_hypercalls=backend.other_hypercalls)
+                client,
+                hello(
+                    session,
+                    vm,
+                    other_hypercalls=backend.other_hypercalls,
+                    architecture=backend.architecture,
+                ),
             )
             welcome = await link.shake_hands()
             try:

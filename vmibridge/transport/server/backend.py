@@ -33,6 +33,7 @@ class SessionBackend(Backend):
         if session is not None:
             self.session = session
             self.other_hypercalls: bool = session.other_hypercalls
+            self.architecture = session.architecture
         self.running: anyio.Event = anyio.Event()
         """An engine takes its traps."""
         self.unanswered: int = 0

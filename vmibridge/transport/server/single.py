@@ -64,6 +64,9 @@ class RemoteBackend(SessionBackend):
 
     async def _admit(self, hello: Hello, peer: str) -> tuple[Session, Welcome]:
         if not hasattr(self, "session"):
+            # Taps are told of the VM before its agent comes.
+            if hello.architecture != self.architecture.name:
+                raise RefusedError(f"only a guest of {self.architecture.name} is served here")
             self.session: Session = Session(
                 hello,
                 peer,
@@ -72,6 +75,7 @@ class RemoteBackend(SessionBackend):
                 fallback=self._fallback,
             )
             self.session.vm = self.vm
+            self.architecture = self.session.architecture
             self.session.route = lambda _: self
             self.other_hypercalls: bool = hello.other_hypercalls
             self._came.set()

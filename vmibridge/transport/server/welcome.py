@@ -32,6 +32,8 @@ def welcome_to(
         fallback.values,
         limits.vcpus,
         tuple(reads),
+        session.architecture.name,
+        session.architecture.version,
     )
 
 

@@ -112,9 +112,10 @@ class Stage:
     async def stranger(self):
         return FakePlugin(await anyio.connect_unix(self.path))
 
-    async def plugin(self, vcpu=0, process=1, protocol=2, names=REGISTER_NAMES, ram=()):
+    async def plugin(self, vcpu=0, process=1, protocol=3, names=REGISTER_NAMES, ram=()):
         plugin = await self.stranger()
-        body = struct.pack("<IIQII16s", protocol, 7, process, vcpu, 2, b"x86_64")
+        head = (protocol, 7, process, vcpu, 2, b"x86_64", b"x86", 1)
+        body = struct.pack("<IIQII16s12sI", *head)
         await plugin.hello(body + ",".join(names).encode(), ram)
         plugin.greeting = await plugin.receive()
         return plugin
@@ -128,7 +129,7 @@ def stage(tmp_path):
 async def test_traps_of_ours_are_answered_and_others_run_natively(stage):
     async with stage.run():
         plugin = await stage.plugin()
-        assert plugin.greeting == (WELCOME, struct.pack("<IIIII", 2, 0b1110, 0, 1, MAGIC))
+        assert plugin.greeting == (WELCOME, struct.pack("<IIIII", 3, 0b1110, 0, 1, MAGIC))
         assert await plugin.call(ADD, 41) == answer(42, 0)
         assert await plugin.call(ADD, magic=MAGIC + 1) == (NATIVE, b"")
         await plugin.hang_up()
@@ -260,7 +261,7 @@ async def test_a_stop_answers_and_then_hangs_up(stage):
 @pytest.mark.parametrize(
     ("who", "why"),
     [
-        ({"protocol": 1}, b"protocol 1, and this vmibridge 2"),
+        ({"protocol": 1}, b"protocol 1, and this vmibridge 3"),
         ({"names": ["rax"]}, b"other registers"),
         ({"vcpu": 1024}, b"vCPU 1024, and 1024 of a QEMU are served"),
     ],

@@ -24,7 +24,7 @@ AT = 0x40_1000
 CPUID, VMCALL, VMMCALL = 1, 2, 3
 MAGIC, TF = 0x4249_4D56, 0x100
 HELLO, TRAP, MEMORY, WELCOME, REFUSED, ANSWER, NATIVE, READ, WRITE = (1, 2, 3, *range(16, 22))
-WELCOMED = struct.pack("<5I", 2, 0b1110, 0, 1, MAGIC)
+WELCOMED = struct.pack("<5I", 3, 0b1110, 0, 1, MAGIC)
 MOST = 16 << 20
 
 
@@ -143,6 +143,23 @@ def stage(fake, tmp_path):
     stage.inside = fake[1]
     yield stage
     stage.close()
+
+
+def test_the_plugin_names_its_architecture(stage):
+    vcpu = stage.vcpu()
+    vcpu.trap()
+    connection = Connection(stage.listener.accept()[0])
+    stage.connections.append(connection)
+    kind, body = connection.receive()
+    told = struct.unpack_from("<I20x16s12sI", body)
+    assert kind == HELLO
+    assert told == (3, b"x86_64".ljust(16, b"\0"), b"x86".ljust(12, b"\0"), 1)
+    assert body[56:].startswith(b"rax,rbx,")
+    connection.send(WELCOME, WELCOMED)
+    connection.receive()
+    connection.send(NATIVE)
+    vcpu.goes_on()
+    assert vcpu.end() == ""
 
 
 def behind(kind):
@@ -275,9 +292,9 @@ def test_random_bytes_do_no_harm(stage):
 WRONG_WELCOMES = {
     "another version": struct.pack("<5I", 1, 14, 0, 1, MAGIC),
     "too short": bytes(15),
-    "too many magics": struct.pack("<4I", 2, 14, 0, 65) + bytes(260),
-    "a count that wraps": struct.pack("<4I", 2, 14, 0, 0x4000_0001) + bytes(4),
-    "fewer magics than it says": struct.pack("<4I", 2, 14, 0, 3) + bytes(4),
+    "too many magics": struct.pack("<4I", 3, 14, 0, 65) + bytes(260),
+    "a count that wraps": struct.pack("<4I", 3, 14, 0, 0x4000_0001) + bytes(4),
+    "fewer magics than it says": struct.pack("<4I", 3, 14, 0, 3) + bytes(4),
 }
 
 
@@ -307,7 +324,7 @@ def never(host):
 def in_single_bytes(host):
     try:
         for byte in (
-            struct.pack("<II", WELCOME, 272) + struct.pack("<4I", 2, 14, 0, 64) + bytes(256)
+            struct.pack("<II", WELCOME, 272) + struct.pack("<4I", 3, 14, 0, 64) + bytes(256)
         ):
             host.send_bytes(bytes([byte]))
             host.socket.settimeout(0.1)

@@ -16,7 +16,8 @@ from vmibridge.vm.trap import RegisterWrites, TrapFilter, TrapReason
 
 SOURCE = Path(protocol.__file__).with_name("plugin").joinpath("protocol.h").read_text()
 NAMES = tuple(re.findall(r'"(\w+)"', re.search(r"NAMES\[\] = \{([^}]*)\}", SOURCE)[1]))
-HELLO = struct.pack("<IIQII16s", 2, 7, 1 << 63, 3, 4, b"x86_64") + ",".join(NAMES).encode()
+HEAD = struct.pack("<IIQII16s12sI", 3, 7, 1 << 63, 3, 4, b"x86_64", b"x86", 1)
+HELLO = HEAD + ",".join(NAMES).encode()
 TRAP = {"ip": 0x4000_0000_1234, "kind": 2, "length": 3, "width": 64, "ring": 3}
 
 
@@ -47,7 +48,7 @@ def c_struct(name):
     )
 
 
-SIZES = {"frame": 8, "hello": 40, "trap": 192, "answer": 48, "access": 16, "welcome": 16}
+SIZES = {"frame": 8, "hello": 56, "trap": 192, "answer": 48, "access": 16, "welcome": 16}
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
@@ -95,22 +96,22 @@ def test_a_frame_that_is_too_long_is_refused_by_its_head(most):
 
 def test_a_hello():
     hello = protocol.parse_hello(HELLO)
-    assert hello == Hello(2, 7, 1 << 63, 3, 4, "x86_64", REGISTER_NAMES)
+    assert hello == Hello(3, 7, 1 << 63, 3, 4, "x86_64", REGISTER_NAMES, "x86", 1)
     assert protocol.check_hello(hello) is None
 
 
-@pytest.mark.parametrize("names", [b"", b"\xff", HELLO[40:-1], HELLO[40:] + b",ds", b"rbx,rax"])
+@pytest.mark.parametrize("names", [b"", b"\xff", HELLO[56:-1], HELLO[56:] + b",ds", b"rbx,rax"])
 def test_a_plugin_with_other_registers_or_another_protocol_is_not_served(names):
-    assert "other registers" in protocol.check_hello(protocol.parse_hello(HELLO[:40] + names))
-    other = protocol.parse_hello(b"\x01" + HELLO[1:40] + names)
-    assert "the plugin speaks protocol 1, and this vmibridge 2" in protocol.check_hello(other)
+    assert "other registers" in protocol.check_hello(protocol.parse_hello(HEAD + names))
+    other = protocol.parse_hello(b"\x01" + HEAD[1:] + names)
+    assert "the plugin speaks protocol 1, and this vmibridge 3" in protocol.check_hello(other)
 
 
 @pytest.mark.parametrize("any_of", range(4))
 @pytest.mark.parametrize("magics", [[], [5, 0xFFFF_FFFF], range(64)])
 def test_welcome_says_which_traps_are_ours(magics, any_of):
     traps = TrapFilter(frozenset(magics), any_hypercall=any_of & 1 > 0, any_cpuid=any_of & 2 > 0)
-    body = struct.pack(f"<IIII{len(magics)}I", 2, 0b1110, any_of, len(magics), *magics)
+    body = struct.pack(f"<IIII{len(magics)}I", 3, 0b1110, any_of, len(magics), *magics)
     assert protocol.welcome(traps) == struct.pack("<II", 16, len(body)) + body
 
 
@@ -143,7 +144,7 @@ def test_a_trap_with_a_wrong_field_is_refused(field, values):
 @pytest.mark.parametrize(
     ("parse", "wrong"),
     [
-        (protocol.parse_hello, [b"", HELLO[:39], HELLO.ljust(4097, b"a")]),
+        (protocol.parse_hello, [b"", HELLO[:39], HELLO[:55], HELLO.ljust(4097, b"a")]),
         (lambda body: protocol.parse_trap(body, 1, "vm", 0), [trap()[:-1], trap() + b"\0"]),
         (lambda body: protocol.parse_memory(body, 4), [b"", b"\0" * 3, b"\0" * 7, b"\0" * 9]),
         (lambda count: protocol.welcome(TrapFilter(frozenset(range(count)))), [65, 100]),

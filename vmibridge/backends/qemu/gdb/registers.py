@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from xml.parsers import expat
 
 from vmibridge.backends.qemu.gdb.commands import ReplyError
+from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import Registers, RegisterWrites
 
 MOST_DESCRIPTION = 1 << 20
@@ -22,7 +23,7 @@ _MOST_BITS = 4096
 
 _GENERAL = ("ax", "bx", "cx", "dx", "si", "di", "bp", "sp")
 _NAMES_64 = (*(f"r{name}" for name in _GENERAL), *(f"r{number}" for number in range(8, 16)))
-_REGISTERS = Registers.__struct_fields__
+_REGISTERS = X86.names
 _SIZES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _CONTROL = ("cr0", "cr3", "cr4", "efer")
 
@@ -102,10 +103,15 @@ class RegisterLayout:
     def __init__(self, fields: Mapping[str, Field]) -> None:
         self.fields: dict[str, Field] = dict(fields)
         self.is_wide: bool = "rip" in fields
-        names = _REGISTERS if self.is_wide else tuple(map(_narrow, _REGISTERS))
-        names = tuple("eflags" if name == "rflags" else name for name in names)
+        # As the stub calls them, by their names in the description.
+        called = {
+            name: "eflags" if name == X86.flags else name if self.is_wide else _narrow(name)
+            for name in _REGISTERS
+        }
+        names = tuple(called.values())
+        pointer, stack = called[X86.instruction_pointer], called["rsp"]
         own = {name: fields[name] for name in (*names, "cs") if name in fields}
-        missing = set(names[:8]) | {names[16], "eflags", "cs"}
+        missing = {called[f"r{name}"] for name in _GENERAL} | {pointer, "eflags", "cs"}
         if missing := missing - own.keys():
             raise ReplyError(f"a vCPU without {', '.join(sorted(missing))}")
         self.has_control: bool = all(name in own for name in _CONTROL)
@@ -122,12 +128,12 @@ class RegisterLayout:
         # One more value, 0, stands for the registers that are not there.
         places = [ordered.index(name) if name in own else len(ordered) for name in (*names, "cs")]
         self._get = itemgetter(*places)
-        writes = [own[name] for name in (*names[:4], names[16])]
+        writes = [own[called[name]] for name in ("rax", "rbx", "rcx", "rdx")] + [own[pointer]]
         frame = [
-            own[names[16]],
+            own[pointer],
             own["cs"],
             own["eflags"],
-            own[names[7]],
+            own[stack],
             fields.get("ss", own["cs"]),
         ]
         self._short = max(place.offset + place.size for place in writes)

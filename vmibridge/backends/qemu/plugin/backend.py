@@ -17,7 +17,7 @@
 import itertools
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from vmibridge.aio import sockets
 from vmibridge.backends.qemu.plugin.protocol import (
     MOST_HELLO,
     MOST_VCPUS,
+    PROTOCOLS,
     FrameReader,
     FrameType,
     Hello,
@@ -114,14 +115,14 @@ class QemuPluginBackend(Backend):
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Serve whoever connects, until the last vCPU has hung up."""
         try:
-            hello = welcome(traps)
+            greetings = {each: welcome(traps, each) for each in PROTOCOLS}
         except ValueError as error:
             raise BackendError(f"qemu-plugin: {error}") from error
 
         async with anyio.create_task_group() as tasks:
 
             def take(connected: socket.socket) -> None:
-                tasks.start_soon(self._serve, connected, hello, sink)
+                tasks.start_soon(self._serve, connected, greetings, sink)
 
             tasks.start_soon(sockets.accept, self._listener.socket, take)
             await self._over.wait()
@@ -133,7 +134,9 @@ class QemuPluginBackend(Backend):
         self._stopped = True
         self._over.set()
 
-    async def _serve(self, connected: socket.socket, hello: bytes, sink: TrapSink) -> None:
+    async def _serve(
+        self, connected: socket.socket, greetings: Mapping[int, bytes], sink: TrapSink
+    ) -> None:
         frames = FrameReader()
         vcpu: Vcpu | None = None
         why = "QEMU has ended"
@@ -144,7 +147,7 @@ class QemuPluginBackend(Backend):
             with ram or nullcontext(), self._place_of(told) as place:
                 vcpu = Vcpu(connected, frames, place * MOST_VCPUS + told.vcpu, ram)
                 self._ends.pop(vcpu.lane, None)
-                await vcpu.send(hello)
+                await vcpu.send(greetings[told.protocol])
                 await self._take_frames(vcpu, sink)
         except TimeoutError:
             log.warning("vm %s: a peer did not say who it is", self.vm)

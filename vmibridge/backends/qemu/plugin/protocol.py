@@ -11,29 +11,33 @@ A frame is a type and a length, 32 bits each, and a body; all numbers are little
 | host | READ, WRITE | an access to physical memory, while the vCPU stands still |
 | plugin | MEMORY | whether it failed, and what was read |
 
+The registers of a trap are those of an architecture, which HELLO names, in its order: without the
+instruction pointer, which has a field of its own, and with CS, which the host needs to find a ring.
+
 Plain functions over bytes, and `FrameReader`, which puts frames together. What a peer sends
 is checked; an error is a `ValueError`.
 """
 
 import struct
+from collections.abc import Callable, Mapping
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
+from vmibridge.errors import UnknownArchitectureError
+from vmibridge.vm.arch import architecture_named
+from vmibridge.vm.arch.architecture import Architecture
+from vmibridge.vm.arch.x86.description import X86
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
-PROTOCOL = 2
+PROTOCOL = 3
+PROTOCOLS = (2, PROTOCOL)
+"""Those of plugins that are served. In 2, that of 0.2.0, HELLO does not name the architecture."""
 MOST_MAGICS = 64
 MOST_VCPUS = 1024
 """Of one QEMU."""
 MOST_HELLO = 4096
 MOST_BODY = 512
 """Bytes of a frame's body, where it has no memory in it."""
-
-REGISTER_NAMES = (
-    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
-    *(f"r{number}" for number in range(8, 16)),
-    *("eflags", "cr0", "cr3", "cr4", "efer", "cs"),
-)
 
 
 class FrameType(IntEnum):
@@ -56,13 +60,55 @@ _ANY_HYPERCALL, _ANY_CPUID = 1, 2
 _FLAGS_UNKNOWN = 2
 
 _FRAME = struct.Struct("<II")
-_HELLO = struct.Struct("<IIQII16s")
+_HELLO = struct.Struct("<IIQII16s12sI")
+_HELLO_2 = struct.Struct("<IIQII16s")
 _WELCOME = struct.Struct("<IIII")
-_TRAP = struct.Struct("<QBBBBI22Q")
 _ANSWER = struct.Struct("<IIQII4Q")
 _ACCESS = struct.Struct("<IIQII")
 
 _NATIVE = _FRAME.pack(FrameType.NATIVE, 0)
+
+
+class TrapLayout(NamedTuple):
+    """How the plugin sends the traps of one architecture."""
+
+    names: tuple[str, ...]
+    """The registers of a TRAP, as QEMU calls them."""
+    struct: struct.Struct
+    registers: Callable[..., Any]
+    ip_at: int
+    """Where the instruction pointer is among those of `registers`."""
+    taken: int
+    """How many registers `registers` takes."""
+    widths: frozenset[int]
+    highest_ring: int
+    longest: int
+    """Bytes of an instruction."""
+
+
+def layout_of(
+    architecture: Architecture[Any], others: tuple[str, ...], names: Mapping[str, str]
+) -> TrapLayout:
+    """The layout that a description makes, with `others` behind its registers; `names` has those
+    that QEMU calls something else."""
+    pointer = architecture.instruction_pointer
+    sent = [names.get(name, name) for name in architecture.names if name != pointer]
+    sent += others
+    return TrapLayout(
+        tuple(sent),
+        struct.Struct(f"<QBBBBI{len(sent)}Q"),
+        architecture.registers,
+        architecture.names.index(pointer),
+        len(architecture.names),
+        architecture.widths,
+        architecture.rings - 1,
+        architecture.longest_instruction,
+    )
+
+
+_X86 = layout_of(X86, ("cs",), {X86.flags: "eflags"})
+_TRAP = _X86.struct
+REGISTER_NAMES = _X86.names
 
 
 class Hello(NamedTuple):
@@ -79,6 +125,8 @@ class Hello(NamedTuple):
     target: str
     registers: tuple[str, ...]
     """The names of the registers of a trap, in their order."""
+    architecture: str = "x86"
+    architecture_version: int = 1
 
 
 class FrameReader:
@@ -119,35 +167,54 @@ class FrameReader:
 
 def parse_hello(body: bytes) -> Hello:
     """Raises `ValueError` for what is none."""
-    if not _HELLO.size <= len(body) <= MOST_HELLO:
+    if not _HELLO_2.size <= len(body) <= MOST_HELLO:
         raise ValueError(f"a HELLO of {len(body)} bytes")
-    protocol, api, process, vcpu, vcpus, target = _HELLO.unpack_from(body)
-    names = tuple(body[_HELLO.size :].decode("ascii", "replace").split(","))
-    name = target.rstrip(b"\0").decode("ascii", "replace")
-    return Hello(protocol, api, process, vcpu, vcpus, name, names)
+    # What stands behind these is of the protocol, which may be one that is not known here.
+    protocol, api, process, vcpu, vcpus, target = _HELLO_2.unpack_from(body)
+    told: tuple[str, int] | tuple[()] = ()
+    rest = body[_HELLO_2.size :]
+    if protocol == PROTOCOL:
+        if len(body) < _HELLO.size:
+            raise ValueError(f"a HELLO of {len(body)} bytes")
+        *_, architecture, version = _HELLO.unpack_from(body)
+        told = _text(architecture), version
+        rest = body[_HELLO.size :]
+    names = tuple(rest.decode("ascii", "replace").split(","))
+    return Hello(protocol, api, process, vcpu, vcpus, _text(target), names, *told)
+
+
+def _text(field: bytes) -> str:
+    return field.rstrip(b"\0").decode("ascii", "replace")
 
 
 def check_hello(hello: Hello) -> str | None:
     """Why this plugin cannot be served; `None`: it can."""
-    if hello.protocol != PROTOCOL:
+    if hello.protocol not in PROTOCOLS:
         return (
             f"the plugin speaks protocol {hello.protocol}, and this vmibridge {PROTOCOL}:"
             " build the plugin that comes with it"
         )
     if hello.vcpu >= MOST_VCPUS:
         return f"vCPU {hello.vcpu}, and {MOST_VCPUS} of a QEMU are served"
+    try:
+        architecture_named(hello.architecture, hello.architecture_version)
+    except UnknownArchitectureError as error:
+        return str(error)
     if hello.registers != REGISTER_NAMES:
         return "the plugin has other registers: build the plugin that comes with this vmibridge"
     return None
 
 
-def welcome(traps: TrapFilter) -> bytes:
-    """The frame that says which traps are ours. Raises `ValueError` for more than 64 magics."""
+def welcome(traps: TrapFilter, protocol: int = PROTOCOL) -> bytes:
+    """The frame that says which traps are ours, to a plugin that speaks `protocol`.
+
+    Raises `ValueError` for more than 64 magics.
+    """
     if len(traps.magics) > MOST_MAGICS:
         raise ValueError(f"{len(traps.magics)} magics, and the plugin has room for {MOST_MAGICS}")
     any_of = traps.any_hypercall * _ANY_HYPERCALL | traps.any_cpuid * _ANY_CPUID
     magics = sorted(traps.magics)
-    body = _WELCOME.pack(PROTOCOL, _ALL_KINDS, any_of, len(magics))
+    body = _WELCOME.pack(protocol, _ALL_KINDS, any_of, len(magics))
     body += struct.pack(f"<{len(magics)}I", *magics)
     return _FRAME.pack(FrameType.WELCOME, len(body)) + body
 
@@ -158,20 +225,24 @@ def refused(why: str) -> bytes:
     return _FRAME.pack(FrameType.REFUSED, len(body)) + body
 
 
-def parse_trap(body: bytes, seq: int, vm: str, lane: int) -> TrapEvent:
+def parse_trap(body: bytes, seq: int, vm: str, lane: int, layout: TrapLayout = _X86) -> TrapEvent:
     """The trap in a TRAP frame. Raises `ValueError` for what is none."""
-    if len(body) != _TRAP.size:
+    if len(body) != layout.struct.size:
         raise ValueError(f"a TRAP of {len(body)} bytes")
-    ip, kind, length, width, ring, flags, *values = _TRAP.unpack(body)
+    ip, kind, length, width, ring, flags, *values = layout.struct.unpack(body)
     reason = _REASONS.get(kind)
-    if reason is None or width not in (64, 32, 16) or ring > 3 or not 2 <= length <= 15:
+    if (
+        reason is None
+        or width not in layout.widths
+        or ring > layout.highest_ring
+        or not 2 <= length <= layout.longest
+    ):
         raise ValueError(f"a TRAP of kind {kind}, {length} bytes, {width} bits, ring {ring}")
-    # In the order of the struct: general registers, RIP, RFLAGS, control registers.
-    values[16:16] = (ip,)
+    values.insert(layout.ip_at, ip)
     return TrapEvent(
         seq,
         reason,
-        Registers(*values[:22]),
+        layout.registers(*values[: layout.taken]),
         vm,
         lane,
         ip,

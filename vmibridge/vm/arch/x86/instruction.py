@@ -4,7 +4,7 @@ Intel SDM volume 2, sections 2.1.1 (prefixes, at most 15 bytes in all) and 2.2.1
 LOCK makes each of them undefined, so a locked one is none of ours.
 """
 
-from vmibridge.vm.trap import TrapReason
+from vmibridge.vm.reason import TrapReason
 
 MAX_INSTRUCTION = 15
 """Bytes; a longer instruction raises #GP."""

@@ -17,10 +17,8 @@ write needs writable pages (in rings 0 to 2: where CR0.WP asks for it). Otherwis
 guest's user process could have its kernel's memory read or written by a handler.
 """
 
-from collections.abc import Generator
-from typing import NamedTuple
-
 from vmibridge.errors import GuestMemoryError
+from vmibridge.vm.arch.architecture import Page, Walk
 from vmibridge.vm.arch.x86.registers import (
     CR0_PG,
     CR0_WP,
@@ -36,16 +34,6 @@ _WRITABLE = 1 << 1
 _USER = 1 << 2
 _LARGE = 1 << 7
 _ADDRESS = 0x000F_FFFF_FFFF_F000
-
-
-class Page(NamedTuple):
-    """Where a virtual address leads: a physical address, and the bytes left in its page."""
-
-    physical: int
-    left: int
-
-
-Walk = Generator[tuple[int, int], int, Page]
 
 
 def walk(registers: Registers, address: int, *, write: bool = False, ring: int = 0) -> Walk:

@@ -15,6 +15,7 @@ __all__ = [
     "CR4_PSE",
     "EFER_LMA",
     "RFLAGS_VM",
+    "ROOTS",
     "Registers",
     "page_root",
 ]
@@ -37,6 +38,8 @@ RFLAGS_VM = 1 << 17
 _ROOT = 0x000F_FFFF_FFFF_F000
 _ROOT_PAE = 0xFFFF_FFE0
 _ROOT_32BIT = 0xFFFF_F000
+ROOTS = _ROOT | _ROOT_PAE
+"""The bits that `page_root` may have."""
 
 
 class Registers(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

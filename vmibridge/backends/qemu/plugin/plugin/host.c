@@ -115,7 +115,8 @@ static bool shake_hands(struct vcpu *vcpu, double until)
     struct {
         struct hello hello;
         char names[256];
-    } body = {{PROTOCOL, API, settings.process, vcpu->number, (uint32_t)settings.vcpus, ""}, ""};
+    } body = {{PROTOCOL, API, settings.process, vcpu->number, (uint32_t)settings.vcpus, "",
+               ARCHITECTURE, ARCHITECTURE_VERSION}, ""};
     memcpy(body.hello.target, settings.target, sizeof body.hello.target);
     size_t at = 0;
     for (unsigned i = 0; i < REGISTERS; i++) {

@@ -4,7 +4,10 @@
 
 #include <stdint.h>
 
-enum { PROTOCOL = 2, MOST_MAGICS = 64, MOST_VCPUS = 1024, MOST_ACCESS = 16 << 20 };
+enum { PROTOCOL = 3, MOST_MAGICS = 64, MOST_VCPUS = 1024, MOST_ACCESS = 16 << 20 };
+/* What vmibridge/vm/arch calls the registers below, and their version. */
+#define ARCHITECTURE "x86"
+enum { ARCHITECTURE_VERSION = 1 };
 enum { HELLO = 1, TRAP = 2, MEMORY = 3 };
 enum { WELCOME = 16, REFUSED = 17, ANSWER = 18, NATIVE = 19, READ = 20, WRITE = 21 };
 enum { CPUID = 1, VMCALL = 2, VMMCALL = 3 };
@@ -25,6 +28,8 @@ struct hello {
     uint64_t process;
     uint32_t vcpu, vcpus;
     char target[16];
+    char architecture[12];
+    uint32_t architecture_version;
 };
 struct trap {
     uint64_t ip;
