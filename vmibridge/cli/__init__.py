@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from vmibridge import __version__
+from vmibridge.cli.streams import is_of_stdout, prepare_streams, quiet_stdout
 from vmibridge.errors import (
     BackendSpecError,
     ConfigError,
@@ -37,6 +38,21 @@ _USAGE_ERRORS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
+    prepare_streams()
+    try:
+        status = _run(tokens)
+        sys.stdout.flush()
+    except OSError as error:
+        if not is_of_stdout(error):
+            raise
+        quiet_stdout()
+        if isinstance(error, BrokenPipeError):
+            return 0  # nobody reads on, as behind `head`
+        return _fail(f"standard output: {error.strerror}", 1)
+    return status
+
+
+def _run(tokens: list[str]) -> int:
     if tokens == ["--version"]:
         sys.stdout.write(f"{__version__}\n")
         return 0
