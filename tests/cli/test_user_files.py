@@ -122,6 +122,24 @@ def test_a_report_takes_each_recording_with_memory(folder, record, count, handle
     assert b'"access_flags"' in gzip.decompress(base64.b64decode(packed))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "run.mcap", "-o"],
+        ["inspect"],
+        ["handlers", "list"],
+        ["export", "run.mcap", "--to", "jsonl", "-o"],
+    ],
+)
+def test_a_name_that_is_too_long_is_one_line(record, capsys, words):
+    record("run.mcap")
+    capsys.readouterr()
+    assert main([*words, "9" * 400]) in (1, 2)
+    line = capsys.readouterr().err
+    assert line.startswith("vmibridge: 9999")
+    assert line.count("\n") == 1
+
+
 def test_an_elf_file_is_not_run_as_an_image(folder, capsys):
     (folder / "guest.elf").write_bytes(b"\x7fELF" + bytes(1000))
     assert main(["run", "--backend", "unicorn:guest.elf", "--handlers", "probe.py"]) == 2

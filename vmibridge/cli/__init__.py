@@ -10,6 +10,7 @@
 An error is one line on standard error that says what to do.
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -44,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except OSError as error:
         if not is_of_stdout(error):
-            raise
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            # Of a path that was given; pathlib answers other questions about it with "no".
+            return _fail(f"{str(error.filename)[:40]}...: {error.strerror}", 2)
         quiet_stdout()
         if isinstance(error, BrokenPipeError):
             return 0  # nobody reads on, as behind `head`

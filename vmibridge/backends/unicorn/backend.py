@@ -106,11 +106,13 @@ class UnicornBackend(Backend):
         run as code, `BackendError` when it does not fit.
         """
         options = self.options
-        if not await anyio.Path(self.path).is_file():
-            raise BackendSpecError(f"unicorn:{self.path}: there is no such file")
         try:
+            if not await anyio.Path(self.path).is_file():
+                raise BackendSpecError(f"unicorn:{self.path}: there is no such file")
             image = await anyio.Path(self.path).read_bytes()
             self._ram = mmap.mmap(-1, options.memory)
+        except BackendSpecError:
+            raise
         except (OSError, ValueError, OverflowError) as error:
             raise BackendError(f"unicorn:{self.path}: {error}") from error
         if image.startswith(_ELF):
