@@ -121,6 +121,9 @@ soak: setup  ## 1,000,000 traps with faults over 64 lanes, on asyncio and on tri
 demo: $(LIGHT)  ## a real guest calls the ready-made handlers and checks every answer
 	@$(BIN)/vmibridge demo
 
+# The command looks in no folder of its own accord: a checkout's QEMU is named to it.
+demo-linux bench: export VMIBRIDGE_QEMU = $(wildcard $(CURDIR)/.qemu/qemu-system-x86_64)
+
 demo-linux: setup qemu linux  ## a real Linux in QEMU calls from programs and from its kernel
 	@$(BIN)/python guest/linux/demo.py
 

@@ -1,9 +1,11 @@
 """Files that are put in the place of others."""
 
 import errno
+import os
+import stat
 from pathlib import Path
 
-__all__ = ["replaceable"]
+__all__ = ["is_own_file", "replaceable"]
 
 
 def replaceable(target: Path) -> Path:
@@ -15,3 +17,16 @@ def replaceable(target: Path) -> Path:
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "is no regular file; name another one", str(target))
     return target.resolve()
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether only this user, or root, can have written the file: its owner, mode, and folder."""
+    try:
+        about, folder = path.lstat(), path.parent.stat()
+    except OSError:
+        return False
+    mine = {os.geteuid(), 0}
+    return stat.S_ISREG(about.st_mode) and all(
+        each.st_uid in mine and not each.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        for each in (about, folder)
+    )

@@ -7,7 +7,7 @@ start a new one. Nothing that an object does when it is asked for its text is ra
 
 from collections.abc import Callable
 
-__all__ = ["printable", "repr_of", "str_of", "type_name"]
+__all__ = ["printable", "printable_json", "repr_of", "str_of", "type_name"]
 
 
 def printable(text: str) -> str:
@@ -43,3 +43,24 @@ def _asked(ask: Callable[[object], str], value: object) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
     except BaseException as error:  # whatever it raises is about this text alone
         return f"<{type_name(value)}: its {ask.__name__} raised {type_name(error)}>"
+
+
+def printable_json(line: bytes, *, ascii_only: bool = False) -> bytes:
+    """JSON that means the same, with an escape for each character that is not printable.
+
+    An encoder escapes what JSON demands: not DEL, C1 controls, U+2028 or U+202E. Such characters
+    stand inside strings alone, so an escape fits wherever one is. `ascii_only`: escape all beyond
+    ASCII, for where the encoding may lack a character. Line feeds stay.
+    """
+    if line.isascii() and b"\x7f" not in line:
+        return line
+    text = line.decode()
+    return "".join(
+        c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else _escaped(c)
+        for c in text
+    ).encode()
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))

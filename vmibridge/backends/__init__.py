@@ -85,9 +85,13 @@ def open_backend(spec: str, *, vm: str = "vm") -> "Backend":
     `BackendSpecError` for a spec that is wrong, `MissingExtraError` when the backend's
     library is not installed; whether the VM can be had shows when it is entered.
     """
+    from vmibridge.vm.spec import check_text
+
     name, colon, rest = spec.partition(":")
     if not colon or name not in BACKENDS:
         known = ", ".join(f"{known}:..." for known in sorted(BACKENDS))
         raise BackendSpecError(f"no backend for {spec!r}: specs are {known}")
     where, _, options = rest.partition("?")
+    if not where.startswith(("nats:", "tls:")):  # whose options may be secret, and are not shown
+        check_text(spec)
     return BACKENDS[name](where, options, vm)

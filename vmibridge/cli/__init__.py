@@ -10,11 +10,13 @@
 An error is one line on standard error that says what to do.
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 
 from vmibridge import __version__
 from vmibridge.cli.hangups import note_hangups
+from vmibridge.cli.streams import is_of_stdout, prepare_streams, quiet_stdout
 from vmibridge.errors import (
     BackendSpecError,
     ConfigError,
@@ -38,6 +40,24 @@ _USAGE_ERRORS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
+    prepare_streams()
+    try:
+        status = _run(tokens)
+        sys.stdout.flush()
+    except OSError as error:
+        if not is_of_stdout(error):
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            # Of a path that was given; pathlib answers other questions about it with "no".
+            return _fail(f"{str(error.filename)[:40]}...: {error.strerror}", 2)
+        quiet_stdout()
+        if isinstance(error, BrokenPipeError):
+            return 0  # nobody reads on, as behind `head`
+        return _fail(f"standard output: {error.strerror}", 1)
+    return status
+
+
+def _run(tokens: list[str]) -> int:
     if tokens == ["--version"]:
         sys.stdout.write(f"{__version__}\n")
         return 0

@@ -16,6 +16,7 @@ from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Json, LogLevel, LoopOptions, named_backend
 from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError
 from vmibridge.transport import Agent
@@ -112,7 +113,7 @@ def _tell(agent: Agent, end: GuestEnd, *, as_json: bool) -> None:
         summary = {**counts.as_dict(), "guest": guest}
         if agent.shares:
             summary["servers"] = agent.shares
-        line = msgspec.json.encode({"summary": summary}).decode()
+        line = json_line(msgspec.json.encode({"summary": summary})).decode().rstrip("\n")
     else:
         line = (
             f"{counts.traps} traps: {counts.answered} answered by the server, {counts.own} here;"

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from vmibridge.bridge.handler import BridgeHandler, contract_of
 from vmibridge.cli.options import Json, Sources
+from vmibridge.cli.streams import json_line
 from vmibridge.config import Offered, find_handlers
 from vmibridge.errors import HandlerLoadError
 
@@ -55,7 +56,7 @@ def list_handlers(
     lines = [_line(offered) for offered in find_handlers(sources)]
     if json:
         for line in lines:
-            sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+            sys.stdout.write(json_line(msgspec.json.encode(line)).decode())
         return 0
     console = Console()
     for line in lines:

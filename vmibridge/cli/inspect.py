@@ -1,5 +1,6 @@
 """`vmibridge inspect`: what a recording holds, trap by trap."""
 
+import sys
 from typing import Annotated
 
 from cyclopts import Parameter, validators
@@ -15,7 +16,9 @@ def inspect(
     selection: SelectionOptions | None = None,
     limit: Annotated[
         int | None,
-        Parameter(validator=validators.Number(gte=1), help="Stop after so many traps."),
+        Parameter(
+            validator=validators.Number(gte=1, lte=sys.maxsize), help="Stop after so many traps."
+        ),
     ] = None,
     full: Annotated[
         bool, Parameter(negative=(), help="Registers and accesses to memory, too.")

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import trap_cells
 from vmibridge.recording.export.jsonl import trap_record
 from vmibridge.recording.file.reader import RecordingReader
@@ -115,10 +116,10 @@ class Listing:
             self._write_line(printable(f"the file is {what}; what can be read of it: {hint}"))
 
     def _write_json(self, value: Any) -> None:
-        self._out.write(self._encode(value) + b"\n")
+        self._out.write(json_line(self._encode(value)))
 
     def _write_line(self, line: str) -> None:
-        self._out.write(f"{line.rstrip()}\n".encode(errors="replace"))
+        self._out.write(encoded(f"{line.rstrip()}\n"))
 
 
 def _session(session: Session) -> list[str]:

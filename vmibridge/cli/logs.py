@@ -1,7 +1,9 @@
 """Logging of the command line: one line a record, whatever a guest put into it."""
 
 import logging
+import select
 import sys
+from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -36,11 +38,43 @@ class _ConsoleHandler(logging.Handler):
         self._console.print(Text(self.format(record)))
 
 
+class _ErrorOutput(logging.StreamHandler[TextIO]):
+    """To standard error; what it cannot take at once is dropped and counted.
+
+    A record is written on the event loop: a reader of standard error that has stopped must not stop
+    all guests.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._poll = select.poll()
+        self._poll.register(stream.fileno(), select.POLLOUT)
+        self._dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._poll.poll(0):
+            self._dropped += 1
+            return
+        dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self.stream.write(f"WARNING {__name__}: {dropped} messages were dropped: not read\n")
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging
+        """A full disk, or nobody there: there is no other place to tell it."""
+
+
 def log_handler(level: str, console: Console | None) -> logging.Handler:
     """To standard error, or through the console that shows a live table."""
-    handler: logging.Handler = (
-        logging.StreamHandler(sys.stderr) if console is None else _ConsoleHandler(console)
-    )
+    handler: logging.Handler = _to_stderr() if console is None else _ConsoleHandler(console)
     handler.setFormatter(GuestSafeFormatter(tracebacks=level == "debug"))
     handler.setLevel(level.upper())
     return handler
+
+
+def _to_stderr() -> logging.Handler:
+    try:
+        return _ErrorOutput(sys.stderr)
+    except OSError:
+        # No file at all, as where a program that embeds the command has put another object.
+        return logging.StreamHandler(sys.stderr)

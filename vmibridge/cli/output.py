@@ -1,4 +1,10 @@
-"""Standard output, or a file, without stopping the event loop: a slow reader only slows its guest.
+"""Standard output, or a file, without stopping the event loop.
+
+| the reader | what happens |
+|---|---|
+| is slow | its guest is slowed |
+| takes nothing for 10 seconds, or the disk is full | lines are dropped, and counted |
+| has gone | `BrokenPipeError`: the run ends |
 
 | writer | for |
 |---|---|
@@ -7,6 +13,8 @@
 | `TableWriter` | people at a terminal |
 """
 
+import errno
+import logging
 import os
 import select
 import sys
@@ -25,10 +33,15 @@ from rich.table import Table
 from rich.text import Text
 
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.cli.streams import encoded, json_line, quiet_stdout
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import RecordingError
 
+log: logging.Logger = logging.getLogger(__name__)
+
+_PATIENCE = 10.0
+"""Seconds in which a reader that takes nothing holds its guest."""
 _WIDTHS = (6, 4, 9, 12, 20, 9, 38, 7)
 # At a narrow terminal these give their room to the output.
 _WIDE_ONLY = ("magic/request/method", "answer")
@@ -53,8 +66,7 @@ def standard_output() -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
     except OSError as error:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        quiet_stdout()
         if not isinstance(error, BrokenPipeError):
             raise RecordingError(f"standard output: {error.strerror}") from error
 
@@ -93,23 +105,70 @@ class _StreamWriter(Writer):
         self._fd = fd
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
+        self._rest = b""
+        """Of a line that was begun."""
+        self._is_blocked = False
+        self._told = 0
+        self.dropped: int = 0
+        """Lines that were not written."""
 
-    async def write(self, data: bytes) -> None:
-        """A pipe that polls as writable takes PIPE_BUF bytes without blocking."""
-        while data:
-            while not self._poll.poll(0):
-                await anyio.wait_writable(self._fd)
-            data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
+    async def write(self, line: bytes) -> None:
+        """Write a line, or drop it whole; one that was begun is finished before the next.
+
+        A pipe that polls as writable takes PIPE_BUF bytes without blocking.
+        """
+        data = self._rest + line
+        try:
+            while data:
+                if not self._poll.poll(0):
+                    await self._wait()
+                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if len(data) >= len(line):
+                data = data[: len(data) - len(line)]
+                self.dropped += 1
+            if not self._is_blocked:
+                self._is_blocked = True
+                self._warn("%s: outcomes are dropped until they can be written", error.strerror)
+        else:
+            if self._is_blocked:
+                self._is_blocked = False
+                self._tell_dropped()
+        finally:
+            self._rest = data
+
+    def close(self) -> None:
+        self._tell_dropped()
+
+    async def _wait(self) -> None:
+        """Raises `TimeoutError` for a reader that takes nothing, at once where that is known."""
+        if not self._is_blocked:
+            with anyio.move_on_after(_PATIENCE):
+                while not self._poll.poll(0):
+                    await anyio.wait_writable(self._fd)
+                return
+        raise TimeoutError(errno.ETIMEDOUT, f"nobody has read it for {_PATIENCE:g} seconds")
+
+    def _tell_dropped(self) -> None:
+        if self.dropped > self._told:
+            self._told = self.dropped
+            self._warn("%d outcomes were dropped", self.dropped)
+
+    def _warn(self, text: str, told: object) -> None:
+        what = "standard output" if self._fd == 1 else "the output of outcomes"
+        log.warning("%s: " + text, what, told)
 
 
 class JsonWriter(_StreamWriter):
     """One JSON object a line."""
 
     async def show(self, outcome: Outcome[Any]) -> None:
-        await self.write(trap_json(outcome))
+        await self.write(json_line(trap_json(outcome)))
 
     async def end(self, summaries: Mapping[str, Summary]) -> None:
-        await self.write(summary_json(summaries))
+        await self.write(json_line(summary_json(summaries, self.dropped)))
 
 
 class LineWriter(_StreamWriter):
@@ -123,11 +182,11 @@ class LineWriter(_StreamWriter):
         await self._line(trap_columns(outcome))
 
     async def end(self, summaries: Mapping[str, Summary]) -> None:
-        await self.write(f"{summary_text(Summary.of_all(summaries.values()))}\n".encode())
+        await self.write(encoded(f"{summary_text(Summary.of_all(summaries.values()))}\n"))
 
     async def _line(self, columns: list[str]) -> None:
         cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
-        await self.write(f"{' '.join([*cells, columns[-1]]).rstrip()}\n".encode())
+        await self.write(encoded(f"{' '.join([*cells, columns[-1]]).rstrip()}\n"))
 
 
 def stream_writer(fd: int, *, as_json: bool) -> Writer:

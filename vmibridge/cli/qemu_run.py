@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from vmibridge.backends.qemu.find import (
     accelerators,
     cache_folder,
     find_qemu,
+    has_memory_backend,
     memory_size,
 )
 from vmibridge.backends.qemu.gdb.backend import QemuGdbBackend
@@ -41,6 +42,7 @@ from vmibridge.cli.server_run import Life, Prepared, run_server
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.engine.server import BridgeServer
 from vmibridge.errors import BackendError, ConfigError
+from vmibridge.files import is_own_file
 from vmibridge.vm.backend import Backend
 
 _AFTERWARDS = 2.0
@@ -63,7 +65,7 @@ def run_qemu(
     qemu: Annotated[
         str | None,
         Parameter(
-            help="The QEMU to start; by default VMIBRIDGE_QEMU, .qemu/qemu-system-x86_64, that of"
+            help="The QEMU to start; by default VMIBRIDGE_QEMU, that of"
             " vmibridge qemu fetch, or the one in PATH."
         ),
     ] = None,
@@ -143,7 +145,7 @@ def run_qemu(
         if not accelerators(arguments):
             command += ["-accel", accel or "tcg"]
         if ram is not None:
-            command += _shared_memory(ram, memory_size(arguments))
+            command += _shared_memory(ram, arguments)
         if via == "gdb":
             command += ["-S", "-gdb", f"unix:{_escaped(where)},server=on,wait=off"]
         else:
@@ -183,7 +185,14 @@ def _plugin_arguments(given: Mapping[str, str | int | None], more: str) -> str:
     return ",".join([*told, more] if more else told)
 
 
-def _shared_memory(file: Path, size: int) -> list[str]:
+def _shared_memory(file: Path, arguments: Sequence[str]) -> list[str]:
+    """Raises `ConfigError` beside a memory backend of the user: QEMU would take one of them."""
+    if has_memory_backend(arguments):
+        raise ConfigError(
+            "--share-memory: QEMU's arguments have a memory backend of their own: leave one of them"
+            " out, or name its file, by --plugin-options ram=FILE or, for gdb, --backend-options"
+        )
+    size = memory_size(arguments)
     backend = f"memory-backend-file,id=vmibridge-ram,size={size},mem-path={file},share=on"
     return ["-object", backend, "-machine", "memory-backend=vmibridge-ram"]
 
@@ -201,7 +210,8 @@ def _built_plugin() -> Path:
     sources = b"".join(source.read_bytes() for source in SOURCES)
     name = hashlib.sha256(sources).hexdigest()[:16]
     path = cache / f"plugin-{name}.so"
-    return path if path.exists() else build_plugin(path)
+    # QEMU runs it: one that others could have written is made anew, in its place.
+    return path if is_own_file(path) else build_plugin(path)
 
 
 @contextmanager

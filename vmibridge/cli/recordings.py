@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from vmibridge.cli.event_loop import run_on
 from vmibridge.cli.options import Json, OptionalOutput, Recording
+from vmibridge.cli.streams import json_line
 from vmibridge.errors import BackendSpecError
 from vmibridge.text import printable
 from vmibridge.transport.nats import store as nats_store
@@ -87,6 +88,6 @@ def _url(text: str) -> NatsUrl:
 def _tell(found: list[StoredRecording], *, as_json: bool) -> None:
     for each in found:
         if as_json:
-            sys.stdout.write(msgspec.json.encode(each).decode() + "\n")
+            sys.stdout.write(json_line(msgspec.json.encode(each)).decode())
         else:
             sys.stdout.write(f"{each.size:>14}  {printable(each.name)}\n")

@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from vmibridge.cli.options import Json, Output, Recording
+from vmibridge.cli.streams import json_line
 from vmibridge.text import printable
 
 _MOST_PROBLEMS = 10
@@ -33,7 +34,7 @@ def recover(
         file, output, lambda messages, reader: with_progress(messages, reader, "reading")
     )
     if json:
-        sys.stdout.write(encode(done).decode() + "\n")
+        sys.stdout.write(json_line(encode(done)).decode())
         return 0
     lines = [f"{file}: {problem}" for problem in done.problems[:_MOST_PROBLEMS]]
     if done.problem_count > _MOST_PROBLEMS:

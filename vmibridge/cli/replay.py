@@ -68,7 +68,8 @@ def replay(
     """Ask handlers again what a recording was asked, and compare.
 
     The guest's memory is served from the recording. The first difference is shown with what
-    led to it.
+    led to it. Handlers run as they did then: files, databases and networks that they change are
+    changed again.
 
     Exit status: 0 when all is the same, 1 when something is different, 2 when nothing could
     be compared.
@@ -83,7 +84,9 @@ def replay(
     chosen = (loop or LoopOptions()).loop
     check_loop(chosen)
     sessions = sessions_of(file)
-    names: list[str | None] = [*(vm or ())] or [session.vm for session in sessions] or [None]
+    names: list[str | None] = (
+        [*dict.fromkeys(vm or ())] or [session.vm for session in sessions] or [None]
+    )
     options = [ReplayOptions(speed, order, name, strict) for name in names]
     run = Replay(file, options, {session.vm: session for session in sessions}, as_json=json)
     with logging_to(log_handler(log_level, None), log_level):

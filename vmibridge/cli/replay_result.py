@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 
 from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.cli.streams import json_line
+from vmibridge.errors import NotReplayedError
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import MemoryAccess, Session
 from vmibridge.recording.recorder import recorded_handler
@@ -59,8 +61,12 @@ class ReplayPrinter:
         for problem in reader.problems[:_MOST_PROBLEMS]:
             self._warn(f"{reader.path}: {problem}")
 
-    def end(self, file: Path, backends: Sequence[ReplayBackend], *, strict: bool) -> bool:
-        """Tell the counts; returns whether all was the same."""
+    def end(self, file: Path, backends: Sequence[ReplayBackend], *, strict: bool) -> int:
+        """Tell the counts; returns the exit status.
+
+        Raises `NotReplayedError`, after the counts, when there was nothing to compare: a check
+        that looks at the status alone must not take that for success.
+        """
         results = {backend.vm: backend.result for backend in backends}
         compared = sum(result.compared for result in results.values())
         different = sum(result.different for result in results.values())
@@ -69,7 +75,7 @@ class ReplayPrinter:
             for why, count in result.unchecked.items():
                 unchecked[why] = unchecked.get(why, 0) + count
         missing = self._problems + sum(unchecked.get(why, 0) for why in MISSING)
-        same = not different and not (strict and missing)
+        same = compared > 0 and not different and not (strict and missing)
         if self._as_json:
             counts = {
                 "compared": compared,
@@ -79,7 +85,7 @@ class ReplayPrinter:
                 "same": same,
             }
             _print_json({"replay": counts})
-            return same
+            return _status(file, compared, same=same)
         firsts = [result.first for result in results.values() if result.first is not None]
         start = min((backend.started for backend in backends), default=0)
         if firsts:
@@ -88,12 +94,18 @@ class ReplayPrinter:
         _print(*(f"not compared: {count} ({why})" for why, count in unchecked.items()))
         if strict and missing:
             _print("strict: parts of the recording are missing")
-        return same
+        return _status(file, compared, same=same)
 
     def _warn(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
             sys.stderr.write(f"vmibridge: {printable(text)}\n")
+
+
+def _status(file: Path, compared: int, *, same: bool) -> int:
+    if not compared:
+        raise NotReplayedError(f"{file}: no request could be compared")
+    return 0 if same else 1
 
 
 def difference_lines(difference: Difference, start: int) -> list[str]:
@@ -127,4 +139,4 @@ def _print(*lines: str) -> None:
 
 
 def _print_json(what: object) -> None:
-    sys.stdout.write(msgspec.json.encode(what).decode() + "\n")
+    sys.stdout.write(json_line(msgspec.json.encode(what)).decode())

@@ -63,7 +63,7 @@ class Replay:
                 printer.changes(backend.session, bridges[backend.vm].handlers)
                 printer.problems(backend.reader)
         strict = any(options.strict for options in self._options)
-        return 0 if printer.end(self._file, backends, strict=strict) else 1
+        return printer.end(self._file, backends, strict=strict)
 
     def _settings(self, timeout: float | None) -> ServerSettings:
         recorded = [self._sessions.get(options.vm or "") for options in self._options]

@@ -23,11 +23,13 @@ from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import LAST_LINES, Prepared
 from vmibridge.cli.setting_options import setting, with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import Config, HandlerFactory, reload_handlers
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, VmiBridgeError
+from vmibridge.text import printable
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
 
@@ -160,9 +162,9 @@ class _Command:
         if self._options.json:
             line = msgspec.json.decode(summary_json({vm: summary}))
             line["summary"] |= {"vm": vm, "agent": counts}
-            data = msgspec.json.encode(line) + b"\n"
+            data = json_line(msgspec.json.encode(line))
         else:
-            data = f"vm {vm}: {summary_text(summary)}\n".encode()
+            data = encoded(f"vm {printable(vm)}: {summary_text(summary)}\n")
         try:
             async with self._writing:
                 await self._writer.write(data)

@@ -72,13 +72,16 @@ def trap_line(outcome: Outcome[Any]) -> TrapLine:
 
 def trap_json(outcome: Outcome[Any]) -> bytes:
     """One line of JSON. An output that JSON cannot hold is given by its `repr`."""
-    return msgspec.json.encode(trap_line(outcome)) + b"\n"
+    return msgspec.json.encode(trap_line(outcome))
 
 
-def summary_json(summaries: Mapping[str, Summary]) -> bytes:
-    """The last line of `--json`: counts by outcome, and how each vCPU ended."""
+def summary_json(summaries: Mapping[str, Summary], dropped: int = 0) -> bytes:
+    """The last line of `--json`: counts by outcome, and how each vCPU ended.
+
+    `dropped`: lines before it that could not be written; told where there are any.
+    """
     whole = Summary.of_all(summaries.values())
-    line = {
+    line: dict[str, Any] = {
         **{kind.value: count for kind, count in whole.outcomes.items()},
         "total": whole.total,
         "native": whole.native,
@@ -92,7 +95,9 @@ def summary_json(summaries: Mapping[str, Summary]) -> bytes:
             for end in summary.guest.vcpus
         ],
     }
-    return msgspec.json.encode({"summary": line}) + b"\n"
+    if dropped:
+        line["dropped_lines"] = dropped
+    return msgspec.json.encode({"summary": line})
 
 
 def trap_cells(

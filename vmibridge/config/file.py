@@ -112,6 +112,11 @@ class Config:
             tree = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{source}: {error}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{source}: is nested too deeply") from error
+        except ValueError as error:
+            # A number of more than 4,300 digits, or a date that there is not.
+            raise ConfigError(f"{source}: has a value that cannot be read: {error}") from error
         self._file = self._convert(tree, _File, ())
         table = self._file.policy
         self._policy = None
@@ -126,9 +131,14 @@ class Config:
     def read(cls, path: Path) -> Self:
         """The configuration in a file. Raises `ConfigError`."""
         try:
-            return cls(str(path), path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = path.read_text("utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
+        if text.startswith("\ufeff"):
+            raise ConfigError(f"{path}:1: begins with a byte order mark; save it as UTF-8 without")
+        return cls(str(path), text)
 
     @property
     def server(self) -> ServerSettings:

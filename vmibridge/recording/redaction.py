@@ -25,7 +25,9 @@ from vmibridge.bridge.registers import form_of
 from vmibridge.errors import ConfigError
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
-_RULE = re.compile(r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|\d{1,5}):)?(?P<what>memory|value[1-4])")
+_RULE = re.compile(
+    r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|[0-9]{1,5}):)?(?P<what>memory|value[1-4])"
+)
 _VALUES = ("value1", "value2", "value3", "value4")
 _ANSWERS = RegisterWrites.__struct_fields__[1:]
 
@@ -41,10 +43,12 @@ class RedactionRule(msgspec.Struct, frozen=True, omit_defaults=True):
     def parse(cls, text: str) -> Self:
         """From `[REQUEST:]WHAT`. Raises `ConfigError`."""
         found = _RULE.fullmatch(text)
-        request = None if found is None or not found["request"] else int(found["request"], 0)
+        code = None if found is None else found["request"]
+        # In decimal zeros may lead, which base 0 refuses.
+        request = None if code is None else int(code, 16 if code[:2] in ("0x", "0X") else 10)
         if found is None or (request or 0) >> 16:
             raise ConfigError(
-                f"{text!r} is no redaction: it is memory, value1 to value4, or one of them"
+                f"{text[:40]!r} is no redaction: it is memory, value1 to value4, or one of them"
                 " behind a request, as in 0x0002:value3"
             )
         return msgspec.convert({"what": found["what"], "request": request}, cls)

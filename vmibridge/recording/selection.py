@@ -39,16 +39,17 @@ class Moment(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Self:
         """From seconds, or ISO 8601; UTC where it has no zone. Raises `ConfigError`."""
-        if _SECONDS.fullmatch(text):
-            return cls(round(float(text) * 1e9), relative=True)
         try:
+            if _SECONDS.fullmatch(text):
+                # Of more digits than a float has, it is infinite, and `round` refuses it.
+                return cls(round(float(text) * 1e9), relative=True)
             time = datetime.fromisoformat(text)
             time = time if time.tzinfo else time.replace(tzinfo=UTC)
             # Without floats, which lose nanoseconds here.
             return cls((time - _EPOCH) // timedelta(microseconds=1) * 1000, relative=False)
         except (ValueError, OverflowError):
             raise ConfigError(
-                f"{text!r} is no time: it is seconds since the first trap, as in 2.5, or"
+                f"{text[:40]!r} is no time: it is seconds since the first trap, as in 2.5, or"
                 " ISO 8601, as in 2026-01-31T12:00:00Z"
             ) from None
 

@@ -4,6 +4,7 @@ One place, so that the same mistake gives the same message everywhere. Each mess
 the spec as its caller wants it shown.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 from urllib.parse import parse_qsl
@@ -14,6 +15,7 @@ from vmibridge.errors import BackendSpecError
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+_NEVER = re.compile("[\0\ud800-\udfff]")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -23,6 +25,25 @@ def parse_size(text: str) -> int:
         if text.endswith(unit):
             return int(text.removesuffix(unit), 0) * factor
     return int(text, 0)
+
+
+def check_text(spec: str, what: str = "") -> None:
+    """Raises `BackendSpecError` for text with a NUL, or from bytes that are not UTF-8.
+
+    No file, socket or host has such a name, and each library fails at it in a way of its own.
+    `what` is the text; by default `spec` itself.
+    """
+    if _NEVER.search(what or spec):
+        raise BackendSpecError(f"{spec}: has a NUL, or bytes that are not UTF-8")
+
+
+def port_number(text: str) -> int:
+    """A port in decimal digits; -1 if it is none."""
+    # Not by `int` alone: Python refuses numbers of more than 4,300 digits with `ValueError`.
+    if not text.isascii() or not text.isdigit() or len(text.lstrip("0")) > len("65535"):
+        return -1
+    port = int(text[-len("65535") :])
+    return port if port <= 0xFFFF else -1
 
 
 def read_options(
@@ -36,10 +57,15 @@ def read_options(
     """Each option of `options`, name and value as text, in their order.
 
     Those in `lists` may be given again. With `secret` no message shows a value. Raises
-    `BackendSpecError` for an option that is not in `known`, or is given twice.
+    `BackendSpecError` for an option that is not in `known`, or is given twice, and for bytes
+    that are not UTF-8.
     """
     try:
-        pairs = parse_qsl(options, keep_blank_values=True, strict_parsing=bool(options))
+        pairs = parse_qsl(
+            options, keep_blank_values=True, strict_parsing=bool(options), errors="strict"
+        )
+    except UnicodeDecodeError:
+        raise BackendSpecError(f"{spec}: an option has bytes that are not UTF-8") from None
     except ValueError:
         told = "options are" if secret else f"{options!r} is not"
         raise BackendSpecError(f"{spec}: {told} OPTION=VALUE&OPTION=VALUE") from None
@@ -50,6 +76,7 @@ def read_options(
         if name in seen and name not in lists:
             raise BackendSpecError(f"{spec}: {name} is given twice")
         seen.add(name)
+        check_text(f"{spec}: {name}", value)
         yield name, value
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import msgspec
@@ -12,8 +13,6 @@ import msgspec
 from vmibridge.errors import BackendError
 
 NAME = "qemu-system-x86_64"
-UNPACKED = Path(".qemu") / NAME
-"""Where `make qemu` puts one, from the root of a checkout."""
 FETCHED = Path("qemu") / NAME
 """Where `vmibridge qemu fetch` puts one, in the cache of the user."""
 PLUGIN_NEEDS = (11, 1)
@@ -22,6 +21,7 @@ GDB_NEEDS = (7, 2)
 """The oldest that was tried."""
 
 _SECONDS = 20.0
+_RAM_PAGE = 8 << 10
 
 
 class Qemu(msgspec.Struct, frozen=True):
@@ -34,15 +34,16 @@ class Qemu(msgspec.Struct, frozen=True):
 def find_qemu(asked: str | None, need: tuple[int, int]) -> Qemu:
     """The QEMU to use: `asked`, or the first that is new enough.
 
-    Looked for, in order: `VMIBRIDGE_QEMU`, `.qemu/`, the user's cache, `PATH`. Raises
-    `BackendError` with what was found instead, and what to do.
+    Looked for, in order: `VMIBRIDGE_QEMU`, the user's cache, `PATH`. Never in the current folder,
+    which may be anybody's: the Makefile names that of a checkout. Raises `BackendError` with what
+    was found instead, and what to do.
     """
     wanted = ".".join(map(str, need))
     asked = asked or os.environ.get("VMIBRIDGE_QEMU")
     found = []
     cache = cache_folder()
     fetched = [] if cache is None else [str(cache / FETCHED)]
-    for place in [asked] if asked else [str(UNPACKED), *fetched, NAME]:
+    for place in [asked] if asked else [*fetched, NAME]:
         path = shutil.which(place)
         if path is None:
             continue
@@ -108,7 +109,25 @@ def memory_size(arguments: Sequence[str]) -> int:
         if before.lstrip("-") == "m" and before.startswith("-"):
             size = argument
     first = size.split(",")[0].removeprefix("size=")
-    told = re.fullmatch(r"(\d+)([bBkKmMgGtT]?)", first)
-    if told is None or not int(told[1]):
-        raise BackendError(f"-m {size}: is no size of memory")
-    return int(told[1]) << {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}[(told[2] or "m").lower()]
+    # A fraction goes with a unit (QEMU, util/cutils.c, do_strtosz); RAM is in whole pages of 8 KiB
+    # there (hw/core/machine.c, machine_set_mem).
+    told = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,15})?([bBkKmMgGtT]?)", first)
+    if told is not None:
+        unit = 1 << {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}[(told[3] or "m").lower()]
+        count = Fraction(told[1] + (told[2] or "")) * unit
+        if count > 0 and (unit > 1 or told[2] is None):
+            return -(-int(count) // _RAM_PAGE) * _RAM_PAGE
+    raise BackendError(f"-m {size[:40]}: is no size of memory")
+
+
+def has_memory_backend(arguments: Sequence[str]) -> bool:
+    """Whether QEMU's arguments say what guest memory is made of, beyond its size."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option = before.lstrip("-") if before.startswith("-") else ""
+        if option in ("machine", "M") and "memory-backend=" in argument:
+            return True
+        if option == "object" and re.search(r"(^|qom-type\W+)memory-backend-", argument):
+            return True
+        if (option == "numa" and "mem" in argument) or option == "mem-path":
+            return True
+    return False

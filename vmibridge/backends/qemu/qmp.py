@@ -15,7 +15,7 @@ import itertools
 import logging
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Self, TypeVar, overload
 
@@ -144,6 +144,8 @@ class Qmp:
         self._lines = QmpLines()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, MemoryObjectSendStream[QmpReply]] = {}
+        self._given_up: set[int] = set()
+        """Commands whose reply nobody waits for any more."""
         self._listeners: list[tuple[tuple[str, ...], MemoryObjectSendStream[QmpEvent]]] = []
         self._sending = anyio.Lock()
         self._reading = anyio.CancelScope(shield=True)
@@ -223,9 +225,7 @@ class Qmp:
 
     def _take(self, message: QmpEvent | QmpReply) -> None:
         if isinstance(message, QmpReply):
-            waiting = self._waiting.get(message.id)
-            if waiting is not None:
-                waiting.send_nowait(message)
+            self._take_reply(message)
             return
         for names, listener in self._listeners:
             if not names or message.event in names:
@@ -235,6 +235,17 @@ class Qmp:
                     log.warning("QMP event %s is dropped: nobody takes events", message.event)
                 except anyio.BrokenResourceError:
                     pass
+
+    def _take_reply(self, reply: QmpReply) -> None:
+        """Raises `QmpError` for a second one: each command has one."""
+        waiting = self._waiting.pop(reply.id, None)
+        if waiting is not None:
+            with suppress(anyio.BrokenResourceError):  # who waited is just being cancelled
+                waiting.send_nowait(reply)
+        elif reply.id in self._given_up:
+            self._given_up.remove(reply.id)
+        elif reply.id >= 0:
+            raise QmpError("QEMU sent a reply twice, or to no command")
 
     @overload
     async def execute(
@@ -278,7 +289,8 @@ class Qmp:
             except (anyio.EndOfStream, OSError, anyio.ClosedResourceError):
                 raise QmpError(f"{command}: {self._why or 'QEMU has hung up'}") from None
             finally:
-                del self._waiting[number]
+                if self._waiting.pop(number, None) is not None:
+                    self._given_up.add(number)
         if reply.error is not None:
             raise QmpError(f"{command}: {reply.error}")
         if kind is None or reply.result is None:

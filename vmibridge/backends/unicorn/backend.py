@@ -39,6 +39,7 @@ except ImportError as _error:
 
 _PAGE = 4096
 _STACK = 64 << 10
+_ELF = b"\x7fELF"
 _REAL_MODE_END = 1 << 20
 
 
@@ -101,16 +102,25 @@ class UnicornBackend(Backend):
     async def open(self) -> None:
         """Load the image and make the vCPUs.
 
-        Raises `BackendSpecError` without such a file, `BackendError` when it does not fit.
+        Raises `BackendSpecError` without such a file and for an ELF file, whose header would be
+        run as code, `BackendError` when it does not fit.
         """
         options = self.options
-        if not await anyio.Path(self.path).is_file():
-            raise BackendSpecError(f"unicorn:{self.path}: there is no such file")
         try:
+            if not await anyio.Path(self.path).is_file():
+                raise BackendSpecError(f"unicorn:{self.path}: there is no such file")
             image = await anyio.Path(self.path).read_bytes()
             self._ram = mmap.mmap(-1, options.memory)
+        except BackendSpecError:
+            raise
         except (OSError, ValueError, OverflowError) as error:
             raise BackendError(f"unicorn:{self.path}: {error}") from error
+        if image.startswith(_ELF):
+            self._ram.close()
+            raise BackendSpecError(
+                f"unicorn:{self.path}: is an ELF file, and this loads raw images:"
+                " `objcopy -O binary` makes one, which has to be linked for base"
+            )
         if not image or options.base + len(image) > options.memory:
             self._ram.close()
             raise BackendError(

@@ -12,6 +12,7 @@ import msgspec
 
 from vmibridge.recording.export.exporter import Exporter
 from vmibridge.recording.traps import RecordedTrap
+from vmibridge.text import printable_json
 from vmibridge.vm.trap import Registers
 
 
@@ -141,7 +142,8 @@ class JsonLines(Exporter):
         self._file.close()
 
     def add(self, trap: RecordedTrap, start: int) -> None:
-        self._file.write(self._encode(trap_record(trap, start, full=True)) + b"\n")
+        line = printable_json(self._encode(trap_record(trap, start, full=True)))
+        self._file.write(line + b"\n")
 
     def finish(self) -> None:
         self._file.flush()

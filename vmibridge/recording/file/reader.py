@@ -8,6 +8,7 @@
 - What cannot be read costs itself only: a message, or a chunk. It is told in `problems`,
   with its place. Where a length is wrong, reading goes on at the next thing that has the
   looks and the CRC of a chunk.
+- A recording behind the end of another is read, too: files that were put together.
 - The index at the end is not used: a file that was cut short has none.
 
 Blocking, one chunk in memory at a time.
@@ -164,6 +165,7 @@ class RecordingReader:
             channel.id: msgspec.msgpack.Decoder(channel.kind).decode for channel in CHANNELS
         }
         self._traps_of: dict[str, Callable[[memoryview], Any]] = {}
+        begin = 0
         for at, opcode, length in self._records():
             start, end = at + _FRAME.size, at + _FRAME.size + length
             if opcode == Opcode.CHUNK:
@@ -178,16 +180,23 @@ class RecordingReader:
                 else:
                     self.bytes_unpacked += len(data)
                     yield at, data
-            elif opcode == Opcode.HEADER and at == len(MCAP0_MAGIC):
-                self._check_header(self._at(start, length))
+            elif opcode == Opcode.HEADER and at == begin + len(MCAP0_MAGIC):
+                self._check_header(at, self._at(start, length))
             elif opcode == Opcode.CHANNEL:
                 self._learn_channel(self._at(start, length))
             elif opcode == Opcode.MESSAGE:
                 # Outside of chunks, as other tools may write it.
                 yield at, self._at(at, _FRAME.size + length)
             elif opcode == Opcode.FOOTER and self._at(end, len(MCAP0_MAGIC)) == MCAP0_MAGIC:
-                self.complete = True
-                break
+                begin = end + len(MCAP0_MAGIC)
+                if self._at(begin, len(MCAP0_MAGIC)) != MCAP0_MAGIC:
+                    self.complete = True
+                    if begin < self.size:
+                        self._tell(begin, f"{self.size - begin} bytes behind the end are not read")
+                    break
+                # Recordings that were put together, as by `cat`: the next one follows.
+                self._next = begin + len(MCAP0_MAGIC)
+                self._channels = {channel.id: channel for channel in CHANNELS}
         self.bytes_read = self.size
         if not self.complete:
             self._tell(self._next, "the file ends here: it is truncated, or was not finished")
@@ -328,11 +337,11 @@ class RecordingReader:
             at += _SEARCH
         return None
 
-    def _check_header(self, body: bytes) -> None:
+    def _check_header(self, at: int, body: bytes) -> None:
         try:
             profile, _ = _text(body, 0)
         except ValueError:
-            self._tell(len(MCAP0_MAGIC), "the header is damaged")
+            self._tell(at, "the header is damaged")
             return
         if profile != PROFILE:
             raise RecordingReadError(

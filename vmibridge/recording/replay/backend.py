@@ -12,6 +12,8 @@ Rules:
 - Memory is served from the recording, to the request that accessed it (`replayed`).
 - A request that was told to wait then, and is answered at once now, is done: its retries
   are left out. One that is told to wait now asks again, with the retries of then.
+- The first run of a VM is replayed. What a file has of later ones, as when files were put
+  together, is counted and left out: each run had handlers of its own, from the start.
 - A trap that the policy denied then never reached a handler, and does not now. Values that
   were left out of the recording are not there to be asked with.
 
@@ -41,7 +43,7 @@ from vmibridge.errors import (
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, architecture_of
 from vmibridge.recording.redaction import Redaction
-from vmibridge.recording.replay.options import NO_REPLY, TWICE, ReplayOptions, ReplayResult
+from vmibridge.recording.replay.options import LATER, NO_REPLY, TWICE, ReplayOptions, ReplayResult
 from vmibridge.recording.replay.request import Difference, ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
@@ -80,6 +82,8 @@ class ReplayBackend(Backend, Tap):
         self._batch: list[TimedMessage] = []
         self._place = 0
         self._at_end = False
+        self._has_begun = self._is_later = False
+        self._has_server = False
         self._open: dict[int, ReplayedRequest] = {}
         self._unanswered: set[int] = set()
         self._untaken: TrapEvent | None = None
@@ -152,8 +156,8 @@ class ReplayBackend(Backend, Tap):
         """Take the answer. Raises `BackendError` for a trap that waits for none."""
         if event.seq not in self._unanswered:
             raise BackendError(f"trap {event.seq} was answered before, or never played")
-        if writes is None:
-            # Of one that is not ours no tap is told.
+        if writes is None or not self._has_server:
+            # Of one that is not ours no tap is told, and of none where an agent carries them.
             self._answer(event, None)
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
@@ -191,6 +195,7 @@ class ReplayBackend(Backend, Tap):
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
     ) -> None:
         self._stop_for = stop
+        self._has_server = True
 
     def dropped(self, vm: str, error: Exception) -> None:
         """Without what it is told here it cannot go on: it would wait for ever."""
@@ -233,12 +238,19 @@ class ReplayBackend(Backend, Tap):
                 goes_on = self._walk_reply(message)
             else:
                 goes_on = True
+                if isinstance(message, Session):
+                    self._is_later = self._has_begun
+                    self._has_begun = True
             if not goes_on:
                 return
             self._place += 1
         self._poked.set()
 
     def _walk_trap(self, time: int, event: TrapEvent) -> bool:
+        self._has_begun = True
+        if self._is_later:
+            self._leave_unchecked(LATER)
+            return True
         self.started = self.started or time
         if self._untaken is not None or (self.options.speed and not self._is_due(time)):
             return False
@@ -276,7 +288,7 @@ class ReplayBackend(Backend, Tap):
             request.retries.append(event)
 
     def _walk_access(self, access: MemoryAccess) -> bool:
-        request = self._open.get(access.seq)
+        request = None if self._is_later else self._open.get(access.seq)
         if request is None:
             return True
         if request.answered:
@@ -290,7 +302,7 @@ class ReplayBackend(Backend, Tap):
         return True
 
     def _walk_reply(self, reply: Reply) -> bool:
-        request = self._open.get(reply.seq)
+        request = None if self._is_later else self._open.get(reply.seq)
         if request is None or reply.kind is OutcomeKind.WAITING:
             return True
         if not request.over:

@@ -8,13 +8,22 @@ from vmibridge.engine.policy import Quota, Rate
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.replay.request import Difference
 
-__all__ = ["MISSING", "NO_REPLY", "TWICE", "ReplayOptions", "ReplayResult", "replay_settings"]
+__all__ = [
+    "LATER",
+    "MISSING",
+    "NO_REPLY",
+    "TWICE",
+    "ReplayOptions",
+    "ReplayResult",
+    "replay_settings",
+]
 
 _MUCH = 1e15
 """Requests or bytes: more than a recording has."""
 NO_REPLY = "its reply is missing"
 TWICE = "its trap is in the recording twice"
-MISSING = frozenset({NO_REPLY, TWICE})
+LATER = "it is of a later run of its VM, which had new handlers"
+MISSING = frozenset({NO_REPLY, TWICE, LATER})
 """Why a request was not compared, where the recording is to blame."""
 
 

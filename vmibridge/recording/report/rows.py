@@ -208,6 +208,7 @@ def _whole(value: int) -> int | str:
 def _column(values: Sequence[Any]) -> dict[str, Any]:
     table = dict.fromkeys(values)
     if len(table) * 2 > len(values):
-        return {"rows": values}
+        # JSON has no arrays of Python's `array`.
+        return {"rows": list(values)}
     places = {value: place for place, value in enumerate(table)}
     return {"table": list(table), "rows": [places[value] for value in values]}

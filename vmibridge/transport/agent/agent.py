@@ -29,6 +29,7 @@ from anyio.lowlevel import checkpoint
 from vmibridge.bridge.bounds import Seconds, check
 from vmibridge.errors import (
     BackendError,
+    BackendSpecError,
     ConnectionLostError,
     RefusedByServerError,
     ServerStateError,
@@ -132,7 +133,8 @@ class Agent:
         """Run the guest to its end, which this returns. Once, in the backend's `async with`.
 
         The guest starts when a server has said which traps it wants. Raises `BackendError`
-        when the VM cannot be run, or the server refuses this agent for good.
+        when the VM cannot be run, or the server refuses this agent for good; `BackendSpecError`
+        for files of the URL, such as certificates, that are not there or are none.
         """
         if self._tasks is not None:
             raise ServerStateError("an agent runs once: make another for another run")
@@ -156,6 +158,8 @@ class Agent:
                 self._lanes.close()
                 await self._tell_the_end(end)
             tasks.cancel_scope.cancel()
+        if isinstance(self._refused, BackendSpecError):
+            raise self._refused
         if self._refused is not None:
             raise BackendError(f"{self.url}: {self._refused}") from self._refused
         if failure is not None:
@@ -230,6 +234,13 @@ class Agent:
                     # It has heard that the guest has ended, and said so in vain.
                     self._ended.set()
                 if error.final and not self.counts.connections:
+                    self._refused = error
+                    self._welcomed.set()
+                    return
+            except BackendSpecError as error:
+                # A file of the URL: at the start it is mistyped, and later being renewed.
+                why = str(error)
+                if not self.counts.connections:
                     self._refused = error
                     self._welcomed.set()
                     return

@@ -15,10 +15,12 @@ import anyio.to_thread
 import msgspec
 
 from vmibridge.errors import BackendError, NatsRefusedError, RecordingError
+from vmibridge.text import printable
 from vmibridge.transport.nats.client import NatsClient
 from vmibridge.transport.urls.nats import NatsUrl
 
 if TYPE_CHECKING:
+    from nats.errors import Error
     from nats.js.object_store import ObjectStore
 
 _MAGIC = b"\x89MCAP0\r\n"
@@ -102,13 +104,12 @@ async def list_recordings(url: NatsUrl) -> list[StoredRecording]:
 async def _store(
     url: NatsUrl, *, seconds: float, create: bool = False
 ) -> "AsyncIterator[ObjectStore]":
-    from nats.errors import Error, NoRespondersError
+    from nats.errors import Error
     from nats.js.errors import (
         BucketNotFoundError,
         DigestMismatchError,
         InvalidBucketNameError,
         ObjectNotFoundError,
-        ServiceUnavailableError,
     )
 
     client = NatsClient(url, "vmibridge recordings")
@@ -146,10 +147,21 @@ async def _store(
         raise RecordingError(f"{url}: a store has letters, digits, - and _") from None
     except DigestMismatchError as error:
         raise RecordingError(f"{url}: what came is not what was put there") from error
-    except (NoRespondersError, ServiceUnavailableError) as error:
-        raise RecordingError(f"{url}: this NATS has no JetStream") from error
     except Error as error:
-        raise RecordingError(f"{url}: {type(error).__name__}") from error
+        raise RecordingError(f"{url}: {_refusal(error)}") from error
+
+
+def _refusal(error: "Error") -> str:
+    """What JetStream says, such as that it is full; or that there is none."""
+    from nats.errors import NoRespondersError
+    from nats.js.errors import APIError, ServiceUnavailableError
+
+    if isinstance(error, APIError) and error.description:
+        return f"JetStream refuses: {printable(error.description)}"
+    # nats-py makes the second one, without a description, when nobody answers.
+    if isinstance(error, NoRespondersError | ServiceUnavailableError):
+        return "this NATS has no JetStream"
+    return type(error).__name__
 
 
 def _finished(file: Path) -> int:

@@ -20,8 +20,8 @@ from typing import TypeAlias
 import msgspec
 
 from vmibridge.errors import BackendSpecError
-from vmibridge.transport.urls.nats import NatsUrl, is_nats_url, parse_nats_url
-from vmibridge.vm.spec import parse_options
+from vmibridge.transport.urls.nats import NatsUrl, is_host, is_nats_url, parse_nats_url
+from vmibridge.vm.spec import check_text, parse_options, port_number
 
 
 class UnixUrl(msgspec.Struct, frozen=True):
@@ -91,6 +91,7 @@ class _TlsOptions(msgspec.Struct, forbid_unknown_fields=True):
 def parse_url(text: str) -> Url:
     """Raises `BackendSpecError` for a URL that is wrong, or opens a door to anyone;
     `MissingExtraError` for one of NATS without nats-py."""
+    check_text(text)
     if is_nats_url(text):
         return parse_nats_url(text)
     scheme, _, rest = text.partition(":")
@@ -134,9 +135,12 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise BackendSpecError(f"{text}: an IPv6 address is in brackets, as in tcp:[::1]:7000")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+    number = port_number(port)
+    if not colon or not host or number < 0:
         raise BackendSpecError(f"{text}: HOST:PORT is missing, as in tcp:127.0.0.1:7000")
-    return host, int(port)
+    if not is_host(host):
+        raise BackendSpecError(f"{text}: {host} is no name of a host, and no address")
+    return host, number
 
 
 def _bracketed(host: str) -> str:

@@ -17,18 +17,22 @@ A URL never shows its secrets: `str` and `repr` are the hosts only.
 """
 
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from vmibridge.errors import BackendSpecError, MissingExtraError
-from vmibridge.vm.spec import read_options
+from vmibridge.vm.spec import check_text, port_number, read_options
 
 PORT = 4222
 TRAPS: Final = "vmibridge.*.*.*"
 """Where a server listens for traps, by default; what the tokens are is in `nats.subjects`."""
 
+_MAX_NAME, _MAX_LABEL = 253, 63
+"""Characters of a host's name, and between two dots of it (RFC 1035, 2.3.4)."""
+_NO_HOST = re.compile(r"[^!-~\u00a1-\U0010ffff]|[/\\?#@:\[\]]")
 _SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
 _PATTERN = re.compile(r"([^\s.*>]+|\*)(\.([^\s.*>]+|\*))*(\.>)?")
 
@@ -82,6 +86,23 @@ def is_pattern(text: str) -> bool:
     return _PATTERN.fullmatch(text) is not None
 
 
+def is_host(text: str) -> bool:
+    """Whether it may be the name of a host (RFC 1123, as far as resolvers insist), or an address.
+
+    Resolvers differ in what they raise for a label that is empty or too long, so none is asked.
+    """
+    try:
+        return bool(ip_address(text))
+    except ValueError:
+        pass
+    labels = text.removesuffix(".").split(".")
+    return (
+        len(text) <= _MAX_NAME
+        and _NO_HOST.search(text) is None
+        and all(0 < len(label) <= _MAX_LABEL for label in labels)
+    )
+
+
 def is_nats_url(text: str) -> bool:
     """Whether it is one by its scheme."""
     return text.startswith(("nats:", "tls://"))
@@ -95,6 +116,7 @@ def parse_nats_url(text: str) -> NatsUrl:
     place, _, query = text.partition("?")
     scheme, slashes, where = place.partition("://")
     shown = f"{scheme}://{where.rpartition('@')[2]}"
+    check_text(shown)
     if not slashes or scheme not in ("nats", "tls"):
         raise BackendSpecError(f"{scheme.partition(':')[0]}: a URL of NATS is nats://HOST:PORT")
     if "@" in where:
@@ -138,9 +160,12 @@ def _host(shown: str, text: str) -> str:
     known = host.strip("[]")
     if not known or (":" in known) != host.startswith("["):
         raise BackendSpecError(f"{shown}: HOST:PORT is missing, as in nats://nats.example:4222")
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) <= 0xFFFF:
+    number = port_number(port)
+    if number <= 0:
         raise BackendSpecError(f"{shown}: a port is a number up to 65535")
-    return f"{host}:{int(port)}"
+    if not is_host(known):
+        raise BackendSpecError(f"{shown}: {known} is no name of a host, and no address")
+    return f"{host}:{number}"
 
 
 def _secret(shown: str, file: str) -> str:
@@ -152,9 +177,10 @@ def _secret(shown: str, file: str) -> str:
 
 
 def _number(shown: str, name: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > 1 << 16:
-        raise BackendSpecError(f"{shown}: {name} is a number up to 65536, got {text!r}")
-    return int(text)
+    number = 1 << 16 if text == "65536" else port_number(text)
+    if number < 0:
+        raise BackendSpecError(f"{shown}: {name} is a number up to 65536, got {text[:40]!r}")
+    return number
 
 
 def _seconds(shown: str, text: str) -> float:

@@ -40,10 +40,18 @@ def test_the_first_that_is_new_enough_is_taken(place, monkeypatch):
     assert find_qemu(None, PLUGIN_NEEDS).path == system
     fetched = place("cache/vmibridge/qemu", "QEMU emulator version 11.1.3 (Debian 1:11.1.3)")
     assert find_qemu(None, PLUGIN_NEEDS).path == fetched
-    unpacked = place(".qemu", "QEMU emulator version 11.1.3 (Debian 1:11.1.3)")
-    assert find_qemu(None, PLUGIN_NEEDS) == (found := find_qemu(unpacked, PLUGIN_NEEDS))
-    assert (found.path, found.version) == (unpacked, (11, 1))
+    named = place("other", "QEMU emulator version 11.1.3 (Debian 1:11.1.3)")
+    found = find_qemu(named, PLUGIN_NEEDS)
+    assert (found.path, found.version) == (named, (11, 1))
     monkeypatch.setenv("VMIBRIDGE_QEMU", system)
+    assert find_qemu(None, PLUGIN_NEEDS).path == system
+
+
+def test_the_current_folder_is_not_searched(place, tmp_path, monkeypatch):
+    """It may be anybody's: a program there would run as the user."""
+    place(".qemu", "QEMU emulator version 99.9.9")
+    monkeypatch.chdir(tmp_path)
+    system = place("bin", "QEMU emulator version 11.2.50 (v11.2.0)")
     assert find_qemu(None, PLUGIN_NEEDS).path == system
 
 
@@ -114,13 +122,18 @@ def test_the_accelerators_that_arguments_ask_for(arguments, found):
         ("-m 1024k", 1 << 20),
         ("-m size=1g,slots=2,maxmem=4G", 1 << 30),
         ("--m 64M -m 32M", 32 << 20),
+        ("-m 1.5G", 3 << 29),
+        ("-m 0.5k", 8 << 10),
+        ("-m 1.5", 3 << 19),
     ],
 )
 def test_the_memory_that_arguments_ask_for(arguments, size):
     assert memory_size(arguments.split()) == size
 
 
-@pytest.mark.parametrize("given", ["much", "0", "-1", "1.5G", ""])
+@pytest.mark.parametrize(
+    "given", ["much", "0", "-1", "1.5b", "0.0G", "1.", "9" * 5000, "\u0663", ""]
+)
 def test_a_size_that_is_none(given):
     with pytest.raises(BackendError, match="is no size of memory"):
         memory_size(["-m", given])

@@ -249,3 +249,23 @@ async def test_what_the_block_raises_comes_out_as_it_was(ends):
         with pytest.raises(LookupError):
             async with qmp:
                 raise LookupError
+
+
+@pytest.mark.anyio
+async def test_a_monitor_that_repeats_a_reply_is_one_error(ends):
+    qmp, monitor = ends
+
+    async def ask():
+        async with qmp:
+            assert await qmp.execute("query-status", Status) == Status("paused")
+            await qmp.gone.wait()
+            with pytest.raises(
+                QmpError, match=r"^cont: QEMU sent a reply twice, or to no command$"
+            ):
+                await qmp.execute("cont")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask)
+        await monitor.greet()
+        await monitor.command()
+        await monitor.stream.send(b'{"return": {"status": "paused"}, "id": 1}\n' * 2)
