@@ -3,6 +3,7 @@
 | here | instead of | why |
 |---|---|---|
 | `parking` | `Event` | one costs as much as the rest of a task switch |
+| `handler_scope` | `CancelScope` | on asyncio a handler is cancelled once, then has to unwind |
 | `while_readable` | `receive` | with a checkpoint, a vain try and a new entry in the selector |
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import anyio
 from sniffio import current_async_library
 
+from vmibridge.aio.handler_scope import HandlerScope
 from vmibridge.aio.parking import Parking
 
 
@@ -24,6 +26,15 @@ def parking() -> Parking:
 
         return TrioParking()
     return Parking()
+
+
+def handler_scope(patience: float) -> HandlerScope:
+    """One for the running loop; on asyncio, who is cancelled has `patience` seconds to unwind."""
+    if current_async_library() == "trio":
+        from vmibridge.aio.handler_scope_trio import TrioHandlerScope
+
+        return TrioHandlerScope()
+    return HandlerScope(patience)
 
 
 async def while_readable(sock: socket.socket, take: Callable[[], bool]) -> None:

@@ -7,9 +7,11 @@ kind is asked itself, and passes a request on by answering *unmatched*.
 """
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from vmibridge.bridge.context import BridgeContext
@@ -25,6 +27,9 @@ __all__ = ["Bridge", "BridgeDispatch", "Target"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_ENGINE = tuple(f"{_PACKAGE}{name}{os.sep}" for name in ("aio", "bridge", "engine"))
+"""The files that are on the way to each handler."""
 _MAX_ERROR = 500
 """Characters."""
 
@@ -170,8 +175,8 @@ class Bridge(BridgeDispatch):
     async def dispatch(self, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
         """Find the handler and await its answer.
 
-        A handler that raises makes the outcome *failed*, and is logged. There is no
-        deadline here: that is the server's. Cancellation passes through.
+        A handler that raises makes the outcome *failed*, and is logged with the place. There is
+        no deadline here: that is the server's. Cancellation passes through.
         """
         for entry in self.match(packet, vmi.event.reason):
             try:
@@ -213,7 +218,15 @@ def outcome_of(entry: Entry, packet: BridgePacket, response: Answer) -> Outcome[
 def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:
     """The outcome of a handler that raised; logs the error with its traceback."""
     told = one_line(error)
-    log.error("handler %s failed on method %#06x: %s", name, packet.method, told, exc_info=error)
+    place = place_of(error)
+    log.error(
+        "handler %s failed on method %#06x%s: %s",
+        name,
+        packet.method,
+        f" at {place}" if place else "",
+        told,
+        exc_info=error,
+    )
     return Outcome(OutcomeKind.FAILED, packet, handler=name, error=told)
 
 
@@ -222,10 +235,31 @@ def one_line(error: BaseException) -> str:
     kind = type(error).__name__
     try:
         text = f"{kind}: {error}"
-    except Exception:
-        # An error that cannot say what it is.
+    except BaseException:  # an error that cannot say what it is, and may raise anything instead
         text = kind
     return printable(text[:_MAX_ERROR])[:_MAX_ERROR]
+
+
+def place_of(error: BaseException) -> str | None:
+    """Where a handler raised, as `FILE:LINE`: the last line of its own file on the way.
+
+    Its own file is the first one that is not of this package's engine. `None` when the error was
+    not raised by a handler.
+    """
+    own: str | None = None
+    line = 0
+    step = error.__traceback__
+    while step is not None:
+        file = step.tb_frame.f_code.co_filename
+        if own is None and not file.startswith(_ENGINE):
+            own = file
+        if file == own:
+            line = step.tb_lineno
+        step = step.tb_next
+    if own is None:
+        # Python makes another error of a StopIteration, and leaves the place with that.
+        return None if error.__cause__ is None else place_of(error.__cause__)
+    return f"{printable(own)}:{line}"
 
 
 def _until_final(placed: Sequence[tuple[int, Entry]]) -> list[tuple[int, Entry]]:

@@ -12,8 +12,12 @@ Invariants
   suspended (`Asking.take_place`), so one that never waits takes none. Between the two nothing else
   runs, so the place is still there.
 - Nothing is begun for a request that was overtaken.
+- Whatever a handler raises fails its trap, `SystemExit` and other exceptions that are no
+  `Exception` included: a handler cannot end the server. `KeyboardInterrupt` fails its trap, too;
+  it may be the user's, who pressed Ctrl-C while the handler ran, so the server is told
+  (`on_interrupt`).
 - When `Asking.ask` returns, the task of the worker has no cancellation left that is not its
-  scope's.
+  scope's, and no scope open that is the handler's.
 """
 
 import math
@@ -21,7 +25,6 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
 
 from vmibridge.aio.coroutines import forget_cancellation
 from vmibridge.bridge.dispatch import Answer, Entry, ask, failure, outcome_of
@@ -40,14 +43,17 @@ class Asking:
     """Asks handlers, and makes an outcome of whatever they do. See the module."""
 
     def __init__(
-        self, in_flight: InFlight, turns: Turns, on_fatal: Callable[[BaseException], None]
+        self,
+        in_flight: InFlight,
+        turns: Turns,
+        on_interrupt: Callable[[KeyboardInterrupt], None] | None,
     ) -> None:
         self._in_flight = in_flight
         self._turns = turns
-        self._on_fatal = on_fatal
+        self._on_interrupt = on_interrupt
         self._cancelled = anyio.get_cancelled_exc_class()
         # What a handler that was overtaken may leave. A group may hold the cancellation, which its
-        # scope has to get back. Others, such as SystemExit, are meant for the server.
+        # scope has to get back. Others end here, as those of any handler.
         self._left_to_the_scope = (Exception, self._cancelled, BaseExceptionGroup)
 
     def take_place(self, worker: Worker) -> None:
@@ -73,6 +79,9 @@ class Asking:
                 try:
                     if entry.serial or waited or (self._in_flight.full and not entry.instant):
                         found = await self._ask_in_turn(worker, request, entry)
+                        if request.is_overtaken:
+                            # Before it had begun, or it took no notice of being cancelled.
+                            return Outcome(OutcomeKind.UNMATCHED, packet)
                     else:
                         request.state = _INLINE
                         found = await ask(entry, worker.context, packet)
@@ -80,7 +89,10 @@ class Asking:
                 except BaseException as error:  # a handler may raise anything
                     if request.is_overtaken and isinstance(error, self._left_to_the_scope):
                         raise
+                    worker.scope.close_left()
                     return self._outcome_of_error(entry, packet, error)
+                if worker.scope.is_left_open:
+                    return self._outcome_of_error(entry, packet, _close_left(worker))
                 if outcome.kind is not _UNMATCHED:
                     return outcome
                 waited = request.state is not _INLINE
@@ -91,7 +103,12 @@ class Asking:
         finally:
             # A handler may have cancelled the task of its worker, with or without being suspended
             # since. Left there, it would end what the worker waits for next: the reply.
-            if worker.task is not None and worker.task.cancelling() and not is_being_cancelled():
+            if (
+                worker.task is not None
+                and worker.task.cancelling()
+                and not request.is_overtaken
+                and not is_being_cancelled()
+            ):
                 await forget_cancellation(worker.task)
             if worker.has_place:
                 worker.has_place = False
@@ -112,9 +129,9 @@ class Asking:
         if not worker.has_place and (request.state is not _ENTERING or self._in_flight.full):
             await self._in_flight.enter()
             worker.has_place = True
-        if request.state is not _ENTERING:
-            # Overtaken between the hand-over of its turn and now, it must not begin.
-            await checkpoint_if_cancelled()
+        if request.is_overtaken:
+            # Between the hand-over of its turn and now. It must not begin.
+            return None
         request.on(_BEGIN)
         return await ask(entry, worker.context, request.packet)
 
@@ -125,10 +142,14 @@ class Asking:
             # Nobody has cancelled the worker: the handler raised it, or cancelled its own task.
             text = "the handler was cancelled"
             return Outcome(OutcomeKind.CANCELLED, packet, handler=entry.name, error=text)
-        if not isinstance(error, Exception):
-            # Such as SystemExit: the server goes down with it, in good order.
-            self._on_fatal(error)
+        if isinstance(error, KeyboardInterrupt) and self._on_interrupt is not None:
+            self._on_interrupt(error)
         return failure(entry.name, packet, error)
+
+
+def _close_left(worker: Worker) -> RuntimeError:
+    worker.scope.close_left()
+    return RuntimeError("it left a cancel scope or a task group open")
 
 
 def is_being_cancelled() -> bool:

@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 
 from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.engine.asking import is_being_cancelled
 from vmibridge.engine.outcome_queue import OutcomesIn
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.replies import BeforeResume
@@ -44,6 +45,8 @@ class Engine:
         taps: Sequence[Tap],
         on_end: Callable[[str, BaseException | None], None],
         before_resume: BeforeResume | None = None,
+        *,
+        is_interruptible: bool = True,
     ) -> None:
         # None where there are none: a trap then pays one test, and no call.
         self._taps = Taps(backend.vm, taps) if taps else None
@@ -60,7 +63,8 @@ class Engine:
             in_flight,
             turns,
             self._taps,
-            self._stop_for,
+            # Where VMs of others are served, no handler can end one: see `asking`.
+            self._stop_for if is_interruptible else None,
             before_resume,
         )
         self._bridge = bridge
@@ -192,7 +196,9 @@ async def lives_of(handlers: Iterable[BridgeHandler[Any]]) -> AsyncIterator[None
 async def _life(handler: BridgeHandler[Any]) -> AsyncIterator[None]:
     try:
         await handler.__aenter__()
-    except Exception as error:
+    except BaseException as error:
+        if _is_not_the_handlers(error):
+            raise
         raise HandlerLifeError(
             f"handler {handler.name} did not start: {one_line(error)}"
         ) from error
@@ -201,7 +207,19 @@ async def _life(handler: BridgeHandler[Any]) -> AsyncIterator[None]:
     finally:
         try:
             await handler.__aexit__(None, None, None)
-        except Exception as error:
+        except BaseException as error:
+            if _is_not_the_handlers(error):
+                raise
             raise HandlerLifeError(
                 f"handler {handler.name} did not end: {one_line(error)}"
             ) from error
+
+
+def _is_not_the_handlers(error: BaseException) -> bool:
+    """Whether it came from outside: a cancellation by a scope around the handler.
+
+    Anything else that a handler raises is its own, such as `SystemExit`. Raised in a task, those
+    that are no `Exception` would end the loop, and with it what the handler has nothing to do with.
+    """
+    kinds = (anyio.get_cancelled_exc_class(), BaseExceptionGroup)
+    return isinstance(error, kinds) and is_being_cancelled()

@@ -81,8 +81,7 @@ from collections.abc import Callable, Hashable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
+from vmibridge.aio.handler_scope import HandlerScope
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Entry
 from vmibridge.bridge.outcome import Outcome
@@ -244,7 +243,7 @@ class Worker:
     """Its own, on asyncio: a handler may cancel it without asking anybody."""
     on_wait: Callable[[], None]
     """Called once for a trap, right before the worker is first suspended at it."""
-    scope: anyio.CancelScope
+    scope: HandlerScope
     """What is cancelled to overtake it. A spent one is replaced, together with `request`."""
     request: "Request"
     context: BridgeContext

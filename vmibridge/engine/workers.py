@@ -19,7 +19,8 @@ Invariants
   whatever it raises, groups and `SystemExit` included, becomes an outcome.
 - The answer of a worker is never cut off: a scope is cancelled by overtaking only, which takes the
   trap first, and a request is not watched any more when its worker answers.
-- A cancellation that a handler left in the task ends with its trap: the worker takes it back.
+- A cancellation that a handler left in the task ends with its trap: the worker takes it back. So
+  does a scope that it left open.
 """
 
 import logging
@@ -32,6 +33,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
+from vmibridge.aio.loops import handler_scope
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
@@ -57,6 +59,9 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
+_PATIENCE = 1.0
+"""Seconds that a handler has to unwind after it was cancelled, on asyncio; at most half of
+`stop_timeout`. Then it is cancelled at each await."""
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
 
@@ -79,7 +84,7 @@ class Workers:
         in_flight: InFlight,
         turns: Turns,
         taps: Taps | None,
-        on_fatal: Callable[[BaseException], None],
+        on_interrupt: Callable[[KeyboardInterrupt], None] | None,
         before_resume: BeforeResume | None = None,
     ) -> None:
         self.summary: Summary = Summary()
@@ -96,8 +101,8 @@ class Workers:
         self.deadlines: Deadlines = Deadlines(
             self._replies, self._retries, self.summary, self._promote
         )
-        self._asking = Asking(InFlight(settings.in_flight, in_flight), turns, on_fatal)
-        self._on_fatal = on_fatal
+        self._asking = Asking(InFlight(settings.in_flight, in_flight), turns, on_interrupt)
+        self._patience = min(_PATIENCE, settings.stop_timeout / 2)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
         if settings.policy is not None:
@@ -129,7 +134,7 @@ class Workers:
                 # A scope that was cancelled stays cancelled, so a worker that was overtaken gets
                 # another one: together with another request, because the old one may be kept for
                 # a retry.
-                with anyio.CancelScope() as worker.scope:
+                with handler_scope(self._patience) as worker.scope:
                     worker.request = Request(worker)
                     if not await self._answer_traps(worker):
                         return
@@ -138,17 +143,14 @@ class Workers:
                 if worker.task is None or is_being_cancelled():
                     raise
                 await forget_cancellation(worker.task)
-            except Exception:
-                # A handler that was overtaken may end as it likes: its trap is answered.
-                if not worker.request.is_overtaken:
+            except (Exception, BaseExceptionGroup) as error:
+                # A handler that was overtaken may end as it likes: its trap is answered. The scope
+                # has taken its cancellations out of a group by now. Others are not its to take.
+                if not worker.request.is_overtaken or (
+                    not isinstance(error, Exception) and is_being_cancelled()
+                ):
                     raise
                 log.debug("a handler raised while it was being cancelled", exc_info=True)
-            except BaseExceptionGroup as error:
-                # What a handler that was overtaken left, without the cancellations: these are
-                # the scope's, which has taken them out by now.
-                if not worker.request.is_overtaken or is_being_cancelled():
-                    raise
-                self._on_fatal(error)
 
     async def _answer_traps(self, worker: Worker) -> bool:
         """Answer traps while there are any; returns whether to go on with a new scope."""

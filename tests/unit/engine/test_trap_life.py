@@ -903,8 +903,6 @@ class Free(BridgeHandler[int]):
                 case Order.RAISE:
                     raise LookupError("on purpose")
                 case Order.EXIT:
-                    self.requests.ending = True
-                    self.requests.stopped_at = min(self.requests.stopped_at, self.requests.now())
                     raise SystemExit(3)
                 case Order.CANCEL_ITSELF:
                     return await self._cancel_itself(run)
@@ -1259,7 +1257,7 @@ class Tell(NamedTuple):
 
     def make(self, life: "TrapLife") -> None:
         alive = life.stage.requests.alive
-        if alive and (self.order is not Order.EXIT or life.may_end):
+        if alive:
             alive[self.which % len(alive)].tell(self.order)
 
 
@@ -1317,7 +1315,7 @@ FIELDS = {
     "request": st.sampled_from([FREE, FREE, SERIAL, PASSED]),
     "method": st.sampled_from([SOFT, SOFT, SOFT, PATIENT, BOTH, STRICT]),
     "what": st.integers(0, 1),
-    "first": st.sampled_from([0] * len(Order) + [o.value for o in Order if o is not Order.EXIT]),
+    "first": st.sampled_from([0] * len(Order) + [o.value for o in Order]),
     "detour": st.integers(0, 1),
 }
 

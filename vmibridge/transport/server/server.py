@@ -333,7 +333,10 @@ class AgentServer:
                         break
                     if self._on_outcome is not None:
                         await self._on_outcome(outcome)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                raise
+            # Whatever ended this VM ends no other.
             why = _told(error)
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
 
@@ -359,6 +362,4 @@ class AgentServer:
 
 
 def _told(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return f"a handler asked to exit, with {error.code!r}"
     return str(error) if isinstance(error, VmiBridgeError) else one_line(error)

@@ -117,7 +117,7 @@ class SharedHandlers:
                     with anyio.CancelScope(shield=True):
                         while life.users:
                             await life.unused.wait()
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             life.error = (
                 error
                 if isinstance(error, HandlerLifeError)

@@ -1,0 +1,63 @@
+"""What a handler runs in on trio; see `handler_scope`. Imported where trio runs.
+
+What a handler leaves open is found and closed by three private attributes of trio: those of a
+task, `_cancel_status` and `_child_nurseries`, and the scope of a status. Trio itself takes a task
+that ends with an open nursery for a bug, and ends the run with it.
+"""
+
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+
+from vmibridge.aio.handler_scope import HandlerScope
+
+
+class TrioHandlerScope(HandlerScope):
+    """A scope on trio: cancelled, it is cancelled for good."""
+
+    __slots__ = ("_scope", "_status")
+
+    def __init__(self) -> None:
+        self.task: Any = None
+        self._scope = trio.CancelScope()
+        self._status: Any = None
+
+    def __enter__(self) -> Self:
+        self._scope.__enter__()
+        self.task = trio.lowlevel.current_task()
+        self._status = self.task._cancel_status
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        self.close_left()
+        return bool(self._scope.__exit__(kind, error, traceback))
+
+    @property
+    def is_current(self) -> bool:
+        return trio.lowlevel.current_task() is self.task
+
+    @property
+    def is_left_open(self) -> bool:
+        return self.task._cancel_status is not self._status
+
+    def close_left(self) -> None:
+        for nursery in self.task.child_nurseries:
+            nursery.cancel_scope.cancel()
+            self.task._child_nurseries.remove(nursery)
+        status = self.task._cancel_status
+        while status is not None and status is not self._status:
+            status = status.parent
+        if status is None:
+            return
+        while (status := self.task._cancel_status) is not self._status:
+            status._scope.cancel()
+            status._scope.__exit__(None, None, None)
+
+    def cancel(self) -> None:
+        self._scope.cancel()
