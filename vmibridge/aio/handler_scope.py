@@ -41,6 +41,8 @@ from typing import Any, Self
 import anyio
 from anyio._backends import _asyncio as anyio_on_asyncio
 
+from vmibridge.aio.generators import OWNER, Generator
+
 
 class _Outer(anyio_on_asyncio.CancelScope):
     """Calls `on_delivery` when it has cancelled tasks."""
@@ -60,11 +62,20 @@ class _Outer(anyio_on_asyncio.CancelScope):
 class HandlerScope:
     """See the module. For one `with`; made by `loops.handler_scope`."""
 
-    __slots__ = ("_before", "_inner", "_open", "_outer", "_patience", "_state", "task")
+    __slots__ = (
+        "_before",
+        "_inner",
+        "_open",
+        "_outer",
+        "_patience",
+        "_state",
+        "begun",
+        "left",
+        "task",
+    )
 
     def __init__(self, patience: float) -> None:
-        self.task: Any = None
-        """The task that it was entered in, as the loop has it."""
+        self._init()
         self._patience = patience
         self._outer = _Outer()
         self._inner = anyio.CancelScope()
@@ -72,12 +83,20 @@ class HandlerScope:
         self._before = 0
         self._open = False
 
+    def _init(self) -> None:
+        self.task: Any = None
+        """The task that it was entered in, as the loop has it."""
+        # See `generators`.
+        self.begun: set[int] = set()
+        self.left: list[Generator] = []
+
     def __enter__(self) -> Self:
         self._outer.__enter__()
         self._inner.__enter__()
         self.task = asyncio.current_task()
         self._state = anyio_on_asyncio._task_states[self.task]
         self._open = True
+        OWNER.set(self)
         return self
 
     def __exit__(
@@ -106,7 +125,10 @@ class HandlerScope:
     @property
     def is_current(self) -> bool:
         """Whether this runs in the task of the handler itself."""
-        return asyncio.current_task() is self.task
+        try:
+            return asyncio.current_task() is self.task
+        except RuntimeError:  # in a thread of the handler
+            return False
 
     @property
     def is_left_open(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import trio
 
+from vmibridge.aio.generators import OWNER
 from vmibridge.aio.handler_scope import HandlerScope
 
 
@@ -19,7 +20,7 @@ class TrioHandlerScope(HandlerScope):
     __slots__ = ("_scope", "_status")
 
     def __init__(self) -> None:
-        self.task: Any = None
+        self._init()
         self._scope = trio.CancelScope()
         self._status: Any = None
 
@@ -27,6 +28,7 @@ class TrioHandlerScope(HandlerScope):
         self._scope.__enter__()
         self.task = trio.lowlevel.current_task()
         self._status = self.task._cancel_status
+        OWNER.set(self)
         return self
 
     def __exit__(
@@ -40,7 +42,10 @@ class TrioHandlerScope(HandlerScope):
 
     @property
     def is_current(self) -> bool:
-        return trio.lowlevel.current_task() is self.task
+        try:
+            return trio.lowlevel.current_task() is self.task
+        except RuntimeError:
+            return False
 
     @property
     def is_left_open(self) -> bool:

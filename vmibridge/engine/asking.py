@@ -17,7 +17,7 @@ Invariants
   it may be the user's, who pressed Ctrl-C while the handler ran, so the server is told
   (`on_interrupt`).
 - When `Asking.ask` returns, the task of the worker has no cancellation left that is not its
-  scope's, and no scope open that is the handler's.
+  scope's, and no scope open that is the handler's; the async generators that it left are closed.
 """
 
 import math
@@ -27,14 +27,15 @@ from typing import Any
 import anyio
 
 from vmibridge.aio.coroutines import forget_cancellation
+from vmibridge.aio.generators import close_generators
 from vmibridge.bridge.dispatch import Answer, Entry, ask, failure, outcome_of
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
-from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.request import Cause, Request, State, Worker
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _UNMATCHED = OutcomeKind.UNMATCHED
+_LEFT_OPEN = "it left a cancel scope or a task group open"
 _INLINE, _ENTERING = State.INLINE, State.ENTERING
 _QUEUE, _BEGIN = Cause.QUEUE, Cause.BEGIN
 
@@ -62,7 +63,7 @@ class Asking:
             self._in_flight.enter_nowait()
             worker.has_place = True
 
-    async def ask(
+    async def ask(  # noqa: PLR0912 - each trap would pay for one more call
         self, worker: Worker, request: Request, entries: tuple[Entry, ...]
     ) -> Outcome[Any]:
         """What the first of them that does not pass comes to.
@@ -79,20 +80,20 @@ class Asking:
                 try:
                     if entry.serial or waited or (self._in_flight.full and not entry.instant):
                         found = await self._ask_in_turn(worker, request, entry)
-                        if request.is_overtaken:
-                            # Before it had begun, or it took no notice of being cancelled.
-                            return Outcome(OutcomeKind.UNMATCHED, packet)
                     else:
                         request.state = _INLINE
                         found = await ask(entry, worker.context, packet)
+                    if worker.scope.begun:
+                        await close_generators(worker.scope, entry.name)
                     outcome = outcome_of(entry, packet, found)
                 except BaseException as error:  # a handler may raise anything
+                    if worker.scope.begun:
+                        await close_generators(worker.scope, entry.name)
                     if request.is_overtaken and isinstance(error, self._left_to_the_scope):
                         raise
-                    worker.scope.close_left()
-                    return self._outcome_of_error(entry, packet, error)
+                    return self._outcome_of_error(worker, entry, error)
                 if worker.scope.is_left_open:
-                    return self._outcome_of_error(entry, packet, _close_left(worker))
+                    return self._outcome_of_error(worker, entry, RuntimeError(_LEFT_OPEN))
                 if outcome.kind is not _UNMATCHED:
                     return outcome
                 waited = request.state is not _INLINE
@@ -135,9 +136,9 @@ class Asking:
         request.on(_BEGIN)
         return await ask(entry, worker.context, request.packet)
 
-    def _outcome_of_error(
-        self, entry: Entry, packet: BridgePacket, error: BaseException
-    ) -> Outcome[Any]:
+    def _outcome_of_error(self, worker: Worker, entry: Entry, error: BaseException) -> Outcome[Any]:
+        packet = worker.request.packet
+        worker.scope.close_left()
         if isinstance(error, self._cancelled):
             # Nobody has cancelled the worker: the handler raised it, or cancelled its own task.
             text = "the handler was cancelled"
@@ -145,11 +146,6 @@ class Asking:
         if isinstance(error, KeyboardInterrupt) and self._on_interrupt is not None:
             self._on_interrupt(error)
         return failure(entry.name, packet, error)
-
-
-def _close_left(worker: Worker) -> RuntimeError:
-    worker.scope.close_left()
-    return RuntimeError("it left a cancel scope or a task group open")
 
 
 def is_being_cancelled() -> bool:

@@ -33,6 +33,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
+from vmibridge.aio.generators import watch_generators
 from vmibridge.aio.loops import handler_scope
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Bridge
@@ -118,6 +119,7 @@ class Workers:
     def start(self, tasks: TaskGroup) -> None:
         """Answer traps, in tasks of this group, until the lanes are closed and empty."""
         self._tasks = tasks
+        watch_generators()
         self.deadlines.start(tasks)
         tasks.start_soon(self._work)
 
