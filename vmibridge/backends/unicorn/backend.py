@@ -24,6 +24,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.threads import Handover, VcpuSlot
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, MissingExtraError
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
@@ -104,10 +105,10 @@ class UnicornBackend(Backend):
         Raises `BackendSpecError` without such a file, `BackendError` when it does not fit.
         """
         options = self.options
-        if not await anyio.Path(self.path).is_file():
+        if not await in_own_thread(self.path.is_file):
             raise BackendSpecError(f"unicorn:{self.path}: there is no such file")
         try:
-            image = await anyio.Path(self.path).read_bytes()
+            image = await in_own_thread(self.path.read_bytes)
             self._ram = mmap.mmap(-1, options.memory)
         except (OSError, ValueError, OverflowError) as error:
             raise BackendError(f"unicorn:{self.path}: {error}") from error

@@ -25,6 +25,7 @@ import anyio
 import msgspec
 
 from vmibridge.aio import sockets
+from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.qemu.plugin.protocol import (
     MOST_HELLO,
     MOST_VCPUS,
@@ -110,7 +111,7 @@ class QemuPluginBackend(Backend):
 
     async def close(self) -> None:
         sockets.close(self._listener)
-        await anyio.Path(self.path).unlink(missing_ok=True)
+        await in_own_thread(self.path.unlink, True)
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Serve whoever connects, until the last vCPU has hung up."""
