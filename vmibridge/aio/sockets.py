@@ -52,7 +52,7 @@ async def connect(family: int, address: str | tuple[str | int | bytes, ...]) -> 
 
 
 async def addresses(host: str, port: int, *, flags: int = 0) -> Sequence[Address]:
-    """What `host` resolves to, for TCP. Raises `OSError`. Cancelled, it leaves its thread behind."""
+    """What `host` resolves to. Raises `OSError`. Cancelled, it leaves its thread behind."""
     # As bytes a name is looked up as it is; as a string it has to be one that IDNA knows.
     name = host.encode() if host.isascii() else host
 
