@@ -10,12 +10,28 @@
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import anyio
 from sniffio import current_async_library
 
 from vmibridge.aio.handler_scope import HandlerScope
 from vmibridge.aio.parking import Parking
+
+Soon = Callable[..., Any]
+"""Run a function on the loop, soon: `soon(function, *arguments)`, from any thread."""
+
+
+def loop_door() -> Soon:
+    """A way for other threads into the running event loop.
+
+    Both loops raise `RuntimeError` when they are closed by then.
+    """
+    if current_async_library() == "trio":
+        import trio
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
+    return asyncio.get_running_loop().call_soon_threadsafe
 
 
 def parking() -> Parking:

@@ -9,9 +9,10 @@ kind is asked itself, and passes a request on by answering *unmatched*.
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, ClassVar, TypeAlias
 
 from vmibridge.bridge.context import BridgeContext
@@ -246,20 +247,25 @@ def place_of(error: BaseException) -> str | None:
     Its own file is the first one that is not of this package's engine. `None` when the error was
     not raised by a handler.
     """
+    place = place_in(
+        (frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)
+    )
+    if place is None and error.__cause__ is not None:
+        # Python makes another error of a StopIteration, and leaves the place with that.
+        return place_of(error.__cause__)
+    return place
+
+
+def place_in(stack: Iterable[tuple[str, int]]) -> str | None:
+    """The same for a stack of files and lines, from the engine to the top."""
     own: str | None = None
     line = 0
-    step = error.__traceback__
-    while step is not None:
-        file = step.tb_frame.f_code.co_filename
+    for file, number in stack:
         if own is None and not file.startswith(_ENGINE):
             own = file
         if file == own:
-            line = step.tb_lineno
-        step = step.tb_next
-    if own is None:
-        # Python makes another error of a StopIteration, and leaves the place with that.
-        return None if error.__cause__ is None else place_of(error.__cause__)
-    return f"{printable(own)}:{line}"
+            line = number
+    return None if own is None else f"{printable(own)}:{line}"
 
 
 def _until_final(placed: Sequence[tuple[int, Entry]]) -> list[tuple[int, Entry]]:

@@ -84,6 +84,7 @@ def summary_json(summaries: Mapping[str, Summary]) -> bytes:
         "retries": whole.retries,
         "uncollected": whole.uncollected,
         "abandoned": whole.abandoned,
+        "blocked": whole.blocked,
         "guest": [
             VcpuLine(vm, end.vcpu, end.reason, end.detail, end.registers)
             for vm, summary in summaries.items()
@@ -159,6 +160,7 @@ def summary_text(summary: Summary) -> str:
             (summary.native, "not ours"),
             (summary.uncollected, "results not collected"),
             (summary.abandoned, "handlers abandoned"),
+            (summary.blocked, "times the loop was held up"),
         )
         if count
     ]

@@ -30,6 +30,7 @@ from vmibridge.aio.coroutines import forget_cancellation
 from vmibridge.aio.generators import close_generators
 from vmibridge.bridge.dispatch import Answer, Entry, ask, failure, outcome_of
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.request import Cause, Request, State, Worker
 
@@ -48,7 +49,12 @@ class Asking:
         in_flight: InFlight,
         turns: Turns,
         on_interrupt: Callable[[KeyboardInterrupt], None] | None,
+        on_blocked: Callable[[Blocked], None],
+        vm: str,
     ) -> None:
+        self.vm: str = vm
+        """As `on_blocked`, for the watch of the loop, which finds both on the stack."""
+        self.on_blocked: Callable[[Blocked], None] = on_blocked
         self._in_flight = in_flight
         self._turns = turns
         self._on_interrupt = on_interrupt

@@ -29,8 +29,10 @@ from vmibridge.bridge.dispatch import Bridge, BridgeDispatch, Target, one_line
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.response import BridgeResponse
+from vmibridge.engine.asking import Asking
 from vmibridge.engine.engine import Engine, lives_of
 from vmibridge.engine.handshake import Feature, Host, HostInfo
+from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.outcome_queue import OutcomeQueue
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Policy
@@ -80,6 +82,7 @@ class BridgeServer:
     | `stop_timeout` | seconds in which a stop has to have answered every trap |
     | `policy` | who may ask, and how much |
     | `handshake` | whether to answer the handshake of the standard contract |
+    | `blocked_after` | seconds after which a handler that holds up the event loop is reported |
     | `taps` | what sees the traffic, such as a `Recorder` |
     | `before_resume` | what acts on an outcome before its vCPU goes on |
 
@@ -112,6 +115,7 @@ class BridgeServer:
         stop_timeout: float = DEFAULTS.stop_timeout,
         policy: Policy | None = DEFAULTS.policy,
         handshake: bool = DEFAULTS.handshake,
+        blocked_after: float = DEFAULTS.blocked_after,
         taps: Sequence[Tap] = (),
         before_resume: BeforeResume | None = None,
     ) -> None:
@@ -129,6 +133,7 @@ class BridgeServer:
             stop_timeout,
             policy,
             handshake,
+            blocked_after,
         )
         self._backends = [backends] if isinstance(backends, Backend) else list(backends)
         if not self._backends:
@@ -225,6 +230,7 @@ class _Owner:
         taps: tuple[Tap, ...],
         before_resume: BeforeResume | None,
     ) -> None:
+        self._watch = LoopWatch(settings.blocked_after, Asking.ask.__code__)
         self._places = [backend.tasks for backend in backends]
         self.outcomes: OutcomeQueue = OutcomeQueue(OUTCOMES_AHEAD)
         in_flight, turns = InFlight(settings.in_flight_total), Turns()
@@ -262,25 +268,29 @@ class _Owner:
 
     async def _main(self) -> None:
         """Run each engine in its backend's task group. Cancelled, it stops them all."""
-        started: list[Engine] = []
         try:
-            async with lives_of(self._shared):
-                try:
-                    for engine, place in zip(self.engines.values(), self._places, strict=True):
-                        place.start_soon(engine.main)
-                        started.append(engine)
-                    for engine in started:
-                        await engine.ended()
-                finally:
-                    self.stop(now=True)
-                    with anyio.CancelScope(shield=True):
-                        for engine in started:
-                            await engine.ended()
+            with self._watch:
+                await self._run()
         except Exception as error:
             self._error = self._error or error
         finally:
             self.outcomes.end(self._error)
             self._ended.set()
+
+    async def _run(self) -> None:
+        started: list[Engine] = []
+        async with lives_of(self._shared):
+            try:
+                for engine, place in zip(self.engines.values(), self._places, strict=True):
+                    place.start_soon(engine.main)
+                    started.append(engine)
+                for engine in started:
+                    await engine.ended()
+            finally:
+                self.stop(now=True)
+                with anyio.CancelScope(shield=True):
+                    for engine in started:
+                        await engine.ended()
 
     def _on_end(self, vm: str, error: BaseException | None) -> None:
         if error is None:

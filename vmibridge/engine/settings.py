@@ -66,12 +66,15 @@ class ServerSettings(msgspec.Struct, frozen=True):
     """Who may ask, and how much; `None`: anyone, any amount."""
     handshake: bool = True
     """Answer the handshake, where the bridge speaks the standard contract."""
+    blocked_after: float = 0.5
+    """Seconds after which a handler that holds up the event loop is reported; infinite: never."""
 
     def __post_init__(self) -> None:
         check_timeout(self.timeout)
         check_timeout(self.soft_timeout, "soft_timeout")
         check_timeout(self.result_timeout, "result_timeout")
         check_timeout(self.stop_timeout, "stop_timeout")
+        check_timeout(self.blocked_after, "blocked_after")
         check_retry_values(self.retry_values)
         if not self.grace >= 0:
             raise ValueError(f"grace is a number of seconds from 0, got {self.grace!r}")

@@ -9,6 +9,7 @@ A server calls its taps on the event loop, in this order:
 | `retried` | right after `trap`: it asks again for what was told to wait |
 | `read`, `wrote` | guest memory was accessed for a trap, or could not be |
 | `answered` | the answer to a trap was written; every trap has one |
+| `blocked` | a handler held up the event loop for long, which turns again |
 | `end` | for each VM, after its last answer |
 
 A tap that cannot keep up says so by `full`: the server then awaits `room` between an
@@ -29,6 +30,7 @@ import anyio
 
 from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import GuestMemoryError
@@ -70,6 +72,9 @@ class Tap:
 
     def answered(self, outcome: Outcome[Any]) -> None:
         """A trap was answered. The outcome has its event."""
+
+    def blocked(self, blocked: Blocked) -> None:
+        """A handler held up the event loop: which, where, and for how long."""
 
     def end(self, vm: str, summary: Summary) -> None:
         """A VM has ended."""
@@ -172,6 +177,14 @@ class Taps:
                     await tap.room()
             finally:
                 del self._waits[scope]
+
+    def blocked(self, blocked: Blocked) -> None:
+        """A handler has held up the loop."""
+        for tap in self._taps:
+            try:
+                tap.blocked(blocked)
+            except Exception as error:
+                self._drop(tap, "blocked", error)
 
     def end(self, summary: Summary) -> None:
         """The VM has ended."""

@@ -43,6 +43,7 @@ from vmibridge.bridge.request import own_request
 from vmibridge.engine.asking import Asking, is_being_cancelled
 from vmibridge.engine.deadlines import Deadlines
 from vmibridge.engine.lanes import Lanes
+from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomesIn
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Guard, MeteredMemory
@@ -102,7 +103,13 @@ class Workers:
         self.deadlines: Deadlines = Deadlines(
             self._replies, self._retries, self.summary, self._promote
         )
-        self._asking = Asking(InFlight(settings.in_flight, in_flight), turns, on_interrupt)
+        self._asking = Asking(
+            InFlight(settings.in_flight, in_flight),
+            turns,
+            on_interrupt,
+            self._was_blocked,
+            backend.vm,
+        )
         self._patience = min(_PATIENCE, settings.stop_timeout / 2)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
@@ -282,6 +289,12 @@ class Workers:
         if packet is not None and self._taps is not None:
             self._taps.trap(event)
         return packet
+
+    def _was_blocked(self, blocked: Blocked) -> None:
+        """A handler has held up the loop, which turns again."""
+        self.summary.blocked += 1
+        if self._taps is not None:
+            self._taps.blocked(blocked)
 
     # --- the end --------------------------------------------------------------------
 

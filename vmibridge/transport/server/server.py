@@ -28,6 +28,8 @@ from anyio.abc import TaskGroup
 
 from vmibridge.bridge.dispatch import Bridge, Target, one_line
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.engine.asking import Asking
+from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
@@ -140,6 +142,10 @@ class AgentServer:
         if self._tasks is not None:
             raise ServerStateError("a server runs once: make another for another run")
         await self._listener.open()
+        with LoopWatch(self._settings.blocked_after, Asking.ask.__code__):
+            await self._serve()
+
+    async def _serve(self) -> None:
         connections = anyio.CancelScope(shield=True)
         try:
             async with anyio.create_task_group() as outside:
