@@ -15,7 +15,7 @@ import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.cli.event_loop import logging_to, run_on
+from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Sources
 from vmibridge.cli.output import JsonWriter, LineWriter
@@ -78,7 +78,10 @@ def serve(
         limits = AgentLimits(keep=keep)
     except ValueError as error:
         raise ConfigError(f"--keep: {error}") from error
-    with logging_to(log_handler(given.log_level, None), given.log_level):
+    with (
+        prints_beside(json=given.json),
+        logging_to(log_handler(given.log_level, None), given.log_level),
+    ):
         factory = HandlerFactory(handlers, prepared.config)
         # Once, to find what is wrong with them before anybody comes.
         factory.make()
