@@ -12,90 +12,86 @@ scope is cancelled at once (`handler_scope_trio`).
 Theory of operation
 ===================
 
-There are two scopes, one in the other::
+On asyncio it is a scope of anyio, with one difference: when it has cancelled the task, it forgets
+that it was cancelled (`_cancel_called`), and so does nothing at the next turns. It is cancelled a
+second time by its deadline, `patience` seconds later, and from then on is what any scope is. It
+remembers before it is left, so that it takes back what it threw in, and the cancellations that it
+asked for (`Task.uncancel`).
 
-    with outer:            cancelled by `cancel`
-        with inner:        a shield from the moment that the task was cancelled by `outer`
-            handler
-
-`outer` cancels the task at once, or later, where the handler has a shield of its own, such as
-anyio's around a thread. From that moment on `inner` is a shield, which keeps away what `outer`
-would do at the next turns, and has a deadline, at which it is cancelled itself.
-
-Both are scopes of anyio, so what they threw in is theirs to catch and to take back
-(`Task.uncancel`). When anyio cancels is asked at the one place where it does, a method that is not
-public, `CancelScope._deliver_cancellation`. If it had another name some day, a handler would be
-cancelled at each turn, as by any scope.
+A handler with a shield of its own, such as anyio's around a thread, is cancelled when that ends, as
+by any scope. What is around the scope cancels as ever: the end of the server does not wait for
+`patience`.
 
 A handler may leave scopes of its own open, as by a generator that it keeps. They would be those of
 the task from there on, and their deadline that of whatever it does next. They are cancelled and
-closed (`close_left`), which takes two private attributes of anyio, `_task_states` and
-`CancelScope._parent_scope`: nothing public tells which scope a task is in.
+closed (`close_left`).
+
+This takes what is not public in anyio: `CancelScope` of its asyncio backend with the method
+`_deliver_cancellation`, `_cancel_called` and `_parent_scope`, and `_task_states`. A library that
+cancels once has no other place to stand; `tests/unit/aio/test_handler_scopes.py` fails if one goes.
 """
 
 import asyncio
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import anyio
 from anyio._backends import _asyncio as anyio_on_asyncio
 
-from vmibridge.aio.generators import OWNER, Generator
+from vmibridge.aio.generators import OWNER, Generator, Owner
 
 
-class _Outer(anyio_on_asyncio.CancelScope):
-    """Calls `on_delivery` when it has cancelled tasks."""
-
-    __slots__ = ("on_delivery",)
-
-    on_delivery: Callable[[], None]
-    """Set by whoever cancels it."""
-
-    def _deliver_cancellation(self, origin: anyio_on_asyncio.CancelScope) -> bool:
-        again = super()._deliver_cancellation(origin)
-        if origin is self:
-            self.on_delivery()
-        return again
-
-
-class HandlerScope:
+class HandlerScope(Owner, Protocol):
     """See the module. For one `with`; made by `loops.handler_scope`."""
 
-    __slots__ = (
-        "_before",
-        "_inner",
-        "_open",
-        "_outer",
-        "_patience",
-        "_state",
-        "begun",
-        "left",
-        "task",
-    )
+    task: Any
+    """The task that it was entered in, as the loop has it; `None` before."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None: ...
+
+    @property
+    def is_left_open(self) -> bool:
+        """Whether the handler, which has ended, has left a cancel scope open."""
+
+    def close_left(self) -> None:
+        """Cancel and close the scopes that the handler has left open."""
+
+    def cancel(self) -> None:
+        """Cancel what runs in it: once now, and again and again after `patience` seconds.
+
+        Does nothing before it is entered: who enters it looks whether to begin.
+        """
+
+
+class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
+    """A scope on asyncio."""
+
+    __slots__ = ("_before", "_is_last", "_patience", "_state", "begun", "left", "task")
+
+    def __new__(cls, patience: float) -> Self:  # noqa: ARG004 - that of anyio takes others
+        return object.__new__(cls)
 
     def __init__(self, patience: float) -> None:
-        self._init()
-        self._patience = patience
-        self._outer = _Outer()
-        self._inner = anyio.CancelScope()
-        self._state: Any = None
-        self._before = 0
-        self._open = False
-
-    def _init(self) -> None:
+        super().__init__()
         self.task: Any = None
-        """The task that it was entered in, as the loop has it."""
-        # See `generators`.
         self.begun: set[int] = set()
         self.left: list[Generator] = []
+        self._patience = patience
+        self._state: Any = None
+        self._before = 0
+        self._is_last = False
 
     def __enter__(self) -> Self:
-        self._outer.__enter__()
-        self._inner.__enter__()
-        self.task = asyncio.current_task()
+        super().__enter__()
+        self.task = self._host_task
         self._state = anyio_on_asyncio._task_states[self.task]
-        self._open = True
         OWNER.set(self)
         return self
 
@@ -105,26 +101,14 @@ class HandlerScope:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        self._open = False
-        self.close_left()
-        raised = error
-        try:
-            if self._inner.__exit__(kind, error, traceback):
-                raised = None
-        except BaseException as other:  # what is left of a group
-            raised = other
-        if raised is None:
-            self._outer.__exit__(None, None, None)
-            return True
-        if self._outer.__exit__(type(raised), raised, raised.__traceback__):
-            return True
-        if raised is error:
-            return False
-        raise raised
+        if self.is_left_open:
+            self.close_left()
+        if self._is_last:
+            self._cancel_called = True
+        return bool(super().__exit__(kind, error, traceback))
 
     @property
     def is_current(self) -> bool:
-        """Whether this runs in the task of the handler itself."""
         try:
             return asyncio.current_task() is self.task
         except RuntimeError:  # in a thread of the handler
@@ -132,28 +116,33 @@ class HandlerScope:
 
     @property
     def is_left_open(self) -> bool:
-        """Whether the handler, which has ended, has left a cancel scope open."""
-        return self._state.cancel_scope is not self._inner
+        return self._state.cancel_scope is not self
 
     def close_left(self) -> None:
-        """Cancel and close the scopes that the handler has left open."""
         scope = self._state.cancel_scope
-        while scope is not None and scope is not self._inner:
+        while scope is not None and scope is not self:
             scope = scope._parent_scope
         if scope is None:
             return
-        while (left := self._state.cancel_scope) is not self._inner:
+        while (left := self._state.cancel_scope) is not self:
             # First the cancellation: it may be the scope of a task group.
             left.cancel()
             left.__exit__(None, None, None)
 
-    def cancel(self) -> None:
-        """Cancel what runs in it: once now, and again and again after `patience` seconds."""
-        self._before = self.task.cancelling()
-        self._outer.on_delivery = self._let_unwind
-        self._outer.cancel()
+    def cancel(self, reason: str | None = None) -> None:
+        if self.task is not None:
+            if not self._is_last:
+                self._before = self.task.cancelling()
+            super().cancel(reason)
 
-    def _let_unwind(self) -> None:
-        if self._open and not self._inner.shield and self.task.cancelling() > self._before:
-            self._inner.shield = True
-            self._inner.deadline = anyio.current_time() + self._patience
+    def _deliver_cancellation(self, origin: anyio_on_asyncio.CancelScope) -> bool:
+        again = super()._deliver_cancellation(origin)
+        if origin is not self or self._is_last or self.task.cancelling() <= self._before:
+            return again
+        self._is_last = True
+        self._cancel_called = False
+        if self._cancel_handle is not None:
+            self._cancel_handle.cancel()
+            self._cancel_handle = None
+        self.deadline = anyio.current_time() + self._patience
+        return False

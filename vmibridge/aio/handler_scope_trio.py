@@ -10,17 +10,18 @@ from typing import Any, Self
 
 import trio
 
-from vmibridge.aio.generators import OWNER
-from vmibridge.aio.handler_scope import HandlerScope
+from vmibridge.aio.generators import OWNER, Generator
 
 
-class TrioHandlerScope(HandlerScope):
+class TrioHandlerScope:
     """A scope on trio: cancelled, it is cancelled for good."""
 
-    __slots__ = ("_scope", "_status")
+    __slots__ = ("_scope", "_status", "begun", "left", "task")
 
     def __init__(self) -> None:
-        self._init()
+        self.task: Any = None
+        self.begun: set[int] = set()
+        self.left: list[Generator] = []
         self._scope = trio.CancelScope()
         self._status: Any = None
 

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 from sniffio import current_async_library
 
-from vmibridge.aio.handler_scope import HandlerScope
+from vmibridge.aio.handler_scope import AsyncioHandlerScope, HandlerScope
 from vmibridge.aio.parking import Parking
 
 Soon = Callable[..., Any]
@@ -50,7 +50,7 @@ def handler_scope(patience: float) -> HandlerScope:
         from vmibridge.aio.handler_scope_trio import TrioHandlerScope
 
         return TrioHandlerScope()
-    return HandlerScope(patience)
+    return AsyncioHandlerScope(patience)
 
 
 async def while_readable(sock: socket.socket, take: Callable[[], bool]) -> None:

@@ -68,9 +68,11 @@ class Entry:
         "handler",
         "instant",
         "name",
+        "own_task",
         "serial",
         "stamps",
         "target",
+        "waits",
     )
 
     def __init__(self, target: Target, contract: BridgeContract) -> None:
@@ -83,12 +85,30 @@ class Entry:
         self.any_cpuid: bool = target.ANY_CPUID
         self.instant: bool = self.handler is not None and self.handler.instant
         self.serial: bool = self.handler is not None and self.handler.serial
+        self.own_task: bool = self.handler is None or (
+            self.handler.own_task and not self.handler.instant
+        )
+        self.waits: dict[int | None, str] = {}
+        """What was seen to wait, and is asked in a task of its own: the name of that task, by the
+        code of the method, `None` for codes that the handler does not name."""
         if self.handler is not None:
             # An instance may have set its own.
             check_timeout(self.handler.timeout)
             check_timeout(self.handler.soft_timeout, "soft_timeout")
             check_retry_values(self.handler.retry_values)
         self.name: str = type(target).__name__ if self.handler is None else self.handler.name
+
+    def key_of(self, method: int) -> int | None:
+        """Its key in `waits`. A guest can make up any number of codes, and no more keys."""
+        return None if self.handler is None or method not in self.handler.methods else method
+
+    def has_waited(self, method: int) -> None:
+        """It was seen to wait when it was asked for this method."""
+        key = self.key_of(method)
+        if key not in self.waits:
+            assert self.handler is not None or key is None
+            named = "" if key is None or self.handler is None else self.handler.methods[key].name
+            self.waits[key] = f"vmibridge handler {self.name}{'.' if named else ''}{named}"
 
 
 class Bridge(BridgeDispatch):

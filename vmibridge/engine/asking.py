@@ -36,8 +36,9 @@ from vmibridge.engine.request import Cause, Request, State, Worker
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _UNMATCHED = OutcomeKind.UNMATCHED
+CUT_OFF = "the handler was cancelled"
 _LEFT_OPEN = "it left a cancel scope or a task group open"
-_INLINE, _ENTERING = State.INLINE, State.ENTERING
+_INLINE, _ENTERING, _QUEUED = State.INLINE, State.ENTERING, State.QUEUED
 _QUEUE, _BEGIN = Cause.QUEUE, Cause.BEGIN
 
 
@@ -79,7 +80,8 @@ class Asking:
         to get its cancellation back.
         """
         packet = request.packet
-        waited = False
+        # In a task of its own it has been in the queue from the start.
+        waited = request.state is _QUEUED
         try:
             for entry in entries:
                 request.entry = entry
@@ -123,7 +125,8 @@ class Asking:
 
     async def _ask_in_turn(self, worker: Worker, request: Request, entry: Entry) -> Answer:
         """Wait for the handler's turn and for a place, as far as it needs them."""
-        request.on(_QUEUE)
+        if request.state is not _QUEUED:
+            request.on(_QUEUE)
         if entry.serial:
             assert entry.handler is not None
             # The turn before the place: who waits for a turn keeps nobody else from a place.
@@ -147,8 +150,7 @@ class Asking:
         worker.scope.close_left()
         if isinstance(error, self._cancelled):
             # Nobody has cancelled the worker: the handler raised it, or cancelled its own task.
-            text = "the handler was cancelled"
-            return Outcome(OutcomeKind.CANCELLED, packet, handler=entry.name, error=text)
+            return Outcome(OutcomeKind.CANCELLED, packet, handler=entry.name, error=CUT_OFF)
         if isinstance(error, KeyboardInterrupt) and self._on_interrupt is not None:
             self._on_interrupt(error)
         return failure(entry.name, packet, error)

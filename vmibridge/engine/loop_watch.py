@@ -60,6 +60,8 @@ class _Seen(NamedTuple):
     """What is on the stack."""
 
     request: Request
+    started: float
+    """When its trap was taken: a worker has the same request for one trap after the other."""
     place: str
     vm: str
     tell: Callable[[Blocked], None]
@@ -146,13 +148,13 @@ class LoopWatch:
             mark = self._mark = None
         if seen is None:
             return
-        if mark is not None:
-            mark.looks += 1
         if mark is None:
             mark = self._mark = _Mark(seen)
             mark.report_at = mark.since + self._after
             soon(mark.run)
-        elif mark.seen.request is not seen.request:
+            return
+        mark.looks += 1
+        if mark.seen[:2] != seen[:2]:
             if not mark.reported:
                 mark.seen, mark.since = seen, time.monotonic()
                 mark.report_at = mark.since + self._after
@@ -190,7 +192,8 @@ def _find(frame: FrameType, asks: CodeType) -> _Seen | None:
             if place is None or "entry" not in names:
                 return None
             asking = names["self"]
-            return _Seen(names["request"], place, asking.vm, asking.on_blocked)
+            request = names["request"]
+            return _Seen(request, request.started, place, asking.vm, asking.on_blocked)
         above.append((step.f_code.co_filename, step.f_lineno))
         step = step.f_back
     return None

@@ -7,7 +7,8 @@ A request begins when a worker takes a trap off its lane. It ends when it can be
 trap any more. In between it may lose its trap (the guest was told to wait), and get another one
 (the guest asked again). The engine is made of four parts that act on it, all on one event loop:
 
-- A *worker* (`workers`) takes the trap and runs the handler inline, inside its own task.
+- A *worker* (`workers`) takes the trap and runs the handler inline, inside its own task, or hands
+  the request over to a task of its own, which is its worker from there on.
 - The *watchdog* (`deadlines`) acts when a deadline has passed. It is armed when the handler is
   suspended for the first time, and not before: nothing can interrupt a handler that does not
   wait, so most requests never meet it.
@@ -235,9 +236,12 @@ _OVERTAKEN: frozenset[State] = frozenset(State) - HAS_WORKER - DONE_BY_WORKER
 
 
 class Worker:
-    """A task that answers traps one after the other, and what it needs for the one it is at."""
+    """A task that answers traps one after the other, and what it needs for the one it is at.
 
-    __slots__ = ("context", "has_place", "on_wait", "request", "scope", "task")
+    Or the task of one request alone: see `workers`.
+    """
+
+    __slots__ = ("context", "has_place", "on_wait", "request", "retires", "scope", "task")
 
     task: "asyncio.Task[object] | None"
     """Its own, on asyncio: a handler may cancel it without asking anybody."""
@@ -248,6 +252,8 @@ class Worker:
     request: "Request"
     context: BridgeContext
     """The guest, as the handler sees it."""
+    retires: bool
+    """A handler has waited in this task: it takes no other trap."""
     has_place: bool
     """It holds a place in flight; until the handler has unwound, whoever answers before that."""
 
