@@ -30,8 +30,9 @@ from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.engine.asking import Asking
-from vmibridge.engine.engine import Engine, lives_of
+from vmibridge.engine.engine import Engine
 from vmibridge.engine.handshake import Feature, Host, HostInfo
+from vmibridge.engine.lives import CutOffError, Lives
 from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.outcome_queue import OutcomeQueue
 from vmibridge.engine.places import InFlight, Turns
@@ -249,7 +250,9 @@ class _Owner:
             )
             for backend, bridge in zip(backends, bridges, strict=True)
         }
-        self._shared = [each for bridge in bridges for each in bridge.handlers if each.shared]
+        shared = [each for bridge in bridges for each in bridge.handlers if each.shared]
+        self._lives = Lives(shared, settings.stop_timeout)
+        self._grace = min(settings.grace, settings.stop_timeout / 2)
         self._error: BaseException | None = None
         self._ended = anyio.Event()
 
@@ -259,6 +262,7 @@ class _Owner:
 
     def stop(self, *, now: bool = False) -> None:
         """Stop each engine."""
+        self._lives.stop(0 if now else self._grace)
         for engine in self.engines.values():
             engine.stop(now=now)
 
@@ -271,6 +275,8 @@ class _Owner:
         try:
             with self._watch:
                 await self._run()
+        except CutOffError as error:
+            log.warning("%s", error)
         except Exception as error:
             self._error = self._error or error
         finally:
@@ -279,7 +285,7 @@ class _Owner:
 
     async def _run(self) -> None:
         started: list[Engine] = []
-        async with lives_of(self._shared):
+        async with self._lives.lived():
             try:
                 for engine, place in zip(self.engines.values(), self._places, strict=True):
                     place.start_soon(engine.main)

@@ -109,7 +109,7 @@ class AgentServer:
         self._on_end = on_end
         self._taps = taps
         self._listener = Listener(urls, self._limits, self._admit)
-        self._shared = SharedHandlers(self._settings.in_flight_total)
+        self._shared = SharedHandlers(self._settings.in_flight_total, self._settings.stop_timeout)
         self._vms: dict[bytes, _Vm] = {}
         self._handler_sets: dict[HandlerSet, None] = {}
         self._ended: deque[bytes] = deque(maxlen=_MOST_ENDED)
