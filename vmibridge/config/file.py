@@ -66,8 +66,8 @@ class _Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     in_flight_total: _Count = DEFAULTS.in_flight_total
     grace: Annotated[float, msgspec.Meta(ge=0)] = DEFAULTS.grace
     stop_timeout: _Seconds = DEFAULTS.stop_timeout
-    blocked_after: _Seconds = DEFAULTS.blocked_after
     handshake: bool = DEFAULTS.handshake
+    blocked_after: _Seconds = DEFAULTS.blocked_after
 
     def settings(self, policy: Policy | None) -> ServerSettings:
         values = {name: getattr(self, name) for name in self.__struct_fields__}

@@ -154,36 +154,43 @@ class UnicornBackend(Backend):
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Run every vCPU in a thread of its own until all have ended."""
         ends: list[VcpuEnd] = []
+        over: list[int] = []
         handover = Handover(sink)
         self._slots = {vcpu.number: VcpuSlot(handover) for vcpu in self._vcpus}
         threads = anyio.CapacityLimiter(len(self._vcpus))
+
+        def in_thread(vcpu: UnicornVcpu) -> VcpuEnd:
+            try:
+                return vcpu.run(self.options.base, traps, self._slots[vcpu.number])
+            finally:
+                # Noted here: when an exception leaves asyncio's loop, such as that of a signal
+                # handler, every task is cancelled, and none waits for a thread any more.
+                over.append(vcpu.number)
+
         async with anyio.create_task_group() as tasks:
 
             async def emulate(vcpu: UnicornVcpu) -> None:
-                end = await anyio.to_thread.run_sync(
-                    vcpu.run, self.options.base, traps, self._slots[vcpu.number], limiter=threads
-                )
-                ends.append(end)
+                ends.append(await anyio.to_thread.run_sync(in_thread, vcpu, limiter=threads))
                 if len(ends) == len(self._vcpus):
                     tasks.cancel_scope.cancel()
 
             for vcpu in self._vcpus:
                 tasks.start_soon(emulate, vcpu)
             tasks.start_soon(handover.feed)
-            tasks.start_soon(self._stop_when_asked, ends)
+            tasks.start_soon(self._stop_when_asked, over)
         return GuestEnd(tuple(sorted(ends, key=lambda end: end.vcpu)))
 
     def stop(self) -> None:
         """Stop every vCPU, wherever it is."""
         self._stop.set()
 
-    async def _stop_when_asked(self, ends: list[VcpuEnd]) -> None:
+    async def _stop_when_asked(self, over: list[int]) -> None:
         # A thread in emulation sees no cancellation: it has to be told, until it hears.
         try:
             await self._stop.wait()
         finally:
             with anyio.CancelScope(shield=True):
-                while len(ends) < len(self._vcpus):
+                while len(over) < len(self._vcpus):
                     for vcpu in self._vcpus:
                         self._slots[vcpu.number].release()
                         vcpu.stop()
