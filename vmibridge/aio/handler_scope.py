@@ -64,10 +64,7 @@ class HandlerScope(Owner, Protocol):
         """Cancel and close the scopes that the handler has left open."""
 
     def cancel(self) -> None:
-        """Cancel what runs in it: once now, and again and again after `patience` seconds.
-
-        Does nothing before it is entered: who enters it looks whether to begin.
-        """
+        """Cancel what runs in it: once now, and again and again after `patience` seconds."""
 
 
 class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
@@ -130,10 +127,9 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
             left.__exit__(None, None, None)
 
     def cancel(self, reason: str | None = None) -> None:
-        if self.task is not None:
-            if not self._is_last:
-                self._before = self.task.cancelling()
-            super().cancel(reason)
+        if not self._is_last:
+            self._before = self.task.cancelling()
+        super().cancel(reason)
 
     def _deliver_cancellation(self, origin: anyio_on_asyncio.CancelScope) -> bool:
         again = super()._deliver_cancellation(origin)

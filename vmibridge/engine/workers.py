@@ -17,7 +17,8 @@ go over to another task once it is suspended. So:
 | was seen to wait | in a task of its own, from its start | ends with that trap |
 | of a handler with `own_task = False` | inline, waiting or not | takes the next trap |
 
-In a task of its own a request is in the queue from the start (`QUEUED`), and `Asking` lets it in.
+In a task of its own a request is in the queue from the start: `ENTERING` until the task runs, then
+`QUEUED`, and `Asking` lets it in.
 
 Here are the tasks, and the way of one trap. How handlers are asked is in `asking`, the states of
 a request are in `request`, what may answer in the place of a worker is in `deadlines`, and what a
@@ -302,10 +303,7 @@ class Workers:
         own.scope = handler_scope(self._patience)
         own.has_place, own.retires = False, True
         request.entry = entries[0]
-        # As if it had waited for its turn at once.
         request.on(Cause.QUEUE)
-        request.on(Cause.SUSPEND)
-        self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         assert self._tasks is not None
         self._tasks.start_soon(self._answer_apart, own, entries, name=name)
 
@@ -314,9 +312,15 @@ class Workers:
         request = worker.request
         worker.task = asyncio_task()
         outcome: Outcome[Any] | None = None
+        # Watched from here on: a loop that is busy may take longer to begin a task than the soft
+        # deadline, and a guest that was told to wait by then would begin anew each time.
+        request.on(Cause.SUSPEND)
+        self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         try:
             with worker.scope:
-                if not request.is_overtaken:
+                if self._stopping:
+                    outcome = Outcome(OutcomeKind.CANCELLED, request.packet, error=STOPPED)
+                else:
                     outcome = await self._asking.ask(worker, request, entries)
         except BaseException as error:
             if not await self._is_the_handlers(worker, error):
