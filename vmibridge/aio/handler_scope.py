@@ -32,8 +32,9 @@ cancels once has no other place to stand; `tests/unit/aio/test_handler_scopes.py
 """
 
 import asyncio
+from operator import attrgetter
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import anyio
 from anyio._backends import _asyncio as anyio_on_asyncio
@@ -56,6 +57,15 @@ class HandlerScope(Owner, Protocol):
         traceback: TracebackType | None,
     ) -> bool | None: ...
 
+    holder: Any
+    """What of the loop knows the scope that the task is in."""
+    mark: object
+    """What that is while the handler has none of its own open."""
+
+    current: "ClassVar[attrgetter[object]]"
+    """Gets the scope that the task is in from `holder`, in C, since each trap asks for it. Where
+    that is not `mark`, the handler has left one open."""
+
     @property
     def is_left_open(self) -> bool:
         """Whether the handler, which has ended, has left a cancel scope open."""
@@ -70,7 +80,9 @@ class HandlerScope(Owner, Protocol):
 class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
     """A scope on asyncio."""
 
-    __slots__ = ("_before", "_is_last", "_patience", "_state", "begun", "left", "task")
+    __slots__ = ("_before", "_is_last", "_patience", "begun", "holder", "left", "mark", "task")
+
+    current: "ClassVar[attrgetter[object]]" = attrgetter("cancel_scope")
 
     def __new__(cls, patience: float) -> Self:  # noqa: ARG004 - that of anyio takes others
         return object.__new__(cls)
@@ -81,14 +93,16 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
         self.begun: set[int] = set()
         self.left: list[Generator] = []
         self._patience = patience
-        self._state: Any = None
+        self.holder: Any = None
+        self.mark: object = None
         self._before = 0
         self._is_last = False
 
     def __enter__(self) -> Self:
         super().__enter__()
         self.task = self._host_task
-        self._state = anyio_on_asyncio._task_states[self.task]
+        self.holder = anyio_on_asyncio._task_states[self.task]
+        self.mark = self
         OWNER.set(self)
         return self
 
@@ -100,6 +114,8 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
     ) -> bool:
         if self.is_left_open:
             self.close_left()
+        # Else a circle.
+        self.mark = None
         if self._is_last:
             self._cancel_called = True
         return bool(super().__exit__(kind, error, traceback))
@@ -113,15 +129,15 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
 
     @property
     def is_left_open(self) -> bool:
-        return self._state.cancel_scope is not self
+        return self.holder.cancel_scope is not self
 
     def close_left(self) -> None:
-        scope = self._state.cancel_scope
+        scope = self.holder.cancel_scope
         while scope is not None and scope is not self:
             scope = scope._parent_scope
         if scope is None:
             return
-        while (left := self._state.cancel_scope) is not self:
+        while (left := self.holder.cancel_scope) is not self:
             # First the cancellation: it may be the scope of a task group.
             left.cancel()
             left.__exit__(None, None, None)

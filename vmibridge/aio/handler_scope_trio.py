@@ -5,8 +5,9 @@ task, `_cancel_status` and `_child_nurseries`, and the scope of a status. Trio i
 that ends with an open nursery for a bug, and ends the run with it.
 """
 
+from operator import attrgetter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import trio
 
@@ -16,19 +17,23 @@ from vmibridge.aio.generators import OWNER, Generator
 class TrioHandlerScope:
     """A scope on trio: cancelled, it is cancelled for good."""
 
-    __slots__ = ("_scope", "_status", "begun", "left", "task")
+    __slots__ = ("_scope", "begun", "holder", "left", "mark", "task")
+
+    current: "ClassVar[attrgetter[object]]" = attrgetter("_cancel_status")
 
     def __init__(self) -> None:
         self.task: Any = None
         self.begun: set[int] = set()
         self.left: list[Generator] = []
         self._scope = trio.CancelScope()
-        self._status: Any = None
+        self.holder: Any = None
+        self.mark: Any = None
 
     def __enter__(self) -> Self:
         self._scope.__enter__()
         self.task = trio.lowlevel.current_task()
-        self._status = self.task._cancel_status
+        self.holder = self.task
+        self.mark = self.task._cancel_status
         OWNER.set(self)
         return self
 
@@ -50,18 +55,18 @@ class TrioHandlerScope:
 
     @property
     def is_left_open(self) -> bool:
-        return self.task._cancel_status is not self._status
+        return self.task._cancel_status is not self.mark
 
     def close_left(self) -> None:
         for nursery in self.task.child_nurseries:
             nursery.cancel_scope.cancel()
             self.task._child_nurseries.remove(nursery)
         status = self.task._cancel_status
-        while status is not None and status is not self._status:
+        while status is not None and status is not self.mark:
             status = status.parent
         if status is None:
             return
-        while (status := self.task._cancel_status) is not self._status:
+        while (status := self.task._cancel_status) is not self.mark:
             status._scope.cancel()
             status._scope.__exit__(None, None, None)
 

@@ -79,7 +79,7 @@ class Asking:
         nothing, and what the handler raises passes through: its scope has been cancelled, and has
         to get its cancellation back.
         """
-        packet = request.packet
+        packet, scope = request.packet, worker.scope
         # In a task of its own it has been in the queue from the start.
         waited = request.state is _QUEUED
         try:
@@ -91,16 +91,16 @@ class Asking:
                     else:
                         request.state = _INLINE
                         found = await ask(entry, worker.context, packet)
-                    if worker.scope.begun:
-                        await close_generators(worker.scope, entry.name)
+                    if scope.begun:
+                        await close_generators(scope, entry.name)
                     outcome = outcome_of(entry, packet, found)
                 except BaseException as error:  # a handler may raise anything
-                    if worker.scope.begun:
-                        await close_generators(worker.scope, entry.name)
+                    if scope.begun:
+                        await close_generators(scope, entry.name)
                     if request.is_overtaken and isinstance(error, self._left_to_the_scope):
                         raise
                     return self._outcome_of_error(worker, entry, error)
-                if worker.scope.is_left_open:
+                if scope.current(scope.holder) is not scope.mark:
                     return self._outcome_of_error(worker, entry, RuntimeError(_LEFT_OPEN))
                 if outcome.kind is not _UNMATCHED:
                     return outcome

@@ -201,10 +201,10 @@ class Workers:
             request.event = event
             request.state = _TAKEN
             if await run_inline(self._answer(worker, request, event), on_wait):
+                if worker.retires:
+                    return True
                 request = worker.request = Request(worker)
                 continue
-            if worker.retires:
-                return True
             if request.state is not _ANSWERED and request.state is not _JOINED:
                 # Overtaken, or kept for a retry: somebody else may have this request now.
                 return True
@@ -236,7 +236,7 @@ class Workers:
     # --- one trap -------------------------------------------------------------------
 
     async def _answer(self, worker: Worker, request: Request, event: TrapEvent) -> bool:
-        """Answer a trap; returns whether it was handed over to a task of its own."""
+        """Answer a trap; returns whether another task has it now, or this one retires."""
         # This is the hot path: each trap pays for what stands here, so it sets states without a
         # look-up. The state is ANSWERED before the reply is begun: from there on nobody else may
         # answer, and when the reply has to wait, `_suspended` has no deadline to arm.
@@ -279,7 +279,7 @@ class Workers:
                     # It has waited: the request may have another trap by now, or none.
                     late = self._end_late(request, context, outcome)
                     if late is None:
-                        return False
+                        return worker.retires
                     assert request.event is not None
                     outcome, event, started = late, request.event, request.started
                 context.close()
@@ -292,7 +292,7 @@ class Workers:
                 outcome = joined
         request.state = _ANSWERED
         await self._replies.finish(event, started, outcome)
-        return False
+        return worker.retires
 
     def _hand_over(
         self, request: Request, event: TrapEvent, entries: tuple[Entry, ...], name: str
