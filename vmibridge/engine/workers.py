@@ -217,7 +217,10 @@ class Workers:
             if request.state is _INLINE:
                 request.state = _RUNNING
                 if request.entry.own_task:
-                    request.first.has_waited(request.packet.method)
+                    # Tasks of trio begin in any order, and handlers are to begin in that of their
+                    # traps, which a replay relies on: there each begins inline, and retires.
+                    if worker.task is not None:
+                        request.first.has_waited(request.packet.method)
                     worker.retires = True
                 # Not before: a handler that never waits overlaps with no other, and needs none.
                 self._asking.take_place(worker)

@@ -68,7 +68,8 @@ class Tasks(Misbehaves):
         return BridgeResponse(value1=1).with_output((before, inside))
 
 
-async def test_it_is_named_after_handler_and_method():
+async def test_it_is_named_after_handler_and_method(anyio_backend):
+    only_asyncio(anyio_backend)
     handler = Tasks()
 
     async def scenario(caller):
