@@ -242,7 +242,10 @@ class TestExitStatus:
                 "async def __aexit__(self, *e): raise OSError('no disk')",
                 "x did not end: OSError: no",
             ),
-            ("async def handle(self, vmi, packet): raise SystemExit(3)", "asked to exit, with 3"),
+            (
+                "async def __aenter__(self): raise SystemExit(3)",
+                "x did not start: SystemExit: 3",
+            ),
         ],
     )
     def test_1_when_a_handler_ends_the_server(self, vmibridge, image, tmp_path, body, told):

@@ -4,7 +4,7 @@ import re
 
 import msgspec
 import pytest
-from test_docs import rows, section
+from documents import rows, section
 
 from vmibridge.bridge.bounds import declared
 from vmibridge.engine.settings import ServerSettings

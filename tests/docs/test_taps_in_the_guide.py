@@ -5,7 +5,7 @@ import re
 from typing import get_args
 
 import msgspec
-from test_docs import section
+from documents import section
 
 from vmibridge.engine.taps import HandlerBegan, NativeReason, Tap
 from vmibridge.vm.backend import SessionEventKind

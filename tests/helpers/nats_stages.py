@@ -66,6 +66,7 @@ from vmibridge.transport.wire import (
     Welcome,
     Write,
 )
+from vmibridge.vm.arch.x86.description import X86
 
 SILENCE = 6.0
 NO_RESPONDERS = SimpleNamespace(data=b"", headers={"Status": "503"}, reply="")
@@ -154,7 +155,9 @@ class AgentLinkStage(Stage):
         for each in self._patches:
             each.start()
         await super().__aenter__()
-        self.link = NatsAgentLink(self.client, hello(b"s" * 16, "vm", other_hypercalls=False))
+        self.link = NatsAgentLink(
+            self.client, hello(b"s" * 16, "vm", other_hypercalls=False, architecture=X86)
+        )
         if self._welcome:
             await self.play("""
                 !! shakes-hands
@@ -258,7 +261,7 @@ class AgentLinkStage(Stage):
 
 class _FakeAgent:
     def __init__(self, vm, session):
-        self.hello = pack(hello(session, vm, other_hypercalls=False))
+        self.hello = pack(hello(session, vm, other_hypercalls=False, architecture=X86))
         self.vm = vm
         self.session = session
         self.home = ""

@@ -31,6 +31,7 @@ from vmibridge.transport import session as session_module
 from vmibridge.transport.handshake import hello
 from vmibridge.transport.session import Session
 from vmibridge.transport.wire import FRAME_LIMIT, Cancel, End, Memory, Ping, WireEnd
+from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import RegisterWrites
 
 BEHIND = 0x1003
@@ -67,7 +68,7 @@ AGENT_FRAMES = {
     "ping": Ping,
     "cancel": Cancel,
     "end": end_frame,
-    "hello": lambda vm="vm": hello(b"s" * 16, vm, other_hypercalls=False),
+    "hello": lambda vm="vm": hello(b"s" * 16, vm, other_hypercalls=False, architecture=X86),
 }
 
 
@@ -95,7 +96,7 @@ class SessionStage(Stage):
         super().__init__()
         self.clock = Clock()
         self.session = Session(
-            hello(b"s" * 16, "vm", other_hypercalls=False),
+            hello(b"s" * 16, "vm", other_hypercalls=False, architecture=X86),
             "peer",
             vcpus=vcpus,
             repeated=repeated,

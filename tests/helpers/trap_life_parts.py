@@ -274,8 +274,6 @@ class Free(BridgeHandler[int]):
                 case Order.RAISE:
                     raise LookupError("on purpose")
                 case Order.EXIT:
-                    self.requests.ending = True
-                    self.requests.stopped_at = min(self.requests.stopped_at, self.requests.now())
                     raise SystemExit(3)
                 case Order.CANCEL_ITSELF:
                     return await self._cancel_itself(run)

@@ -12,7 +12,7 @@ set none, and a copy would cost more than they do.
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from operator import call
 from types import coroutine
 from typing import Any, Final, TypeVar
@@ -45,6 +45,43 @@ def _rest(
             return end.value
 
 
+class _Suspended(Generator[object, Any, Any]):
+    """The rest of a suspended body, as `_rest` does it, each step in `context`.
+
+    It shows the body where tools look for what a task waits for (`cr_frame`, `cr_await`): trio's
+    `iter_await_frames`, call graphs of asyncio. A generator that steps a body ends their chain.
+    """
+
+    __slots__ = ("_body", "_run", "_wish")
+
+    def __init__(self, body: Coroutine[Any, Any, Any], wish: object, context: Context) -> None:
+        self._body = body
+        self._run = context.run
+        self._wish: object = wish
+
+    @property
+    def cr_frame(self) -> Any:
+        return self._body.cr_frame  # type: ignore[attr-defined]
+
+    @property
+    def cr_await(self) -> Any:
+        return self._body.cr_await  # type: ignore[attr-defined]
+
+    def __next__(self) -> object:
+        # The first one is what the body waits for by now; that may be `None`.
+        wish, self._wish = self._wish, DONE
+        return self._run(self._body.send, None) if wish is DONE else wish
+
+    def send(self, value: object) -> object:
+        return self._run(self._body.send, value)
+
+    def throw(self, error: Any, *_: Any) -> object:
+        return self._run(self._body.throw, error)
+
+    def close(self) -> None:
+        self._run(self._body.close)
+
+
 # `coroutine` marks the function itself and returns it: the same object, with the type of something
 # that is awaited.
 _rest_to_await: Callable[..., Awaitable[None]] = coroutine(_rest)
@@ -63,7 +100,7 @@ def run_inline(body: Coroutine[Any, Any, R], on_wait: Callable[[], None]) -> Gen
         result: R = end.value
         return result
     on_wait()
-    result = yield from _rest(body, wish, context.run)
+    result = yield from _Suspended(body, wish, context)
     return result
 
 

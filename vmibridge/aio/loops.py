@@ -3,17 +3,35 @@
 | here | instead of | why |
 |---|---|---|
 | `parking` | `Event` | one costs as much as the rest of a task switch |
+| `handler_scope` | `CancelScope` | on asyncio a handler is cancelled once, then has to unwind |
 | `while_readable` | `receive` | with a checkpoint, a vain try and a new entry in the selector |
 """
 
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import anyio
 from sniffio import current_async_library
 
+from vmibridge.aio.handler_scope import AsyncioHandlerScope, HandlerScope
 from vmibridge.aio.parking import Parking
+
+Soon = Callable[..., Any]
+"""Run a function on the loop, soon: `soon(function, *arguments)`, from any thread."""
+
+
+def loop_door() -> Soon:
+    """A way for other threads into the running event loop.
+
+    Both loops raise `RuntimeError` when they are closed by then.
+    """
+    if current_async_library() == "trio":
+        import trio
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
+    return asyncio.get_running_loop().call_soon_threadsafe
 
 
 def parking() -> Parking:
@@ -24,6 +42,15 @@ def parking() -> Parking:
 
         return TrioParking()
     return Parking()
+
+
+def handler_scope(patience: float) -> HandlerScope:
+    """One for the running loop; on asyncio, who is cancelled has `patience` seconds to unwind."""
+    if current_async_library() == "trio":
+        from vmibridge.aio.handler_scope_trio import TrioHandlerScope
+
+        return TrioHandlerScope()
+    return AsyncioHandlerScope(patience)
 
 
 async def while_readable(sock: socket.socket, take: Callable[[], bool]) -> None:

@@ -10,19 +10,30 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import anyio
 
+from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.errors import BackendError
+
+Address: TypeAlias = tuple[
+    socket.AddressFamily,
+    socket.SocketKind,
+    int,
+    str,
+    tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes],
+]
+"""One of those that a name resolves to, as `socket.getaddrinfo` has it."""
 
 _BACKLOG = 128
 _NO_FILES = 0.1
 """Seconds to wait when this process has too many open files to accept one more."""
 
 
-async def connect(family: int, address: str | tuple[str | int, ...]) -> socket.socket:
+async def connect(family: int, address: str | tuple[str | int | bytes, ...]) -> socket.socket:
     """A connection. Raises `OSError` when nobody listens there."""
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -40,10 +51,21 @@ async def connect(family: int, address: str | tuple[str | int, ...]) -> socket.s
     return made
 
 
+async def addresses(host: str, port: int, *, flags: int = 0) -> Sequence[Address]:
+    """What `host` resolves to. Raises `OSError`. Cancelled, it leaves its thread behind."""
+    # As bytes a name is looked up as it is; as a string it has to be one that IDNA knows.
+    name = host.encode() if host.isascii() else host
+
+    def look_up() -> Sequence[Address]:
+        return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)
+
+    return await in_own_thread(look_up, abandon_on_cancel=True)
+
+
 async def connect_tcp(host: str, port: int) -> socket.socket:
     """The first address of `host` that answers. Raises `OSError` of the last one."""
     failed: OSError | None = None
-    for family, _, _, _, address in await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    for family, _, _, _, address in await addresses(host, port):
         try:
             return await connect(family, address)
         except OSError as error:
@@ -67,7 +89,7 @@ async def listen_unix(path: Path, mode: int) -> "UnixListener":
         finally:
             os.umask(before)
         made.listen(_BACKLOG)
-        await anyio.Path(path).chmod(mode)
+        await in_own_thread(path.chmod, mode)
         return UnixListener(made, path)
     except BaseException:
         made.close()
@@ -106,7 +128,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 async def _remove_stale(path: Path) -> None:
     """A socket that a process left behind, which nobody listens at any more."""
     try:
-        mode = (await anyio.Path(path).stat()).st_mode
+        mode = (await in_own_thread(path.stat)).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
@@ -114,7 +136,7 @@ async def _remove_stale(path: Path) -> None:
     try:
         found = await connect(socket.AF_UNIX, str(path))
     except ConnectionRefusedError:
-        await anyio.Path(path).unlink(missing_ok=True)
+        await in_own_thread(path.unlink, True)
         return
     found.close()
     raise BackendError("somebody else listens there")

@@ -6,31 +6,13 @@ vCPU at a time, so one slot is enough, and nothing here can pile up.
 """
 
 from collections import deque
-from collections.abc import Callable
 from threading import Lock
-from typing import Any
 
 import anyio
 
+from vmibridge.aio.loops import Soon, loop_door
 from vmibridge.vm.backend import TrapSink, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
-
-Soon = Callable[..., Any]
-"""Run a function on the loop, soon: `soon(function, *arguments)`, from any thread."""
-
-
-def loop_door() -> Soon:
-    """A way for other threads into the running event loop.
-
-    Both loops raise `RuntimeError` when they are closed by then.
-    """
-    if anyio.get_cancelled_exc_class().__module__.startswith("trio"):
-        import trio
-
-        return trio.lowlevel.current_trio_token().run_sync_soon
-    import asyncio
-
-    return asyncio.get_running_loop().call_soon_threadsafe
 
 
 class Handover:

@@ -7,9 +7,12 @@ kind is asked itself, and passes a request on by answering *unmatched*.
 """
 
 import logging
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from operator import itemgetter
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any, ClassVar, TypeAlias, cast
 
 from msgspec.structs import replace
@@ -32,6 +35,9 @@ __all__ = ["Bridge", "BridgeDispatch", "Target"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_ENGINE = tuple(f"{_PACKAGE}{name}{os.sep}" for name in ("aio", "bridge", "engine"))
+"""The files that are on the way to each handler."""
 _MAX_ERROR = 500
 """Characters."""
 
@@ -69,9 +75,11 @@ class Entry:
         "handler",
         "instant",
         "name",
+        "own_task",
         "serial",
         "stamps",
         "target",
+        "waits",
     )
 
     def __init__(self, target: Target, contract: BridgeContract) -> None:
@@ -84,6 +92,12 @@ class Entry:
         self.any_cpuid: bool = target.ANY_CPUID
         self.instant: bool = self.handler is not None and self.handler.instant
         self.serial: bool = self.handler is not None and self.handler.serial
+        self.own_task: bool = self.handler is None or (
+            self.handler.own_task and not self.handler.instant
+        )
+        self.waits: dict[int | None, str] = {}
+        """What was seen to wait, and is asked in a task of its own: the name of that task, by the
+        code of the method, `None` for codes that the handler does not name."""
         if self.handler is not None:
             # An instance may have set its own.
             check_instance(self.handler)
@@ -91,6 +105,18 @@ class Entry:
             check_timeout(self.handler.soft_timeout, "soft_timeout")
             check_retry_values(self.handler.retry_values)
         self.name: str = type(target).__name__ if self.handler is None else self.handler.name
+
+    def key_of(self, method: int) -> int | None:
+        """Its key in `waits`. A guest can make up any number of codes, and no more keys."""
+        return None if self.handler is None or method not in self.handler.methods else method
+
+    def has_waited(self, method: int) -> None:
+        """It was seen to wait when it was asked for this method."""
+        key = self.key_of(method)
+        if key not in self.waits:
+            assert self.handler is not None or key is None
+            named = "" if key is None or self.handler is None else self.handler.methods[key].name
+            self.waits[key] = f"vmibridge handler {self.name}{'.' if named else ''}{named}"
 
 
 class Bridge(BridgeDispatch):
@@ -191,8 +217,8 @@ class Bridge(BridgeDispatch):
     async def dispatch(self, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
         """Find the handler and await its answer.
 
-        A handler that raises makes the outcome *failed*, and is logged. There is no
-        deadline here: that is the server's. Cancellation passes through.
+        A handler that raises makes the outcome *failed*, and is logged with the place. There is
+        no deadline here: that is the server's. Cancellation passes through.
         """
         for entry in self.match(packet, vmi.event.reason):
             try:
@@ -258,7 +284,15 @@ def _checked(given: object) -> Outcome[Any]:
 def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:
     """The outcome of a handler that raised; logs the error with its traceback."""
     told = one_line(error)
-    log.error("handler %s failed on method %#06x: %s", name, packet.method, told, exc_info=error)
+    place = place_of(error)
+    log.error(
+        "handler %s failed on method %#06x%s: %s",
+        name,
+        packet.method,
+        f" at {place}" if place else "",
+        told,
+        exc_info=error,
+    )
     return Outcome(OutcomeKind.FAILED, packet, handler=name, error=told)
 
 
@@ -267,10 +301,36 @@ def one_line(error: BaseException) -> str:
     kind = type(error).__name__
     try:
         text = f"{kind}: {error}"
-    except Exception:
-        # An error that cannot say what it is.
+    except BaseException:  # an error that cannot say what it is, and may raise anything instead
         text = kind
     return printable(text[:_MAX_ERROR])[:_MAX_ERROR]
+
+
+def place_of(error: BaseException) -> str | None:
+    """Where a handler raised, as `FILE:LINE`: the last line of its own file on the way.
+
+    Its own file is the first one that is not of this package's engine. `None` when the error was
+    not raised by a handler.
+    """
+    place = place_in(
+        (frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)
+    )
+    if place is None and error.__cause__ is not None:
+        # Python makes another error of a StopIteration, and leaves the place with that.
+        return place_of(error.__cause__)
+    return place
+
+
+def place_in(stack: Iterable[tuple[str, int]]) -> str | None:
+    """The same for a stack of files and lines, from the engine to the top."""
+    own: str | None = None
+    line = 0
+    for file, number in stack:
+        if own is None and not file.startswith(_ENGINE):
+            own = file
+        if file == own:
+            line = number
+    return None if own is None else f"{printable(own)}:{line}"
 
 
 def _until_final(placed: Sequence[tuple[int, Entry]]) -> list[tuple[int, Entry]]:

@@ -2,8 +2,9 @@
 
 import gc
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import TypeVar
 
 import anyio
@@ -37,6 +38,11 @@ def run_on(loop: Loop, main: Callable[[], Awaitable[R]]) -> R:
         backend="trio" if loop == "trio" else "asyncio",
         backend_options={"use_uvloop": True} if loop == "uvloop" else {},
     )
+
+
+def prints_beside(*, json: bool) -> AbstractContextManager[object]:
+    """What handlers print goes to standard error where standard output is JSON, for the block."""
+    return redirect_stdout(sys.stderr) if json else nullcontext()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from vmibridge.backends.qemu.find import (
 from vmibridge.backends.qemu.gdb.backend import QemuGdbBackend
 from vmibridge.backends.qemu.plugin.build import SOURCES, build_plugin
 from vmibridge.backends.qemu.process import QemuProcess
-from vmibridge.cli.event_loop import check_loop, logging_to, run_on
+from vmibridge.cli.event_loop import check_loop, logging_to, prints_beside, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import HANDLERS
 from vmibridge.cli.output import Writer, stream_writer
@@ -254,7 +254,10 @@ def _serve(
 ) -> int:
     prepared = Prepared.of(handlers, options)
     contexts: list[AbstractAsyncContextManager[object]] = [*prepared.taps, backend, writer]
-    with logging_to(log_handler(options.log_level, None), options.log_level):
+    with (
+        prints_beside(json=options.json),
+        logging_to(log_handler(options.log_level, None), options.log_level),
+    ):
         server = prepared.server([backend])
         beside = partial(_run_qemu, qemu, server)
         if isinstance(backend, QemuGdbBackend):

@@ -44,7 +44,7 @@ def run(
     """
     from rich.console import Console
 
-    from vmibridge.cli.event_loop import logging_to, run_on
+    from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
     from vmibridge.cli.logs import log_handler
     from vmibridge.cli.output import TableWriter, stream_writer
     from vmibridge.cli.server_run import Life, Prepared, run_server
@@ -59,7 +59,10 @@ def run(
     ]
     console = None if given.json or not sys.stdout.isatty() else Console()
     writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)
-    with logging_to(log_handler(given.log_level, console), given.log_level):
+    with (
+        prints_beside(json=given.json),
+        logging_to(log_handler(given.log_level, console), given.log_level),
+    ):
         server = prepared.server(backends)
         life = Life([*prepared.taps, *backends, writer], server, writer, until=until)
         return run_on(given.loop, partial(run_server, life))

@@ -14,7 +14,7 @@ import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.cli.event_loop import logging_to, run_on
+from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
 from vmibridge.cli.hangups import early_hangups
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Sources
@@ -81,7 +81,10 @@ def serve(
     prepared = Prepared.of(handlers, replace(given, record=None, redact=[], unrecorded=None))
     recordings = _Recordings(given) if given.records("FOLDER") else None
     limits = with_options(AgentLimits(), {"keep": keep})
-    with logging_to(log_handler(given.log_level, None), given.log_level):
+    with (
+        prints_beside(json=given.json),
+        logging_to(log_handler(given.log_level, None), given.log_level),
+    ):
         factory = HandlerFactory(handlers, prepared.config)
         # Once, to find what is wrong with them before anybody comes.
         factory.make()

@@ -109,8 +109,6 @@ async def run_server(life: Life) -> int:
             failures.append(BackendError("standard output was closed: nobody reads the outcomes"))
         except VmiBridgeError as error:
             failures.append(error)
-        except SystemExit as error:
-            failures.append(BackendError(f"a handler asked to exit, with {error.code!r}"))
         tasks.cancel_scope.cancel()
     if failures:
         raise failures[0]

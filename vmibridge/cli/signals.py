@@ -2,11 +2,16 @@
 
 The first SIGINT or SIGTERM stops in good order, a second one leaves no grace, and a third one ends
 the process: a handler may shield itself from being cancelled, but the user has the last word.
+
+A handler may also hold up the event loop, which then receives nothing. So the third one is counted
+where Python itself takes signals, between two steps of whatever runs.
 """
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import anyio
 from anyio.abc import TaskStatus
@@ -32,16 +37,42 @@ async def stop_on_signals(
     that would leave a child.
     """
     others = also or {}
-    with anyio.open_signal_receiver(*STOPS, *others) as signals:
+    with anyio.open_signal_receiver(*STOPS, *others) as signals, _exiting(at=3 if exits else None):
         task_status.started()
         async for number in signals:
             if number in others:
                 others[number]()
                 continue
             received.append(number)
-            if exits and len(received) > 2:
-                os._exit(128 + number)
             stop(number, len(received) > 1)
+
+
+@contextmanager
+def _exiting(*, at: int | None) -> Iterator[None]:
+    """End the process with signal number `at` of those that stop, whatever the loop is doing."""
+    if at is None:
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPS}
+    came: list[int] = []
+
+    def count(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) >= at:
+            os._exit(128 + number)
+        then = before[signal.Signals(number)]
+        if callable(then):
+            then(number, frame)
+
+    for number in STOPS:
+        signal.signal(number, count)
+        # As the loops have it: what is called meanwhile goes on.
+        signal.siginterrupt(number, False)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def exit_status(received: list[int]) -> int | None:

@@ -88,6 +88,7 @@ def summary_json(summaries: Mapping[str, Summary], dropped: int = 0) -> bytes:
         "retries": whole.retries,
         "uncollected": whole.uncollected,
         "abandoned": whole.abandoned,
+        "blocked": whole.blocked,
         "guest": [
             VcpuLine(vm, end.vcpu, end.reason, end.detail, end.registers)
             for vm, summary in summaries.items()
@@ -165,6 +166,7 @@ def summary_text(summary: Summary) -> str:
             (summary.native, "not ours"),
             (summary.uncollected, "results not collected"),
             (summary.abandoned, "handlers abandoned"),
+            (summary.blocked, "times the loop was held up"),
         )
         if count
     ]

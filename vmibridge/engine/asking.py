@@ -12,8 +12,12 @@ Invariants
   suspended (`Asking.take_place`), so one that never waits takes none. Between the two nothing else
   runs, so the place is still there.
 - Nothing is begun for a request that was overtaken.
+- Whatever a handler raises fails its trap, `SystemExit` and other exceptions that are no
+  `Exception` included: a handler cannot end the server. `KeyboardInterrupt` fails its trap, too;
+  it may be the user's, who pressed Ctrl-C while the handler ran, so the server is told
+  (`on_interrupt`).
 - When `Asking.ask` returns, the task of the worker has no cancellation left that is not its
-  scope's.
+  scope's, and no scope open that is the handler's; the async generators that it left are closed.
 """
 
 import math
@@ -21,18 +25,20 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
 
 from vmibridge.aio.coroutines import forget_cancellation
+from vmibridge.aio.generators import close_generators
 from vmibridge.bridge.dispatch import Answer, Entry, ask, failure, outcome_of
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
-from vmibridge.bridge.packet import BridgePacket
+from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.request import Cause, Request, State, Worker
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _UNMATCHED = OutcomeKind.UNMATCHED
-_INLINE, _ENTERING = State.INLINE, State.ENTERING
+CUT_OFF = "the handler was cancelled"
+_LEFT_OPEN = "it left a cancel scope or a task group open"
+_INLINE, _ENTERING, _QUEUED = State.INLINE, State.ENTERING, State.QUEUED
 _QUEUE, _BEGIN = Cause.QUEUE, Cause.BEGIN
 
 
@@ -43,17 +49,22 @@ class Asking:
         self,
         in_flight: InFlight,
         turns: Turns,
-        on_fatal: Callable[[BaseException], None],
+        on_interrupt: Callable[[KeyboardInterrupt], None] | None,
+        on_blocked: Callable[[Blocked], None],
+        vm: str,
         began: Callable[[Worker, Entry], None] | None = None,
     ) -> None:
+        self.vm: str = vm
+        """As `on_blocked`, for the watch of the loop, which finds both on the stack."""
+        self.on_blocked: Callable[[Blocked], None] = on_blocked
         self._in_flight = in_flight
         self._turns = turns
-        self._on_fatal = on_fatal
+        self._on_interrupt = on_interrupt
         # Of a tap that wants to know; else `None`, and a handler pays one test.
         self._began = began
         self._cancelled = anyio.get_cancelled_exc_class()
         # What a handler that was overtaken may leave. A group may hold the cancellation, which its
-        # scope has to get back. Others, such as SystemExit, are meant for the server.
+        # scope has to get back. Others end here, as those of any handler.
         self._left_to_the_scope = (Exception, self._cancelled, BaseExceptionGroup)
 
     def take_place(self, worker: Worker) -> None:
@@ -62,7 +73,7 @@ class Asking:
             self._in_flight.enter_nowait()
             worker.has_place = True
 
-    async def ask(
+    async def ask(  # noqa: PLR0912 - each trap would pay for one more call
         self, worker: Worker, request: Request, entries: tuple[Entry, ...]
     ) -> Outcome[Any]:
         """What the first of them that does not pass comes to.
@@ -71,8 +82,9 @@ class Asking:
         nothing, and what the handler raises passes through: its scope has been cancelled, and has
         to get its cancellation back.
         """
-        packet = request.packet
-        waited = False
+        packet, scope = request.packet, worker.scope
+        # In a task of its own it has been in the queue from the start.
+        waited = request.state is _QUEUED
         try:
             for entry in entries:
                 request.entry = entry
@@ -84,11 +96,17 @@ class Asking:
                         if self._began is not None:
                             self._began(worker, entry)
                         found = await ask(entry, worker.context, packet)
+                    if scope.begun:
+                        await close_generators(scope, entry.name)
                     outcome = outcome_of(entry, packet, found)
                 except BaseException as error:  # a handler may raise anything
+                    if scope.begun:
+                        await close_generators(scope, entry.name)
                     if request.is_overtaken and isinstance(error, self._left_to_the_scope):
                         raise
-                    return self._outcome_of_error(entry, packet, error)
+                    return self._outcome_of_error(worker, entry, error)
+                if scope.current(scope.holder) is not scope.mark:
+                    return self._outcome_of_error(worker, entry, RuntimeError(_LEFT_OPEN))
                 if outcome.kind is not _UNMATCHED:
                     return outcome
                 waited = request.state is not _INLINE
@@ -99,7 +117,12 @@ class Asking:
         finally:
             # A handler may have cancelled the task of its worker, with or without being suspended
             # since. Left there, it would end what the worker waits for next: the reply.
-            if worker.task is not None and worker.task.cancelling() and not is_being_cancelled():
+            if (
+                worker.task is not None
+                and worker.task.cancelling()
+                and not request.is_overtaken
+                and not is_being_cancelled()
+            ):
                 await forget_cancellation(worker.task)
             if worker.has_place:
                 worker.has_place = False
@@ -107,7 +130,8 @@ class Asking:
 
     async def _ask_in_turn(self, worker: Worker, request: Request, entry: Entry) -> Answer:
         """Wait for the handler's turn and for a place, as far as it needs them."""
-        request.on(_QUEUE)
+        if request.state is not _QUEUED:
+            request.on(_QUEUE)
         if entry.serial:
             assert entry.handler is not None
             # The turn before the place: who waits for a turn keeps nobody else from a place.
@@ -120,24 +144,22 @@ class Asking:
         if not worker.has_place and (request.state is not _ENTERING or self._in_flight.full):
             await self._in_flight.enter()
             worker.has_place = True
-        if request.state is not _ENTERING:
-            # Overtaken between the hand-over of its turn and now, it must not begin.
-            await checkpoint_if_cancelled()
+        if request.is_overtaken:
+            # Between the hand-over of its turn and now. It must not begin.
+            return None
         request.on(_BEGIN)
         if self._began is not None:
             self._began(worker, entry)
         return await ask(entry, worker.context, request.packet)
 
-    def _outcome_of_error(
-        self, entry: Entry, packet: BridgePacket, error: BaseException
-    ) -> Outcome[Any]:
+    def _outcome_of_error(self, worker: Worker, entry: Entry, error: BaseException) -> Outcome[Any]:
+        packet = worker.request.packet
+        worker.scope.close_left()
         if isinstance(error, self._cancelled):
             # Nobody has cancelled the worker: the handler raised it, or cancelled its own task.
-            text = "the handler was cancelled"
-            return Outcome(OutcomeKind.CANCELLED, packet, handler=entry.name, error=text)
-        if not isinstance(error, Exception):
-            # Such as SystemExit: the server goes down with it, in good order.
-            self._on_fatal(error)
+            return Outcome(OutcomeKind.CANCELLED, packet, handler=entry.name, error=CUT_OFF)
+        if isinstance(error, KeyboardInterrupt) and self._on_interrupt is not None:
+            self._on_interrupt(error)
         return failure(entry.name, packet, error)
 
 

@@ -10,15 +10,14 @@ Rules that it lives by:
   without grace: so an answer that is being written is always written.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
 
 import anyio
 from anyio.abc import TaskGroup
 
-from vmibridge.bridge.dispatch import Bridge, one_line
-from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.bridge.dispatch import Bridge
+from vmibridge.engine.lives import CutOffError, Lives
 from vmibridge.engine.outcome_queue import OutcomesIn
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.replies import BeforeResume
@@ -26,8 +25,9 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap, Taps
 from vmibridge.engine.workers import Workers
-from vmibridge.errors import HandlerLifeError
 from vmibridge.vm.backend import Backend
+
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -44,12 +44,15 @@ class Engine:
         taps: Sequence[Tap],
         on_end: Callable[[str, BaseException | None], None],
         before_resume: BeforeResume | None = None,
+        *,
+        is_interruptible: bool = True,
     ) -> None:
         # None where there are none: a trap then pays one test, and no call.
         self._taps = Taps(backend.vm, bridge.trap_filter, taps) if taps else None
         self._backend = backend
         self._on_end = on_end
-        self._handlers = [each for each in bridge.handlers if not each.shared]
+        own = [each for each in bridge.handlers if not each.shared]
+        self._lives = Lives(own, settings.stop_timeout)
         self._settings = settings
         self._outcomes = outcomes
         self._workers = Workers(
@@ -60,7 +63,8 @@ class Engine:
             in_flight,
             turns,
             self._taps,
-            self._stop_for,
+            # Where VMs of others are served, no handler can end one: see `asking`.
+            self._stop_for if is_interruptible else None,
             before_resume,
         )
         self._bridge = bridge
@@ -84,6 +88,8 @@ class Engine:
 
         `now` leaves handlers no time to end by themselves.
         """
+        grace = min(self._settings.grace, self._settings.stop_timeout / 2)
+        self._lives.stop(0 if now else grace)
         if now:
             self._grace.cancel()
         self._workers.take_no_more()
@@ -99,7 +105,7 @@ class Engine:
         Errors of the backend and of entering a handler are given to `on_end`.
         """
         try:
-            async with lives_of(self._handlers):
+            async with self._lives.lived():
                 if self._stop.is_set():
                     return
                 async with anyio.create_task_group() as outside:
@@ -115,6 +121,8 @@ class Engine:
                     finally:
                         self._begin_stop()
                         self._end()
+        except CutOffError as error:
+            log.warning("vm %s: %s", self._backend.vm, error)
         except Exception as error:
             self._error = self._error or error
         finally:
@@ -177,35 +185,3 @@ class Engine:
     async def _release_guest(self) -> None:
         await self._workers.lanes.quiet()
         self._backend.stop()
-
-
-@asynccontextmanager
-async def lives_of(handlers: Iterable[BridgeHandler[Any]]) -> AsyncIterator[None]:
-    """Enter handlers in order and leave them in reverse, each once.
-
-    Raises `HandlerLifeError`, which names the handler.
-    """
-    async with AsyncExitStack() as lives:
-        for handler in dict.fromkeys(handlers):
-            if handler.has_life():
-                await lives.enter_async_context(_life(handler))
-        yield
-
-
-@asynccontextmanager
-async def _life(handler: BridgeHandler[Any]) -> AsyncIterator[None]:
-    try:
-        await handler.__aenter__()
-    except Exception as error:
-        raise HandlerLifeError(
-            f"handler {handler.name} did not start: {one_line(error)}"
-        ) from error
-    try:
-        yield
-    finally:
-        try:
-            await handler.__aexit__(None, None, None)
-        except Exception as error:
-            raise HandlerLifeError(
-                f"handler {handler.name} did not end: {one_line(error)}"
-            ) from error

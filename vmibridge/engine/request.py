@@ -7,7 +7,8 @@ A request begins when a worker takes a trap off its lane. It ends when it can be
 trap any more. In between it may lose its trap (the guest was told to wait), and get another one
 (the guest asked again). The engine is made of four parts that act on it, all on one event loop:
 
-- A *worker* (`workers`) takes the trap and runs the handler inline, inside its own task.
+- A *worker* (`workers`) takes the trap and runs the handler inline, inside its own task, or hands
+  the request over to a task of its own, which is its worker from there on.
 - The *watchdog* (`deadlines`) acts when a deadline has passed. It is armed when the handler is
   suspended for the first time, and not before: nothing can interrupt a handler that does not
   wait, so most requests never meet it.
@@ -81,8 +82,7 @@ from collections.abc import Callable, Hashable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
+from vmibridge.aio.handler_scope import HandlerScope
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Entry
 from vmibridge.bridge.outcome import Outcome
@@ -236,19 +236,24 @@ _OVERTAKEN: frozenset[State] = frozenset(State) - HAS_WORKER - DONE_BY_WORKER
 
 
 class Worker:
-    """A task that answers traps one after the other, and what it needs for the one it is at."""
+    """A task that answers traps one after the other, and what it needs for the one it is at.
 
-    __slots__ = ("context", "has_place", "on_wait", "request", "scope", "task")
+    Or the task of one request alone: see `workers`.
+    """
+
+    __slots__ = ("context", "has_place", "on_wait", "request", "retires", "scope", "task")
 
     task: "asyncio.Task[object] | None"
     """Its own, on asyncio: a handler may cancel it without asking anybody."""
     on_wait: Callable[[], None]
     """Called once for a trap, right before the worker is first suspended at it."""
-    scope: anyio.CancelScope
+    scope: HandlerScope
     """What is cancelled to overtake it. A spent one is replaced, together with `request`."""
     request: "Request"
     context: BridgeContext
     """The guest, as the handler sees it."""
+    retires: bool
+    """A handler has waited in this task: it takes no other trap."""
     has_place: bool
     """It holds a place in flight; until the handler has unwound, whoever answers before that."""
 

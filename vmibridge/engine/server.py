@@ -29,8 +29,11 @@ from vmibridge.bridge.dispatch import Bridge, BridgeDispatch, Target, one_line
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.engine.engine import Engine, lives_of
+from vmibridge.engine.asking import Asking
+from vmibridge.engine.engine import Engine
 from vmibridge.engine.handshake import Feature, Host, HostInfo
+from vmibridge.engine.lives import CutOffError, Lives
+from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.outcome_queue import OutcomeQueue
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Policy
@@ -98,6 +101,7 @@ class BridgeServer:
         stop_timeout: float = DEFAULTS.stop_timeout,
         policy: Policy | None = DEFAULTS.policy,
         handshake: bool = DEFAULTS.handshake,
+        blocked_after: float = DEFAULTS.blocked_after,
         taps: Sequence[Tap] = (),
         before_resume: BeforeResume | None = None,
     ) -> None:
@@ -115,6 +119,7 @@ class BridgeServer:
             stop_timeout,
             policy,
             handshake,
+            blocked_after,
         )
         self._backends = [backends] if isinstance(backends, Backend) else list(backends)
         if not self._backends:
@@ -211,6 +216,7 @@ class _Owner:
         taps: tuple[Tap, ...],
         before_resume: BeforeResume | None,
     ) -> None:
+        self._watch = LoopWatch(settings.blocked_after, Asking.ask.__code__)
         self._places = [backend.tasks for backend in backends]
         self.outcomes: OutcomeQueue = OutcomeQueue(OUTCOMES_AHEAD)
         in_flight, turns = InFlight(settings.in_flight_total), Turns()
@@ -229,7 +235,9 @@ class _Owner:
             )
             for backend, bridge in zip(backends, bridges, strict=True)
         }
-        self._shared = [each for bridge in bridges for each in bridge.handlers if each.shared]
+        shared = [each for bridge in bridges for each in bridge.handlers if each.shared]
+        self._lives = Lives(shared, settings.stop_timeout)
+        self._grace = min(settings.grace, settings.stop_timeout / 2)
         self._error: BaseException | None = None
         self._ended = anyio.Event()
 
@@ -239,6 +247,7 @@ class _Owner:
 
     def stop(self, *, now: bool = False) -> None:
         """Stop each engine."""
+        self._lives.stop(0 if now else self._grace)
         for engine in self.engines.values():
             engine.stop(now=now)
 
@@ -248,25 +257,31 @@ class _Owner:
 
     async def _main(self) -> None:
         """Run each engine in its backend's task group. Cancelled, it stops them all."""
-        started: list[Engine] = []
         try:
-            async with lives_of(self._shared):
-                try:
-                    for engine, place in zip(self.engines.values(), self._places, strict=True):
-                        place.start_soon(engine.main)
-                        started.append(engine)
-                    for engine in started:
-                        await engine.ended()
-                finally:
-                    self.stop(now=True)
-                    with anyio.CancelScope(shield=True):
-                        for engine in started:
-                            await engine.ended()
+            with self._watch:
+                await self._run()
+        except CutOffError as error:
+            log.warning("%s", error)
         except Exception as error:
             self._error = self._error or error
         finally:
             self.outcomes.end(self._error)
             self._ended.set()
+
+    async def _run(self) -> None:
+        started: list[Engine] = []
+        async with self._lives.lived():
+            try:
+                for engine, place in zip(self.engines.values(), self._places, strict=True):
+                    place.start_soon(engine.main)
+                    started.append(engine)
+                for engine in started:
+                    await engine.ended()
+            finally:
+                self.stop(now=True)
+                with anyio.CancelScope(shield=True):
+                    for engine in started:
+                        await engine.ended()
 
     def _on_end(self, vm: str, error: BaseException | None) -> None:
         if error is None:

@@ -117,6 +117,13 @@ class ServerSettings(msgspec.Struct, frozen=True):
         bool,
         Meta(description="answer the handshake, where the bridge speaks the standard contract"),
     ] = True
+    blocked_after: Annotated[
+        Seconds,
+        Meta(
+            description="how long a handler may hold up the event loop until it is reported;"
+            " infinite: for ever"
+        ),
+    ] = 0.5
 
     def __post_init__(self) -> None:
         check_fields(self)

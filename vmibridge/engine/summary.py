@@ -26,6 +26,8 @@ class Summary(msgspec.Struct):
     """Results that no retry came for, before they expired or the run ended."""
     abandoned: int = 0
     """Handlers that were cancelled at the end of the run, with no trap waiting for them."""
+    blocked: int = 0
+    """How often a handler held up the event loop for `blocked_after` seconds or longer."""
     guest: GuestEnd | None = None
     """`None` until the guest has ended."""
 
@@ -46,6 +48,7 @@ class Summary(msgspec.Struct):
             whole.retries += each.retries
             whole.uncollected += each.uncollected
             whole.abandoned += each.abandoned
+            whole.blocked += each.blocked
             ends.append(each.guest)
         known = [end for end in ends if end is not None]
         if ends and len(known) == len(ends):

@@ -4,7 +4,7 @@ A server calls its taps on the event loop, in this order:
 
 | call | when |
 |---|---|
-| `machine`, `begin` | for each VM, before its guest runs |
+| `begin` | for each VM, before its guest runs |
 | `trap` | a trap of ours was taken |
 | `retried` | right after `trap`: it asks again for what was told to wait |
 | `read`, `wrote` | guest memory was accessed for a trap, or could not be |
@@ -17,9 +17,11 @@ run is made, and what only a hook needs, such as the time in the queue, is not m
 
 | hook | when |
 |---|---|
+| `machine` | right before `begin`: the architecture of the VM |
 | `handler_began` | a handler is called, right before it is; after `trap`, before `answered` |
 | `ran_natively` | a trap that is not ours was let go: it has none of the calls above |
 | `session_event` | between `begin` and `end`: the agent of a remote VM has come, or is lost |
+| `blocked` | a handler held up the event loop for long, which turns again |
 | `tap_lost` | another tap was dropped |
 | `missed_traps` | this tap was dropped, and the VM has ended: in the place of `end` |
 
@@ -49,6 +51,7 @@ from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import NativeReason, why_native
+from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import GuestMemoryError
@@ -61,7 +64,7 @@ __all__ = ["HandlerBegan", "NativeReason", "Tap"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_HOOKS = ("handler_began", "ran_natively", "session_event", "tap_lost")
+_HOOKS = ("machine", "handler_began", "ran_natively", "session_event", "blocked", "tap_lost")
 
 
 class HandlerBegan(msgspec.Struct, frozen=True):
@@ -96,9 +99,6 @@ class Tap:
     async def room(self) -> None:
         """Wait until `full` is false. May be cancelled."""
 
-    def machine(self, vm: str, architecture: Architecture[Any]) -> None:
-        """What a VM is that is about to run: `begin` follows."""
-
     def begin(
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
     ) -> None:
@@ -131,6 +131,12 @@ class Tap:
         """
 
     # --- hooks: without a definition in a subclass they are not called ----------------
+
+    def machine(self, vm: str, architecture: Architecture[Any]) -> None:
+        """What a VM is that is about to run: `begin` follows."""
+
+    def blocked(self, blocked: Blocked) -> None:
+        """A handler held up the event loop: which, where, and for how long."""
 
     def handler_began(self, began: HandlerBegan) -> None:
         """A handler is about to be called."""
@@ -204,14 +210,12 @@ class Taps:
         architecture: Architecture[Any],
     ) -> None:
         """The VM is about to run."""
+        self._tell("machine", self._vm, architecture)
         for tap in self._taps:
-            call = "machine"
             try:
-                tap.machine(self._vm, architecture)
-                call = "begin"
                 tap.begin(self._vm, bridge, settings, stop)
             except Exception as error:
-                self._drop(tap, call, error)
+                self._drop(tap, "begin", error)
         if self._losses:
             self._tell_losses()
 
@@ -296,6 +300,10 @@ class Taps:
                     await tap.room()
             finally:
                 del self._waits[scope]
+
+    def blocked(self, blocked: Blocked) -> None:
+        """A handler has held up the loop."""
+        self._tell("blocked", blocked)
 
     def end(self, summary: Summary) -> None:
         """The VM has ended."""

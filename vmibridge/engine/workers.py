@@ -4,7 +4,21 @@ Most handlers answer without waiting. To start a task for each would cost more t
 so a worker is a task that steps the handler's coroutine itself (`run_inline`). Only when the
 handler is about to be suspended does the worker do what waiting calls for: it takes a place, has
 the deadlines armed, and *promotes*, which is to wake or to start another worker for the next
-ready trap. So there are as many workers as handlers that wait, and one more.
+ready trap.
+
+What waits is to have a task of its own, as any task has: libraries key sessions, timers and locks
+on the task, callbacks wait for its end, and tools show its name and its stack. A coroutine cannot
+go over to another task once it is suspended. So:
+
+| a method | its handler runs | its task |
+|---|---|---|
+| has never been seen to wait | inline, in the task of a worker | takes the next trap |
+| waits for the first time | goes on in that task | *retires*: it ends with that trap |
+| was seen to wait | in a task of its own, from its start | ends with that trap |
+| of a handler with `own_task = False` | inline, waiting or not | takes the next trap |
+
+In a task of its own a request is in the queue from the start: `ENTERING` until the task runs, then
+`QUEUED`, and `Asking` lets it in.
 
 Here are the tasks, and the way of one trap. How handlers are asked is in `asking`, the states of
 a request are in `request`, what may answer in the place of a worker is in `deadlines`, and what a
@@ -19,7 +33,8 @@ Invariants
   whatever it raises, groups and `SystemExit` included, becomes an outcome.
 - The answer of a worker is never cut off: a scope is cancelled by overtaking only, which takes the
   trap first, and a request is not watched any more when its worker answers.
-- A cancellation that a handler left in the task ends with its trap: the worker takes it back.
+- A cancellation that a handler left in the task ends with its trap: the worker takes it back. So
+  does a scope that it left open.
 """
 
 import logging
@@ -32,14 +47,17 @@ import anyio
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
+from vmibridge.aio.generators import watch_generators
+from vmibridge.aio.loops import handler_scope
 from vmibridge.bridge.context import BridgeContext
-from vmibridge.bridge.dispatch import Bridge
+from vmibridge.bridge.dispatch import Bridge, Entry
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import own_request
-from vmibridge.engine.asking import Asking, is_being_cancelled
+from vmibridge.engine.asking import CUT_OFF, Asking, is_being_cancelled
 from vmibridge.engine.beginnings import lanes_for
 from vmibridge.engine.deadlines import Deadlines
+from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomesIn
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Guard, MeteredMemory
@@ -57,6 +75,9 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _clock = time.monotonic
 
+_PATIENCE = 1.0
+"""Seconds that a handler has to unwind after it was cancelled, on asyncio; at most half of
+`stop_timeout`. Then it is cancelled at each await."""
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
 
@@ -79,7 +100,7 @@ class Workers:
         in_flight: InFlight,
         turns: Turns,
         taps: Taps | None,
-        on_fatal: Callable[[BaseException], None],
+        on_interrupt: Callable[[KeyboardInterrupt], None] | None,
         before_resume: BeforeResume | None = None,
     ) -> None:
         self.summary: Summary = Summary()
@@ -96,8 +117,15 @@ class Workers:
         self.deadlines: Deadlines = Deadlines(
             self._replies, self._retries, self.summary, self._promote
         )
-        self._asking = Asking(InFlight(settings.in_flight, in_flight), turns, on_fatal, began)
-        self._on_fatal = on_fatal
+        self._asking = Asking(
+            InFlight(settings.in_flight, in_flight),
+            turns,
+            on_interrupt,
+            self._was_blocked,
+            backend.vm,
+            began,
+        )
+        self._patience = min(_PATIENCE, settings.stop_timeout / 2)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
         if settings.policy is not None:
@@ -114,6 +142,7 @@ class Workers:
     def start(self, tasks: TaskGroup) -> None:
         """Answer traps, in tasks of this group, until the lanes are closed and empty."""
         self._tasks = tasks
+        watch_generators()
         self.deadlines.start(tasks)
         tasks.start_soon(self._work)
 
@@ -123,33 +152,39 @@ class Workers:
         """One worker. Ends when no trap is left, or when there are idle ones enough."""
         worker = Worker()
         worker.task = asyncio_task()
-        worker.has_place = False
+        worker.has_place = worker.retires = False
         worker.on_wait = partial(self._suspended, worker)
-        while True:
+        while not worker.retires:
             try:
                 # A scope that was cancelled stays cancelled, so a worker that was overtaken gets
                 # another one: together with another request, because the old one may be kept for
                 # a retry.
-                with anyio.CancelScope() as worker.scope:
+                with handler_scope(self._patience) as worker.scope:
                     worker.request = Request(worker)
                     if not await self._answer_traps(worker):
                         return
-            except self._cancelled:
-                # On asyncio a handler can raise this without any scope that was cancelled.
-                if worker.task is None or is_being_cancelled():
+            except BaseException as error:
+                if not await self._is_the_handlers(worker, error):
                     raise
-                await forget_cancellation(worker.task)
-            except Exception:
-                # A handler that was overtaken may end as it likes: its trap is answered.
-                if not worker.request.is_overtaken:
-                    raise
-                log.debug("a handler raised while it was being cancelled", exc_info=True)
-            except BaseExceptionGroup as error:
-                # What a handler that was overtaken left, without the cancellations: these are
-                # the scope's, which has taken them out by now.
-                if not worker.request.is_overtaken or is_being_cancelled():
-                    raise
-                self._on_fatal(error)
+        if self.lanes.has_ready:
+            self._promote()
+
+    async def _is_the_handlers(self, worker: Worker, error: BaseException) -> bool:
+        """Whether an error that came out of the scope of a handler ends with it."""
+        if isinstance(error, self._cancelled):
+            # On asyncio a handler can raise this without any scope that was cancelled.
+            if worker.task is None or is_being_cancelled():
+                return False
+            await forget_cancellation(worker.task)
+            return True
+        # A handler that was overtaken may end as it likes: its trap is answered. The scope has
+        # taken its cancellations out of a group by now. Others are not its to take.
+        if not worker.request.is_overtaken or not isinstance(error, Exception | BaseExceptionGroup):
+            return False
+        if not isinstance(error, Exception) and is_being_cancelled():
+            return False
+        log.debug("a handler raised while it was being cancelled", exc_info=error)
+        return True
 
     async def _answer_traps(self, worker: Worker) -> bool:
         """Answer traps while there are any; returns whether to go on with a new scope."""
@@ -167,7 +202,11 @@ class Workers:
                 continue
             request.event = event
             request.state = _TAKEN
-            await run_inline(self._answer(worker, request, event), on_wait)
+            if await run_inline(self._answer(worker, request, event), on_wait):
+                if worker.retires:
+                    return True
+                request = worker.request = Request(worker)
+                continue
             if request.state is not _ANSWERED and request.state is not _JOINED:
                 # Overtaken, or kept for a retry: somebody else may have this request now.
                 return True
@@ -179,10 +218,17 @@ class Workers:
         if request.state is not _ANSWERED:
             if request.state is _INLINE:
                 request.state = _RUNNING
+                if request.entry.own_task:
+                    # Tasks of trio begin in any order, and handlers are to begin in that of their
+                    # traps, which a replay relies on: there each begins inline, and retires.
+                    if worker.task is not None:
+                        request.first.has_waited(request.packet.method)
+                    worker.retires = True
                 # Not before: a handler that never waits overlaps with no other, and needs none.
                 self._asking.take_place(worker)
             else:
                 request.on(Cause.SUSPEND)
+                worker.retires = request.entry.own_task
             self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         self._promote()
 
@@ -194,7 +240,8 @@ class Workers:
 
     # --- one trap -------------------------------------------------------------------
 
-    async def _answer(self, worker: Worker, request: Request, event: TrapEvent) -> None:
+    async def _answer(self, worker: Worker, request: Request, event: TrapEvent) -> bool:
+        """Answer a trap; returns whether another task has it now, or this one retires."""
         # This is the hot path: each trap pays for what stands here, so it sets states without a
         # look-up. The state is ANSWERED before the reply is begun: from there on nobody else may
         # answer, and when the reply has to wait, `_suspended` has no deadline to arm.
@@ -204,7 +251,8 @@ class Workers:
         packet = self._read_ours(event)
         if packet is None:
             request.state = _ANSWERED
-            return await self._replies.run_natively(event)
+            await self._replies.run_natively(event)
+            return False
         outcome: Outcome[Any]
         # The policy first: who is denied learns nothing of what is served, nor that it stops.
         if self._guard is not None and (denied := self._guard.denies(event, started)) is not None:
@@ -212,7 +260,8 @@ class Workers:
         elif gone or self._stopping:
             outcome = Outcome(OutcomeKind.CANCELLED, packet, error=GONE if gone else STOPPED)
             request.state = _ANSWERED
-            return await self._replies.finish(event, started, outcome, vcpu_gone=bool(gone))
+            await self._replies.finish(event, started, outcome, vcpu_gone=bool(gone))
+            return False
         elif event.width < self._narrowest:
             outcome = self._refuse_narrow(event, packet)
         elif not (entries := self._bridge.match(packet, event.reason)):
@@ -225,14 +274,17 @@ class Workers:
                 else None
             )
             if pending is None:
-                request.first = entries[0]
+                first = request.first = entries[0]
+                if first.waits and (name := first.waits.get(first.key_of(packet.method))):
+                    self._hand_over(request, event, entries, name)
+                    return True
                 context = worker.context = BridgeContext(event, self._memory)
                 outcome = await self._asking.ask(worker, request, entries)
                 if request.state is not _INLINE:
                     # It has waited: the request may have another trap by now, or none.
                     late = self._end_late(request, context, outcome)
                     if late is None:
-                        return None
+                        return worker.retires
                     assert request.event is not None
                     outcome, event, started = late, request.event, request.started
                 context.close()
@@ -240,10 +292,54 @@ class Workers:
                 joined = self._retries.join(pending, request)
                 if joined is None:
                     # Its worker will answer this trap; this one goes on to the next.
-                    return self.deadlines.rearm(pending)
+                    self.deadlines.rearm(pending)
+                    return False
                 outcome = joined
         request.state = _ANSWERED
-        return await self._replies.finish(event, started, outcome)
+        await self._replies.finish(event, started, outcome)
+        return worker.retires
+
+    def _hand_over(
+        self, request: Request, event: TrapEvent, entries: tuple[Entry, ...], name: str
+    ) -> None:
+        """Have a request answered in a task of its own."""
+        own = request.worker = Worker()
+        own.request, own.context = request, BridgeContext(event, self._memory)
+        own.scope = handler_scope(self._patience)
+        own.has_place, own.retires = False, True
+        request.entry = entries[0]
+        request.on(Cause.QUEUE)
+        assert self._tasks is not None
+        self._tasks.start_soon(self._answer_apart, own, entries, name=name)
+
+    async def _answer_apart(self, worker: Worker, entries: tuple[Entry, ...]) -> None:
+        """The task of one request."""
+        request = worker.request
+        worker.task = asyncio_task()
+        outcome: Outcome[Any] | None = None
+        # Watched from here on: a loop that is busy may take longer to begin a task than the soft
+        # deadline, and a guest that was told to wait by then would begin anew each time.
+        request.on(Cause.SUSPEND)
+        self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
+        try:
+            with worker.scope:
+                if self._stopping:
+                    outcome = Outcome(OutcomeKind.CANCELLED, request.packet, error=STOPPED)
+                else:
+                    outcome = await self._asking.ask(worker, request, entries)
+        except BaseException as error:
+            if not await self._is_the_handlers(worker, error):
+                raise
+        if outcome is None:
+            outcome = Outcome(OutcomeKind.CANCELLED, request.packet, error=CUT_OFF)
+        late = self._end_late(request, worker.context, outcome)
+        if late is not None:
+            assert request.event is not None
+            worker.context.close()
+            request.state = _ANSWERED
+            await self._replies.finish(request.event, request.started, late)
+        if self.lanes.has_ready:
+            self._promote()
 
     def _end_late(
         self, request: Request, context: BridgeContext, outcome: Outcome[Any]
@@ -280,6 +376,12 @@ class Workers:
         if packet is not None and self._taps is not None:
             self._taps.trap(event)
         return packet
+
+    def _was_blocked(self, blocked: Blocked) -> None:
+        """A handler has held up the loop, which turns again."""
+        self.summary.blocked += 1
+        if self._taps is not None:
+            self._taps.blocked(blocked)
 
     # --- the end --------------------------------------------------------------------
 

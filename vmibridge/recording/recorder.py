@@ -31,10 +31,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import anyio
-import anyio.to_thread
 import msgspec
 from anyio.abc import TaskGroup
 
+from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.outcome import Outcome
@@ -132,7 +132,7 @@ class Recorder(Tap):
     async def __aenter__(self) -> Self:
         """Make the file. Raises `RecordingError` when it is there already, or cannot be made."""
         library = f"vmibridge {version('vmibridge')}"
-        self._writer = await anyio.to_thread.run_sync(
+        self._writer = await in_own_thread(
             lambda: RecordingWriter(self.path, library, stem=self._stem, overwrite=self._overwrite)
         )
         self.path = self._writer.path
@@ -160,7 +160,7 @@ class Recorder(Tap):
             await self._write_waiting()
             finish = self._writer.finish if self.error is None else self._writer.close
             try:
-                await anyio.to_thread.run_sync(finish)
+                await in_own_thread(finish)
             except OSError as lost:
                 self._fail(lost)
         if self.error is None:
@@ -318,7 +318,7 @@ class Recorder(Tap):
         while self._waiting and self.error is None:
             chunk = self._waiting.popleft()
             try:
-                await anyio.to_thread.run_sync(self._write, chunk)
+                await in_own_thread(self._write, chunk)
             except Exception as lost:
                 self._fail(lost)
                 return

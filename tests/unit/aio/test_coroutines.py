@@ -1,6 +1,7 @@
 """A coroutine that runs inside another, and tells when it first waits."""
 
 from contextvars import ContextVar
+from types import coroutine
 
 import anyio
 import pytest
@@ -415,3 +416,44 @@ async def test_the_rest_runs_in_the_context_of_the_caller():
     running = body()
     await go_on(running, first_step(running))
     assert VAR.get() == "set by the rest"
+
+
+@pytest.mark.anyio
+async def test_a_body_that_waits_for_one_turn_of_the_loop_waits_for_each():
+    steps = []
+
+    @coroutine
+    def turn():
+        steps.append("waits")
+        yield None
+        steps.append("goes on")
+
+    async def body():
+        await turn()
+        await turn()
+        return 7
+
+    running = run_inline(body(), Waits())
+    assert running.send(None) is None
+    assert steps == ["waits"]
+    assert running.send(None) is None
+    assert steps == ["waits", "goes on", "waits"]
+    with pytest.raises(StopIteration):
+        running.send(None)
+
+
+@pytest.mark.anyio
+async def test_tools_that_follow_what_is_awaited_find_the_body():
+    @coroutine
+    def forever():
+        while True:
+            yield "a wish"
+
+    async def body():
+        await forever()
+
+    running = run_inline(body(), Waits())
+    running.send(None)
+    assert running.gi_yieldfrom.cr_frame.f_code is body.__code__
+    assert running.gi_yieldfrom.cr_await.gi_code.co_name == "forever"
+    running.close()

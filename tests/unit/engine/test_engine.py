@@ -127,18 +127,28 @@ class TestEachOutcome:
             assert [o.kind for o in outcomes] == [OutcomeKind.CANCELLED, OutcomeKind.HANDLED]
             assert backend.writes[1] == MOVED_ON
 
-    async def test_system_exit_in_a_handler_is_answered_and_ends_the_server(self):
+    @pytest.mark.parametrize("waits", [False, True])
+    async def test_system_exit_in_a_handler_fails_its_trap_alone(self, waits):
         class Exits(Probe):
             async def handle(self, vmi, packet):
-                await anyio.sleep(0)
+                if waits:
+                    await anyio.sleep(0)
                 raise SystemExit(3)
 
-        backend = FakeBackend([trap(1, ANSWER), trap(2, ANSWER)])
-        with pytest.raises(SystemExit):
-            async with backend:
-                async for _ in server_of(backend, Exits()).run():
-                    pass
+        outcomes, backend, _ = await serve([trap(1, ANSWER), trap(2, ANSWER)], Exits())
+        assert [outcome.kind for outcome in outcomes] == [OutcomeKind.FAILED] * 2
         assert backend.writes[1] == MOVED_ON
+
+    async def test_a_keyboard_interrupt_fails_its_trap_and_stops_the_run_in_good_order(self):
+        class Interrupted(Probe):
+            async def handle(self, vmi, packet):
+                raise KeyboardInterrupt
+
+        backend = FakeBackend([trap(1, ANSWER), trap(2, ANSWER)])
+        with pytest.raises(KeyboardInterrupt):
+            async with backend:
+                async for _ in server_of(backend, Interrupted()).run():
+                    pass
         assert sorted(backend.writes) == [1, 2]
 
 

@@ -89,7 +89,7 @@ class Tell(NamedTuple):
 
     def make(self, life: "TrapLife") -> None:
         alive = life.stage.requests.alive
-        if alive and (self.order is not Order.EXIT or life.may_end):
+        if alive:
             alive[self.which % len(alive)].tell(self.order)
 
 
@@ -147,7 +147,7 @@ FIELDS = {
     "request": st.sampled_from([FREE, FREE, SERIAL, PASSED]),
     "method": st.sampled_from([SOFT, SOFT, SOFT, PATIENT, BOTH, STRICT]),
     "what": st.integers(0, 1),
-    "first": st.sampled_from([0] * len(Order) + [o.value for o in Order if o is not Order.EXIT]),
+    "first": st.sampled_from([0] * len(Order) + [o.value for o in Order]),
     "detour": st.integers(0, 1),
 }
 

@@ -1,5 +1,7 @@
 """The server of agents: how a VM ends, and how the server does."""
 
+import asyncio
+
 import anyio
 import pytest
 from remote_parts import Echo, FakeAgent, Steps, frame_of, served, talking_to, trap
@@ -86,23 +88,41 @@ class TestTheEnd:
             assert await agent.is_hung_up_on()
         assert "no database" in caplog.text
 
-    async def test_a_handler_that_exits_ends_its_vm_and_no_other(self, url, caplog):
-        class Exits(Echo):
+    @pytest.mark.parametrize(
+        "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
+    )
+    async def test_whatever_a_handler_raises_ends_its_trap_alone(self, url, error):
+        class Raises(Echo):
             @method(1)
             async def invert(self, vmi, packet):
-                raise SystemExit(3)
+                raise error
 
         async with (
-            served(url, Exits()) as server,
+            served(url, Raises()) as server,
             FakeAgent.connected(url) as agent,
             FakeAgent.connected(url) as other,
         ):
             await agent.hello()
             await other.hello(session=b"t" * 16, vm="other")
             agent.post(frame_of(trap(1)))
+            await agent.next()
+            assert sorted(server.vms) == ["other", "vm"]
+
+    @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+    async def test_handlers_that_cannot_be_entered_end_no_other_vm(self, url, error):
+        class Broken(Echo):
+            async def __aenter__(self):
+                if self.first:
+                    raise error
+
+        Broken.first = True
+        async with served(url, Broken()) as server, FakeAgent.connected(url) as agent:
+            await agent.hello()
             assert await agent.is_hung_up_on()
-            assert server.vms == ["other"]
-        assert "asked to exit" in caplog.text
+            Broken.first = False
+            async with FakeAgent.connected(url) as other:
+                await other.hello(session=b"t" * 16, vm="other")
+                assert server.vms == ["other"]
 
 
 class TestStop:

@@ -24,6 +24,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.threads import Handover, VcpuSlot
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, MissingExtraError
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
@@ -107,9 +108,9 @@ class UnicornBackend(Backend):
         """
         options = self.options
         try:
-            if not await anyio.Path(self.path).is_file():
+            if not await in_own_thread(self.path.is_file):
                 raise BackendSpecError(f"unicorn:{self.path}: there is no such file")
-            image = await anyio.Path(self.path).read_bytes()
+            image = await in_own_thread(self.path.read_bytes)
             self._ram = mmap.mmap(-1, options.memory)
         except BackendSpecError:
             raise
@@ -163,36 +164,43 @@ class UnicornBackend(Backend):
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Run every vCPU in a thread of its own until all have ended."""
         ends: list[VcpuEnd] = []
+        over: list[int] = []
         handover = Handover(sink)
         self._slots = {vcpu.number: VcpuSlot(handover) for vcpu in self._vcpus}
         threads = anyio.CapacityLimiter(len(self._vcpus))
+
+        def in_thread(vcpu: UnicornVcpu) -> VcpuEnd:
+            try:
+                return vcpu.run(self.options.base, traps, self._slots[vcpu.number])
+            finally:
+                # Noted here: when an exception leaves asyncio's loop, such as that of a signal
+                # handler, every task is cancelled, and none waits for a thread any more.
+                over.append(vcpu.number)
+
         async with anyio.create_task_group() as tasks:
 
             async def emulate(vcpu: UnicornVcpu) -> None:
-                end = await anyio.to_thread.run_sync(
-                    vcpu.run, self.options.base, traps, self._slots[vcpu.number], limiter=threads
-                )
-                ends.append(end)
+                ends.append(await anyio.to_thread.run_sync(in_thread, vcpu, limiter=threads))
                 if len(ends) == len(self._vcpus):
                     tasks.cancel_scope.cancel()
 
             for vcpu in self._vcpus:
                 tasks.start_soon(emulate, vcpu)
             tasks.start_soon(handover.feed)
-            tasks.start_soon(self._stop_when_asked, ends)
+            tasks.start_soon(self._stop_when_asked, over)
         return GuestEnd(tuple(sorted(ends, key=lambda end: end.vcpu)))
 
     def stop(self) -> None:
         """Stop every vCPU, wherever it is."""
         self._stop.set()
 
-    async def _stop_when_asked(self, ends: list[VcpuEnd]) -> None:
+    async def _stop_when_asked(self, over: list[int]) -> None:
         # A thread in emulation sees no cancellation: it has to be told, until it hears.
         try:
             await self._stop.wait()
         finally:
             with anyio.CancelScope(shield=True):
-                while len(ends) < len(self._vcpus):
+                while len(over) < len(self._vcpus):
                     for vcpu in self._vcpus:
                         self._slots[vcpu.number].release()
                         vcpu.stop()

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.to_thread
 import msgspec
 
+from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.request import request_in
@@ -110,7 +110,7 @@ class ReplayBackend(Backend, Tap):
         Raises `RecordingReadError` for a file that is no recording, `BackendSpecError` for a
         VM that is not in it.
         """
-        self._source = await anyio.to_thread.run_sync(RecordedVm, self.path, self.options.vm)
+        self._source = await in_own_thread(RecordedVm, self.path, self.options.vm)
         self.reader, self.session = self._source.reader, self._source.session
         if self.session is not None:
             self._redaction = Redaction(self.session.redaction)

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import anyio.to_thread
-
+from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.errors import BackendSpecError, RecordingReadError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import SESSION, TRAP, Session
@@ -63,7 +62,7 @@ class RecordedVm:
 
     async def read_on(self) -> list[TimedMessage]:
         """The next messages; none at the end. Read in a thread, whose end a cancellation awaits."""
-        return await anyio.to_thread.run_sync(self._read_batch)
+        return await in_own_thread(self._read_batch)
 
     def _read_batch(self) -> list[TimedMessage]:
         most = self.reader.bytes_unpacked + _BATCH_BYTES

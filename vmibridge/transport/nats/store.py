@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
-import anyio.to_thread
 import msgspec
 
+from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.errors import BackendError, NatsRefusedError, RecordingError
 from vmibridge.text import printable
 from vmibridge.transport.nats.client import NatsClient
@@ -50,7 +50,7 @@ async def put_recording(url: NatsUrl, file: Path, name: str | None = None) -> St
     from nats.js.errors import ObjectNotFoundError
 
     name = name or file.name
-    size = await anyio.to_thread.run_sync(_finished, file)
+    size = await in_own_thread(_finished, file)
     async with _store(url, create=True, seconds=_ANSWER + size / _SLOW) as store:
         try:
             await store.get_info(name)
@@ -68,7 +68,7 @@ async def get_recording(url: NatsUrl, name: str, target: Path) -> StoredRecordin
 
     Raises as `put_recording` does; then there is no file.
     """
-    if await anyio.Path(target).exists():
+    if await in_own_thread(target.exists):
         raise RecordingError(f"{target}: is there already")
     async with _store(url, seconds=_ANSWER) as store:
         info = await store.get_info(name)

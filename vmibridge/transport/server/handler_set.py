@@ -82,6 +82,7 @@ class HandlerSet:
             shared.turns(),
             tuple(taps),
             self._on_end,
+            is_interruptible=False,
         )
 
     # --- the run ----------------------------------------------------------------------

@@ -28,6 +28,8 @@ from anyio.abc import TaskGroup
 
 from vmibridge.bridge.dispatch import Bridge, Target, one_line
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.engine.asking import Asking
+from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
@@ -108,7 +110,7 @@ class AgentServer:
         self._on_end = on_end
         self._taps = taps
         self._listener = Listener(urls, self._limits, self._admit)
-        self._shared = SharedHandlers(self._settings.in_flight_total)
+        self._shared = SharedHandlers(self._settings.in_flight_total, self._settings.stop_timeout)
         self._new_sessions = NewSessions(self._limits.new_sessions)
         self._vms: dict[bytes, _Vm] = {}
         self._handler_sets: dict[HandlerSet, None] = {}
@@ -145,6 +147,10 @@ class AgentServer:
         if self._tasks is not None:
             raise ServerStateError("a server runs once: make another for another run")
         await self._listener.open()
+        with LoopWatch(self._settings.blocked_after, Asking.ask.__code__):
+            await self._serve()
+
+    async def _serve(self) -> None:
         connections = anyio.CancelScope(shield=True)
         try:
             async with anyio.create_task_group() as outside:
@@ -340,7 +346,10 @@ class AgentServer:
                         break
                     if self._on_outcome is not None:
                         await self._on_outcome(outcome)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if isinstance(error, anyio.get_cancelled_exc_class()):
+                raise
+            # Whatever ended this VM ends no other.
             why = _told(error)
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
 
@@ -356,6 +365,4 @@ class AgentServer:
 
 
 def _told(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return f"a handler asked to exit, with {error.code!r}"
     return str(error) if isinstance(error, VmiBridgeError) else one_line(error)

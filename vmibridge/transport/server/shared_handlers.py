@@ -21,8 +21,9 @@ from anyio.abc import TaskGroup
 
 from vmibridge.bridge.dispatch import one_line
 from vmibridge.bridge.handler import BridgeHandler
-from vmibridge.engine.engine import lives_of
+from vmibridge.engine.lives import Lives
 from vmibridge.engine.places import InFlight, Turns
+from vmibridge.engine.settings import DEFAULTS
 from vmibridge.errors import HandlerLifeError
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -34,8 +35,9 @@ End: TypeAlias = Callable[[], None]
 class _Life:
     """One shared handler."""
 
-    def __init__(self, handler: BridgeHandler[Any]) -> None:
+    def __init__(self, handler: BridgeHandler[Any], stop_timeout: float) -> None:
         self.handler = handler
+        self.lived = Lives([handler], stop_timeout)
         self.turn = anyio.Lock(fast_acquire=True)
         self.users: dict[object, End] = {}
         self.entered = anyio.Event()
@@ -52,7 +54,8 @@ class _Life:
 class SharedHandlers:
     """See the module. For one server; `in_flight` handlers may wait at a time in all its VMs."""
 
-    def __init__(self, in_flight: int) -> None:
+    def __init__(self, in_flight: int, stop_timeout: float = DEFAULTS.stop_timeout) -> None:
+        self._stop_timeout = stop_timeout
         self.in_flight: InFlight = InFlight(in_flight)
         self._lives: dict[BridgeHandler[Any], _Life] = {}
         self._closed = False
@@ -82,7 +85,7 @@ class SharedHandlers:
         while (life := self._lives.get(handler)) is not None and life.leaving:
             await life.left.wait()
         if life is None:
-            life = self._lives[handler] = _Life(handler)
+            life = self._lives[handler] = _Life(handler, self._stop_timeout)
             tasks.start_soon(self._live, life)
         user = object()
         life.users[user] = end
@@ -105,7 +108,7 @@ class SharedHandlers:
         """Enter a handler, and leave it in the same task, after all that have it."""
         handler = life.handler
         try:
-            async with lives_of([handler]):
+            async with life.lived.lived():
                 life.entered.set()
                 try:
                     await life.unused.wait()
@@ -117,7 +120,7 @@ class SharedHandlers:
                     with anyio.CancelScope(shield=True):
                         while life.users:
                             await life.unused.wait()
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             life.error = (
                 error
                 if isinstance(error, HandlerLifeError)
@@ -148,6 +151,8 @@ class SharedHandlers:
         self._closed = True
         self.leave_unused()
         for life in list(self._lives.values()):
+            # Nobody waits any more for one that is being entered.
+            life.lived.stop(0)
             await life.left.wait()
 
 

@@ -62,9 +62,7 @@ async def listen(url: SocketUrl) -> ListeningSockets:
         if isinstance(url, UnixUrl):
             file = await sockets.listen_unix(url.path, url.mode)
             return ListeningSockets(url, [file.socket], file)
-        found = await anyio.getaddrinfo(
-            url.host, url.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = await sockets.addresses(url.host, url.port, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise BackendError(f"{url}: {error.strerror or error}") from error
     except BackendError as error:

@@ -1,0 +1,97 @@
+"""What a handler does beside its answer: it prints, and it holds up the loop."""
+
+import json
+import signal
+import time
+
+import pytest
+from probe_guest import command
+
+LOOPS = [["--async-backend", "asyncio"], ["--async-backend", "trio"], ["--uvloop"]]
+every_loop = pytest.mark.parametrize("loop", LOOPS, ids=["asyncio", "trio", "uvloop"])
+
+ONE_CALL = """
+    mov ecx, 0x42494d56
+    mov edx, 0x100
+    vmcall
+    hlt
+"""
+
+PRINTS = """
+from vmibridge import BridgeHandler, BridgeResponse
+
+print("while it is loaded")
+
+class Prints(BridgeHandler[str]):
+    MAGIC = 0x42494D56
+    REQUEST = 0x0100
+
+    async def handle(self, vmi, packet):
+        print("in a handler")
+        return BridgeResponse(value1=1)
+"""
+
+BLOCKS = """
+import sys
+import time
+
+from vmibridge import BridgeHandler
+
+class Blocks(BridgeHandler[str]):
+    MAGIC = 0x42494D56
+    REQUEST = 0x0100
+
+    async def handle(self, vmi, packet):
+        while True:
+            time.sleep(1)
+"""
+
+FAILS = """
+from vmibridge import BridgeHandler
+
+class Fails(BridgeHandler[str]):
+    MAGIC = 0x42494D56
+    REQUEST = 0x0100
+
+    async def handle(self, vmi, packet):
+        return 1 / 0
+"""
+
+
+def test_what_it_prints_is_not_among_the_json(vmibridge, image, tmp_path):
+    (tmp_path / "prints.py").write_text(PRINTS)
+    backend = f"unicorn:{image(ONE_CALL)}"
+    done = vmibridge("run", "--backend", backend, "--handlers", "prints.py", "--json")
+    assert done.returncode == 0
+    trap, summary = [json.loads(line) for line in done.stdout.splitlines()]
+    assert trap["outcome"] == "handled"
+    assert summary["summary"]["handled"] == 1
+    assert "while it is loaded" in done.stderr
+    assert "in a handler" in done.stderr
+
+
+def test_where_it_failed_is_told_without_debug(vmibridge, image, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    backend = f"unicorn:{image(ONE_CALL)}"
+    done = vmibridge("run", "--backend", backend, "--handlers", "fails.py")
+    line = FAILS.splitlines().index("        return 1 / 0") + 1
+    assert f"fails.py:{line}: ZeroDivisionError" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@every_loop
+def test_one_that_holds_up_the_loop_is_named_and_a_third_signal_ends_the_process(
+    children, image, tmp_path, loop
+):
+    (tmp_path / "blocks.py").write_text(BLOCKS)
+    line = command(
+        *("run", "--backend", f"unicorn:{image(ONE_CALL)}", "--handlers", "blocks.py", *loop)
+    )
+    with children.start(line, cwd=tmp_path) as run:
+        told = next(text for text in run.stderr if "holds up the event loop" in text)
+        assert "handler blocks" in told
+        assert "blocks.py:13" in told or "blocks.py:14" in told
+        while run.poll() is None:
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+    assert run.returncode == 128 + signal.SIGINT

@@ -1,0 +1,131 @@
+"""A handler that holds up the event loop is reported while it does."""
+
+import logging
+import math
+import threading
+import time
+
+import anyio
+import anyio.lowlevel
+import pytest
+from misbehaving import Misbehaves, run_guest
+
+from vmibridge import BridgeResponse, OutcomeKind, method
+from vmibridge.engine.taps import Tap
+
+pytestmark = pytest.mark.anyio
+
+HELD = "holds up the event loop"
+SOON = 0.02
+
+
+class Told(logging.Handler):
+    """Is set when the log says it."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = 0
+        self.lines = []
+
+    def emit(self, record):
+        line = record.getMessage()
+        self.lines.append(line)
+        self.times += HELD in line
+
+
+@pytest.fixture
+def told():
+    handler = Told()
+    log = logging.getLogger("vmibridge.engine.loop_watch")
+    log.addHandler(handler)
+    yield handler
+    log.removeHandler(handler)
+
+
+class Blocks(Misbehaves):
+    def __init__(self, told, *, waits=False, times=1):
+        self.told, self.waits, self.times = told, waits, times
+
+    @method(1)
+    async def block(self, vmi, packet):
+        if self.waits:
+            await anyio.sleep(0.001)
+        self.spin()
+        return BridgeResponse(value1=1)
+
+    def spin(self):
+        end = time.monotonic() + 60
+        while self.told.times < self.times and time.monotonic() < end:
+            time.sleep(0.001)
+
+    @method(2)
+    async def works_in_steps(self, vmi, packet):
+        for _ in range(50):
+            time.sleep(0.005)
+            await anyio.lowlevel.checkpoint()
+        return BridgeResponse(value1=1)
+
+
+class Counts(Tap):
+    def __init__(self):
+        self.seen = []
+
+    def blocked(self, blocked):
+        self.seen.append(blocked)
+
+
+async def call_once(caller):
+    return (await caller.call()).kind
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "after a wait"])
+async def test_it_names_handler_method_file_and_line_while_it_blocks(told, waits):
+    tap = Counts()
+    handler = Blocks(told, waits=waits)
+    assert (
+        await run_guest(handler, call_once, blocked_after=SOON, taps=[tap]) is OutcomeKind.HANDLED
+    )
+    line = next(line for line in told.lines if HELD in line)
+    assert "vm fake: handler blocks" in line
+    assert "method 0x0001" in line
+    assert f"at {__file__}:" in line
+    first = Blocks.spin.__code__.co_firstlineno
+    number = int(line.split(f"{__file__}:")[1].split(",")[0])
+    assert first < number <= first + 3
+    # What is not urgent comes on the loop, when that turns again.
+    assert len(tap.seen) == 1
+    assert (tap.seen[0].handler, tap.seen[0].method) == ("blocks", 1)
+    assert tap.seen[0].seconds >= SOON
+
+
+async def test_it_is_counted_in_the_summary_and_told_again_while_it_goes_on(told):
+    async def scenario(caller):
+        await caller.call()
+        await caller.call()
+
+    tap = Counts()
+    await run_guest(Blocks(told, times=3), scenario, blocked_after=SOON, taps=[tap])
+    # The second call finds the log long enough, and does not block.
+    assert told.times == 3
+    assert len(tap.seen) == 1
+
+
+async def test_one_that_lets_the_loop_turn_is_not_reported(told):
+    async def scenario(caller):
+        return (await caller.call(2)).kind
+
+    kind = await run_guest(Blocks(told), scenario, blocked_after=0.1)
+    assert kind is OutcomeKind.HANDLED
+    assert told.times == 0
+
+
+async def test_the_thread_ends_with_the_server(told):
+    def watches():
+        return [each for each in threading.enumerate() if each.name == "vmibridge loop watch"]
+
+    async def scenario(caller):
+        return len(watches())
+
+    assert await run_guest(Blocks(told), scenario) == 1
+    assert await run_guest(Blocks(told), scenario, blocked_after=math.inf) == 0
+    assert watches() == []

@@ -1,0 +1,224 @@
+"""A handler that waits has a task of its own, as in any other program."""
+
+import asyncio
+import weakref
+from contextvars import ContextVar
+
+import anyio
+import anyio.lowlevel
+import pytest
+from misbehaving import Misbehaves, run_guest
+
+from vmibridge import BridgeResponse, OutcomeKind, method
+
+pytestmark = pytest.mark.anyio
+
+VAR = ContextVar("var", default="unset")
+
+
+def only_asyncio(anyio_backend):
+    if anyio_backend[0] == "trio":
+        pytest.skip("tasks of asyncio")
+
+
+class Tasks(Misbehaves):
+    """Notes the task of each call."""
+
+    def __init__(self):
+        self.names, self.kept, self.ended = [], [], []
+
+    def note(self):
+        info = anyio.get_current_task()
+        self.names.append(info.name)
+        return info
+
+    @method(1)
+    async def waits(self, vmi, packet):
+        self.note()
+        await anyio.sleep(packet.value1 / 1000)
+        return BridgeResponse(value1=1)
+
+    @method(2)
+    async def at_once(self, vmi, packet):
+        self.note()
+        return BridgeResponse(value1=1)
+
+    @method(3)
+    async def keeps_its_task(self, vmi, packet):
+        task = asyncio.current_task()
+        task.add_done_callback(lambda _: self.ended.append(1))
+        self.kept.append(weakref.ref(task))
+        await anyio.sleep(0)
+        return BridgeResponse(value1=1)
+
+    @method(4)
+    async def leaves_a_timer(self, vmi, packet):
+        await anyio.sleep(0)
+        await asyncio.timeout(0.01).__aenter__()
+        return BridgeResponse(value1=1)
+
+    @method(5)
+    async def sets_a_variable(self, vmi, packet):
+        before = VAR.get()
+        token = VAR.set("mine")
+        await anyio.sleep(0)
+        inside = VAR.get()
+        if packet.value1:
+            VAR.reset(token)
+        return BridgeResponse(value1=1).with_output((before, inside))
+
+
+async def test_it_is_named_after_handler_and_method(anyio_backend):
+    only_asyncio(anyio_backend)
+    handler = Tasks()
+
+    async def scenario(caller):
+        for _ in range(3):
+            await caller.call(1)
+
+    await run_guest(handler, scenario)
+    assert handler.names[1:] == ["vmibridge handler tasks.waits"] * 2
+
+
+async def test_one_that_does_not_wait_has_none():
+    handler = Tasks()
+
+    async def scenario(caller):
+        for _ in range(3):
+            await caller.call(2)
+
+    await run_guest(handler, scenario)
+    assert len(set(handler.names)) == 1
+    assert "handler" not in handler.names[0].removeprefix("vmibridge.")
+
+
+async def test_with_own_task_false_it_shares_one():
+    class Shares(Tasks):
+        own_task = False
+
+    handler = Shares()
+
+    async def scenario(caller):
+        for _ in range(3):
+            await caller.call(1)
+
+    await run_guest(handler, scenario)
+    assert len(set(handler.names)) == 1
+    assert "vmibridge handler" not in handler.names[0]
+
+
+async def test_the_task_ends_with_its_trap(anyio_backend):
+    only_asyncio(anyio_backend)
+    handler = Tasks()
+
+    async def scenario(caller):
+        for _ in range(5):
+            await caller.call(3)
+        await anyio.sleep(0.01)
+        return len({id(task()) for task in handler.kept if task() is not None})
+
+    await run_guest(handler, scenario)
+    assert len(handler.ended) == 5
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the first time", "later"])
+async def test_a_timer_that_is_left_open_hits_no_other_trap(anyio_backend, first):
+    only_asyncio(anyio_backend)
+
+    async def scenario(caller):
+        if not first:
+            await caller.call(4)
+        await caller.call(4)
+        return [(await caller.call(1, value1=30, vcpu=vcpu)).kind for vcpu in range(3)]
+
+    assert await run_guest(Tasks(), scenario) == [OutcomeKind.HANDLED] * 3
+
+
+@pytest.mark.parametrize("resets", [0, 1])
+async def test_a_context_variable_is_that_of_its_trap(resets):
+    async def scenario(caller):
+        return [(await caller.call(5, value1=resets)).output for _ in range(4)]
+
+    assert await run_guest(Tasks(), scenario) == [("unset", "mine")] * 4
+
+
+async def test_deadlines_places_and_a_stop_hold_for_it():
+    handler = Tasks()
+
+    async def scenario(caller):
+        await caller.call(1)
+        kinds = []
+        async with anyio.create_task_group() as tasks:
+            for vcpu in range(6):
+
+                async def call(vcpu=vcpu):
+                    kinds.append((await caller.call(1, value1=60_000, vcpu=vcpu)).kind)
+
+                tasks.start_soon(call)
+        return kinds
+
+    kinds = await run_guest(handler, scenario, timeout=0.05, in_flight=2)
+    assert kinds == [OutcomeKind.TIMEOUT] * 6
+
+
+async def test_a_serial_handler_has_its_turns_in_tasks_of_their_own():
+    running = []
+
+    class Serial(Tasks):
+        serial = True
+
+        @method(6)
+        async def one_at_a_time(self, vmi, packet):
+            running.append(1)
+            assert len(running) == 1
+            self.note()
+            await anyio.sleep(0.001)
+            running.pop()
+            return BridgeResponse(value1=1)
+
+    async def scenario(caller):
+        kinds = []
+        async with anyio.create_task_group() as tasks:
+            for vcpu in range(6):
+
+                async def call(vcpu=vcpu):
+                    kinds.extend([(await caller.call(6, vcpu=vcpu)).kind for _ in range(3)])
+
+                tasks.start_soon(call)
+        return kinds
+
+    assert await run_guest(Serial(), scenario) == [OutcomeKind.HANDLED] * 18
+
+
+async def test_its_stack_is_that_of_its_task(anyio_backend):
+    if anyio_backend[0] != "trio":
+        pytest.skip("asyncio has no stack of what a task awaits before Python 3.14")
+    import trio
+
+    async def deep(event):
+        await event.wait()
+
+    class Deep(Misbehaves):
+        @method(1)
+        async def go(self, vmi, packet):
+            self.task = trio.lowlevel.current_task()
+            self.event = anyio.Event()
+            self.begun.set()
+            await deep(self.event)
+            return BridgeResponse(value1=1)
+
+    handler = Deep()
+
+    async def scenario(caller):
+        found = []
+        for _ in range(2):
+            handler.begun = anyio.Event()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(caller.call)
+                await handler.begun.wait()
+                frames = handler.task.iter_await_frames()
+                found.append("deep" in [frame.f_code.co_name for frame, _ in frames])
+                handler.event.set()
+        return found
+
+    assert await run_guest(handler, scenario) == [True, True]

@@ -1,0 +1,97 @@
+"""Async generators that a handler leaves in their middle are closed in its own task.
+
+`async for row in rows(): return row` is ordinary code. Python then hands the generator to the loop,
+which closes it later, in a task of its own. A cancel scope, a task group or a timer that the
+generator holds would be entered in the one task and left in the other, which anyio refuses with an
+error, trio with the end of the run, and asyncio not at all.
+
+- The hooks of Python for async generators (`sys.set_asyncgen_hooks`) are set once a loop, in front
+  of those of the loop, which takes them away with its own when it ends.
+- A generator is that of a handler when its first step was in the handler's own task, until the
+  handler has ended. A task that the handler started has its generators closed by the loop, as ever.
+- One that the handler keeps is not touched: only when nothing refers to it any more does Python
+  call the hook.
+"""
+
+import logging
+import sys
+from collections.abc import AsyncGenerator
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeAlias
+
+import anyio
+
+log: logging.Logger = logging.getLogger(__name__)
+
+Generator: TypeAlias = AsyncGenerator[Any, Any]
+
+
+class Owner(Protocol):
+    """What a handler runs in, as far as generators go."""
+
+    begun: set[int]
+    """The ids of those that had their first step; in CPython an id is free only after the hook."""
+    left: list[Generator]
+    """Those to close."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this runs in the task of the handler itself."""
+
+
+OWNER: ContextVar[Owner | None] = ContextVar("vmibridge_generators", default=None)
+"""Set in the task of a handler; tasks that it starts have it, too, but are not current."""
+
+
+class _Hooks:
+    """Those of one loop."""
+
+    def __init__(self) -> None:
+        self._loop = sys.get_asyncgen_hooks()
+
+    def begin(self, generator: Generator) -> None:
+        """A generator has its first step."""
+        owner = OWNER.get()
+        if owner is not None and owner.is_current:
+            owner.begun.add(id(generator))
+        if self._loop.firstiter is not None:
+            self._loop.firstiter(generator)
+
+    def leave(self, generator: Generator) -> None:
+        """A generator is in its middle, and nothing refers to it any more."""
+        owner = OWNER.get()
+        if owner is not None and id(generator) in owner.begun and owner.is_current:
+            owner.left.append(generator)
+        elif self._loop.finalizer is not None:
+            self._loop.finalizer(generator)
+
+
+def watch_generators() -> None:
+    """Set the hooks of the running loop, unless they are set."""
+    hooks = sys.get_asyncgen_hooks()
+    if not isinstance(getattr(hooks.finalizer, "__self__", None), _Hooks):
+        ours = _Hooks()
+        sys.set_asyncgen_hooks(firstiter=ours.begin, finalizer=ours.leave)
+
+
+async def close_generators(owner: Owner, name: str) -> None:
+    """Close what the handler `name` has left, the latest first; does not raise."""
+    while owner.left:
+        try:
+            # Its own clean-up may leave others.
+            await owner.left.pop().aclose()
+        except anyio.get_cancelled_exc_class():
+            # Whoever cancelled it has answered for it.
+            log.debug("handler %s was cancelled while its generators were closed", name)
+        except BaseException as error:  # a generator may raise anything
+            if not _is_exit(error):
+                log.exception(
+                    "handler %s left an async generator, which raised when it was closed",
+                    name,
+                )
+    owner.begun.clear()
+
+
+def _is_exit(error: BaseException) -> bool:
+    # What closes a generator is an exception, and a task group in it makes a group of that.
+    return isinstance(error, BaseExceptionGroup) and error.split(GeneratorExit)[1] is None

@@ -1,0 +1,160 @@
+"""What a handler runs in: it can be cancelled, once and then for good, and leaves nothing open.
+
+A cancel scope of anyio cancels a task again at each turn of the loop, as long as it runs in the
+scope. On asyncio no library expects that: a plain task is cancelled once, and what it awaits on its
+way out is awaited to its end (a connection is reset and put back into its pool, a query is
+cancelled at its server). So `HandlerScope.cancel` cancels once, and lets the handler unwind for
+`patience` seconds. What runs on after that is cancelled at each turn.
+
+On trio each checkpoint in a cancelled scope raises, and libraries of trio expect that: there the
+scope is cancelled at once (`handler_scope_trio`).
+
+Theory of operation
+===================
+
+On asyncio it is a scope of anyio, with one difference: when it has cancelled the task, it forgets
+that it was cancelled (`_cancel_called`), and so does nothing at the next turns. It is cancelled a
+second time by its deadline, `patience` seconds later, and from then on is what any scope is. It
+remembers before it is left, so that it takes back what it threw in, and the cancellations that it
+asked for (`Task.uncancel`).
+
+A handler with a shield of its own, such as anyio's around a thread, is cancelled when that ends, as
+by any scope. What is around the scope cancels as ever: the end of the server does not wait for
+`patience`.
+
+A handler may leave scopes of its own open, as by a generator that it keeps. They would be those of
+the task from there on, and their deadline that of whatever it does next. They are cancelled and
+closed (`close_left`).
+
+This takes what is not public in anyio: `CancelScope` of its asyncio backend with the method
+`_deliver_cancellation`, `_cancel_called` and `_parent_scope`, and `_task_states`. A library that
+cancels once has no other place to stand; `tests/unit/aio/test_handler_scopes.py` fails if one goes.
+"""
+
+import asyncio
+from operator import attrgetter
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+import anyio
+from anyio._backends import _asyncio as anyio_on_asyncio
+
+from vmibridge.aio.generators import OWNER, Generator, Owner
+
+
+class HandlerScope(Owner, Protocol):
+    """See the module. For one `with`; made by `loops.handler_scope`."""
+
+    task: Any
+    """The task that it was entered in, as the loop has it; `None` before."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None: ...
+
+    holder: Any
+    """What of the loop knows the scope that the task is in."""
+    mark: object
+    """What that is while the handler has none of its own open."""
+
+    current: "ClassVar[attrgetter[object]]"
+    """Gets the scope that the task is in from `holder`, in C, since each trap asks for it. Where
+    that is not `mark`, the handler has left one open."""
+
+    @property
+    def is_left_open(self) -> bool:
+        """Whether the handler, which has ended, has left a cancel scope open."""
+
+    def close_left(self) -> None:
+        """Cancel and close the scopes that the handler has left open."""
+
+    def cancel(self) -> None:
+        """Cancel what runs in it: once now, and again and again after `patience` seconds."""
+
+
+class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
+    """A scope on asyncio."""
+
+    __slots__ = ("_before", "_is_last", "_patience", "begun", "holder", "left", "mark", "task")
+
+    current: "ClassVar[attrgetter[object]]" = attrgetter("cancel_scope")
+
+    def __new__(cls, patience: float) -> Self:  # noqa: ARG004 - that of anyio takes others
+        return object.__new__(cls)
+
+    def __init__(self, patience: float) -> None:
+        super().__init__()
+        self.task: Any = None
+        self.begun: set[int] = set()
+        self.left: list[Generator] = []
+        self._patience = patience
+        self.holder: Any = None
+        self.mark: object = None
+        self._before = 0
+        self._is_last = False
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.task = self._host_task
+        self.holder = anyio_on_asyncio._task_states[self.task]
+        self.mark = self
+        OWNER.set(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if self.is_left_open:
+            self.close_left()
+        # Else a circle.
+        self.mark = None
+        if self._is_last:
+            self._cancel_called = True
+        return bool(super().__exit__(kind, error, traceback))
+
+    @property
+    def is_current(self) -> bool:
+        try:
+            return asyncio.current_task() is self.task
+        except RuntimeError:  # in a thread of the handler
+            return False
+
+    @property
+    def is_left_open(self) -> bool:
+        return self.holder.cancel_scope is not self
+
+    def close_left(self) -> None:
+        scope = self.holder.cancel_scope
+        while scope is not None and scope is not self:
+            scope = scope._parent_scope
+        if scope is None:
+            return
+        while (left := self.holder.cancel_scope) is not self:
+            # First the cancellation: it may be the scope of a task group.
+            left.cancel()
+            left.__exit__(None, None, None)
+
+    def cancel(self, reason: str | None = None) -> None:
+        if not self._is_last:
+            self._before = self.task.cancelling()
+        super().cancel(reason)
+
+    def _deliver_cancellation(self, origin: anyio_on_asyncio.CancelScope) -> bool:
+        again = super()._deliver_cancellation(origin)
+        if origin is not self or self._is_last or self.task.cancelling() <= self._before:
+            return again
+        self._is_last = True
+        self._cancel_called = False
+        if self._cancel_handle is not None:
+            self._cancel_handle.cancel()
+            self._cancel_handle = None
+        self.deadline = anyio.current_time() + self._patience
+        return False

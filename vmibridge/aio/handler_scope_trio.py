@@ -1,0 +1,74 @@
+"""What a handler runs in on trio; see `handler_scope`. Imported where trio runs.
+
+What a handler leaves open is found and closed by three private attributes of trio: those of a
+task, `_cancel_status` and `_child_nurseries`, and the scope of a status. Trio itself takes a task
+that ends with an open nursery for a bug, and ends the run with it.
+"""
+
+from operator import attrgetter
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import trio
+
+from vmibridge.aio.generators import OWNER, Generator
+
+
+class TrioHandlerScope:
+    """A scope on trio: cancelled, it is cancelled for good."""
+
+    __slots__ = ("_scope", "begun", "holder", "left", "mark", "task")
+
+    current: "ClassVar[attrgetter[object]]" = attrgetter("_cancel_status")
+
+    def __init__(self) -> None:
+        self.task: Any = None
+        self.begun: set[int] = set()
+        self.left: list[Generator] = []
+        self._scope = trio.CancelScope()
+        self.holder: Any = None
+        self.mark: Any = None
+
+    def __enter__(self) -> Self:
+        self._scope.__enter__()
+        self.task = trio.lowlevel.current_task()
+        self.holder = self.task
+        self.mark = self.task._cancel_status
+        OWNER.set(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        self.close_left()
+        return bool(self._scope.__exit__(kind, error, traceback))
+
+    @property
+    def is_current(self) -> bool:
+        try:
+            return trio.lowlevel.current_task() is self.task
+        except RuntimeError:
+            return False
+
+    @property
+    def is_left_open(self) -> bool:
+        return self.task._cancel_status is not self.mark
+
+    def close_left(self) -> None:
+        for nursery in self.task.child_nurseries:
+            nursery.cancel_scope.cancel()
+            self.task._child_nurseries.remove(nursery)
+        status = self.task._cancel_status
+        while status is not None and status is not self.mark:
+            status = status.parent
+        if status is None:
+            return
+        while (status := self.task._cancel_status) is not self.mark:
+            status._scope.cancel()
+            status._scope.__exit__(None, None, None)
+
+    def cancel(self) -> None:
+        self._scope.cancel()
