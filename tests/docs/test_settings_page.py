@@ -24,6 +24,7 @@ TYPES = {
     "grace": "float",
     "stop_timeout": "float",
     "handshake": "boolean",
+    "blocked_after": "float",
 }
 """As TOML calls them."""
 

@@ -3,11 +3,19 @@
 import itertools
 
 import anyio
+import pytest
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeServer
 from vmibridge.testing import FakeGuest
 
 MAGIC, REQUEST = 0x1234_5678, 1
+
+on_asyncio = pytest.mark.parametrize(
+    "anyio_backend",
+    [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})],
+    ids=["asyncio", "uvloop"],
+)
+on_trio = pytest.mark.parametrize("anyio_backend", [("trio", {})], ids=["trio"])
 
 
 class Misbehaves(BridgeHandler[object]):

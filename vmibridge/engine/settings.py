@@ -120,8 +120,8 @@ class ServerSettings(msgspec.Struct, frozen=True):
     blocked_after: Annotated[
         Seconds,
         Meta(
-            description="how long a handler may hold up the event loop until it is reported;"
-            " infinite: for ever"
+            description="the time after which a handler that holds up the event loop is reported,"
+            " while it does, `inf`: never"
         ),
     ] = 0.5
 

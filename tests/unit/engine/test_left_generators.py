@@ -7,7 +7,7 @@ import sys
 import anyio
 import anyio.lowlevel
 import pytest
-from misbehaving import Misbehaves, run_guest
+from misbehaving import Misbehaves, on_asyncio, run_guest
 
 from vmibridge import BridgeResponse, OutcomeKind, method
 
@@ -198,10 +198,8 @@ async def test_the_hooks_are_set_once_and_hold_no_generator():
     assert not any(each.begun or each.left for each in scopes)
 
 
-async def test_a_timer_in_one_that_is_left_hits_nobody(anyio_backend):
-    if anyio_backend[0] == "trio":
-        pytest.skip("a timer of asyncio")
-
+@on_asyncio
+async def test_a_timer_in_one_that_is_left_hits_nobody():
     async def rows():
         async with asyncio.timeout(0.01):
             yield 1

@@ -7,18 +7,13 @@ from contextvars import ContextVar
 import anyio
 import anyio.lowlevel
 import pytest
-from misbehaving import Misbehaves, run_guest
+from misbehaving import Misbehaves, on_asyncio, on_trio, run_guest
 
 from vmibridge import BridgeResponse, OutcomeKind, method
 
 pytestmark = pytest.mark.anyio
 
 VAR = ContextVar("var", default="unset")
-
-
-def only_asyncio(anyio_backend):
-    if anyio_backend[0] == "trio":
-        pytest.skip("tasks of asyncio")
 
 
 class Tasks(Misbehaves):
@@ -68,8 +63,8 @@ class Tasks(Misbehaves):
         return BridgeResponse(value1=1).with_output((before, inside))
 
 
-async def test_it_is_named_after_handler_and_method(anyio_backend):
-    only_asyncio(anyio_backend)
+@on_asyncio
+async def test_it_is_named_after_handler_and_method():
     handler = Tasks()
 
     async def scenario(caller):
@@ -107,8 +102,8 @@ async def test_with_own_task_false_it_shares_one():
     assert "vmibridge handler" not in handler.names[0]
 
 
-async def test_the_task_ends_with_its_trap(anyio_backend):
-    only_asyncio(anyio_backend)
+@on_asyncio
+async def test_the_task_ends_with_its_trap():
     handler = Tasks()
 
     async def scenario(caller):
@@ -121,9 +116,9 @@ async def test_the_task_ends_with_its_trap(anyio_backend):
     assert len(handler.ended) == 5
 
 
+@on_asyncio
 @pytest.mark.parametrize("first", [True, False], ids=["the first time", "later"])
-async def test_a_timer_that_is_left_open_hits_no_other_trap(anyio_backend, first):
-    only_asyncio(anyio_backend)
+async def test_a_timer_that_is_left_open_hits_no_other_trap(first):
 
     async def scenario(caller):
         if not first:
@@ -190,9 +185,9 @@ async def test_a_serial_handler_has_its_turns_in_tasks_of_their_own():
     assert await run_guest(Serial(), scenario) == [OutcomeKind.HANDLED] * 18
 
 
-async def test_its_stack_is_that_of_its_task(anyio_backend):
-    if anyio_backend[0] != "trio":
-        pytest.skip("asyncio has no stack of what a task awaits before Python 3.14")
+# asyncio has no stack of what a task awaits before Python 3.14.
+@on_trio
+async def test_its_stack_is_that_of_its_task():
     import trio
 
     async def deep(event):
