@@ -19,6 +19,7 @@ from vmibridge import BridgeHandler, BridgeResponse
 class Probe(BridgeHandler[str]):
     MAGIC = 0x42494D56
     REQUEST = 0x0100
+    VERIFY_VALUE3 = VERIFY_VALUE4 = None
 
     async def handle(self, vmi, packet):
         output = "e\\u0301 \\u202e \\u2028 \\u0085 \\x7f \\U0001f600"

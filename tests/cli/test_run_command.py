@@ -316,6 +316,7 @@ class TestSignals:
         (tmp_path / "shielded.py").write_text(
             "import anyio\nfrom vmibridge import BridgeHandler\n"
             "class Shielded(BridgeHandler[None]):\n    MAGIC = 0x42494D56\n    REQUEST = 0x100\n"
+            "    VERIFY_VALUE3 = VERIFY_VALUE4 = None\n"
             "    async def handle(self, vmi, packet):\n"
             "        print('waiting', flush=True)\n"
             "        with anyio.CancelScope(shield=True):\n"
@@ -326,7 +327,7 @@ class TestSignals:
                     "--json"),
             cwd=tmp_path,
         )  # fmt: skip
-        assert run.stdout.readline() == "waiting\n"
+        assert run.stderr.readline() == "waiting\n"
         while run.poll() is None:
             run.send_signal(signal.SIGINT)
             time.sleep(0.1)  # signals that come at once are one signal

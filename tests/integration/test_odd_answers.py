@@ -44,7 +44,7 @@ async def test_each_is_answered_over_a_connection_and_the_vm_goes_on(tmp_path):
             answers.append((kind, place, writes.rax))
 
     async def on_outcome(outcome):
-        assert trap_json(outcome).count(b"\n") == 1
+        assert b"\n" not in trap_json(outcome)
         outcomes.append(outcome)
 
     url = f"unix:{tmp_path / 'x.sock'}"

@@ -73,8 +73,7 @@ async def test_sockets_are_made_found_and_removed(tmp_path):
             await fill(caller, handler)
             with anyio.fail_after(60):
                 for _ in range(2):
-                    made = await sockets.listen_unix(path, 0o600)
-                    sockets.close(made)
+                    sockets.close((await sockets.listen_unix(path, 0o600)).socket)
                 listener = socket.create_server(("127.0.0.1", 0))
                 with listener:
                     port = listener.getsockname()[1]

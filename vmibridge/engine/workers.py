@@ -134,7 +134,7 @@ class Workers:
                 self._memory = MeteredMemory(self._memory, self._guard)
         # Not asked for when something was raised: a task may be closed when its loop is gone.
         self._cancelled = anyio.get_cancelled_exc_class()
-        self._stopping = False
+        self._stopping = self._cancelling = False
         self._narrowest = backend.architecture.narrowest
         self._logged_narrow = False
         self._tasks: TaskGroup | None = None
@@ -323,7 +323,9 @@ class Workers:
         self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         try:
             with worker.scope:
-                if self._stopping:
+                # A stop that came since it was taken leaves it the grace period, as it does any
+                # handler that has begun.
+                if self._cancelling:
                     outcome = Outcome(OutcomeKind.CANCELLED, request.packet, error=STOPPED)
                 else:
                     outcome = await self._asking.ask(worker, request, entries)
@@ -401,6 +403,7 @@ class Workers:
 
     def cancel(self) -> None:
         """Answer all that waits for a handler, and cancel the handlers."""
+        self._cancelling = True
         # First the consumer, who may hold answers that are due.
         self._replies.consult_no_more()
         self.deadlines.cancel()

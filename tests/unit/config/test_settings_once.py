@@ -29,6 +29,7 @@ OTHER_VALUES = {
     "stop_timeout": 8.5,
     "policy": Policy(rings=frozenset({3})),
     "handshake": False,
+    "blocked_after": 9.5,
 }
 """Of each setting one that is not the default, no two alike."""
 IN_THE_FILE = {
@@ -44,6 +45,7 @@ OUT_OF_BOUNDS = [
     ("soft_timeout", 0, "must be above 0 seconds, got 0"),
     ("result_timeout", -1, "must be above 0 seconds, got -1"),
     ("stop_timeout", 0, "must be above 0 seconds, got 0"),
+    ("blocked_after", 0, "must be above 0 seconds, got 0"),
     ("grace", -1, "must be 0 or more seconds, got -1"),
     ("grace", math.nan, "must be 0 or more seconds, got nan"),
     ("queue", 0, "must be 1 or more traps, got 0"),

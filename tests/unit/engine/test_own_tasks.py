@@ -7,9 +7,11 @@ from contextvars import ContextVar
 import anyio
 import anyio.lowlevel
 import pytest
-from misbehaving import Misbehaves, on_asyncio, on_trio, run_guest
+from misbehaving import MAGIC, REQUEST, Misbehaves, on_asyncio, on_trio, run_guest
 
-from vmibridge import BridgeResponse, OutcomeKind, method
+from vmibridge import BridgePacket, BridgeResponse, BridgeServer, OutcomeKind, method
+from vmibridge.engine.taps import Tap
+from vmibridge.testing import FakeGuest
 
 pytestmark = pytest.mark.anyio
 
@@ -217,3 +219,23 @@ async def test_its_stack_is_that_of_its_task():
         return found
 
     assert await run_guest(handler, scenario) == [True, True]
+
+
+@on_asyncio
+async def test_one_that_was_taken_before_a_stop_has_the_grace_period():
+    """Also where its task has not begun yet: a guest whose next host was there got the fallback."""
+
+    class StopsAtTheSecond(Tap):
+        def trap(self, event):
+            if event.seq == 2:
+                # Before the task that is made for this trap begins.
+                asyncio.get_running_loop().call_soon(server.stop)
+
+    async def guest(vm):
+        for value in (1, 2):
+            assert (await vm.call(BridgePacket(MAGIC, REQUEST, 1, value))).rax == 1
+
+    async with FakeGuest(guest) as vm:
+        server = BridgeServer(vm, Tasks(), taps=[StopsAtTheSecond()], grace=60, stop_timeout=120)
+        kinds = [outcome.kind async for outcome in server.run()]
+    assert kinds == [OutcomeKind.HANDLED] * 2
