@@ -229,7 +229,7 @@ class TestPeersThatDoNotKeepToIt:
         await self.crowd(made, 10_000)
 
     async def test_pings_of_a_peer_that_does_not_read_are_bounded(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(connection, "_MOST_UNSENT", 64 << 10)
+        monkeypatch.setattr(connection, "_MAX_UNSENT", 64 << 10)
         url = f"unix:{tmp_path / 'x.sock'}"
         async with served(url, Echo()) as server, FakeAgent.connected(url) as agent:
             await agent.hello()

@@ -41,7 +41,7 @@ class Duplex:
     __slots__ = (
         "_at_once",
         "_error",
-        "_most_unsent",
+        "_max_unsent",
         "_sending",
         "_socket",
         "_take",
@@ -49,14 +49,14 @@ class Duplex:
         "unsent",
     )
 
-    def __init__(self, connected: socket.socket, most_unsent: int) -> None:
-        """`most_unsent`: bytes that are kept for a peer that does not read."""
+    def __init__(self, connected: socket.socket, max_unsent: int) -> None:
+        """`max_unsent`: bytes that are kept for a peer that does not read."""
         self.unsent: bytearray = bytearray()
         """What was not sent yet. A caller may clear it when the connection is lost."""
         self.ended: bool = False
         """Whether `end` was called."""
         self._socket = connected
-        self._most_unsent = most_unsent
+        self._max_unsent = max_unsent
         self._sending = anyio.Lock()
         self._take: Callable[[], bool] = _take_nothing
         self._at_once = AT_ONCE
@@ -87,7 +87,7 @@ class Duplex:
 
     def has_room(self, size: int) -> bool:
         """Whether `size` bytes more may be kept."""
-        return len(self.unsent) + size <= self._most_unsent
+        return len(self.unsent) + size <= self._max_unsent
 
     def send_unsent(self) -> None:
         """Send what there is room for of what was kept. Raises `OSError`."""

@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
 
-_MOST_NAME = 28
+_MAX_NAME = 28
 """Characters of a name that may have its description beside it."""
-_MOST_LINE = 100
+_MAX_LINE = 100
 
 
 class HelpFormatter:
@@ -20,8 +20,8 @@ class HelpFormatter:
         entries = [(_name(entry), _text(entry)) for entry in panel.entries]
         if not entries:
             return
-        width = min(options.max_width, _MOST_LINE)
-        beside = 4 + max((len(name) for name, _ in entries if len(name) <= _MOST_NAME), default=0)
+        width = min(options.max_width, _MAX_LINE)
+        beside = 4 + max((len(name) for name, _ in entries if len(name) <= _MAX_NAME), default=0)
         lines = [f"{panel.title}:"] if panel.title else []
         if about := _plain(panel.description):
             lines += _wrapped(about, width)
@@ -37,7 +37,7 @@ class HelpFormatter:
     def render_usage(self, console: "Console", options: "ConsoleOptions", usage: Any) -> None:
         """Show the line of usage."""
         if told := _plain(usage):
-            _print(console, _wrapped(f"Usage: {told}", min(options.max_width, _MOST_LINE)))
+            _print(console, _wrapped(f"Usage: {told}", min(options.max_width, _MAX_LINE)))
 
     def render_description(
         self, console: "Console", options: "ConsoleOptions", description: Any
@@ -45,7 +45,7 @@ class HelpFormatter:
         """Show what the command does: a docstring, by paragraphs."""
         for paragraph in _plain(description).split("\n\n"):
             if paragraph.strip():
-                _print(console, _wrapped(paragraph, min(options.max_width, _MOST_LINE)))
+                _print(console, _wrapped(paragraph, min(options.max_width, _MAX_LINE)))
 
 
 def _name(entry: "HelpEntry") -> str:

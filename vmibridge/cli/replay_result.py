@@ -24,7 +24,7 @@ from vmibridge.recording.replay.options import MISSING
 from vmibridge.recording.replay.request import Difference, describe
 from vmibridge.text import printable
 
-_MOST_PROBLEMS = 10
+_MAX_PROBLEMS = 10
 
 
 class ReplayPrinter:
@@ -58,7 +58,7 @@ class ReplayPrinter:
     def problems(self, reader: RecordingReader) -> None:
         """What could not be read of the file."""
         self._problems = max(self._problems, reader.problem_count)
-        for problem in reader.problems[:_MOST_PROBLEMS]:
+        for problem in reader.problems[:_MAX_PROBLEMS]:
             self._warn(f"{reader.path}: {problem}")
 
     def end(self, file: Path, backends: Sequence[ReplayBackend], *, strict: bool) -> int:

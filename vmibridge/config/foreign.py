@@ -24,7 +24,7 @@ _OURS = frozenset(
     {"importlib", *(f"vmibridge.config.{name}" for name in ("foreign", "loaded", "sources"))}
 )
 _LOOPS = frozenset({"anyio", "asyncio", "trio", "uvloop"})
-_MOST_TEXT = 1000
+_MAX_TEXT = 1000
 """Characters of a message."""
 _RUNS_A_LOOP = (
     "runs an event loop while it is imported; put that behind"
@@ -52,7 +52,7 @@ def tell(error: BaseException) -> str:
         return _RUNS_A_LOOP
     lines = [printable(line.strip()) for line in str_of(error).splitlines() if line.strip()]
     kind = printable(type_name(error))
-    return f"{kind}: {' '.join(lines)}"[:_MOST_TEXT] if lines else kind
+    return f"{kind}: {' '.join(lines)}"[:_MAX_TEXT] if lines else kind
 
 
 class _NoLoop:

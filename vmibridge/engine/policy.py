@@ -215,7 +215,7 @@ class Guard:
         self._vm_account = self._vm.full(0.0)
         self._space = _Buckets(policy.address_space)
         self._spaces: dict[int, _Account] | None = None if policy.address_space == Quota() else {}
-        self._most = policy.max_address_spaces
+        self._max_spaces = policy.max_address_spaces
         self._heap: list[tuple[float, int]] = []
         self._names_spaces = self._allowed is not None or self._spaces is not None
         self._meters_bytes = policy.vm.bytes is not None or policy.address_space.bytes is not None
@@ -291,7 +291,7 @@ class Guard:
         """Whether there is room for one more address space; makes it, where nothing is lost."""
         spaces, heap = self._spaces, self._heap
         assert spaces is not None
-        while len(spaces) >= self._most:
+        while len(spaces) >= self._max_spaces:
             told, root = heap[0]
             if told > now:
                 return False

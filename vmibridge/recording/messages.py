@@ -33,7 +33,7 @@ from vmibridge.vm.arch import architecture_named
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent
 
-_MOST_TEXT = 4096
+_MAX_TEXT = 4096
 """Characters of an output."""
 
 FORMAT = 1
@@ -175,7 +175,7 @@ def output_text(output: object) -> str | None:
     if output is None:
         return None
     text = json_text(output)
-    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
 
 
 _OF_0_2_0 = RecordedArchitecture("x86", 1)

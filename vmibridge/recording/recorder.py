@@ -73,7 +73,7 @@ _clock = time.monotonic_ns
 
 _CHUNK = 1 << 20
 """Bytes before compression after which a chunk is cut."""
-_MOST_UNWRITTEN = 32 << 20
+_MAX_UNWRITTEN = 32 << 20
 """The same, of all that is not written yet: then the guests wait."""
 _NOTHING: frozenset[str] = frozenset()
 
@@ -110,7 +110,7 @@ class Recorder(Tap):
         # Half a period fills up while the other half is being written.
         self._interval = flush_interval / 2
         self._cut_at = flush_traps // 2
-        self._most_traps = flush_traps
+        self._max_traps = flush_traps
         self._on_error = on_error
         self._redaction = Redaction(redact)
         self._redacts = bool(self._redaction.rules)
@@ -255,8 +255,8 @@ class Recorder(Tap):
             ),
         )
         self.full: bool = (
-            self._unwritten_traps + self._chunk.traps >= self._most_traps
-            or self._unwritten >= _MOST_UNWRITTEN
+            self._unwritten_traps + self._chunk.traps >= self._max_traps
+            or self._unwritten >= _MAX_UNWRITTEN
         ) and self.error is None
 
     def end(self, vm: str, summary: Summary) -> None:
@@ -280,7 +280,7 @@ class Recorder(Tap):
         if self._redacts and "memory" in self._left_out.get((event.vm, event.seq), _NOTHING):
             access = msgspec.structs.replace(access, data=None)
         self._add(MEMORY, access)
-        if self._unwritten >= _MOST_UNWRITTEN and self.error is None:
+        if self._unwritten >= _MAX_UNWRITTEN and self.error is None:
             self.full = True
 
     def _add(self, channel: ChannelKind, message: Any) -> None:
@@ -332,8 +332,8 @@ class Recorder(Tap):
             self.lost -= chunk.traps
         # A small chunk, or one without traps, makes too little room.
         if (
-            self._unwritten_traps + self._chunk.traps < self._most_traps
-            and self._unwritten < _MOST_UNWRITTEN
+            self._unwritten_traps + self._chunk.traps < self._max_traps
+            and self._unwritten < _MAX_UNWRITTEN
         ):
             self._free()
 

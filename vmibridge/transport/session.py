@@ -40,9 +40,9 @@ from vmibridge.transport.links import Link
 from vmibridge.transport.session_events import SessionEvents
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
-    MOST_ACCESSES,
-    MOST_LARGE_ACCESSES,
-    MOST_PREFETCHED,
+    MAX_ACCESSES,
+    MAX_LARGE_ACCESSES,
+    MAX_PREFETCHED_PER_TRAP,
     NO_DEADLINE,
     SMALL_ACCESS,
     Answer,
@@ -182,8 +182,8 @@ class Session:
         self._prefetched = 0
         self._accesses: dict[int, _Access] = {}
         self._numbers = itertools.count(1)
-        self._small = anyio.Semaphore(MOST_ACCESSES, fast_acquire=True)
-        self._large = anyio.Semaphore(MOST_LARGE_ACCESSES, fast_acquire=True)
+        self._small = anyio.Semaphore(MAX_ACCESSES, fast_acquire=True)
+        self._large = anyio.Semaphore(MAX_LARGE_ACCESSES, fast_acquire=True)
         self._told = False
 
     # --- the connection -------------------------------------------------------------
@@ -289,8 +289,8 @@ class Session:
         elif len(self._lanes) >= self._vcpus:
             raise WireError(f"more than {self._vcpus} vCPUs")
         size = sum(len(data) for _, data in frame.memory) if frame.memory else 0
-        if size > MOST_PREFETCHED:
-            raise WireError(f"more than {MOST_PREFETCHED} bytes came with a trap")
+        if size > MAX_PREFETCHED_PER_TRAP:
+            raise WireError(f"more than {MAX_PREFETCHED_PER_TRAP} bytes came with a trap")
         event = trap_event(frame, self.vm, self._layout)
         if lane is None:
             lane = self._lanes[frame.vcpu] = _Lane()

@@ -12,7 +12,7 @@ from vmibridge.cli import main
 from vmibridge.recording.file.chunk import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import REPLY, SESSION, TRAP, Reply, Session
-from vmibridge.recording.report.statistics import LONGEST, Latency, Statistics
+from vmibridge.recording.report.statistics import MAX_EXACT, Latency, Statistics
 from vmibridge.recording.traps import RecordedTrap
 
 
@@ -24,7 +24,7 @@ def recorded(seq, request=1, method=0, kind=OutcomeKind.HANDLED, duration=1e-5, 
     return RecordedTrap(seq * 1000, event, packet, reply=reply)
 
 
-durations = st.lists(st.integers(0, LONGEST), min_size=1, max_size=200)
+durations = st.lists(st.integers(0, MAX_EXACT), min_size=1, max_size=200)
 
 
 class TestLatency:

@@ -32,7 +32,7 @@ log: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
-_LONGEST_LINE = 8 << 20
+_MAX_LINE = 8 << 20
 """Bytes. The largest replies, such as `query-qmp-schema`, have a few hundred KiB."""
 _PIECE = 1 << 16
 _EVENTS = 256
@@ -103,8 +103,8 @@ class QmpLines:
             if (message := self._message(line)) is not None:
                 complete.append(message)
         self._searched = len(self._buffer)
-        if self._searched > _LONGEST_LINE:
-            raise QmpError(f"QEMU sent a line of more than {_LONGEST_LINE} bytes")
+        if self._searched > _MAX_LINE:
+            raise QmpError(f"QEMU sent a line of more than {_MAX_LINE} bytes")
         return complete
 
     def _message(self, text: bytes) -> QmpEvent | QmpReply | None:

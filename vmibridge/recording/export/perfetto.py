@@ -35,7 +35,7 @@ from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, o
 _REALTIME, _BOOTTIME = 1, 6
 _SEQUENCE = 1
 _CLEARED, _NEEDED = 1, 2
-_MOST_TRACKS = 16_384
+_MAX_TRACKS = 16_384
 """VMs and vCPUs; what is beyond goes to the track of the first trap."""
 _HEX = frozenset(("magic", "request", "method", *VALUE_NAMES, *ANSWER_NAMES))
 """Which numbers the user interface shows in hex."""
@@ -125,7 +125,7 @@ class Perfetto(Exporter):
         track = self._tracks.get((vm, vcpu))
         if track is not None:
             return track
-        if len(self._tracks) >= _MOST_TRACKS:
+        if len(self._tracks) >= _MAX_TRACKS:
             return next(iter(self._tracks.values()))
         process = self._processes.get(vm)
         number = len(self._processes) + len(self._tracks) + 1

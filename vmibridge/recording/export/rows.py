@@ -18,7 +18,7 @@ from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap
 
 Row = tuple[int | float | str | bytes | None, ...]
 
-_MOST_TIME = (1 << 63) - 1
+_MAX_TIME = (1 << 63) - 1
 _registers = msgspec.json.Encoder().encode
 
 
@@ -107,8 +107,8 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
         bits(event.vcpu),
         bits(event.seq),
         (trap.time - start) / 1e9,
-        min(trap.time, _MOST_TIME),
-        None if trap.reply_time is None else min(trap.reply_time, _MOST_TIME),
+        min(trap.time, _MAX_TIME),
+        None if trap.reply_time is None else min(trap.reply_time, _MAX_TIME),
         event.reason.value,
         bits(event.width),
         bits(event.ring),

@@ -50,10 +50,10 @@ MAX_RECORD = MAX_CHUNK + (1 << 20)
 """Bytes of a record in the file."""
 MAX_MESSAGE = MAX_CHUNK - (2 << 20)
 """Bytes of a message: with those of before it, it still fits into a chunk when recovered."""
-_MOST_PROBLEMS = 100
-_MOST_TEXT = 200
+_MAX_PROBLEMS = 100
+_MAX_TEXT = 200
 """Characters of a problem, which may quote the file."""
-_MOST_GUESSES = 1000
+_MAX_GUESSES = 1000
 """Places that look like a chunk and are none, after which a search is given up."""
 _SEARCH = 1 << 20
 
@@ -329,7 +329,7 @@ class RecordingReader:
                         guesses += 1
                         self._tried += length
                         # True chunks that are damaged do not overlap.
-                        if guesses > _MOST_GUESSES or self._tried > self.size:
+                        if guesses > _MAX_GUESSES or self._tried > self.size:
                             return None
                     else:
                         return place
@@ -363,8 +363,8 @@ class RecordingReader:
 
     def _tell(self, offset: int, text: str) -> None:
         self.problem_count += 1
-        if len(self.problems) < _MOST_PROBLEMS:
-            self.problems.append(Problem(offset, text[:_MOST_TEXT]))
+        if len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(Problem(offset, text[:_MAX_TEXT]))
 
 
 def _unpack(body: bytes) -> bytes:

@@ -17,7 +17,7 @@ Rules:
 - A trap that the policy denied then never reached a handler, and does not now. Values that
   were left out of the recording are not there to be asked with.
 
-Nothing in here is bounded by the file: what is held is bounded by `_MOST_HELD`.
+Nothing in here is bounded by the file: what is held is bounded by `_MAX_HELD`.
 """
 
 import math
@@ -49,9 +49,9 @@ from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
-_MOST_HELD = 32 << 20
+_MAX_HELD = 32 << 20
 """Bytes of memory accesses that may be held for requests that run."""
-_MOST_OPEN = 16_384
+_MAX_OPEN = 16_384
 """Requests that may be open at a time."""
 _NOTHING: frozenset[str] = frozenset()
 
@@ -254,7 +254,7 @@ class ReplayBackend(Backend, Tap):
         self.started = self.started or time
         if self._untaken is not None or (self.options.speed and not self._is_due(time)):
             return False
-        if len(self._open) >= _MOST_OPEN:
+        if len(self._open) >= _MAX_OPEN:
             if self._unanswered:
                 return False
             self._close(next(iter(self._open.values())), NO_REPLY)
@@ -294,7 +294,7 @@ class ReplayBackend(Backend, Tap):
         if request.answered:
             request.leave_out(access)
             return True
-        if self._held > _MOST_HELD and not request.blocked:
+        if self._held > _MAX_HELD and not request.blocked:
             return False
         self._held += request.attach(access)
         if request.blocked:

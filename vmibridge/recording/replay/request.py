@@ -28,9 +28,9 @@ from vmibridge.recording.messages import MemoryAccess, Reply, output_text
 from vmibridge.recording.traps import VALUE_NAMES
 from vmibridge.vm.trap import TrapEvent
 
-_MOST_PAST = 64
+_MAX_PAST = 64
 """Accesses that are kept when they are done, to tell of them and to read from."""
-_MOST_FIELDS = 64
+_MAX_FIELDS = 64
 _SHOWN = 16
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
 """In the `repr` of an object: another one each time."""
@@ -105,7 +105,7 @@ class ReplayedRequest:
     def past(self) -> "deque[MemoryAccess]":
         """Accesses that were made now."""
         if self._past is None:
-            self._past = deque(maxlen=_MOST_PAST)
+            self._past = deque(maxlen=_MAX_PAST)
         return self._past
 
     @property
@@ -180,7 +180,7 @@ class ReplayedRequest:
 
     def differ(self, field: str, expected: str, got: str) -> None:
         """Note a difference; the first 64 are kept."""
-        if len(self._differences) < _MOST_FIELDS and expected != got:
+        if len(self._differences) < _MAX_FIELDS and expected != got:
             self._differences = (*self._differences, FieldDifference(field, expected, got))
 
     def leave_out(self, access: MemoryAccess) -> None:

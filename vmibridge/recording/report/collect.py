@@ -10,8 +10,8 @@ from typing import Any
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.report.rows import (
-    MOST_ACCESSES,
-    MOST_BYTES,
+    MAX_ACCESSES,
+    MAX_BYTES,
     REGISTERS,
     Rows,
     clipped,
@@ -20,17 +20,17 @@ from vmibridge.recording.report.statistics import Statistics, nanoseconds
 from vmibridge.recording.traps import OUTCOME_WORDS, RecordedTrap, outcome_word
 
 SLOWEST = 50
-MOST_FAILED = 1000
+MAX_FAILED = 1000
 """Of those behind the first ones."""
 DEFAULT_LIMIT = 100_000
-MOST_LIMIT = 500_000
+MAX_LIMIT = 500_000
 """Rows that each browser can scroll over."""
 FAILED = frozenset({"failed", "timeout", "none"})
 """Outcomes that are shown wherever they are."""
-_MOST_SESSIONS = 64
-_MOST_HANDLERS = 256
-_MOST_NOTES = 100
-_MOST_WORDS = 200
+_MAX_SESSIONS = 64
+_MAX_HANDLERS = 256
+_MAX_NOTES = 100
+_MAX_WORDS = 200
 
 
 class Collector:
@@ -58,13 +58,13 @@ class Collector:
         """What the recording has beside traps."""
         if isinstance(message, Session):
             self._session_count += 1
-            if len(self._sessions) < _MOST_SESSIONS:
+            if len(self._sessions) < _MAX_SESSIONS:
                 self._runs[message.vm] = self._runs.get(message.vm, 0) + 1
                 self._sessions.append(_session(message))
         elif message.kind == "end" and message.vm in self._runs:
             self._ended[message.vm] = self._ended.get(message.vm, 0) + 1
-        elif message.kind == "lost" and len(self._notes) < _MOST_NOTES:
-            self._notes.append(f"lost: {message.text[:_MOST_WORDS]}")
+        elif message.kind == "lost" and len(self._notes) < _MAX_NOTES:
+            self._notes.append(f"lost: {message.text[:_MAX_WORDS]}")
 
     def add(self, trap: RecordedTrap) -> None:
         """Take the next trap."""
@@ -78,7 +78,7 @@ class Collector:
             self.rows.add(clipped(trap), place, run)
         elif outcome_word(trap) in FAILED:
             self._failed_behind += 1
-            if len(self._failed) < MOST_FAILED:
+            if len(self._failed) < MAX_FAILED:
                 self._failed[place] = (run, clipped(trap))
         if trap.reply is None:
             return
@@ -110,8 +110,8 @@ class Collector:
             "first": first,
             "failed": len(self._failed),
             "failed_left_out": self._failed_behind - len(self._failed),
-            "most_accesses": MOST_ACCESSES,
-            "most_bytes": MOST_BYTES,
+            "max_accesses": MAX_ACCESSES,
+            "max_bytes": MAX_BYTES,
             "words": OUTCOME_WORDS,
             "registers": REGISTERS,
             # Text: nanoseconds since the epoch are more than JavaScript counts exactly.
@@ -131,7 +131,7 @@ class Collector:
         if not reader.complete:
             told.insert(0, "the file is truncated: what was recorded last may be missing")
         told += [
-            f"VM {vm[:_MOST_WORDS]}: the recording does not reach its end"
+            f"VM {vm[:_MAX_WORDS]}: the recording does not reach its end"
             for vm, runs in self._runs.items()
             if self._ended.get(vm, 0) < runs
         ]
@@ -139,32 +139,32 @@ class Collector:
             told.append(f"{self._session_count - len(self._sessions)} more VMs are not described")
         if self.statistics.outcomes["none"]:
             told.append(f"{self.statistics.outcomes['none']} traps have no reply")
-        return [line[: 2 * _MOST_WORDS] for line in told + self._notes]
+        return [line[: 2 * _MAX_WORDS] for line in told + self._notes]
 
 
 def _session(session: Session) -> dict[str, Any]:
-    handlers = session.handlers[:_MOST_HANDLERS]
+    handlers = session.handlers[:_MAX_HANDLERS]
     return {
-        "vm": session.vm[:_MOST_WORDS],
-        "started": session.started[:_MOST_WORDS],
-        "loop": session.loop[:_MOST_WORDS],
+        "vm": session.vm[:_MAX_WORDS],
+        "started": session.started[:_MAX_WORDS],
+        "loop": session.loop[:_MAX_WORDS],
         "versions": [
-            f"{name} {version}"[:_MOST_WORDS] for name, version in session.versions.items()
-        ][:_MOST_HANDLERS],
-        "redaction": [str(rule) for rule in session.redaction[:_MOST_HANDLERS]],
+            f"{name} {version}"[:_MAX_WORDS] for name, version in session.versions.items()
+        ][:_MAX_HANDLERS],
+        "redaction": [str(rule) for rule in session.redaction[:_MAX_HANDLERS]],
         "more_handlers": len(session.handlers) - len(handlers),
         "handlers": [
             {
-                "name": each.name[:_MOST_WORDS],
-                "type": each.type[:_MOST_WORDS],
+                "name": each.name[:_MAX_WORDS],
+                "type": each.type[:_MAX_WORDS],
                 "magic": None if each.magic is None else _hex(each.magic, 8),
                 "request": each.request,
                 "verify": [None if value is None else _hex(value) for value in each.verify_values],
                 "methods": [
-                    [method.code, method.name[:_MOST_WORDS]]
-                    for method in each.methods[:_MOST_HANDLERS]
+                    [method.code, method.name[:_MAX_WORDS]]
+                    for method in each.methods[:_MAX_HANDLERS]
                 ],
-                "source": None if each.source is None else each.source[:_MOST_WORDS],
+                "source": None if each.source is None else each.source[:_MAX_WORDS],
                 "sha256": None if each.sha256 is None else each.sha256[:64],
             }
             for each in handlers

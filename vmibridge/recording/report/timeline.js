@@ -4,7 +4,7 @@
 
 const AXIS = 24;
 const LANE = 26;
-const MOST_LANES = 256;
+const MAX_LANES = 256;
 const SHORTEST_VIEW = 100;
 const BEST_TO_WORST = [
   "handled", "unmatched", "rejected", "waiting", "denied", "cancelled", "timeout", "failed", "none",
@@ -48,7 +48,7 @@ class Timeline {
       const [a, b] = [traps.lanes[one], traps.lanes[other]];
       return a.vm === b.vm ? a.vcpu - b.vcpu : a.vm < b.vm ? -1 : 1;
     });
-    return order.slice(0, MOST_LANES).map((lane) => ({
+    return order.slice(0, MAX_LANES).map((lane) => ({
       name: traps.lanes[lane].name,
       rows: rows[lane].sort((one, other) => traps.time[one] - traps.time[other]),
     }));

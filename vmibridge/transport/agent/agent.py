@@ -61,7 +61,7 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 0.05
 """Seconds from a lost connection to the next one, before jitter; doubled each time."""
-_LONGEST_PAUSE = 5.0
+_MAX_PAUSE = 5.0
 _STEADY = 1.0
 """Seconds that a connection has to last, or an answer has to come over it, for the pause after it
 to be a short one: a server that welcomes and hangs up is not asked all the time."""
@@ -89,7 +89,7 @@ class Agent:
         *,
         vm: str | None = None,
         deadline: float | None = None,
-        longest_pause: float = _LONGEST_PAUSE,
+        longest_pause: float = _MAX_PAUSE,
         silence: float = 15.0,
         grace: float = 1.0,
     ) -> None:

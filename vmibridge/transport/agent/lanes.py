@@ -49,7 +49,7 @@ class AgentLanes:
         self._by_vcpu: dict[int, AgentLane] = {}
         self._send = send
         self._give_up = give_up
-        self._most = most
+        self._max_queued = most
         self._queued = 0
         self._room: anyio.Event | None = None
         self._quiet: anyio.Event | None = None
@@ -64,7 +64,7 @@ class AgentLanes:
         if lane is None:
             lane = self._by_vcpu[event.vcpu] = AgentLane()
         elif lane.busy:
-            if self._queued >= self._most:
+            if self._queued >= self._max_queued:
                 raise anyio.WouldBlock
             self._queued += 1
             lane.backlog.append(event)
@@ -114,7 +114,7 @@ class AgentLanes:
         if lane.backlog:
             self._queued -= 1
             # Room comes in batches, so that a vCPU that waits costs a task switch once a batch.
-            if self._room is not None and self._queued <= self._most // 2:
+            if self._room is not None and self._queued <= self._max_queued // 2:
                 self._room.set()
                 self._room = None
             self._begin(lane, lane.backlog.popleft())

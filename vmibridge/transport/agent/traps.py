@@ -50,7 +50,7 @@ _clock = time.monotonic
 
 MARGIN = 0.25
 """Seconds that an answer may be on its way, beyond the deadline of the server."""
-MOST_SECONDS = 3600.0
+MAX_SECONDS = 3600.0
 """A deadline beyond that is none, and a guest has to have one."""
 _QUEUE = 1024
 """Traps that may wait behind others of their vCPU."""
@@ -90,7 +90,7 @@ class InFlightTraps:
         self._backend = backend
         self._in_flight = self.lanes.in_flight
         self._own_deadline = deadline
-        self._deadline = MOST_SECONDS
+        self._deadline = MAX_SECONDS
         self._left = 0
         self._fallback = BridgeResponse[object]()
         self._filter = TrapFilter()
@@ -112,9 +112,9 @@ class InFlightTraps:
         self._fallback = BridgeResponse(*welcome.fallback)
         self._filter = trap_filter(welcome)
         self._prefetch = Prefetch(self._backend, welcome.reads)
-        told = MOST_SECONDS if welcome.timeout == NO_DEADLINE else welcome.timeout / 1000 + MARGIN
+        told = MAX_SECONDS if welcome.timeout == NO_DEADLINE else welcome.timeout / 1000 + MARGIN
         self._deadline = min(
-            told if self._own_deadline is None else self._own_deadline, MOST_SECONDS
+            told if self._own_deadline is None else self._own_deadline, MAX_SECONDS
         )
         self._left = milliseconds(self._deadline)
         self.link = link

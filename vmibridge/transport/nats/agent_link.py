@@ -34,7 +34,7 @@ from vmibridge.transport.nats.message import (
     Taken,
     pack,
 )
-from vmibridge.transport.nats.peers import MOST_PEERS, Peer, Peers, Waiting
+from vmibridge.transport.nats.peers import MAX_PEERS, Peer, Peers, Waiting
 from vmibridge.transport.nats.subjects import (
     hello_subject,
     to_all_subject,
@@ -407,7 +407,7 @@ class NatsAgentLink:
             self._pass_on(Ended())
 
     def _tell_once(self, what: str, text: str) -> None:
-        if what not in self._told and len(self._told) < MOST_PEERS:
+        if what not in self._told and len(self._told) < MAX_PEERS:
             self._told.add(what)
             log.warning("vm %s: %s: %s", self._vm, self._url, text)
 

@@ -21,8 +21,8 @@ from vmibridge.transport.wire import Trap
 
 _FIRST_PAUSE = 0.02
 """Seconds until a trap that no server has is sent again, before jitter; doubled each time."""
-_LONGEST_PAUSE = 0.5
-_MOST_MISSES = 2
+_MAX_PAUSE = 0.5
+_MAX_MISSES = 2
 """No responders, so often in a row, and a server is gone. Once may be just before it has
 subscribed again, after NATS was restarted."""
 
@@ -110,7 +110,7 @@ class SentTraps:
         """No server has it, and none has run it: it is to be sent again, without the mark."""
         sent.only = None
         sent.waits_until = now + sent.pause * random.uniform(0.5, 1.0)  # noqa: S311
-        sent.pause = min(sent.pause * 2, _LONGEST_PAUSE)
+        sent.pause = min(sent.pause * 2, _MAX_PAUSE)
         # So what still comes for this attempt is known as late.
         sent.attempt += 1
         sent.holder = None
@@ -147,7 +147,7 @@ class SentTraps:
             if sent.waits_until is not None:
                 continue
             holder = sent.holder
-            gone = settled and holder is not None and holder.misses >= _MOST_MISSES
+            gone = settled and holder is not None and holder.misses >= _MAX_MISSES
             if gone or now - sent.heard >= self.silence:
                 sent.elsewhere = True
                 found.append(sent)

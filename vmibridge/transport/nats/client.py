@@ -49,7 +49,7 @@ _ANSWER = 2
 """Seconds for NATS to say that it has taken what was said."""
 _HANG_UP = 0.2
 """Seconds for one that never was a connection to be closed."""
-_MOST_UNSENT = 64 << 20
+_MAX_UNSENT = 64 << 20
 _LINGER = 0.1
 """Seconds that messages are taken after a subscription was ended."""
 _MAX_PART = 128 << 10
@@ -57,7 +57,7 @@ _MAX_PART = 128 << 10
 sender lives."""
 _BACKLOG = 64 << 10
 """Bytes that nats-py has and the connection has not; what goes out with the next turn is less."""
-_MOST_TOLD = 64
+_MAX_LOGGED = 64
 """Warnings between two connections."""
 
 
@@ -204,7 +204,7 @@ class NatsClient:
         if denied is not None:
             if self.at_work:
                 self._tell_once(denied)
-            if denied not in self.denied and len(self.denied) < _MOST_TOLD:
+            if denied not in self.denied and len(self.denied) < _MAX_LOGGED:
                 self.denied.append(denied)
             self.on_trouble()
         elif isinstance(error, SlowConsumerError):
@@ -217,7 +217,7 @@ class NatsClient:
             log.error("%s: a message could not be taken", self.url, exc_info=error)
 
     def _tell_once(self, text: str) -> None:
-        if text not in self._told and len(self._told) < _MOST_TOLD:
+        if text not in self._told and len(self._told) < _MAX_LOGGED:
             self._told.add(text)
             log.warning("%s: %s", self.url, text)
 
@@ -248,7 +248,7 @@ class NatsClient:
     def _publish(self, subject: str, part: bytes, reply: str) -> None:
         if self._rest is not None or self._unsent:
             self._size += len(part)
-            if self._size > _MOST_UNSENT:
+            if self._size > _MAX_UNSENT:
                 self._size -= len(part)
                 return
             self._unsent.append((subject, part, reply))

@@ -52,8 +52,8 @@ _clock = time.monotonic
 
 _PROBE = 1.0
 """Seconds for an agent to say that it is there."""
-_MOST_REFUSED = 1024
-_LONGEST_PAUSE = 5.0
+_MAX_REFUSED = 1024
+_MAX_PAUSE = 5.0
 
 
 class NatsListener:
@@ -140,7 +140,7 @@ class NatsListener:
                 if str(error) != told:
                     told = str(error)
                     log.warning("%s; trying again", error)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, _MAX_PAUSE)
             else:
                 return
 
@@ -242,7 +242,7 @@ class NatsListener:
                 session, told = await self._admit(hello, "nats")
             except RefusedError as error:
                 self.refused += 1
-                if hello.session not in self._told and len(self._told) < _MOST_REFUSED:
+                if hello.session not in self._told and len(self._told) < _MAX_REFUSED:
                     self._told.add(hello.session)
                     log.warning("%s: refused: %s", self.url, printable(str(error)))
                 if reply:

@@ -19,7 +19,7 @@ from vmibridge.errors import NatsRefusedError
 from vmibridge.text import printable
 from vmibridge.transport.urls.nats import NatsUrl
 
-_LARGEST = 1 << 20
+_MAX_FILE = 1 << 20
 """Bytes of a file of secrets. NATS takes a CONNECT of 4 KiB, unless it is told to take more."""
 _JWT = re.compile(rb"-BEGIN NATS USER JWT-+\s+([\w.=-]+)")
 _SEED = re.compile(rb"-BEGIN USER NKEY SEED-+\s+([A-Z2-7]+)")
@@ -88,7 +88,7 @@ def _again(made: Callable[[], _T]) -> _T:
 
 def _read(file: str) -> bytes:
     with Path(file).open("rb") as source:
-        return source.read(_LARGEST)
+        return source.read(_MAX_FILE)
 
 
 def _pair(seed: bytes) -> Any:

@@ -20,7 +20,7 @@ from vmibridge.transport.wire import HELLO_LIMIT, MEMORY_LIMIT, F, Frame, FromAg
 _PART = struct.Struct("<IIHH")
 """The mark, the id of the whole, the number of this part, and of how many."""
 _MARK = 0xFFFF_FFFF
-_MOST_PARTS = 0xFFFF
+_MAX_PARTS = 0xFFFF
 _SIZE = struct.Struct("<I")
 
 _U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
@@ -69,7 +69,7 @@ def parts_of(message: bytes, most: int) -> Iterator[bytes]:
         yield message
         return
     room = most - _PART.size
-    if room < 1 or len(message) > room * _MOST_PARTS:
+    if room < 1 or len(message) > room * _MAX_PARTS:
         raise ValueError(f"NATS takes messages of {most} bytes: too little for {len(message)}")
     count = -(-len(message) // room)
     whole = next(_numbers) & 0xFFFF_FFFF

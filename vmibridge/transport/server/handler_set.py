@@ -68,7 +68,7 @@ class HandlerSet:
         self._result_timeout = settings.result_timeout
         # Requests that were told to wait and still run are bounded by the places, results that are
         # kept by as many. One that expires is not reported: it stays until it is the oldest.
-        self._most_waiting = 2 * settings.in_flight
+        self._max_waiting = 2 * settings.in_flight
         self._waiting: OrderedDict[int, RetryKey] = OrderedDict()
         """Requests that were told to wait, by the number of their first trap."""
         self._outcomes = OutcomeQueue(OUTCOMES_AHEAD)
@@ -127,7 +127,7 @@ class HandlerSet:
         if outcome.kind is OutcomeKind.WAITING:
             first = outcome.retry_of or event.seq
             self._waiting[first] = retry_key(event, outcome.packet)
-            if len(self._waiting) > self._most_waiting:
+            if len(self._waiting) > self._max_waiting:
                 self._waiting.popitem(last=False)
         elif outcome.retry_of is not None:
             self._waiting.pop(outcome.retry_of, None)

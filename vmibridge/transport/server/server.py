@@ -54,7 +54,7 @@ TapFactory: TypeAlias = Callable[[str], Sequence[Tap]]
 """Given the name of a VM: what sees the traffic of one of its handler sets. A tap that is an
 async context manager is entered and left."""
 
-_MOST_ENDED = 1024
+_MAX_ENDED = 1024
 """Ids of sessions that are known to have ended, or to have been followed by another."""
 _TAKE_OVER = 30.0
 """Seconds that handlers may take to be entered, when they are reloaded."""
@@ -114,7 +114,7 @@ class AgentServer:
         self._new_sessions = NewSessions(self._limits.new_sessions)
         self._vms: dict[bytes, _Vm] = {}
         self._handler_sets: dict[HandlerSet, None] = {}
-        self._ended: deque[bytes] = deque(maxlen=_MOST_ENDED)
+        self._ended: deque[bytes] = deque(maxlen=_MAX_ENDED)
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
         self._now = False

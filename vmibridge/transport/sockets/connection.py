@@ -25,7 +25,7 @@ from vmibridge.transport.wire import HELLO_LIMIT, F, Frame, FrameReader, encode_
 
 _CHUNK = 256 << 10
 """Bytes that are received at a time."""
-_MOST_UNSENT = 64 << 20
+_MAX_UNSENT = 64 << 20
 """Bytes that are kept for a peer that does not read; beyond it the connection is lost."""
 _MAX_CORKED = 1 << 20
 """Bytes that are kept for `uncork`; beyond it they go out before, or count as unsent."""
@@ -44,7 +44,7 @@ class Connection(Generic[F]):
         self.closed: bool = False
         self.reader: FrameReader[F] = FrameReader(decoder, HELLO_LIMIT)
         self._socket = connected
-        self._duplex = Duplex(connected, unsent or _MOST_UNSENT)
+        self._duplex = Duplex(connected, unsent or _MAX_UNSENT)
         self._unsent = self._duplex.unsent
         self._plain = bytearray()
         """Frames that were posted, and that the socket was not given yet."""

@@ -63,7 +63,7 @@ def test_what_is_no_qmp_is_one_error(line):
 
 
 def test_a_line_has_a_limit(monkeypatch):
-    monkeypatch.setattr(module, "_LONGEST_LINE", 100)
+    monkeypatch.setattr(module, "_MAX_LINE", 100)
     lines = QmpLines()
     assert lines.feed(b" " * 100) == []
     with pytest.raises(QmpError, match="a line of more than 100 bytes"):

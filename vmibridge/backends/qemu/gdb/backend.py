@@ -25,7 +25,7 @@ from vmibridge.backends.qemu.gdb.inspection import Inspector
 from vmibridge.backends.qemu.gdb.leaving import check_status, restore_sites, skip_sites
 from vmibridge.backends.qemu.gdb.memory import QemuMemory
 from vmibridge.backends.qemu.gdb.monitor import ACCELERATOR, STATUS
-from vmibridge.backends.qemu.gdb.options import MOST_HARDWARE, QemuGdbOptions, parse_spec
+from vmibridge.backends.qemu.gdb.options import MAX_HARDWARE, QemuGdbOptions, parse_spec
 from vmibridge.backends.qemu.gdb.stop_log import StopLog
 from vmibridge.backends.qemu.gdb.stops import CONTINUE, GONE, Stops
 from vmibridge.backends.qemu.qmp import Qmp
@@ -159,9 +159,9 @@ class QemuGdbBackend(Backend):
             await restore_sites(client, memory, self.sites, self._threads)
         chosen = self.options.breakpoints
         self._hardware = uses_kvm if chosen == "auto" else chosen == "hardware"
-        if self._hardware and len(self._points) > MOST_HARDWARE:
+        if self._hardware and len(self._points) > MAX_HARDWARE:
             raise BackendError(
-                f"{len(self._points)} sites, and a vCPU has {MOST_HARDWARE} hardware breakpoints"
+                f"{len(self._points)} sites, and a vCPU has {MAX_HARDWARE} hardware breakpoints"
             )
         if uses_kvm and not self._hardware:
             await self._save_code()

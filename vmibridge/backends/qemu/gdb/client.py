@@ -39,12 +39,12 @@ PATIENCE = 10.0
 """Seconds that a stub may owe a reply."""
 _IN_FLIGHT = 32
 """Commands that are sent ahead of their replies."""
-_MOST_TEXT = 1 << 20
-_MOST_STOPS = 256
-_MOST_UNSENT = 64 << 20
+_MAX_TEXT = 1 << 20
+_MAX_STOPS = 256
+_MAX_UNSENT = 64 << 20
 """Bytes that are kept for a stub that does not read; beyond it the connection is lost."""
 _TRIES = 4
-_MOST_PIECES = 100
+_MAX_PIECES = 100
 _PROBE = encode(commands.PROBE)
 
 OnReply = Callable[[bytes], None]
@@ -101,7 +101,7 @@ class GdbClient:
         self.interfered: int = 0
         """How often a probe was dropped: the VM ran, and the probe has paused it."""
         self._socket = connection
-        self._duplex = Duplex(connection, _MOST_UNSENT)
+        self._duplex = Duplex(connection, _MAX_UNSENT)
         self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
         """Take what comes right now: a stop often follows at once when the VM goes on."""
         self._packets = PacketReader()
@@ -166,7 +166,7 @@ class GdbClient:
         # QEMU writes a reply in two pieces, and the next one often follows at once: to look
         # again is cheaper than to wait. It looks only so often, for others to have their turn.
         tries = _TRIES
-        for _ in range(_MOST_PIECES):
+        for _ in range(_MAX_PIECES):
             data = self._duplex.receive_now(1 << 16)
             if data is None:
                 if not tries or not (self._due or self._runs):
@@ -207,7 +207,7 @@ class GdbClient:
 
     def _parse_stop(self, packet: bytes) -> Stop | Exit:
         stop = commands.parse_stop(packet)
-        if len(self._stops) < _MOST_STOPS:
+        if len(self._stops) < _MAX_STOPS:
             self._stops[packet] = stop
         return stop
 
@@ -354,7 +354,7 @@ class GdbClient:
                 errors.append(error)
                 done.set()
                 return
-            if part is None or sum(map(len, text)) > _MOST_TEXT:
+            if part is None or sum(map(len, text)) > _MAX_TEXT:
                 done.set()
             else:
                 text.append(part)

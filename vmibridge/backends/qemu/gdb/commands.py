@@ -34,7 +34,7 @@ only if it is by the other byte. What comes while the VM stands still is dropped
 SIGQUIT, SIGTRAP, SIGABRT = 3, 5, 6
 """QEMU tells a shutdown by SIGQUIT, a pause by SIGINT, a breakpoint by SIGTRAP, and by SIGABRT that
 it cannot run the VM any further: the state "internal-error" of its monitor."""
-_MOST_THREADS = 4096
+_MAX_THREADS = 4096
 
 
 class ReplyError(PacketError):
@@ -102,7 +102,7 @@ def parse_threads(data: bytes) -> list[str]:
     if not data.startswith(b"m"):
         raise ReplyError(f"{_shown(data)} is no list of threads")
     threads = [_thread(name) for name in data[1:].split(b",")]
-    if len(threads) > _MOST_THREADS:
+    if len(threads) > _MAX_THREADS:
         raise ReplyError(f"{len(threads)} threads")
     return threads
 

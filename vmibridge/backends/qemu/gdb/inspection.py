@@ -39,7 +39,7 @@ from vmibridge.vm.trap import Registers, TrapReason
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_MOST_KNOWN = 4096
+_MAX_KNOWN = 4096
 _RFLAGS_RF = 1 << 16
 _LOOK_BACK = 8
 """Bytes before a trap that may belong to a MOV SS."""
@@ -179,7 +179,7 @@ class Inspector:
         result = Code(*found, segment.width, address, _may_shadow(before), patched)
         self._windows.pop(address, None)
         if where.frame is None and segment.width == 64 and saved is None and not patched:
-            if len(self._windows) >= _MOST_KNOWN:
+            if len(self._windows) >= _MAX_KNOWN:
                 self._windows.clear()
             self._windows[address] = Window(
                 address - len(before), before + read[: found[1]], result
@@ -214,7 +214,7 @@ class Inspector:
         segment = segment_of_cache(tables.base, tables.flags, registers.efer)
         descriptor = await self._memory.read_virtual(_place(tables, cs), DESCRIPTOR_SIZE)
         if descriptor is not None and _segment_of(descriptor, registers.efer) == segment:
-            if len(self._segments) >= _MOST_KNOWN:
+            if len(self._segments) >= _MAX_KNOWN:
                 self._segments.clear()
             self._segments[key] = descriptor, segment
         return segment

@@ -11,7 +11,7 @@ from vmibridge.vm.spec import parse_options
 
 _NUMBERS = {"site": "an address", "ud-handler": "an address"}
 _LISTS = ("site", "symbol")
-MOST_HARDWARE = 4
+MAX_HARDWARE = 4
 """The debug registers of an x86 processor."""
 
 

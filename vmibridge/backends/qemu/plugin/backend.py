@@ -26,8 +26,8 @@ import msgspec
 
 from vmibridge.aio import sockets
 from vmibridge.backends.qemu.plugin.protocol import (
-    MOST_HELLO,
-    MOST_VCPUS,
+    MAX_HELLO,
+    MAX_VCPUS,
     PROTOCOLS,
     FrameReader,
     FrameType,
@@ -57,7 +57,7 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _HANDSHAKE = 5.0
 """Seconds."""
-_MOST_CONNECTIONS = 4096
+_MAX_CONNECTIONS = 4096
 
 
 class QemuPluginOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,7 +145,7 @@ class QemuPluginBackend(Backend):
             with anyio.fail_after(_HANDSHAKE):
                 told, ram = await self._shake_hands(connected, frames)
             with ram or nullcontext(), self._place_of(told) as place:
-                vcpu = Vcpu(connected, frames, place * MOST_VCPUS + told.vcpu, ram)
+                vcpu = Vcpu(connected, frames, place * MAX_VCPUS + told.vcpu, ram)
                 self._ends.pop(vcpu.lane, None)
                 await vcpu.send(greetings[told.protocol])
                 await self._take_frames(vcpu, sink)
@@ -172,19 +172,19 @@ class QemuPluginBackend(Backend):
     ) -> tuple[Hello, SharedRam | None]:
         with ExitStack() as stack:
             # Only with its first bytes: a file descriptor that comes later is dropped.
-            data, passed = await sockets.receive_fds(connected, MOST_HELLO, 1)
+            data, passed = await sockets.receive_fds(connected, MAX_HELLO, 1)
             ram = None
             if passed:
                 ram = stack.enter_context(SharedRam(passed[0]))
             frames.feed(data)
             while (frame := frames.next()) is None:
-                frames.feed(await sockets.receive(connected, MOST_HELLO))
+                frames.feed(await sockets.receive(connected, MAX_HELLO))
             kind, body = frame
             if kind != FrameType.HELLO:
                 raise ValueError(f"frame {kind} instead of HELLO")
             told = parse_hello(body)
             why = check_hello(told)
-            if self._connected > _MOST_CONNECTIONS:
+            if self._connected > _MAX_CONNECTIONS:
                 why = "too many vCPUs"
             if why is not None:
                 connected.send(refused(why))
