@@ -34,7 +34,7 @@ class Lanes:
         self._capacity = capacity
         self._on_abandoned = on_abandoned
         self.abandoned: set[int] = set()
-        """Sequence numbers of the queued traps that nobody waits for any more."""
+        """Sequence numbers of queued traps whose answer is not awaited any more."""
         self._queued = 0
         self._ready: deque[TrapEvent] = deque()
         self._busy: dict[int, deque[TrapEvent]] = {}
@@ -77,7 +77,7 @@ class Lanes:
             backlog.append(event)
 
     async def put(self, event: TrapEvent) -> None:
-        """Wait for room. Raises `TrapQueueClosedError`. Cancelled, nothing was put."""
+        """Wait for room. Raises `TrapQueueClosedError`. If cancelled, nothing was put."""
         while True:
             try:
                 return self.put_nowait(event)
@@ -87,7 +87,7 @@ class Lanes:
                 await self._room.wait()
 
     def abandon(self, event: TrapEvent) -> None:
-        """Nobody waits for the answer to this trap any more."""
+        """The answer to this trap is not awaited any more."""
         # By identity, and the latest first: an agent that waits for no answer abandons each trap
         # with the next one.
         queued = chain(reversed(self._busy.get(event.vcpu, ())), reversed(self._ready))

@@ -22,7 +22,7 @@ Invariants
 ----------
 
 - The thread touches nothing of the engine but what it reads from that frame. It logs; everything
-  else, such as the summary and the taps, is told by the mark, on the loop, when that turns again.
+  else, such as the summary and the taps, gets it from the mark, on the loop, when that turns again.
 - The thread ends with the block, and does not keep the process alive.
 """
 

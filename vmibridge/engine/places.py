@@ -19,7 +19,7 @@ class InFlight:
 
     def __init__(self, most: int, above: "InFlight | None" = None) -> None:
         self.free: int = most
-        """Places that nobody holds; one that is handed on is held all the time."""
+        """Places that are not held; one that is handed on is held all the time."""
         self._above = above
         self._line: deque[anyio.Event] = deque()
 
@@ -29,7 +29,7 @@ class InFlight:
         return not self.free or (self._above is not None and not self._above.free)
 
     async def enter(self) -> None:
-        """Take a place, and wait for it. Cancelled, none was taken."""
+        """Take a place, and wait for it. If cancelled, takes none."""
         if self.free:
             self.free -= 1
         else:
@@ -59,7 +59,7 @@ class InFlight:
             self._above.enter_nowait()
 
     def leave(self) -> None:
-        """Give the place to whoever has waited longest."""
+        """Give the place to the request that has waited longest."""
         self._hand_on()
         if self._above is not None:
             self._above.leave()

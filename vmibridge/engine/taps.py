@@ -83,7 +83,7 @@ class HandlerBegan(msgspec.Struct, frozen=True):
     """The name of its method; `None` for a handler without methods, or a code that it does not
     know."""
     queued: int | None
-    """Nanoseconds from when the trap was put into the queue until a worker took it. It is told once
+    """Nanoseconds from when the trap was put into the queue until a worker took it. Given once
     for a trap: `None` for a handler that a request was passed on to by another one."""
     waited: int
     """Nanoseconds since the trap was taken: for the turn of a serial handler, for a place, and for
@@ -94,7 +94,7 @@ class Tap:
     """Sees what goes on. Its calls return soon. If one raises, the tap is dropped."""
 
     full = False
-    """Whether to wait for `room` before more is told."""
+    """Whether to wait for `room` before the next call."""
 
     async def room(self) -> None:
         """Wait until `full` is false. May be cancelled."""
@@ -143,12 +143,12 @@ class Tap:
 
     def ran_natively(self, event: TrapEvent, why: NativeReason) -> None:
         """A trap that is not ours ran natively. One that the policy denies is ours: `answered`
-        is told of it, whatever its guest gets."""
+        is called for it, whatever its guest gets."""
 
     def session_event(self, event: SessionEvent) -> None:
         """The session of a remote VM has changed.
 
-        After handlers were reloaded, the taps of the new ones are told, from the next change on.
+        After handlers were reloaded, the taps of the new ones are called, from the next change on.
         """
 
     def tap_lost(self, vm: str, tap: "Tap", error: Exception) -> None:
@@ -162,7 +162,7 @@ class Tap:
 class Taps:
     """The taps of one VM. One that raises is dropped, and everything goes on without it.
 
-    Dropped means: it gets no further call for this VM but `dropped` and `missed_traps`, nobody
+    Dropped means: it gets no further call for this VM but `dropped` and `missed_traps`, no lane
     waits for its `room` any more, and the log has one line. What else it sees, such as of other
     VMs, stays as it was.
     """
@@ -179,7 +179,7 @@ class Taps:
         """With how much of `_untold` is not its own."""
         self._untold = 0
         """Traps that were taken since the first tap was dropped."""
-        # None where no tap has the hook: whoever would call it pays one test.
+        # None where no tap has the hook: the caller then pays one test.
         self.handler_began: Callable[[HandlerBegan], None] | None = self._hook("handler_began")
         self.session_event: Callable[[SessionEvent], None] | None = self._hook("session_event")
         self.ran_natively: Callable[[TrapEvent], None] | None = (
@@ -283,7 +283,7 @@ class Taps:
         return full
 
     async def room(self) -> None:
-        """Wait until no tap is full. Cancelled, it stops waiting."""
+        """Wait until no tap is full. If cancelled, stops waiting."""
         for tap in self._taps:
             try:
                 await self._room_of(tap)
@@ -339,7 +339,7 @@ class Taps:
         told = one_line(error)
         log.error("vm %s: tap %s is dropped: its %s() raised %s", self._vm, name, call, told)
         log.debug("how tap %s raised", name, exc_info=error)
-        # Whoever waits for its room holds a vCPU, and it may have been about to make some.
+        # A task that waits for its room holds a vCPU, and the tap that is dropped makes none.
         for scope, awaited in self._waits.items():
             if awaited is tap:
                 scope.cancel()
@@ -378,7 +378,7 @@ def _callees(taps: Sequence[Tap], hook: str) -> tuple[tuple[Tap, Callable[..., N
 
 
 class TappedMemory:
-    """Physical memory whose accesses are told to taps."""
+    """Physical memory whose accesses taps see."""
 
     __slots__ = ("_physical", "_taps")
 

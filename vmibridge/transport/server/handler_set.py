@@ -6,7 +6,7 @@ A VM has one current set. When handlers are reloaded another set follows it, and
 | a handler set | takes new requests | takes retries of what it told to wait | ends |
 |---|---|---|---|
 | current | yes | yes | with the guest, at a stop, or by itself |
-| retired | no | yes | when it is quiet, or what nobody has come for has expired |
+| retired | no | yes | when it is quiet, or its uncollected results have expired |
 
 *Quiet*: every trap that it was given is answered, and no request that it told to wait is without
 its result. So no request is asked of two sets.
@@ -77,7 +77,7 @@ class HandlerSet:
             self.backend,
             with_handshake(bridge, settings),
             settings,
-            self._outcomes.way_in(),
+            self._outcomes.add_producer(),
             shared.in_flight,
             shared.turns(),
             tuple(taps),
@@ -145,7 +145,7 @@ class HandlerSet:
         """Another set takes the new requests: end when this one is quiet."""
         self._retired = True
         if not self._quiet:
-            # Results that nobody comes for expire: until then a handler may run for as long as
+            # Results that no retry collects expire: until then a handler may run for as long as
             # its deadline, and its result is kept for as long as `result_timeout`.
             with anyio.move_on_after(self.timeout + self._result_timeout):
                 await self.ended.wait()
