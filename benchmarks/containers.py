@@ -71,7 +71,7 @@ def await_listener(path: Path, deadline: float) -> None:
                 time.sleep(0.005)
             else:
                 return
-    sys.exit(f"containers: nobody listens at {path}")
+    sys.exit(f"containers: nothing listens at {path}")
 
 
 def resident(process: str) -> float:

@@ -31,7 +31,7 @@ IMAGES = {
 PULL_SECONDS = 120
 BUILD_SECONDS = 1800
 NOFILE = 1 << 20
-"""Open files of a container, where nobody says otherwise (containers.conf(5))."""
+"""Open files of a container, where no setting says otherwise (containers.conf(5))."""
 NPROC = 4096
 """Processes of its user: more than any of these needs, and fewer than limits are."""
 

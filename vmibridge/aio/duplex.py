@@ -3,16 +3,16 @@
 | here | so that |
 |---|---|
 | `send` | an answer costs one system call and no task switch; what there is no room for is kept |
-| `flush` | whoever has to know waits until all that was kept has been sent |
+| `flush` | the caller knows that all that was kept has been sent |
 | `take_at_once` | what a peer sends right after its answer costs no turn of the loop |
 | `receive` | the same, for a task that awaits what comes |
 
 Invariants:
 
-- What is kept goes out first, and in its order, also if who waited for it was cancelled: a
+- What is kept goes out first, and in its order, also if the task that waited was cancelled: a
   stream of frames is never cut within a frame.
-- What is kept is bounded. A peer that does not read loses its connection (`shutdown`), and whoever
-  receives sees the end of it.
+- What is kept is bounded. A peer that does not read loses its connection (`shutdown`), and the
+  task that receives sees the end of it.
 - Other tasks have their turn after `AT_ONCE` receptions.
 - The socket is the caller's, who closes it after `end`, when nothing receives any more.
 """
@@ -183,11 +183,11 @@ class Duplex:
     # --- the end -------------------------------------------------------------------
 
     def hang_up(self) -> None:
-        """Send no more, and receive no more; whoever receives sees the end."""
+        """Send no more, and receive no more; the task that receives sees the end."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
-        """The connection is gone: whoever waits gets `anyio.ClosedResourceError`."""
+        """The connection is gone: each waiting task gets `anyio.ClosedResourceError`."""
         self.ended = True
         anyio.notify_closing(self._socket)

@@ -203,7 +203,7 @@ class Bridge(BridgeDispatch):
         )
 
     def match(self, packet: BridgePacket, reason: TrapReason) -> tuple[Entry, ...]:
-        """Who may answer, first choice first; empty when nobody does.
+        """The handlers that may answer, first choice first; empty if there are none.
 
         A CPUID with a magic that no handler names goes only to those that opted in.
         """

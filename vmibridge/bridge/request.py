@@ -18,8 +18,8 @@ RetryKey: TypeAlias = tuple[int, int, int, int, int]
 """Made by `retry_key`."""
 
 NativeReason: TypeAlias = Literal["no request", "another magic", "no signature"]
-"""Why a trap is not ours: it carries no request that can be read, one with a magic that nobody
-answers to, or a hypercall of the guest's own, without the signature of Xen's guest request."""
+"""Why a trap is not ours: it carries no request that can be read, one with a magic that no
+handler has, or a hypercall of the guest's own, without the signature of Xen's guest request."""
 
 
 def request_in(event: TrapEvent) -> BridgePacket | None:

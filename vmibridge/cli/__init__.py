@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"{str(error.filename)[:40]}...: {error.strerror}", 2)
         quiet_stdout()
         if isinstance(error, BrokenPipeError):
-            return 0  # nobody reads on, as behind `head`
+            return 0  # the reader has gone, as behind `head`
         return _fail(f"standard output: {error.strerror}", 1)
     return status
 

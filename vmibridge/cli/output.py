@@ -59,7 +59,7 @@ _STYLES = {
 def standard_output() -> Iterator[BinaryIO]:
     """Standard output, for a command that needs no event loop.
 
-    The block ends quietly when nobody reads on. Raises `RecordingError` when what was read
+    The block ends quietly when the reader has gone. Raises `RecordingError` when what was read
     cannot be written.
     """
     try:
@@ -72,7 +72,7 @@ def standard_output() -> Iterator[BinaryIO]:
 
 
 class Writer(ABC):
-    """Shows the outcomes of one run. Raises `BrokenPipeError` when nobody reads on."""
+    """Shows the outcomes of one run. Raises `BrokenPipeError` when the reader has gone."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -149,7 +149,7 @@ class _StreamWriter(Writer):
                 while not self._poll.poll(0):
                     await anyio.wait_writable(self._fd)
                 return
-        raise TimeoutError(errno.ETIMEDOUT, f"nobody has read it for {_PATIENCE:g} seconds")
+        raise TimeoutError(errno.ETIMEDOUT, f"not read for {_PATIENCE:g} seconds")
 
     def _tell_dropped(self) -> None:
         if self.dropped > self._told:

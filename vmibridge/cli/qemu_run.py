@@ -210,7 +210,7 @@ def _built_plugin() -> Path:
     sources = b"".join(source.read_bytes() for source in SOURCES)
     name = hashlib.sha256(sources).hexdigest()[:16]
     path = cache / f"plugin-{name}.so"
-    # QEMU runs it: one that others could have written is made anew, in its place.
+    # QEMU runs it: one that others could have written is replaced by a new one.
     return path if is_own_file(path) else build_plugin(path)
 
 

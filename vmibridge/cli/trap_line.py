@@ -78,7 +78,7 @@ def trap_json(outcome: Outcome[Any]) -> bytes:
 def summary_json(summaries: Mapping[str, Summary], dropped: int = 0) -> bytes:
     """The last line of `--json`: counts by outcome, and how each vCPU ended.
 
-    `dropped`: lines before it that could not be written; told where there are any.
+    `dropped`: lines before it that could not be written; shown where there are any.
     """
     whole = Summary.of_all(summaries.values())
     line: dict[str, Any] = {

@@ -66,7 +66,7 @@ class HandlerFactory:
         neither its module nor its settings are given; `MissingExtraError` where they are, or
         where no handler is left.
         """
-        # Asked anew, so that what a `handlers()` function makes is made for each VM.
+        # Asked again, so that what a `handlers()` function makes is made for each VM.
         made: list[tuple[Offered, BridgeHandler[Any]]] = []
         missing: MissingExtraError | None = None
         for at, offer in enumerate(offered_by(self._modules)):

@@ -171,7 +171,7 @@ CHANNEL_OF_TOPIC: Mapping[str, ChannelKind] = MappingProxyType(
 
 
 def output_text(output: object) -> str | None:
-    """How a typed output is told: as JSON, or by its `repr`; `None` for none."""
+    """A typed output as text: JSON, or its `repr`; `None` for none."""
     if output is None:
         return None
     text = json_text(output)

@@ -94,7 +94,7 @@ class Recorder(Tap):
     ) -> None:
         """`path` is a new file, or a folder, where a new one is numbered after `stem`.
 
-        Raises `ValueError` for numbers that make no sense, `ConfigError` for a wrong rule.
+        Raises `ValueError` if a number is out of range, `ConfigError` for a wrong rule.
         """
         if not flush_interval > 0:
             raise ValueError(f"flush_interval is a number of seconds, got {flush_interval!r}")
@@ -267,7 +267,7 @@ class Recorder(Tap):
         self._add(NOTE, Note("end", text, vm, counts={**counts, "native": summary.native}))
 
     def dropped(self, vm: str, error: Exception) -> None:
-        """What must not happen: it could not take what it was told. The recording ends here, and
+        """What must not happen: it could not take an event. The recording ends here, and
         the runs end or go on as if the file could not be written."""
         self._fail(error)
 
@@ -391,7 +391,7 @@ def _session(
 def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
     """What a recording keeps of a handler."""
     cls, contract = type(handler), handler.contract
-    # The module of a file has the folder in its name, which is nobody's business.
+    # The module of a file has the folder in its name, which does not belong into the file.
     module = cls.__module__.rpartition("/")[2]
     source = digest = None
     try:

@@ -93,7 +93,7 @@ class SessionCounts:
         self.refused: int = 0
         """Traps that may have run elsewhere, and were not run here."""
         self.late: int = 0
-        """Answers that nobody waited for any more."""
+        """Answers that came too late: their trap was not pending any more."""
         self.returned: int = 0
         """Traps that were given back, because the server stops."""
 
@@ -167,7 +167,7 @@ class Session:
         self.over: anyio.Event = anyio.Event()
         """The guest has ended, or its agent did not come back."""
         self.events: SessionEvents = SessionEvents()
-        """What taps are told of it."""
+        """What taps see of it."""
         self.link: Link | None = None
         self.away_since: float = _clock()
         """When the last connection was lost."""
@@ -333,7 +333,7 @@ class Session:
         self.answer(event, write_response(event, self._fallback))
 
     def give_back(self, event: TrapEvent) -> None:
-        """The server stops, and nobody was asked: the agent is to send the trap again."""
+        """The server stops, and no handler was asked: the agent is to send the trap again."""
         lane = self._lanes.get(event.vcpu)
         if lane is not None and lane.event.seq == event.seq and lane.answer is None:
             del self._lanes[event.vcpu]
@@ -369,7 +369,7 @@ class Session:
         return Returned(seq) if lane is None or lane.event.seq != seq else lane.answer
 
     def answer(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
-        """Send an answer, and remember it; dropped when nobody waits for it."""
+        """Send an answer, and remember it; dropped when its trap is not pending any more."""
         lane = self._lanes.get(event.vcpu)
         if lane is None or lane.event.seq != event.seq or lane.answer is not None:
             self.counts.late += 1

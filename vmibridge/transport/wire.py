@@ -123,7 +123,7 @@ class Memory(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
 
 
 class Ping(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
-    """Is somebody there? Sent by the agent only."""
+    """Is the server there? Sent by the agent only."""
 
 
 class WireEnd(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -424,7 +424,7 @@ def wire_read(magic: int | None, request: int, read: GuestRead) -> WireRead:
 
 
 def guest_read(frame: WireRead) -> GuestRead:
-    """What came. Raises `WireError` for what makes no sense."""
+    """What came. Raises `WireError` if a frame is malformed."""
     address, size, size_in = frame.read
     try:
         return GuestRead(address, size, size_in=size_in or None, method=frame.method)

@@ -145,7 +145,7 @@ class Qmp:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, MemoryObjectSendStream[QmpReply]] = {}
         self._given_up: set[int] = set()
-        """Commands whose reply nobody waits for any more."""
+        """Commands whose caller was cancelled or timed out: their replies are dropped."""
         self._listeners: list[tuple[tuple[str, ...], MemoryObjectSendStream[QmpEvent]]] = []
         self._sending = anyio.Lock()
         self._reading = anyio.CancelScope(shield=True)
@@ -232,7 +232,7 @@ class Qmp:
                 try:
                     listener.send_nowait(message)
                 except anyio.WouldBlock:
-                    log.warning("QMP event %s is dropped: nobody takes events", message.event)
+                    log.warning("QMP event %s is dropped: there is no consumer", message.event)
                 except anyio.BrokenResourceError:
                     pass
 
@@ -269,7 +269,7 @@ class Qmp:
         """Run a command, and return its result as a `kind`, or nothing.
 
         `_` in the name of an argument stands for `-`. Raises `QmpError` with what QEMU says,
-        when it does not answer for `timeout` seconds, or has hung up. Cancelled, the command
+        when it does not answer for `timeout` seconds, or has hung up. If cancelled, the command
         was sent, and is done or not.
         """
         number = next(self._numbers)

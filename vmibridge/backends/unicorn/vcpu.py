@@ -208,7 +208,7 @@ class UnicornVcpu:
     def _ask(self, event: TrapEvent) -> RegisterWrites | None:
         try:
             answered, writes = self._slot.ask(event)
-        except RuntimeError:  # the event loop is gone: there is nobody to run for
+        except RuntimeError:  # the event loop is gone: no trap can be answered
             answered, writes = False, None
         if not answered:
             self._stopping = True

@@ -69,7 +69,7 @@ class MethodNames:
                     self._names[session.vm, handler.name, method.code] = method.name
 
     def of(self, trap: RecordedTrap) -> str:
-        """`handler/method`, or the codes where nobody took it."""
+        """`handler/method`, or the codes where no handler took it."""
         packet, reply = trap.packet, trap.reply
         if packet is None:
             return trap.event.reason.value

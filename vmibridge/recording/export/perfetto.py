@@ -14,7 +14,7 @@ Rules:
 
 - A vCPU has one trap at a time. In a file that says otherwise a slice begins where the one
   before it ended, so that they nest in any case.
-- A recording has the times of traps and of replies. Accesses to memory are told in numbers.
+- A recording has the times of traps and of replies. Accesses to memory are shown as counts.
 - Each packet is written by itself: field 1 of the message `Trace`, with its length before it.
 """
 

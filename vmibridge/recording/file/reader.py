@@ -5,7 +5,7 @@
   its CRC. Payloads are decoded into the structs of `messages`, and into nothing else.
 - The registers of a trap are those of the architecture that the session of its VM names. A file
   with an architecture that is not known is not read: its traps would be read as others.
-- What cannot be read costs itself only: a message, or a chunk. It is told in `problems`,
+- What cannot be read costs itself only: a message, or a chunk. It is listed in `problems`,
   with its place. Where a length is wrong, reading goes on at the next thing that has the
   looks and the CRC of a chunk.
 - A recording behind the end of another is read, too: files that were put together.

@@ -172,7 +172,7 @@ class RecordingWriter:
 
 
 def _open_numbered(folder: Path, stem: str) -> tuple[Path, int]:
-    """A new file for this process alone, whoever else makes one there."""
+    """A new file for this process alone, also when another makes one of that name."""
     paths = (folder / f"{stem}-{number}.mcap" for number in itertools.count(1))
     while True:
         path = next(paths)

@@ -5,7 +5,7 @@ for it again: they share its memory accesses and its final reply.
 
 | a handler now | gets | is a difference |
 |---|---|---|
-| reads what it read then | the bytes of then | in a strict replay, in another order |
+| reads what it read then | the recorded bytes | in a strict replay, in another order |
 | reads something else, of bytes that it knew then | them | in a strict replay |
 | reads what it did not know then | `GuestMemoryError` | yes |
 | writes what it wrote then | what became of it then | in a strict replay, in another order |
@@ -124,11 +124,11 @@ class ReplayedRequest:
         return size
 
     def drop_retries(self) -> None:
-        """It is answered: nobody has to ask again."""
+        """It is answered: no retry is needed."""
         self._retries = None
 
     def take_read(self, address: int, size: int) -> bytes | None:
-        """The bytes of then; `None`: not recorded, as far as is known yet.
+        """The recorded bytes; `None`: not recorded, as far as is known yet.
 
         Raises `GuestMemoryError` for a read that failed then, or was left out.
         """

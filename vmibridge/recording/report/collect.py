@@ -34,7 +34,7 @@ _MAX_WORDS = 200
 
 
 class Collector:
-    """Is told of sessions, notes and traps in turn, and keeps what a page shows."""
+    """Takes sessions, notes and traps in turn, and keeps what a page shows."""
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self.count: int = 0
@@ -91,7 +91,7 @@ class Collector:
                 heapq.heapreplace(self._slowest, entry)
 
     def finish(self, reader: RecordingReader) -> dict[str, Any]:
-        """What the page is told beside the rows; call it once, after the pass of `reader`."""
+        """What the page gets beside the rows; call it once, after the pass of `reader`."""
         first = len(self.rows)
         behind = dict(self._failed)
         for _, place, run, trap in self._slowest:

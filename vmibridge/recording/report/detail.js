@@ -3,7 +3,7 @@
 
 const decimal = (digits) => BigInt(`0x${digits}`).toLocaleString("en-GB");
 
-/** The nodes that tell of a row. `open` is told another one. */
+/** The nodes that tell of a row. `open` is called with another one. */
 function detailOf(traps, row, open) {
   const error = traps.text("error", row);
   const output = traps.text("output", row);

@@ -11,7 +11,7 @@ const BEST_TO_WORST = [
 ];
 
 class Timeline {
-  /** `moved` is told the part that is shown, in nanoseconds; `open` a row. */
+  /** `moved` is called with the part that is shown, in nanoseconds; `open` with a row. */
   constructor(traps, { open, moved }) {
     this.traps = traps;
     this.open = open;

@@ -1,7 +1,7 @@
 """Guest memory, accessed for a server: each write once, however often it is asked for.
 
 A server that lost its connection asks again for what it has no reply to. A write that was
-done, or is being done, is not done again: it gets the reply of then.
+done, or is being done, is not done again: it gets the reply to the first one.
 """
 
 from collections import OrderedDict

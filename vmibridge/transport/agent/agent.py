@@ -263,9 +263,7 @@ class Agent:
         if not self._welcomed.is_set():
             self._filter = wanted
         elif wanted != self._filter:
-            log.warning(
-                "vm %s: the server wants other traps now: the VM has to start anew", self.vm
-            )
+            log.warning("vm %s: the server wants other traps now: restart the VM", self.vm)
         link = dialled.link
         self._welcomed.set()
         link.cork()
@@ -311,7 +309,7 @@ class Agent:
                     rest = self._in_flight.answer(frame.seq, None)
                 elif isinstance(frame, Read | Write):
                     if link.closed:
-                        # It has asked for more than it reads: nothing is read for nobody.
+                        # It has asked for more than it reads: no memory is read for it.
                         raise ConnectionLostError("hung up")
                     rest = self._in_flight.access(frame)
                 elif isinstance(frame, Returned):

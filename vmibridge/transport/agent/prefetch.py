@@ -20,7 +20,7 @@ _MAX_PIECES = 256
 
 
 class Prefetch:
-    """The declared reads of one server. Raises `WireError` for those that make no sense."""
+    """The declared reads of one server. Raises `WireError` for an invalid one."""
 
     def __init__(self, backend: Backend, reads: Iterable[WireRead]) -> None:
         self._backend = backend

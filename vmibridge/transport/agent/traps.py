@@ -6,7 +6,7 @@
   handler may have run for it. So it is to each further one. It is not to the first, which
   remembers it; nor after RETURNED, by which a server says that it asked no handler.
 - What belongs to another incarnation is not sent: the reply to an access has the number that the
-  server of then gave it.
+  server before gave it.
 """
 
 import logging
@@ -150,7 +150,7 @@ class InFlightTraps:
             self._give_up(lane.event.seq)
             return
         if not elsewhere:
-            # Else the first one stays: the trap is marked for whoever is not that one.
+            # Else the first one stays: the trap is marked for every other one.
             lane.sent_to = self._incarnation
         link.post(frame)
 
@@ -255,7 +255,7 @@ class InFlightTraps:
         return None if wish is DONE else go_on(body, wish)
 
     def take_back(self, seq: int) -> None:
-        """The server stops, and has asked nobody: as if it had not been sent."""
+        """The server stops, and has asked no handler: as if it had not been sent."""
         lane = self._in_flight.get(seq)
         if lane is not None:
             lane.sent_to = None

@@ -2,7 +2,7 @@
 
 To `Agent` this is one connection, with one incarnation behind it. Which server has which trap is
 kept here (`attempts`); what a server says of a trap that it does not have is dropped, and
-it is told that its access to guest memory failed.
+gets an error for its access to guest memory.
 
 A connection to NATS that is lost is made again by nats-py, below this: the link goes on.
 """
@@ -336,7 +336,7 @@ class NatsAgentLink:
     # --- time -----------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Ask about traps, and send those again that nobody has."""
+        """Ask about traps, and send those again that no server has."""
         step = max(0.01, self._sent.silence / 60)
         while True:
             await anyio.sleep(step)
@@ -360,7 +360,7 @@ class NatsAgentLink:
                     f"the server {sent.holder.name} is gone: its traps are sent to others",
                 )
                 self._waiting.drop_peer(sent.holder)
-            # If it lives after all, nobody waits for it.
+            # If it runs after all, its answer is not waited for.
             self._cancel(sent.frame.seq, sent.attempt, sent.holder)
             sent.only = None
             self._send(sent)
@@ -377,7 +377,7 @@ class NatsAgentLink:
             self._publish_to(peer, pack(Ping()))
 
     async def keep_alive(self, silence: float) -> None:
-        """Servers are told that the VM is there; those that are gone are forgotten."""
+        """Let servers know that the VM is there; forget those that are gone."""
         while True:
             await anyio.sleep(silence / 3)
             now = self._client.uptime()

@@ -2,7 +2,7 @@
 
 | a trap is | and then |
 |---|---|
-| sent, and nobody has said TAKEN | its server is unknown: all are asked |
+| sent, and no server has said TAKEN | its server is unknown: all are asked |
 | taken by a server | that one is asked, now and then |
 | with no server: no responders, or it was given back or refused | sent again after a pause |
 | with a server that is silent, or gone | sent again, marked: it may have run there |
@@ -86,12 +86,12 @@ class SentTraps:
         return None if sent is None or attempt not in (None, sent.attempt) else sent
 
     def drop(self, sent: Sent) -> None:
-        """It is answered, or nobody waits for it."""
+        """It is answered, or its answer is not awaited any more."""
         del self._by_vcpu[sent.frame.vcpu]
         del self._by_seq[sent.frame.seq]
 
     def on_connected(self, now: float) -> None:
-        """NATS is there again: for a while servers may not be, and live."""
+        """NATS is there again; servers may reconnect later, and are not given up for that."""
         self._since = now
 
     def hear_all(self, now: float) -> None:

@@ -2,8 +2,8 @@
 
 - nats-py is for asyncio: on trio there is one clear error.
 - It connects again by itself, for as long as it takes. What was published meanwhile it keeps,
-  up to a bound; whoever publishes has to reckon with messages that are lost.
-- What NATS says while we are connected has no caller to go to: it is told in the log, once.
+  up to a bound; a publisher has to reckon with messages that are lost.
+- What NATS says while we are connected has no caller to go to: it is logged, once.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class NatsClient:
         self.denied: list[str] = []
         """What NATS has said that it does not permit us."""
         self.at_work = False
-        """Set by the owner, when what is denied from here on is to be told in the log."""
+        """Set by the owner, when what is denied from here on is to be logged."""
         self.on_trouble: Callable[[], None] = lambda: None
         """Called when `closed` or `denied` is another."""
         self.on_reconnect: Callable[[], None] = lambda: None
@@ -287,7 +287,7 @@ class NatsClient:
         log.debug("%s: a message is lost: %s", self.url, type(error).__name__)
 
     async def settle(self) -> None:
-        """Wait until NATS has taken what was said, and has told what it does not permit.
+        """Wait until NATS has taken what was said, and has said what it does not permit.
 
         Raises `OSError` when the connection is lost meanwhile, and what nats-py raises.
         """
@@ -333,7 +333,7 @@ class NatsClient:
 
 
 def is_no_responders(message: "Msg") -> bool:
-    """Whether this is NATS' "no responders": nobody subscribes to where a message was published.
+    """Whether this is NATS' "no responders": no subscription where a message was published.
 
     It has no body, and the status 503 (NATS client protocol, HMSG).
     """

@@ -5,7 +5,7 @@
 - Each trap brings the HELLO of its agent along. So any server can take it, and knows the VM
   from there on, as if it had connected.
 - A trap is said to be TAKEN at once, and again each time that its agent asks.
-- What is no message of an agent is dropped, and nobody is answered.
+- What is no message of an agent is dropped, without an answer.
 """
 
 import logging
@@ -265,7 +265,7 @@ class NatsListener:
             return link
 
     async def _probe(self, hello: Hello) -> None:
-        """Whether the agent that was here before is there, when its VM is begun anew."""
+        """Whether the agent that was here before is there, when its VM is restarted."""
         from nats.errors import Error, NoRespondersError
 
         for link in list(self._by_hello.values()):

@@ -3,7 +3,7 @@
 - A file of secrets is checked before NATS is asked: nats-py would look for a JWT for ever in
   a file that has none. It is read again for each connection, so it may be renewed.
 - Where the URL wants TLS, nothing is said without it. nats-py would go on in the clear when
-  a server, or somebody in between, does not ask for it (`patched`).
+  a server, or a proxy in between, does not ask for it (`patched`).
 - Secrets go to nats-py, and nowhere else: no error says one.
 """
 
@@ -20,7 +20,7 @@ from vmibridge.text import printable
 from vmibridge.transport.urls.nats import NatsUrl
 
 _MAX_FILE = 1 << 20
-"""Bytes of a file of secrets. NATS takes a CONNECT of 4 KiB, unless it is told to take more."""
+"""Bytes of a file of secrets. NATS takes a CONNECT of 4 KiB, unless configured to take more."""
 _JWT = re.compile(rb"-BEGIN NATS USER JWT-+\s+([\w.=-]+)")
 _SEED = re.compile(rb"-BEGIN USER NKEY SEED-+\s+([A-Z2-7]+)")
 _DENIED = "permissions violation for "

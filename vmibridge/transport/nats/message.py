@@ -28,7 +28,7 @@ _U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Ask(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=32):
-    """From the agent: who is at this trap? Say so, or answer it again."""
+    """From the agent: which server handles this trap? Say so, or answer it again."""
 
     seq: _U64
     vcpu: _U16

@@ -113,7 +113,7 @@ class Waiting:
             self._peers.popitem(last=False)
 
     def drop(self, key: Hashable) -> None:
-        """It has its answer, or has to be asked anew."""
+        """It has its answer, or has to be asked again from the start."""
         self._peers.pop(key, None)
 
     def drop_peer(self, peer: Peer) -> None:

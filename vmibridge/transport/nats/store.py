@@ -117,7 +117,7 @@ async def _store(
     try:
         async with client:
             with anyio.fail_after(seconds) as scope:
-                # Who may not ask is not told so in an answer: there is none.
+                # A client without the right to ask gets no answer at all.
                 client.on_trouble = scope.cancel
                 stream = client.nats.jetstream()
                 try:
@@ -158,7 +158,7 @@ def _refusal(error: "Error") -> str:
 
     if isinstance(error, APIError) and error.description:
         return f"JetStream refuses: {printable(error.description)}"
-    # nats-py makes the second one, without a description, when nobody answers.
+    # nats-py makes the second one, without a description, when there is no answer.
     if isinstance(error, NoRespondersError | ServiceUnavailableError):
         return "this NATS has no JetStream"
     return type(error).__name__

@@ -81,7 +81,7 @@ class AgentServer:
 
     `handlers` makes what serves one VM, given its name, as for `BridgeServer`; `settings` are
     those of each VM's server, and `in_flight_total` counts for all of them. `on_outcome` is
-    told of each trap, `on_end` of each VM that has ended: its name, its counts, and what no
+    called with each trap, `on_end` with each VM that has ended: its name, its counts, and what no
     outcome tells of (`SessionCounts`). Both may wait: the VM waits with them.
 
     `repeated` says what becomes of a trap that a server which is gone may have run: by
@@ -140,7 +140,7 @@ class AgentServer:
         return self._listener.refused
 
     async def run(self) -> None:
-        """Serve until `stop`. Cancelled, it stops without grace. Once.
+        """Serve until `stop`. If cancelled, stops without grace. Once.
 
         Raises `BackendError` when it cannot listen.
         """
@@ -228,7 +228,7 @@ class AgentServer:
             return False
         if handler_set.filter != vm.current.filter:
             log.warning(
-                "vm %s: traps with magics that it did not have before come when it starts anew",
+                "vm %s: traps with magics that are new come once the VM restarts",
                 name,
             )
         old, vm.current = vm.current, handler_set
@@ -242,7 +242,7 @@ class AgentServer:
         if self._stop.is_set() or self._tasks is None:
             raise RefusedError("the server stops", final=False)
         if hello.session in self._ended:
-            # Its agent has not heard that END had come, or the VM has begun anew.
+            # Its agent has not heard that END had come, or the VM has been restarted.
             raise RefusedError("this VM has ended")
         vm = self._vms.get(hello.session)
         if vm is None:
@@ -265,8 +265,8 @@ class AgentServer:
             if session.vm == hello.vm and not session.over.is_set():
                 if session.link is not None or session.owner != peer:
                     raise RefusedError(f"a VM of the name {hello.vm} is served", final=False)
-                # The VM was started anew: of the one before nobody will come back.
-                session.lose("its agent began anew")
+                # The VM was restarted: the agent of the session before will not come back.
+                session.lose("its agent restarted")
                 # What it has sent may come late, and is not to take the place of this one.
                 self._ended.append(session.id)
         if len(self._vms) >= self._limits.sessions:

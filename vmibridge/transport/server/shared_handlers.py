@@ -44,9 +44,9 @@ class _Life:
         """Or failed, which `error` tells."""
         self.error: Exception | None = None
         self.unused = anyio.Event()
-        """Nobody has it, and nobody is to get it any more."""
+        """No VM has it, and none is to get it any more."""
         self.superseded = False
-        """Handlers were reloaded since somebody came for it."""
+        """Handlers were reloaded since a VM last used it."""
         self.leaving = False
         self.left = anyio.Event()
 
@@ -142,7 +142,7 @@ class SharedHandlers:
             life.superseded = True
 
     def leave_unused(self) -> None:
-        """All VMs have the reloaded handlers: leave what nobody has."""
+        """All VMs have the reloaded handlers: leave those that no VM has."""
         for life in self._lives.values():
             self._leave_if_unused(life)
 

@@ -5,7 +5,7 @@
 - Frames are coalesced: between `cork` and `uncork`, and with `later`, they go out together.
 - TLS is a code between bytes and bytes, in memory: the socket below it is the same, and what is
   sent without waiting in the clear is sent without waiting in TLS.
-- That a connection is lost is raised to whoever receives (or shakes hands), and to nobody else;
+- That a connection is lost is raised in the task that receives (or shakes hands), and in no other;
   what is posted then goes nowhere.
 """
 
@@ -150,7 +150,7 @@ class Connection(Generic[F]):
             try:
                 self._send()
             except OSError:
-                # Whoever receives learns of it.
+                # The task that receives learns of it.
                 self._unsent.clear()
         if self._unsent and not self._waking:
             self._keep()
@@ -201,7 +201,7 @@ class Connection(Generic[F]):
             await self._flush_all()
 
     def close(self) -> None:
-        """Hang up. Nothing is sent any more; whoever receives is told."""
+        """Hang up. Nothing is sent any more; the task that receives ends."""
         if self.closed:
             return
         self.closed = True

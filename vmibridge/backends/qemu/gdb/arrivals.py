@@ -31,8 +31,8 @@ class Arrivals:
     ) -> None:
         """`on_arrived` gets the vCPU, and its trap if that was guessed.
 
-        `on_dropped` is called instead if somebody else had let the VM go on meanwhile: it is
-        paused.
+        `on_dropped` is called instead if another client of QEMU had let the VM go on
+        meanwhile: it is paused.
         """
         self._client = client
         self._memory = memory

@@ -1,11 +1,11 @@
 """A gdbstub on a socket: commands go out, replies come back in their order.
 
-- One task reads for all of the client's life (`read`), and hands each reply to whoever waits
-  longest. Stop replies are not asked for: they go to `on_stop`.
+- One task reads for all of the client's life (`read`), and hands each reply to the command
+  that waits longest. Stop replies are not asked for: they go to `on_stop`.
 - Nothing is acknowledged once the stub has agreed, or is QEMU's: a byte that arrives while
   the VM runs stops it.
-- Somebody else may let the VM go on by QMP at any moment, and then the stub drops the first command
-  that comes (`commands.is_probed`). Where that would matter a probe goes ahead.
+- Another client may let the VM go on by QMP at any moment, and then the stub drops the first
+  command that comes (`commands.is_probed`). Where that would matter a probe goes ahead.
 - A stub that owes a reply for `patience` seconds is lost, as one that says what it must not.
 """
 
@@ -55,7 +55,7 @@ def _on_probed(_reply: bytes) -> None:
 
 
 class ClientLostError(BackendError):
-    """The connection is gone, or of no more use."""
+    """The connection is gone, or cannot be used any more."""
 
 
 class _Replies:
@@ -122,7 +122,7 @@ class GdbClient:
             raise ClientLostError(self.why_lost)
 
     def lose(self, why: str) -> None:
-        """The connection is of no more use; whoever waits for a reply is told."""
+        """Give the connection up; wakes every pending caller with `ClientLostError`."""
         if self.why_lost is not None:
             return
         self.why_lost = why
@@ -148,7 +148,7 @@ class GdbClient:
         self.lose("it hung up")
 
     def _receive(self) -> bool:
-        # Raises nothing: why the stub is lost has to be known before somebody sends again.
+        # Raises nothing: why the stub is lost has to be known before the next command is sent.
         try:
             self._receive_pieces()
         except anyio.EndOfStream:
@@ -201,7 +201,7 @@ class GdbClient:
                 return
             self.interfered += 1
         if not self._due:
-            raise PacketError(f"a reply that nobody asked for: {packet[:40]!r}")
+            raise PacketError(f"an unsolicited reply: {packet[:40]!r}")
         self._replies += 1
         self._due.popleft()(packet)
 
@@ -288,7 +288,7 @@ class GdbClient:
     ) -> list[bytes]:
         """The replies to some commands, which go out in one write between `head` and `tail`.
 
-        With `probe` they are done even if somebody else has let the VM go on: it is paused then,
+        With `probe` they are done even if another client has let the VM go on: it is paused then,
         and `interfered` counts it. If cancelled, replies are dropped as they come. Raises
         `ClientLostError`.
         """

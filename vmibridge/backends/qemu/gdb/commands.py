@@ -2,7 +2,7 @@
 
 GDB manual, appendix E.2 (packets), E.3 (stop replies), E.4 (queries); QEMU's own are in its
 `docs/system/gdb.rst`. A command is what goes into a packet. What a stub replies is checked;
-an error of the stub is a `StubError`, and what makes no sense a `ReplyError`.
+an error of the stub is a `StubError`, and a malformed reply a `ReplyError`.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,7 @@ class Stop(NamedTuple):
 
     signal: int
     thread: str = ""
-    """The one that was stopped, such as `p01.02`; empty when it was not told."""
+    """The one that was stopped, such as `p01.02`; empty if the stub did not say."""
 
 
 class Exit(NamedTuple):

@@ -57,7 +57,7 @@ class Code(NamedTuple):
     in_shadow: bool = False
     """Whether the instruction before it may be a STI or a load of SS."""
     patched: bool = False
-    """Whether somebody who left has replaced it by one that does nothing."""
+    """Whether a client that left has replaced it by one that does nothing."""
 
 
 class Window(NamedTuple):

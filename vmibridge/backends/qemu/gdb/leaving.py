@@ -1,4 +1,4 @@
-"""How a VM is left to nobody, and what the next host finds.
+"""How a VM is left without a host, and what the next host finds.
 
 | leave | a trap without a host | what stays in the VM |
 |---|---|---|

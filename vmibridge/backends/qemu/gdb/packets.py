@@ -30,7 +30,7 @@ class Mark(Enum):
 
 
 class Notification(bytes):
-    """The data of a packet that answers nothing and that nobody acknowledges."""
+    """The data of a packet that is neither a reply nor acknowledged."""
 
     __slots__ = ()
 

@@ -37,7 +37,7 @@ class StopLog:
 
     @property
     def commands(self) -> list[str]:
-        """What QEMU's monitor has to be told."""
+        """The command for QEMU's monitor."""
         names = (_STOP, _CONT, _HUMAN)
         return [f"logfile {self.path}", *(f"trace-event {name.decode()} on" for name in names)]
 

@@ -10,7 +10,7 @@
 - The run ends when the last vCPU has hung up: its QEMU has ended. It goes on for ever while
   none has come; with `stay`, until it is stopped.
 - Where a QEMU shares its memory, reads that the file can answer do not go through the plugin.
-- A peer that sends what it must not loses its connection. Its vCPU goes on as it was told
+- A peer that sends what it must not loses its connection. Its vCPU goes on as it was configured
   to without a host.
 """
 
@@ -78,11 +78,11 @@ class _Qemu:
 
 
 class _RefusedError(Exception):
-    """A plugin was told why it is not served."""
+    """A plugin was refused, with the reason."""
 
 
 class QemuPluginBackend(Backend):
-    """QEMUs with the plugin. Raises `BackendSpecError` for options that make no sense."""
+    """QEMUs with the plugin. Raises `BackendSpecError` if an option is out of range."""
 
     def __init__(
         self, path: Path, options: QemuPluginOptions | None = None, vm: str = "vm"
@@ -113,7 +113,7 @@ class QemuPluginBackend(Backend):
         self._listener.close()
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
-        """Serve whoever connects, until the last vCPU has hung up."""
+        """Serve each plugin that connects, until the last vCPU has hung up."""
         try:
             greetings = {each: welcome(traps, each) for each in PROTOCOLS}
         except ValueError as error:
@@ -243,7 +243,7 @@ class QemuPluginBackend(Backend):
         self._ends[vcpu.lane] = VcpuEnd(vcpu.lane, reason, why)
 
     def give_back(self, event: TrapEvent) -> bool:
-        """Hang up: the plugin does without a host, as it was told to, or waits for the next one."""
+        """Hang up: the plugin does without a host, if so configured, or waits for the next one."""
         vcpu = self._pending.pop(event.seq)
         vcpu.pending = None
         vcpu.let_go()
@@ -259,7 +259,7 @@ class QemuPluginBackend(Backend):
         vcpu.receive_at_once()
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
-        """Asks the plugin, or the file. Cancelled, the plugin's reply is dropped when it comes."""
+        """Asks the plugin, or the file. If cancelled, the plugin's reply is dropped later."""
         vcpu = self._vcpu_of(event, address)
         if vcpu.ram is not None and (known := vcpu.ram.read(address, size)) is not None:
             return known
@@ -273,7 +273,7 @@ class QemuPluginBackend(Backend):
         return data
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
-        """Asks the plugin. Cancelled, it is written none the less, or not at all."""
+        """Asks the plugin. If cancelled, it is written none the less, or not at all."""
         try:
             vcpu = self._vcpu_of(event, address)
             body = await vcpu.access(address, write_memory(address, data), 0)

@@ -104,7 +104,7 @@ class Vcpu:
     def take_reply(self, body: bytes) -> None:
         """The reply to the oldest access has come. Raises `ValueError` when there is none."""
         if not self._reads:
-            raise ValueError("a MEMORY that nobody asked for")
+            raise ValueError("an unsolicited MEMORY")
         reply = self._reads.popleft()
         if not self._reads:
             self.frames.most = MAX_BODY

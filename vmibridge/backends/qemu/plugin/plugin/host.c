@@ -153,7 +153,7 @@ static bool shake_hands(struct vcpu *vcpu, double until)
     return true;
 }
 
-/* Whether there is a host. A unix socket that nobody listens at refuses at once. */
+/* Whether there is a host. A unix socket without a listener refuses at once. */
 bool connected(struct vcpu *vcpu)
 {
     if (vcpu->fd >= 0) {

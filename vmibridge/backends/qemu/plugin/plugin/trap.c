@@ -1,5 +1,5 @@
 /*
- * One trap: which are ours, what the host is told, and how the vCPU goes on.
+ * One trap: which are ours, what is sent to the host, and how the vCPU goes on.
  *
  * | with | RIP and flags of a trap | how the answer is written |
  * |---|---|---|
