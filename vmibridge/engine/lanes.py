@@ -69,6 +69,7 @@ class Lanes:
         self._queued += 1
         backlog = self._busy.get(event.vcpu)
         if backlog is None:
+            # A lane is busy as long as it is in here, with an empty backlog, too.
             self._busy[event.vcpu] = deque()
             self._ready.append(event)
             if not self._waking:
@@ -133,6 +134,7 @@ class Lanes:
                 if turn in self._idle:
                     self._idle.remove(turn)
                 else:
+                    # Woken and cancelled: left set, no other worker would be woken any more.
                     self._waking = False
                 raise
             self._waking = False

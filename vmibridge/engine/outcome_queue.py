@@ -55,12 +55,14 @@ class OutcomeQueue:
                 await self._gather()
             self._woken = anyio.current_time()
         outcome = self.items.popleft()
+        # Outcomes go one by one, so each way down passes this number, once.
         if len(self.items) == self.capacity // 2:
             for producer in self._producers:
                 producer.free()
         return outcome
 
     async def _gather(self) -> None:
+        # A full queue has producers that wait, and behind them vCPUs: nothing more could gather.
         if len(self.items) < self.capacity:
             self._gathering = parking()
             with anyio.move_on_after(_DENSE):
@@ -104,6 +106,7 @@ class OutcomeProducer:
     async def put(self, outcome: Outcome[Any]) -> None:
         """Wait for room, which comes in batches of half the capacity."""
         while not self.put_nowait(outcome):
+            # The consumer may be in `_gather`, which would hold this vCPU for nothing.
             self._queue.hurry()
             if self._room is None:
                 self._room = anyio.Event()

@@ -30,6 +30,7 @@ class InFlight:
 
     async def enter(self) -> None:
         """Take a place, and wait for it. If cancelled, takes none."""
+        # That of the VM first: a VM that is full must not hold places of the server while it waits.
         if self.free:
             self.free -= 1
         else:
@@ -39,6 +40,7 @@ class InFlight:
                 await turn.wait()
             except BaseException:
                 if turn.is_set():
+                    # Cancelled with the place already its own: kept, it would be lost for good.
                     self._hand_on()
                 else:
                     self._line.remove(turn)
@@ -65,6 +67,7 @@ class InFlight:
             self._above.leave()
 
     def _hand_on(self) -> None:
+        # Not by way of `free`: one that comes before the woken task runs would overtake the line.
         if self._line:
             self._line.popleft().set()
         else:

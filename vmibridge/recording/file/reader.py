@@ -172,7 +172,8 @@ class RecordingReader:
                 try:
                     data = _unpack(self._at(start, length))
                 except ValueError as error:
-                    # Its length may be wrong, too, and reach over sound chunks.
+                    # Its length may be wrong, too, and reach over sound chunks. It is believed if
+                    # the lengths inside agree and a record follows. `_records` goes on at `_next`.
                     self._tell(at, f"a chunk is damaged: {error}")
                     sound = _lengths_agree(self._at(start, length)) and self._is_record(end)
                     if not sound:
@@ -211,6 +212,7 @@ class RecordingReader:
                 return
             opcode, length = _FRAME.unpack_from(head)
             end = at + _FRAME.size + length
+            # One wrong byte would cost a whole chunk that is sound otherwise: its CRC decides.
             if opcode != Opcode.CHUNK and head[_MARK_AT:] == _MARK:
                 self._tell(at, f"a chunk is damaged: its opcode is {opcode}")
                 opcode = Opcode.CHUNK
@@ -240,6 +242,8 @@ class RecordingReader:
         channel_of = self._channels.get
         view = memoryview(data)
         frame, head = _FRAME.unpack_from, _MESSAGE.unpack_from
+        # Each message passes here, so opcodes and sizes are numbers: a frame has 9 bytes, the head
+        # of a MESSAGE (5) has 22; 4 is CHANNEL.
         while at < size:
             if size - at < 9:
                 self._tell(offset, "a chunk ends in the middle of a record")
@@ -286,6 +290,7 @@ class RecordingReader:
         except UnknownArchitectureError as error:
             raise RecordingReadError(f"{self.path}: {error}") from error
         if kind is TrapEvent and not self._traps_of:
+            # Only x86 so far: traps are decoded once, without a look at their VM first.
             return
         self._traps_of[session.vm] = _decoder_of(kind)
         self._decoders[TRAP.id] = self._decode_trap
@@ -317,6 +322,7 @@ class RecordingReader:
         guesses = 0
         at = start
         while at < self.size:
+            # Longer by a head than the step: a chunk that crosses the border is seen whole.
             window = self._at(at, _SEARCH + _MARK_AT + len(_MARK))
             mark = window.find(_MARK, _MARK_AT)
             while mark >= 0:
@@ -328,7 +334,8 @@ class RecordingReader:
                     except ValueError:
                         guesses += 1
                         self._tried += length
-                        # True chunks that are damaged do not overlap.
+                        # True chunks that are damaged do not overlap. False ones that do, and are
+                        # large, would each be read and unpacked: the square of the file.
                         if guesses > _MAX_GUESSES or self._tried > self.size:
                             return None
                     else:

@@ -196,7 +196,7 @@ class NatsAgentLink:
             self._client.publish(peer.subject, message, f"{self._inbox}.to.{peer.number}")
 
     def _cancel(self, seq: int, attempt: int, peer: Peer | None) -> None:
-        """Nobody waits for this attempt: a server may have a later one of the same trap."""
+        """This attempt is given up: a server may have a later one of the same trap."""
         subject = self._to_all if peer is None else peer.subject
         self._client.publish(subject, pack(Cancel(seq)), f"{self._inbox}.{seq:x}.{attempt:x}")
 
@@ -284,6 +284,7 @@ class NatsAgentLink:
         if getattr(frame, "seq", seq) != seq:
             raise WireError("about another trap")
         sent = self._sent.get(seq, attempt)
+        # Before `held_by`, which would take the server that refuses it for the one that has it.
         if sent is not None and isinstance(frame, Refused):
             self._sent.send_later(sent, self._client.uptime())
             self._tell_once(frame.why, f"a server refuses its traps: {printable(frame.why)}")
@@ -307,6 +308,7 @@ class NatsAgentLink:
     def _refuse(self, frame: NatsFromServer, peer: Peer, attempt: int) -> None:
         """Of a trap that it does not have."""
         if isinstance(frame, Taken):
+            # Late: it is not that server's any more, and its handler must not go on for it.
             self._cancel(frame.seq, attempt, peer)
         elif isinstance(frame, Read | Write):
             self._publish_to(peer, pack(Memory(frame.access, error=_NOT_YOURS)))

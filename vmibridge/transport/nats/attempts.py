@@ -142,6 +142,8 @@ class SentTraps:
     def to_give_up(self, now: float) -> list[Sent]:
         """Those whose server is gone; they are marked."""
         found = []
+        # Servers may have lost NATS with us, and subscribe again later than we do: until then no
+        # responders do not mean that a server is gone.
         settled = now - self._since >= self.silence
         for sent in self._by_vcpu.values():
             if sent.waits_until is not None:

@@ -246,6 +246,7 @@ class NatsClient:
             log.warning("%s: %s", self.url, error)
 
     def _publish(self, subject: str, part: bytes, reply: str) -> None:
+        # Behind what waits already, also when there is room again: the order of messages holds.
         if self._rest is not None or self._unsent:
             self._size += len(part)
             if self._size > _MAX_UNSENT:
@@ -254,6 +255,8 @@ class NatsClient:
             self._unsent.append((subject, part, reply))
             return
         try:
+            # A coroutine that waits only when nats-py's buffer is full: mostly one step is all of
+            # it, and costs no task.
             body = self.nats.publish(subject, part, reply)
             wish = first_step(body)
         except Exception as error:
@@ -273,8 +276,10 @@ class NatsClient:
             while self._unsent:
                 subject, part, reply = self._unsent[0]
                 await self._try(self.nats.publish(subject, part, reply))
+                # Not before it was sent: an empty queue lets `_publish` send past it.
                 self._unsent.popleft()
                 self._size -= len(part)
+            # As late as that for the same reason.
             self._rest = None
 
     async def _try(self, sending: Awaitable[None]) -> None:

@@ -212,6 +212,7 @@ class NatsListener:
             link.session.detach(link)
             return
         try:
+            # A trap has its HELLO in front here, too; nothing else has.
             data = message.data
             data = data.removeprefix(link.hello)
             link.take(data, message.reply)
@@ -235,6 +236,8 @@ class NatsListener:
         if token_in(message.subject) != vm_token(hello.vm):
             raise WireError("at the subject of another VM")
         reply = message.reply if may_be_answered(message.reply) else ""
+        # The probe waits. Without the lock a trap that comes right behind its HELLO would meanwhile
+        # begin the same VM a second time.
         async with self._admitting:
             try:
                 check_hello(hello)

@@ -125,6 +125,7 @@ class HandlerSet:
         event = outcome.event
         assert event is not None
         if outcome.kind is OutcomeKind.WAITING:
+            # A retry that is told to wait is of the same request: one entry, under its first trap.
             first = outcome.retry_of or event.seq
             self._waiting[first] = retry_key(event, outcome.packet)
             if len(self._waiting) > self._max_waiting:

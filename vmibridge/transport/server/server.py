@@ -166,6 +166,7 @@ class AgentServer:
                         finally:
                             # Cancelled, too: no VM may begin any more.
                             self._stop.set()
+                        # Looked up each time: a reload that is under way may begin one more.
                         while self._handler_sets:
                             await next(iter(self._handler_sets)).done.wait()
                         await self._shared.close()
@@ -194,6 +195,8 @@ class AgentServer:
         A VM whose handlers cannot be made or entered keeps those that it has; VMs that come
         later get the new ones in any case.
         """
+        # Both before the first wait: a VM that comes meanwhile gets the new handlers, and what it
+        # shares with those of before counts as wanted again.
         self._handlers = handlers
         self._shared.supersede()
         done = 0
@@ -206,6 +209,7 @@ class AgentServer:
                 log.warning("vm %s: goes on with the handlers it has: %s", vm.session.vm, error)
                 continue
             done += await self._take_over(vm, handler_set)
+        # Not before: a shared handler of both the old and the new sets must stay entered.
         self._shared.leave_unused()
         return done
 
@@ -231,6 +235,7 @@ class AgentServer:
                 "vm %s: traps with magics that are new come once the VM restarts",
                 name,
             )
+        # Only now that it takes traps: until here the old set has them, so that none is dropped.
         old, vm.current = vm.current, handler_set
         vm.retired.append(old)
         self._tasks.start_soon(old.retire)
@@ -280,6 +285,8 @@ class AgentServer:
             repeated=self._repeated,
             fallback=self._settings.fallback,
         )
+        # `_make` awaits nothing: between the search for a VM of this name and its entry there is no
+        # task switch, so two agents cannot both begin it.
         vm = _Vm(session, await self._make(session))
         self._vms[session.id] = vm
         session.route = lambda event: None if self._stop.is_set() else vm.route(event)
@@ -320,6 +327,7 @@ class AgentServer:
                 summary.guest = vm.session.guest
                 await self._on_end(vm.session.vm, summary, vm.session.counts.as_dict())
         finally:
+            # After `on_end`: the server waits for this, so every VM is reported before it ends.
             del self._handler_sets[handler_set]
             handler_set.done.set()
 

@@ -113,7 +113,7 @@ class GdbClient:
         self._asked_why = False
 
     def close(self) -> None:
-        """Hang up. Nobody may read or wait any more."""
+        """Hang up. No task may read or wait any more."""
         self.lose("hung up")
         self._socket.close()
 
@@ -188,6 +188,7 @@ class GdbClient:
     def _take(self, packet: bytes) -> None:
         if self._acknowledges:
             self.send(b"+")
+        # The reply to `?` looks like a stop, and is none.
         if commands.is_stop(packet) and not (self._asked_why and self._due):
             self._runs = False
             stop = self._stops.get(packet) or self._parse_stop(packet)
@@ -199,6 +200,7 @@ class GdbClient:
             if commands.is_probed(packet):
                 self._replies += 1
                 return
+            # The stub has dropped the probe: this is the reply to the command behind it.
             self.interfered += 1
         if not self._due:
             raise PacketError(f"an unsolicited reply: {packet[:40]!r}")
@@ -303,6 +305,7 @@ class GdbClient:
         await self.flush()
         await replies.arrived.wait()
         if b"" in replies.data:
+            # "Unknown", or what `lose` has put there.
             self._check_lost()
         return replies.data
 
@@ -358,6 +361,7 @@ class GdbClient:
                 done.set()
             else:
                 text.append(part)
+                # One command, any number of replies: the next one is due before all others.
                 self._due.appendleft(take)
 
         self._check_lost()

@@ -156,6 +156,7 @@ class Inspector:
         if pushed is None:
             return None
         frame = parse_frame(pushed)
+        # RF is pushed set for every fault: it says nothing of the code that trapped.
         frame = frame._replace(flags=frame.flags & ~_RFLAGS_RF)
         before = msgspec.structs.replace(registers, rsp=frame.sp, rip=frame.ip, rflags=frame.flags)
         return where._replace(registers=before, cs=frame.cs & 0xFFFF, frame=frame)
@@ -178,6 +179,8 @@ class Inspector:
             return None
         result = Code(*found, segment.width, address, _may_shadow(before), patched)
         self._windows.pop(address, None)
+        # What `known` can tell by RIP and these bytes alone: RIP is linear in 64-bit code only, and
+        # under a breakpoint or a patch memory does not show the guest's own instruction.
         if where.frame is None and segment.width == 64 and saved is None and not patched:
             if len(self._windows) >= _MAX_KNOWN:
                 self._windows.clear()
@@ -213,6 +216,8 @@ class Inspector:
             return real or CodeSegment(0, 64 if registers.efer & EFER_LMA else 32)
         segment = segment_of_cache(tables.base, tables.flags, registers.efer)
         descriptor = await self._memory.read_virtual(_place(tables, cs), DESCRIPTOR_SIZE)
+        # The table may have changed since the segment was loaded. Then the descriptor that is there
+        # now cannot stand for it the next time.
         if descriptor is not None and _segment_of(descriptor, registers.efer) == segment:
             if len(self._segments) >= _MAX_KNOWN:
                 self._segments.clear()

@@ -79,6 +79,7 @@ def _address_of(spec: str, elf: "ELFFile", symbol: str) -> int:
 
     found = set()
     for section in elf.iter_sections():
+        # pyelftools makes a map of all names for the first one that is looked up.
         if isinstance(section, SymbolTableSection) and section.num_symbols() < _MAX_SYMBOLS:
             for entry in section.get_symbol_by_name(symbol) or ():
                 if entry["st_shndx"] != "SHN_UNDEF":

@@ -277,6 +277,8 @@ class Stops:
             self._start(self._end_instruction, where, code, writes)
             return
         self._seen, self._interfered = None, client.interfered
+        # In one write, the read first: it shows whether the vCPU is where it was when the answer
+        # was written. If not, `_on_answered` puts back what was there.
         packets = READ_REGISTERS + encode(self._written(where, writes))
         client.post(packets, 2, self._on_answered, probe=True)
         client.receive_at_once()
@@ -371,6 +373,8 @@ class Stops:
         # What stands there now: a handler may have written over the instruction that it answers.
         there = await self._memory.read_code(at, code.length)
         stays = msgspec.structs.replace(writes, rip=where.registers.rip)
+        # The breakpoint is removed before the code is written, and set again after it: a software
+        # one is a byte of the code, and what its removal puts back would overwrite ours.
         before = [
             *([commands.remove_breakpoint(at, hardware=hardware)] if self._is_point(at) else []),
             *self._memory.virtual(),
