@@ -55,8 +55,10 @@ class Engine:
     def _limit(self) -> None:
         """A process with lower limits than podman's defaults cannot start a container."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        told = "CONTAINERS_CONF" in os.environ or Path("/etc/containers/containers.conf").exists()
-        if told or files == resource.RLIM_INFINITY or files >= NOFILE:
+        is_configured = (
+            "CONTAINERS_CONF" in os.environ or Path("/etc/containers/containers.conf").exists()
+        )
+        if is_configured or files == resource.RLIM_INFINITY or files >= NOFILE:
             return
         limits = [f"nofile={files}:{files}", f"nproc={NPROC}:{NPROC}"]
         settings = self.folder / "containers.conf"

@@ -101,8 +101,8 @@ class Listing:
             self._write_json({"summary": summary})
             return
         words = {**dict.fromkeys(OUTCOME_WORDS), NO_REPLY: "without a reply"}
-        told = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
-        self._write_line(f"{total} traps: {', '.join(told) or 'none'}")
+        text = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
+        self._write_line(f"{total} traps: {', '.join(text) or 'none'}")
         if stopped:
             self._write_line("stopped at --limit: what is behind was not read")
         for problem in reader.problems:
@@ -138,13 +138,13 @@ def _session(session: Session) -> list[str]:
 
 def _cells(trap: RecordedTrap, start: int) -> dict[str, str]:
     reply = trap.reply
-    told = "no reply"
+    text = "no reply"
     if reply is not None:
-        told = reply.output or "" if reply.error is None else reply.error
+        text = reply.output or "" if reply.error is None else reply.error
         if reply.retry_of is not None:
-            told = f"(retry of {reply.retry_of}) {told}"
+            text = f"(retry of {reply.retry_of}) {text}"
     time = f"{(trap.time - start) / 1e9:.6f}"
-    return {"time": time, **trap_cells(trap.event, trap.packet, reply, told)}
+    return {"time": time, **trap_cells(trap.event, trap.packet, reply, text)}
 
 
 def _details(trap: RecordedTrap) -> Iterator[str]:
@@ -152,13 +152,13 @@ def _details(trap: RecordedTrap) -> Iterator[str]:
     yield f"    registers: {' '.join(f'{name}={value:x}' for name, value in registers.items())}"
     for access in trap.accesses:
         if access.error is not None:
-            told = f"failed: {access.error}"
+            text = f"failed: {access.error}"
         elif access.data is None:
-            told = "left out"
+            text = "left out"
         else:
-            told = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
+            text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
         what = "wrote" if access.write else "read"
-        yield f"    {what} {access.size} bytes at {access.address:#x}: {told}"
+        yield f"    {what} {access.size} bytes at {access.address:#x}: {text}"
     if trap.left_out:
         yield f"    {trap.left_out} further accesses, too much to hold"
 

@@ -108,7 +108,7 @@ class _StreamWriter(Writer):
         self._rest = b""
         """Of a line that was begun."""
         self._is_blocked = False
-        self._told = 0
+        self._reported = 0
         self.dropped: int = 0
         """Lines that were not written."""
 
@@ -135,12 +135,12 @@ class _StreamWriter(Writer):
         else:
             if self._is_blocked:
                 self._is_blocked = False
-                self._tell_dropped()
+                self._report_dropped()
         finally:
             self._rest = data
 
     def close(self) -> None:
-        self._tell_dropped()
+        self._report_dropped()
 
     async def _wait(self) -> None:
         """Raises `TimeoutError` for a reader that takes nothing, at once where that is known."""
@@ -151,14 +151,14 @@ class _StreamWriter(Writer):
                 return
         raise TimeoutError(errno.ETIMEDOUT, f"not read for {_PATIENCE:g} seconds")
 
-    def _tell_dropped(self) -> None:
-        if self.dropped > self._told:
-            self._told = self.dropped
+    def _report_dropped(self) -> None:
+        if self.dropped > self._reported:
+            self._reported = self.dropped
             self._warn("%d outcomes were dropped", self.dropped)
 
-    def _warn(self, text: str, told: object) -> None:
+    def _warn(self, text: str, value: object) -> None:
         what = "standard output" if self._fd == 1 else "the output of outcomes"
-        log.warning("%s: " + text, what, told)
+        log.warning("%s: " + text, what, value)
 
 
 class JsonWriter(_StreamWriter):

@@ -32,7 +32,7 @@ class ReplayPrinter:
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._problems = 0
 
     def difference(self, difference: Difference) -> None:
@@ -97,8 +97,8 @@ class ReplayPrinter:
         return _status(file, compared, same=same)
 
     def _warn(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._logged:
+            self._logged.add(text)
             sys.stderr.write(f"vmibridge: {printable(text)}\n")
 
 

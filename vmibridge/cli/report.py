@@ -60,8 +60,8 @@ def report(
             path.write_bytes(page)
         problems = reader.problem_count
     shown = len(collector.rows)
-    told = f"{collector.count} traps" + (f", {shown} shown" if shown < collector.count else "")
-    _say(f"{target}: {told}, {_size(len(page))}")
+    counts = f"{collector.count} traps" + (f", {shown} shown" if shown < collector.count else "")
+    _say(f"{target}: {counts}, {_size(len(page))}")
     if problems:
         _say(f"the recording has {problems} problems; the report tells them")
     return 0

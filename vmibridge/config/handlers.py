@@ -153,5 +153,5 @@ def _construct(
     except (VmiBridgeError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        told = foreign.tell(error)
-        raise HandlerLoadError(f"{offer.source}: {kind.__name__}: {told}") from error
+        why = foreign.describe(error)
+        raise HandlerLoadError(f"{offer.source}: {kind.__name__}: {why}") from error

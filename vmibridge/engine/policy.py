@@ -292,8 +292,8 @@ class Guard:
         spaces, heap = self._spaces, self._heap
         assert spaces is not None
         while len(spaces) >= self._max_spaces:
-            told, root = heap[0]
-            if told > now:
+            not_before, root = heap[0]
+            if not_before > now:
                 return False
             full_at = self._space.full_at(spaces[root])
             if full_at > now:

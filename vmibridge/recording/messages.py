@@ -188,8 +188,8 @@ def format_of(architecture: RecordedArchitecture) -> int:
 
 def architecture_of(session: Session) -> Architecture[Any]:
     """The architecture of a recorded VM. Raises `UnknownArchitectureError`."""
-    told = session.architecture or _OF_0_2_0
-    return architecture_named(told.name, told.version)
+    named = session.architecture or _OF_0_2_0
+    return architecture_named(named.name, named.version)
 
 
 @cache

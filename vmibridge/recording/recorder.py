@@ -233,11 +233,11 @@ class Recorder(Tap):
         )
         assert event is not None
         error = outcome.error
-        told = output_text(output)
+        text = output_text(output)
         if self._redacts and (left_out := self._left_out.pop((event.vm, event.seq), None)):
             packet = self._redaction.packet(packet, left_out)
             writes = None if writes is None else self._redaction.writes(writes, left_out)
-            told, error = None, None if error is None else "left out"
+            text, error = None, None if error is None else "left out"
         self._add(
             REPLY,
             Reply(
@@ -249,7 +249,7 @@ class Recorder(Tap):
                 writes,
                 outcome.handler,
                 error,
-                told,
+                text,
                 outcome.duration,
                 outcome.retry_of,
             ),
@@ -343,8 +343,8 @@ class Recorder(Tap):
     def _fail(self, error: Exception) -> None:
         if self.error is not None:
             return
-        told = error.strerror if isinstance(error, OSError) else one_line(error)
-        self.error = RecordingError(f"{self.path}: the recording ends here: {told}")
+        why = error.strerror if isinstance(error, OSError) else one_line(error)
+        self.error = RecordingError(f"{self.path}: the recording ends here: {why}")
         self.error.__cause__ = error
         self.lost += self._unwritten_traps + self._chunk.traps
         self._waiting.clear()
@@ -371,10 +371,10 @@ def _session(
     architecture: Architecture[Any],
 ) -> Session:
     """What is known of a VM before it runs."""
-    told = RecordedArchitecture(architecture.name, architecture.version)
+    recorded = RecordedArchitecture(architecture.name, architecture.version)
     return Session(
         vm,
-        format=format_of(told),
+        format=format_of(recorded),
         started=datetime.now(UTC).isoformat(),
         versions={
             "python": platform.python_version(),
@@ -384,7 +384,7 @@ def _session(
         handlers=tuple(map(recorded_handler, bridge.handlers)),
         settings=settings,
         redaction=redaction.rules,
-        architecture=told,
+        architecture=recorded,
     )
 
 

@@ -184,7 +184,7 @@ class Session:
         self._numbers = itertools.count(1)
         self._small = anyio.Semaphore(MAX_ACCESSES, fast_acquire=True)
         self._large = anyio.Semaphore(MAX_LARGE_ACCESSES, fast_acquire=True)
-        self._told = False
+        self._logged = False
 
     # --- the connection -------------------------------------------------------------
 
@@ -323,13 +323,13 @@ class Session:
         self.counts.refused += 1
         # One warning is enough: there may be one of each vCPU.
         log.log(
-            logging.DEBUG if self._told else logging.WARNING,
+            logging.DEBUG if self._logged else logging.WARNING,
             "vm %s: trap %d was sent to a server that is gone: it may have run there, so it is"
             " not run here; the guest gets the fallback",
             self.vm,
             event.seq,
         )
-        self._told = True
+        self._logged = True
         self.answer(event, write_response(event, self._fallback))
 
     def give_back(self, event: TrapEvent) -> None:

@@ -115,8 +115,8 @@ class QmpLines:
         if line.event is not None:
             return QmpEvent(line.event, line.data.copy())
         if line.QMP is not None:
-            told = line.QMP.version.qemu
-            self.version = (told.major, told.minor, told.micro)
+            version = line.QMP.version.qemu
+            self.version = (version.major, version.minor, version.micro)
             return None
         if line.error is not None:
             # Without an id it is about a line that QEMU could not read.
@@ -128,8 +128,8 @@ class QmpLines:
     @staticmethod
     def command(number: int, name: str, arguments: Mapping[str, Json]) -> bytes:
         """A command, as a line."""
-        told = {"execute": name, "arguments": arguments, "id": number}
-        return msgspec.json.encode(told) + b"\n"
+        message = {"execute": name, "arguments": arguments, "id": number}
+        return msgspec.json.encode(message) + b"\n"
 
 
 class Qmp:
@@ -273,7 +273,7 @@ class Qmp:
         was sent, and is done or not.
         """
         number = next(self._numbers)
-        told = {name.replace("_", "-"): value for name, value in arguments.items()}
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
         send, receive = anyio.create_memory_object_stream[QmpReply](1)
         with send, receive:
             if self.gone.is_set():
@@ -282,7 +282,7 @@ class Qmp:
             try:
                 with anyio.fail_after(timeout):
                     async with self._sending:
-                        await self._send(QmpLines.command(number, command, told))
+                        await self._send(QmpLines.command(number, command, named))
                     reply = await receive.receive()
             except TimeoutError:
                 raise QmpError(f"{command}: QEMU did not answer for {timeout:g} seconds") from None

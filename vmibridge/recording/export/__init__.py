@@ -105,8 +105,8 @@ def new_files(targets: Sequence[Path], *, replace: bool = False) -> Iterator[tup
         else:
             _give_names(made)
     except OSError as error:
-        told = error.strerror or str(error)
-        raise RecordingError(f"{' and '.join(map(str, targets))}: {told}") from error
+        why = error.strerror or str(error)
+        raise RecordingError(f"{' and '.join(map(str, targets))}: {why}") from error
     finally:
         for path, _ in made:
             path.unlink(missing_ok=True)

@@ -84,17 +84,17 @@ class Perfetto(Exporter):
         track = self._track(event.vm, event.vcpu)
         begin = trap.time if reply is None else max(trap.time, self._last.get(track, 0))
         packet = _packet(begin)
-        told = packet.track_event
-        told.type = TrackEvent.TYPE_INSTANT if reply is None else TrackEvent.TYPE_SLICE_BEGIN
-        told.track_uuid = track
-        told.name = self._names.of(trap)
-        told.categories.append(outcome_word(trap))
+        track_event = packet.track_event
+        track_event.type = TrackEvent.TYPE_INSTANT if reply is None else TrackEvent.TYPE_SLICE_BEGIN
+        track_event.track_uuid = track
+        track_event.name = self._names.of(trap)
+        track_event.categories.append(outcome_word(trap))
         if reply is not None and (reply.retry_of is not None or reply.kind is OutcomeKind.WAITING):
             first = event.seq if reply.retry_of is None else reply.retry_of
             flow = unsigned(self._processes.get(event.vm, 0) << 48 | first & (1 << 48) - 1)
             ends = reply.kind is not OutcomeKind.WAITING
-            (told.terminating_flow_ids if ends else told.flow_ids).append(flow)
-        _annotate(told, _facts(trap))
+            (track_event.terminating_flow_ids if ends else track_event.flow_ids).append(flow)
+        _annotate(track_event, _facts(trap))
         self._write(packet)
         if reply is None:
             return

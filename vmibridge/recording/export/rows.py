@@ -84,7 +84,7 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
             packet.method,
             *[bits(value) for value in packet.values],
         )
-    told: Row = (None,) * 11
+    replied: Row = (None,) * 11
     if reply is not None:
         answer: Row = (None,) * 5
         if reply.writes is not None:
@@ -92,7 +92,7 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
                 None if value is None else bits(value)
                 for value in (reply.writes.rip, *reply.writes.values)
             )
-        told = (
+        replied = (
             reply.kind.value,
             reply.handler,
             reply.error,
@@ -115,7 +115,7 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
         bits(event.ip),
         bits(event.address_space),
         *request,
-        *told,
+        *replied,
         len(trap.accesses) + trap.left_out,
         _registers(event.registers).decode(),
     )

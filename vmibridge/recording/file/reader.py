@@ -174,7 +174,7 @@ class RecordingReader:
                 except ValueError as error:
                     # Its length may be wrong, too, and reach over sound chunks. It is believed if
                     # the lengths inside agree and a record follows. `_records` goes on at `_next`.
-                    self._tell(at, f"a chunk is damaged: {error}")
+                    self._add_problem(at, f"a chunk is damaged: {error}")
                     sound = _lengths_agree(self._at(start, length)) and self._is_record(end)
                     if not sound:
                         self._next = self._search(at + 1) or self.size
@@ -193,14 +193,18 @@ class RecordingReader:
                 if self._at(begin, len(MCAP0_MAGIC)) != MCAP0_MAGIC:
                     self.complete = True
                     if begin < self.size:
-                        self._tell(begin, f"{self.size - begin} bytes behind the end are not read")
+                        self._add_problem(
+                            begin, f"{self.size - begin} bytes behind the end are not read"
+                        )
                     break
                 # Recordings that were put together, as by `cat`: the next one follows.
                 self._next = begin + len(MCAP0_MAGIC)
                 self._channels = {channel.id: channel for channel in CHANNELS}
         self.bytes_read = self.size
         if not self.complete:
-            self._tell(self._next, "the file ends here: it is truncated, or was not finished")
+            self._add_problem(
+                self._next, "the file ends here: it is truncated, or was not finished"
+            )
 
     def _records(self) -> Iterator[tuple[int, int, int]]:
         """Place, opcode and length of each record; the length is that of the body, and true."""
@@ -214,7 +218,7 @@ class RecordingReader:
             end = at + _FRAME.size + length
             # One wrong byte would cost a whole chunk that is sound otherwise: its CRC decides.
             if opcode != Opcode.CHUNK and head[_MARK_AT:] == _MARK:
-                self._tell(at, f"a chunk is damaged: its opcode is {opcode}")
+                self._add_problem(at, f"a chunk is damaged: its opcode is {opcode}")
                 opcode = Opcode.CHUNK
             fits = length <= MAX_RECORD and end <= self.size
             if opcode == Opcode.MESSAGE_INDEX and len(head) >= _INDEX.size:
@@ -227,7 +231,7 @@ class RecordingReader:
             found = self._search(at + 1)
             if found is None:
                 return
-            self._tell(at, f"{found - at} bytes are damaged")
+            self._add_problem(at, f"{found - at} bytes are damaged")
             self._next = found
 
     def _decode(
@@ -235,8 +239,8 @@ class RecordingReader:
     ) -> Iterator[TimedMessage]:
         at, size = 0, len(data)
         # Sessions in any case: they say how to read the rest.
-        told = {channel.id for channel in wanted}
-        needed = {SESSION.id, *told}
+        given = {channel.id for channel in wanted}
+        needed = {SESSION.id, *given}
         decoders = self._decoders
         # A chunk may describe channels in front of their messages.
         channel_of = self._channels.get
@@ -246,20 +250,22 @@ class RecordingReader:
         # of a MESSAGE (5) has 22; 4 is CHANNEL.
         while at < size:
             if size - at < 9:
-                self._tell(offset, "a chunk ends in the middle of a record")
+                self._add_problem(offset, "a chunk ends in the middle of a record")
                 return
             opcode, length = frame(data, at)
             at += 9
             end = at + length
             if end > size:
-                self._tell(offset, "a chunk ends in the middle of a record")
+                self._add_problem(offset, "a chunk ends in the middle of a record")
                 return
             if opcode == 5:
                 if length < 22:
-                    self._tell(offset, "a message is too short")
+                    self._add_problem(offset, "a message is too short")
                     return
                 if length > MAX_MESSAGE:
-                    self._tell(offset, f"a message has {length} bytes, {MAX_MESSAGE} is the most")
+                    self._add_problem(
+                        offset, f"a message has {length} bytes, {MAX_MESSAGE} is the most"
+                    )
                     at = end
                     continue
                 number, _, time, _ = head(data, at)
@@ -268,11 +274,11 @@ class RecordingReader:
                     try:
                         message = decoders[channel.id](view[at + 22 : end])
                     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-                        self._tell(offset, f"a message cannot be decoded: {error}")
+                        self._add_problem(offset, f"a message cannot be decoded: {error}")
                     else:
                         if type(message) is Session:
                             self._begin(message)
-                        if channel.id in told:
+                        if channel.id in given:
                             yield TimedMessage(time, message)
             elif opcode == 4:
                 self._learn_channel(data[at:end])
@@ -348,7 +354,7 @@ class RecordingReader:
         try:
             profile, _ = _text(body, 0)
         except ValueError:
-            self._tell(at, "the header is damaged")
+            self._add_problem(at, "the header is damaged")
             return
         if profile != PROFILE:
             raise RecordingReadError(
@@ -368,7 +374,7 @@ class RecordingReader:
         else:
             self._channels[number] = channel
 
-    def _tell(self, offset: int, text: str) -> None:
+    def _add_problem(self, offset: int, text: str) -> None:
         self.problem_count += 1
         if len(self.problems) < _MAX_PROBLEMS:
             self.problems.append(Problem(offset, text[:_MAX_TEXT]))

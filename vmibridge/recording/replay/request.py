@@ -242,8 +242,8 @@ class ReplayedRequest:
         if number > self._latest:
             self._latest = number
         elif self._strict:
-            told = describe(access)
-            self.differ("write" if access.write else "read", told, f"after others: {told}")
+            text = describe(access)
+            self.differ("write" if access.write else "read", text, f"after others: {text}")
         del self.pending[place]
         self.held -= held_size(access)
         self.past.append(access)
@@ -277,12 +277,12 @@ def describe(access: MemoryAccess) -> str:
     """One access, in one line."""
     what = "write" if access.write else "read"
     if access.error is not None:
-        told = f"failed: {access.error}"
+        text = f"failed: {access.error}"
     elif access.data is None:
-        told = "left out"
+        text = "left out"
     else:
-        told = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
-    return f"{what} of {access.size} bytes at {access.address:#x}: {told}"
+        text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
+    return f"{what} of {access.size} bytes at {access.address:#x}: {text}"
 
 
 def _numbers(answer: Reply | Outcome[object]) -> tuple[int | None, ...]:

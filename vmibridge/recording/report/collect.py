@@ -121,25 +121,25 @@ class Collector:
             "sessions": self._sessions,
             "problems": self._problems(reader),
             "slowest": [row_of.get(-place, -place - 1) for _, place, _, _ in slowest],
-            **self.statistics.told(),
+            **self.statistics.as_dict(),
         }
 
     def _problems(self, reader: RecordingReader) -> list[str]:
-        told = [str(problem) for problem in reader.problems]
-        if reader.problem_count > len(told):
-            told.append(f"{reader.problem_count - len(told)} more problems")
+        lines = [str(problem) for problem in reader.problems]
+        if reader.problem_count > len(lines):
+            lines.append(f"{reader.problem_count - len(lines)} more problems")
         if not reader.complete:
-            told.insert(0, "the file is truncated: what was recorded last may be missing")
-        told += [
+            lines.insert(0, "the file is truncated: what was recorded last may be missing")
+        lines += [
             f"VM {vm[:_MAX_WORDS]}: the recording does not reach its end"
             for vm, runs in self._runs.items()
             if self._ended.get(vm, 0) < runs
         ]
         if self._session_count > len(self._sessions):
-            told.append(f"{self._session_count - len(self._sessions)} more VMs are not described")
+            lines.append(f"{self._session_count - len(self._sessions)} more VMs are not described")
         if self.statistics.outcomes["none"]:
-            told.append(f"{self.statistics.outcomes['none']} traps have no reply")
-        return [line[: 2 * _MAX_WORDS] for line in told + self._notes]
+            lines.append(f"{self.statistics.outcomes['none']} traps have no reply")
+        return [line[: 2 * _MAX_WORDS] for line in lines + self._notes]
 
 
 def _session(session: Session) -> dict[str, Any]:

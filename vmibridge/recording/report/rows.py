@@ -155,8 +155,8 @@ class Rows:
         accesses = self._accesses
         yield "access_flags", _column(self._access_flags)
         for field in ("address", "size"):
-            told = [format(getattr(access, field) & _MASK, "x") for access in accesses]
-            yield f"access_{field}", _column(told)
+            numbers = [format(getattr(access, field) & _MASK, "x") for access in accesses]
+            yield f"access_{field}", _column(numbers)
         errors = [self.texts.number(access.error) for access in accesses]
         yield "access_error", _column(errors)
         yield "access_data", _column([_data(access) for access in accesses])

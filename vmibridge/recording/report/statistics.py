@@ -99,7 +99,7 @@ class Statistics:
         """Traps by outcome; "none" for those without a reply."""
         return sum((group.outcomes for group in self.groups.values()), Counter())
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """What the page is given."""
         whole, handlers = Latency(), dict[str, Latency]()
         groups = sorted(self.groups.items(), key=lambda each: -each[1].outcomes.total())
@@ -122,8 +122,8 @@ class Statistics:
                 for key, group in groups
             ],
             "latencies": [
-                _told("all traps", whole),
-                *(_told(label, latency) for label, latency in handlers.items()),
+                _latency_facts("all traps", whole),
+                *(_latency_facts(label, latency) for label, latency in handlers.items()),
             ],
         }
 
@@ -151,7 +151,7 @@ def nanoseconds(seconds: float) -> int:
     return MAX_EXACT if seconds >= MAX_EXACT / 1e9 else round(seconds * 1e9)
 
 
-def _told(label: str, latency: Latency) -> dict[str, Any]:
+def _latency_facts(label: str, latency: Latency) -> dict[str, Any]:
     return {
         "label": label,
         "count": latency.count,

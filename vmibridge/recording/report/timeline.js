@@ -269,12 +269,12 @@ class Timeline {
     this.tip.hidden = row === undefined;
     if (row === undefined) return;
     const { traps, tip } = this;
-    const told = traps.text("error", row) ?? traps.text("output", row) ?? "";
+    const text = traps.text("error", row) ?? traps.text("output", row) ?? "";
     tip.textContent = [
       `Trap ${traps.get("place", row)} of ${traps.lane(row).name}: ${outcomeText(traps.outcome(row))}`,
       `${traps.text("what", row)} ${traps.method(row)}`,
       `at ${(traps.time[row] / 1e9).toFixed(6)} s, ${durationText(traps.duration[row]) || "no reply"}`,
-      told.slice(0, 160),
+      text.slice(0, 160),
     ].join("\n").trim();
     const left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
     const below = event.clientY + 18;

@@ -208,7 +208,7 @@ class Agent:
     # --- the connection -------------------------------------------------------------
 
     async def _keep_connected(self) -> None:
-        backoff, told = Backoff(self._longest_pause), ""
+        backoff, logged = Backoff(self._longest_pause), ""
         while not self._ended.is_set():
             why = ""
             try:
@@ -227,7 +227,7 @@ class Agent:
                     finally:
                         lasted = anyio.current_time() - since >= _STEADY
                         if lasted or self.counts.answered > answered:
-                            backoff, told = Backoff(self._longest_pause), ""
+                            backoff, logged = Backoff(self._longest_pause), ""
             except RefusedByServerError as error:
                 why = f"refused: {error}"
                 if error.final and self._end is not None:
@@ -250,9 +250,9 @@ class Agent:
                 self._in_flight.link = None
             if self._ended.is_set():
                 return
-            if why != told:
+            if why != logged:
                 log.warning("vm %s: %s: %s; trying again", self.vm, self.url, why)
-                told = why
+                logged = why
             await anyio.sleep(backoff.next())
 
     def _on_welcome(self, dialled: Dialled) -> None:

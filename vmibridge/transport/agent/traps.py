@@ -112,9 +112,11 @@ class InFlightTraps:
         self._fallback = BridgeResponse(*welcome.fallback)
         self._filter = trap_filter(welcome)
         self._prefetch = Prefetch(self._backend, welcome.reads)
-        told = MAX_SECONDS if welcome.timeout == NO_DEADLINE else welcome.timeout / 1000 + MARGIN
+        deadline = (
+            MAX_SECONDS if welcome.timeout == NO_DEADLINE else welcome.timeout / 1000 + MARGIN
+        )
         self._deadline = min(
-            told if self._own_deadline is None else self._own_deadline, MAX_SECONDS
+            deadline if self._own_deadline is None else self._own_deadline, MAX_SECONDS
         )
         self._left = milliseconds(self._deadline)
         self.link = link

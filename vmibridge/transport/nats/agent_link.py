@@ -101,7 +101,7 @@ class NatsAgentLink:
         self._no_responders = False
         self._end: End | None = None
         self._ended_at = 0.0
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._trouble_until = self._pinged = 0.0
         client.on_reconnect = self._on_reconnect
         client.on_trouble = self._wake
@@ -251,7 +251,7 @@ class NatsAgentLink:
                 if sent.only is not None:
                     self._waiting.drop(sent.key)
                 self._sent.send_later(sent, self._client.uptime())
-                self._tell_once("no responders", "no server takes traps on this NATS; trying again")
+                self._log_once("no responders", "no server takes traps on this NATS; trying again")
 
     def _take_frames(self, place: list[str], message: "Msg") -> None:
         now = self._client.uptime()
@@ -287,7 +287,7 @@ class NatsAgentLink:
         # Before `held_by`, which would take the server that refuses it for the one that has it.
         if sent is not None and isinstance(frame, Refused):
             self._sent.send_later(sent, self._client.uptime())
-            self._tell_once(frame.why, f"a server refuses its traps: {printable(frame.why)}")
+            self._log_once(frame.why, f"a server refuses its traps: {printable(frame.why)}")
             return
         if sent is None or not self._sent.held_by(sent, peer, self._client.uptime()):
             self._refuse(frame, peer, attempt)
@@ -357,7 +357,7 @@ class NatsAgentLink:
             if sent.holder is None or not sent.holder.misses:
                 self._trouble_until = now + _TROUBLE * self._url.silence
             if sent.holder is not None:
-                self._tell_once(
+                self._log_once(
                     sent.holder.name,
                     f"the server {sent.holder.name} is gone: its traps are sent to others",
                 )
@@ -408,12 +408,12 @@ class NatsAgentLink:
         if silent or all(peer.ended or peer.misses for peer in self._peers):
             self._pass_on(Ended())
 
-    def _tell_once(self, what: str, text: str) -> None:
-        if what not in self._told and len(self._told) < MAX_PEERS:
-            self._told.add(what)
+    def _log_once(self, what: str, text: str) -> None:
+        if what not in self._logged and len(self._logged) < MAX_PEERS:
+            self._logged.add(what)
             log.warning("vm %s: %s: %s", self._vm, self._url, text)
 
-    def tell_shares(self) -> None:
+    def log_shares(self) -> None:
         """Which server answered how many traps."""
         if self.shares:
             shares = ", ".join(f"{name} {count}" for name, count in self.shares.items())

@@ -86,7 +86,7 @@ class NatsClient:
         """Called when NATS is there again."""
         self.nats: Client
         self._name = name
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._unsent: deque[tuple[str, bytes, str]] = deque()
         self._size = 0
         self._more = anyio.Event()
@@ -193,7 +193,7 @@ class NatsClient:
 
     async def _on_reconnected(self) -> None:
         self._up_since = _clock()
-        self._told.clear()
+        self._logged.clear()
         log.info("%s: connected again", self.url)
         self.on_reconnect()
 
@@ -203,22 +203,22 @@ class NatsClient:
         denied = denied_by(error)
         if denied is not None:
             if self.at_work:
-                self._tell_once(denied)
+                self._log_once(denied)
             if denied not in self.denied and len(self.denied) < _MAX_LOGGED:
                 self.denied.append(denied)
             self.on_trouble()
         elif isinstance(error, SlowConsumerError):
-            self._tell_once("messages come faster than they are taken: some are lost")
+            self._log_once("messages come faster than they are taken: some are lost")
         elif is_refusal(error):
-            self._tell_once(f"{reason(error)}; trying again")
+            self._log_once(f"{reason(error)}; trying again")
         elif isinstance(error, Error | OSError | TimeoutError):
             log.debug("%s: %s", self.url, type(error).__name__)
         else:
             log.error("%s: a message could not be taken", self.url, exc_info=error)
 
-    def _tell_once(self, text: str) -> None:
-        if text not in self._told and len(self._told) < _MAX_LOGGED:
-            self._told.add(text)
+    def _log_once(self, text: str) -> None:
+        if text not in self._logged and len(self._logged) < _MAX_LOGGED:
+            self._logged.add(text)
             log.warning("%s: %s", self.url, text)
 
     def uptime(self) -> float:

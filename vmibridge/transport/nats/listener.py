@@ -77,7 +77,7 @@ class NatsListener:
         self._ends: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._admitting = anyio.Lock()
         self._closing = anyio.Event()
-        self._told: set[bytes] = set()
+        self._logged: set[bytes] = set()
         self._opened = False
 
     def __str__(self) -> str:
@@ -130,15 +130,15 @@ class NatsListener:
         for link in list(self._by_hello.values()):
             link.close()
             self._forget(link)
-        pause, told = 0.1, ""
+        pause, logged = 0.1, ""
         while True:
             await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             self._client = NatsClient(self.url, self._name)
             try:
                 await self.open()
             except BackendError as error:
-                if str(error) != told:
-                    told = str(error)
+                if str(error) != logged:
+                    logged = str(error)
                     log.warning("%s; trying again", error)
                 pause = min(2 * pause, _MAX_PAUSE)
             else:
@@ -242,11 +242,11 @@ class NatsListener:
             try:
                 check_hello(hello)
                 await self._probe(hello)
-                session, told = await self._admit(hello, "nats")
+                session, welcome_frame = await self._admit(hello, "nats")
             except RefusedError as error:
                 self.refused += 1
-                if hello.session not in self._told and len(self._told) < _MAX_REFUSED:
-                    self._told.add(hello.session)
+                if hello.session not in self._logged and len(self._logged) < _MAX_REFUSED:
+                    self._logged.add(hello.session)
                     log.warning("%s: refused: %s", self.url, printable(str(error)))
                 if reply:
                     self._client.publish(
@@ -264,7 +264,7 @@ class NatsListener:
             if session.link is not link:
                 session.attach(link)
             if welcome:
-                link.say(reply, told)
+                link.say(reply, welcome_frame)
             return link
 
     async def _probe(self, hello: Hello) -> None:

@@ -306,7 +306,7 @@ class AgentServer:
             taps = () if self._taps is None else self._taps(session.vm)
             return HandlerSet(session, bridge, self._settings, taps, self._shared)
         except Exception as error:
-            why = _told(error)
+            why = _text_of(error)
             log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
             raise RefusedError("the handlers cannot be made", final=False) from error
 
@@ -358,7 +358,7 @@ class AgentServer:
             if isinstance(error, anyio.get_cancelled_exc_class()):
                 raise
             # Whatever ended this VM ends no other.
-            why = _told(error)
+            why = _text_of(error)
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
 
     def _forget_vm(self, session: Session) -> None:
@@ -372,5 +372,5 @@ class AgentServer:
             session.lose("its handlers have ended")
 
 
-def _told(error: BaseException) -> str:
+def _text_of(error: BaseException) -> str:
     return str(error) if isinstance(error, VmiBridgeError) else one_line(error)

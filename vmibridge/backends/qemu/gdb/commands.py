@@ -123,10 +123,10 @@ def parse_features(data: bytes) -> dict[str, str]:
 
 def packet_size(features: dict[str, str], default: int = 400, most: int = 1 << 17) -> int:
     """Bytes that the stub takes in a packet. Raises `ReplyError` for less than it has to."""
-    told = features.get("PacketSize")
-    if told is None:
+    stated = features.get("PacketSize")
+    if stated is None:
         return default
-    size = _number(told.encode(), told.encode())
+    size = _number(stated.encode(), stated.encode())
     if size < 256:
         raise ReplyError(f"packets of {size} bytes")
     return min(size, most)

@@ -95,18 +95,18 @@ class PacketReader:
         if len(buffer) < end + 3:
             self._searched = end
             return None
-        raw, told = bytes(buffer[1:end]), bytes(buffer[end + 1 : end + 3])
+        raw, stated = bytes(buffer[1:end]), bytes(buffer[end + 1 : end + 3])
         del buffer[: end + 3]
         self._searched = 0
-        check_sum(raw, told)
+        check_sum(raw, stated)
         data = unpack(raw, self._max_size)
         return Notification(data) if first == _NOTIFICATION else data
 
 
-def check_sum(raw: bytes, told: bytes) -> None:
-    """Raises `PacketError` unless `told`, two hex digits, is the sum of `raw`."""
-    if told.lower() != b"%02x" % checksum(raw):
-        raise PacketError(f"a wrong checksum: {told!r} of {len(raw)} bytes")
+def check_sum(raw: bytes, stated: bytes) -> None:
+    """Raises `PacketError` unless `stated`, two hex digits, is the sum of `raw`."""
+    if stated.lower() != b"%02x" % checksum(raw):
+        raise PacketError(f"a wrong checksum: {stated!r} of {len(raw)} bytes")
 
 
 def unpack(raw: bytes, most: int = MAX_PACKET) -> bytes:

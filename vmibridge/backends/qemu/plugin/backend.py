@@ -130,7 +130,7 @@ class QemuPluginBackend(Backend):
         return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
 
     def stop(self) -> None:
-        """Hang up: the plugins run everything natively from here on, or wait, as told."""
+        """Hang up: the plugins run everything natively from here on, or wait, as configured."""
         self._stopped = True
         self._over.set()
 
@@ -143,11 +143,11 @@ class QemuPluginBackend(Backend):
         self._connected += 1
         try:
             with anyio.fail_after(_HANDSHAKE):
-                told, ram = await self._shake_hands(connected, frames)
-            with ram or nullcontext(), self._place_of(told) as place:
-                vcpu = Vcpu(connected, frames, place * MAX_VCPUS + told.vcpu, ram)
+                hello, ram = await self._shake_hands(connected, frames)
+            with ram or nullcontext(), self._place_of(hello) as place:
+                vcpu = Vcpu(connected, frames, place * MAX_VCPUS + hello.vcpu, ram)
                 self._ends.pop(vcpu.lane, None)
-                await vcpu.send(greetings[told.protocol])
+                await vcpu.send(greetings[hello.protocol])
                 await self._take_frames(vcpu, sink)
         except TimeoutError:
             log.warning("vm %s: a peer did not say who it is", self.vm)
@@ -182,31 +182,31 @@ class QemuPluginBackend(Backend):
             kind, body = frame
             if kind != FrameType.HELLO:
                 raise ValueError(f"frame {kind} instead of HELLO")
-            told = parse_hello(body)
-            why = check_hello(told)
+            hello = parse_hello(body)
+            why = check_hello(hello)
             if self._connected > _MAX_CONNECTIONS:
                 why = "too many vCPUs"
             if why is not None:
                 connected.send(refused(why))
                 raise _RefusedError(why)
             stack.pop_all()
-            return told, ram
+            return hello, ram
 
     @contextmanager
-    def _place_of(self, told: Hello) -> Iterator[int]:
+    def _place_of(self, hello: Hello) -> Iterator[int]:
         """The number of a QEMU, which is its own while it has a connection."""
-        qemu = self._qemus.get(told.process)
+        qemu = self._qemus.get(hello.process)
         if qemu is None:
             taken = {other.place for other in self._qemus.values()}
             qemu = _Qemu(next(place for place in itertools.count() if place not in taken))
-            self._qemus[told.process] = qemu
+            self._qemus[hello.process] = qemu
         qemu.connections += 1
         try:
             yield qemu.place
         finally:
             qemu.connections -= 1
             if not qemu.connections:
-                del self._qemus[told.process]
+                del self._qemus[hello.process]
 
     async def _take_frames(self, vcpu: Vcpu, sink: TrapSink) -> None:
         """Take what one vCPU sends, until it hangs up."""

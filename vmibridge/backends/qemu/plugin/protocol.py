@@ -171,16 +171,16 @@ def parse_hello(body: bytes) -> Hello:
         raise ValueError(f"a HELLO of {len(body)} bytes")
     # What stands behind these is of the protocol, which may be one that is not known here.
     protocol, api, process, vcpu, vcpus, target = _HELLO_2.unpack_from(body)
-    told: tuple[str, int] | tuple[()] = ()
+    named: tuple[str, int] | tuple[()] = ()
     rest = body[_HELLO_2.size :]
     if protocol == PROTOCOL:
         if len(body) < _HELLO.size:
             raise ValueError(f"a HELLO of {len(body)} bytes")
         *_, architecture, version = _HELLO.unpack_from(body)
-        told = _text(architecture), version
+        named = _text(architecture), version
         rest = body[_HELLO.size :]
     names = tuple(rest.decode("ascii", "replace").split(","))
-    return Hello(protocol, api, process, vcpu, vcpus, _text(target), names, *told)
+    return Hello(protocol, api, process, vcpu, vcpus, _text(target), names, *named)
 
 
 def _text(field: bytes) -> str:
