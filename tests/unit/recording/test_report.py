@@ -66,7 +66,7 @@ def test_counts_are_by_handler_and_method(made):
     found = Statistics()
     for seq, (request, method, kind, duration) in enumerate(made):
         found.add(recorded(seq, request, method, kind, duration, f"handler{request}"))
-    told = found.told()
+    told = found.as_dict()
     counts = {kind.value: sum(each[2] is kind for each in made) for kind in OutcomeKind}
     assert told["outcomes"] == {kind: count for kind, count in counts.items() if count}
     for group in told["groups"]:
@@ -80,7 +80,7 @@ def test_any_number_of_methods_takes_a_bounded_space():
     found = Statistics()
     for seq in range(5000):
         found.add(recorded(seq, method=seq))
-    groups = found.told()["groups"]
+    groups = found.as_dict()["groups"]
     assert len(groups) <= 501
     assert sum(sum(group["outcomes"].values()) for group in groups) == 5000
 
