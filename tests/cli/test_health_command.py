@@ -127,7 +127,7 @@ def test_what_is_no_place_is_wrong_usage(where, health):
 
 
 def test_a_password_is_not_shown(health):
-    told = "vmibridge: a user and a password are of no use here: leave them out"
+    told = "vmibridge: a user and a password are not used here: leave them out"
     assert health("nats://web:secret@queue:4222") == (2, told)
 
 

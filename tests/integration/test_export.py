@@ -381,7 +381,7 @@ class TestAnyFormat:
     def test_never_takes_the_place_of_a_file(self, run, name, tmp_path):
         target = tmp_path / "x.out"
         target.write_text("mine")
-        with pytest.raises(ConfigError, match="is there already"):
+        with pytest.raises(ConfigError, match="already exists"):
             export(run[0], name, target)
 
     @pytest.mark.parametrize("name", FORMATS)
@@ -391,7 +391,7 @@ class TestAnyFormat:
             job = export.write()
             next(job)
             export.targets[-1].write_text("mine")
-            with pytest.raises(ConfigError, match="is there already"):
+            with pytest.raises(ConfigError, match="already exists"):
                 list(job)
         assert list(tmp_path.iterdir()) == [export.targets[-1]]
         assert export.targets[-1].read_text() == "mine"

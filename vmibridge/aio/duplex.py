@@ -134,7 +134,7 @@ class Duplex:
                 self._at_once = AT_ONCE
                 await checkpoint()
                 continue
-            # As `receive_now`, without its call: this is on the way of every remote trap.
+            # As `receive_now`, without its call: this is on the path of every remote trap.
             try:
                 data = self._socket.recv(size)
             except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What is on the way of every trap, done with each loop's own means.
+"""What is on the path of every trap, done with each loop's own means.
 
 | here | instead of | why |
 |---|---|---|

@@ -132,7 +132,7 @@ async def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise BackendError("is there, and is no socket")
+        raise BackendError("exists, and is not a socket")
     try:
         found = await connect(socket.AF_UNIX, str(path))
     except ConnectionRefusedError:

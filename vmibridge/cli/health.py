@@ -47,7 +47,7 @@ def health(
     # Options, as of --listen, may be there: they are of no use here.
     place = where.partition("?")[0]
     if "@" in place and not place.startswith("unix:"):
-        raise ConfigError("a user and a password are of no use here: leave them out")
+        raise ConfigError("a user and a password are not used here: leave them out")
     connect = _connection(place)
     deadline = time.monotonic() + within
     try:

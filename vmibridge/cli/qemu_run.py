@@ -135,7 +135,7 @@ def run_qemu(
     if via == "gdb" and not handlers:
         raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
     if via == "gdb" and not (patience is compat is None and not plugin_options):
-        raise ConfigError("--patience, --compat and --plugin-options are of the plugin")
+        raise ConfigError("--patience, --compat and --plugin-options go with --via plugin only")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
         where = socket or folder / "vmi.sock"

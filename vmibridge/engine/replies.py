@@ -142,11 +142,11 @@ class Replies:
             try:
                 await before_resume(outcome)
             except Exception:
-                log.exception("%s failed; the answer is written all the same", where)
+                log.exception("%s failed; the answer is written anyway", where)
             finally:
                 self._consulted.discard(scope)
         if scope.cancelled_caught:
-            log.error("%s was cut off; the answer is written all the same", where)
+            log.error("%s was cut off; the answer is written anyway", where)
 
     def consult_no_more(self) -> None:
         """Cut off what the consumer does, from here on: the server stops, and every trap is due."""

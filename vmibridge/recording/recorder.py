@@ -130,7 +130,7 @@ class Recorder(Tap):
         self._tasks: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
-        """Make the file. Raises `RecordingError` when it is there already, or cannot be made."""
+        """Make the file. Raises `RecordingError` when it already exists, or cannot be made."""
         library = f"vmibridge {version('vmibridge')}"
         self._writer = await in_own_thread(
             lambda: RecordingWriter(self.path, library, stem=self._stem, overwrite=self._overwrite)
@@ -351,7 +351,7 @@ class Recorder(Tap):
         self._chunk = ChunkBuilder()
         self._free()
         if self._on_error == "continue":
-            log.error("%s; the run goes on unrecorded", self.error)
+            log.error("%s; the run continues without a recording", self.error)
             return
         for stop in self._stops.values():
             stop(self.error)

@@ -94,8 +94,8 @@ class TestReasons:
             (Error("nats: user authentication expired"), True, r"or none \(expired\)"),
             (ssl.SSLError(1, "x"), False, "TLS: no TLS there"),
             (ConnectionRefusedError(111, "Connection refused"), False, "Connection refused"),
-            (ConnectionResetError(), False, "NATS has hung up on us"),
-            (BrokenPipeError(32, "Broken pipe"), False, "NATS has hung up on us"),
+            (ConnectionResetError(), False, "NATS has closed the connection"),
+            (BrokenPipeError(32, "Broken pipe"), False, "NATS has closed the connection"),
             (
                 Error("nats: 'maximum \x1b connections'"),
                 False,

@@ -136,7 +136,7 @@ class TestAgents:
                         agent.post(End(()))
                         assert await agent.next() == Ended()
             assert [type(frame) for frame in said] == [Welcome] * 3 + [Refused] * 2
-            assert said[-1].why == "this peer begins too many VMs: come later"
+            assert said[-1].why == "this peer starts too many VMs: try again later"
             assert not said[-1].final
             assert server.refused == 2
 

@@ -111,7 +111,7 @@ class QmpLines:
         try:
             line = self._decode(text)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise QmpError(f"QEMU sent what is no QMP: {error}") from None
+            raise QmpError(f"QEMU sent invalid QMP: {error}") from None
         if line.event is not None:
             return QmpEvent(line.event, line.data.copy())
         if line.QMP is not None:
@@ -122,7 +122,7 @@ class QmpLines:
             # Without an id it is about a line that QEMU could not read.
             return QmpReply(-1 if line.id is None else line.id, error=line.error.desc)
         if line.id is None or not bytes(line.result):
-            raise QmpError("QEMU sent what is no reply, no event and no greeting")
+            raise QmpError("QEMU sent neither a reply, nor an event, nor a greeting")
         return QmpReply(line.id, line.result.copy())
 
     @staticmethod

@@ -233,7 +233,7 @@ class NatsAgentLink:
             else:
                 self._take_frames(place, message)
         except (WireError, ValueError, IndexError) as error:
-            log.debug("vm %s: %s: garbage: %s", self._vm, self._url, error)
+            log.debug("vm %s: %s: malformed message: %s", self._vm, self._url, error)
 
     def _on_no_responders(self, place: list[str]) -> None:
         """No responders to the message that had this reply subject."""

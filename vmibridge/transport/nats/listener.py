@@ -118,7 +118,7 @@ class NatsListener:
                     tasks.start_soon(self._watch)
                     await self._client.closed.wait()
                     tasks.cancel_scope.cancel()
-                log.error("%s: NATS has shut us out; trying again", self.url)
+                log.error("%s: NATS has closed the connection; trying again", self.url)
                 await self._open_again()
         finally:
             await self._leave_group()
@@ -200,7 +200,7 @@ class NatsListener:
             if rest and may_be_answered(message.reply):
                 link.take(rest, message.reply)
         except WireError as error:
-            log.debug("%s: garbage: %s", self.url, error)
+            log.debug("%s: malformed message: %s", self.url, error)
 
     async def _take_own(self, message: "Msg") -> None:
         """At this server's own inbox: what an agent sends to the incarnation that it knows."""
@@ -217,7 +217,7 @@ class NatsListener:
             data = data.removeprefix(link.hello)
             link.take(data, message.reply)
         except WireError as error:
-            log.warning("%s: vm %s: garbage: %s", self.url, link.session.vm, error)
+            log.warning("%s: vm %s: malformed message: %s", self.url, link.session.vm, error)
 
     async def _take_from_all(self, message: "Msg") -> None:
         """What an agent asks all servers."""
@@ -228,7 +228,7 @@ class NatsListener:
         try:
             link.take(message.data, message.reply)
         except WireError as error:
-            log.warning("%s: vm %s: garbage: %s", self.url, link.session.vm, error)
+            log.warning("%s: vm %s: malformed message: %s", self.url, link.session.vm, error)
 
     async def _find(self, start: bytes, message: "Msg", *, welcome: bool) -> NatsSessionLink | None:
         """The session of a HELLO, which may be new. Raises `WireError`."""

@@ -168,14 +168,14 @@ def reason(error: Exception) -> Exception:
     if isinstance(error, InvalidUserCredentialsError):
         return NatsRefusedError("the file of credentials does not hold them any more")
     if isinstance(error, ssl.SSLCertVerificationError):
-        return NatsRefusedError(f"TLS: the certificate does not do: {error.verify_message}")
+        return NatsRefusedError(f"TLS: the certificate is not accepted: {error.verify_message}")
     if isinstance(error, ssl.SSLError):
         return NatsRefusedError(f"TLS: {_words(error, 'no TLS there')}")
     if is_refusal(error):
         expired = " (expired)" if "expired" in str(error).lower() else ""
         return NatsRefusedError(f"NATS refuses us: wrong credentials, or none{expired}")
     if isinstance(error, ConnectionResetError | BrokenPipeError):
-        return OSError("NATS has hung up on us")
+        return OSError("NATS has closed the connection")
     if isinstance(error, OSError) and error.strerror:
         return OSError(error.errno, error.strerror)
     words = str(error)
@@ -183,5 +183,5 @@ def reason(error: Exception) -> Exception:
         # The server's own, as that it has no more room.
         return OSError(f"NATS: {printable(words[6:200])}")
     if type(error) is Error and ("INFO" in words or "json" in words):
-        return OSError("who answers there is no NATS")
+        return OSError("what answers there is not a NATS server")
     return OSError(f"NATS: {type(error).__name__}")

@@ -142,7 +142,7 @@ class Listener:
             if session is not None:
                 await self._take_frames(session, connection)
         except WireError as error:
-            log.warning("%s: a peer sent what it must not: %s", listening.url, error)
+            log.warning("%s: a peer broke the protocol: %s", listening.url, error)
             self.refused += session is None
         except ConnectionLostError as error:
             if session is None:
@@ -173,7 +173,7 @@ class Listener:
                 session, welcome = await self._admit(hello, connection.peer)
         except TimeoutError:
             self.refused += 1
-            log.debug("%s: a peer did not say who it is", url)
+            log.debug("%s: a peer sent no HELLO in time", url)
             return None
         except RefusedError as error:
             self.refused += 1

@@ -206,7 +206,7 @@ class AgentServer:
             try:
                 handler_set = await self._make(vm.session)
             except RefusedError as error:
-                log.warning("vm %s: goes on with the handlers it has: %s", vm.session.vm, error)
+                log.warning("vm %s: keeps its current handlers: %s", vm.session.vm, error)
                 continue
             done += await self._take_over(vm, handler_set)
         # Not before: a shared handler of both the old and the new sets must stay entered.
@@ -228,7 +228,7 @@ class AgentServer:
                 either.start_soon(wait, handler_set.ended)
         if not handler_set.backend.running.is_set() or handler_set.ended.is_set():
             handler_set.stop(now=True)
-            log.error("vm %s: goes on with the handlers that it has", name)
+            log.error("vm %s: keeps its current handlers", name)
             return False
         if handler_set.filter != vm.current.filter:
             log.warning(
@@ -275,9 +275,9 @@ class AgentServer:
                 # What it has sent may come late, and is not to take the place of this one.
                 self._ended.append(session.id)
         if len(self._vms) >= self._limits.sessions:
-            raise RefusedError(f"{len(self._vms)} VMs are served: no more", final=False)
+            raise RefusedError(f"{len(self._vms)} VMs are served, which is the limit", final=False)
         if not self._new_sessions.take(peer, time.monotonic()):
-            raise RefusedError("this peer begins too many VMs: come later", final=False)
+            raise RefusedError("this peer starts too many VMs: try again later", final=False)
         session = Session(
             hello,
             peer,

@@ -315,7 +315,7 @@ async def test_a_path_is_taken_over_only_from_a_host_that_has_gone(stage, option
         await (await stage.stranger()).hang_up()
     assert not stage.path.exists()
     stage.path.write_text("mine")
-    with pytest.raises(BackendError, match="is no socket"):
+    with pytest.raises(BackendError, match="is not a socket"):
         await stage.backend().__aenter__()
     assert stage.path.read_text() == "mine"
 

@@ -274,7 +274,7 @@ class QemuGdbBackend(Backend):
                         async for _ in resets:
                             self.was_reset()
         except (OSError, QmpError) as error:
-            log.warning("vm %s: its monitor does not tell of resets: %s", self.vm, error)
+            log.warning("vm %s: its monitor does not report resets: %s", self.vm, error)
         finally:
             watched.set()
 

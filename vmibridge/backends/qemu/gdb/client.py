@@ -159,7 +159,7 @@ class GdbClient:
         except ClientLostError as error:
             self.lose(str(error))
         except PacketError as error:
-            self.lose(f"it sent what it must not: {error}")
+            self.lose(f"it broke the protocol: {error}")
         return self.why_lost is None
 
     def _receive_pieces(self) -> None:

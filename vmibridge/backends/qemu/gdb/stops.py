@@ -425,4 +425,4 @@ class Stops:
             except ClientLostError:
                 self.over.set()
             except StubError as error:
-                self._client.lose(f"it sent what it must not: {error}")
+                self._client.lose(f"it broke the protocol: {error}")

@@ -150,14 +150,14 @@ class QemuPluginBackend(Backend):
                 await vcpu.send(greetings[hello.protocol])
                 await self._take_frames(vcpu, sink)
         except TimeoutError:
-            log.warning("vm %s: a peer did not say who it is", self.vm)
+            log.warning("vm %s: a peer sent no HELLO in time", self.vm)
         except (anyio.EndOfStream, OSError, BackendError):
             pass
         except _RefusedError as error:
             log.warning("vm %s: %s", self.vm, error)
         except ValueError as error:
-            why = f"it sent what it must not: {error}"
-            log.warning("vm %s: a plugin sent what it must not: %s", self.vm, error)
+            why = f"it broke the protocol: {error}"
+            log.warning("vm %s: a plugin broke the protocol: %s", self.vm, error)
         finally:
             self._connected -= 1
             if vcpu is not None:
