@@ -32,7 +32,7 @@ OPTIONS = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", 
 LIMITS = ("--memory=256m", "--cpus=1.0", "--pids-limit=64")
 
 
-def told(engine: Engine, *arguments: str) -> str:
+def output_of(engine: Engine, *arguments: str) -> str:
     done = engine.run(*arguments, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"containers: {engine.name} {arguments[0]}: {done.stderr.strip()}")
@@ -42,7 +42,9 @@ def told(engine: Engine, *arguments: str) -> str:
 def size(engine: Engine) -> float:
     (base,) = bases("bridge")
     form = "--format={{.Size}}"
-    sizes = [int(told(engine, "image", "inspect", form, name)) for name in (IMAGES["bridge"], base)]
+    sizes = [
+        int(output_of(engine, "image", "inspect", form, name)) for name in (IMAGES["bridge"], base)
+    ]
     return (sizes[0] - sizes[1]) / MEGA
 
 
@@ -52,14 +54,16 @@ def one_round(engine: Engine, folder: Path) -> dict[str, float]:
     command += ["--handlers", "vmibridge.handlers.hello", "--record", "/recordings/run.mcap"]
     volumes = [f"--volume={folder}:/run/vmibridge", "--volume=/recordings"]
     begin = time.perf_counter()
-    name = told(engine, "run", "--detach", *OPTIONS, *LIMITS, *volumes, IMAGES["bridge"], *command)
+    name = output_of(
+        engine, "run", "--detach", *OPTIONS, *LIMITS, *volumes, IMAGES["bridge"], *command
+    )
     try:
         await_listener(path, begin + SECONDS)
         ready = time.perf_counter() - begin
-        process = told(engine, "inspect", "--format={{.State.Pid}}", name)
+        process = output_of(engine, "inspect", "--format={{.State.Pid}}", name)
         return {"ready": ready, "memory": resident(process), "cgroup": counted(process)}
     finally:
-        told(engine, "rm", "--force", "--volumes", name)
+        output_of(engine, "rm", "--force", "--volumes", name)
 
 
 def await_listener(path: Path, deadline: float) -> None:
@@ -71,7 +75,7 @@ def await_listener(path: Path, deadline: float) -> None:
                 time.sleep(0.005)
             else:
                 return
-    sys.exit(f"containers: nobody listens at {path}")
+    sys.exit(f"containers: nothing listens at {path}")
 
 
 def resident(process: str) -> float:

@@ -141,7 +141,7 @@ async def engine(stub: Path, site: int, events: int) -> float:
 def by_hand(stub: Path, site: int, events: int, script: Path) -> float:
     """Events a second."""
     script.write_text(BY_HAND)
-    told = subprocess.run(
+    printed = subprocess.run(
         ["gdb", "-nx", "-batch", "-x", str(script)],
         env=os.environ | {"STUB": str(stub), "SITE": hex(site)},
         stdin=subprocess.DEVNULL,
@@ -149,15 +149,15 @@ def by_hand(stub: Path, site: int, events: int, script: Path) -> float:
         text=True,
         check=True,
     ).stdout
-    found = re.search(r"events (\d+) seconds ([\d.]+)", told)
-    assert found is not None, told
-    assert int(found[1]) == events, told
+    found = re.search(r"events (\d+) seconds ([\d.]+)", printed)
+    assert found is not None, printed
+    assert int(found[1]) == events, printed
     return events / float(found[2])
 
 
 def version(qemu: str) -> str:
-    told = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"version ([\d.]+)", told)[1]
+    printed = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"version ([\d.]+)", printed)[1]
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ IMAGES = {
 PULL_SECONDS = 120
 BUILD_SECONDS = 1800
 NOFILE = 1 << 20
-"""Open files of a container, where nobody says otherwise (containers.conf(5))."""
+"""Open files of a container, where no setting says otherwise (containers.conf(5))."""
 NPROC = 4096
 """Processes of its user: more than any of these needs, and fewer than limits are."""
 
@@ -55,8 +55,10 @@ class Engine:
     def _limit(self) -> None:
         """A process with lower limits than podman's defaults cannot start a container."""
         _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        told = "CONTAINERS_CONF" in os.environ or Path("/etc/containers/containers.conf").exists()
-        if told or files == resource.RLIM_INFINITY or files >= NOFILE:
+        is_configured = (
+            "CONTAINERS_CONF" in os.environ or Path("/etc/containers/containers.conf").exists()
+        )
+        if is_configured or files == resource.RLIM_INFINITY or files >= NOFILE:
             return
         limits = [f"nofile={files}:{files}", f"nproc={NPROC}:{NPROC}"]
         settings = self.folder / "containers.conf"

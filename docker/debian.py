@@ -78,12 +78,12 @@ def pip_mounts(folder: Path) -> list[Path]:
 
 
 def _pip_settings() -> dict[str, str]:
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     ).stdout
     found: dict[str, str] = {}
     # Those of the environment come before those of files, as with pip itself.
-    for source, name, value in re.findall(r"^(\S+?)\.([\w-]+)='(.*)'$", told, re.MULTILINE):
+    for source, name, value in re.findall(r"^(\S+?)\.([\w-]+)='(.*)'$", printed, re.MULTILINE):
         if source == ":env:" or name not in found:
             found[name.lstrip(".")] = value.replace("\\n", " ")
     return found

@@ -26,7 +26,7 @@ waits for the next piece only, and may fill less than the buffer.
 
 The native code is in the upper half of the status, which an x86 guest does not see.
 
-Rules that it lives by:
+Invariants:
 
 - Only URLs on the list are asked for. Each redirect is held against it like the first URL.
 - A host's addresses are looked up and checked here, all of them, and a connection goes to
@@ -180,7 +180,7 @@ class Fetch(BridgeHandler[int]):
     wait = BridgeResponse(Status(kind=StatusKind.WAITING).encode())
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """What may be fetched. Raises `ValueError` for what makes no sense."""
+        """What may be fetched. Raises `ValueError` if a value is out of range."""
 
         allow: list[str] = msgspec.field(default_factory=list)
         """URL prefixes: scheme, host, port if it is not the scheme's own, and a path that

@@ -58,7 +58,7 @@ class Log(BridgeHandler[str]):
     wait = BridgeResponse(Status(kind=StatusKind.WAITING).encode())
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """What is logged. Raises `ValueError` for what makes no sense."""
+        """What is logged. Raises `ValueError` if a value is out of range."""
 
         level: Literal["debug", "info", "warning", "error"] = "debug"
         """The least level that is logged."""

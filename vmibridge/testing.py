@@ -128,7 +128,7 @@ class FakeBackend(Backend):
     def change_session(self, kind: SessionEventKind, reason: str | None = None) -> None:
         """Tell taps of a change of the session, as a remote VM does: for tests of `session_event`.
 
-        Nobody is told before the run and after it, nor where no tap has that hook.
+        Not called before the run and after it, nor where no tap has that hook.
         """
         if self.on_session_event is not None:
             self.on_session_event(SessionEvent(self.vm, kind, "00" * 16, "test", reason))

@@ -1,6 +1,6 @@
 ; The demo: calls hello, log, environment and fetch by VMCALL, by CPUID and by VMMCALL,
 ; with paging on, and checks every answer and both stamps itself. A check that fails is
-; told through the log handler and ends the guest by an undefined instruction.
+; reported through the log handler and ends the guest by an undefined instruction.
 ;
 ; The URL comes from the environment handler (DEMO_URL). What is behind it is known: byte
 ; n of BODY_SIZE is the low byte of 7 * n + 3.

@@ -22,7 +22,7 @@ from vmibridge import (
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
 MASK = (1 << 64) - 1
-MOST = 64 << 10
+MAX_SIZE = 64 << 10
 JOB_SECONDS = 0.1
 
 
@@ -43,7 +43,7 @@ class Exchange(BridgeHandler[str]):
     async def reverse(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[str]:
         """Write the bytes of a buffer behind it, the last one first."""
         size = packet.value2
-        if size > MOST:
+        if size > MAX_SIZE:
             return BridgeResponse(0)
         try:
             data = await vmi.memory.read(packet.value1, size)

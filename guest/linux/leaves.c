@@ -10,7 +10,7 @@
 #include "vmibridge.h"
 #include "tiny.h"
 
-enum { MOST_LEAVES = 256, SUBLEAVES = 64 };
+enum { MAX_LEAVES = 256, SUBLEAVES = 64 };
 
 struct registers { uint32_t a, b, c, d; };
 
@@ -55,7 +55,7 @@ static int run(int count, char **arguments)
     for (unsigned i = 0; i < 4; i++) {
         uint32_t last = cpuid(RANGES[i], 0).a;
         /* A range that the CPU does not have says something else than a leaf of its own. */
-        if (last < RANGES[i] || last >= RANGES[i] + MOST_LEAVES) {
+        if (last < RANGES[i] || last >= RANGES[i] + MAX_LEAVES) {
             last = RANGES[i];
         }
         for (uint32_t leaf = RANGES[i]; leaf <= last; leaf++) {

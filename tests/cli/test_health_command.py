@@ -51,18 +51,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_socket_at_which_somebody_listens_is_healthy_and_hears_nothing(folder, health):
+def test_a_socket_that_is_listening_is_healthy_and_hears_nothing(folder, health):
     with listening(socket.AF_UNIX, "vmi.sock") as (_, heard):
-        assert health("unix:vmi.sock") == (0, "unix:vmi.sock: somebody listens")
+        assert health("unix:vmi.sock") == (0, "unix:vmi.sock: listening")
     assert heard == [b""]
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "tls"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"], ids=["host", "any"])
-def test_a_port_at_which_somebody_listens_is_healthy(scheme, host, health):
+def test_a_port_that_is_listening_is_healthy(scheme, host, health):
     with listening(socket.AF_INET, ("127.0.0.1", 0)) as ((_, port), heard):
         where = f"{scheme}:{host}:{port}"
-        assert health(f"{where}?cert=a&key=b") == (0, f"{where}: somebody listens")
+        assert health(f"{where}?cert=a&key=b") == (0, f"{where}: listening")
     assert heard == [b""]
 
 
@@ -79,7 +79,7 @@ def test_nats_is_healthy_when_it_has_greeted(health):
 def test_what_greets_otherwise_is_no_nats(health):
     with listening(socket.AF_INET, ("127.0.0.1", 0), b"SSH") as ((_, port), _):
         where = f"nats://127.0.0.1:{port}"
-        told = f"vmibridge: {where}: somebody listens, and it is no NATS server"
+        told = f"vmibridge: {where}: listening, but not as a NATS server"
         assert health(where) == (1, told)
 
 
@@ -93,13 +93,13 @@ def test_what_says_nothing_in_time_is_no_nats(health):
 def test_a_socket_whose_owner_has_gone_is_not_healthy(folder, health):
     with closing(socket.socket(socket.AF_UNIX)) as left:
         left.bind("vmi.sock")
-    assert health("unix:vmi.sock") == (1, "vmibridge: unix:vmi.sock: nobody listens")
+    assert health("unix:vmi.sock") == (1, "vmibridge: unix:vmi.sock: nothing listens here")
 
 
 def test_a_port_that_is_free_is_not_healthy(health):
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         where = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
-    assert health(where) == (1, f"vmibridge: {where}: nobody listens")
+    assert health(where) == (1, f"vmibridge: {where}: nothing listens here")
 
 
 def test_a_path_without_a_file_is_not_healthy(folder, health):
@@ -127,7 +127,7 @@ def test_what_is_no_place_is_wrong_usage(where, health):
 
 
 def test_a_password_is_not_shown(health):
-    told = "vmibridge: a user and a password are of no use here: leave them out"
+    told = "vmibridge: a user and a password are not used here: leave them out"
     assert health("nats://web:secret@queue:4222") == (2, told)
 
 
@@ -146,7 +146,7 @@ def test_nats_has_a_port_of_its_own(folder, health, monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", connect)
     for where in ("nats://queue", "nats://[::1]", "nats://queue:4333"):
-        assert health(where) == (1, f"vmibridge: {where}: nobody listens")
+        assert health(where) == (1, f"vmibridge: {where}: nothing listens here")
     assert asked == [("queue", 4222), ("::1", 4222), ("queue", 4333)]
 
 

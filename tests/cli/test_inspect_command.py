@@ -244,7 +244,7 @@ class TestExitStatus:
             (["export", "R"], "--to"),
             (["export", "R", "--to", "csv"], "csv"),
             (["export", "R", "--to", "sqlite", "-o", "-"], "sqlite needs a file"),
-            (["export", "R", "--to", "sqlite", "-o", "text"], "text: is there already"),
+            (["export", "R", "--to", "sqlite", "-o", "text"], "text: already exists"),
             (["export", "text", "--to", "sqlite"], "text: is no MCAP file"),
         ],
         ids=str,

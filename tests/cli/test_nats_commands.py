@@ -156,7 +156,7 @@ class TestRecordings:
             (["put", "nowhere", "URL"], 1, "No such file"),
             (["put", "web-1.mcap", "unix:x"], 2, "recordings are kept at nats://HOST:PORT"),
             (["put", "web-1.mcap", "URL?bucket=a/b"], 1, "a store has letters"),
-            (["get", "web-1.mcap", "URL"], 1, "is there already"),
+            (["get", "web-1.mcap", "URL"], 1, "already exists"),
             (["get", "nothing", "URL"], 1, "no recording of that name"),
             (["get", "nothing", "URL?bucket=none"], 1, "there is no store none"),
             (["list", "URL?bucket=none"], 1, "there is no store none"),
@@ -177,7 +177,7 @@ class TestRecordings:
     def test_a_name_that_is_taken_is_not_written_over(self, jetstream, here, recording):
         assert here("recordings", "put", recording, jetstream.url).returncode == 0
         done = here("recordings", "put", recording, jetstream.url)
-        assert (done.returncode, "web-1.mcap: is there already" in done.stderr) == (1, True)
+        assert (done.returncode, "web-1.mcap: already exists" in done.stderr) == (1, True)
 
     def test_a_nats_without_jetstream_is_said(self, nats, here, recording):
         done = here("recordings", "put", recording, nats.url)
@@ -196,7 +196,7 @@ class TestRecordings:
         url = parse_nats_url(jetstream.url)
         kept = await nats_store.put_recording(url, recording)
         assert await nats_store.list_recordings(url) == [kept]
-        with pytest.raises(RecordingError, match="is there already"):
+        with pytest.raises(RecordingError, match="already exists"):
             await nats_store.put_recording(url, recording)
         await nats_store.get_recording(url, kept.name, tmp_path / "again")
         assert (tmp_path / "again").read_bytes() == recording.read_bytes()

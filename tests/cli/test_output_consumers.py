@@ -139,7 +139,7 @@ class TestAReaderThatStopsReading:
         assert os.read(ours, 100) == b"{}\n"
         told = [record.getMessage() for record in caplog.records]
         assert [text.partition(": ")[2] for text in told] == [
-            "nobody has read it for 0.01 seconds: outcomes are dropped until they can be written",
+            "not read for 0.01 seconds: outcomes are dropped until they can be written",
             f"{writer.dropped} outcomes were dropped",
         ]
 

@@ -189,7 +189,7 @@ def test_a_qemu_that_fails_before_it_listens_is_told(start, folder):
         (
             ["--handlers", "handlers.py", "--via", "gdb", "--patience", "1"],
             MACHINE,
-            "--patience, --compat and --plugin-options are of the plugin",
+            "--patience, --compat and --plugin-options go with --via plugin only",
         ),
         (["--handlers", "handlers.py", "--backend-options", "x=1"], MACHINE, "no option 'x'"),
         (["--handlers", "handlers.py", "--share-memory"], ["-m", "much"], "is no size of memory"),

@@ -137,7 +137,7 @@ def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, 
         (["--record", "new.mcap", "--redact", "0x10000:memory"], 2, "is no redaction"),
         (["--redact", "memory"], 2, "--redact is about a recording: give --record FILE, too"),
         (["--unrecorded", "stop"], 2, "--unrecorded is about a recording: give --record FILE, too"),
-        (["--record", "old.mcap"], 1, "old.mcap: is there already"),
+        (["--record", "old.mcap"], 1, "old.mcap: already exists"),
         (["--record", "none/new.mcap"], 1, "none/new.mcap: No such file or directory"),
     ],
 )
@@ -190,7 +190,7 @@ def test_or_lets_it_go_on_unrecorded(vmibridge, image, handlers, tmp_path):
     done = vmibridge(*arguments, "--unrecorded", "continue", preexec_fn=full_after(90_000))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["summary"]["total"] == 5000
-    assert f"{ENDS_HERE}; the run goes on unrecorded" in done.stderr
+    assert f"{ENDS_HERE}; the run continues without a recording" in done.stderr
     lost = int(done.stderr.split("; ")[-1].split()[0])
     recover(tmp_path / "run.mcap", tmp_path / "clean.mcap")
     assert len(contents(tmp_path / "clean.mcap")[1]) + lost == 5000
@@ -252,8 +252,8 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
         ("probe.py", "clean.mcap", 2, "probe.py: is no MCAP file"),
         ("missing.mcap", "clean.mcap", 2, "missing.mcap: No such file or directory"),
         (".", "clean.mcap", 2, ".: Is a directory"),
-        ("run.mcap", "probe.py", 2, "probe.py: is there already"),
-        ("run.mcap", "run.mcap", 2, "run.mcap: is there already"),
+        ("run.mcap", "probe.py", 2, "probe.py: already exists"),
+        ("run.mcap", "run.mcap", 2, "run.mcap: already exists"),
         ("run.mcap", "none/clean.mcap", 1, "none/clean.mcap: No such file or directory"),
     ],
 )

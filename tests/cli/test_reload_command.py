@@ -12,7 +12,7 @@ from probe_guest import calls, command
 LOOPS = {"asyncio": [], "uvloop": ["--uvloop"], "trio": ["--async-backend", "trio"]}
 every_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 LISTENS = "listening at unix:x.sock"
-RELOADED = "loaded anew"
+RELOADED = "handlers reloaded"
 
 HANDLER = '''
 import sys

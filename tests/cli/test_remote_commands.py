@@ -202,7 +202,7 @@ class TestShared:
                 if count == 0:
                     (tmp_path / "adds.py").write_text(SHARED.format(count=100))
                     server.send_signal(signal.SIGHUP)
-                    while "loaded anew" not in (line := server.stderr.readline()):
+                    while "handlers reloaded" not in (line := server.stderr.readline()):
                         assert line
                         server.before.append(line)
             server.send_signal(signal.SIGTERM)

@@ -78,7 +78,7 @@ def test_limits_are_set(running):
 def test_a_bridge_that_listens_is_healthy(running):
     running.await_health("bridge")
     log = running.inspect("bridge", "{{json .State.Health.Log}}")
-    assert "unix:/run/vmibridge/vmi.sock: somebody listens" in log[-1]["Output"]
+    assert "unix:/run/vmibridge/vmi.sock: listening" in log[-1]["Output"]
 
 
 @pytest.fixture

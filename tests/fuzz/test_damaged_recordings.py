@@ -44,8 +44,8 @@ pytestmark = pytest.mark.no_cover
 
 START = 1_700_000_000 * 10**9
 MAGIC = b"\x89MCAP0\r\n"
-MOST = 2**64 - 1
-MOST_MEMORY = 4 * MAX_CHUNK
+MAX_U64 = 2**64 - 1
+MAX_MEMORY = 4 * MAX_CHUNK
 HEADER, FOOTER, CHANNEL, MESSAGE, CHUNK, INDEX, ATTACHMENT, DATA_END, UNKNOWN = (
     *(1, 2, 4, 5, 6, 7, 9, 15, 0x80),
 )
@@ -61,7 +61,7 @@ CHUNKS = [
     for number, messages in enumerate(
         [
             [session()],
-            [trap(1), access(1), reply(1), trap(2, value=MOST)],
+            [trap(1), access(1), reply(1), trap(2, value=MAX_U64)],
             [access(2), reply(2), trap(3), reply(3)],
             [Note("end", "3 traps", "vm", counts={"handled": 3})],
         ]
@@ -216,13 +216,13 @@ def test_a_wrong_byte_costs_its_chunk_only(tmp_path, number, change):
             assert problems, at
 
 
-spans = st.tuples(st.integers(0, MOST), st.integers(1, 200))
+spans = st.tuples(st.integers(0, MAX_U64), st.integers(1, 200))
 damages = st.lists(
     st.tuples(st.just("flip"), spans, st.integers(1, 255))
     | st.tuples(st.just("insert"), spans, st.binary(min_size=1, max_size=100))
     | st.tuples(st.just("delete"), spans, st.none())
     | st.tuples(st.just("swap"), spans, spans)
-    | st.tuples(st.just("length"), spans, st.sampled_from([0, 1, 22, 2**31, 2**63, MOST])),
+    | st.tuples(st.just("length"), spans, st.sampled_from([0, 1, 22, 2**31, 2**63, MAX_U64])),
     min_size=1,
     max_size=6,
 )
@@ -267,7 +267,7 @@ def test_nor_does_damage_that_came_before_the_checksum(damaged):
         survives(Path(folder) / "damaged.mcap", mcap(chunk(data)))
 
 
-numbers = st.integers(-(2**63), MOST) | st.sampled_from([0, 16, 32, 64])
+numbers = st.integers(-(2**63), MAX_U64) | st.sampled_from([0, 16, 32, 64])
 fields = st.dictionaries(st.sampled_from(["seq", "vcpu", "ip", "length", "width", "ring"]), numbers)
 registers = st.dictionaries(st.sampled_from(["rcx", "rdx", "rax", "cr3", "efer"]), numbers)
 
@@ -300,9 +300,9 @@ STRANGE = {
     "many tiny records": (chunk(record(UNKNOWN, b"") * 100_000), 0, None),
     "many messages of no channel": (chunk(message(9, b"") * 100_000), 0, None),
     "lz4": (chunk(TRAP_RECORD, compression=b"lz4"), 0, "compression is 'lz4'"),
-    "a record of 2**64-1 bytes": (record(UNKNOWN, b"", MOST), 0, "9 bytes are damaged"),
-    "a chunk of 2**64-1 bytes": (record(CHUNK, b"", MOST), 0, "9 bytes are damaged"),
-    "a message of 2**64-1 bytes": (chunk(record(MESSAGE, b"", MOST)), 0, "middle of a record"),
+    "a record of 2**64-1 bytes": (record(UNKNOWN, b"", MAX_U64), 0, "9 bytes are damaged"),
+    "a chunk of 2**64-1 bytes": (record(CHUNK, b"", MAX_U64), 0, "9 bytes are damaged"),
+    "a message of 2**64-1 bytes": (chunk(record(MESSAGE, b"", MAX_U64)), 0, "middle of a record"),
     "a message without a head": (chunk(record(MESSAGE, b"")), 0, "too short"),
     "a footer in the middle": (record(FOOTER, bytes(20)), 0, None),
     "an empty chunk": (chunk(b""), 0, None),
@@ -317,7 +317,7 @@ STRANGE = {
         chunk(b"", packed=UNKNOWN_SIZE, size=9), 0, "cannot be unpacked"
     ),
     "a chunk that states much": (chunk(b"", packed=UNKNOWN_SIZE, size=LARGE), 0, MOST_SAID),
-    "a chunk that states 2**64-1": (chunk(b"", packed=frame(1), size=MOST), 0, MOST_SAID),
+    "a chunk that states 2**64-1": (chunk(b"", packed=frame(1), size=MAX_U64), 0, MOST_SAID),
     "open traps with long errors": (chunk(TRAP_RECORD) + chunk(LONG_ERROR) * 32, 33, None),
     "open traps with long names": (b"".join(map(chunk, LONG_NAMES)), 256, None),
 }  # fmt: skip
@@ -338,7 +338,7 @@ def test_what_is_strange_costs_itself_only_and_no_memory(tmp_path, part, count, 
     tracemalloc.start()
     try:
         use_traps(path)
-        assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
+        assert tracemalloc.get_traced_memory()[1] < MAX_MEMORY
     finally:
         tracemalloc.stop()
     use_recover(path)
@@ -363,7 +363,7 @@ def test_many_fake_chunks_are_not_all_tried(tmp_path, monkeypatch, size):
 
     unpack_it = reader_module._unpack
     monkeypatch.setattr(reader_module, "_unpack", unpack)
-    data = mcap(SOUND, record(UNKNOWN, b"", MOST), *[fake * 1000 + SOUND] * 10, bytes(8 << 20))
+    data = mcap(SOUND, record(UNKNOWN, b"", MAX_U64), *[fake * 1000 + SOUND] * 10, bytes(8 << 20))
     found, problems = read(tmp_path / "fakes.mcap", data)
     assert len(found) >= 2
     assert problems

@@ -26,14 +26,14 @@ from vmibridge.testing import FakeGuest
 from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 MAGIC = 0xFEDC_BA98
-MOST = (1 << 64) - 1
+MAX_U64 = (1 << 64) - 1
 STEER = "\u202egnp.exe\x9b2J"
 """What a guest may put into a text: JSON leaves these characters as they are."""
 MEMORY = {0x2000: b"\0\1\2\3" * 8, 0x3000: bytes(16)}
 MISSING = 0xFFFF_FFFF_FFFF_F000
 
 ADD, COPY, FAIL, MISS, SLOW, GIVE_UP, STRANGE = (
-    BridgePacket(MAGIC, 1, 1, MOST, 1, MOST - 1, 1 << 63),
+    BridgePacket(MAGIC, 1, 1, MAX_U64, 1, MAX_U64 - 1, 1 << 63),
     BridgePacket(MAGIC, 1, 2, 0x2000, 0x3000),
     BridgePacket(MAGIC, 1, 3),
     BridgePacket(MAGIC, 1, 4, MISSING),

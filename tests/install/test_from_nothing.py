@@ -11,7 +11,7 @@ from fresh_debian import USER, FreshDebian
 
 pytestmark = pytest.mark.install
 
-LARGEST = 130 << 20
+MAX_SIZE = 130 << 20
 """Bytes of an environment that runs the demo."""
 users = pytest.mark.parametrize("user", ["root", USER])
 
@@ -33,7 +33,7 @@ def test_make_demo_passes_in_a_path_with_a_space(debian, user):
     assert done.returncode == 0, done.stdout
     *told, size = done.stdout.splitlines()
     assert "demo: passed" in told
-    assert int(size.split()[0]) < LARGEST
+    assert int(size.split()[0]) < MAX_SIZE
     # It says what it does before it does it, and a second time it has nothing to do.
     assert any("makes .venv" in line for line in told[:3])
     again = debian.run(user, "cd 'a folder/vmibridge' && make demo")

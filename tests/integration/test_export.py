@@ -13,7 +13,7 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackEvent
-from recorded_session import MOST, STEER, record, reply, session, trap, write_file
+from recorded_session import MAX_U64, STEER, record, reply, session, trap, write_file
 
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError, MissingExtraError, RecordingError
@@ -30,15 +30,17 @@ BEGIN, END, INSTANT = (
 # Numbers that no recorder writes, but that a file may hold.
 HOSTILE = [
     (0, session("\0")),
-    (MOST, trap(-1, vm="\0", vcpu=-(1 << 63), value=-1)),
-    (MOST, MemoryAccess("\0", -1, -1, -1, None, True, "\x1b")),
+    (MAX_U64, trap(-1, vm="\0", vcpu=-(1 << 63), value=-1)),
+    (MAX_U64, MemoryAccess("\0", -1, -1, -1, None, True, "\x1b")),
     (
         0,
-        reply(-1, vm="\0", writes=RegisterWrites(-1, -1, MOST), retry_of=-1, duration=float("nan")),
+        reply(
+            -1, vm="\0", writes=RegisterWrites(-1, -1, MAX_U64), retry_of=-1, duration=float("nan")
+        ),
     ),
-    (5, trap(MOST, vcpu=MOST, value=MOST)),
-    (1, reply(MOST, OutcomeKind.WAITING, duration=float("inf"), retry_of=MOST)),
-    (9, Note("lost", "\0", None, -1, MOST)),
+    (5, trap(MAX_U64, vcpu=MAX_U64, value=MAX_U64)),
+    (1, reply(MAX_U64, OutcomeKind.WAITING, duration=float("inf"), retry_of=MAX_U64)),
+    (9, Note("lost", "\0", None, -1, MAX_U64)),
 ]
 
 
@@ -132,15 +134,15 @@ class TestSqlite:
         ]
 
     def test_numbers_of_64_bits_are_found_by_their_bits(self, run, ask):
-        count = sum(outcome.packet.value1 == MOST for outcome in run[1])
+        count = sum(outcome.packet.value1 == MAX_U64 for outcome in run[1])
         assert ask("SELECT count(*) FROM traps WHERE value1 = 0xffffffffffffffff") == [(count,)]
         assert ask("SELECT DISTINCT value1, value3 & 0xff FROM traps WHERE value3 < 0") == [
             (-1, 254)
         ]
         assert ask(
             "SELECT DISTINCT value1, value3, value4, answer1, answer4 FROM traps_hex"
-            f" WHERE value1 = '{MOST:#x}'"
-        ) == [(hex(MOST), hex(MOST - 1), hex(1 << 63), hex(MOST), None)]
+            f" WHERE value1 = '{MAX_U64:#x}'"
+        ) == [(hex(MAX_U64), hex(MAX_U64 - 1), hex(1 << 63), hex(MAX_U64), None)]
         assert ask("SELECT address, error FROM accesses_hex WHERE error IS NOT NULL") == [
             ("0xfffffffffffff000", "not mapped")
         ]
@@ -191,7 +193,7 @@ class TestParquet:
         ((value1, value3, answer1),) = ask(
             "SELECT DISTINCT value1, value3, answer1 FROM traps WHERE value4 = 9223372036854775808"
         )
-        assert (value1, value3, answer1) == (MOST, MOST - 1, MOST)
+        assert (value1, value3, answer1) == (MAX_U64, MAX_U64 - 1, MAX_U64)
 
     def test_is_written_by_row_groups(self, tmp_path):
         chunks = [range(first, first + 10_000) for first in range(1, 60_000, 10_000)]
@@ -291,7 +293,11 @@ class TestPerfetto:
     def test_slices_say_what_was_asked_and_answered(self, timeline):
         facts = [timeline.facts(event) for *_, event in timeline.slices()]
         added = next(each for each in facts if each["method"] == 1 and each["request"] == 1)
-        assert (added["value1"], added["value3"], added["answer1"]) == (MOST, MOST - 1, MOST)
+        assert (added["value1"], added["value3"], added["answer1"]) == (
+            MAX_U64,
+            MAX_U64 - 1,
+            MAX_U64,
+        )
         copied = next(each for each in facts if each["method"] == 2)
         assert (copied["bytes read"], copied["bytes written"]) == (16, 4)
 
@@ -375,7 +381,7 @@ class TestAnyFormat:
     def test_never_takes_the_place_of_a_file(self, run, name, tmp_path):
         target = tmp_path / "x.out"
         target.write_text("mine")
-        with pytest.raises(ConfigError, match="is there already"):
+        with pytest.raises(ConfigError, match="already exists"):
             export(run[0], name, target)
 
     @pytest.mark.parametrize("name", FORMATS)
@@ -385,7 +391,7 @@ class TestAnyFormat:
             job = export.write()
             next(job)
             export.targets[-1].write_text("mine")
-            with pytest.raises(ConfigError, match="is there already"):
+            with pytest.raises(ConfigError, match="already exists"):
                 list(job)
         assert list(tmp_path.iterdir()) == [export.targets[-1]]
         assert export.targets[-1].read_text() == "mine"

@@ -62,7 +62,7 @@ class TestPublish:
 
     async def test_beyond_its_bound_it_is_lost_and_what_comes_later_is_not(self, nats, monkeypatch):
         monkeypatch.setattr("vmibridge.transport.nats.client._PENDING", 64 << 10)
-        monkeypatch.setattr("vmibridge.transport.nats.client._MOST_UNSENT", 128 << 10)
+        monkeypatch.setattr("vmibridge.transport.nats.client._MAX_UNSENT", 128 << 10)
         taken = Taken()
         sent = [number.to_bytes(4, "little") * 1024 for number in range(500)]
         async with heard(nats, taken) as client:
@@ -134,7 +134,8 @@ class TestAway:
             await settle(client)
 
         monkeypatch.setattr(NatsClient, "settle", lose)
-        with pytest.raises(BackendError, match="NATS has hung up on us"), anyio.fail_after(20):
+        lost = "NATS has closed the connection"
+        with pytest.raises(BackendError, match=lost), anyio.fail_after(20):
             await AgentServer([nats.url], lambda _: None).run()
 
 

@@ -125,7 +125,7 @@ class TestAnAgent:
                 )
             await server.say(reply, answer(1, 5))
         assert vm.values == [5]
-        assert caplog.text.count("garbage") >= 8
+        assert caplog.text.count("malformed message") >= 8
 
     async def test_lets_an_instruction_run_that_the_server_says_is_not_ours(self, nats):
         vm = Calls(2)
@@ -357,7 +357,7 @@ class TestAServer:
             await agent.send(frame_of(trap(1, value=7)))
             frame, *_ = await agent.next(Answer)
         assert frame.rax == 8
-        assert caplog.text.count("vm web: garbage: a frame without its end") == 2
+        assert caplog.text.count("vm web: malformed message: a frame without its end") == 2
         assert not other.got
 
     async def test_takes_an_agent_for_away_that_says_nothing_and_back_when_it_does(

@@ -150,7 +150,7 @@ class TestCredentials:
                 done = len(vm.resumed)
                 operator.credentials(mine)
                 await until(lambda: len(vm.resumed) > done + 100)
-        assert "NATS has shut us out; trying again" in caplog.text
+        assert "NATS has closed the connection; trying again" in caplog.text
         assert not vm.wrong
         assert len(work.asked) == len(set(work.asked))
 

@@ -172,7 +172,7 @@ async def test_without_its_monitor_a_guest_is_served_all_the_same(machine, tmp_p
     with anyio.fail_after(60):
         status = await machine.run(Work(), f"&qmp={tmp_path / 'none'}", COUNT=50)
     assert (status, machine.outcomes) == (ALL_RIGHT, {"handled": 50})
-    assert "its monitor does not tell of resets" in caplog.text
+    assert "its monitor does not report resets" in caplog.text
 
 
 async def test_memory_that_qemu_shares_is_read_from_its_file(machine, tmp_path, monkeypatch):

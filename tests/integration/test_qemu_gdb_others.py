@@ -138,7 +138,7 @@ async def test_the_answer_to_a_trap_that_a_reset_took_is_dropped(machine, caplog
             await work.further(10)
             server.stop()
     assert machine.ends == [(0, "stopped")]
-    assert "vCPU 0 was taken out of a trap by somebody else" in caplog.text
+    assert "vCPU 0 was taken out of a trap by another client" in caplog.text
 
 
 async def test_a_vm_that_others_had_paused_before_the_host_came_stays_paused(machine, tmp_path):

@@ -97,7 +97,7 @@ class TestCertificates:
 
     async def test_a_server_of_another_authority_is_not_talked_to(self, made, strangers):
         async with over_tls(made) as there:
-            await is_refused(connecting(strangers, there.port), match="certificate does not do")
+            await is_refused(connecting(strangers, there.port), match="certificate is not accepted")
 
     async def test_one_that_has_expired_is_not(self, made):
         past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
@@ -107,7 +107,7 @@ class TestCertificates:
     async def test_a_server_of_another_name_is_not_talked_to(self, made):
         async with over_tls(made) as there:
             await is_refused(
-                connecting(made, there.port, expects="other.example"), match="does not do"
+                connecting(made, there.port, expects="other.example"), match="is not accepted"
             )
 
     async def test_a_client_of_another_name_is_not_served(self, made):
@@ -151,7 +151,7 @@ class TestCertificates:
                 agent = Agent(vm, url, longest_pause=0.01)
                 tasks.start_soon(agent.run)
                 with anyio.fail_after(10):
-                    while "does not do" not in caplog.text:
+                    while "is not accepted" not in caplog.text:
                         await anyio.sleep(0.001)
                 agent.stop()
 
@@ -229,7 +229,7 @@ class TestPeersThatDoNotKeepToIt:
         await self.crowd(made, 10_000)
 
     async def test_pings_of_a_peer_that_does_not_read_are_bounded(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(connection, "_MOST_UNSENT", 64 << 10)
+        monkeypatch.setattr(connection, "_MAX_UNSENT", 64 << 10)
         url = f"unix:{tmp_path / 'x.sock'}"
         async with served(url, Echo()) as server, FakeAgent.connected(url) as agent:
             await agent.hello()

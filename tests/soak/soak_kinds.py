@@ -22,7 +22,7 @@ RESULT_TIMEOUT = 0.2
 STALLED = 60.0
 """Without any answer for so long, the soak gives up."""
 
-MOST_WRONGS = 100
+MAX_WRONGS = 100
 """It gives up after so many, too."""
 
 DEPTH = 3
@@ -34,7 +34,7 @@ PROCESS_USES = 8
 DEBT = 4 << 20
 BYTES_BURST, BYTES_RATE = 64 << 10, 512 << 10
 DEBT_SECONDS = (DEBT - BYTES_BURST) / BYTES_RATE
-MOST_SPACES = 8192
+MAX_SPACES = 8192
 HAMMER_LENGTH = 40
 
 # Physical memory: some that works, and some that does not. The lanes have their slots from 0.

@@ -30,9 +30,9 @@ from soak_kinds import (
     KIND_OF,
     KINDS,
     LONG,
+    MAX_SPACES,
+    MAX_WRONGS,
     MAY_WAIT,
-    MOST_SPACES,
-    MOST_WRONGS,
     RATE,
     REPLY_OF,
     RESULT_TIMEOUT,
@@ -208,7 +208,7 @@ class Soak:
             rings=frozenset({0}),
             vm=Quota(requests=Rate(quota)),
             address_space=Quota(Rate(BURST, RATE), Rate(BYTES_BURST, BYTES_RATE)),
-            max_address_spaces=MOST_SPACES,
+            max_address_spaces=MAX_SPACES,
             denied=BridgeResponse(value1=DENIED),
         )
         async with anyio.create_task_group() as around:
@@ -261,7 +261,7 @@ class Soak:
             if answered != before:
                 before, since = answered, now
             stalled = now - since > STALLED
-            if stalled or self.ledger.wrongs > MOST_WRONGS:
+            if stalled or self.ledger.wrongs > MAX_WRONGS:
                 self.ledger.wrong(f"gave up{' after a standstill' * stalled}: {guest.oldest()}")
                 server.stop(now=True)
                 return

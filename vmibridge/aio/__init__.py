@@ -1,1 +1,1 @@
-"""What the event loops need on the way of every trap; nothing here knows a VM."""
+"""What the event loops need on the path of every trap; nothing here knows a VM."""

@@ -3,16 +3,16 @@
 | here | so that |
 |---|---|
 | `send` | an answer costs one system call and no task switch; what there is no room for is kept |
-| `flush` | whoever has to know waits until all that was kept has been sent |
+| `flush` | the caller knows that all that was kept has been sent |
 | `take_at_once` | what a peer sends right after its answer costs no turn of the loop |
 | `receive` | the same, for a task that awaits what comes |
 
 Invariants:
 
-- What is kept goes out first, and in its order, also if who waited for it was cancelled: a
+- What is kept goes out first, and in its order, also if the task that waited was cancelled: a
   stream of frames is never cut within a frame.
-- What is kept is bounded. A peer that does not read loses its connection (`shutdown`), and whoever
-  receives sees the end of it.
+- What is kept is bounded. A peer that does not read loses its connection (`shutdown`), and the
+  task that receives sees the end of it.
 - Other tasks have their turn after `AT_ONCE` receptions.
 - The socket is the caller's, who closes it after `end`, when nothing receives any more.
 """
@@ -41,7 +41,7 @@ class Duplex:
     __slots__ = (
         "_at_once",
         "_error",
-        "_most_unsent",
+        "_max_unsent",
         "_sending",
         "_socket",
         "_take",
@@ -49,14 +49,14 @@ class Duplex:
         "unsent",
     )
 
-    def __init__(self, connected: socket.socket, most_unsent: int) -> None:
-        """`most_unsent`: bytes that are kept for a peer that does not read."""
+    def __init__(self, connected: socket.socket, max_unsent: int) -> None:
+        """`max_unsent`: bytes that are kept for a peer that does not read."""
         self.unsent: bytearray = bytearray()
         """What was not sent yet. A caller may clear it when the connection is lost."""
         self.ended: bool = False
         """Whether `end` was called."""
         self._socket = connected
-        self._most_unsent = most_unsent
+        self._max_unsent = max_unsent
         self._sending = anyio.Lock()
         self._take: Callable[[], bool] = _take_nothing
         self._at_once = AT_ONCE
@@ -87,7 +87,7 @@ class Duplex:
 
     def has_room(self, size: int) -> bool:
         """Whether `size` bytes more may be kept."""
-        return len(self.unsent) + size <= self._most_unsent
+        return len(self.unsent) + size <= self._max_unsent
 
     def send_unsent(self) -> None:
         """Send what there is room for of what was kept. Raises `OSError`."""
@@ -134,7 +134,7 @@ class Duplex:
                 self._at_once = AT_ONCE
                 await checkpoint()
                 continue
-            # As `receive_now`, without its call: this is on the way of every remote trap.
+            # As `receive_now`, without its call: this is on the path of every remote trap.
             try:
                 data = self._socket.recv(size)
             except BlockingIOError:
@@ -183,11 +183,11 @@ class Duplex:
     # --- the end -------------------------------------------------------------------
 
     def hang_up(self) -> None:
-        """Send no more, and receive no more; whoever receives sees the end."""
+        """Send no more, and receive no more; the task that receives sees the end."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
-        """The connection is gone: whoever waits gets `anyio.ClosedResourceError`."""
+        """The connection is gone: each waiting task gets `anyio.ClosedResourceError`."""
         self.ended = True
         anyio.notify_closing(self._socket)

@@ -81,7 +81,7 @@ async def close_generators(owner: Owner, name: str) -> None:
             # Its own clean-up may leave others.
             await owner.left.pop().aclose()
         except anyio.get_cancelled_exc_class():
-            # Whoever cancelled it has answered for it.
+            # The canceller has answered for it.
             log.debug("handler %s was cancelled while its generators were closed", name)
         except BaseException as error:  # a generator may raise anything
             if not _is_exit(error):

@@ -15,7 +15,7 @@ from vmibridge.aio.generators import OWNER, Generator
 
 
 class TrioHandlerScope:
-    """A scope on trio: cancelled, it is cancelled for good."""
+    """A scope on trio: once cancelled, it stays cancelled."""
 
     __slots__ = ("_scope", "begun", "holder", "left", "mark", "task")
 

@@ -1,4 +1,4 @@
-"""What is on the way of every trap, done with each loop's own means.
+"""What is on the path of every trap, done with each loop's own means.
 
 | here | instead of | why |
 |---|---|---|
@@ -56,7 +56,7 @@ def handler_scope(patience: float) -> HandlerScope:
 async def while_readable(sock: socket.socket, take: Callable[[], bool]) -> None:
     """Call `take` when there is something to receive, until it returns `False` or raises.
 
-    It receives what there is, without waiting. What it raises is raised here. Cancelled, it
+    It receives what there is, without waiting. What it raises is raised here. If cancelled, it
     is not called any more. Close the socket after this has ended, not before.
     """
     if current_async_library() == "trio":

@@ -1,4 +1,4 @@
-"""What blocks, in a thread that nobody else can hold.
+"""Blocking calls, each in a thread that no other call can hold.
 
 `to_thread.run_sync` shares 40 threads of the loop, and handlers may fill them: with requests to a
 name server, with files of a network that is away. What the server itself has to do would wait for
@@ -24,7 +24,7 @@ async def in_own_thread(
 ) -> R:
     """Call `function` in a thread, and wait for it; raises what it raises.
 
-    Cancelled, it waits for the end of the call, unless `abandon_on_cancel`.
+    If cancelled, waits for the end of the call, unless `abandon_on_cancel`.
     """
     return await anyio.to_thread.run_sync(
         function,

@@ -1,8 +1,8 @@
 """Sockets that do not block: made, listened at, received from and sent to.
 
 The same on every event loop: a socket of the standard library, and anyio to wait for it. So
-bytes can be sent without waiting when there is room, which costs no task switch; and whoever
-receives may be cancelled in the very moment when bytes come. A unix stream of anyio's leaves
+bytes can be sent without waiting when there is room, which costs no task switch; and the task
+that receives may be cancelled in the very moment when bytes come. A unix stream of anyio's leaves
 an `InvalidStateError` in asyncio's loop then.
 """
 
@@ -34,7 +34,7 @@ _NO_FILES = 0.1
 
 
 async def connect(family: int, address: str | tuple[str | int | bytes, ...]) -> socket.socket:
-    """A connection. Raises `OSError` when nobody listens there."""
+    """A connection. Raises `OSError` when nothing listens there."""
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setblocking(False)
@@ -52,7 +52,7 @@ async def connect(family: int, address: str | tuple[str | int | bytes, ...]) -> 
 
 
 async def addresses(host: str, port: int, *, flags: int = 0) -> Sequence[Address]:
-    """What `host` resolves to. Raises `OSError`. Cancelled, it leaves its thread behind."""
+    """What `host` resolves to. Raises `OSError`. If cancelled, leaves its thread behind."""
     # As bytes a name is looked up as it is; as a string it has to be one that IDNA knows.
     name = host.encode() if host.isascii() else host
 
@@ -76,7 +76,7 @@ async def connect_tcp(host: str, port: int) -> socket.socket:
 async def listen_unix(path: Path, mode: int) -> "UnixListener":
     """Listen at a file of this mode; one that is left behind is removed.
 
-    Raises `BackendError` when somebody listens there, and for another file; `OSError`.
+    Raises `BackendError` if the address is in use, and for another file; `OSError`.
     """
     await _remove_stale(path)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -109,7 +109,7 @@ class UnixListener:
         """Listen no more, and remove the file. Once more does nothing."""
         if self.socket.fileno() < 0:
             return
-        # Before the socket is closed, so that nobody takes the file for one left behind.
+        # Before the socket is closed, so that no other process takes the file for one left behind.
         if _identity(self._path) == self._identity:
             self._path.unlink(missing_ok=True)
         close(self.socket)
@@ -126,20 +126,20 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 async def _remove_stale(path: Path) -> None:
-    """A socket that a process left behind, which nobody listens at any more."""
+    """A socket that a process left behind, and at which nothing listens any more."""
     try:
         mode = (await in_own_thread(path.stat)).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise BackendError("is there, and is no socket")
+        raise BackendError("exists, and is not a socket")
     try:
         found = await connect(socket.AF_UNIX, str(path))
     except ConnectionRefusedError:
         await in_own_thread(path.unlink, True)
         return
     found.close()
-    raise BackendError("somebody else listens there")
+    raise BackendError("address already in use")
 
 
 async def accept(listener: socket.socket, take: Callable[[socket.socket], None]) -> None:
@@ -171,7 +171,7 @@ def close(open_one: socket.socket) -> None:
 async def receive(connected: socket.socket, size: int) -> bytes:
     """What comes, at most `size` bytes. Raises `anyio.EndOfStream` at the end, and `OSError`.
 
-    `anyio.ClosedResourceError`, when `close` closes it meanwhile. Cancelled, nothing was received.
+    `anyio.ClosedResourceError`, when `close` closes it. If cancelled, nothing was received.
     """
     data, _ = await receive_fds(connected, size, 0)
     return data

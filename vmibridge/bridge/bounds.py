@@ -128,25 +128,25 @@ def _fits(value: float, meta: Meta) -> bool:
 
 
 def _words(metas: list[Meta]) -> str:
-    told: list[str] = []
+    words: list[str] = []
     for meta in metas:
         if meta.extra and "words" in meta.extra:
             return str(meta.extra["words"])
         if meta.gt is not None:
-            told.append(f"above {meta.gt}")
+            words.append(f"above {meta.gt}")
         if meta.ge is not None and meta.le is not None:
-            told.append(f"{meta.ge} to {meta.le}")
+            words.append(f"{meta.ge} to {meta.le}")
         elif meta.ge is not None:
-            told.append(f"{meta.ge} or more")
+            words.append(f"{meta.ge} or more")
         elif meta.le is not None:
-            told.append(f"at most {meta.le}")
+            words.append(f"at most {meta.le}")
         if meta.lt is not None:
-            told.append(f"below {meta.lt}")
+            words.append(f"below {meta.lt}")
         if meta.multiple_of is not None:
-            told.append(f"a multiple of {meta.multiple_of}")
+            words.append(f"a multiple of {meta.multiple_of}")
         if meta.min_length is not None:
-            told.append(f"at least {meta.min_length}")
-    return ", ".join(told)
+            words.append(f"at least {meta.min_length}")
+    return ", ".join(words)
 
 
 @cache

@@ -203,7 +203,7 @@ class Bridge(BridgeDispatch):
         )
 
     def match(self, packet: BridgePacket, reason: TrapReason) -> tuple[Entry, ...]:
-        """Who may answer, first choice first; empty when nobody does.
+        """The handlers that may answer, first choice first; empty if there are none.
 
         A CPUID with a magic that no handler names goes only to those that opted in.
         """
@@ -283,17 +283,17 @@ def _checked(given: object) -> Outcome[Any]:
 
 def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:
     """The outcome of a handler that raised; logs the error with its traceback."""
-    told = one_line(error)
+    text = one_line(error)
     place = place_of(error)
     log.error(
         "handler %s failed on method %#06x%s: %s",
         name,
         packet.method,
         f" at {place}" if place else "",
-        told,
+        text,
         exc_info=error,
     )
-    return Outcome(OutcomeKind.FAILED, packet, handler=name, error=told)
+    return Outcome(OutcomeKind.FAILED, packet, handler=name, error=text)
 
 
 def one_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ Rules:
   itself is checked when it becomes part of a bridge.
 - So is one whose `handle`, or a marked method, is not async or does not take a context and a
   packet: it would fail each request.
-- Handlers are told apart by identity, also where a dataclass compares them by their fields.
+- Handlers are distinguished by identity, also where a dataclass compares them by their fields.
 """
 
 import re
@@ -283,7 +283,7 @@ def _check_attribute(cls: type[BridgeHandler[Any]], name: str, value: object) ->
 
 
 def check_instance(handler: BridgeHandler[Any]) -> None:
-    """Raise `TypeError` for attributes that an instance has of its own and that make no sense."""
+    """Raise `TypeError` for an attribute of the instance that is out of range."""
     cls = type(handler)
     for name, value in getattr(handler, "__dict__", {}).items():
         if name in _ATTRIBUTES:
@@ -299,7 +299,7 @@ def _check_answer(cls: type[BridgeHandler[Any]], name: str) -> None:
     if getattr(function, "__isabstractmethod__", False):
         return
     if not isfunction(function):
-        # Such as a `partialmethod`: of what else can be called nobody can tell.
+        # Such as a `partialmethod`: what other callables are cannot be seen.
         if not callable(getattr(cls, name)):
             raise TypeError(f"{cls.__name__}.{name} is {_shown(function)}, not an async method")
         return

@@ -1,4 +1,4 @@
-"""The output of a handler as JSON, for whoever prints, records or exports it.
+"""The output of a handler as JSON, to be printed, recorded or exported.
 
 An output is an object of other people. It may raise whenever it is asked for anything, contain
 itself, be too large to tell, or pose as something else. None of that is raised here.

@@ -18,8 +18,8 @@ RetryKey: TypeAlias = tuple[int, int, int, int, int]
 """Made by `retry_key`."""
 
 NativeReason: TypeAlias = Literal["no request", "another magic", "no signature"]
-"""Why a trap is not ours: it carries no request that can be read, one with a magic that nobody
-answers to, or a hypercall of the guest's own, without the signature of Xen's guest request."""
+"""Why a trap is not ours: it carries no request that can be read, one with a magic that no
+handler has, or a hypercall of the guest's own, without the signature of Xen's guest request."""
 
 
 def request_in(event: TrapEvent) -> BridgePacket | None:
@@ -40,7 +40,7 @@ def own_request(
     hypercalls of its own, whose registers may have a magic by chance, so the signature of Xen's
     guest request is needed, too. CPUID is no hypercall, and has no signature.
     """
-    # On the way of every trap: one function, without calls that could be saved.
+    # On the path of every trap: one function, without calls that could be saved.
     try:
         packet = read_packet(event)
     except (UnsupportedTrapError, ValueError):
@@ -55,7 +55,7 @@ def own_request(
 def why_native(event: TrapEvent, traps: TrapFilter) -> NativeReason:
     """Why `own_request` has found none in this trap, given the same filter.
 
-    Apart from it, since that is on the way of every trap.
+    Apart from it, since that is on the path of every trap.
     """
     packet = request_in(event)
     if packet is None:

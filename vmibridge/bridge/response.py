@@ -3,7 +3,7 @@
 - A value that is `None` leaves its register as the guest left it. Any other is an exact `int`
   of 64 bits from here on: registers, recordings and frames take nothing else, and
   what they do not take would be found out only when the answer is on its way.
-- The output never reaches the guest: it is for whoever consumes the outcomes on the
+- The output never reaches the guest: it is for the consumer of the outcomes on the
   host. It is of any type, so whatever is done with it may raise; `output` has what
   does not, and the `repr` of a response does not either.
 """

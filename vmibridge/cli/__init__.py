@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"{str(error.filename)[:40]}...: {error.strerror}", 2)
         quiet_stdout()
         if isinstance(error, BrokenPipeError):
-            return 0  # nobody reads on, as behind `head`
+            return 0  # the reader has gone, as behind `head`
         return _fail(f"standard output: {error.strerror}", 1)
     return status
 
@@ -75,10 +75,10 @@ def _run(tokens: list[str]) -> int:
             tokens, exit_on_error=False, print_error=False, result_action="return_value"
         )
     except CycloptsError as error:
-        told = str(error)
-        if not told.endswith("..."):
-            told = told.removesuffix(".")
-        return _fail(f"{told}; see 'vmibridge {_command(tokens)}--help'", 2)
+        text = str(error)
+        if not text.endswith("..."):
+            text = text.removesuffix(".")
+        return _fail(f"{text}; see 'vmibridge {_command(tokens)}--help'", 2)
     except _USAGE_ERRORS as error:
         return _fail(str(error), 2)
     except VmiBridgeError as error:

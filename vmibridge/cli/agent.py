@@ -92,7 +92,7 @@ async def _serve(backend: Backend, agent: Agent, *, as_json: bool) -> int:
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    _tell(agent, end, as_json=as_json)
+    _print_summary(agent, end, as_json=as_json)
     if (stopped := exit_status(received)) is not None:
         return stopped
     failed = [each for each in end.vcpus if each.reason in ("crashed", "lost")]
@@ -103,7 +103,7 @@ async def _serve(backend: Backend, agent: Agent, *, as_json: bool) -> int:
     return 0
 
 
-def _tell(agent: Agent, end: GuestEnd, *, as_json: bool) -> None:
+def _print_summary(agent: Agent, end: GuestEnd, *, as_json: bool) -> None:
     counts = agent.counts
     if as_json:
         guest = [

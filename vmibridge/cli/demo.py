@@ -47,7 +47,7 @@ def demo(
     Example: vmibridge demo
     """
     chosen = loop or LoopOptions()
-    _ = chosen.loop  # an error that is told before the guest is assembled
+    _ = chosen.loop  # raises for a wrong one before the guest is assembled
     try:
         with tempfile.TemporaryDirectory(prefix="vmibridge-") as name, _web_server() as origin:
             folder = Path(name)

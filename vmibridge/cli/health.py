@@ -1,4 +1,4 @@
-"""`vmibridge health`: whether somebody listens, for the health check of a container.
+"""`vmibridge health`: whether a socket is listening, for the health check of a container.
 
 It connects, and hangs up before a word is said: neither host nor server takes that for a guest
 or an agent. NATS speaks first, so there its greeting is waited for.
@@ -26,7 +26,7 @@ def health(
         str | None,
         Parameter(
             env_var="VMIBRIDGE_HEALTH",
-            help="Where somebody should listen: unix:PATH, tcp:HOST:PORT, tls:HOST:PORT or"
+            help="The socket that should be listening: unix:PATH, tcp:HOST:PORT, tls:HOST:PORT or"
             " nats://HOST:PORT.",
         ),
     ] = None,
@@ -36,7 +36,7 @@ def health(
 ) -> int:
     """Tell whether a host or a server listens: the health check of a container.
 
-    Exit status: 0 when somebody listens, 1 when nobody does, 2 for wrong usage.
+    Exit status: 0 when something listens, 1 when nothing does, 2 for wrong usage.
 
     Example: vmibridge health unix:/run/vmibridge/vmi.sock
     """
@@ -47,7 +47,7 @@ def health(
     # Options, as of --listen, may be there: they are of no use here.
     place = where.partition("?")[0]
     if "@" in place and not place.startswith("unix:"):
-        raise ConfigError("a user and a password are of no use here: leave them out")
+        raise ConfigError("a user and a password are not used here: leave them out")
     connect = _connection(place)
     deadline = time.monotonic() + within
     try:
@@ -62,7 +62,7 @@ def health(
         raise BackendError(f"{place}: {_refused(place)}") from None
     except OSError as error:
         raise BackendError(f"{place}: {error.strerror or error}") from error
-    sys.stdout.write(f"{place}: somebody listens\n")
+    sys.stdout.write(f"{place}: listening\n")
     return 0
 
 
@@ -111,7 +111,7 @@ def _refused(place: str) -> str:
     path = Path(place.removeprefix("unix:"))
     if place.startswith("unix:") and not path.is_socket():
         return "is no socket"
-    return "nobody listens"
+    return "nothing listens here"
 
 
 def _await_greeting(place: str, connected: socket.socket, deadline: float) -> None:
@@ -123,4 +123,4 @@ def _await_greeting(place: str, connected: socket.socket, deadline: float) -> No
             break
         got += data
     if got != _GREETING:
-        raise BackendError(f"{place}: somebody listens, and it is no NATS server")
+        raise BackendError(f"{place}: listening, but not as a NATS server")

@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
 
-_MOST_NAME = 28
+_MAX_NAME = 28
 """Characters of a name that may have its description beside it."""
-_MOST_LINE = 100
+_MAX_LINE = 100
 
 
 class HelpFormatter:
@@ -20,24 +20,24 @@ class HelpFormatter:
         entries = [(_name(entry), _text(entry)) for entry in panel.entries]
         if not entries:
             return
-        width = min(options.max_width, _MOST_LINE)
-        beside = 4 + max((len(name) for name, _ in entries if len(name) <= _MOST_NAME), default=0)
+        width = min(options.max_width, _MAX_LINE)
+        beside = 4 + max((len(name) for name, _ in entries if len(name) <= _MAX_NAME), default=0)
         lines = [f"{panel.title}:"] if panel.title else []
         if about := _plain(panel.description):
             lines += _wrapped(about, width)
         for name, text in entries:
-            told = _wrapped(text, max(width - beside, 20)) or [""]
+            wrapped = _wrapped(text, max(width - beside, 20)) or [""]
             if len(name) > beside - 4:
                 lines.append(f"  {name}")
             else:
-                lines.append(f"  {name.ljust(beside - 2)}{told.pop(0)}")
-            lines += [f"{'':{beside}}{line}" for line in told]
+                lines.append(f"  {name.ljust(beside - 2)}{wrapped.pop(0)}")
+            lines += [f"{'':{beside}}{line}" for line in wrapped]
         _print(console, lines)
 
     def render_usage(self, console: "Console", options: "ConsoleOptions", usage: Any) -> None:
         """Show the line of usage."""
-        if told := _plain(usage):
-            _print(console, _wrapped(f"Usage: {told}", min(options.max_width, _MOST_LINE)))
+        if text := _plain(usage):
+            _print(console, _wrapped(f"Usage: {text}", min(options.max_width, _MAX_LINE)))
 
     def render_description(
         self, console: "Console", options: "ConsoleOptions", description: Any
@@ -45,7 +45,7 @@ class HelpFormatter:
         """Show what the command does: a docstring, by paragraphs."""
         for paragraph in _plain(description).split("\n\n"):
             if paragraph.strip():
-                _print(console, _wrapped(paragraph, min(options.max_width, _MOST_LINE)))
+                _print(console, _wrapped(paragraph, min(options.max_width, _MAX_LINE)))
 
 
 def _name(entry: "HelpEntry") -> str:
@@ -53,22 +53,22 @@ def _name(entry: "HelpEntry") -> str:
 
 
 def _text(entry: "HelpEntry") -> str:
-    told = [_plain(entry.description)]
+    parts = [_plain(entry.description)]
     if entry.choices:
-        told.append(f"[choices: {', '.join(entry.choices)}]")
+        parts.append(f"[choices: {', '.join(entry.choices)}]")
     if entry.env_var:
-        told.append(f"[env var: {', '.join(entry.env_var)}]")
+        parts.append(f"[env var: {', '.join(entry.env_var)}]")
     if entry.default is not None:
-        told.append(f"[default: {entry.default}]")
+        parts.append(f"[default: {entry.default}]")
     if entry.required:
-        told.append("[required]")
-    return " ".join(part for part in told if part)
+        parts.append("[required]")
+    return " ".join(part for part in parts if part)
 
 
-def _plain(told: Any) -> str:
+def _plain(entry: Any) -> str:
     """The text of what may be one of rich or cyclopts."""
-    told = getattr(told, "primary_renderable", told)
-    return "" if told is None else str(getattr(told, "plain", told)).strip()
+    entry = getattr(entry, "primary_renderable", entry)
+    return "" if entry is None else str(getattr(entry, "plain", entry)).strip()
 
 
 def _wrapped(text: str, width: int) -> list[str]:

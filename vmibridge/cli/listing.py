@@ -32,10 +32,10 @@ _COLUMNS = {
     "us": 7,
     "output": 0,
 }
-_MOST_TEXT = 200
+_MAX_TEXT = 200
 """Characters of a cell."""
-_MOST_LINE = 2000
-_MOST_HANDLERS = 100
+_MAX_LINE = 2000
+_MAX_HANDLERS = 100
 
 
 class Listing:
@@ -71,7 +71,7 @@ class Listing:
                     self._write_line(_row(dict(zip(_COLUMNS, _COLUMNS, strict=True))))
                 self._write_line(_row(_cells(trap, traps.start)))
                 for line in _details(trap) if self._full else ():
-                    self._write_line(_short(line, _MOST_LINE))
+                    self._write_line(_short(line, _MAX_LINE))
             shown += 1
         self._sum_up(stopped=shown == limit)
 
@@ -81,9 +81,9 @@ class Listing:
                 self._write_json({"session": message})
             else:
                 for line in _session(message):
-                    self._write_line(_short(line, _MOST_LINE))
+                    self._write_line(_short(line, _MAX_LINE))
         elif message.kind == "lost" and not self._as_json:
-            self._write_line(_short(f"lost: {message.text}", _MOST_LINE))
+            self._write_line(_short(f"lost: {message.text}", _MAX_LINE))
 
     def _sum_up(self, *, stopped: bool) -> None:
         reader, counts = self._reader, {word: self._counts[word] for word in OUTCOME_WORDS}
@@ -101,12 +101,12 @@ class Listing:
             self._write_json({"summary": summary})
             return
         words = {**dict.fromkeys(OUTCOME_WORDS), NO_REPLY: "without a reply"}
-        told = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
-        self._write_line(f"{total} traps: {', '.join(told) or 'none'}")
+        text = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
+        self._write_line(f"{total} traps: {', '.join(text) or 'none'}")
         if stopped:
             self._write_line("stopped at --limit: what is behind was not read")
         for problem in reader.problems:
-            self._write_line(_short(f"problem {problem}", _MOST_LINE))
+            self._write_line(_short(f"problem {problem}", _MAX_LINE))
         if reader.problem_count > len(reader.problems):
             self._write_line(f"{reader.problem_count - len(reader.problems)} more problems")
         if truncated or reader.problems:
@@ -124,10 +124,10 @@ class Listing:
 
 def _session(session: Session) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
-    handlers = [f"{each.name} ({each.request:#06x})" for each in session.handlers[:_MOST_HANDLERS]]
-    if len(session.handlers) > _MOST_HANDLERS:
-        handlers.append(f"{len(session.handlers) - _MOST_HANDLERS} more")
-    left_out = ", ".join(map(str, session.redaction[:_MOST_HANDLERS]))
+    handlers = [f"{each.name} ({each.request:#06x})" for each in session.handlers[:_MAX_HANDLERS]]
+    if len(session.handlers) > _MAX_HANDLERS:
+        handlers.append(f"{len(session.handlers) - _MAX_HANDLERS} more")
+    left_out = ", ".join(map(str, session.redaction[:_MAX_HANDLERS]))
     return [
         f"vm {session.vm}: started {session.started or 'at a time unknown'}",
         f"  on {session.loop or 'a loop unknown'}, with {versions or 'versions unknown'}",
@@ -138,13 +138,13 @@ def _session(session: Session) -> list[str]:
 
 def _cells(trap: RecordedTrap, start: int) -> dict[str, str]:
     reply = trap.reply
-    told = "no reply"
+    text = "no reply"
     if reply is not None:
-        told = reply.output or "" if reply.error is None else reply.error
+        text = reply.output or "" if reply.error is None else reply.error
         if reply.retry_of is not None:
-            told = f"(retry of {reply.retry_of}) {told}"
+            text = f"(retry of {reply.retry_of}) {text}"
     time = f"{(trap.time - start) / 1e9:.6f}"
-    return {"time": time, **trap_cells(trap.event, trap.packet, reply, told)}
+    return {"time": time, **trap_cells(trap.event, trap.packet, reply, text)}
 
 
 def _details(trap: RecordedTrap) -> Iterator[str]:
@@ -152,13 +152,13 @@ def _details(trap: RecordedTrap) -> Iterator[str]:
     yield f"    registers: {' '.join(f'{name}={value:x}' for name, value in registers.items())}"
     for access in trap.accesses:
         if access.error is not None:
-            told = f"failed: {access.error}"
+            text = f"failed: {access.error}"
         elif access.data is None:
-            told = "left out"
+            text = "left out"
         else:
-            told = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
+            text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
         what = "wrote" if access.write else "read"
-        yield f"    {what} {access.size} bytes at {access.address:#x}: {told}"
+        yield f"    {what} {access.size} bytes at {access.address:#x}: {text}"
     if trap.left_out:
         yield f"    {trap.left_out} further accesses, too much to hold"
 
@@ -167,5 +167,5 @@ def _row(cells: dict[str, str]) -> str:
     return " ".join(_short(cells[name]).ljust(width) for name, width in _COLUMNS.items())
 
 
-def _short(text: str, most: int = _MOST_TEXT) -> str:
+def _short(text: str, most: int = _MAX_TEXT) -> str:
     return printable(text if len(text) <= most else f"{text[:most]}...")

@@ -61,7 +61,7 @@ class _ErrorOutput(logging.StreamHandler[TextIO]):
         super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging
-        """A full disk, or nobody there: there is no other place to tell it."""
+        """A full disk, or a closed pipe: there is no other place to report it."""
 
 
 def log_handler(level: str, console: Console | None) -> logging.Handler:

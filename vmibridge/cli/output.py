@@ -59,7 +59,7 @@ _STYLES = {
 def standard_output() -> Iterator[BinaryIO]:
     """Standard output, for a command that needs no event loop.
 
-    The block ends quietly when nobody reads on. Raises `RecordingError` when what was read
+    The block ends quietly when the reader has gone. Raises `RecordingError` when what was read
     cannot be written.
     """
     try:
@@ -72,7 +72,7 @@ def standard_output() -> Iterator[BinaryIO]:
 
 
 class Writer(ABC):
-    """Shows the outcomes of one run. Raises `BrokenPipeError` when nobody reads on."""
+    """Shows the outcomes of one run. Raises `BrokenPipeError` when the reader has gone."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,7 +108,7 @@ class _StreamWriter(Writer):
         self._rest = b""
         """Of a line that was begun."""
         self._is_blocked = False
-        self._told = 0
+        self._reported = 0
         self.dropped: int = 0
         """Lines that were not written."""
 
@@ -135,12 +135,12 @@ class _StreamWriter(Writer):
         else:
             if self._is_blocked:
                 self._is_blocked = False
-                self._tell_dropped()
+                self._report_dropped()
         finally:
             self._rest = data
 
     def close(self) -> None:
-        self._tell_dropped()
+        self._report_dropped()
 
     async def _wait(self) -> None:
         """Raises `TimeoutError` for a reader that takes nothing, at once where that is known."""
@@ -149,16 +149,16 @@ class _StreamWriter(Writer):
                 while not self._poll.poll(0):
                     await anyio.wait_writable(self._fd)
                 return
-        raise TimeoutError(errno.ETIMEDOUT, f"nobody has read it for {_PATIENCE:g} seconds")
+        raise TimeoutError(errno.ETIMEDOUT, f"not read for {_PATIENCE:g} seconds")
 
-    def _tell_dropped(self) -> None:
-        if self.dropped > self._told:
-            self._told = self.dropped
+    def _report_dropped(self) -> None:
+        if self.dropped > self._reported:
+            self._reported = self.dropped
             self._warn("%d outcomes were dropped", self.dropped)
 
-    def _warn(self, text: str, told: object) -> None:
+    def _warn(self, text: str, value: object) -> None:
         what = "standard output" if self._fd == 1 else "the output of outcomes"
-        log.warning("%s: " + text, what, told)
+        log.warning("%s: " + text, what, value)
 
 
 class JsonWriter(_StreamWriter):

@@ -23,7 +23,7 @@ _PERIOD = 0.1
 
 
 class ReadingBar:
-    """A bar for one pass over a recording, to be told of each item."""
+    """A bar for one pass over a recording, advanced by each item."""
 
     def __init__(self, reader: RecordingReader, label: str) -> None:
         self._reader = reader

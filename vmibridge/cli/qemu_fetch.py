@@ -73,11 +73,11 @@ class _Script:
             if self._received:
                 self._end(self._received[0], None)
             assert self._process.stderr is not None
-            told = [line.strip() for line in self._process.stderr if line.strip()]
+            lines = [line.strip() for line in self._process.stderr if line.strip()]
         if self._received:
             return 128 + self._received[0]
         if self._process.returncode:
-            what = told[-1] if told else f"ended with status {self._process.returncode}"
+            what = lines[-1] if lines else f"ended with status {self._process.returncode}"
             raise BackendError(f"qemu fetch: {what.removeprefix('fetch-qemu: ')}")
         return 0
 

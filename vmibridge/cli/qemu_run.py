@@ -135,7 +135,7 @@ def run_qemu(
     if via == "gdb" and not handlers:
         raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
     if via == "gdb" and not (patience is compat is None and not plugin_options):
-        raise ConfigError("--patience, --compat and --plugin-options are of the plugin")
+        raise ConfigError("--patience, --compat and --plugin-options go with --via plugin only")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
         where = socket or folder / "vmi.sock"
@@ -151,7 +151,7 @@ def run_qemu(
         else:
             if patience is None:
                 patience = max(_PATIENCE, (given.timeout or 0) + _MARGIN)
-            told = _plugin_arguments(
+            plugin_argument = _plugin_arguments(
                 {
                     "file": _escaped(plugin or _built_plugin()),
                     "socket": _escaped(where),
@@ -162,7 +162,7 @@ def run_qemu(
                 },
                 plugin_options,
             )
-            command += ["-plugin", told]
+            command += ["-plugin", plugin_argument]
         process = QemuProcess([*command, *arguments])
         if not handlers:
             check_loop(given.loop)
@@ -181,8 +181,8 @@ def run_qemu(
 
 def _plugin_arguments(given: Mapping[str, str | int | None], more: str) -> str:
     """As QEMU takes them: those that are given, and `more` as it is."""
-    told = [f"{name}={value}" for name, value in given.items() if value is not None]
-    return ",".join([*told, more] if more else told)
+    pairs = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return ",".join([*pairs, more] if more else pairs)
 
 
 def _shared_memory(file: Path, arguments: Sequence[str]) -> list[str]:
@@ -210,7 +210,7 @@ def _built_plugin() -> Path:
     sources = b"".join(source.read_bytes() for source in SOURCES)
     name = hashlib.sha256(sources).hexdigest()[:16]
     path = cache / f"plugin-{name}.so"
-    # QEMU runs it: one that others could have written is made anew, in its place.
+    # QEMU runs it: one that others could have written is replaced by a new one.
     return path if is_own_file(path) else build_plugin(path)
 
 

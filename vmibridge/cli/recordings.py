@@ -37,7 +37,7 @@ def put_recording(
     Example: vmibridge recordings put run.mcap nats://127.0.0.1:4222
     """
     stored = run_on("asyncio", partial(nats_store.put_recording, _url(to), file, name))
-    _tell([stored], as_json=json)
+    _print_list([stored], as_json=json)
     return 0
 
 
@@ -58,7 +58,7 @@ def get_recording(
     Example: vmibridge recordings get run.mcap nats://127.0.0.1:4222 -o again.mcap
     """
     target = output or Path(Path(name).name)
-    _tell(
+    _print_list(
         [run_on("asyncio", partial(nats_store.get_recording, _url(source), name, target))],
         as_json=json,
     )
@@ -75,7 +75,7 @@ def list_recordings(
 
     Example: vmibridge recordings list nats://127.0.0.1:4222
     """
-    _tell(run_on("asyncio", partial(nats_store.list_recordings, _url(source))), as_json=json)
+    _print_list(run_on("asyncio", partial(nats_store.list_recordings, _url(source))), as_json=json)
     return 0
 
 
@@ -85,7 +85,7 @@ def _url(text: str) -> NatsUrl:
     return parse_nats_url(text)
 
 
-def _tell(found: list[StoredRecording], *, as_json: bool) -> None:
+def _print_list(found: list[StoredRecording], *, as_json: bool) -> None:
     for each in found:
         if as_json:
             sys.stdout.write(json_line(msgspec.json.encode(each)).decode())

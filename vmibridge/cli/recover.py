@@ -9,7 +9,7 @@ from vmibridge.cli.options import Json, Output, Recording
 from vmibridge.cli.streams import json_line
 from vmibridge.text import printable
 
-_MOST_PROBLEMS = 10
+_MAX_PROBLEMS = 10
 
 
 def recover(
@@ -36,9 +36,9 @@ def recover(
     if json:
         sys.stdout.write(json_line(encode(done)).decode())
         return 0
-    lines = [f"{file}: {problem}" for problem in done.problems[:_MOST_PROBLEMS]]
-    if done.problem_count > _MOST_PROBLEMS:
-        lines.append(f"{file}: {done.problem_count - _MOST_PROBLEMS} problems more")
+    lines = [f"{file}: {problem}" for problem in done.problems[:_MAX_PROBLEMS]]
+    if done.problem_count > _MAX_PROBLEMS:
+        lines.append(f"{file}: {done.problem_count - _MAX_PROBLEMS} problems more")
     if done.complete:
         lines.append(f"{file}: is whole; there was nothing to recover")
     kept = ", ".join(f"{count} {topic}" for topic, count in done.messages.items() if count)

@@ -24,7 +24,7 @@ from vmibridge.recording.replay.options import MISSING
 from vmibridge.recording.replay.request import Difference, describe
 from vmibridge.text import printable
 
-_MOST_PROBLEMS = 10
+_MAX_PROBLEMS = 10
 
 
 class ReplayPrinter:
@@ -32,7 +32,7 @@ class ReplayPrinter:
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._problems = 0
 
     def difference(self, difference: Difference) -> None:
@@ -58,7 +58,7 @@ class ReplayPrinter:
     def problems(self, reader: RecordingReader) -> None:
         """What could not be read of the file."""
         self._problems = max(self._problems, reader.problem_count)
-        for problem in reader.problems[:_MOST_PROBLEMS]:
+        for problem in reader.problems[:_MAX_PROBLEMS]:
             self._warn(f"{reader.path}: {problem}")
 
     def end(self, file: Path, backends: Sequence[ReplayBackend], *, strict: bool) -> int:
@@ -97,8 +97,8 @@ class ReplayPrinter:
         return _status(file, compared, same=same)
 
     def _warn(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._logged:
+            self._logged.add(text)
             sys.stderr.write(f"vmibridge: {printable(text)}\n")
 
 

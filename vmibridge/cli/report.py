@@ -1,6 +1,6 @@
 """`vmibridge report`: a recording as one HTML page.
 
-A file that is there already is written over only when asked, and the recording itself never.
+A file that already exists is written over only when asked, and the recording itself never.
 """
 
 import sys
@@ -32,7 +32,7 @@ def report(
     ] = 100_000,
     title: Annotated[str | None, Parameter(help="The heading of the page.")] = None,
     force: Annotated[
-        bool, Parameter(negative=(), help="Write over a page that is there already.")
+        bool, Parameter(negative=(), help="Write over a page that already exists.")
     ] = False,
 ) -> int:
     """Make one HTML page of a recording, which needs no network.
@@ -60,8 +60,8 @@ def report(
             path.write_bytes(page)
         problems = reader.problem_count
     shown = len(collector.rows)
-    told = f"{collector.count} traps" + (f", {shown} shown" if shown < collector.count else "")
-    _say(f"{target}: {told}, {_size(len(page))}")
+    counts = f"{collector.count} traps" + (f", {shown} shown" if shown < collector.count else "")
+    _say(f"{target}: {counts}, {_size(len(page))}")
     if problems:
         _say(f"the recording has {problems} problems; the report tells them")
     return 0
@@ -72,7 +72,7 @@ def _check(target: Path, recording: Path, *, force: bool) -> None:
         raise ConfigError(f"{target}: is the recording; name another file with -o")
     if not force:
         raise ConfigError(
-            f"{target}: is there already; write over it with --force, or name another file with -o"
+            f"{target}: already exists; write over it with --force, or name another file with -o"
         )
 
 

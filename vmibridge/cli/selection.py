@@ -40,7 +40,7 @@ class SelectionOptions:
     until: Annotated[str | None, Parameter(help="Taken then or earlier.")] = None
 
     def selection(self) -> "Selection":
-        """Raises `ConfigError` for what makes no sense, `MissingExtraError`."""
+        """Raises `ConfigError` if a value is out of range, `MissingExtraError`."""
         from vmibridge.recording.selection import Selection
 
         return Selection.parse(

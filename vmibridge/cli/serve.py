@@ -176,7 +176,7 @@ class _Command:
 
     def _lose_reader(self) -> None:
         if self._failure is None:
-            self._failure = BackendError("standard output was closed: nobody reads the outcomes")
+            self._failure = BackendError("standard output was closed: no outcome can be shown")
             self.server.stop()
 
     def _stop(self, number: signal.Signals, now: bool) -> None:
@@ -208,8 +208,8 @@ class _Command:
             handlers = reload_handlers(self._sources, read)
         except (VmiBridgeError, KeyboardInterrupt) as error:
             # Ctrl-C is received elsewhere: this one is raised by a module.
-            told = str(error) or type(error).__name__
-            log.error("SIGHUP: the handlers stay as they are: %s", told)  # noqa: TRY400
+            why = str(error) or type(error).__name__
+            log.error("SIGHUP: the handlers stay as they are: %s", why)  # noqa: TRY400
             return
         done = await self.server.reload(handlers)
-        log.info("SIGHUP: handlers are loaded anew, for %d VMs that run", done)
+        log.info("SIGHUP: handlers reloaded, for %d running VMs", done)

@@ -106,7 +106,7 @@ async def run_server(life: Life) -> int:
                         await life.writer.show(outcome)
                     await life.writer.end(server.summaries)
         except BrokenPipeError:
-            failures.append(BackendError("standard output was closed: nobody reads the outcomes"))
+            failures.append(BackendError("standard output was closed: no outcome can be shown"))
         except VmiBridgeError as error:
             failures.append(error)
         tasks.cancel_scope.cancel()

@@ -20,9 +20,9 @@ def setting(struct: type[msgspec.Struct], name: str, default: str | None = None)
     said = declared(struct, name)
     about = said.description.replace("`", "")
     known = next(field.default for field in msgspec.structs.fields(struct) if field.name == name)
-    told = default or ("none" if known is None else f"{known:g}")
+    shown = default or ("none" if known is None else f"{known:g}")
     return Parameter(
-        help=f"{about[0].upper()}{about[1:]}. {said.unit.capitalize()}, {said.bounds}; {told} by"
+        help=f"{about[0].upper()}{about[1:]}. {said.unit.capitalize()}, {said.bounds}; {shown} by"
         " default."
     )
 

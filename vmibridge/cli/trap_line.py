@@ -78,7 +78,7 @@ def trap_json(outcome: Outcome[Any]) -> bytes:
 def summary_json(summaries: Mapping[str, Summary], dropped: int = 0) -> bytes:
     """The last line of `--json`: counts by outcome, and how each vCPU ended.
 
-    `dropped`: lines before it that could not be written; told where there are any.
+    `dropped`: lines before it that could not be written; shown where there are any.
     """
     whole = Summary.of_all(summaries.values())
     line: dict[str, Any] = {
@@ -102,11 +102,11 @@ def summary_json(summaries: Mapping[str, Summary], dropped: int = 0) -> bytes:
 
 
 def trap_cells(
-    event: TrapEvent, packet: BridgePacket | None, answer: "Outcome[Any] | Reply | None", told: str
+    event: TrapEvent, packet: BridgePacket | None, answer: "Outcome[Any] | Reply | None", text: str
 ) -> dict[str, str]:
     """What people see of one trap that runs or was recorded, by the name of its column.
 
-    `told` is the error, or else the output, as text.
+    `text` is the error, or else the output, as text.
     """
     call = "-"
     if packet is not None:
@@ -120,7 +120,7 @@ def trap_cells(
         "outcome": "none",
         "answer": "",
         "us": "",
-        "output": told,
+        "output": text,
     }
     if answer is None:
         return cells
@@ -149,11 +149,11 @@ COLUMNS = [
 def trap_columns(outcome: Outcome[Any]) -> list[str]:
     """The cells of one outcome of a server, in the order of `COLUMNS`."""
     assert outcome.event is not None, "outcomes of a server have their trap"
-    told = outcome.error
-    if told is None:
-        told = "" if outcome.output is None else repr_of(outcome.output)
-    told = printable(told if len(told) <= 200 else told[:200] + "...")
-    cells = trap_cells(outcome.event, outcome.packet, outcome, told)
+    text = outcome.error
+    if text is None:
+        text = "" if outcome.output is None else repr_of(outcome.output)
+    text = printable(text if len(text) <= 200 else text[:200] + "...")
+    cells = trap_cells(outcome.event, outcome.packet, outcome, text)
     return [cells[name] for name in COLUMNS]
 
 

@@ -48,7 +48,7 @@ class _Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value4: _Unsigned | None = None
 
     def __post_init__(self) -> None:
-        # A number of more than 64 bits is told here, where its key is known.
+        # A number of more than 64 bits is reported here, where its key is known.
         BridgeResponse(*msgspec.structs.astuple(self))
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from vmibridge.errors import HandlerLoadError
 from vmibridge.text import printable, str_of, type_name
 
-__all__ = ["run", "tell"]
+__all__ = ["describe", "run"]
 
 R = TypeVar("R")
 
@@ -24,7 +24,7 @@ _OURS = frozenset(
     {"importlib", *(f"vmibridge.config.{name}" for name in ("foreign", "loaded", "sources"))}
 )
 _LOOPS = frozenset({"anyio", "asyncio", "trio", "uvloop"})
-_MOST_TEXT = 1000
+_MAX_TEXT = 1000
 """Characters of a message."""
 _RUNS_A_LOOP = (
     "runs an event loop while it is imported; put that behind"
@@ -46,13 +46,13 @@ def run(code: Callable[[], R], source: str, file: Path | None = None) -> R:
         raise HandlerLoadError(_place(error, source, file)) from error
 
 
-def tell(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """The type of an error and what it says, in one line of printable text."""
     if isinstance(error, RuntimeError) and _comes_of_a_loop(error):
         return _RUNS_A_LOOP
     lines = [printable(line.strip()) for line in str_of(error).splitlines() if line.strip()]
     kind = printable(type_name(error))
-    return f"{kind}: {' '.join(lines)}"[:_MOST_TEXT] if lines else kind
+    return f"{kind}: {' '.join(lines)}"[:_MAX_TEXT] if lines else kind
 
 
 class _NoLoop:
@@ -116,9 +116,9 @@ def _place(error: BaseException, source: str, file: Path | None) -> str:
     else:
         chosen = found[:1]
     if not chosen:
-        return f"{source}: {tell(error)}"
+        return f"{source}: {describe(error)}"
     name, line = chosen[0]
-    return f"{_named(name, source, file)}:{line}: {tell(error)}"
+    return f"{_named(name, source, file)}:{line}: {describe(error)}"
 
 
 def _is_of_the_import(frame: FrameType) -> bool:

@@ -66,7 +66,7 @@ class HandlerFactory:
         neither its module nor its settings are given; `MissingExtraError` where they are, or
         where no handler is left.
         """
-        # Asked anew, so that what a `handlers()` function makes is made for each VM.
+        # Asked again, so that what a `handlers()` function makes is made for each VM.
         made: list[tuple[Offered, BridgeHandler[Any]]] = []
         missing: MissingExtraError | None = None
         for at, offer in enumerate(offered_by(self._modules)):
@@ -153,5 +153,5 @@ def _construct(
     except (VmiBridgeError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        told = foreign.tell(error)
-        raise HandlerLoadError(f"{offer.source}: {kind.__name__}: {told}") from error
+        why = foreign.describe(error)
+        raise HandlerLoadError(f"{offer.source}: {kind.__name__}: {why}") from error

@@ -242,6 +242,6 @@ def _replaced(node: Any, siblings: _Siblings) -> list[Any]:
     return siblings.replace(node) if isinstance(node, ast.stmt) else [node]
 
 
-# When it is imported: in a process that unpickles, nobody else would do it. Before the finder of
+# When it is imported: in a process that unpickles, nothing else would do it. Before the finder of
 # paths, which would take the modules of a folder for its own.
 sys.meta_path.insert(0, _Finder())

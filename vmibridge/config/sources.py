@@ -180,8 +180,8 @@ def _offers(source: str, module: ModuleType) -> list[Offered]:
     for handler in made:
         is_class = isinstance(handler, type) and issubclass(handler, BridgeHandler)
         if not is_class and not issubclass(type(handler), BridgeHandler):
-            told = printable(repr_of(handler)[:80])
-            raise HandlerLoadError(f"{source}: {whose} {told}, not a handler")
+            shown = printable(repr_of(handler)[:80])
+            raise HandlerLoadError(f"{source}: {whose} {shown}, not a handler")
         if not is_class and not callable(said) and not handler.shared:
             raise HandlerLoadError(
                 f"{source}: handlers has an object of {type_name(handler)}, which would serve"

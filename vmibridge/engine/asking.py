@@ -14,7 +14,7 @@ Invariants
 - Nothing is begun for a request that was overtaken.
 - Whatever a handler raises fails its trap, `SystemExit` and other exceptions that are no
   `Exception` included: a handler cannot end the server. `KeyboardInterrupt` fails its trap, too;
-  it may be the user's, who pressed Ctrl-C while the handler ran, so the server is told
+  it may be the user's, who pressed Ctrl-C while the handler ran, so the server is stopped
   (`on_interrupt`).
 - When `Asking.ask` returns, the task of the worker has no cancellation left that is not its
   scope's, and no scope open that is the handler's; the async generators that it left are closed.
@@ -134,7 +134,7 @@ class Asking:
             request.on(_QUEUE)
         if entry.serial:
             assert entry.handler is not None
-            # The turn before the place: who waits for a turn keeps nobody else from a place.
+            # The turn before the place: a request that waits for its turn must not hold a place.
             async with self._turns.of(entry.handler):
                 return await self._ask_in_place(worker, request, entry)
         return await self._ask_in_place(worker, request, entry)
@@ -156,7 +156,7 @@ class Asking:
         packet = worker.request.packet
         worker.scope.close_left()
         if isinstance(error, self._cancelled):
-            # Nobody has cancelled the worker: the handler raised it, or cancelled its own task.
+            # The worker was not cancelled: the handler raised it, or cancelled its own task.
             return Outcome(OutcomeKind.CANCELLED, packet, handler=entry.name, error=CUT_OFF)
         if isinstance(error, KeyboardInterrupt) and self._on_interrupt is not None:
             self._on_interrupt(error)

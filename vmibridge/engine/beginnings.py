@@ -1,7 +1,7 @@
 """When handlers begin, and how long their traps were queued: for taps with `handler_began`.
 
-Without such a tap nothing of this exists: `lanes_for` gives lanes that read no clock, and nobody
-to tell.
+Without such a tap nothing of this exists: `lanes_for` gives lanes that read no clock and call
+nothing.
 
 A trap that waits for room in a full queue is queued, too, as far as its backend says by `put` that
 it waits. The time of a trap ends when a worker takes it, and from there on its outcome counts
@@ -22,13 +22,13 @@ from vmibridge.vm.trap import TrapEvent
 _clock = time.monotonic_ns
 
 Began: TypeAlias = Callable[[Worker, Entry], None]
-"""Told that the handler of an entry is called for the request of a worker, right before it is."""
+"""Called when the handler of an entry is called for the request of a worker, right before it is."""
 
 
 def lanes_for(
     taps: Taps | None, capacity: int, on_abandoned: Callable[[TrapEvent], None]
 ) -> tuple[Lanes, Began | None]:
-    """The lanes of a VM, and who is told when a handler begins."""
+    """The lanes of a VM, and what is called when a handler begins."""
     if taps is None or taps.handler_began is None:
         return Lanes(capacity, on_abandoned), None
     lanes = TimedLanes(capacity, on_abandoned)
@@ -41,13 +41,13 @@ class TimedLanes(Lanes):
     def __init__(self, capacity: int, on_abandoned: Callable[[TrapEvent], None]) -> None:
         super().__init__(capacity, on_abandoned)
         self.queued: dict[int, int] = {}
-        """By vCPU: nanoseconds that the trap was queued which was taken last. Whoever takes it out
+        """By vCPU: nanoseconds that the trap was queued which was taken last. Who takes it out
         has it alone."""
         self._since: dict[int, int] = {}
 
     def put_nowait(self, event: TrapEvent) -> None:
         super().put_nowait(event)
-        # Nobody can have taken it yet. One that has waited for room has its time already.
+        # No worker can have taken it yet. One that has waited for room has its time already.
         self._since.setdefault(event.seq, _clock())
 
     async def put(self, event: TrapEvent) -> None:

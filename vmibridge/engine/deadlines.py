@@ -1,4 +1,4 @@
-"""Deadlines: whoever answers a trap in the place of the worker that is at it.
+"""Deadlines: a trap is answered in the place of the worker that handles it.
 
 `Deadlines.watch` is the watchdog of one VM. It sleeps until the earliest deadline of all requests
 that it watches, and is poked when an earlier one comes in. A request is watched from the first time
@@ -118,7 +118,7 @@ class Deadlines:
                     error = f"no answer within {request.terms.timeout:g} s"
                     self._overtake(request, Cause.HARD_DEADLINE, OutcomeKind.TIMEOUT, error)
                 elif self._guest_ended:
-                    # No retry can come, so what goes on would go on for nobody.
+                    # No retry can come, so the handler would run on for no result.
                     self._overtake(request, Cause.CANCEL, OutcomeKind.CANCELLED, _GUEST_ENDED)
                 else:
                     self._tell_to_wait(request)
@@ -127,8 +127,8 @@ class Deadlines:
                 min((request.deadline for request in self._watched), default=math.inf),
                 self._retries.pending.next_expiry,
             )
-            # A new one after the deadlines were looked at, with no wait in between: whoever arms an
-            # earlier one pokes this, and the poke is not lost.
+            # A new one after the deadlines were looked at, with no wait in between: arming an
+            # earlier deadline pokes this one, and the poke is not lost.
             self._poke = anyio.Event()
             with anyio.move_on_after(self._wake_at - now):
                 await self._poke.wait()

@@ -1,6 +1,6 @@
 """The engine of one backend: from the start of its guest to the last answer.
 
-Rules that it lives by:
+Invariants:
 
 - Handlers are entered before the guest runs, and left after the last answer.
 - A stop has four steps: no trap is taken any more, and what is queued is answered;
@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.engine.lives import CutOffError, Lives
-from vmibridge.engine.outcome_queue import OutcomesIn
+from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import ServerSettings
@@ -38,7 +38,7 @@ class Engine:
         backend: Backend,
         bridge: Bridge,
         settings: ServerSettings,
-        outcomes: OutcomesIn,
+        outcomes: OutcomeProducer,
         in_flight: InFlight,
         turns: Turns,
         taps: Sequence[Tap],

@@ -65,7 +65,7 @@ class Limit(IntEnum):
 
 
 class HostInfo(msgspec.Struct, frozen=True):
-    """What a host tells its guests of itself. Raises `ValueError` for what makes no sense.
+    """What a host tells its guests of itself. Raises `ValueError` if a value is out of range.
 
     Times are in seconds; `math.inf` has no end.
     """

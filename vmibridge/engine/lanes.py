@@ -34,7 +34,7 @@ class Lanes:
         self._capacity = capacity
         self._on_abandoned = on_abandoned
         self.abandoned: set[int] = set()
-        """Sequence numbers of the queued traps that nobody waits for any more."""
+        """Sequence numbers of queued traps whose answer is not awaited any more."""
         self._queued = 0
         self._ready: deque[TrapEvent] = deque()
         self._busy: dict[int, deque[TrapEvent]] = {}
@@ -69,6 +69,7 @@ class Lanes:
         self._queued += 1
         backlog = self._busy.get(event.vcpu)
         if backlog is None:
+            # A lane is busy as long as it is in here, with an empty backlog, too.
             self._busy[event.vcpu] = deque()
             self._ready.append(event)
             if not self._waking:
@@ -77,7 +78,7 @@ class Lanes:
             backlog.append(event)
 
     async def put(self, event: TrapEvent) -> None:
-        """Wait for room. Raises `TrapQueueClosedError`. Cancelled, nothing was put."""
+        """Wait for room. Raises `TrapQueueClosedError`. If cancelled, nothing was put."""
         while True:
             try:
                 return self.put_nowait(event)
@@ -87,7 +88,7 @@ class Lanes:
                 await self._room.wait()
 
     def abandon(self, event: TrapEvent) -> None:
-        """Nobody waits for the answer to this trap any more."""
+        """The answer to this trap is not awaited any more."""
         # By identity, and the latest first: an agent that waits for no answer abandons each trap
         # with the next one.
         queued = chain(reversed(self._busy.get(event.vcpu, ())), reversed(self._ready))
@@ -133,6 +134,7 @@ class Lanes:
                 if turn in self._idle:
                     self._idle.remove(turn)
                 else:
+                    # Woken and cancelled: left set, no other worker would be woken any more.
                     self._waking = False
                 raise
             self._waking = False

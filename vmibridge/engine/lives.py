@@ -60,7 +60,7 @@ class Lives:
         with anyio.CancelScope(deadline=anyio.current_time() + self._enter_within) as scope:
             self._entering = scope
             try:
-                with _told(handler, "start"):
+                with _errors_named(handler, "start"):
                     await handler.__aenter__()
             finally:
                 self._entering = None
@@ -69,7 +69,7 @@ class Lives:
                 yield
             finally:
                 scope.deadline = anyio.current_time() + self._stop_timeout
-                with _told(handler, "end"):
+                with _errors_named(handler, "end"):
                     await handler.__aexit__(None, None, None)
                 scope.deadline = math.inf
             return
@@ -80,7 +80,7 @@ class Lives:
 
 
 @contextmanager
-def _told(handler: BridgeHandler[Any], what: str) -> Iterator[None]:
+def _errors_named(handler: BridgeHandler[Any], what: str) -> Iterator[None]:
     """What the handler raises is a `HandlerLifeError`; a cancellation from around it passes.
 
     Anything else that a handler raises is its own, such as `SystemExit`. Raised in a task, those

@@ -14,7 +14,7 @@ Theory of operation
 | the mark waits, another request is on the stack | counts from now, for that one |
 | the mark waits, for `after` seconds by now | reports it, and again after twice that time |
 
-Nothing is done for this on the way of a trap. Which handler it is stands in the frame of
+Nothing is done for this on the path of a trap. Which handler it is stands in the frame of
 `Asking.ask`, which is on the stack whenever a handler runs: in the task of a worker or in its
 own. What a handler blocks in another task that it started has no such frame, and is not seen.
 
@@ -22,7 +22,7 @@ Invariants
 ----------
 
 - The thread touches nothing of the engine but what it reads from that frame. It logs; everything
-  else, such as the summary and the taps, is told by the mark, on the loop, when that turns again.
+  else, such as the summary and the taps, gets it from the mark, on the loop, when that turns again.
 - The thread ends with the block, and does not keep the process alive.
 """
 

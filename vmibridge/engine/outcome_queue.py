@@ -1,12 +1,12 @@
-"""The way of the outcomes from the engines to whoever iterates over them.
+"""The queue of outcomes from the engines to the consumer that iterates over them.
 
 Bounded: when the consumer lags behind, the lanes wait with their *next* traps; an
-answer to a guest never waits for a consumer. Each engine has a way in of its own, so that
+answer to a guest never waits for a consumer. Each engine is a producer of its own, so that
 one that stops no longer waits while the others still do.
 
 Where outcomes come one by one and close together, a consumer that is woken for each costs as
-much as an answer. So one that was woken a moment ago lets a few gather, unless somebody waits
-for it.
+much as an answer. So one that was woken a moment ago lets a few gather, unless a producer
+waits for it.
 """
 
 import math
@@ -29,18 +29,18 @@ class OutcomeQueue:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.items: deque[Outcome[Any]] = deque()
-        self._ways_in: list[OutcomesIn] = []
+        self._producers: list[OutcomeProducer] = []
         self._arrived: Parking | None = None
         self._gathering: Parking | None = None
         self._woken = -math.inf
         self._ended = False
         self._error: BaseException | None = None
 
-    def way_in(self) -> "OutcomesIn":
+    def add_producer(self) -> "OutcomeProducer":
         """For one more producer."""
-        way = OutcomesIn(self)
-        self._ways_in.append(way)
-        return way
+        producer = OutcomeProducer(self)
+        self._producers.append(producer)
+        return producer
 
     async def get(self) -> Outcome[Any]:
         """The next outcome. Raises `StopAsyncIteration` at the end, or the error it ended with."""
@@ -55,12 +55,14 @@ class OutcomeQueue:
                 await self._gather()
             self._woken = anyio.current_time()
         outcome = self.items.popleft()
+        # Outcomes go one by one, so each way down passes this number, once.
         if len(self.items) == self.capacity // 2:
-            for way in self._ways_in:
-                way.free()
+            for producer in self._producers:
+                producer.free()
         return outcome
 
     async def _gather(self) -> None:
+        # A full queue has producers that wait, and behind them vCPUs: nothing more could gather.
         if len(self.items) < self.capacity:
             self._gathering = parking()
             with anyio.move_on_after(_DENSE):
@@ -72,7 +74,7 @@ class OutcomeQueue:
             self._arrived.wake()
 
     def hurry(self) -> None:
-        """Somebody waits for the consumer."""
+        """A producer waits for the consumer."""
         if self._gathering is not None:
             self._gathering.wake()
 
@@ -84,8 +86,8 @@ class OutcomeQueue:
         self.hurry()
 
 
-class OutcomesIn:
-    """The way in of one producer."""
+class OutcomeProducer:
+    """One producer: what an engine puts outcomes in by."""
 
     def __init__(self, queue: OutcomeQueue) -> None:
         self._queue = queue
@@ -104,13 +106,14 @@ class OutcomesIn:
     async def put(self, outcome: Outcome[Any]) -> None:
         """Wait for room, which comes in batches of half the capacity."""
         while not self.put_nowait(outcome):
+            # The consumer may be in `_gather`, which would hold this vCPU for nothing.
             self._queue.hurry()
             if self._room is None:
                 self._room = anyio.Event()
             await self._room.wait()
 
     def unbind(self) -> None:
-        """Hold any number from here on: at the end nobody may be left to read."""
+        """Hold any number from here on: at the end the consumer may have gone."""
         self._bounded = False
         self.free()
 

@@ -19,7 +19,7 @@ class InFlight:
 
     def __init__(self, most: int, above: "InFlight | None" = None) -> None:
         self.free: int = most
-        """Places that nobody holds; one that is handed on is held all the time."""
+        """Places that are not held; one that is handed on is held all the time."""
         self._above = above
         self._line: deque[anyio.Event] = deque()
 
@@ -29,7 +29,8 @@ class InFlight:
         return not self.free or (self._above is not None and not self._above.free)
 
     async def enter(self) -> None:
-        """Take a place, and wait for it. Cancelled, none was taken."""
+        """Take a place, and wait for it. If cancelled, takes none."""
+        # That of the VM first: a VM that is full must not hold places of the server while it waits.
         if self.free:
             self.free -= 1
         else:
@@ -39,6 +40,7 @@ class InFlight:
                 await turn.wait()
             except BaseException:
                 if turn.is_set():
+                    # Cancelled with the place already its own: kept, it would be lost for good.
                     self._hand_on()
                 else:
                     self._line.remove(turn)
@@ -59,12 +61,13 @@ class InFlight:
             self._above.enter_nowait()
 
     def leave(self) -> None:
-        """Give the place to whoever has waited longest."""
+        """Give the place to the request that has waited longest."""
         self._hand_on()
         if self._above is not None:
             self._above.leave()
 
     def _hand_on(self) -> None:
+        # Not by way of `free`: one that comes before the woken task runs would overtake the line.
         if self._line:
             self._line.popleft().set()
         else:

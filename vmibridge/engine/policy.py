@@ -7,11 +7,11 @@ before its handler.
 | for which a bucket has nothing left | `vm`, `address_space` |
 | of one address space too many | `max_address_spaces` |
 
-Rules that it lives by:
+Invariants:
 
 - A quota is two token buckets: one of requests, one of bytes. A request takes its token when
-  it is let through. Bytes are taken as a handler moves them, which nobody knows beforehand:
-  so that bucket may be overdrawn, and denies until the debt is paid.
+  it is let through. Bytes are taken as a handler moves them, and how many is not known
+  beforehand: so that bucket may be overdrawn, and denies until the debt is paid.
 - A trap that is denied, by whatever rule, takes nothing from any bucket.
 - A guest makes up address spaces at will. So their number is bounded, and what is kept of one
   is forgotten only when both its buckets are full again: then nothing is lost by it.
@@ -64,7 +64,7 @@ _Root = Annotated[
 
 
 class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One token bucket, full at first. Raises `ValueError` for numbers that make no sense."""
+    """One token bucket, full at first. Raises `ValueError` if a number is out of range."""
 
     burst: Annotated[float, Meta(gt=0, le=_FINITE, extra={"words": "a finite number above 0"})]
     """What the bucket holds when it is full: the most at once."""
@@ -111,7 +111,7 @@ class AddressRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a guest may ask for. The default denies nothing.
 
-    Raises `ValueError` for what makes no sense.
+    Raises `ValueError` if a value is out of range.
     """
 
     rings: Annotated[frozenset[_Ring], Meta(min_length=1)] = frozenset({0, 1, 2, 3})
@@ -215,7 +215,7 @@ class Guard:
         self._vm_account = self._vm.full(0.0)
         self._space = _Buckets(policy.address_space)
         self._spaces: dict[int, _Account] | None = None if policy.address_space == Quota() else {}
-        self._most = policy.max_address_spaces
+        self._max_spaces = policy.max_address_spaces
         self._heap: list[tuple[float, int]] = []
         self._names_spaces = self._allowed is not None or self._spaces is not None
         self._meters_bytes = policy.vm.bytes is not None or policy.address_space.bytes is not None
@@ -291,9 +291,9 @@ class Guard:
         """Whether there is room for one more address space; makes it, where nothing is lost."""
         spaces, heap = self._spaces, self._heap
         assert spaces is not None
-        while len(spaces) >= self._most:
-            told, root = heap[0]
-            if told > now:
+        while len(spaces) >= self._max_spaces:
+            not_before, root = heap[0]
+            if not_before > now:
                 return False
             full_at = self._space.full_at(spaces[root])
             if full_at > now:

@@ -16,7 +16,7 @@ from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.registers import write_response
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.engine.lanes import Lanes
-from vmibridge.engine.outcome_queue import OutcomesIn
+from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Taps
@@ -42,7 +42,7 @@ class Replies:
         self,
         backend: Backend,
         settings: ServerSettings,
-        outcomes: OutcomesIn,
+        outcomes: OutcomeProducer,
         lanes: Lanes,
         summary: Summary,
         taps: Taps | None,
@@ -84,7 +84,7 @@ class Replies:
     ) -> None:
         """Answer a trap that was taken at `started`, in seconds of the monotonic clock.
 
-        `vcpu_gone`: nobody waits for the answer, so that it cannot be written is no failure.
+        `vcpu_gone`: the answer is not needed, so that it cannot be written is no failure.
         """
         kind, error = outcome.kind, outcome.error
         response = outcome.response
@@ -142,11 +142,11 @@ class Replies:
             try:
                 await before_resume(outcome)
             except Exception:
-                log.exception("%s failed; the answer is written all the same", where)
+                log.exception("%s failed; the answer is written anyway", where)
             finally:
                 self._consulted.discard(scope)
         if scope.cancelled_caught:
-            log.error("%s was cut off; the answer is written all the same", where)
+            log.error("%s was cut off; the answer is written anyway", where)
 
     def consult_no_more(self) -> None:
         """Cut off what the consumer does, from here on: the server stops, and every trap is due."""

@@ -54,7 +54,7 @@ trap any more. In between it may lose its trap (the guest was told to wait), and
 | `EXPIRE` | retries | the result is too old, or one too many, or the guest has ended |
 | `SOFT_DEADLINE` | watchdog | the soft deadline has passed |
 | `HARD_DEADLINE` | watchdog | the hard deadline has passed |
-| `CANCEL` | shutdown | the server stops, or nobody is there any more for the answer |
+| `CANCEL` | shutdown | the server stops, or the vCPU or the guest is gone |
 
 Which cause leads from which state to which stands in `TRANSITIONS`, once. A cause that a state
 has no row for must not happen in it: `Request.on` raises.
@@ -62,11 +62,11 @@ has no row for must not happen in it: `Request.on` raises.
 Invariants
 ----------
 
-- A trap is answered by whoever takes it out of the request (`Request.event`). Taking it out and
-  changing the state are one step without a task switch. So a worker, the watchdog and the
+- A trap is answered by the code that takes it out of the request (`Request.event`). Taking it out
+  and changing the state are one step without a task switch. So a worker, the watchdog and the
   shutdown can never answer the same trap.
 - A state in `HAS_TRAP` has a trap, a state in `HAS_WORKER` a worker that may be cancelled. No other
-  state has them, but for `ANSWERED`: there the worker has both, and nobody else has the request.
+  state has them, but for `ANSWERED`: there the worker has both, and nothing else the request.
 - The set of the watchdog holds exactly the requests in a state of `WATCHED`.
 - When a worker comes out of its handler and the state is neither `INLINE` nor in `WATCHED`, it
   has been *overtaken*: whatever the handler came to is dropped, and the cancel scope of the
@@ -231,7 +231,7 @@ HAS_WORKER: frozenset[State] = HAS_TRAP | WATCHED
 PENDING: frozenset[State] = frozenset({State.PARKED, State.RETRIED, State.KEPT})
 """A retry can find it."""
 DONE_BY_WORKER: frozenset[State] = frozenset({State.ANSWERED, State.JOINED})
-"""Its own worker has brought it to its end, and nobody else has it."""
+"""Its own worker has brought it to its end, and nothing else refers to it."""
 _OVERTAKEN: frozenset[State] = frozenset(State) - HAS_WORKER - DONE_BY_WORKER
 
 
@@ -244,7 +244,7 @@ class Worker:
     __slots__ = ("context", "has_place", "on_wait", "request", "retires", "scope", "task")
 
     task: "asyncio.Task[object] | None"
-    """Its own, on asyncio: a handler may cancel it without asking anybody."""
+    """Its own, on asyncio: a handler may cancel it behind the engine's back."""
     on_wait: Callable[[], None]
     """Called once for a trap, right before the worker is first suspended at it."""
     scope: HandlerScope
@@ -255,13 +255,13 @@ class Worker:
     retires: bool
     """A handler has waited in this task: it takes no other trap."""
     has_place: bool
-    """It holds a place in flight; until the handler has unwound, whoever answers before that."""
+    """It holds a place in flight until the handler has unwound, also if answered for before."""
 
 
 class Request:
     """One request. Which of the attributes are set depends on the state.
 
-    A worker uses the same object for its next trap as long as nobody else can have it, which is
+    A worker uses the same object for its next trap as long as nothing else refers to it, which is
     when the old one ended in a state of `DONE_BY_WORKER`: to make one for each trap would be
     felt.
     """
@@ -285,9 +285,9 @@ class Request:
 
     state: State
     event: TrapEvent | None
-    """The trap that waits for the answer; who takes it out has to answer it. See the module."""
+    """The trap that waits for the answer; it is answered where it is taken out. See the module."""
     worker: Worker | None
-    """Whoever runs its handler; `None` once that does not matter to the request any more."""
+    """It runs the handler; `None` once that does not matter to the request any more."""
     started: float
     """When that trap was taken."""
     packet: BridgePacket

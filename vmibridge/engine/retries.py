@@ -14,7 +14,7 @@ Invariants
 
 - A request is in the table from its first soft deadline until its result has been given to a
   trap or is lost. It runs once, however often the guest asks again.
-- Requests with the same key cannot be told apart. They are kept in their order, and a retry
+- Requests with the same key cannot be distinguished. They are kept in their order, and a retry
   is for the first one that no other trap waits for: so each of two vCPUs that ask the same
   gets a result.
 - The table is bounded: requests that run by the places of handlers, results by
@@ -146,7 +146,7 @@ class PendingRequests:
         return 1
 
     def remove(self, request: Request) -> None:
-        """It was answered, or has nobody any more who would ask again."""
+        """It was answered, or its guest has ended and cannot ask again."""
         self._results.pop(request, None)
         requests = self.by_key[request.key]
         requests.remove(request)
@@ -154,7 +154,7 @@ class PendingRequests:
             del self.by_key[request.key]
 
     def expire(self, now: float) -> int:
-        """Drop the results that nobody collected in time; returns how many."""
+        """Drop the results that were not collected in time; returns how many."""
         before = len(self._results)
         while (first := next(iter(self._results), None)) is not None and first.expires <= now:
             self._drop(first)

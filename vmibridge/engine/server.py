@@ -169,7 +169,7 @@ class BridgeServer:
 
         Iterating raises `BackendError` when a VM cannot be run, and what a handler
         raised when it was entered: after the last outcome, so that other VMs run on.
-        Cancelled, it answers what is pending on the way out. Raises `ServerStateError`
+        If cancelled, answers what is pending on the way out. Raises `ServerStateError`
         outside the backends' `async with`, and a second time, `ValueError` for an `until`
         that is none of these.
         """
@@ -225,7 +225,7 @@ class _Owner:
                 backend,
                 bridge,
                 settings,
-                self.outcomes.way_in(),
+                self.outcomes.add_producer(),
                 in_flight,
                 turns,
                 # A backend may want to know what became of its traps, as a replay does.
@@ -256,7 +256,7 @@ class _Owner:
         await self._ended.wait()
 
     async def _main(self) -> None:
-        """Run each engine in its backend's task group. Cancelled, it stops them all."""
+        """Run each engine in its backend's task group. If cancelled, stops every engine."""
         try:
             with self._watch:
                 await self._run()
@@ -290,7 +290,7 @@ class _Owner:
         if not isinstance(error, Exception):
             self.stop()
         elif len(self.engines) > 1:
-            # The consumer is told at the end of the run, and that may be far.
+            # The consumer sees it at the end of the run only, which may be far.
             log.error("vm %s: %s; the other VMs run on", vm, one_line(error))
 
 
@@ -313,7 +313,7 @@ class Run(AsyncIterator[Outcome[Any]]):
             self._owner.start()
             self._started = True
         while self._over:
-            # To its end, where the error is told that it may have ended with.
+            # To its end, which raises the error that it ended with, if any.
             await self._outcomes.get()
         outcome = await self._outcomes.get()
         if self._until is not None and self._until(outcome):
@@ -322,7 +322,7 @@ class Run(AsyncIterator[Outcome[Any]]):
         return outcome
 
     async def aclose(self) -> None:
-        """Stop the server and wait until it has ended. Cancelled, it stops waiting."""
+        """Stop the server and wait until it has ended. If cancelled, stops waiting."""
         self._owner.stop()
         if self._started:
             await self._owner.ended()
@@ -339,7 +339,7 @@ class Run(AsyncIterator[Outcome[Any]]):
         await self.aclose()
 
     def __del__(self) -> None:
-        # A consumer that left its loop early: nobody will read on, so do not hold the guest.
+        # A consumer that left its loop early reads no more outcomes: do not hold the guest.
         # Collected in another thread, it is left to the end of the backend's block.
         if self._started and get_ident() == self._thread:
             self._owner.stop()

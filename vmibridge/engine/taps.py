@@ -83,7 +83,7 @@ class HandlerBegan(msgspec.Struct, frozen=True):
     """The name of its method; `None` for a handler without methods, or a code that it does not
     know."""
     queued: int | None
-    """Nanoseconds from when the trap was put into the queue until a worker took it. It is told once
+    """Nanoseconds from when the trap was put into the queue until a worker took it. Given once
     for a trap: `None` for a handler that a request was passed on to by another one."""
     waited: int
     """Nanoseconds since the trap was taken: for the turn of a serial handler, for a place, and for
@@ -94,7 +94,7 @@ class Tap:
     """Sees what goes on. Its calls return soon. If one raises, the tap is dropped."""
 
     full = False
-    """Whether to wait for `room` before more is told."""
+    """Whether to wait for `room` before the next call."""
 
     async def room(self) -> None:
         """Wait until `full` is false. May be cancelled."""
@@ -143,12 +143,12 @@ class Tap:
 
     def ran_natively(self, event: TrapEvent, why: NativeReason) -> None:
         """A trap that is not ours ran natively. One that the policy denies is ours: `answered`
-        is told of it, whatever its guest gets."""
+        is called for it, whatever its guest gets."""
 
     def session_event(self, event: SessionEvent) -> None:
         """The session of a remote VM has changed.
 
-        After handlers were reloaded, the taps of the new ones are told, from the next change on.
+        After handlers were reloaded, the taps of the new ones are called, from the next change on.
         """
 
     def tap_lost(self, vm: str, tap: "Tap", error: Exception) -> None:
@@ -162,7 +162,7 @@ class Tap:
 class Taps:
     """The taps of one VM. One that raises is dropped, and everything goes on without it.
 
-    Dropped means: it gets no further call for this VM but `dropped` and `missed_traps`, nobody
+    Dropped means: it gets no further call for this VM but `dropped` and `missed_traps`, no lane
     waits for its `room` any more, and the log has one line. What else it sees, such as of other
     VMs, stays as it was.
     """
@@ -176,31 +176,31 @@ class Taps:
         self._waits: dict[anyio.CancelScope, Tap] = {}
         self._losses: list[tuple[Tap, Exception]] = []
         self._dropped: list[tuple[Tap, int]] = []
-        """With how much of `_untold` is not its own."""
-        self._untold = 0
+        """With how much of `_missed` is not its own."""
+        self._missed = 0
         """Traps that were taken since the first tap was dropped."""
-        # None where no tap has the hook: whoever would call it pays one test.
+        # None where no tap has the hook: the caller then pays one test.
         self.handler_began: Callable[[HandlerBegan], None] | None = self._hook("handler_began")
         self.session_event: Callable[[SessionEvent], None] | None = self._hook("session_event")
         self.ran_natively: Callable[[TrapEvent], None] | None = (
-            self._tell_native if self._hooks["ran_natively"] else None
+            self._call_native if self._hooks["ran_natively"] else None
         )
 
     def _hook(self, name: str) -> Callable[..., None] | None:
-        return partial(self._tell, name) if self._hooks[name] else None
+        return partial(self._call, name) if self._hooks[name] else None
 
-    def _tell(self, hook: str, *told: object) -> None:
+    def _call(self, hook: str, *arguments: object) -> None:
         for tap, call in self._hooks[hook]:
             try:
-                call(*told)
+                call(*arguments)
             except Exception as error:
                 self._drop(tap, hook, error)
         if self._losses:
-            self._tell_losses()
+            self._report_losses()
 
-    def _tell_native(self, event: TrapEvent) -> None:
+    def _call_native(self, event: TrapEvent) -> None:
         """A trap that is not ours ran natively."""
-        self._tell("ran_natively", event, why_native(event, self._filter))
+        self._call("ran_natively", event, why_native(event, self._filter))
 
     def begin(
         self,
@@ -210,26 +210,26 @@ class Taps:
         architecture: Architecture[Any],
     ) -> None:
         """The VM is about to run."""
-        self._tell("machine", self._vm, architecture)
+        self._call("machine", self._vm, architecture)
         for tap in self._taps:
             try:
                 tap.begin(self._vm, bridge, settings, stop)
             except Exception as error:
                 self._drop(tap, "begin", error)
         if self._losses:
-            self._tell_losses()
+            self._report_losses()
 
     def trap(self, event: TrapEvent) -> None:
         """A trap was taken."""
         if self._dropped:
-            self._untold += 1
+            self._missed += 1
         for tap in self._taps:
             try:
                 tap.trap(event)
             except Exception as error:
                 self._drop(tap, "trap", error)
         if self._losses:
-            self._tell_losses()
+            self._report_losses()
 
     def retried(self, event: TrapEvent, first: int) -> None:
         """The trap asks again for what came with trap `first`."""
@@ -239,7 +239,7 @@ class Taps:
             except Exception as error:
                 self._drop(tap, "retried", error)
         if self._losses:
-            self._tell_losses()
+            self._report_losses()
 
     def read(
         self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
@@ -253,7 +253,7 @@ class Taps:
             except Exception as raised:
                 self._drop(tap, "read", raised)
         if self._losses:
-            self._tell_losses()
+            self._report_losses()
         return full
 
     def wrote(self, event: TrapEvent, address: int, data: bytes, error: str | None) -> bool:
@@ -266,7 +266,7 @@ class Taps:
             except Exception as raised:
                 self._drop(tap, "wrote", raised)
         if self._losses:
-            self._tell_losses()
+            self._report_losses()
         return full
 
     def answered(self, outcome: Outcome[Any]) -> bool:
@@ -279,17 +279,17 @@ class Taps:
             except Exception as error:
                 self._drop(tap, "answered", error)
         if self._losses:
-            self._tell_losses()
+            self._report_losses()
         return full
 
     async def room(self) -> None:
-        """Wait until no tap is full. Cancelled, it stops waiting."""
+        """Wait until no tap is full. If cancelled, stops waiting."""
         for tap in self._taps:
             try:
                 await self._room_of(tap)
             except Exception as error:
                 self._drop(tap, "room", error)
-                self._tell_losses()
+                self._report_losses()
 
     async def _room_of(self, tap: Tap) -> None:
         with anyio.CancelScope() as scope:
@@ -303,7 +303,7 @@ class Taps:
 
     def blocked(self, blocked: Blocked) -> None:
         """A handler has held up the loop."""
-        self._tell("blocked", blocked)
+        self._call("blocked", blocked)
 
     def end(self, summary: Summary) -> None:
         """The VM has ended."""
@@ -313,11 +313,11 @@ class Taps:
             except Exception as error:
                 self._drop(tap, "end", error)
         if self._losses:
-            self._tell_losses()
+            self._report_losses()
         for tap, not_its_own in self._dropped:
             for _, call in _callees((tap,), "missed_traps"):
                 try:
-                    call(self._vm, self._untold - not_its_own)
+                    call(self._vm, self._missed - not_its_own)
                 except Exception:  # dropped is dropped
                     log.debug("tap %s raised at its end", type(tap).__name__, exc_info=True)
 
@@ -334,12 +334,12 @@ class Taps:
             self._hooks[hook] = tuple(each for each in callees if each[0] is not tap)
         self._losses.append((tap, error))
         # The trap that `trap` raised at is not with the tap.
-        self._dropped.append((tap, self._untold - (call == "trap")))
+        self._dropped.append((tap, self._missed - (call == "trap")))
         name = type(tap).__name__
-        told = one_line(error)
-        log.error("vm %s: tap %s is dropped: its %s() raised %s", self._vm, name, call, told)
+        why = one_line(error)
+        log.error("vm %s: tap %s is dropped: its %s() raised %s", self._vm, name, call, why)
         log.debug("how tap %s raised", name, exc_info=error)
-        # Whoever waits for its room holds a vCPU, and it may have been about to make some.
+        # A task that waits for its room holds a vCPU, and the tap that is dropped makes none.
         for scope, awaited in self._waits.items():
             if awaited is tap:
                 scope.cancel()
@@ -348,7 +348,7 @@ class Taps:
         except Exception:  # dropped is dropped: it has no further call to be dropped from
             log.debug("tap %s raised when it was dropped", name, exc_info=True)
 
-    def _tell_losses(self) -> None:
+    def _report_losses(self) -> None:
         # After the call that brought it about was made to all: one that raises here, too, has had
         # that call, and gets no further one.
         while self._losses:
@@ -378,7 +378,7 @@ def _callees(taps: Sequence[Tap], hook: str) -> tuple[tuple[Tap, Callable[..., N
 
 
 class TappedMemory:
-    """Physical memory whose accesses are told to taps."""
+    """Physical memory whose accesses taps see."""
 
     __slots__ = ("_physical", "_taps")
 

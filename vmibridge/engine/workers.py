@@ -58,7 +58,7 @@ from vmibridge.engine.asking import CUT_OFF, Asking, is_being_cancelled
 from vmibridge.engine.beginnings import lanes_for
 from vmibridge.engine.deadlines import Deadlines
 from vmibridge.engine.loop_watch import Blocked
-from vmibridge.engine.outcome_queue import OutcomesIn
+from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.policy import Guard, MeteredMemory
 from vmibridge.engine.replies import BeforeResume, Replies
@@ -96,7 +96,7 @@ class Workers:
         backend: Backend,
         bridge: Bridge,
         settings: ServerSettings,
-        outcomes: OutcomesIn,
+        outcomes: OutcomeProducer,
         in_flight: InFlight,
         turns: Turns,
         taps: Taps | None,
@@ -208,7 +208,7 @@ class Workers:
                 request = worker.request = Request(worker)
                 continue
             if request.state is not _ANSWERED and request.state is not _JOINED:
-                # Overtaken, or kept for a retry: somebody else may have this request now.
+                # Overtaken, or kept for a retry: another task may have this request now.
                 return True
 
     def _suspended(self, worker: Worker) -> None:
@@ -243,7 +243,7 @@ class Workers:
     async def _answer(self, worker: Worker, request: Request, event: TrapEvent) -> bool:
         """Answer a trap; returns whether another task has it now, or this one retires."""
         # This is the hot path: each trap pays for what stands here, so it sets states without a
-        # look-up. The state is ANSWERED before the reply is begun: from there on nobody else may
+        # look-up. The state is ANSWERED before the reply is begun: from there on no other task may
         # answer, and when the reply has to wait, `_suspended` has no deadline to arm.
         started = request.started = _clock()
         # Asked before anything else, and of all traps: this forgets that it was abandoned.
@@ -318,7 +318,7 @@ class Workers:
         worker.task = asyncio_task()
         outcome: Outcome[Any] | None = None
         # Watched from here on: a loop that is busy may take longer to begin a task than the soft
-        # deadline, and a guest that was told to wait by then would begin anew each time.
+        # deadline, and a guest that was told to wait by then would start over each time.
         request.on(Cause.SUSPEND)
         self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         try:
@@ -372,7 +372,7 @@ class Workers:
         return Outcome(OutcomeKind.FAILED, packet, error=error)
 
     def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
-        """The request of a trap that is ours, which taps are told of; `None` for others."""
+        """The request of a trap that is ours, which taps see; `None` for others."""
         others = self._backend.other_hypercalls
         packet = own_request(event, self.filter, other_hypercalls=others)
         if packet is not None and self._taps is not None:

@@ -33,7 +33,7 @@ from vmibridge.vm.arch import architecture_named
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent
 
-_MOST_TEXT = 4096
+_MAX_TEXT = 4096
 """Characters of an output."""
 
 FORMAT = 1
@@ -171,11 +171,11 @@ CHANNEL_OF_TOPIC: Mapping[str, ChannelKind] = MappingProxyType(
 
 
 def output_text(output: object) -> str | None:
-    """How a typed output is told: as JSON, or by its `repr`; `None` for none."""
+    """A typed output as text: JSON, or its `repr`; `None` for none."""
     if output is None:
         return None
     text = json_text(output)
-    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
 
 
 _OF_0_2_0 = RecordedArchitecture("x86", 1)
@@ -188,8 +188,8 @@ def format_of(architecture: RecordedArchitecture) -> int:
 
 def architecture_of(session: Session) -> Architecture[Any]:
     """The architecture of a recorded VM. Raises `UnknownArchitectureError`."""
-    told = session.architecture or _OF_0_2_0
-    return architecture_named(told.name, told.version)
+    named = session.architecture or _OF_0_2_0
+    return architecture_named(named.name, named.version)
 
 
 @cache

@@ -73,7 +73,7 @@ _clock = time.monotonic_ns
 
 _CHUNK = 1 << 20
 """Bytes before compression after which a chunk is cut."""
-_MOST_UNWRITTEN = 32 << 20
+_MAX_UNWRITTEN = 32 << 20
 """The same, of all that is not written yet: then the guests wait."""
 _NOTHING: frozenset[str] = frozenset()
 
@@ -94,7 +94,7 @@ class Recorder(Tap):
     ) -> None:
         """`path` is a new file, or a folder, where a new one is numbered after `stem`.
 
-        Raises `ValueError` for numbers that make no sense, `ConfigError` for a wrong rule.
+        Raises `ValueError` if a number is out of range, `ConfigError` for a wrong rule.
         """
         if not flush_interval > 0:
             raise ValueError(f"flush_interval is a number of seconds, got {flush_interval!r}")
@@ -110,7 +110,7 @@ class Recorder(Tap):
         # Half a period fills up while the other half is being written.
         self._interval = flush_interval / 2
         self._cut_at = flush_traps // 2
-        self._most_traps = flush_traps
+        self._max_traps = flush_traps
         self._on_error = on_error
         self._redaction = Redaction(redact)
         self._redacts = bool(self._redaction.rules)
@@ -130,7 +130,7 @@ class Recorder(Tap):
         self._tasks: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
-        """Make the file. Raises `RecordingError` when it is there already, or cannot be made."""
+        """Make the file. Raises `RecordingError` when it already exists, or cannot be made."""
         library = f"vmibridge {version('vmibridge')}"
         self._writer = await in_own_thread(
             lambda: RecordingWriter(self.path, library, stem=self._stem, overwrite=self._overwrite)
@@ -233,11 +233,11 @@ class Recorder(Tap):
         )
         assert event is not None
         error = outcome.error
-        told = output_text(output)
+        text = output_text(output)
         if self._redacts and (left_out := self._left_out.pop((event.vm, event.seq), None)):
             packet = self._redaction.packet(packet, left_out)
             writes = None if writes is None else self._redaction.writes(writes, left_out)
-            told, error = None, None if error is None else "left out"
+            text, error = None, None if error is None else "left out"
         self._add(
             REPLY,
             Reply(
@@ -249,14 +249,14 @@ class Recorder(Tap):
                 writes,
                 outcome.handler,
                 error,
-                told,
+                text,
                 outcome.duration,
                 outcome.retry_of,
             ),
         )
         self.full: bool = (
-            self._unwritten_traps + self._chunk.traps >= self._most_traps
-            or self._unwritten >= _MOST_UNWRITTEN
+            self._unwritten_traps + self._chunk.traps >= self._max_traps
+            or self._unwritten >= _MAX_UNWRITTEN
         ) and self.error is None
 
     def end(self, vm: str, summary: Summary) -> None:
@@ -267,7 +267,7 @@ class Recorder(Tap):
         self._add(NOTE, Note("end", text, vm, counts={**counts, "native": summary.native}))
 
     def dropped(self, vm: str, error: Exception) -> None:
-        """What must not happen: it could not take what it was told. The recording ends here, and
+        """What must not happen: it could not take an event. The recording ends here, and
         the runs end or go on as if the file could not be written."""
         self._fail(error)
 
@@ -280,7 +280,7 @@ class Recorder(Tap):
         if self._redacts and "memory" in self._left_out.get((event.vm, event.seq), _NOTHING):
             access = msgspec.structs.replace(access, data=None)
         self._add(MEMORY, access)
-        if self._unwritten >= _MOST_UNWRITTEN and self.error is None:
+        if self._unwritten >= _MAX_UNWRITTEN and self.error is None:
             self.full = True
 
     def _add(self, channel: ChannelKind, message: Any) -> None:
@@ -332,8 +332,8 @@ class Recorder(Tap):
             self.lost -= chunk.traps
         # A small chunk, or one without traps, makes too little room.
         if (
-            self._unwritten_traps + self._chunk.traps < self._most_traps
-            and self._unwritten < _MOST_UNWRITTEN
+            self._unwritten_traps + self._chunk.traps < self._max_traps
+            and self._unwritten < _MAX_UNWRITTEN
         ):
             self._free()
 
@@ -343,15 +343,15 @@ class Recorder(Tap):
     def _fail(self, error: Exception) -> None:
         if self.error is not None:
             return
-        told = error.strerror if isinstance(error, OSError) else one_line(error)
-        self.error = RecordingError(f"{self.path}: the recording ends here: {told}")
+        why = error.strerror if isinstance(error, OSError) else one_line(error)
+        self.error = RecordingError(f"{self.path}: the recording ends here: {why}")
         self.error.__cause__ = error
         self.lost += self._unwritten_traps + self._chunk.traps
         self._waiting.clear()
         self._chunk = ChunkBuilder()
         self._free()
         if self._on_error == "continue":
-            log.error("%s; the run goes on unrecorded", self.error)
+            log.error("%s; the run continues without a recording", self.error)
             return
         for stop in self._stops.values():
             stop(self.error)
@@ -371,10 +371,10 @@ def _session(
     architecture: Architecture[Any],
 ) -> Session:
     """What is known of a VM before it runs."""
-    told = RecordedArchitecture(architecture.name, architecture.version)
+    recorded = RecordedArchitecture(architecture.name, architecture.version)
     return Session(
         vm,
-        format=format_of(told),
+        format=format_of(recorded),
         started=datetime.now(UTC).isoformat(),
         versions={
             "python": platform.python_version(),
@@ -384,14 +384,14 @@ def _session(
         handlers=tuple(map(recorded_handler, bridge.handlers)),
         settings=settings,
         redaction=redaction.rules,
-        architecture=told,
+        architecture=recorded,
     )
 
 
 def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
     """What a recording keeps of a handler."""
     cls, contract = type(handler), handler.contract
-    # The module of a file has the folder in its name, which is nobody's business.
+    # The module of a file has the folder in its name, which does not belong into the file.
     module = cls.__module__.rpartition("/")[2]
     source = digest = None
     try:

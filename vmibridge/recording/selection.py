@@ -109,7 +109,7 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 class SelectedTraps:
-    """One pass over the messages of a recording. `hear` is told each session and each note."""
+    """One pass over the messages of a recording. `hear` gets each session and each note."""
 
     def __init__(
         self,

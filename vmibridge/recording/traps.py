@@ -16,11 +16,11 @@ from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.vm.trap import TrapEvent
 
-_MOST_OPEN = 16_384
+_MAX_OPEN = 16_384
 """Traps that may wait for their reply; beyond it the oldest is given without."""
-_MOST_HELD = 32 << 20
+_MAX_HELD = 32 << 20
 """Bytes of memory accesses that they may have; beyond it further ones are left out."""
-_MOST_NAMED = 32 << 20
+_MAX_NAMED = 32 << 20
 """Characters that the names of their VMs may have; beyond it the oldest are given without."""
 
 
@@ -64,7 +64,7 @@ def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
             key = (message.vm, message.seq)
             named += len(message.vm)
             while open_traps and (
-                key in open_traps or len(open_traps) >= _MOST_OPEN or named > _MOST_NAMED
+                key in open_traps or len(open_traps) >= _MAX_OPEN or named > _MAX_NAMED
             ):
                 stale = open_traps.pop(key if key in open_traps else next(iter(open_traps)))
                 held -= _size(stale)
@@ -75,7 +75,7 @@ def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
             trap = open_traps.get((message.vm, message.seq))
             if trap is not None:
                 size = _access_size(message)
-                if held + size > _MOST_HELD:
+                if held + size > _MAX_HELD:
                     trap.left_out += 1
                 else:
                     trap.accesses.append(message)

@@ -36,7 +36,7 @@ class AgentLimits(msgspec.Struct, frozen=True):
         Count,
         Meta(
             description="VMs that one peer may begin within 10 seconds: each loads handlers, and"
-            " may open a recording; beyond it the peer is told to come later"
+            " may open a recording; beyond it the peer is refused for now"
         ),
     ] = 64
     keep: Annotated[

@@ -40,9 +40,9 @@ from vmibridge.transport.links import Link
 from vmibridge.transport.session_events import SessionEvents
 from vmibridge.transport.wire import (
     FRAME_LIMIT,
-    MOST_ACCESSES,
-    MOST_LARGE_ACCESSES,
-    MOST_PREFETCHED,
+    MAX_ACCESSES,
+    MAX_LARGE_ACCESSES,
+    MAX_PREFETCHED_PER_TRAP,
     NO_DEADLINE,
     SMALL_ACCESS,
     Answer,
@@ -93,7 +93,7 @@ class SessionCounts:
         self.refused: int = 0
         """Traps that may have run elsewhere, and were not run here."""
         self.late: int = 0
-        """Answers that nobody waited for any more."""
+        """Answers that came too late: their trap was not pending any more."""
         self.returned: int = 0
         """Traps that were given back, because the server stops."""
 
@@ -167,7 +167,7 @@ class Session:
         self.over: anyio.Event = anyio.Event()
         """The guest has ended, or its agent did not come back."""
         self.events: SessionEvents = SessionEvents()
-        """What taps are told of it."""
+        """What taps see of it."""
         self.link: Link | None = None
         self.away_since: float = _clock()
         """When the last connection was lost."""
@@ -182,9 +182,9 @@ class Session:
         self._prefetched = 0
         self._accesses: dict[int, _Access] = {}
         self._numbers = itertools.count(1)
-        self._small = anyio.Semaphore(MOST_ACCESSES, fast_acquire=True)
-        self._large = anyio.Semaphore(MOST_LARGE_ACCESSES, fast_acquire=True)
-        self._told = False
+        self._small = anyio.Semaphore(MAX_ACCESSES, fast_acquire=True)
+        self._large = anyio.Semaphore(MAX_LARGE_ACCESSES, fast_acquire=True)
+        self._logged = False
 
     # --- the connection -------------------------------------------------------------
 
@@ -289,8 +289,8 @@ class Session:
         elif len(self._lanes) >= self._vcpus:
             raise WireError(f"more than {self._vcpus} vCPUs")
         size = sum(len(data) for _, data in frame.memory) if frame.memory else 0
-        if size > MOST_PREFETCHED:
-            raise WireError(f"more than {MOST_PREFETCHED} bytes came with a trap")
+        if size > MAX_PREFETCHED_PER_TRAP:
+            raise WireError(f"more than {MAX_PREFETCHED_PER_TRAP} bytes came with a trap")
         event = trap_event(frame, self.vm, self._layout)
         if lane is None:
             lane = self._lanes[frame.vcpu] = _Lane()
@@ -323,17 +323,17 @@ class Session:
         self.counts.refused += 1
         # One warning is enough: there may be one of each vCPU.
         log.log(
-            logging.DEBUG if self._told else logging.WARNING,
+            logging.DEBUG if self._logged else logging.WARNING,
             "vm %s: trap %d was sent to a server that is gone: it may have run there, so it is"
             " not run here; the guest gets the fallback",
             self.vm,
             event.seq,
         )
-        self._told = True
+        self._logged = True
         self.answer(event, write_response(event, self._fallback))
 
     def give_back(self, event: TrapEvent) -> None:
-        """The server stops, and nobody was asked: the agent is to send the trap again."""
+        """The server stops, and no handler was asked: the agent is to send the trap again."""
         lane = self._lanes.get(event.vcpu)
         if lane is not None and lane.event.seq == event.seq and lane.answer is None:
             del self._lanes[event.vcpu]
@@ -369,7 +369,7 @@ class Session:
         return Returned(seq) if lane is None or lane.event.seq != seq else lane.answer
 
     def answer(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
-        """Send an answer, and remember it; dropped when nobody waits for it."""
+        """Send an answer, and remember it; dropped when its trap is not pending any more."""
         lane = self._lanes.get(event.vcpu)
         if lane is None or lane.event.seq != event.seq or lane.answer is not None:
             self.counts.late += 1

@@ -1,7 +1,7 @@
-"""What taps are told of the session of a remote VM: each change once, in its order.
+"""What taps see of the session of a remote VM: each change once, in its order.
 
 - Handlers of one VM may have been reloaded, and then there are the taps of several handler sets.
-  The last that came is told: a tap that all of them have in common sees each change once.
+  Only the last one is called: a tap that all of them have in common sees each change once.
 - An agent may come, go, and come again while its handlers are still being entered. What was before
   the first tap is summed up for it, so that nothing is kept that a peer could make grow.
 """
@@ -35,7 +35,7 @@ class SessionEvents:
 
     @contextmanager
     def watched(self, on_event: OnSessionEvent | None) -> Iterator[None]:
-        """Tell of what happens in the block, and first, where nobody was told, how things are."""
+        """Report what happens in the block; first the state so far, unless a tap has seen it."""
         if on_event is None:
             yield
             return

@@ -34,9 +34,9 @@ FRAME_LIMIT: Final = 1 << 20
 MEMORY_LIMIT: Final = FRAME_LIMIT + MAX_ACCESS
 SMALL_ACCESS: Final = 64 << 10
 """Bytes; of accesses beyond that few may be under way."""
-MOST_ACCESSES: Final = 256
-MOST_LARGE_ACCESSES: Final = 2
-MOST_PREFETCHED: Final = 128 << 10
+MAX_ACCESSES: Final = 256
+MAX_LARGE_ACCESSES: Final = 2
+MAX_PREFETCHED_PER_TRAP: Final = 128 << 10
 """Bytes of memory that may travel with a trap."""
 NO_DEADLINE: Final = 0xFFFF_FFFF
 """Milliseconds."""
@@ -65,7 +65,7 @@ _Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 _Pieces = Annotated[tuple[tuple[_U64, bytes], ...], msgspec.Meta(max_length=256)]
-_MOST_REGISTERS = max(each.size for each in ARCHITECTURES)
+_MAX_REGISTERS = max(each.size for each in ARCHITECTURES)
 """Bytes."""
 
 
@@ -106,7 +106,7 @@ class Trap(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=2):
     length: _U8
     width: _U8
     ring: _U8
-    registers: Annotated[bytes, msgspec.Meta(max_length=_MOST_REGISTERS)]
+    registers: Annotated[bytes, msgspec.Meta(max_length=_MAX_REGISTERS)]
     """As the architecture of HELLO has them."""
     memory: _Pieces = ()
     """Physical memory that its handler is known to read: address and bytes."""
@@ -123,7 +123,7 @@ class Memory(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=3):
 
 
 class Ping(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=4):
-    """Is somebody there? Sent by the agent only."""
+    """Is the server there? Sent by the agent only."""
 
 
 class WireEnd(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -424,7 +424,7 @@ def wire_read(magic: int | None, request: int, read: GuestRead) -> WireRead:
 
 
 def guest_read(frame: WireRead) -> GuestRead:
-    """What came. Raises `WireError` for what makes no sense."""
+    """What came. Raises `WireError` if a frame is malformed."""
     address, size, size_in = frame.read
     try:
         return GuestRead(address, size, size_in=size_in or None, method=frame.method)

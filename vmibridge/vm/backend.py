@@ -42,7 +42,7 @@ class TrapSink(Protocol):
         """Raises `anyio.WouldBlock` when full, `TrapQueueClosedError` when no more are taken."""
 
     async def put(self, event: TrapEvent) -> None:
-        """Wait for room. Raises `TrapQueueClosedError`. Cancelled, the event was not taken."""
+        """Wait for room. Raises `TrapQueueClosedError`. If cancelled, the event was not taken."""
 
     def abandon(self, event: TrapEvent) -> None:
         """The vCPU of a trap that was put is gone: its handler is cancelled.
@@ -198,7 +198,7 @@ class Backend(ABC):
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Run the guest until it ends, with each trap that `traps` wants put into `sink`.
 
-        Cancelled, it does as `stop` says before it lets go; a vCPU that waits for an
+        If cancelled, does as `stop` says before it lets go; a vCPU that waits for an
         answer then goes on without one. Raises `BackendError` when the VM cannot be
         run at all: a guest that fails is a `GuestEnd`.
         """
@@ -221,7 +221,7 @@ class Backend(ABC):
     def give_back(self, event: TrapEvent) -> bool:
         """Let go of a trap that no handler has begun, because the server stops.
 
-        `True`: it is resumed by whoever serves the VM next, or as the VM does without one.
+        `True`: it is resumed by the next host of the VM, or as the VM does without one.
         `False`, the default: it has to be answered here.
         """
         return False

@@ -12,7 +12,7 @@ The memory belongs to a trap, while its vCPU stands still. Its life:
 | parked | waits for the next trap | the soft deadline: the guest was told to wait |
 | closed | fails | the final answer |
 
-An access that was under way when its trap left is begun anew with the next one: what it
+An access that was under way when its trap left is restarted with the next one: what it
 had translated may no longer be true. So nothing is ever read from, or written into, a
 guest that runs.
 """
@@ -147,7 +147,7 @@ class GuestMemory:
     async def _in_one_trap(
         self, access: Callable[[TrapEvent, int, S], Awaitable[R]], address: int, what: S
     ) -> R:
-        """Do it all in the same trap: begin anew when the trap leaves in between."""
+        """Do it all in the same trap: start over when the trap leaves in between."""
         while True:
             if self._closed:
                 raise GuestMemoryError(address, "the trap is answered: the guest runs again")

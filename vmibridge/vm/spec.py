@@ -67,8 +67,8 @@ def read_options(
     except UnicodeDecodeError:
         raise BackendSpecError(f"{spec}: an option has bytes that are not UTF-8") from None
     except ValueError:
-        told = "options are" if secret else f"{options!r} is not"
-        raise BackendSpecError(f"{spec}: {told} OPTION=VALUE&OPTION=VALUE") from None
+        what = "options are" if secret else f"{options!r} is not"
+        raise BackendSpecError(f"{spec}: {what} OPTION=VALUE&OPTION=VALUE") from None
     seen: set[str] = set()
     for name, value in pairs:
         if name not in known:

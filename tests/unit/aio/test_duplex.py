@@ -10,7 +10,7 @@ from anyio.lowlevel import checkpoint
 from vmibridge.aio.duplex import AT_ONCE, Duplex
 
 pytestmark = pytest.mark.anyio
-MOST = 1 << 24
+MAX_UNSENT = 1 << 24
 LARGE = os.urandom(1 << 20)
 """More than there is room for."""
 
@@ -63,7 +63,7 @@ class TestSending:
     async def test_what_there_is_room_for_is_sent_by_one_system_call(self, pair):
         ours, theirs = pair
         counted = Counted(ours)
-        duplex = Duplex(counted, MOST)
+        duplex = Duplex(counted, MAX_UNSENT)
         assert duplex.send(b"answer")
         assert counted.calls == ["send"]
         assert theirs.recv(100) == b"answer"
@@ -73,7 +73,7 @@ class TestSending:
     async def test_what_there_is_no_room_for_is_kept_and_sent_in_its_order(self, pair, kind):
         ours, theirs = pair
         counted = Counted(ours)
-        duplex = Duplex(counted, MOST)
+        duplex = Duplex(counted, MAX_UNSENT)
         assert not duplex.send(kind(LARGE))
         kept = len(duplex.unsent)
         assert 0 < kept < len(LARGE)
@@ -89,7 +89,7 @@ class TestSending:
 
     async def test_what_the_caller_sent_may_be_changed_afterwards(self, pair):
         ours, theirs = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
         data = bytearray(LARGE)
         duplex.send(data)
         data.clear()
@@ -99,7 +99,7 @@ class TestSending:
 
     async def test_several_tasks_may_wait_for_it(self, pair):
         ours, theirs = pair
-        duplex, done = Duplex(ours, MOST), []
+        duplex, done = Duplex(ours, MAX_UNSENT), []
 
         async def send(number):
             duplex.send(bytes([number]) * 100_000)
@@ -118,7 +118,7 @@ class TestSending:
 
     async def test_nothing_is_cut_when_who_waits_is_cancelled_in_the_middle(self, pair):
         ours, theirs = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
         duplex.send(LARGE)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(duplex.flush)
@@ -133,7 +133,7 @@ class TestSending:
 
     async def test_another_one_goes_on_when_who_waits_is_cancelled(self, pair):
         ours, theirs = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
         duplex.send(LARGE)
         async with anyio.create_task_group() as tasks:
             scope = anyio.CancelScope()
@@ -151,7 +151,7 @@ class TestSending:
 
     async def test_it_may_be_tried_without_waiting(self, pair):
         ours, theirs = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
         duplex.send(LARGE)
         kept = len(duplex.unsent)
         duplex.send_unsent()
@@ -193,7 +193,7 @@ class TestSending:
 
     async def test_a_broken_connection_is_an_error_of_whoever_sends(self, pair):
         ours, theirs = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
         theirs.close()
         with pytest.raises(BrokenPipeError):
             duplex.send(b"x")
@@ -201,7 +201,7 @@ class TestSending:
 
     async def test_it_is_one_of_whoever_waits_and_what_was_kept_stays(self, pair):
         ours, theirs = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
         duplex.send(LARGE)
 
         async def flush():
@@ -217,7 +217,7 @@ class TestSending:
 
     async def test_everybody_who_waits_is_woken_at_the_end(self, pair):
         ours, _ = pair
-        duplex, ended = Duplex(ours, MOST), []
+        duplex, ended = Duplex(ours, MAX_UNSENT), []
         duplex.send(LARGE)
 
         async def flush():
@@ -239,7 +239,7 @@ class TestAwaiting:
     async def test_what_has_come_is_received_without_a_turn_of_the_loop(self, pair):
         ours, theirs = pair
         counted = Counted(ours)
-        duplex, turns = Duplex(counted, MOST), []
+        duplex, turns = Duplex(counted, MAX_UNSENT), []
 
         async def count():
             turns.append(1)
@@ -254,7 +254,7 @@ class TestAwaiting:
 
     async def test_what_comes_is_waited_for(self, pair):
         ours, theirs = pair
-        duplex, got = Duplex(ours, MOST), []
+        duplex, got = Duplex(ours, MAX_UNSENT), []
 
         async def receive():
             got.append(await duplex.receive(100))
@@ -268,7 +268,7 @@ class TestAwaiting:
 
     async def test_others_have_their_turn_when_it_comes_all_the_time(self, pair):
         ours, theirs = pair
-        duplex, seen = Duplex(ours, MOST), []
+        duplex, seen = Duplex(ours, MAX_UNSENT), []
 
         async def look():
             seen.append(len(got))
@@ -284,7 +284,7 @@ class TestAwaiting:
 
     async def test_nothing_is_lost_when_who_receives_is_cancelled(self, pair):
         ours, theirs = pair
-        duplex, got = Duplex(ours, MOST), bytearray()
+        duplex, got = Duplex(ours, MAX_UNSENT), bytearray()
         theirs.send(bytes(range(100)))
         while len(got) < 100:
             # Each task is cancelled at its first wait, which is for the turn of others.
@@ -296,7 +296,7 @@ class TestAwaiting:
 
     async def test_the_end_is_an_end(self, pair):
         ours, theirs = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
         theirs.send(b"last")
         theirs.close()
         assert await duplex.receive(100) == b"last"
@@ -305,7 +305,7 @@ class TestAwaiting:
 
     async def test_a_reset_is_an_error(self, pair):
         ours, theirs = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
         ours.send(b"never read")
         theirs.close()
         with pytest.raises(ConnectionResetError):
@@ -313,7 +313,7 @@ class TestAwaiting:
 
     async def test_who_waits_is_woken_at_the_end(self, pair):
         ours, _ = pair
-        duplex = Duplex(ours, MOST)
+        duplex = Duplex(ours, MAX_UNSENT)
 
         async def receive():
             with pytest.raises(anyio.ClosedResourceError):
@@ -333,7 +333,7 @@ class Taker:
     """Takes what comes, a piece at a time, until `b"."`."""
 
     def __init__(self, sock):
-        self.duplex = Duplex(sock, MOST)
+        self.duplex = Duplex(sock, MAX_UNSENT)
         self.taken = []
 
     def take(self):

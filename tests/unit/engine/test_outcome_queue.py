@@ -1,4 +1,4 @@
-"""The bounded way of the outcomes to whoever iterates over them."""
+"""The bounded queue of the outcomes to the consumer that iterates over them."""
 
 from typing import Self
 
@@ -20,12 +20,13 @@ def numbers(outcomes: list[Outcome]) -> list[int]:
 
 
 class Queue(OutcomeQueue):
-    """With one way in, under the same name."""
+    """With one producer, under the same name."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        way = self.way_in()
-        self.put, self.put_nowait, self.unbind = way.put, way.put_nowait, way.unbind
+        producer = self.add_producer()
+        self.put, self.put_nowait = producer.put, producer.put_nowait
+        self.unbind = producer.unbind
 
 
 def filled(capacity: int, count: int) -> Queue:
@@ -228,9 +229,9 @@ async def test_the_end_wakes_a_consumer_that_waits(error):
 
 
 @pytest.mark.anyio
-async def test_the_bound_is_for_all_ways_in_together():
+async def test_the_bound_is_for_all_producers_together():
     queue = OutcomeQueue(2)
-    one, other = queue.way_in(), queue.way_in()
+    one, other = queue.add_producer(), queue.add_producer()
     assert one.put_nowait(outcome(1))
     assert other.put_nowait(outcome(2))
     assert not one.put_nowait(outcome(3))
@@ -244,7 +245,7 @@ async def test_the_bound_is_for_all_ways_in_together():
 @pytest.mark.anyio
 async def test_one_that_is_unbound_lets_the_others_wait():
     queue = OutcomeQueue(1)
-    one, other = queue.way_in(), queue.way_in()
+    one, other = queue.add_producer(), queue.add_producer()
     assert one.put_nowait(outcome(1))
     async with Waiting(other.put, outcome(9)) as waiting:
         one.unbind()

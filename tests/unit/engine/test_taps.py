@@ -262,7 +262,7 @@ async def test_or_lets_it_go_on(tmp_path, caplog):
     async with Unwritable(tmp_path / "run.mcap", on_error="continue") as recorder:
         results, errors = await serve(recorder, log=caplog)
     assert results == RESULTS
-    assert [error for error in errors if "the run goes on unrecorded" in error]
+    assert [error for error in errors if "the run continues without a recording" in error]
 
 
 async def test_a_replay_that_cannot_go_on_ends_with_its_error(tmp_path):

@@ -174,7 +174,7 @@ class TestTheRecorder:
 
     async def test_writes_over_a_file_only_when_told(self, path):
         path.write_text("something dear")
-        with pytest.raises(RecordingError, match="is there already"):
+        with pytest.raises(RecordingError, match="already exists"):
             async with Recorder(path):
                 pass
         assert path.read_text() == "something dear"

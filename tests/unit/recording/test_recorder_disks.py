@@ -154,7 +154,7 @@ class TestADiskThatIsFull:
         assert self.recorder.lost > 0
         self.check_the_file(path)
         first, last = (record.getMessage() for record in caplog.records)
-        assert first.endswith("No space left on device; the run goes on unrecorded")
+        assert first.endswith("No space left on device; the run continues without a recording")
         assert last.endswith(f"; {self.recorder.lost} traps were not recorded")
 
     async def test_ends_the_run_of_a_vm_that_begins_later(self, path, disk):

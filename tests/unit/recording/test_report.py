@@ -12,7 +12,7 @@ from vmibridge.cli import main
 from vmibridge.recording.file.chunk import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import REPLY, SESSION, TRAP, Reply, Session
-from vmibridge.recording.report.statistics import LONGEST, Latency, Statistics
+from vmibridge.recording.report.statistics import MAX_EXACT, Latency, Statistics
 from vmibridge.recording.traps import RecordedTrap
 
 
@@ -24,7 +24,7 @@ def recorded(seq, request=1, method=0, kind=OutcomeKind.HANDLED, duration=1e-5, 
     return RecordedTrap(seq * 1000, event, packet, reply=reply)
 
 
-durations = st.lists(st.integers(0, LONGEST), min_size=1, max_size=200)
+durations = st.lists(st.integers(0, MAX_EXACT), min_size=1, max_size=200)
 
 
 class TestLatency:
@@ -66,7 +66,7 @@ def test_counts_are_by_handler_and_method(made):
     found = Statistics()
     for seq, (request, method, kind, duration) in enumerate(made):
         found.add(recorded(seq, request, method, kind, duration, f"handler{request}"))
-    told = found.told()
+    told = found.as_dict()
     counts = {kind.value: sum(each[2] is kind for each in made) for kind in OutcomeKind}
     assert told["outcomes"] == {kind: count for kind, count in counts.items() if count}
     for group in told["groups"]:
@@ -80,7 +80,7 @@ def test_any_number_of_methods_takes_a_bounded_space():
     found = Statistics()
     for seq in range(5000):
         found.add(recorded(seq, method=seq))
-    groups = found.told()["groups"]
+    groups = found.as_dict()["groups"]
     assert len(groups) <= 501
     assert sum(sum(group["outcomes"].values()) for group in groups) == 5000
 

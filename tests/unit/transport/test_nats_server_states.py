@@ -129,7 +129,7 @@ class TestHello:
         await NatsServerStage(limits=AgentLimits(sessions=1)).run(f"""
             {WELCOME}
             db -> hello
-            db <- refused "1 VMs are served: no more" final=no at=hello
+            db <- refused "1 VMs are served, which is the limit" final=no at=hello
         """)
 
 

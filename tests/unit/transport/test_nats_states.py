@@ -33,7 +33,7 @@ class TestPeers:
         assert Peers(silence=3).speaking("", 0) is None
 
     def test_there_are_no_more_than_so_many(self, monkeypatch):
-        monkeypatch.setattr(nats_peers, "MOST_PEERS", 2)
+        monkeypatch.setattr(nats_peers, "MAX_PEERS", 2)
         peers = Peers(silence=3)
         assert [peers.speaking(f"inbox.{n}", 0) is None for n in range(4)] == [
             False, False, True, True,
@@ -77,7 +77,7 @@ class TestWaiting:
         assert [waiting.get(key) for key in "abcd"] == [None, None, None, web]
 
     def test_the_oldest_are_forgotten(self, monkeypatch):
-        monkeypatch.setattr(nats_peers, "_MOST_WAITING", 2)
+        monkeypatch.setattr(nats_peers, "_MAX_WAITING", 2)
         web = Peers(silence=3).speaking("inbox.web", 0)
         waiting = Waiting()
         for key in "abc":
@@ -94,8 +94,8 @@ class TestReasons:
             (Error("nats: user authentication expired"), True, r"or none \(expired\)"),
             (ssl.SSLError(1, "x"), False, "TLS: no TLS there"),
             (ConnectionRefusedError(111, "Connection refused"), False, "Connection refused"),
-            (ConnectionResetError(), False, "NATS has hung up on us"),
-            (BrokenPipeError(32, "Broken pipe"), False, "NATS has hung up on us"),
+            (ConnectionResetError(), False, "NATS has closed the connection"),
+            (BrokenPipeError(32, "Broken pipe"), False, "NATS has closed the connection"),
             (
                 Error("nats: 'maximum \x1b connections'"),
                 False,

@@ -19,7 +19,7 @@ from vmibridge.transport.agent.traps import InFlightTraps
 from vmibridge.transport.limits import MAX_PEERS, WINDOW, NewSessions
 from vmibridge.transport.session import MAX_PREFETCHED, Session
 from vmibridge.transport.wire import (
-    MOST_PREFETCHED,
+    MAX_PREFETCHED_PER_TRAP,
     Answer,
     Cancel,
     End,
@@ -107,19 +107,19 @@ class TestAgents:
 
     async def test_memory_that_came_along_is_bounded_and_goes_with_the_answer(self, url):
         handler = Steps()
-        piece = ((0x8000, bytes(MOST_PREFETCHED)),)
-        fits = MAX_PREFETCHED // MOST_PREFETCHED
+        piece = ((0x8000, bytes(MAX_PREFETCHED_PER_TRAP)),)
+        fits = MAX_PREFETCHED // MAX_PREFETCHED_PER_TRAP
         async with talking_to(url, handler) as (server, agent):
             for vcpu in range(fits + 2):
                 agent.post(frame_of(trap(vcpu + 1, vcpu), memory=piece))
                 agent.post(Ping())
                 assert await agent.next() == Pong()
             (vm,) = server._vms.values()
-            assert vm.session._prefetched == fits * MOST_PREFETCHED
+            assert vm.session._prefetched == fits * MAX_PREFETCHED_PER_TRAP
             agent.post(frame_of(trap(1000, 0)))
             agent.post(Ping())
             assert await agent.next() == Pong()
-            assert vm.session._prefetched == (fits - 1) * MOST_PREFETCHED
+            assert vm.session._prefetched == (fits - 1) * MAX_PREFETCHED_PER_TRAP
             handler.go_on.set()
             for _ in range(fits + 2):
                 await agent.next()
@@ -136,7 +136,7 @@ class TestAgents:
                         agent.post(End(()))
                         assert await agent.next() == Ended()
             assert [type(frame) for frame in said] == [Welcome] * 3 + [Refused] * 2
-            assert said[-1].why == "this peer begins too many VMs: come later"
+            assert said[-1].why == "this peer starts too many VMs: try again later"
             assert not said[-1].final
             assert server.refused == 2
 

@@ -122,7 +122,7 @@ class TestHandshake:
                 !! connects other
                 other -> hello session=new
                 other <- welcome ...
-                ** ended vm 0 lost "its agent began anew"
+                ** ended vm 0 lost "its agent restarted"
                 == vms=1 incarnations=2
             """)
 
@@ -137,7 +137,7 @@ class TestHandshake:
                 other -> hello session=new
                 other <- welcome ...
                 ** cancelled 1
-                ** ended vm 1 lost "its agent began anew"
+                ** ended vm 1 lost "its agent restarted"
             """)
 
     async def test_a_hello_of_the_one_before_that_comes_late_does_not_take_it_back(self, url):
@@ -149,7 +149,7 @@ class TestHandshake:
                 !! connects other
                 other -> hello session=new
                 other <- welcome ...
-                ** ended vm 0 lost "its agent began anew"
+                ** ended vm 0 lost "its agent restarted"
                 !! hangs-up other
                 !! noticed             # it is away for a moment, and still the one of that name
                 late -> hello

@@ -65,4 +65,4 @@ class TestReload:
 
         async with talking_to(url, Versioned(1)) as (server, _):
             await server.reload(lambda _: Other())
-        assert "when it starts anew" in caplog.text
+        assert "once the VM restarts" in caplog.text

@@ -112,7 +112,7 @@ class TestAnAgent:
                 await until(lambda: len(watches) == 2 and "connected" in watches[1].calls)
                 await until(lambda: watches[0].calls[-1] == "end")
         assert watches[0].calls == ["begin", "connected", "lost", "given up", "end"]
-        assert watches[0].events[-1].reason == "its agent began anew"
+        assert watches[0].events[-1].reason == "its agent restarted"
         assert watches[0].events[0].session != watches[1].events[0].session
 
     async def test_that_the_server_leaves_has_no_last_event(self, url):

@@ -50,8 +50,8 @@ def find_qemu(asked: str | None, need: tuple[int, int]) -> Qemu:
         version = _version_of(path)
         if version is not None and version >= need:
             return Qemu(str(Path(path).absolute()), version)
-        told = "says no version" if version is None else f"is {version[0]}.{version[1]}"
-        found.append(f"{place} {told}")
+        what = "says no version" if version is None else f"is {version[0]}.{version[1]}"
+        found.append(f"{place} {what}")
     if asked and not found:
         raise BackendError(f"{asked}: there is no such program")
     hint = "`vmibridge qemu fetch` brings one to a Debian; --qemu PATH names another"
@@ -81,8 +81,8 @@ def _version_of(path: str) -> tuple[int, int] | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    told = re.search(r"\bversion (\d+)\.(\d+)", done.stdout)
-    return None if told is None else (int(told[1]), int(told[2]))
+    match = re.search(r"\bversion (\d+)\.(\d+)", done.stdout)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def accelerators(arguments: Sequence[str]) -> list[str]:
@@ -94,8 +94,8 @@ def accelerators(arguments: Sequence[str]) -> list[str]:
             found.append("kvm")
         elif option == "accel":
             found.append(argument.split(",")[0].removeprefix("accel="))
-        elif option in ("machine", "M") and (told := re.search(r"\baccel=([\w:]+)", argument)):
-            found += told[1].split(":")
+        elif option in ("machine", "M") and (match := re.search(r"\baccel=([\w:]+)", argument)):
+            found += match[1].split(":")
     return found
 
 
@@ -111,11 +111,11 @@ def memory_size(arguments: Sequence[str]) -> int:
     first = size.split(",")[0].removeprefix("size=")
     # A fraction goes with a unit (QEMU, util/cutils.c, do_strtosz); RAM is in whole pages of 8 KiB
     # there (hw/core/machine.c, machine_set_mem).
-    told = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,15})?([bBkKmMgGtT]?)", first)
-    if told is not None:
-        unit = 1 << {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}[(told[3] or "m").lower()]
-        count = Fraction(told[1] + (told[2] or "")) * unit
-        if count > 0 and (unit > 1 or told[2] is None):
+    match = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,15})?([bBkKmMgGtT]?)", first)
+    if match is not None:
+        unit = 1 << {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}[(match[3] or "m").lower()]
+        count = Fraction(match[1] + (match[2] or "")) * unit
+        if count > 0 and (unit > 1 or match[2] is None):
             return -(-int(count) // _RAM_PAGE) * _RAM_PAGE
     raise BackendError(f"-m {size[:40]}: is no size of memory")
 

@@ -85,8 +85,8 @@ def _libraries_of(path: Path, loader: str) -> dict[str, Path]:
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{path}: ldd found no end within {_SECONDS:g} s") from error
     if done.returncode:
-        told = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
-        raise ConfigError(f"{path}: its libraries are not found: ldd: {told[-1].strip()}")
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
+        raise ConfigError(f"{path}: its libraries are not found: ldd: {lines[-1].strip()}")
     found: dict[str, Path] = {}
     for line in done.stdout.splitlines():
         if missing := re.fullmatch(r"\s*(.+) => not found", line):

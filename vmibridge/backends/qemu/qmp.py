@@ -32,7 +32,7 @@ log: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
-_LONGEST_LINE = 8 << 20
+_MAX_LINE = 8 << 20
 """Bytes. The largest replies, such as `query-qmp-schema`, have a few hundred KiB."""
 _PIECE = 1 << 16
 _EVENTS = 256
@@ -103,33 +103,33 @@ class QmpLines:
             if (message := self._message(line)) is not None:
                 complete.append(message)
         self._searched = len(self._buffer)
-        if self._searched > _LONGEST_LINE:
-            raise QmpError(f"QEMU sent a line of more than {_LONGEST_LINE} bytes")
+        if self._searched > _MAX_LINE:
+            raise QmpError(f"QEMU sent a line of more than {_MAX_LINE} bytes")
         return complete
 
     def _message(self, text: bytes) -> QmpEvent | QmpReply | None:
         try:
             line = self._decode(text)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise QmpError(f"QEMU sent what is no QMP: {error}") from None
+            raise QmpError(f"QEMU sent invalid QMP: {error}") from None
         if line.event is not None:
             return QmpEvent(line.event, line.data.copy())
         if line.QMP is not None:
-            told = line.QMP.version.qemu
-            self.version = (told.major, told.minor, told.micro)
+            version = line.QMP.version.qemu
+            self.version = (version.major, version.minor, version.micro)
             return None
         if line.error is not None:
             # Without an id it is about a line that QEMU could not read.
             return QmpReply(-1 if line.id is None else line.id, error=line.error.desc)
         if line.id is None or not bytes(line.result):
-            raise QmpError("QEMU sent what is no reply, no event and no greeting")
+            raise QmpError("QEMU sent neither a reply, nor an event, nor a greeting")
         return QmpReply(line.id, line.result.copy())
 
     @staticmethod
     def command(number: int, name: str, arguments: Mapping[str, Json]) -> bytes:
         """A command, as a line."""
-        told = {"execute": name, "arguments": arguments, "id": number}
-        return msgspec.json.encode(told) + b"\n"
+        message = {"execute": name, "arguments": arguments, "id": number}
+        return msgspec.json.encode(message) + b"\n"
 
 
 class Qmp:
@@ -145,7 +145,7 @@ class Qmp:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, MemoryObjectSendStream[QmpReply]] = {}
         self._given_up: set[int] = set()
-        """Commands whose reply nobody waits for any more."""
+        """Commands whose caller was cancelled or timed out: their replies are dropped."""
         self._listeners: list[tuple[tuple[str, ...], MemoryObjectSendStream[QmpEvent]]] = []
         self._sending = anyio.Lock()
         self._reading = anyio.CancelScope(shield=True)
@@ -232,7 +232,7 @@ class Qmp:
                 try:
                     listener.send_nowait(message)
                 except anyio.WouldBlock:
-                    log.warning("QMP event %s is dropped: nobody takes events", message.event)
+                    log.warning("QMP event %s is dropped: there is no consumer", message.event)
                 except anyio.BrokenResourceError:
                     pass
 
@@ -269,11 +269,11 @@ class Qmp:
         """Run a command, and return its result as a `kind`, or nothing.
 
         `_` in the name of an argument stands for `-`. Raises `QmpError` with what QEMU says,
-        when it does not answer for `timeout` seconds, or has hung up. Cancelled, the command
+        when it does not answer for `timeout` seconds, or has hung up. If cancelled, the command
         was sent, and is done or not.
         """
         number = next(self._numbers)
-        told = {name.replace("_", "-"): value for name, value in arguments.items()}
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
         send, receive = anyio.create_memory_object_stream[QmpReply](1)
         with send, receive:
             if self.gone.is_set():
@@ -282,7 +282,7 @@ class Qmp:
             try:
                 with anyio.fail_after(timeout):
                     async with self._sending:
-                        await self._send(QmpLines.command(number, command, told))
+                        await self._send(QmpLines.command(number, command, named))
                     reply = await receive.receive()
             except TimeoutError:
                 raise QmpError(f"{command}: QEMU did not answer for {timeout:g} seconds") from None

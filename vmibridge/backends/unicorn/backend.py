@@ -10,7 +10,7 @@
 - CPUID, VMCALL and VMMCALL that are ours are trapped. Another CPUID runs natively; an
   instruction that is undefined, as a VMCALL of others is, ends the vCPU.
 - Code that a handler writes is seen by the vCPU that asked for it when it goes on, and
-  by the others from their next trap: Unicorn translates code, and has to be told.
+  by the others from their next trap: Unicorn caches translated code, and has to drop it.
 - A locked instruction is not atomic against other vCPUs: they are separate emulators.
 """
 
@@ -66,7 +66,7 @@ _NUMBERS = {
 
 
 class UnicornBackend(Backend):
-    """A raw image in Unicorn. Raises `BackendSpecError` for options that make no sense."""
+    """A raw image in Unicorn. Raises `BackendSpecError` if an option is out of range."""
 
     def __init__(self, path: Path, options: UnicornOptions, vm: str = "vm") -> None:
         super().__init__(vm)
@@ -195,7 +195,7 @@ class UnicornBackend(Backend):
         self._stop.set()
 
     async def _stop_when_asked(self, over: list[int]) -> None:
-        # A thread in emulation sees no cancellation: it has to be told, until it hears.
+        # A thread in emulation sees no cancellation: it has to be interrupted, until it notices.
         try:
             await self._stop.wait()
         finally:

@@ -106,6 +106,7 @@ class TranslatedCode:
         """
         freezes = False
         while self._written:
+            # In one step: the loop may write meanwhile.
             number, bits = self._written.popitem()
             page = self._pages.get(number)
             if page is None or not page.marks & bits:
@@ -121,6 +122,7 @@ class TranslatedCode:
         for virtual in self._pages.pop(number).aliases:
             physical = self._physical(virtual * _PAGE)
             if physical is not None and physical // _PAGE == number:
+                # One address at which the page is still mapped is enough: its blocks go for all.
                 self._engine.ctl_remove_cache(virtual * _PAGE, (virtual + 1) * _PAGE)
                 return True
         return False

@@ -92,6 +92,7 @@ class UnicornVcpu:
                 self.code.note(linear, _PAGE - linear % _PAGE + MAX_INSTRUCTION)
                 self.engine.emu_start(entry, 0)
             except UcError as error:
+                # While frozen, code fails that should not run, and that is undone: no diagnosis.
                 if self._frozen is None:
                     self._diagnosis = self._diagnosis or f"{error} at {self._where()}"
             if self._frozen is None:
@@ -123,10 +124,12 @@ class UnicornVcpu:
     def _on_cpuid(self, _engine: Uc, _data: object) -> bool:
         """Whether the instruction is done; otherwise Unicorn runs it natively."""
         if self._frozen is not None:
+            # In the rest of a block that is undone: its CPUID is no trap.
             return True
         state = self._registers.read()
         is_ours = self._traps.wants(TrapReason.CPUID, state.registers.rax)
         if not is_ours and not self.code.may_lock:
+            # Without decoding it: what is not ours is decoded only to find a LOCK.
             return False
         segment = self._code_segment(state)
         code = self._code_at(state, segment)
@@ -208,7 +211,7 @@ class UnicornVcpu:
     def _ask(self, event: TrapEvent) -> RegisterWrites | None:
         try:
             answered, writes = self._slot.ask(event)
-        except RuntimeError:  # the event loop is gone: there is nobody to run for
+        except RuntimeError:  # the event loop is gone: no trap can be answered
             answered, writes = False, None
         if not answered:
             self._stopping = True
@@ -306,6 +309,7 @@ class UnicornVcpu:
             return address
         key = (registers.cr3, address // _PAGE)
         ram = self._ram
+        # A TLB that cannot be stale: a walk is used again only if each entry on it is as it was.
         known = self._walks.get(key)
         if known is None or any(ram[at : at + len(was)] != was for at, was in known[1]):
             known = self._walk(registers, address)

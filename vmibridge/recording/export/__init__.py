@@ -64,7 +64,7 @@ class Export:
     def write(self) -> Generator[RecordedTrap, None, None]:
         """Write it, to the end of the iteration; gives each trap as it is written.
 
-        Raises `ConfigError` for a target that is there already, `RecordingError` for one
+        Raises `ConfigError` for a target that already exists, `RecordingError` for one
         that cannot be written.
         """
         with new_files(self.targets) as paths, self._kind.open(paths) as exporter:
@@ -105,8 +105,8 @@ def new_files(targets: Sequence[Path], *, replace: bool = False) -> Iterator[tup
         else:
             _give_names(made)
     except OSError as error:
-        told = error.strerror or str(error)
-        raise RecordingError(f"{' and '.join(map(str, targets))}: {told}") from error
+        why = error.strerror or str(error)
+        raise RecordingError(f"{' and '.join(map(str, targets))}: {why}") from error
     finally:
         for path, _ in made:
             path.unlink(missing_ok=True)
@@ -134,5 +134,5 @@ def _give_names(made: Iterable[tuple[Path, Path]]) -> None:
 
 def _is_there(target: Path) -> ConfigError:
     return ConfigError(
-        f"{target}: is there already, and is not written over; name another file with -o"
+        f"{target}: already exists, and is not written over; name another file with -o"
     )

@@ -10,7 +10,7 @@ from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.traps import RecordedTrap
 
 _MASK64 = (1 << 64) - 1
-_MOST_NAMES = 65_536
+_MAX_NAMES = 65_536
 
 
 class Exporter(ABC):
@@ -65,11 +65,11 @@ class MethodNames:
         """Take the handlers of one VM."""
         for handler in session.handlers:
             for method in handler.methods:
-                if len(self._names) < _MOST_NAMES:
+                if len(self._names) < _MAX_NAMES:
                     self._names[session.vm, handler.name, method.code] = method.name
 
     def of(self, trap: RecordedTrap) -> str:
-        """`handler/method`, or the codes where nobody took it."""
+        """`handler/method`, or the codes where no handler took it."""
         packet, reply = trap.packet, trap.reply
         if packet is None:
             return trap.event.reason.value

@@ -3,7 +3,7 @@
 `run.parquet` has the traps, `run.memory.parquet` the accesses to guest memory; `trap` says
 which one an access belongs to. Numbers of 64 bits have no sign. Nothing of a row group is in
 memory as Python objects for longer than `_BATCH` rows; a row group ends after `_GROUP` rows,
-or `_MOST_BYTES` of memory.
+or `_MAX_BYTES` of memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from vmibridge.recording.traps import RecordedTrap
 
 _BATCH = 5000
 _GROUP = 50_000
-_MOST_BYTES = 16 << 20
+_MAX_BYTES = 16 << 20
 _TYPES = {
     Kind.TEXT: pa.string(),
     Kind.REAL: pa.float64(),
@@ -56,7 +56,7 @@ class Table:
         self._bytes += size
         if len(self._rows) >= _BATCH:
             self._convert()
-        if self._count >= _GROUP or self._bytes >= _MOST_BYTES:
+        if self._count >= _GROUP or self._bytes >= _MAX_BYTES:
             self.flush()
 
     def flush(self) -> None:

@@ -14,7 +14,7 @@ Rules:
 
 - A vCPU has one trap at a time. In a file that says otherwise a slice begins where the one
   before it ended, so that they nest in any case.
-- A recording has the times of traps and of replies. Accesses to memory are told in numbers.
+- A recording has the times of traps and of replies. Accesses to memory are shown as counts.
 - Each packet is written by itself: field 1 of the message `Trace`, with its length before it.
 """
 
@@ -35,7 +35,7 @@ from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, o
 _REALTIME, _BOOTTIME = 1, 6
 _SEQUENCE = 1
 _CLEARED, _NEEDED = 1, 2
-_MOST_TRACKS = 16_384
+_MAX_TRACKS = 16_384
 """VMs and vCPUs; what is beyond goes to the track of the first trap."""
 _HEX = frozenset(("magic", "request", "method", *VALUE_NAMES, *ANSWER_NAMES))
 """Which numbers the user interface shows in hex."""
@@ -84,17 +84,17 @@ class Perfetto(Exporter):
         track = self._track(event.vm, event.vcpu)
         begin = trap.time if reply is None else max(trap.time, self._last.get(track, 0))
         packet = _packet(begin)
-        told = packet.track_event
-        told.type = TrackEvent.TYPE_INSTANT if reply is None else TrackEvent.TYPE_SLICE_BEGIN
-        told.track_uuid = track
-        told.name = self._names.of(trap)
-        told.categories.append(outcome_word(trap))
+        track_event = packet.track_event
+        track_event.type = TrackEvent.TYPE_INSTANT if reply is None else TrackEvent.TYPE_SLICE_BEGIN
+        track_event.track_uuid = track
+        track_event.name = self._names.of(trap)
+        track_event.categories.append(outcome_word(trap))
         if reply is not None and (reply.retry_of is not None or reply.kind is OutcomeKind.WAITING):
             first = event.seq if reply.retry_of is None else reply.retry_of
             flow = unsigned(self._processes.get(event.vm, 0) << 48 | first & (1 << 48) - 1)
             ends = reply.kind is not OutcomeKind.WAITING
-            (told.terminating_flow_ids if ends else told.flow_ids).append(flow)
-        _annotate(told, _facts(trap))
+            (track_event.terminating_flow_ids if ends else track_event.flow_ids).append(flow)
+        _annotate(track_event, _facts(trap))
         self._write(packet)
         if reply is None:
             return
@@ -125,7 +125,7 @@ class Perfetto(Exporter):
         track = self._tracks.get((vm, vcpu))
         if track is not None:
             return track
-        if len(self._tracks) >= _MOST_TRACKS:
+        if len(self._tracks) >= _MAX_TRACKS:
             return next(iter(self._tracks.values()))
         process = self._processes.get(vm)
         number = len(self._processes) + len(self._tracks) + 1

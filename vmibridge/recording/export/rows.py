@@ -18,7 +18,7 @@ from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap
 
 Row = tuple[int | float | str | bytes | None, ...]
 
-_MOST_TIME = (1 << 63) - 1
+_MAX_TIME = (1 << 63) - 1
 _registers = msgspec.json.Encoder().encode
 
 
@@ -84,7 +84,7 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
             packet.method,
             *[bits(value) for value in packet.values],
         )
-    told: Row = (None,) * 11
+    replied: Row = (None,) * 11
     if reply is not None:
         answer: Row = (None,) * 5
         if reply.writes is not None:
@@ -92,7 +92,7 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
                 None if value is None else bits(value)
                 for value in (reply.writes.rip, *reply.writes.values)
             )
-        told = (
+        replied = (
             reply.kind.value,
             reply.handler,
             reply.error,
@@ -107,15 +107,15 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
         bits(event.vcpu),
         bits(event.seq),
         (trap.time - start) / 1e9,
-        min(trap.time, _MOST_TIME),
-        None if trap.reply_time is None else min(trap.reply_time, _MOST_TIME),
+        min(trap.time, _MAX_TIME),
+        None if trap.reply_time is None else min(trap.reply_time, _MAX_TIME),
         event.reason.value,
         bits(event.width),
         bits(event.ring),
         bits(event.ip),
         bits(event.address_space),
         *request,
-        *told,
+        *replied,
         len(trap.accesses) + trap.left_out,
         _registers(event.registers).decode(),
     )

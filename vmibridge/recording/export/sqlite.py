@@ -36,7 +36,7 @@ from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.traps import RecordedTrap
 
 _BATCH = 5000
-_MOST_BYTES = 8 << 20
+_MAX_BYTES = 8 << 20
 """Of memory in a batch."""
 _TYPES = {
     Kind.TEXT: "TEXT",
@@ -142,11 +142,7 @@ class Sqlite(Exporter):
         if trap.accesses:
             self._accesses += access_rows(self._count, trap, signed)
             self._bytes += sum(len(access.data or b"") for access in trap.accesses)
-        if (
-            len(self._traps) >= _BATCH
-            or len(self._accesses) >= _BATCH
-            or self._bytes >= _MOST_BYTES
-        ):
+        if len(self._traps) >= _BATCH or len(self._accesses) >= _BATCH or self._bytes >= _MAX_BYTES:
             self._flush()
 
     def finish(self) -> None:

@@ -5,7 +5,7 @@
   its CRC. Payloads are decoded into the structs of `messages`, and into nothing else.
 - The registers of a trap are those of the architecture that the session of its VM names. A file
   with an architecture that is not known is not read: its traps would be read as others.
-- What cannot be read costs itself only: a message, or a chunk. It is told in `problems`,
+- What cannot be read costs itself only: a message, or a chunk. It is listed in `problems`,
   with its place. Where a length is wrong, reading goes on at the next thing that has the
   looks and the CRC of a chunk.
 - A recording behind the end of another is read, too: files that were put together.
@@ -50,10 +50,10 @@ MAX_RECORD = MAX_CHUNK + (1 << 20)
 """Bytes of a record in the file."""
 MAX_MESSAGE = MAX_CHUNK - (2 << 20)
 """Bytes of a message: with those of before it, it still fits into a chunk when recovered."""
-_MOST_PROBLEMS = 100
-_MOST_TEXT = 200
+_MAX_PROBLEMS = 100
+_MAX_TEXT = 200
 """Characters of a problem, which may quote the file."""
-_MOST_GUESSES = 1000
+_MAX_GUESSES = 1000
 """Places that look like a chunk and are none, after which a search is given up."""
 _SEARCH = 1 << 20
 
@@ -172,8 +172,9 @@ class RecordingReader:
                 try:
                     data = _unpack(self._at(start, length))
                 except ValueError as error:
-                    # Its length may be wrong, too, and reach over sound chunks.
-                    self._tell(at, f"a chunk is damaged: {error}")
+                    # Its length may be wrong, too, and reach over sound chunks. It is believed if
+                    # the lengths inside agree and a record follows. `_records` goes on at `_next`.
+                    self._add_problem(at, f"a chunk is damaged: {error}")
                     sound = _lengths_agree(self._at(start, length)) and self._is_record(end)
                     if not sound:
                         self._next = self._search(at + 1) or self.size
@@ -192,14 +193,18 @@ class RecordingReader:
                 if self._at(begin, len(MCAP0_MAGIC)) != MCAP0_MAGIC:
                     self.complete = True
                     if begin < self.size:
-                        self._tell(begin, f"{self.size - begin} bytes behind the end are not read")
+                        self._add_problem(
+                            begin, f"{self.size - begin} bytes behind the end are not read"
+                        )
                     break
                 # Recordings that were put together, as by `cat`: the next one follows.
                 self._next = begin + len(MCAP0_MAGIC)
                 self._channels = {channel.id: channel for channel in CHANNELS}
         self.bytes_read = self.size
         if not self.complete:
-            self._tell(self._next, "the file ends here: it is truncated, or was not finished")
+            self._add_problem(
+                self._next, "the file ends here: it is truncated, or was not finished"
+            )
 
     def _records(self) -> Iterator[tuple[int, int, int]]:
         """Place, opcode and length of each record; the length is that of the body, and true."""
@@ -211,8 +216,9 @@ class RecordingReader:
                 return
             opcode, length = _FRAME.unpack_from(head)
             end = at + _FRAME.size + length
+            # One wrong byte would cost a whole chunk that is sound otherwise: its CRC decides.
             if opcode != Opcode.CHUNK and head[_MARK_AT:] == _MARK:
-                self._tell(at, f"a chunk is damaged: its opcode is {opcode}")
+                self._add_problem(at, f"a chunk is damaged: its opcode is {opcode}")
                 opcode = Opcode.CHUNK
             fits = length <= MAX_RECORD and end <= self.size
             if opcode == Opcode.MESSAGE_INDEX and len(head) >= _INDEX.size:
@@ -225,7 +231,7 @@ class RecordingReader:
             found = self._search(at + 1)
             if found is None:
                 return
-            self._tell(at, f"{found - at} bytes are damaged")
+            self._add_problem(at, f"{found - at} bytes are damaged")
             self._next = found
 
     def _decode(
@@ -233,29 +239,33 @@ class RecordingReader:
     ) -> Iterator[TimedMessage]:
         at, size = 0, len(data)
         # Sessions in any case: they say how to read the rest.
-        told = {channel.id for channel in wanted}
-        needed = {SESSION.id, *told}
+        given = {channel.id for channel in wanted}
+        needed = {SESSION.id, *given}
         decoders = self._decoders
         # A chunk may describe channels in front of their messages.
         channel_of = self._channels.get
         view = memoryview(data)
         frame, head = _FRAME.unpack_from, _MESSAGE.unpack_from
+        # Each message passes here, so opcodes and sizes are numbers: a frame has 9 bytes, the head
+        # of a MESSAGE (5) has 22; 4 is CHANNEL.
         while at < size:
             if size - at < 9:
-                self._tell(offset, "a chunk ends in the middle of a record")
+                self._add_problem(offset, "a chunk ends in the middle of a record")
                 return
             opcode, length = frame(data, at)
             at += 9
             end = at + length
             if end > size:
-                self._tell(offset, "a chunk ends in the middle of a record")
+                self._add_problem(offset, "a chunk ends in the middle of a record")
                 return
             if opcode == 5:
                 if length < 22:
-                    self._tell(offset, "a message is too short")
+                    self._add_problem(offset, "a message is too short")
                     return
                 if length > MAX_MESSAGE:
-                    self._tell(offset, f"a message has {length} bytes, {MAX_MESSAGE} is the most")
+                    self._add_problem(
+                        offset, f"a message has {length} bytes, {MAX_MESSAGE} is the most"
+                    )
                     at = end
                     continue
                 number, _, time, _ = head(data, at)
@@ -264,11 +274,11 @@ class RecordingReader:
                     try:
                         message = decoders[channel.id](view[at + 22 : end])
                     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-                        self._tell(offset, f"a message cannot be decoded: {error}")
+                        self._add_problem(offset, f"a message cannot be decoded: {error}")
                     else:
                         if type(message) is Session:
                             self._begin(message)
-                        if channel.id in told:
+                        if channel.id in given:
                             yield TimedMessage(time, message)
             elif opcode == 4:
                 self._learn_channel(data[at:end])
@@ -286,6 +296,7 @@ class RecordingReader:
         except UnknownArchitectureError as error:
             raise RecordingReadError(f"{self.path}: {error}") from error
         if kind is TrapEvent and not self._traps_of:
+            # Only x86 so far: traps are decoded once, without a look at their VM first.
             return
         self._traps_of[session.vm] = _decoder_of(kind)
         self._decoders[TRAP.id] = self._decode_trap
@@ -317,6 +328,7 @@ class RecordingReader:
         guesses = 0
         at = start
         while at < self.size:
+            # Longer by a head than the step: a chunk that crosses the border is seen whole.
             window = self._at(at, _SEARCH + _MARK_AT + len(_MARK))
             mark = window.find(_MARK, _MARK_AT)
             while mark >= 0:
@@ -328,8 +340,9 @@ class RecordingReader:
                     except ValueError:
                         guesses += 1
                         self._tried += length
-                        # True chunks that are damaged do not overlap.
-                        if guesses > _MOST_GUESSES or self._tried > self.size:
+                        # True chunks that are damaged do not overlap. False ones that do, and are
+                        # large, would each be read and unpacked: the square of the file.
+                        if guesses > _MAX_GUESSES or self._tried > self.size:
                             return None
                     else:
                         return place
@@ -341,7 +354,7 @@ class RecordingReader:
         try:
             profile, _ = _text(body, 0)
         except ValueError:
-            self._tell(at, "the header is damaged")
+            self._add_problem(at, "the header is damaged")
             return
         if profile != PROFILE:
             raise RecordingReadError(
@@ -361,10 +374,10 @@ class RecordingReader:
         else:
             self._channels[number] = channel
 
-    def _tell(self, offset: int, text: str) -> None:
+    def _add_problem(self, offset: int, text: str) -> None:
         self.problem_count += 1
-        if len(self.problems) < _MOST_PROBLEMS:
-            self.problems.append(Problem(offset, text[:_MOST_TEXT]))
+        if len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(Problem(offset, text[:_MAX_TEXT]))
 
 
 def _unpack(body: bytes) -> bytes:

@@ -1,6 +1,6 @@
 """A clean recording made of a damaged one: everything that can be read, with an index.
 
-What was lost is told in a note at the end. Times stay as they were. Blocking; one chunk in
+A note at the end says what was lost. Times stay as they were. Blocking; one chunk in
 memory at a time.
 """
 

@@ -41,7 +41,7 @@ class RecordingWriter:
     ) -> None:
         """Make the file; in a folder, one that is not there yet: `run-1.mcap`, `run-2.mcap`, ...
 
-        Raises `RecordingError` when it is there already, or cannot be made.
+        Raises `RecordingError` when it already exists, or cannot be made.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
         try:
@@ -51,7 +51,7 @@ class RecordingWriter:
                 self._fd = os.open(path, flags, 0o600)
         except FileExistsError:
             raise RecordingError(
-                f"{path}: is there already, and a recording is not written over;"
+                f"{path}: already exists, and a recording is not written over;"
                 " move it away or name another file"
             ) from None
         except OSError as error:
@@ -172,7 +172,7 @@ class RecordingWriter:
 
 
 def _open_numbered(folder: Path, stem: str) -> tuple[Path, int]:
-    """A new file for this process alone, whoever else makes one there."""
+    """A new file for this process alone, also when another makes one of that name."""
     paths = (folder / f"{stem}-{number}.mcap" for number in itertools.count(1))
     while True:
         path = next(paths)

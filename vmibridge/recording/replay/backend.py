@@ -7,17 +7,17 @@ Rules:
 - The file is walked in its order, once (`_walk`). A trap is given to the server; a memory
   access is kept for its request; a reply holds the walk until the server has answered that
   trap, too, and a trap until the server has taken the one before. So handlers begin in the
-  order of then, and run together where they did then. With `order=vcpu` only the traps of
+  recorded order, and run together where they did then. With `order=vcpu` only the traps of
   one vCPU wait for each other.
 - Memory is served from the recording, to the request that accessed it (`replayed`).
 - A request that was told to wait then, and is answered at once now, is done: its retries
-  are left out. One that is told to wait now asks again, with the retries of then.
+  are left out. One that is told to wait now asks again, with the recorded retries.
 - The first run of a VM is replayed. What a file has of later ones, as when files were put
   together, is counted and left out: each run had handlers of its own, from the start.
 - A trap that the policy denied then never reached a handler, and does not now. Values that
   were left out of the recording are not there to be asked with.
 
-Nothing in here is bounded by the file: what is held is bounded by `_MOST_HELD`.
+Nothing in here is bounded by the file: what is held is bounded by `_MAX_HELD`.
 """
 
 import math
@@ -49,15 +49,15 @@ from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
-_MOST_HELD = 32 << 20
+_MAX_HELD = 32 << 20
 """Bytes of memory accesses that may be held for requests that run."""
-_MOST_OPEN = 16_384
+_MAX_OPEN = 16_384
 """Requests that may be open at a time."""
 _NOTHING: frozenset[str] = frozenset()
 
 
 class ReplayBackend(Backend, Tap):
-    """One VM of a recording. Raises `BackendSpecError` for options that make no sense."""
+    """One VM of a recording. Raises `BackendSpecError` if an option is out of range."""
 
     def __init__(
         self,
@@ -157,11 +157,11 @@ class ReplayBackend(Backend, Tap):
         if event.seq not in self._unanswered:
             raise BackendError(f"trap {event.seq} was answered before, or never played")
         if writes is None or not self._has_server:
-            # Of one that is not ours no tap is told, and of none where an agent carries them.
+            # No tap sees one that is not ours, and none where an agent carries them.
             self._answer(event, None)
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
-        """The bytes of then. Waits where the recording was not read as far."""
+        """The recorded bytes. Waits where the recording was not read as far."""
         request = self._request_of(event, address)
         while True:
             before = request.held
@@ -198,7 +198,7 @@ class ReplayBackend(Backend, Tap):
         self._has_server = True
 
     def dropped(self, vm: str, error: Exception) -> None:
-        """Without what it is told here it cannot go on: it would wait for ever."""
+        """Without these calls it cannot go on: it would wait for ever."""
         self._stop_for(error)
 
     def trap(self, event: TrapEvent) -> None:
@@ -254,7 +254,7 @@ class ReplayBackend(Backend, Tap):
         self.started = self.started or time
         if self._untaken is not None or (self.options.speed and not self._is_due(time)):
             return False
-        if len(self._open) >= _MOST_OPEN:
+        if len(self._open) >= _MAX_OPEN:
             if self._unanswered:
                 return False
             self._close(next(iter(self._open.values())), NO_REPLY)
@@ -294,7 +294,7 @@ class ReplayBackend(Backend, Tap):
         if request.answered:
             request.leave_out(access)
             return True
-        if self._held > _MOST_HELD and not request.blocked:
+        if self._held > _MAX_HELD and not request.blocked:
             return False
         self._held += request.attach(access)
         if request.blocked:
@@ -310,7 +310,7 @@ class ReplayBackend(Backend, Tap):
             if request.blocked:
                 self._arrive()
             if request.wants_retry:
-                # The retries of then are used up: it is slower now.
+                # The recorded retries are used up: it is slower now.
                 request.wants_retry = False
                 self._feed(request.event)
         if request.answered:
@@ -386,7 +386,7 @@ class ReplayBackend(Backend, Tap):
             return
         self._unanswered.discard(event.seq)
         if event is self._untaken:
-            # It ran natively: of that no tap is told.
+            # It ran natively: no tap saw it.
             self._untaken = None
         if self.options.order == "vcpu":
             queue = self._busy[event.vcpu]

@@ -45,7 +45,7 @@ class ReplayResult(msgspec.Struct):
     """What came of a replay, or has so far."""
 
     compared: int = 0
-    """Requests whose answers of then and now are known."""
+    """Requests of which both the recorded and the new answer are known."""
     different: int = 0
     first: Difference | None = None
     unchecked: dict[str, int] = {}

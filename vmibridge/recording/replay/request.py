@@ -5,7 +5,7 @@ for it again: they share its memory accesses and its final reply.
 
 | a handler now | gets | is a difference |
 |---|---|---|
-| reads what it read then | the bytes of then | in a strict replay, in another order |
+| reads what it read then | the recorded bytes | in a strict replay, in another order |
 | reads something else, of bytes that it knew then | them | in a strict replay |
 | reads what it did not know then | `GuestMemoryError` | yes |
 | writes what it wrote then | what became of it then | in a strict replay, in another order |
@@ -28,9 +28,9 @@ from vmibridge.recording.messages import MemoryAccess, Reply, output_text
 from vmibridge.recording.traps import VALUE_NAMES
 from vmibridge.vm.trap import TrapEvent
 
-_MOST_PAST = 64
+_MAX_PAST = 64
 """Accesses that are kept when they are done, to tell of them and to read from."""
-_MOST_FIELDS = 64
+_MAX_FIELDS = 64
 _SHOWN = 16
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
 """In the `repr` of an object: another one each time."""
@@ -105,7 +105,7 @@ class ReplayedRequest:
     def past(self) -> "deque[MemoryAccess]":
         """Accesses that were made now."""
         if self._past is None:
-            self._past = deque(maxlen=_MOST_PAST)
+            self._past = deque(maxlen=_MAX_PAST)
         return self._past
 
     @property
@@ -124,11 +124,11 @@ class ReplayedRequest:
         return size
 
     def drop_retries(self) -> None:
-        """It is answered: nobody has to ask again."""
+        """It is answered: no retry is needed."""
         self._retries = None
 
     def take_read(self, address: int, size: int) -> bytes | None:
-        """The bytes of then; `None`: not recorded, as far as is known yet.
+        """The recorded bytes; `None`: not recorded, as far as is known yet.
 
         Raises `GuestMemoryError` for a read that failed then, or was left out.
         """
@@ -180,7 +180,7 @@ class ReplayedRequest:
 
     def differ(self, field: str, expected: str, got: str) -> None:
         """Note a difference; the first 64 are kept."""
-        if len(self._differences) < _MOST_FIELDS and expected != got:
+        if len(self._differences) < _MAX_FIELDS and expected != got:
             self._differences = (*self._differences, FieldDifference(field, expected, got))
 
     def leave_out(self, access: MemoryAccess) -> None:
@@ -242,8 +242,8 @@ class ReplayedRequest:
         if number > self._latest:
             self._latest = number
         elif self._strict:
-            told = describe(access)
-            self.differ("write" if access.write else "read", told, f"after others: {told}")
+            text = describe(access)
+            self.differ("write" if access.write else "read", text, f"after others: {text}")
         del self.pending[place]
         self.held -= held_size(access)
         self.past.append(access)
@@ -277,12 +277,12 @@ def describe(access: MemoryAccess) -> str:
     """One access, in one line."""
     what = "write" if access.write else "read"
     if access.error is not None:
-        told = f"failed: {access.error}"
+        text = f"failed: {access.error}"
     elif access.data is None:
-        told = "left out"
+        text = "left out"
     else:
-        told = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
-    return f"{what} of {access.size} bytes at {access.address:#x}: {told}"
+        text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
+    return f"{what} of {access.size} bytes at {access.address:#x}: {text}"
 
 
 def _numbers(answer: Reply | Outcome[object]) -> tuple[int | None, ...]:

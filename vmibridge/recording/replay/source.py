@@ -33,7 +33,7 @@ class RecordedVm:
         self._name = name
         try:
             self._find()
-        except BaseException:  # whatever it is, nobody has this object to close it
+        except BaseException:  # whatever it is, no caller has this object to close it
             self.close()
             raise
         self._messages: Iterator[TimedMessage] = self.reader.messages()

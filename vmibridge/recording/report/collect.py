@@ -10,8 +10,8 @@ from typing import Any
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.report.rows import (
-    MOST_ACCESSES,
-    MOST_BYTES,
+    MAX_ACCESSES,
+    MAX_BYTES,
     REGISTERS,
     Rows,
     clipped,
@@ -20,21 +20,21 @@ from vmibridge.recording.report.statistics import Statistics, nanoseconds
 from vmibridge.recording.traps import OUTCOME_WORDS, RecordedTrap, outcome_word
 
 SLOWEST = 50
-MOST_FAILED = 1000
+MAX_FAILED = 1000
 """Of those behind the first ones."""
 DEFAULT_LIMIT = 100_000
-MOST_LIMIT = 500_000
+MAX_LIMIT = 500_000
 """Rows that each browser can scroll over."""
 FAILED = frozenset({"failed", "timeout", "none"})
 """Outcomes that are shown wherever they are."""
-_MOST_SESSIONS = 64
-_MOST_HANDLERS = 256
-_MOST_NOTES = 100
-_MOST_WORDS = 200
+_MAX_SESSIONS = 64
+_MAX_HANDLERS = 256
+_MAX_NOTES = 100
+_MAX_WORDS = 200
 
 
 class Collector:
-    """Is told of sessions, notes and traps in turn, and keeps what a page shows."""
+    """Takes sessions, notes and traps in turn, and keeps what a page shows."""
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self.count: int = 0
@@ -58,13 +58,13 @@ class Collector:
         """What the recording has beside traps."""
         if isinstance(message, Session):
             self._session_count += 1
-            if len(self._sessions) < _MOST_SESSIONS:
+            if len(self._sessions) < _MAX_SESSIONS:
                 self._runs[message.vm] = self._runs.get(message.vm, 0) + 1
                 self._sessions.append(_session(message))
         elif message.kind == "end" and message.vm in self._runs:
             self._ended[message.vm] = self._ended.get(message.vm, 0) + 1
-        elif message.kind == "lost" and len(self._notes) < _MOST_NOTES:
-            self._notes.append(f"lost: {message.text[:_MOST_WORDS]}")
+        elif message.kind == "lost" and len(self._notes) < _MAX_NOTES:
+            self._notes.append(f"lost: {message.text[:_MAX_WORDS]}")
 
     def add(self, trap: RecordedTrap) -> None:
         """Take the next trap."""
@@ -78,7 +78,7 @@ class Collector:
             self.rows.add(clipped(trap), place, run)
         elif outcome_word(trap) in FAILED:
             self._failed_behind += 1
-            if len(self._failed) < MOST_FAILED:
+            if len(self._failed) < MAX_FAILED:
                 self._failed[place] = (run, clipped(trap))
         if trap.reply is None:
             return
@@ -91,7 +91,7 @@ class Collector:
                 heapq.heapreplace(self._slowest, entry)
 
     def finish(self, reader: RecordingReader) -> dict[str, Any]:
-        """What the page is told beside the rows; call it once, after the pass of `reader`."""
+        """What the page gets beside the rows; call it once, after the pass of `reader`."""
         first = len(self.rows)
         behind = dict(self._failed)
         for _, place, run, trap in self._slowest:
@@ -110,8 +110,8 @@ class Collector:
             "first": first,
             "failed": len(self._failed),
             "failed_left_out": self._failed_behind - len(self._failed),
-            "most_accesses": MOST_ACCESSES,
-            "most_bytes": MOST_BYTES,
+            "max_accesses": MAX_ACCESSES,
+            "max_bytes": MAX_BYTES,
             "words": OUTCOME_WORDS,
             "registers": REGISTERS,
             # Text: nanoseconds since the epoch are more than JavaScript counts exactly.
@@ -121,50 +121,50 @@ class Collector:
             "sessions": self._sessions,
             "problems": self._problems(reader),
             "slowest": [row_of.get(-place, -place - 1) for _, place, _, _ in slowest],
-            **self.statistics.told(),
+            **self.statistics.as_dict(),
         }
 
     def _problems(self, reader: RecordingReader) -> list[str]:
-        told = [str(problem) for problem in reader.problems]
-        if reader.problem_count > len(told):
-            told.append(f"{reader.problem_count - len(told)} more problems")
+        lines = [str(problem) for problem in reader.problems]
+        if reader.problem_count > len(lines):
+            lines.append(f"{reader.problem_count - len(lines)} more problems")
         if not reader.complete:
-            told.insert(0, "the file is truncated: what was recorded last may be missing")
-        told += [
-            f"VM {vm[:_MOST_WORDS]}: the recording does not reach its end"
+            lines.insert(0, "the file is truncated: what was recorded last may be missing")
+        lines += [
+            f"VM {vm[:_MAX_WORDS]}: the recording does not reach its end"
             for vm, runs in self._runs.items()
             if self._ended.get(vm, 0) < runs
         ]
         if self._session_count > len(self._sessions):
-            told.append(f"{self._session_count - len(self._sessions)} more VMs are not described")
+            lines.append(f"{self._session_count - len(self._sessions)} more VMs are not described")
         if self.statistics.outcomes["none"]:
-            told.append(f"{self.statistics.outcomes['none']} traps have no reply")
-        return [line[: 2 * _MOST_WORDS] for line in told + self._notes]
+            lines.append(f"{self.statistics.outcomes['none']} traps have no reply")
+        return [line[: 2 * _MAX_WORDS] for line in lines + self._notes]
 
 
 def _session(session: Session) -> dict[str, Any]:
-    handlers = session.handlers[:_MOST_HANDLERS]
+    handlers = session.handlers[:_MAX_HANDLERS]
     return {
-        "vm": session.vm[:_MOST_WORDS],
-        "started": session.started[:_MOST_WORDS],
-        "loop": session.loop[:_MOST_WORDS],
+        "vm": session.vm[:_MAX_WORDS],
+        "started": session.started[:_MAX_WORDS],
+        "loop": session.loop[:_MAX_WORDS],
         "versions": [
-            f"{name} {version}"[:_MOST_WORDS] for name, version in session.versions.items()
-        ][:_MOST_HANDLERS],
-        "redaction": [str(rule) for rule in session.redaction[:_MOST_HANDLERS]],
+            f"{name} {version}"[:_MAX_WORDS] for name, version in session.versions.items()
+        ][:_MAX_HANDLERS],
+        "redaction": [str(rule) for rule in session.redaction[:_MAX_HANDLERS]],
         "more_handlers": len(session.handlers) - len(handlers),
         "handlers": [
             {
-                "name": each.name[:_MOST_WORDS],
-                "type": each.type[:_MOST_WORDS],
+                "name": each.name[:_MAX_WORDS],
+                "type": each.type[:_MAX_WORDS],
                 "magic": None if each.magic is None else _hex(each.magic, 8),
                 "request": each.request,
                 "verify": [None if value is None else _hex(value) for value in each.verify_values],
                 "methods": [
-                    [method.code, method.name[:_MOST_WORDS]]
-                    for method in each.methods[:_MOST_HANDLERS]
+                    [method.code, method.name[:_MAX_WORDS]]
+                    for method in each.methods[:_MAX_HANDLERS]
                 ],
-                "source": None if each.source is None else each.source[:_MOST_WORDS],
+                "source": None if each.source is None else each.source[:_MAX_WORDS],
                 "sha256": None if each.sha256 is None else each.sha256[:64],
             }
             for each in handlers

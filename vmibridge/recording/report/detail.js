@@ -3,7 +3,7 @@
 
 const decimal = (digits) => BigInt(`0x${digits}`).toLocaleString("en-GB");
 
-/** The nodes that tell of a row. `open` is told another one. */
+/** The nodes that tell of a row. `open` is called with another one. */
 function detailOf(traps, row, open) {
   const error = traps.text("error", row);
   const output = traps.text("output", row);
@@ -105,12 +105,12 @@ function accessOf(traps, at) {
   const error = traps.texts[traps.get("access_error", at)];
   const data = traps.get("access_data", at);
   const bytes = data === null ? 0 : data.length / 2;
-  const told = error !== undefined ? `: failed, ${error}`
+  const failure = error !== undefined ? `: failed, ${error}`
     : flags & 2 ? ": the bytes had no room on this page"
       : data === null ? ": the bytes were left out"
         : BigInt(bytes) < size ? `, the first ${bytes} shown` : "";
   return el("div", { className: "access" },
-    el("p", {}, `${flags & 1 ? "Wrote" : "Read"} ${decimal(size.toString(16))} bytes at physical `, mono(`0x${address}`), told),
+    el("p", {}, `${flags & 1 ? "Wrote" : "Read"} ${decimal(size.toString(16))} bytes at physical `, mono(`0x${address}`), failure),
     bytes ? el("pre", {}, dumpOf(BigInt(`0x${address}`), data)) : null);
 }
 

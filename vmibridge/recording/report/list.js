@@ -41,7 +41,7 @@ function searchTextOf(traps, row) {
 }
 
 class TrapList {
-  /** `open` is told a row. */
+  /** `open` is called with a row. */
   constructor(traps, open) {
     this.traps = traps;
     this.open = open;

@@ -18,11 +18,11 @@ function viewOf(hash) {
 }
 
 function hashOfView(view) {
-  const told = new URLSearchParams();
+  const query = new URLSearchParams();
   for (const [name, value] of Object.entries(view)) {
-    if (value !== EVERYTHING[name]) told.set(name, value);
+    if (value !== EVERYTHING[name]) query.set(name, value);
   }
-  return `#${told}`;
+  return `#${query}`;
 }
 
 class Page {

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from vmibridge.recording.messages import MemoryAccess
-from vmibridge.recording.report.statistics import LONGEST, key_of, label_of, nanoseconds
+from vmibridge.recording.report.statistics import MAX_EXACT, key_of, label_of, nanoseconds
 from vmibridge.recording.traps import (
     ANSWER_NAMES,
     OUTCOME_WORDS,
@@ -22,16 +22,16 @@ from vmibridge.recording.traps import (
 )
 from vmibridge.vm.arch import ARCHITECTURES
 
-MOST_ACCESSES = 32
+MAX_ACCESSES = 32
 """Of one trap."""
-MOST_BYTES = 256
+MAX_BYTES = 256
 """Of one access."""
-MOST_TEXT = 4096
+MAX_TEXT = 4096
 """Characters of an output or an error."""
-_MOST_NAME = 100
-_MOST_MEMORY = 32 << 20
+_MAX_NAME = 100
+_MAX_MEMORY = 32 << 20
 """Bytes of memory on one page."""
-_MOST_TEXTS = 16 << 20
+_MAX_TEXTS = 16 << 20
 """Characters on one page, after which texts are cut to `_SHORT`."""
 _SHORT = 80
 _MASK = (1 << 64) - 1
@@ -57,9 +57,9 @@ class Texts:
     def __init__(self) -> None:
         self.all: list[str] = []
         self._numbers: dict[str, int] = {}
-        self._room = _MOST_TEXTS
+        self._room = _MAX_TEXTS
 
-    def number(self, text: str | None, most: int = MOST_TEXT) -> int:
+    def number(self, text: str | None, most: int = MAX_TEXT) -> int:
         """Where it is in `all`; -1 for none."""
         if text is None:
             return -1
@@ -85,7 +85,7 @@ class Rows:
         self._retries: list[tuple[int, int]] = []
         self._accesses: list[MemoryAccess] = []
         self._access_flags = array("B")
-        self._memory = _MOST_MEMORY
+        self._memory = _MAX_MEMORY
 
     def __len__(self) -> int:
         return len(self._times)
@@ -94,7 +94,7 @@ class Rows:
         """Add a trap, clipped. `place`: in the recording, from 1; `run`: of its VM."""
         event, packet, reply, texts = trap.event, trap.packet, trap.reply, self.texts
         writes = None if reply is None else reply.writes
-        lane = (texts.number(event.vm, _MOST_NAME), event.vcpu)
+        lane = (texts.number(event.vm, _MAX_NAME), event.vcpu)
         answers = (None,) * 4 if writes is None else writes.values
         written = sum(1 << at for at, value in enumerate(answers) if value is not None)
         taken = None if trap.reply_time is None else trap.reply_time - trap.time
@@ -118,7 +118,7 @@ class Rows:
             "error": -1 if reply is None else texts.number(reply.error),
             "output": -1 if reply is None else texts.number(reply.output),
             "duration": -1 if reply is None else nanoseconds(reply.duration),
-            "taken": -1 if taken is None else min(max(taken, 0), LONGEST),
+            "taken": -1 if taken is None else min(max(taken, 0), MAX_EXACT),
             "accesses": len(trap.accesses),
             **dict(zip(VALUE_NAMES, (0,) * 4 if packet is None else packet.values, strict=True)),
             **dict(zip(ANSWER_NAMES, (value or 0 for value in answers), strict=True)),
@@ -155,8 +155,8 @@ class Rows:
         accesses = self._accesses
         yield "access_flags", _column(self._access_flags)
         for field in ("address", "size"):
-            told = [format(getattr(access, field) & _MASK, "x") for access in accesses]
-            yield f"access_{field}", _column(told)
+            numbers = [format(getattr(access, field) & _MASK, "x") for access in accesses]
+            yield f"access_{field}", _column(numbers)
         errors = [self.texts.number(access.error) for access in accesses]
         yield "access_error", _column(errors)
         yield "access_data", _column([_data(access) for access in accesses])
@@ -172,17 +172,17 @@ class Rows:
 def clipped(trap: RecordedTrap) -> RecordedTrap:
     """The trap with no more than a page shows of it."""
     reply = trap.reply
-    if reply is not None and len(reply.output or "") + len(reply.error or "") > MOST_TEXT:
+    if reply is not None and len(reply.output or "") + len(reply.error or "") > MAX_TEXT:
         reply = msgspec.structs.replace(
             reply,
-            output=None if reply.output is None else _cut(reply.output, MOST_TEXT),
-            error=None if reply.error is None else _cut(reply.error, MOST_TEXT),
+            output=None if reply.output is None else _cut(reply.output, MAX_TEXT),
+            error=None if reply.error is None else _cut(reply.error, MAX_TEXT),
         )
     accesses = [
         access
-        if access.data is None or len(access.data) <= MOST_BYTES
-        else msgspec.structs.replace(access, data=access.data[:MOST_BYTES])
-        for access in trap.accesses[:MOST_ACCESSES]
+        if access.data is None or len(access.data) <= MAX_BYTES
+        else msgspec.structs.replace(access, data=access.data[:MAX_BYTES])
+        for access in trap.accesses[:MAX_ACCESSES]
     ]
     return msgspec.structs.replace(
         trap,
@@ -202,7 +202,7 @@ def _cut(text: str, most: int) -> str:
 
 def _whole(value: int) -> int | str:
     """A whole number, as text where JavaScript would round it."""
-    return value if -LONGEST <= value <= LONGEST else str(value)
+    return value if -MAX_EXACT <= value <= MAX_EXACT else str(value)
 
 
 def _column(values: Sequence[Any]) -> dict[str, Any]:

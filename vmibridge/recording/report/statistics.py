@@ -11,10 +11,10 @@ from vmibridge.recording.traps import RecordedTrap, outcome_word
 
 BUCKETS = 32
 """Of one octave."""
-LONGEST = 1 << 53
+MAX_EXACT = 1 << 53
 """Nanoseconds that a duration is cut to: 104 days, and a whole number in JavaScript."""
-_MOST_GROUPS = 500
-_MOST_NAME = 100
+_MAX_GROUPS = 500
+_MAX_NAME = 100
 
 
 class Latency:
@@ -25,7 +25,7 @@ class Latency:
     def __init__(self) -> None:
         self.buckets: Counter[int] = Counter()
         self.count: int = 0
-        self.shortest: int = LONGEST
+        self.shortest: int = MAX_EXACT
         self.longest: int = 0
 
     def add(self, nanoseconds: int) -> None:
@@ -87,7 +87,7 @@ class Statistics:
         key = key_of(trap)
         group = self.groups.get(key)
         if group is None:
-            if len(self.groups) >= _MOST_GROUPS:
+            if len(self.groups) >= _MAX_GROUPS:
                 key = OTHERS
             group = self.groups.setdefault(key, Group())
         group.outcomes[outcome_word(trap)] += 1
@@ -99,7 +99,7 @@ class Statistics:
         """Traps by outcome; "none" for those without a reply."""
         return sum((group.outcomes for group in self.groups.values()), Counter())
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """What the page is given."""
         whole, handlers = Latency(), dict[str, Latency]()
         groups = sorted(self.groups.items(), key=lambda each: -each[1].outcomes.total())
@@ -122,8 +122,8 @@ class Statistics:
                 for key, group in groups
             ],
             "latencies": [
-                _told("all traps", whole),
-                *(_told(label, latency) for label, latency in handlers.items()),
+                _latency_facts("all traps", whole),
+                *(_latency_facts(label, latency) for label, latency in handlers.items()),
             ],
         }
 
@@ -131,7 +131,7 @@ class Statistics:
 def key_of(trap: RecordedTrap) -> Key:
     """What a trap is counted by."""
     packet, reply = trap.packet, trap.reply
-    handler = None if reply is None or reply.handler is None else reply.handler[:_MOST_NAME]
+    handler = None if reply is None or reply.handler is None else reply.handler[:_MAX_NAME]
     if packet is None:
         return Key(handler, None, None)
     return Key(handler, packet.request, packet.method)
@@ -148,10 +148,10 @@ def nanoseconds(seconds: float) -> int:
     """A duration of a recording, which may hold any number, as one that makes sense."""
     if not seconds > 0:
         return 0
-    return LONGEST if seconds >= LONGEST / 1e9 else round(seconds * 1e9)
+    return MAX_EXACT if seconds >= MAX_EXACT / 1e9 else round(seconds * 1e9)
 
 
-def _told(label: str, latency: Latency) -> dict[str, Any]:
+def _latency_facts(label: str, latency: Latency) -> dict[str, Any]:
     return {
         "label": label,
         "count": latency.count,

@@ -18,8 +18,8 @@ function showSummary(traps, { open, chooseOutcome }) {
 }
 
 function shownText({ facts, count: shown }) {
-  const memory = `Of each trap at most ${facts.most_accesses} memory accesses are shown, with up to ` +
-    `${facts.most_bytes} bytes each.`;
+  const memory = `Of each trap at most ${facts.max_accesses} memory accesses are shown, with up to ` +
+    `${facts.max_bytes} bytes each.`;
   if (shown === facts.count) return `All traps are on this page. ${memory}`;
   const left = facts.failed_left_out
     ? `; ${count(facts.failed_left_out)} more of these are not shown`

@@ -4,14 +4,14 @@
 
 const AXIS = 24;
 const LANE = 26;
-const MOST_LANES = 256;
+const MAX_LANES = 256;
 const SHORTEST_VIEW = 100;
 const BEST_TO_WORST = [
   "handled", "unmatched", "rejected", "waiting", "denied", "cancelled", "timeout", "failed", "none",
 ];
 
 class Timeline {
-  /** `moved` is told the part that is shown, in nanoseconds; `open` a row. */
+  /** `moved` is called with the part that is shown, in nanoseconds; `open` with a row. */
   constructor(traps, { open, moved }) {
     this.traps = traps;
     this.open = open;
@@ -48,7 +48,7 @@ class Timeline {
       const [a, b] = [traps.lanes[one], traps.lanes[other]];
       return a.vm === b.vm ? a.vcpu - b.vcpu : a.vm < b.vm ? -1 : 1;
     });
-    return order.slice(0, MOST_LANES).map((lane) => ({
+    return order.slice(0, MAX_LANES).map((lane) => ({
       name: traps.lanes[lane].name,
       rows: rows[lane].sort((one, other) => traps.time[one] - traps.time[other]),
     }));
@@ -269,12 +269,12 @@ class Timeline {
     this.tip.hidden = row === undefined;
     if (row === undefined) return;
     const { traps, tip } = this;
-    const told = traps.text("error", row) ?? traps.text("output", row) ?? "";
+    const text = traps.text("error", row) ?? traps.text("output", row) ?? "";
     tip.textContent = [
       `Trap ${traps.get("place", row)} of ${traps.lane(row).name}: ${outcomeText(traps.outcome(row))}`,
       `${traps.text("what", row)} ${traps.method(row)}`,
       `at ${(traps.time[row] / 1e9).toFixed(6)} s, ${durationText(traps.duration[row]) || "no reply"}`,
-      told.slice(0, 160),
+      text.slice(0, 160),
     ].join("\n").trim();
     const left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
     const below = event.clientY + 18;

@@ -1,7 +1,7 @@
 """Guest memory, accessed for a server: each write once, however often it is asked for.
 
 A server that lost its connection asks again for what it has no reply to. A write that was
-done, or is being done, is not done again: it gets the reply of then.
+done, or is being done, is not done again: it gets the reply to the first one.
 """
 
 from collections import OrderedDict
@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from vmibridge.errors import GuestMemoryError, WireError
 from vmibridge.transport.wire import (
-    MOST_ACCESSES,
-    MOST_LARGE_ACCESSES,
+    MAX_ACCESSES,
+    MAX_LARGE_ACCESSES,
     SMALL_ACCESS,
     Memory,
     Read,
@@ -20,7 +20,7 @@ from vmibridge.vm.backend import Backend
 from vmibridge.vm.memory import MAX_ACCESS
 from vmibridge.vm.trap import TrapEvent
 
-_MOST_KEPT = MOST_ACCESSES + MOST_LARGE_ACCESSES
+_MAX_KEPT = MAX_ACCESSES + MAX_LARGE_ACCESSES
 """A server has no more accesses under way, and misses only the last replies."""
 _ANSWERED = "the trap is answered: the guest runs again"
 
@@ -59,8 +59,8 @@ class Accesses:
         self._bytes += size
         try:
             # Twice: those of a lost connection may not have ended.
-            if self._under_way > 2 * _MOST_KEPT or self._bytes > 2 * (
-                MOST_ACCESSES * SMALL_ACCESS + MOST_LARGE_ACCESSES * MAX_ACCESS
+            if self._under_way > 2 * _MAX_KEPT or self._bytes > 2 * (
+                MAX_ACCESSES * SMALL_ACCESS + MAX_LARGE_ACCESSES * MAX_ACCESS
             ):
                 raise WireError("more accesses to memory at a time than were agreed")
             reply = await self._reply(frame, event)
@@ -69,7 +69,7 @@ class Accesses:
             self._bytes -= size
         if isinstance(frame, Write) and frame.access in writes:
             writes[frame.access] = reply
-            while len(writes) > 2 * _MOST_KEPT:
+            while len(writes) > 2 * _MAX_KEPT:
                 writes.popitem(last=False)
         post(reply)
 

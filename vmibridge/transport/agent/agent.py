@@ -61,7 +61,7 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 0.05
 """Seconds from a lost connection to the next one, before jitter; doubled each time."""
-_LONGEST_PAUSE = 5.0
+_MAX_PAUSE = 5.0
 _STEADY = 1.0
 """Seconds that a connection has to last, or an answer has to come over it, for the pause after it
 to be a short one: a server that welcomes and hangs up is not asked all the time."""
@@ -89,7 +89,7 @@ class Agent:
         *,
         vm: str | None = None,
         deadline: float | None = None,
-        longest_pause: float = _LONGEST_PAUSE,
+        longest_pause: float = _MAX_PAUSE,
         silence: float = 15.0,
         grace: float = 1.0,
     ) -> None:
@@ -208,7 +208,7 @@ class Agent:
     # --- the connection -------------------------------------------------------------
 
     async def _keep_connected(self) -> None:
-        backoff, told = Backoff(self._longest_pause), ""
+        backoff, logged = Backoff(self._longest_pause), ""
         while not self._ended.is_set():
             why = ""
             try:
@@ -227,7 +227,7 @@ class Agent:
                     finally:
                         lasted = anyio.current_time() - since >= _STEADY
                         if lasted or self.counts.answered > answered:
-                            backoff, told = Backoff(self._longest_pause), ""
+                            backoff, logged = Backoff(self._longest_pause), ""
             except RefusedByServerError as error:
                 why = f"refused: {error}"
                 if error.final and self._end is not None:
@@ -250,9 +250,9 @@ class Agent:
                 self._in_flight.link = None
             if self._ended.is_set():
                 return
-            if why != told:
+            if why != logged:
                 log.warning("vm %s: %s: %s; trying again", self.vm, self.url, why)
-                told = why
+                logged = why
             await anyio.sleep(backoff.next())
 
     def _on_welcome(self, dialled: Dialled) -> None:
@@ -263,9 +263,7 @@ class Agent:
         if not self._welcomed.is_set():
             self._filter = wanted
         elif wanted != self._filter:
-            log.warning(
-                "vm %s: the server wants other traps now: the VM has to start anew", self.vm
-            )
+            log.warning("vm %s: the server wants other traps now: restart the VM", self.vm)
         link = dialled.link
         self._welcomed.set()
         link.cork()
@@ -311,7 +309,7 @@ class Agent:
                     rest = self._in_flight.answer(frame.seq, None)
                 elif isinstance(frame, Read | Write):
                     if link.closed:
-                        # It has asked for more than it reads: nothing is read for nobody.
+                        # It has asked for more than it reads: no memory is read for it.
                         raise ConnectionLostError("hung up")
                     rest = self._in_flight.access(frame)
                 elif isinstance(frame, Returned):

@@ -1,11 +1,11 @@
 """The lanes of an agent: of each vCPU one trap in flight, and those that wait behind it.
 
-- A trap is *in flight* (`in_flight`) from its first sending until somebody takes it out to answer
-  it, which is once: whoever is second finds nothing.
+- A trap is *in flight* (`in_flight`) from its first sending until it is taken out to be
+  answered, which is once: the second to try finds nothing.
 - While one trap of a vCPU is in flight, later ones wait in the backlog of its lane. So the order of
   a vCPU holds, and a server has to remember one answer a vCPU. All backlogs together hold `most`.
 
-As in `engine.lanes`, but nobody works on a ready trap here: it is sent.
+As in `engine.lanes`, but a ready trap is not handled here: it is sent.
 """
 
 from collections import deque
@@ -49,7 +49,7 @@ class AgentLanes:
         self._by_vcpu: dict[int, AgentLane] = {}
         self._send = send
         self._give_up = give_up
-        self._most = most
+        self._max_queued = most
         self._queued = 0
         self._room: anyio.Event | None = None
         self._quiet: anyio.Event | None = None
@@ -64,7 +64,7 @@ class AgentLanes:
         if lane is None:
             lane = self._by_vcpu[event.vcpu] = AgentLane()
         elif lane.busy:
-            if self._queued >= self._most:
+            if self._queued >= self._max_queued:
                 raise anyio.WouldBlock
             self._queued += 1
             lane.backlog.append(event)
@@ -72,7 +72,7 @@ class AgentLanes:
         self._begin(lane, event)
 
     async def put(self, event: TrapEvent) -> None:
-        """Wait for room. Raises `TrapQueueClosedError`. Cancelled, nothing was put."""
+        """Wait for room. Raises `TrapQueueClosedError`. If cancelled, nothing was put."""
         while True:
             try:
                 return self.put_nowait(event)
@@ -82,7 +82,7 @@ class AgentLanes:
                 await self._room.wait()
 
     def abandon(self, event: TrapEvent) -> None:
-        """The vCPU of a trap is gone: the trap is answered here, and nobody reads the answer."""
+        """The vCPU of a trap is gone: the trap is answered here, and the answer is not read."""
         if event.seq in self.in_flight:
             self._give_up(event.seq)
 
@@ -95,7 +95,7 @@ class AgentLanes:
         self._send(lane)
 
     def take(self, seq: int) -> AgentLane | None:
-        """Take a trap out to answer it; `None`: it is not in flight, or somebody else did.
+        """Take a trap out to answer it; `None`: it is not in flight, or was taken out before.
 
         The caller must answer it, and then call `release`.
         """
@@ -114,7 +114,7 @@ class AgentLanes:
         if lane.backlog:
             self._queued -= 1
             # Room comes in batches, so that a vCPU that waits costs a task switch once a batch.
-            if self._room is not None and self._queued <= self._most // 2:
+            if self._room is not None and self._queued <= self._max_queued // 2:
                 self._room.set()
                 self._room = None
             self._begin(lane, lane.backlog.popleft())

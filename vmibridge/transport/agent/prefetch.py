@@ -11,16 +11,16 @@ from vmibridge.bridge.contract import GuestRead
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import GuestMemoryError
-from vmibridge.transport.wire import MOST_PREFETCHED, WireRead, guest_read
+from vmibridge.transport.wire import MAX_PREFETCHED_PER_TRAP, WireRead, guest_read
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.memory import GuestMemory
 from vmibridge.vm.trap import TrapEvent
 
-_MOST_PIECES = 256
+_MAX_PIECES = 256
 
 
 class Prefetch:
-    """The declared reads of one server. Raises `WireError` for those that make no sense."""
+    """The declared reads of one server. Raises `WireError` for an invalid one."""
 
     def __init__(self, backend: Backend, reads: Iterable[WireRead]) -> None:
         self._backend = backend
@@ -71,11 +71,11 @@ class _Seen:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.pieces: dict[int, bytes] = {}
-        self._left = MOST_PREFETCHED
+        self._left = MAX_PREFETCHED_PER_TRAP
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         data = await self._backend.read_physical(event, address, size)
-        if size > self._left or len(self.pieces) >= _MOST_PIECES:
+        if size > self._left or len(self.pieces) >= _MAX_PIECES:
             raise GuestMemoryError(address, "more than may travel with a trap")
         self._left -= size
         if len(self.pieces.get(address, b"")) < size:

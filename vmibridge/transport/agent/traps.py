@@ -6,7 +6,7 @@
   handler may have run for it. So it is to each further one. It is not to the first, which
   remembers it; nor after RETURNED, by which a server says that it asked no handler.
 - What belongs to another incarnation is not sent: the reply to an access has the number that the
-  server of then gave it.
+  server before gave it.
 """
 
 import logging
@@ -50,7 +50,7 @@ _clock = time.monotonic
 
 MARGIN = 0.25
 """Seconds that an answer may be on its way, beyond the deadline of the server."""
-MOST_SECONDS = 3600.0
+MAX_SECONDS = 3600.0
 """A deadline beyond that is none, and a guest has to have one."""
 _QUEUE = 1024
 """Traps that may wait behind others of their vCPU."""
@@ -90,7 +90,7 @@ class InFlightTraps:
         self._backend = backend
         self._in_flight = self.lanes.in_flight
         self._own_deadline = deadline
-        self._deadline = MOST_SECONDS
+        self._deadline = MAX_SECONDS
         self._left = 0
         self._fallback = BridgeResponse[object]()
         self._filter = TrapFilter()
@@ -112,9 +112,11 @@ class InFlightTraps:
         self._fallback = BridgeResponse(*welcome.fallback)
         self._filter = trap_filter(welcome)
         self._prefetch = Prefetch(self._backend, welcome.reads)
-        told = MOST_SECONDS if welcome.timeout == NO_DEADLINE else welcome.timeout / 1000 + MARGIN
+        deadline = (
+            MAX_SECONDS if welcome.timeout == NO_DEADLINE else welcome.timeout / 1000 + MARGIN
+        )
         self._deadline = min(
-            told if self._own_deadline is None else self._own_deadline, MOST_SECONDS
+            deadline if self._own_deadline is None else self._own_deadline, MAX_SECONDS
         )
         self._left = milliseconds(self._deadline)
         self.link = link
@@ -150,7 +152,7 @@ class InFlightTraps:
             self._give_up(lane.event.seq)
             return
         if not elsewhere:
-            # Else the first one stays: the trap is marked for whoever is not that one.
+            # Else the first one stays: the trap is marked for every other one.
             lane.sent_to = self._incarnation
         link.post(frame)
 
@@ -255,7 +257,7 @@ class InFlightTraps:
         return None if wish is DONE else go_on(body, wish)
 
     def take_back(self, seq: int) -> None:
-        """The server stops, and has asked nobody: as if it had not been sent."""
+        """The server stops, and has asked no handler: as if it had not been sent."""
         lane = self._in_flight.get(seq)
         if lane is not None:
             lane.sent_to = None

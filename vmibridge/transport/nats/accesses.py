@@ -10,9 +10,9 @@ from msgspec.structs import replace
 
 from vmibridge.errors import WireError
 from vmibridge.transport.nats.peers import Peer
-from vmibridge.transport.wire import MOST_ACCESSES, MOST_LARGE_ACCESSES, Memory, Read, Write
+from vmibridge.transport.wire import MAX_ACCESSES, MAX_LARGE_ACCESSES, Memory, Read, Write
 
-_MOST = MOST_ACCESSES + MOST_LARGE_ACCESSES
+_MAX_UNDER_WAY = MAX_ACCESSES + MAX_LARGE_ACCESSES
 _BITS = 64
 
 
@@ -32,12 +32,12 @@ class PeerAccesses:
         if number in self._under_way:
             return None
         # Twice: it forgets those of handlers that were cancelled.
-        if peer.under_way >= 2 * _MOST:
+        if peer.under_way >= 2 * _MAX_UNDER_WAY:
             raise WireError("more accesses to memory at a time than were agreed")
         peer.under_way += 1
         self._under_way[number] = peer
         found = replace(frame, access=number)
-        if len(self._under_way) - len(self._held) > _MOST:
+        if len(self._under_way) - len(self._held) > _MAX_UNDER_WAY:
             self._held.append(found)
             return None
         return found

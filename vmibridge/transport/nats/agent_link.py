@@ -2,7 +2,7 @@
 
 To `Agent` this is one connection, with one incarnation behind it. Which server has which trap is
 kept here (`attempts`); what a server says of a trap that it does not have is dropped, and
-it is told that its access to guest memory failed.
+gets an error for its access to guest memory.
 
 A connection to NATS that is lost is made again by nats-py, below this: the link goes on.
 """
@@ -34,7 +34,7 @@ from vmibridge.transport.nats.message import (
     Taken,
     pack,
 )
-from vmibridge.transport.nats.peers import MOST_PEERS, Peer, Peers, Waiting
+from vmibridge.transport.nats.peers import MAX_PEERS, Peer, Peers, Waiting
 from vmibridge.transport.nats.subjects import (
     hello_subject,
     to_all_subject,
@@ -101,7 +101,7 @@ class NatsAgentLink:
         self._no_responders = False
         self._end: End | None = None
         self._ended_at = 0.0
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._trouble_until = self._pinged = 0.0
         client.on_reconnect = self._on_reconnect
         client.on_trouble = self._wake
@@ -196,7 +196,7 @@ class NatsAgentLink:
             self._client.publish(peer.subject, message, f"{self._inbox}.to.{peer.number}")
 
     def _cancel(self, seq: int, attempt: int, peer: Peer | None) -> None:
-        """Nobody waits for this attempt: a server may have a later one of the same trap."""
+        """This attempt is given up: a server may have a later one of the same trap."""
         subject = self._to_all if peer is None else peer.subject
         self._client.publish(subject, pack(Cancel(seq)), f"{self._inbox}.{seq:x}.{attempt:x}")
 
@@ -233,7 +233,7 @@ class NatsAgentLink:
             else:
                 self._take_frames(place, message)
         except (WireError, ValueError, IndexError) as error:
-            log.debug("vm %s: %s: garbage: %s", self._vm, self._url, error)
+            log.debug("vm %s: %s: malformed message: %s", self._vm, self._url, error)
 
     def _on_no_responders(self, place: list[str]) -> None:
         """No responders to the message that had this reply subject."""
@@ -251,7 +251,7 @@ class NatsAgentLink:
                 if sent.only is not None:
                     self._waiting.drop(sent.key)
                 self._sent.send_later(sent, self._client.uptime())
-                self._tell_once("no responders", "no server takes traps on this NATS; trying again")
+                self._log_once("no responders", "no server takes traps on this NATS; trying again")
 
     def _take_frames(self, place: list[str], message: "Msg") -> None:
         now = self._client.uptime()
@@ -284,9 +284,10 @@ class NatsAgentLink:
         if getattr(frame, "seq", seq) != seq:
             raise WireError("about another trap")
         sent = self._sent.get(seq, attempt)
+        # Before `held_by`, which would take the server that refuses it for the one that has it.
         if sent is not None and isinstance(frame, Refused):
             self._sent.send_later(sent, self._client.uptime())
-            self._tell_once(frame.why, f"a server refuses its traps: {printable(frame.why)}")
+            self._log_once(frame.why, f"a server refuses its traps: {printable(frame.why)}")
             return
         if sent is None or not self._sent.held_by(sent, peer, self._client.uptime()):
             self._refuse(frame, peer, attempt)
@@ -307,6 +308,7 @@ class NatsAgentLink:
     def _refuse(self, frame: NatsFromServer, peer: Peer, attempt: int) -> None:
         """Of a trap that it does not have."""
         if isinstance(frame, Taken):
+            # Late: it is not that server's any more, and its handler must not go on for it.
             self._cancel(frame.seq, attempt, peer)
         elif isinstance(frame, Read | Write):
             self._publish_to(peer, pack(Memory(frame.access, error=_NOT_YOURS)))
@@ -336,7 +338,7 @@ class NatsAgentLink:
     # --- time -----------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Ask about traps, and send those again that nobody has."""
+        """Ask about traps, and send those again that no server has."""
         step = max(0.01, self._sent.silence / 60)
         while True:
             await anyio.sleep(step)
@@ -355,12 +357,12 @@ class NatsAgentLink:
             if sent.holder is None or not sent.holder.misses:
                 self._trouble_until = now + _TROUBLE * self._url.silence
             if sent.holder is not None:
-                self._tell_once(
+                self._log_once(
                     sent.holder.name,
                     f"the server {sent.holder.name} is gone: its traps are sent to others",
                 )
                 self._waiting.drop_peer(sent.holder)
-            # If it lives after all, nobody waits for it.
+            # If it runs after all, its answer is not waited for.
             self._cancel(sent.frame.seq, sent.attempt, sent.holder)
             sent.only = None
             self._send(sent)
@@ -377,7 +379,7 @@ class NatsAgentLink:
             self._publish_to(peer, pack(Ping()))
 
     async def keep_alive(self, silence: float) -> None:
-        """Servers are told that the VM is there; those that are gone are forgotten."""
+        """Let servers know that the VM is there; forget those that are gone."""
         while True:
             await anyio.sleep(silence / 3)
             now = self._client.uptime()
@@ -406,12 +408,12 @@ class NatsAgentLink:
         if silent or all(peer.ended or peer.misses for peer in self._peers):
             self._pass_on(Ended())
 
-    def _tell_once(self, what: str, text: str) -> None:
-        if what not in self._told and len(self._told) < MOST_PEERS:
-            self._told.add(what)
+    def _log_once(self, what: str, text: str) -> None:
+        if what not in self._logged and len(self._logged) < MAX_PEERS:
+            self._logged.add(what)
             log.warning("vm %s: %s: %s", self._vm, self._url, text)
 
-    def tell_shares(self) -> None:
+    def log_shares(self) -> None:
         """Which server answered how many traps."""
         if self.shares:
             shares = ", ".join(f"{name} {count}" for name, count in self.shares.items())

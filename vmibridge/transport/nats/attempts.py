@@ -2,7 +2,7 @@
 
 | a trap is | and then |
 |---|---|
-| sent, and nobody has said TAKEN | its server is unknown: all are asked |
+| sent, and no server has said TAKEN | its server is unknown: all are asked |
 | taken by a server | that one is asked, now and then |
 | with no server: no responders, or it was given back or refused | sent again after a pause |
 | with a server that is silent, or gone | sent again, marked: it may have run there |
@@ -21,8 +21,8 @@ from vmibridge.transport.wire import Trap
 
 _FIRST_PAUSE = 0.02
 """Seconds until a trap that no server has is sent again, before jitter; doubled each time."""
-_LONGEST_PAUSE = 0.5
-_MOST_MISSES = 2
+_MAX_PAUSE = 0.5
+_MAX_MISSES = 2
 """No responders, so often in a row, and a server is gone. Once may be just before it has
 subscribed again, after NATS was restarted."""
 
@@ -86,12 +86,12 @@ class SentTraps:
         return None if sent is None or attempt not in (None, sent.attempt) else sent
 
     def drop(self, sent: Sent) -> None:
-        """It is answered, or nobody waits for it."""
+        """It is answered, or its answer is not awaited any more."""
         del self._by_vcpu[sent.frame.vcpu]
         del self._by_seq[sent.frame.seq]
 
     def on_connected(self, now: float) -> None:
-        """NATS is there again: for a while servers may not be, and live."""
+        """NATS is there again; servers may reconnect later, and are not given up for that."""
         self._since = now
 
     def hear_all(self, now: float) -> None:
@@ -110,7 +110,7 @@ class SentTraps:
         """No server has it, and none has run it: it is to be sent again, without the mark."""
         sent.only = None
         sent.waits_until = now + sent.pause * random.uniform(0.5, 1.0)  # noqa: S311
-        sent.pause = min(sent.pause * 2, _LONGEST_PAUSE)
+        sent.pause = min(sent.pause * 2, _MAX_PAUSE)
         # So what still comes for this attempt is known as late.
         sent.attempt += 1
         sent.holder = None
@@ -142,12 +142,14 @@ class SentTraps:
     def to_give_up(self, now: float) -> list[Sent]:
         """Those whose server is gone; they are marked."""
         found = []
+        # Servers may have lost NATS with us, and subscribe again later than we do: until then no
+        # responders do not mean that a server is gone.
         settled = now - self._since >= self.silence
         for sent in self._by_vcpu.values():
             if sent.waits_until is not None:
                 continue
             holder = sent.holder
-            gone = settled and holder is not None and holder.misses >= _MOST_MISSES
+            gone = settled and holder is not None and holder.misses >= _MAX_MISSES
             if gone or now - sent.heard >= self.silence:
                 sent.elsewhere = True
                 found.append(sent)

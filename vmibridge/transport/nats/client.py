@@ -2,8 +2,8 @@
 
 - nats-py is for asyncio: on trio there is one clear error.
 - It connects again by itself, for as long as it takes. What was published meanwhile it keeps,
-  up to a bound; whoever publishes has to reckon with messages that are lost.
-- What NATS says while we are connected has no caller to go to: it is told in the log, once.
+  up to a bound; a publisher has to reckon with messages that are lost.
+- What NATS says while we are connected has no caller to go to: it is logged, once.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ _ANSWER = 2
 """Seconds for NATS to say that it has taken what was said."""
 _HANG_UP = 0.2
 """Seconds for one that never was a connection to be closed."""
-_MOST_UNSENT = 64 << 20
+_MAX_UNSENT = 64 << 20
 _LINGER = 0.1
 """Seconds that messages are taken after a subscription was ended."""
 _MAX_PART = 128 << 10
@@ -57,7 +57,7 @@ _MAX_PART = 128 << 10
 sender lives."""
 _BACKLOG = 64 << 10
 """Bytes that nats-py has and the connection has not; what goes out with the next turn is less."""
-_MOST_TOLD = 64
+_MAX_LOGGED = 64
 """Warnings between two connections."""
 
 
@@ -79,14 +79,14 @@ class NatsClient:
         self.denied: list[str] = []
         """What NATS has said that it does not permit us."""
         self.at_work = False
-        """Set by the owner, when what is denied from here on is to be told in the log."""
+        """Set by the owner, when what is denied from here on is to be logged."""
         self.on_trouble: Callable[[], None] = lambda: None
         """Called when `closed` or `denied` is another."""
         self.on_reconnect: Callable[[], None] = lambda: None
         """Called when NATS is there again."""
         self.nats: Client
         self._name = name
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._unsent: deque[tuple[str, bytes, str]] = deque()
         self._size = 0
         self._more = anyio.Event()
@@ -193,7 +193,7 @@ class NatsClient:
 
     async def _on_reconnected(self) -> None:
         self._up_since = _clock()
-        self._told.clear()
+        self._logged.clear()
         log.info("%s: connected again", self.url)
         self.on_reconnect()
 
@@ -203,22 +203,22 @@ class NatsClient:
         denied = denied_by(error)
         if denied is not None:
             if self.at_work:
-                self._tell_once(denied)
-            if denied not in self.denied and len(self.denied) < _MOST_TOLD:
+                self._log_once(denied)
+            if denied not in self.denied and len(self.denied) < _MAX_LOGGED:
                 self.denied.append(denied)
             self.on_trouble()
         elif isinstance(error, SlowConsumerError):
-            self._tell_once("messages come faster than they are taken: some are lost")
+            self._log_once("messages come faster than they are taken: some are lost")
         elif is_refusal(error):
-            self._tell_once(f"{reason(error)}; trying again")
+            self._log_once(f"{reason(error)}; trying again")
         elif isinstance(error, Error | OSError | TimeoutError):
             log.debug("%s: %s", self.url, type(error).__name__)
         else:
             log.error("%s: a message could not be taken", self.url, exc_info=error)
 
-    def _tell_once(self, text: str) -> None:
-        if text not in self._told and len(self._told) < _MOST_TOLD:
-            self._told.add(text)
+    def _log_once(self, text: str) -> None:
+        if text not in self._logged and len(self._logged) < _MAX_LOGGED:
+            self._logged.add(text)
             log.warning("%s: %s", self.url, text)
 
     def uptime(self) -> float:
@@ -246,14 +246,17 @@ class NatsClient:
             log.warning("%s: %s", self.url, error)
 
     def _publish(self, subject: str, part: bytes, reply: str) -> None:
+        # Behind what waits already, also when there is room again: the order of messages holds.
         if self._rest is not None or self._unsent:
             self._size += len(part)
-            if self._size > _MOST_UNSENT:
+            if self._size > _MAX_UNSENT:
                 self._size -= len(part)
                 return
             self._unsent.append((subject, part, reply))
             return
         try:
+            # A coroutine that waits only when nats-py's buffer is full: mostly one step is all of
+            # it, and costs no task.
             body = self.nats.publish(subject, part, reply)
             wish = first_step(body)
         except Exception as error:
@@ -273,8 +276,10 @@ class NatsClient:
             while self._unsent:
                 subject, part, reply = self._unsent[0]
                 await self._try(self.nats.publish(subject, part, reply))
+                # Not before it was sent: an empty queue lets `_publish` send past it.
                 self._unsent.popleft()
                 self._size -= len(part)
+            # As late as that for the same reason.
             self._rest = None
 
     async def _try(self, sending: Awaitable[None]) -> None:
@@ -287,7 +292,7 @@ class NatsClient:
         log.debug("%s: a message is lost: %s", self.url, type(error).__name__)
 
     async def settle(self) -> None:
-        """Wait until NATS has taken what was said, and has told what it does not permit.
+        """Wait until NATS has taken what was said, and has said what it does not permit.
 
         Raises `OSError` when the connection is lost meanwhile, and what nats-py raises.
         """
@@ -333,7 +338,7 @@ class NatsClient:
 
 
 def is_no_responders(message: "Msg") -> bool:
-    """Whether this is NATS' "no responders": nobody subscribes to where a message was published.
+    """Whether this is NATS' "no responders": no subscription where a message was published.
 
     It has no body, and the status 503 (NATS client protocol, HMSG).
     """

@@ -42,6 +42,6 @@ async def dial_nats(
                     link.shares,
                 )
             finally:
-                link.tell_shares()
+                link.log_shares()
     except (BackendError, NatsRefusedError) as error:
         raise RefusedByServerError(str(error), final=True) from error

@@ -5,7 +5,7 @@
 - Each trap brings the HELLO of its agent along. So any server can take it, and knows the VM
   from there on, as if it had connected.
 - A trap is said to be TAKEN at once, and again each time that its agent asks.
-- What is no message of an agent is dropped, and nobody is answered.
+- What is no message of an agent is dropped, without an answer.
 """
 
 import logging
@@ -52,8 +52,8 @@ _clock = time.monotonic
 
 _PROBE = 1.0
 """Seconds for an agent to say that it is there."""
-_MOST_REFUSED = 1024
-_LONGEST_PAUSE = 5.0
+_MAX_REFUSED = 1024
+_MAX_PAUSE = 5.0
 
 
 class NatsListener:
@@ -77,7 +77,7 @@ class NatsListener:
         self._ends: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._admitting = anyio.Lock()
         self._closing = anyio.Event()
-        self._told: set[bytes] = set()
+        self._logged: set[bytes] = set()
         self._opened = False
 
     def __str__(self) -> str:
@@ -118,7 +118,7 @@ class NatsListener:
                     tasks.start_soon(self._watch)
                     await self._client.closed.wait()
                     tasks.cancel_scope.cancel()
-                log.error("%s: NATS has shut us out; trying again", self.url)
+                log.error("%s: NATS has closed the connection; trying again", self.url)
                 await self._open_again()
         finally:
             await self._leave_group()
@@ -130,17 +130,17 @@ class NatsListener:
         for link in list(self._by_hello.values()):
             link.close()
             self._forget(link)
-        pause, told = 0.1, ""
+        pause, logged = 0.1, ""
         while True:
             await anyio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             self._client = NatsClient(self.url, self._name)
             try:
                 await self.open()
             except BackendError as error:
-                if str(error) != told:
-                    told = str(error)
+                if str(error) != logged:
+                    logged = str(error)
                     log.warning("%s; trying again", error)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, _MAX_PAUSE)
             else:
                 return
 
@@ -200,7 +200,7 @@ class NatsListener:
             if rest and may_be_answered(message.reply):
                 link.take(rest, message.reply)
         except WireError as error:
-            log.debug("%s: garbage: %s", self.url, error)
+            log.debug("%s: malformed message: %s", self.url, error)
 
     async def _take_own(self, message: "Msg") -> None:
         """At this server's own inbox: what an agent sends to the incarnation that it knows."""
@@ -212,11 +212,12 @@ class NatsListener:
             link.session.detach(link)
             return
         try:
+            # A trap has its HELLO in front here, too; nothing else has.
             data = message.data
             data = data.removeprefix(link.hello)
             link.take(data, message.reply)
         except WireError as error:
-            log.warning("%s: vm %s: garbage: %s", self.url, link.session.vm, error)
+            log.warning("%s: vm %s: malformed message: %s", self.url, link.session.vm, error)
 
     async def _take_from_all(self, message: "Msg") -> None:
         """What an agent asks all servers."""
@@ -227,7 +228,7 @@ class NatsListener:
         try:
             link.take(message.data, message.reply)
         except WireError as error:
-            log.warning("%s: vm %s: garbage: %s", self.url, link.session.vm, error)
+            log.warning("%s: vm %s: malformed message: %s", self.url, link.session.vm, error)
 
     async def _find(self, start: bytes, message: "Msg", *, welcome: bool) -> NatsSessionLink | None:
         """The session of a HELLO, which may be new. Raises `WireError`."""
@@ -235,15 +236,17 @@ class NatsListener:
         if token_in(message.subject) != vm_token(hello.vm):
             raise WireError("at the subject of another VM")
         reply = message.reply if may_be_answered(message.reply) else ""
+        # The probe waits. Without the lock a trap that comes right behind its HELLO would meanwhile
+        # begin the same VM a second time.
         async with self._admitting:
             try:
                 check_hello(hello)
                 await self._probe(hello)
-                session, told = await self._admit(hello, "nats")
+                session, welcome_frame = await self._admit(hello, "nats")
             except RefusedError as error:
                 self.refused += 1
-                if hello.session not in self._told and len(self._told) < _MOST_REFUSED:
-                    self._told.add(hello.session)
+                if hello.session not in self._logged and len(self._logged) < _MAX_REFUSED:
+                    self._logged.add(hello.session)
                     log.warning("%s: refused: %s", self.url, printable(str(error)))
                 if reply:
                     self._client.publish(
@@ -261,11 +264,11 @@ class NatsListener:
             if session.link is not link:
                 session.attach(link)
             if welcome:
-                link.say(reply, told)
+                link.say(reply, welcome_frame)
             return link
 
     async def _probe(self, hello: Hello) -> None:
-        """Whether the agent that was here before is there, when its VM is begun anew."""
+        """Whether the agent that was here before is there, when its VM is restarted."""
         from nats.errors import Error, NoRespondersError
 
         for link in list(self._by_hello.values()):

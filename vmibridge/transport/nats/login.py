@@ -3,7 +3,7 @@
 - A file of secrets is checked before NATS is asked: nats-py would look for a JWT for ever in
   a file that has none. It is read again for each connection, so it may be renewed.
 - Where the URL wants TLS, nothing is said without it. nats-py would go on in the clear when
-  a server, or somebody in between, does not ask for it (`patched`).
+  a server, or a proxy in between, does not ask for it (`patched`).
 - Secrets go to nats-py, and nowhere else: no error says one.
 """
 
@@ -19,8 +19,8 @@ from vmibridge.errors import NatsRefusedError
 from vmibridge.text import printable
 from vmibridge.transport.urls.nats import NatsUrl
 
-_LARGEST = 1 << 20
-"""Bytes of a file of secrets. NATS takes a CONNECT of 4 KiB, unless it is told to take more."""
+_MAX_FILE = 1 << 20
+"""Bytes of a file of secrets. NATS takes a CONNECT of 4 KiB, unless configured to take more."""
 _JWT = re.compile(rb"-BEGIN NATS USER JWT-+\s+([\w.=-]+)")
 _SEED = re.compile(rb"-BEGIN USER NKEY SEED-+\s+([A-Z2-7]+)")
 _DENIED = "permissions violation for "
@@ -88,7 +88,7 @@ def _again(made: Callable[[], _T]) -> _T:
 
 def _read(file: str) -> bytes:
     with Path(file).open("rb") as source:
-        return source.read(_LARGEST)
+        return source.read(_MAX_FILE)
 
 
 def _pair(seed: bytes) -> Any:
@@ -168,14 +168,14 @@ def reason(error: Exception) -> Exception:
     if isinstance(error, InvalidUserCredentialsError):
         return NatsRefusedError("the file of credentials does not hold them any more")
     if isinstance(error, ssl.SSLCertVerificationError):
-        return NatsRefusedError(f"TLS: the certificate does not do: {error.verify_message}")
+        return NatsRefusedError(f"TLS: the certificate is not accepted: {error.verify_message}")
     if isinstance(error, ssl.SSLError):
         return NatsRefusedError(f"TLS: {_words(error, 'no TLS there')}")
     if is_refusal(error):
         expired = " (expired)" if "expired" in str(error).lower() else ""
         return NatsRefusedError(f"NATS refuses us: wrong credentials, or none{expired}")
     if isinstance(error, ConnectionResetError | BrokenPipeError):
-        return OSError("NATS has hung up on us")
+        return OSError("NATS has closed the connection")
     if isinstance(error, OSError) and error.strerror:
         return OSError(error.errno, error.strerror)
     words = str(error)
@@ -183,5 +183,5 @@ def reason(error: Exception) -> Exception:
         # The server's own, as that it has no more room.
         return OSError(f"NATS: {printable(words[6:200])}")
     if type(error) is Error and ("INFO" in words or "json" in words):
-        return OSError("who answers there is no NATS")
+        return OSError("what answers there is not a NATS server")
     return OSError(f"NATS: {type(error).__name__}")

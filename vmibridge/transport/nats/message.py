@@ -20,7 +20,7 @@ from vmibridge.transport.wire import HELLO_LIMIT, MEMORY_LIMIT, F, Frame, FromAg
 _PART = struct.Struct("<IIHH")
 """The mark, the id of the whole, the number of this part, and of how many."""
 _MARK = 0xFFFF_FFFF
-_MOST_PARTS = 0xFFFF
+_MAX_PARTS = 0xFFFF
 _SIZE = struct.Struct("<I")
 
 _U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
@@ -28,7 +28,7 @@ _U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Ask(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=32):
-    """From the agent: who is at this trap? Say so, or answer it again."""
+    """From the agent: which server handles this trap? Say so, or answer it again."""
 
     seq: _U64
     vcpu: _U16
@@ -69,7 +69,7 @@ def parts_of(message: bytes, most: int) -> Iterator[bytes]:
         yield message
         return
     room = most - _PART.size
-    if room < 1 or len(message) > room * _MOST_PARTS:
+    if room < 1 or len(message) > room * _MAX_PARTS:
         raise ValueError(f"NATS takes messages of {most} bytes: too little for {len(message)}")
     count = -(-len(message) // room)
     whole = next(_numbers) & 0xFFFF_FFFF

@@ -15,7 +15,7 @@ class NatsPyClient(Client):
     """With `tls` it logs in over TLS or not at all.
 
     nats-py begins TLS only when the server's INFO asks for it, which comes in the clear: who is
-    in between could leave that out, and would be told the password.
+    in between could leave that out, and would get the password.
     """
 
     def __init__(self, *, tls: bool) -> None:
@@ -36,7 +36,7 @@ class NatsPyClient(Client):
             await super()._close(status, do_cbs)
         except (OSError, RuntimeError):
             # The last words did not go out (uvloop has a RuntimeError for that): nats-py stops
-            # halfway then, and tells nobody.
+            # halfway then, and reports nothing.
             self._pending, self._pending_data_size = [], 0
             self._status = Client.DISCONNECTED
             await super()._close(status, do_cbs)

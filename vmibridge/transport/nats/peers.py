@@ -13,8 +13,8 @@ from collections.abc import Container, Hashable, Iterator
 from vmibridge.text import printable
 from vmibridge.transport.nats.message import FROM_NATS_SERVER, Messages, NatsFromServer
 
-MOST_PEERS = 4096
-_MOST_WAITING = 1024
+MAX_PEERS = 4096
+_MAX_WAITING = 1024
 
 
 class Peer:
@@ -61,7 +61,7 @@ class Peers:
     def speaking(self, subject: str, now: float) -> Peer | None:
         """The one that listens at `subject`, which may be new; `None`: there are too many."""
         peer = self._by_subject.get(subject)
-        if peer is None and subject and len(self._by_subject) < MOST_PEERS:
+        if peer is None and subject and len(self._by_subject) < MAX_PEERS:
             peer = Peer(next(self._numbers), subject, now)
             self._by_subject[subject] = self._by_number[peer.number] = peer
         return peer
@@ -109,11 +109,11 @@ class Waiting:
     def add(self, key: Hashable, peer: Peer) -> None:
         """The guest was told so; the oldest are forgotten."""
         self._peers[key] = peer
-        if len(self._peers) > _MOST_WAITING:
+        if len(self._peers) > _MAX_WAITING:
             self._peers.popitem(last=False)
 
     def drop(self, key: Hashable) -> None:
-        """It has its answer, or has to be asked anew."""
+        """It has its answer, or has to be asked again from the start."""
         self._peers.pop(key, None)
 
     def drop_peer(self, peer: Peer) -> None:

@@ -129,7 +129,7 @@ class NatsSessionLink:
         if isinstance(frame, Trap):
             self._take_trap(frame, reply)
         elif isinstance(frame, Ask):
-            self._tell(frame)
+            self._say_taken(frame)
         elif isinstance(frame, Cancel):
             found = self._open.get(frame.seq)
             if found is not None and found.reply == reply:
@@ -174,7 +174,7 @@ class NatsSessionLink:
             if asked > 1 and not asked & asked - 1:
                 self.say(found.reply, access)
 
-    def _tell(self, ask: Ask) -> None:
+    def _say_taken(self, ask: Ask) -> None:
         """That the trap is here, or its answer again."""
         found = self._open.get(ask.seq)
         kept = None if found is None else self.session.kept_answer(found.vcpu, ask.seq)

@@ -57,7 +57,7 @@ async def put_recording(url: NatsUrl, file: Path, name: str | None = None) -> St
         except ObjectNotFoundError:
             pass
         else:
-            raise RecordingError(f"{url}: {name}: is there already")
+            raise RecordingError(f"{url}: {name}: already exists")
         with file.open("rb") as source:
             done = await store.put(name, source)
     return StoredRecording(name, done.size or 0, done.digest or "")
@@ -69,7 +69,7 @@ async def get_recording(url: NatsUrl, name: str, target: Path) -> StoredRecordin
     Raises as `put_recording` does; then there is no file.
     """
     if await in_own_thread(target.exists):
-        raise RecordingError(f"{target}: is there already")
+        raise RecordingError(f"{target}: already exists")
     async with _store(url, seconds=_ANSWER) as store:
         info = await store.get_info(name)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -117,7 +117,7 @@ async def _store(
     try:
         async with client:
             with anyio.fail_after(seconds) as scope:
-                # Who may not ask is not told so in an answer: there is none.
+                # A client without the right to ask gets no answer at all.
                 client.on_trouble = scope.cancel
                 stream = client.nats.jetstream()
                 try:
@@ -158,7 +158,7 @@ def _refusal(error: "Error") -> str:
 
     if isinstance(error, APIError) and error.description:
         return f"JetStream refuses: {printable(error.description)}"
-    # nats-py makes the second one, without a description, when nobody answers.
+    # nats-py makes the second one, without a description, when there is no answer.
     if isinstance(error, NoRespondersError | ServiceUnavailableError):
         return "this NATS has no JetStream"
     return type(error).__name__

@@ -4,7 +4,7 @@
   engine's queue full is held here, and `run` feeds it; the order of traps stays.
 - Every trap that was taken is answered (`resume`), given back, or abandoned before the engine had
   it, once. `unanswered` counts them, and a retired handler set does not end before it is 0.
-- What is held is bounded by the vCPUs of the session: one trap of each has somebody who waits.
+- What is held is bounded by the vCPUs of the session: of each at most one trap is pending.
 - That the agent is away is no error of guest memory: an access waits for it. That the session is
   over is one.
 """
@@ -71,7 +71,7 @@ class SessionBackend(Backend):
             await feed_held(sink, event, self._give_back)
             self._held.popleft()
             if self._head_abandoned:
-                # Before any worker can have it: no handler runs for a trap that nobody waits for.
+                # Before any worker can have it: no handler runs for an abandoned trap.
                 sink.abandon(event)
 
     async def _end_with_session(self) -> None:

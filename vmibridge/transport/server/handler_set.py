@@ -6,7 +6,7 @@ A VM has one current set. When handlers are reloaded another set follows it, and
 | a handler set | takes new requests | takes retries of what it told to wait | ends |
 |---|---|---|---|
 | current | yes | yes | with the guest, at a stop, or by itself |
-| retired | no | yes | when it is quiet, or what nobody has come for has expired |
+| retired | no | yes | when it is quiet, or its uncollected results have expired |
 
 *Quiet*: every trap that it was given is answered, and no request that it told to wait is without
 its result. So no request is asked of two sets.
@@ -68,7 +68,7 @@ class HandlerSet:
         self._result_timeout = settings.result_timeout
         # Requests that were told to wait and still run are bounded by the places, results that are
         # kept by as many. One that expires is not reported: it stays until it is the oldest.
-        self._most_waiting = 2 * settings.in_flight
+        self._max_waiting = 2 * settings.in_flight
         self._waiting: OrderedDict[int, RetryKey] = OrderedDict()
         """Requests that were told to wait, by the number of their first trap."""
         self._outcomes = OutcomeQueue(OUTCOMES_AHEAD)
@@ -77,7 +77,7 @@ class HandlerSet:
             self.backend,
             with_handshake(bridge, settings),
             settings,
-            self._outcomes.way_in(),
+            self._outcomes.add_producer(),
             shared.in_flight,
             shared.turns(),
             tuple(taps),
@@ -125,9 +125,10 @@ class HandlerSet:
         event = outcome.event
         assert event is not None
         if outcome.kind is OutcomeKind.WAITING:
+            # A retry that is told to wait is of the same request: one entry, under its first trap.
             first = outcome.retry_of or event.seq
             self._waiting[first] = retry_key(event, outcome.packet)
-            if len(self._waiting) > self._most_waiting:
+            if len(self._waiting) > self._max_waiting:
                 self._waiting.popitem(last=False)
         elif outcome.retry_of is not None:
             self._waiting.pop(outcome.retry_of, None)
@@ -145,7 +146,7 @@ class HandlerSet:
         """Another set takes the new requests: end when this one is quiet."""
         self._retired = True
         if not self._quiet:
-            # Results that nobody comes for expire: until then a handler may run for as long as
+            # Results that no retry collects expire: until then a handler may run for as long as
             # its deadline, and its result is kept for as long as `result_timeout`.
             with anyio.move_on_after(self.timeout + self._result_timeout):
                 await self.ended.wait()

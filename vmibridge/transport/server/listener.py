@@ -5,7 +5,7 @@ NATS has its own (`nats.listener`), for it has no connections of agents. What bo
 
 - A peer has `handshake` seconds to say who it is, and to send no more than 64 KiB for it.
 - At most `handshakes` peers are at that; the oldest has to go when there is one more. So a
-  crowd that says nothing keeps nobody out for long, and costs what that many sockets cost.
+  crowd that says nothing keeps no other peer out for long, and costs what that many sockets cost.
 - Who a peer is, is what the kernel (unix) or its certificate (TLS) says, never the peer itself.
 """
 
@@ -50,7 +50,7 @@ log: logging.Logger = logging.getLogger(__name__)
 AgentConnection: TypeAlias = Connection[FromAgent]
 
 _LAST = 1.0
-"""Seconds in which a peer is told why it is refused."""
+"""Seconds for sending a peer why it is refused."""
 _MAX_IN_A_ROW = 64
 """Frames of one agent that are taken before other tasks have their turn."""
 
@@ -96,7 +96,7 @@ class Listener:
         return [str(each) for each in (*self._listening, *self._nats)]
 
     async def run(self) -> None:
-        """Serve whoever connects, until cancelled; then all are hung up."""
+        """Serve each agent that connects, until cancelled; then closes all connections."""
         try:
             async with anyio.create_task_group() as tasks:
                 for each in self._listening:
@@ -142,7 +142,7 @@ class Listener:
             if session is not None:
                 await self._take_frames(session, connection)
         except WireError as error:
-            log.warning("%s: a peer sent what it must not: %s", listening.url, error)
+            log.warning("%s: a peer broke the protocol: %s", listening.url, error)
             self.refused += session is None
         except ConnectionLostError as error:
             if session is None:
@@ -173,7 +173,7 @@ class Listener:
                 session, welcome = await self._admit(hello, connection.peer)
         except TimeoutError:
             self.refused += 1
-            log.debug("%s: a peer did not say who it is", url)
+            log.debug("%s: a peer sent no HELLO in time", url)
             return None
         except RefusedError as error:
             self.refused += 1
@@ -242,7 +242,7 @@ def _client_name(made: ssl.SSLObject, url: TlsUrl) -> str:
     """Who the peer is. A session is its owner's, so one without a name could be anybody's."""
     found = certified_names(made)
     if not found:
-        raise RefusedError("the certificate names nobody: it needs a subject alternative name")
+        raise RefusedError("the certificate has no name: it needs a subject alternative name")
     if not url.names:
         return ",".join(name for _, name in found)
     names = [name for kind, name in found if kind == "DNS"]

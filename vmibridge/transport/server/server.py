@@ -54,7 +54,7 @@ TapFactory: TypeAlias = Callable[[str], Sequence[Tap]]
 """Given the name of a VM: what sees the traffic of one of its handler sets. A tap that is an
 async context manager is entered and left."""
 
-_MOST_ENDED = 1024
+_MAX_ENDED = 1024
 """Ids of sessions that are known to have ended, or to have been followed by another."""
 _TAKE_OVER = 30.0
 """Seconds that handlers may take to be entered, when they are reloaded."""
@@ -81,7 +81,7 @@ class AgentServer:
 
     `handlers` makes what serves one VM, given its name, as for `BridgeServer`; `settings` are
     those of each VM's server, and `in_flight_total` counts for all of them. `on_outcome` is
-    told of each trap, `on_end` of each VM that has ended: its name, its counts, and what no
+    called with each trap, `on_end` with each VM that has ended: its name, its counts, and what no
     outcome tells of (`SessionCounts`). Both may wait: the VM waits with them.
 
     `repeated` says what becomes of a trap that a server which is gone may have run: by
@@ -114,7 +114,7 @@ class AgentServer:
         self._new_sessions = NewSessions(self._limits.new_sessions)
         self._vms: dict[bytes, _Vm] = {}
         self._handler_sets: dict[HandlerSet, None] = {}
-        self._ended: deque[bytes] = deque(maxlen=_MOST_ENDED)
+        self._ended: deque[bytes] = deque(maxlen=_MAX_ENDED)
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
         self._now = False
@@ -140,7 +140,7 @@ class AgentServer:
         return self._listener.refused
 
     async def run(self) -> None:
-        """Serve until `stop`. Cancelled, it stops without grace. Once.
+        """Serve until `stop`. If cancelled, stops without grace. Once.
 
         Raises `BackendError` when it cannot listen.
         """
@@ -166,6 +166,7 @@ class AgentServer:
                         finally:
                             # Cancelled, too: no VM may begin any more.
                             self._stop.set()
+                        # Looked up each time: a reload that is under way may begin one more.
                         while self._handler_sets:
                             await next(iter(self._handler_sets)).done.wait()
                         await self._shared.close()
@@ -194,6 +195,8 @@ class AgentServer:
         A VM whose handlers cannot be made or entered keeps those that it has; VMs that come
         later get the new ones in any case.
         """
+        # Both before the first wait: a VM that comes meanwhile gets the new handlers, and what it
+        # shares with those of before counts as wanted again.
         self._handlers = handlers
         self._shared.supersede()
         done = 0
@@ -203,9 +206,10 @@ class AgentServer:
             try:
                 handler_set = await self._make(vm.session)
             except RefusedError as error:
-                log.warning("vm %s: goes on with the handlers it has: %s", vm.session.vm, error)
+                log.warning("vm %s: keeps its current handlers: %s", vm.session.vm, error)
                 continue
             done += await self._take_over(vm, handler_set)
+        # Not before: a shared handler of both the old and the new sets must stay entered.
         self._shared.leave_unused()
         return done
 
@@ -224,13 +228,14 @@ class AgentServer:
                 either.start_soon(wait, handler_set.ended)
         if not handler_set.backend.running.is_set() or handler_set.ended.is_set():
             handler_set.stop(now=True)
-            log.error("vm %s: goes on with the handlers that it has", name)
+            log.error("vm %s: keeps its current handlers", name)
             return False
         if handler_set.filter != vm.current.filter:
             log.warning(
-                "vm %s: traps with magics that it did not have before come when it starts anew",
+                "vm %s: traps with magics that are new come once the VM restarts",
                 name,
             )
+        # Only now that it takes traps: until here the old set has them, so that none is dropped.
         old, vm.current = vm.current, handler_set
         vm.retired.append(old)
         self._tasks.start_soon(old.retire)
@@ -242,7 +247,7 @@ class AgentServer:
         if self._stop.is_set() or self._tasks is None:
             raise RefusedError("the server stops", final=False)
         if hello.session in self._ended:
-            # Its agent has not heard that END had come, or the VM has begun anew.
+            # Its agent has not heard that END had come, or the VM has been restarted.
             raise RefusedError("this VM has ended")
         vm = self._vms.get(hello.session)
         if vm is None:
@@ -265,14 +270,14 @@ class AgentServer:
             if session.vm == hello.vm and not session.over.is_set():
                 if session.link is not None or session.owner != peer:
                     raise RefusedError(f"a VM of the name {hello.vm} is served", final=False)
-                # The VM was started anew: of the one before nobody will come back.
-                session.lose("its agent began anew")
+                # The VM was restarted: the agent of the session before will not come back.
+                session.lose("its agent restarted")
                 # What it has sent may come late, and is not to take the place of this one.
                 self._ended.append(session.id)
         if len(self._vms) >= self._limits.sessions:
-            raise RefusedError(f"{len(self._vms)} VMs are served: no more", final=False)
+            raise RefusedError(f"{len(self._vms)} VMs are served, which is the limit", final=False)
         if not self._new_sessions.take(peer, time.monotonic()):
-            raise RefusedError("this peer begins too many VMs: come later", final=False)
+            raise RefusedError("this peer starts too many VMs: try again later", final=False)
         session = Session(
             hello,
             peer,
@@ -280,6 +285,8 @@ class AgentServer:
             repeated=self._repeated,
             fallback=self._settings.fallback,
         )
+        # `_make` awaits nothing: between the search for a VM of this name and its entry there is no
+        # task switch, so two agents cannot both begin it.
         vm = _Vm(session, await self._make(session))
         self._vms[session.id] = vm
         session.route = lambda event: None if self._stop.is_set() else vm.route(event)
@@ -299,7 +306,7 @@ class AgentServer:
             taps = () if self._taps is None else self._taps(session.vm)
             return HandlerSet(session, bridge, self._settings, taps, self._shared)
         except Exception as error:
-            why = _told(error)
+            why = _text_of(error)
             log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
             raise RefusedError("the handlers cannot be made", final=False) from error
 
@@ -320,6 +327,7 @@ class AgentServer:
                 summary.guest = vm.session.guest
                 await self._on_end(vm.session.vm, summary, vm.session.counts.as_dict())
         finally:
+            # After `on_end`: the server waits for this, so every VM is reported before it ends.
             del self._handler_sets[handler_set]
             handler_set.done.set()
 
@@ -350,7 +358,7 @@ class AgentServer:
             if isinstance(error, anyio.get_cancelled_exc_class()):
                 raise
             # Whatever ended this VM ends no other.
-            why = _told(error)
+            why = _text_of(error)
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
 
     def _forget_vm(self, session: Session) -> None:
@@ -364,5 +372,5 @@ class AgentServer:
             session.lose("its handlers have ended")
 
 
-def _told(error: BaseException) -> str:
+def _text_of(error: BaseException) -> str:
     return str(error) if isinstance(error, VmiBridgeError) else one_line(error)

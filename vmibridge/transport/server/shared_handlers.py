@@ -44,9 +44,9 @@ class _Life:
         """Or failed, which `error` tells."""
         self.error: Exception | None = None
         self.unused = anyio.Event()
-        """Nobody has it, and nobody is to get it any more."""
+        """No VM has it, and none is to get it any more."""
         self.superseded = False
-        """Handlers were reloaded since somebody came for it."""
+        """Handlers were reloaded since a VM last used it."""
         self.leaving = False
         self.left = anyio.Event()
 
@@ -82,11 +82,14 @@ class SharedHandlers:
     async def _use(
         self, handler: BridgeHandler[Any], tasks: TaskGroup, end: End
     ) -> AsyncIterator[None]:
+        # A handler is not entered again before it was left. When that is done, another VM may have
+        # entered it already: so it is looked up again.
         while (life := self._lives.get(handler)) is not None and life.leaving:
             await life.left.wait()
         if life is None:
             life = self._lives[handler] = _Life(handler, self._stop_timeout)
             tasks.start_soon(self._live, life)
+        # A user before it is entered: else the last other one to go would have it left meanwhile.
         user = object()
         life.users[user] = end
         life.superseded = False
@@ -114,6 +117,7 @@ class SharedHandlers:
                     await life.unused.wait()
                 finally:
                     # Cancelled, by the server's end or by the handler itself, it has users.
+                    # From here on `_use` adds none, so that the wait below comes to an end.
                     life.leaving = True
                     for end in list(life.users.values()):
                         end()
@@ -131,6 +135,7 @@ class SharedHandlers:
         finally:
             if not life.entered.is_set() and life.error is None:
                 life.error = HandlerLifeError(f"handler {handler.name} did not start")
+            # Before the events: those that they wake must not find this one any more.
             del self._lives[handler]
             life.entered.set()
             life.left.set()
@@ -142,16 +147,16 @@ class SharedHandlers:
             life.superseded = True
 
     def leave_unused(self) -> None:
-        """All VMs have the reloaded handlers: leave what nobody has."""
+        """All VMs have the reloaded handlers: leave those that no VM has."""
         for life in self._lives.values():
             self._leave_if_unused(life)
 
     async def close(self) -> None:
-        """Nobody comes any more: leave all, as their last users go, and wait for that."""
+        """No VM comes any more: leave all, as their last users go, and wait for that."""
         self._closed = True
         self.leave_unused()
         for life in list(self._lives.values()):
-            # Nobody waits any more for one that is being entered.
+            # No VM waits any more for one that is being entered.
             life.lived.stop(0)
             await life.left.wait()
 

@@ -64,7 +64,7 @@ class RemoteBackend(SessionBackend):
 
     async def _admit(self, hello: Hello, peer: str) -> tuple[Session, Welcome]:
         if not hasattr(self, "session"):
-            # Taps are told of the VM before its agent comes.
+            # Taps see the VM before its agent comes.
             if hello.architecture != self.architecture.name:
                 raise RefusedError(f"only a guest of {self.architecture.name} is served here")
             self.session: Session = Session(

@@ -5,7 +5,7 @@
 - Frames are coalesced: between `cork` and `uncork`, and with `later`, they go out together.
 - TLS is a code between bytes and bytes, in memory: the socket below it is the same, and what is
   sent without waiting in the clear is sent without waiting in TLS.
-- That a connection is lost is raised to whoever receives (or shakes hands), and to nobody else;
+- That a connection is lost is raised in the task that receives (or shakes hands), and in no other;
   what is posted then goes nowhere.
 """
 
@@ -25,7 +25,7 @@ from vmibridge.transport.wire import HELLO_LIMIT, F, Frame, FrameReader, encode_
 
 _CHUNK = 256 << 10
 """Bytes that are received at a time."""
-_MOST_UNSENT = 64 << 20
+_MAX_UNSENT = 64 << 20
 """Bytes that are kept for a peer that does not read; beyond it the connection is lost."""
 _MAX_CORKED = 1 << 20
 """Bytes that are kept for `uncork`; beyond it they go out before, or count as unsent."""
@@ -44,7 +44,7 @@ class Connection(Generic[F]):
         self.closed: bool = False
         self.reader: FrameReader[F] = FrameReader(decoder, HELLO_LIMIT)
         self._socket = connected
-        self._duplex = Duplex(connected, unsent or _MOST_UNSENT)
+        self._duplex = Duplex(connected, unsent or _MAX_UNSENT)
         self._unsent = self._duplex.unsent
         self._plain = bytearray()
         """Frames that were posted, and that the socket was not given yet."""
@@ -150,7 +150,7 @@ class Connection(Generic[F]):
             try:
                 self._send()
             except OSError:
-                # Whoever receives learns of it.
+                # The task that receives learns of it.
                 self._unsent.clear()
         if self._unsent and not self._waking:
             self._keep()
@@ -201,7 +201,7 @@ class Connection(Generic[F]):
             await self._flush_all()
 
     def close(self) -> None:
-        """Hang up. Nothing is sent any more; whoever receives is told."""
+        """Hang up. Nothing is sent any more; the task that receives ends."""
         if self.closed:
             return
         self.closed = True

@@ -16,7 +16,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 async def connect(url: SocketUrl) -> socket.socket:
-    """Raises `OSError` when nobody listens there."""
+    """Raises `OSError` when nothing listens there."""
     if isinstance(url, UnixUrl):
         return await sockets.connect(socket.AF_UNIX, str(url.path))
     return await sockets.connect_tcp(url.host, url.port)

@@ -111,5 +111,5 @@ class TlsCode:
 def ssl_reason(error: ssl.SSLError) -> str:
     """Why TLS failed, in words for a log."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the certificate does not do: {error.verify_message}"
+        return f"the certificate is not accepted: {error.verify_message}"
     return str(getattr(error, "reason", None) or error).lower().replace("_", " ")

@@ -6,7 +6,7 @@ import pytest
 
 from vmibridge.backends.qemu.gdb.commands import ReplyError
 from vmibridge.backends.qemu.gdb.registers import (
-    MOST_DESCRIPTION,
+    MAX_DESCRIPTION,
     QEMU_X86_64,
     Field,
     Frame,
@@ -136,7 +136,7 @@ EXTERNAL = '<!DOCTYPE target [<!ENTITY a SYSTEM "file:///etc/hostname">]>'
     [
         (b"<target>", "no XML"),
         (b"what", "no XML"),
-        (b" " * (MOST_DESCRIPTION + 1), "bytes"),
+        (b" " * (MAX_DESCRIPTION + 1), "bytes"),
         (f"{ENTITY}<target>&b;</target>".encode(), "entities"),
         (f"{EXTERNAL}<target>&a;</target>".encode(), "entities"),
         (b'<t><reg name="a"/></t>', "without a size"),

@@ -201,7 +201,7 @@ async def test_an_answer_that_met_other_registers_is_undone(stage, caplog):
         await stub.runs()
         assert stub.answer == (77, 0, 0xFFF0)
         await stub.stop(b"W00")
-    assert "was taken out of a trap by somebody else" in caplog.text
+    assert "was taken out of a trap by another client" in caplog.text
 
 
 async def test_a_command_that_is_dropped_because_the_vm_ran_is_made_up_for(stage):

@@ -13,7 +13,7 @@ from vmibridge.backends.qemu.plugin.vcpu import Vcpu
 from vmibridge.errors import BackendError, GuestMemoryError
 
 pytestmark = pytest.mark.anyio
-MOST = 100_000
+MAX_UNSENT = 100_000
 PIECE = bytes(10_000)
 
 
@@ -27,17 +27,17 @@ def pair():
 
 
 async def test_a_plugin_loses_the_connection_of_its_vcpu(pair, monkeypatch):
-    monkeypatch.setattr(plugin_vcpu, "_MOST_UNSENT", MOST)
+    monkeypatch.setattr(plugin_vcpu, "_MAX_UNSENT", MAX_UNSENT)
     vcpu = Vcpu(pair[0], FrameReader(), 0, None)
     sent = 0
     with pytest.raises(BackendError, match="does not read"), anyio.fail_after(10):
-        while sent < 100 * MOST:
+        while sent < 100 * MAX_UNSENT:
             # A handler that gives up each of its writes.
             with anyio.CancelScope() as scope:
                 scope.cancel()
                 await vcpu.send(PIECE)
             sent += len(PIECE)
-    assert sent > MOST
+    assert sent > MAX_UNSENT
     # What it was sent is not whole: its vCPU has not gone on.
     assert vcpu.waits
     with pytest.raises(GuestMemoryError):
@@ -47,15 +47,15 @@ async def test_a_plugin_loses_the_connection_of_its_vcpu(pair, monkeypatch):
 
 
 async def test_a_gdbstub_loses_its_connection(pair, monkeypatch):
-    monkeypatch.setattr(gdb_client, "_MOST_UNSENT", MOST)
+    monkeypatch.setattr(gdb_client, "_MAX_UNSENT", MAX_UNSENT)
     client = GdbClient(pair[0])
     sent = 0
     with anyio.fail_after(10):
         async with reading(client):
             with pytest.raises(ClientLostError, match="does not read"):
-                while sent < 100 * MOST:
+                while sent < 100 * MAX_UNSENT:
                     client.post(PIECE, 1, lambda _reply: None)
                     sent += len(PIECE)
-            assert sent > MOST
+            assert sent > MAX_UNSENT
             await client.lost.wait()
     assert client.why_lost == "it hung up"

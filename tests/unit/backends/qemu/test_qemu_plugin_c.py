@@ -25,7 +25,7 @@ CPUID, VMCALL, VMMCALL = 1, 2, 3
 MAGIC, TF = 0x4249_4D56, 0x100
 HELLO, TRAP, MEMORY, WELCOME, REFUSED, ANSWER, NATIVE, READ, WRITE = (1, 2, 3, *range(16, 22))
 WELCOMED = struct.pack("<5I", 3, 0b1110, 0, 1, MAGIC)
-MOST = 16 << 20
+MAX_ACCESS = 16 << 20
 
 
 @pytest.fixture(scope="module", params=["inside", "outside"])
@@ -219,10 +219,10 @@ def test_a_host_reads_and_writes_memory_while_the_vcpu_waits(stage):
     assert host.receive() == (MEMORY, b"\0\0\0\0")
     host.send(READ, struct.pack("<QII", 0xFF7, 6, 0))
     assert host.receive() == (MEMORY, b"\0\0\0\0 bytes")
-    for address, size in [(1 << 20, 1), ((1 << 64) - 1, 2), (0, MOST)]:
+    for address, size in [(1 << 20, 1), ((1 << 64) - 1, 2), (0, MAX_ACCESS)]:
         host.send(READ, struct.pack("<QII", address, size, 0))
         assert host.receive() == (MEMORY, b"\1\0\0\0")
-    host.send(READ, struct.pack("<QII", 0, MOST + 1, 0))
+    host.send(READ, struct.pack("<QII", 0, MAX_ACCESS + 1, 0))
     assert host.receive() == (MEMORY, b"\1\0\0\0")
     host.send(ANSWER, answer(VMCALL))
     assert vcpu.goes_on()[0] == "behind"
@@ -239,7 +239,9 @@ WRONG = {
     "a long read": struct.pack("<IIQII", READ, 17, 0, 1, 0) + b"\0",
     "a write of another size": struct.pack("<IIQII", WRITE, 20, 0, 5, 0) + bytes(5),
     "a write that wraps": struct.pack("<IIQII", WRITE, 15, 0, 0xFFFF_FFFF, 0),
-    "a write that is too large": struct.pack("<IIQII", WRITE, MOST + 17, 0, MOST + 1, 0),
+    "a write that is too large": struct.pack(
+        "<IIQII", WRITE, MAX_ACCESS + 17, 0, MAX_ACCESS + 1, 0
+    ),
 }
 
 
@@ -272,7 +274,7 @@ def test_a_host_that_goes_away_at_any_byte_is_done_without(stage):
 def test_random_bytes_do_no_harm(stage):
     chance = random.Random(15)
     kinds = [*range(15, 24), 0, 2, 3, 0xFFFF_FFFF]
-    lengths = [*range(20), 47, 48, 49, MOST, MOST + 16, 0xFFFF_FFFF]
+    lengths = [*range(20), 47, 48, 49, MAX_ACCESS, MAX_ACCESS + 16, 0xFFFF_FFFF]
     for _ in range(40):
         data = b""
         for _ in range(chance.randrange(1, 4)):

@@ -62,8 +62,8 @@ def test_both_ends_have_the_same_numbers_and_names():
     numbers = c_numbers()
     assert {each.name: numbers[each.name] for each in FrameType} == dict(FrameType.__members__)
     assert {numbers[each.name]: each for each in protocol._REASONS.values()} == protocol._REASONS
-    ours = (protocol.PROTOCOL, protocol.MOST_MAGICS, MAX_ACCESS, 1, 2)
-    names = ("PROTOCOL", "MOST_MAGICS", "MOST_ACCESS", "ANY_HYPERCALL", "ANY_CPUID")
+    ours = (protocol.PROTOCOL, protocol.MAX_MAGICS, MAX_ACCESS, 1, 2)
+    names = ("PROTOCOL", "MAX_MAGICS", "MAX_ACCESS", "ANY_HYPERCALL", "ANY_CPUID")
     assert numbers["FLAGS_UNKNOWN"] == protocol._FLAGS_UNKNOWN
     assert tuple(numbers[name] for name in names) == ours
     assert NAMES == REGISTER_NAMES
@@ -84,7 +84,7 @@ def test_frames_come_whole_however_the_stream_is_cut(data):
     assert found == frames
 
 
-@pytest.mark.parametrize("most", [protocol.MOST_HELLO, MAX_ACCESS])
+@pytest.mark.parametrize("most", [protocol.MAX_HELLO, MAX_ACCESS])
 def test_a_frame_that_is_too_long_is_refused_by_its_head(most):
     longest, too_long = FrameReader(most), FrameReader(most)
     longest.feed(struct.pack("<II", 3, most))

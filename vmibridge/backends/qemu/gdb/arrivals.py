@@ -14,7 +14,7 @@ from vmibridge.backends.qemu.gdb.inspection import Code, Inspector, Where, Windo
 from vmibridge.backends.qemu.gdb.memory import QemuMemory
 from vmibridge.backends.qemu.gdb.packets import encode
 
-_MOST_GUESSES = 4096
+_MAX_GUESSES = 4096
 READ_REGISTERS = encode(commands.READ_REGISTERS)
 
 
@@ -31,8 +31,8 @@ class Arrivals:
     ) -> None:
         """`on_arrived` gets the vCPU, and its trap if that was guessed.
 
-        `on_dropped` is called instead if somebody else had let the VM go on meanwhile: it is
-        paused.
+        `on_dropped` is called instead if another client of QEMU had let the VM go on
+        meanwhile: it is paused.
         """
         self._client = client
         self._memory = memory
@@ -62,7 +62,7 @@ class Arrivals:
 
     def note(self, stop: Stop, point: int) -> None:
         """A vCPU was at a breakpoint."""
-        if len(self._following) >= _MOST_GUESSES:
+        if len(self._following) >= _MAX_GUESSES:
             self._following.clear()
         self._following[stop.thread, self._last.get(stop.thread)] = point
         self._last[stop.thread] = point

@@ -6,7 +6,7 @@
 - What happens from a stop to an answer is in `stops`; here is the life around.
 - Connecting pauses the VM; the breakpoints are set when it is run.
 - On the way out the VM is left as the option `leave` says (`leaving`), and the guest runs on; a VM
-  that somebody else paused stays paused.
+  that another client paused stays paused.
 """
 
 import logging
@@ -25,7 +25,7 @@ from vmibridge.backends.qemu.gdb.inspection import Inspector
 from vmibridge.backends.qemu.gdb.leaving import check_status, restore_sites, skip_sites
 from vmibridge.backends.qemu.gdb.memory import QemuMemory
 from vmibridge.backends.qemu.gdb.monitor import ACCELERATOR, STATUS
-from vmibridge.backends.qemu.gdb.options import MOST_HARDWARE, QemuGdbOptions, parse_spec
+from vmibridge.backends.qemu.gdb.options import MAX_HARDWARE, QemuGdbOptions, parse_spec
 from vmibridge.backends.qemu.gdb.stop_log import StopLog
 from vmibridge.backends.qemu.gdb.stops import CONTINUE, GONE, Stops
 from vmibridge.backends.qemu.qmp import Qmp
@@ -48,7 +48,7 @@ class _Status(msgspec.Struct):
 
 
 class QemuGdbBackend(Backend):
-    """One QEMU. Raises `BackendSpecError` for options that make no sense."""
+    """One QEMU. Raises `BackendSpecError` if an option is out of range."""
 
     def __init__(
         self, where: str, options: QemuGdbOptions, sites: Sequence[int], vm: str = "vm"
@@ -70,7 +70,7 @@ class QemuGdbBackend(Backend):
         self._started = False
         self._prelaunch = False
         self._theirs = False
-        """Somebody else had paused the VM before this host came."""
+        """Another client had paused the VM before this host came."""
         self._over = anyio.Event()
         self._stopped = False
         self._ram: SharedRam | None = None
@@ -94,7 +94,7 @@ class QemuGdbBackend(Backend):
                 self._theirs = await self._was_paused()
                 connection = await self._connect()
         except TimeoutError as error:
-            raise BackendError(f"{spec}: nobody answers") from error
+            raise BackendError(f"{spec}: no answer") from error
         except OSError as error:
             raise BackendError(f"{spec}: {error.strerror or error}") from error
         self._client = GdbClient(connection)
@@ -113,7 +113,7 @@ class QemuGdbBackend(Backend):
             raise
 
     async def _was_paused(self) -> bool:
-        """Whether somebody else has paused the VM; without a monitor that is not known."""
+        """Whether another client has paused the VM; without a monitor that is not known."""
         if not self.options.qmp:
             return False
         try:
@@ -159,9 +159,9 @@ class QemuGdbBackend(Backend):
             await restore_sites(client, memory, self.sites, self._threads)
         chosen = self.options.breakpoints
         self._hardware = uses_kvm if chosen == "auto" else chosen == "hardware"
-        if self._hardware and len(self._points) > MOST_HARDWARE:
+        if self._hardware and len(self._points) > MAX_HARDWARE:
             raise BackendError(
-                f"{len(self._points)} sites, and a vCPU has {MOST_HARDWARE} hardware breakpoints"
+                f"{len(self._points)} sites, and a vCPU has {MAX_HARDWARE} hardware breakpoints"
             )
         if uses_kvm and not self._hardware:
             await self._save_code()
@@ -274,12 +274,12 @@ class QemuGdbBackend(Backend):
                         async for _ in resets:
                             self.was_reset()
         except (OSError, QmpError) as error:
-            log.warning("vm %s: its monitor does not tell of resets: %s", self.vm, error)
+            log.warning("vm %s: its monitor does not report resets: %s", self.vm, error)
         finally:
             watched.set()
 
     def was_reset(self) -> None:
-        """Told by whoever knows, such as QMP: the VM was reset.
+        """Called when the VM was reset, as QMP reports it.
 
         A trap that is pending is no more: its answer only lets the VM go on. The breakpoints
         stay armed, but for software breakpoints under KVM, which the reset overwrites.
@@ -326,7 +326,7 @@ class QemuGdbBackend(Backend):
         ]
         try:
             # Where the VM runs, the first byte stops it. A vCPU may have met a breakpoint at that
-            # moment: QEMU forgets that in its next turn, or it would stop for nobody after `D`.
+            # moment: QEMU forgets that in its next turn, or it would stop with no client after `D`.
             await client.ask_all([commands.select("p0.0")], head=commands.INTERRUPT)
             if leave == "wait":
                 tail = b"" if paused else CONTINUE
@@ -359,7 +359,7 @@ class QemuGdbBackend(Backend):
             elif self._stops.shut_down or self._client.exited or why == "it hung up":
                 ends.append(VcpuEnd(vcpu, "halted", "QEMU has ended"))
             else:
-                ends.append(VcpuEnd(vcpu, "lost", f"the stub is of no more use: {why}"))
+                ends.append(VcpuEnd(vcpu, "lost", f"lost the connection to the stub: {why}"))
         return GuestEnd(tuple(ends))
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:

@@ -1,11 +1,11 @@
 """A gdbstub on a socket: commands go out, replies come back in their order.
 
-- One task reads for all of the client's life (`read`), and hands each reply to whoever waits
-  longest. Stop replies are not asked for: they go to `on_stop`.
+- One task reads for all of the client's life (`read`), and hands each reply to the command
+  that waits longest. Stop replies are not asked for: they go to `on_stop`.
 - Nothing is acknowledged once the stub has agreed, or is QEMU's: a byte that arrives while
   the VM runs stops it.
-- Somebody else may let the VM go on by QMP at any moment, and then the stub drops the first command
-  that comes (`commands.is_probed`). Where that would matter a probe goes ahead.
+- Another client may let the VM go on by QMP at any moment, and then the stub drops the first
+  command that comes (`commands.is_probed`). Where that would matter a probe goes ahead.
 - A stub that owes a reply for `patience` seconds is lost, as one that says what it must not.
 """
 
@@ -39,12 +39,12 @@ PATIENCE = 10.0
 """Seconds that a stub may owe a reply."""
 _IN_FLIGHT = 32
 """Commands that are sent ahead of their replies."""
-_MOST_TEXT = 1 << 20
-_MOST_STOPS = 256
-_MOST_UNSENT = 64 << 20
+_MAX_TEXT = 1 << 20
+_MAX_STOPS = 256
+_MAX_UNSENT = 64 << 20
 """Bytes that are kept for a stub that does not read; beyond it the connection is lost."""
 _TRIES = 4
-_MOST_PIECES = 100
+_MAX_PIECES = 100
 _PROBE = encode(commands.PROBE)
 
 OnReply = Callable[[bytes], None]
@@ -55,7 +55,7 @@ def _on_probed(_reply: bytes) -> None:
 
 
 class ClientLostError(BackendError):
-    """The connection is gone, or of no more use."""
+    """The connection is gone, or cannot be used any more."""
 
 
 class _Replies:
@@ -101,7 +101,7 @@ class GdbClient:
         self.interfered: int = 0
         """How often a probe was dropped: the VM ran, and the probe has paused it."""
         self._socket = connection
-        self._duplex = Duplex(connection, _MOST_UNSENT)
+        self._duplex = Duplex(connection, _MAX_UNSENT)
         self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
         """Take what comes right now: a stop often follows at once when the VM goes on."""
         self._packets = PacketReader()
@@ -113,7 +113,7 @@ class GdbClient:
         self._asked_why = False
 
     def close(self) -> None:
-        """Hang up. Nobody may read or wait any more."""
+        """Hang up. No task may read or wait any more."""
         self.lose("hung up")
         self._socket.close()
 
@@ -122,7 +122,7 @@ class GdbClient:
             raise ClientLostError(self.why_lost)
 
     def lose(self, why: str) -> None:
-        """The connection is of no more use; whoever waits for a reply is told."""
+        """Give the connection up; wakes every pending caller with `ClientLostError`."""
         if self.why_lost is not None:
             return
         self.why_lost = why
@@ -148,7 +148,7 @@ class GdbClient:
         self.lose("it hung up")
 
     def _receive(self) -> bool:
-        # Raises nothing: why the stub is lost has to be known before somebody sends again.
+        # Raises nothing: why the stub is lost has to be known before the next command is sent.
         try:
             self._receive_pieces()
         except anyio.EndOfStream:
@@ -159,14 +159,14 @@ class GdbClient:
         except ClientLostError as error:
             self.lose(str(error))
         except PacketError as error:
-            self.lose(f"it sent what it must not: {error}")
+            self.lose(f"it broke the protocol: {error}")
         return self.why_lost is None
 
     def _receive_pieces(self) -> None:
         # QEMU writes a reply in two pieces, and the next one often follows at once: to look
         # again is cheaper than to wait. It looks only so often, for others to have their turn.
         tries = _TRIES
-        for _ in range(_MOST_PIECES):
+        for _ in range(_MAX_PIECES):
             data = self._duplex.receive_now(1 << 16)
             if data is None:
                 if not tries or not (self._due or self._runs):
@@ -188,6 +188,7 @@ class GdbClient:
     def _take(self, packet: bytes) -> None:
         if self._acknowledges:
             self.send(b"+")
+        # The reply to `?` looks like a stop, and is none.
         if commands.is_stop(packet) and not (self._asked_why and self._due):
             self._runs = False
             stop = self._stops.get(packet) or self._parse_stop(packet)
@@ -199,15 +200,16 @@ class GdbClient:
             if commands.is_probed(packet):
                 self._replies += 1
                 return
+            # The stub has dropped the probe: this is the reply to the command behind it.
             self.interfered += 1
         if not self._due:
-            raise PacketError(f"a reply that nobody asked for: {packet[:40]!r}")
+            raise PacketError(f"an unsolicited reply: {packet[:40]!r}")
         self._replies += 1
         self._due.popleft()(packet)
 
     def _parse_stop(self, packet: bytes) -> Stop | Exit:
         stop = commands.parse_stop(packet)
-        if len(self._stops) < _MOST_STOPS:
+        if len(self._stops) < _MAX_STOPS:
             self._stops[packet] = stop
         return stop
 
@@ -288,7 +290,7 @@ class GdbClient:
     ) -> list[bytes]:
         """The replies to some commands, which go out in one write between `head` and `tail`.
 
-        With `probe` they are done even if somebody else has let the VM go on: it is paused then,
+        With `probe` they are done even if another client has let the VM go on: it is paused then,
         and `interfered` counts it. If cancelled, replies are dropped as they come. Raises
         `ClientLostError`.
         """
@@ -303,6 +305,7 @@ class GdbClient:
         await self.flush()
         await replies.arrived.wait()
         if b"" in replies.data:
+            # "Unknown", or what `lose` has put there.
             self._check_lost()
         return replies.data
 
@@ -354,10 +357,11 @@ class GdbClient:
                 errors.append(error)
                 done.set()
                 return
-            if part is None or sum(map(len, text)) > _MOST_TEXT:
+            if part is None or sum(map(len, text)) > _MAX_TEXT:
                 done.set()
             else:
                 text.append(part)
+                # One command, any number of replies: the next one is due before all others.
                 self._due.appendleft(take)
 
         self._check_lost()

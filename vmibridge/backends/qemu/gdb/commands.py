@@ -2,7 +2,7 @@
 
 GDB manual, appendix E.2 (packets), E.3 (stop replies), E.4 (queries); QEMU's own are in its
 `docs/system/gdb.rst`. A command is what goes into a packet. What a stub replies is checked;
-an error of the stub is a `StubError`, and what makes no sense a `ReplyError`.
+an error of the stub is a `StubError`, and a malformed reply a `ReplyError`.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ only if it is by the other byte. What comes while the VM stands still is dropped
 SIGQUIT, SIGTRAP, SIGABRT = 3, 5, 6
 """QEMU tells a shutdown by SIGQUIT, a pause by SIGINT, a breakpoint by SIGTRAP, and by SIGABRT that
 it cannot run the VM any further: the state "internal-error" of its monitor."""
-_MOST_THREADS = 4096
+_MAX_THREADS = 4096
 
 
 class ReplyError(PacketError):
@@ -50,7 +50,7 @@ class Stop(NamedTuple):
 
     signal: int
     thread: str = ""
-    """The one that was stopped, such as `p01.02`; empty when it was not told."""
+    """The one that was stopped, such as `p01.02`; empty if the stub did not say."""
 
 
 class Exit(NamedTuple):
@@ -102,7 +102,7 @@ def parse_threads(data: bytes) -> list[str]:
     if not data.startswith(b"m"):
         raise ReplyError(f"{_shown(data)} is no list of threads")
     threads = [_thread(name) for name in data[1:].split(b",")]
-    if len(threads) > _MOST_THREADS:
+    if len(threads) > _MAX_THREADS:
         raise ReplyError(f"{len(threads)} threads")
     return threads
 
@@ -123,10 +123,10 @@ def parse_features(data: bytes) -> dict[str, str]:
 
 def packet_size(features: dict[str, str], default: int = 400, most: int = 1 << 17) -> int:
     """Bytes that the stub takes in a packet. Raises `ReplyError` for less than it has to."""
-    told = features.get("PacketSize")
-    if told is None:
+    stated = features.get("PacketSize")
+    if stated is None:
         return default
-    size = _number(told.encode(), told.encode())
+    size = _number(stated.encode(), stated.encode())
     if size < 256:
         raise ReplyError(f"packets of {size} bytes")
     return min(size, most)

@@ -39,7 +39,7 @@ from vmibridge.vm.trap import Registers, TrapReason
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_MOST_KNOWN = 4096
+_MAX_KNOWN = 4096
 _RFLAGS_RF = 1 << 16
 _LOOK_BACK = 8
 """Bytes before a trap that may belong to a MOV SS."""
@@ -57,7 +57,7 @@ class Code(NamedTuple):
     in_shadow: bool = False
     """Whether the instruction before it may be a STI or a load of SS."""
     patched: bool = False
-    """Whether somebody who left has replaced it by one that does nothing."""
+    """Whether a client that left has replaced it by one that does nothing."""
 
 
 class Window(NamedTuple):
@@ -156,6 +156,7 @@ class Inspector:
         if pushed is None:
             return None
         frame = parse_frame(pushed)
+        # RF is pushed set for every fault: it says nothing of the code that trapped.
         frame = frame._replace(flags=frame.flags & ~_RFLAGS_RF)
         before = msgspec.structs.replace(registers, rsp=frame.sp, rip=frame.ip, rflags=frame.flags)
         return where._replace(registers=before, cs=frame.cs & 0xFFFF, frame=frame)
@@ -178,8 +179,10 @@ class Inspector:
             return None
         result = Code(*found, segment.width, address, _may_shadow(before), patched)
         self._windows.pop(address, None)
+        # What `known` can tell by RIP and these bytes alone: RIP is linear in 64-bit code only, and
+        # under a breakpoint or a patch memory does not show the guest's own instruction.
         if where.frame is None and segment.width == 64 and saved is None and not patched:
-            if len(self._windows) >= _MOST_KNOWN:
+            if len(self._windows) >= _MAX_KNOWN:
                 self._windows.clear()
             self._windows[address] = Window(
                 address - len(before), before + read[: found[1]], result
@@ -213,8 +216,10 @@ class Inspector:
             return real or CodeSegment(0, 64 if registers.efer & EFER_LMA else 32)
         segment = segment_of_cache(tables.base, tables.flags, registers.efer)
         descriptor = await self._memory.read_virtual(_place(tables, cs), DESCRIPTOR_SIZE)
+        # The table may have changed since the segment was loaded. Then the descriptor that is there
+        # now cannot stand for it the next time.
         if descriptor is not None and _segment_of(descriptor, registers.efer) == segment:
-            if len(self._segments) >= _MOST_KNOWN:
+            if len(self._segments) >= _MAX_KNOWN:
                 self._segments.clear()
             self._segments[key] = descriptor, segment
         return segment

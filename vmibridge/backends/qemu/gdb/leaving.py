@@ -1,4 +1,4 @@
-"""How a VM is left to nobody, and what the next host finds.
+"""How a VM is left without a host, and what the next host finds.
 
 | leave | a trap without a host | what stays in the VM |
 |---|---|---|
@@ -105,9 +105,9 @@ def check_status(vm: str, text: str) -> None:
     if status == "debug":
         log.warning(
             "vm %s: found at a breakpoint (status 'debug'): its last host or debugger was killed,"
-            " or has left it to wait. Its breakpoints are removed; it goes on with this run, and a"
-            " trap that was not answered comes again",
+            " or has left it to wait. Its breakpoints are removed; it continues with this run, and"
+            " a trap that was not answered comes again",
             vm,
         )
     elif status not in ("", "prelaunch"):
-        log.warning("vm %s: found with status %r: it goes on with this run", vm, status)
+        log.warning("vm %s: found with status %r: it continues with this run", vm, status)

@@ -11,7 +11,7 @@ from vmibridge.vm.spec import parse_options
 
 _NUMBERS = {"site": "an address", "ud-handler": "an address"}
 _LISTS = ("site", "symbol")
-MOST_HARDWARE = 4
+MAX_HARDWARE = 4
 """The debug registers of an x86 processor."""
 
 
@@ -33,7 +33,7 @@ class QemuGdbOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_log: str = msgspec.field(default="", name="stop-log")
     """The file of QEMU's log, so that a `stop` by QMP in a trap is not lost."""
     leave: Literal["native", "skip", "wait"] = "native"
-    """What a trap does when the run has ended and nobody is there."""
+    """What a trap does when the run has ended and no host is there."""
     ram: str = ""
     """The file in which QEMU keeps guest memory and shares it."""
 

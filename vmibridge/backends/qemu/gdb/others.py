@@ -27,7 +27,7 @@ class Standing(Enum):
 
     TRAPPED = "trapped"
     PAUSED = "paused"
-    """By somebody else."""
+    """By another client."""
 
 
 class Others:
@@ -35,7 +35,7 @@ class Others:
 
     def __init__(self, client: GdbClient) -> None:
         self.stops = 0
-        """How many the stub has told."""
+        """How many the stub has reported."""
         self.is_looking = False
         """A pause that is reported now is that of a look."""
         self.has_paused = False

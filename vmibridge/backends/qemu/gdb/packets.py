@@ -10,7 +10,7 @@ import re
 from enum import Enum
 from zlib import adler32
 
-MOST_PACKET = 1 << 20
+MAX_PACKET = 1 << 20
 """Bytes of one packet, as it comes and unpacked: the most that is taken of any stub."""
 
 _START, _END, _ESCAPE, _REPEAT, _NOTIFICATION, _ACK, _NACK = b"$#}*%+-"
@@ -30,7 +30,7 @@ class Mark(Enum):
 
 
 class Notification(bytes):
-    """The data of a packet that answers nothing and that nobody acknowledges."""
+    """The data of a packet that is neither a reply nor acknowledged."""
 
     __slots__ = ()
 
@@ -54,10 +54,10 @@ def checksum(data: bytes) -> int:
 class PacketReader:
     """Puts packets together out of pieces of any size."""
 
-    def __init__(self, most: int = MOST_PACKET) -> None:
+    def __init__(self, most: int = MAX_PACKET) -> None:
         self._buffer = bytearray()
         self._searched = 0
-        self._most = most
+        self._max_size = most
 
     def feed(self, data: bytes) -> None:
         """More bytes have come."""
@@ -86,30 +86,30 @@ class PacketReader:
             raise PacketError(f"byte {first:#04x} between packets")
         end = buffer.find(_END, self._searched or 1)
         if end < 0:
-            if len(buffer) > self._most:
-                raise PacketError(f"a packet of more than {self._most} bytes")
+            if len(buffer) > self._max_size:
+                raise PacketError(f"a packet of more than {self._max_size} bytes")
             self._searched = len(buffer)
             return None
-        if end > self._most:
-            raise PacketError(f"a packet of {end} bytes, {self._most} are the most")
+        if end > self._max_size:
+            raise PacketError(f"a packet of {end} bytes, {self._max_size} are the most")
         if len(buffer) < end + 3:
             self._searched = end
             return None
-        raw, told = bytes(buffer[1:end]), bytes(buffer[end + 1 : end + 3])
+        raw, stated = bytes(buffer[1:end]), bytes(buffer[end + 1 : end + 3])
         del buffer[: end + 3]
         self._searched = 0
-        check_sum(raw, told)
-        data = unpack(raw, self._most)
+        check_sum(raw, stated)
+        data = unpack(raw, self._max_size)
         return Notification(data) if first == _NOTIFICATION else data
 
 
-def check_sum(raw: bytes, told: bytes) -> None:
-    """Raises `PacketError` unless `told`, two hex digits, is the sum of `raw`."""
-    if told.lower() != b"%02x" % checksum(raw):
-        raise PacketError(f"a wrong checksum: {told!r} of {len(raw)} bytes")
+def check_sum(raw: bytes, stated: bytes) -> None:
+    """Raises `PacketError` unless `stated`, two hex digits, is the sum of `raw`."""
+    if stated.lower() != b"%02x" % checksum(raw):
+        raise PacketError(f"a wrong checksum: {stated!r} of {len(raw)} bytes")
 
 
-def unpack(raw: bytes, most: int = MOST_PACKET) -> bytes:
+def unpack(raw: bytes, most: int = MAX_PACKET) -> bytes:
     """Data without escapes and repeats. Raises `PacketError`, also for more than `most` bytes."""
     if _ESCAPE not in raw and _REPEAT not in raw:
         return raw

@@ -15,11 +15,11 @@ from vmibridge.backends.qemu.gdb.commands import ReplyError
 from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import Registers, RegisterWrites
 
-MOST_DESCRIPTION = 1 << 20
+MAX_DESCRIPTION = 1 << 20
 """Bytes of all documents of a description."""
-MOST_ANNEXES = 32
-_MOST_REGISTERS = 1024
-_MOST_BITS = 4096
+MAX_ANNEXES = 32
+_MAX_REGISTERS = 1024
+_MAX_BITS = 4096
 
 _GENERAL = ("ax", "bx", "cx", "dx", "si", "di", "bp", "sp")
 _NAMES_64 = (*(f"r{name}" for name in _GENERAL), *(f"r{number}" for number in range(8, 16)))
@@ -46,7 +46,7 @@ class Description(NamedTuple):
 
 def parse_description(document: bytes) -> Description:
     """Raises `ReplyError` for what is no description, is too large, or declares entities."""
-    if len(document) > MOST_DESCRIPTION:
+    if len(document) > MAX_DESCRIPTION:
         raise ReplyError(f"a target description of {len(document)} bytes")
     found = Description("", [], [])
     architecture: list[str] = []
@@ -75,7 +75,7 @@ def parse_description(document: bytes) -> Description:
         parser.Parse(document, True)
     except expat.ExpatError as error:
         raise ReplyError(f"a target description that is no XML: {error}") from None
-    if len(found.registers) > _MOST_REGISTERS:
+    if len(found.registers) > _MAX_REGISTERS:
         raise ReplyError(f"a target description with {len(found.registers)} registers")
     return found._replace(architecture="".join(architecture).strip())
 
@@ -87,7 +87,7 @@ def _register(attributes: dict[str, str]) -> tuple[str, int, int | None]:
         place = None if number is None else int(number)
     except ValueError:
         raise ReplyError(f"register {name!r} without a size") from None
-    if bits % 8 or not 8 <= bits <= _MOST_BITS or not (place is None or 0 <= place < 1 << 16):
+    if bits % 8 or not 8 <= bits <= _MAX_BITS or not (place is None or 0 <= place < 1 << 16):
         raise ReplyError(f"register {name!r} of {bits} bits, number {place}")
     return name, bits, place
 

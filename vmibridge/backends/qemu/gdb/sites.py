@@ -12,7 +12,7 @@ from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
 
-_MOST_SYMBOLS = 4_000_000
+_MAX_SYMBOLS = 4_000_000
 
 
 def sites_of(spec: str, addresses: list[int], elf: Path | None, symbols: list[str]) -> list[int]:
@@ -79,7 +79,8 @@ def _address_of(spec: str, elf: "ELFFile", symbol: str) -> int:
 
     found = set()
     for section in elf.iter_sections():
-        if isinstance(section, SymbolTableSection) and section.num_symbols() < _MOST_SYMBOLS:
+        # pyelftools makes a map of all names for the first one that is looked up.
+        if isinstance(section, SymbolTableSection) and section.num_symbols() < _MAX_SYMBOLS:
             for entry in section.get_symbol_by_name(symbol) or ():
                 if entry["st_shndx"] != "SHN_UNDEF":
                     found.add(int(entry["st_value"]))

@@ -24,7 +24,7 @@ class StepEnd(Enum):
 
     DONE = "done"
     PAUSED = "paused"
-    """Somebody else has paused the VM, before the instruction or behind it."""
+    """Another client has paused the VM, before the instruction or behind it."""
     INTERRUPTED = "interrupted"
     """It did not end by itself."""
 
@@ -46,7 +46,7 @@ class Stepper:
         """Whether a stop is that of a step."""
         if self._arrived is None:
             return False
-        # QEMU 7.2 tells that a command has paused a VM that somebody else had let go on.
+        # QEMU 7.2 tells that a command has paused a VM that another client had let go on.
         if not self._client.owes:
             self._signal = stop.signal
             self._arrived.set()
@@ -62,7 +62,7 @@ class Stepper:
     ) -> StepEnd:
         """Run one instruction between some commands. Not for a task that is cancelled.
 
-        `last` goes out behind `after` unless somebody else has paused the VM. Raises
+        `last` goes out behind `after` unless another client has paused the VM. Raises
         `ClientLostError`, and `StubError` when a command of `before` is refused, in which case
         `after` is done all the same.
         """

@@ -13,7 +13,7 @@ from vmibridge.errors import BackendError
 log = logging.getLogger(__name__)
 
 _STOP, _CONT, _HUMAN = b"qmp_enter_stop", b"qmp_enter_cont", b"qmp_enter_human_monitor_command"
-_MOST = 1 << 20
+_MAX_BYTES = 1 << 20
 """Bytes of a line that are read."""
 
 
@@ -37,7 +37,7 @@ class StopLog:
 
     @property
     def commands(self) -> list[str]:
-        """What QEMU's monitor has to be told."""
+        """The command for QEMU's monitor."""
         names = (_STOP, _CONT, _HUMAN)
         return [f"logfile {self.path}", *(f"trace-event {name.decode()} on" for name in names)]
 
@@ -52,10 +52,10 @@ class StopLog:
         if size < self._at:
             # It was truncated, or opened again.
             self._at, self._rest = 0, b""
-        data = self._rest + os.pread(self._file, min(size - self._at, _MOST), self._at)
-        self._at = min(size, self._at + _MOST)
+        data = self._rest + os.pread(self._file, min(size - self._at, _MAX_BYTES), self._at)
+        self._at = min(size, self._at + _MAX_BYTES)
         *lines, self._rest = data.split(b"\n")
-        self._rest = self._rest[-_MOST:]
+        self._rest = self._rest[-_MAX_BYTES:]
         for line in lines:
             if _HUMAN in line:
                 word = line.partition(b'"command-line": "')[2].split(b'"')[0].strip()

@@ -77,7 +77,7 @@ class Stops:
         self.void: bool = False
         """The VM was reset in it."""
         self.paused: bool = False
-        """Somebody else has stopped the VM, or QEMU on its way out."""
+        """Another client has stopped the VM, or QEMU as it shuts down."""
         self.shut_down: bool = False
         self.crashed: bool = False
         self._client = client
@@ -136,7 +136,7 @@ class Stops:
             return
         is_pause = stop.signal != commands.SIGTRAP
         if self._is_handling:
-            # Somebody else has let the VM go on, and its vCPU is where it was.
+            # Another client has let the VM go on, and its vCPU is where it was.
             if is_pause and not self._client.owes and not self._others.is_looking:
                 self._others.has_paused = True
         elif not is_pause:
@@ -144,7 +144,7 @@ class Stops:
             self._is_handling, self._others.has_paused = True, False
             self._arrivals.ask(stop)
         elif not (self._others.is_looking or self._client.owes):
-            log.info("vm %s: paused by somebody else (signal %d)", self.vm, stop.signal)
+            log.info("vm %s: paused by another client (signal %d)", self.vm, stop.signal)
             self.leave_paused()
 
     def _on_end(self, stop: Stop) -> None:
@@ -156,7 +156,7 @@ class Stops:
         self._stepper.lose()
 
     def leave_paused(self) -> None:
-        """Somebody else has paused the VM; the next stop is to be told, too."""
+        """Another client has paused the VM; the next stop is to be reported, too."""
         self.paused, self._is_handling = True, False
         self._start(self._wait_for_others)
 
@@ -248,7 +248,7 @@ class Stops:
             self.over.set()
 
     async def _restore(self, code: Code) -> None:
-        """Somebody who left has made the trap an instruction that does nothing."""
+        """A client that left has made the trap an instruction that does nothing."""
         patch = patch_of(code.reason, code.length)
         assert patch is not None, "a CPUID is never patched"
         ahead = self._memory.virtual()
@@ -263,7 +263,7 @@ class Stops:
             raise BackendError(GONE)
         client = self._client
         if client.why_lost is not None:
-            # It stays pending: nobody has answered this vCPU.
+            # It stays pending: this vCPU has no answer yet.
             raise BackendError(f"{GONE}: {client.why_lost}")
         if writes is None and not self.void:
             self._go_on_natively()
@@ -277,6 +277,8 @@ class Stops:
             self._start(self._end_instruction, where, code, writes)
             return
         self._seen, self._interfered = None, client.interfered
+        # In one write, the read first: it shows whether the vCPU is where it was when the answer
+        # was written. If not, `_on_answered` puts back what was there.
         packets = READ_REGISTERS + encode(self._written(where, writes))
         client.post(packets, 2, self._on_answered, probe=True)
         client.receive_at_once()
@@ -327,7 +329,7 @@ class Stops:
     def _warn_of_move(self, where: Where) -> None:
         vcpu = self._vcpu_of(where.stop)
         log.warning(
-            "vm %s: vCPU %d was taken out of a trap by somebody else (a reset, a snapshot):"
+            "vm %s: vCPU %d was taken out of a trap by another client (a reset, a snapshot):"
             " the answer is dropped",
             *(self.vm, vcpu),
         )
@@ -371,6 +373,8 @@ class Stops:
         # What stands there now: a handler may have written over the instruction that it answers.
         there = await self._memory.read_code(at, code.length)
         stays = msgspec.structs.replace(writes, rip=where.registers.rip)
+        # The breakpoint is removed before the code is written, and set again after it: a software
+        # one is a byte of the code, and what its removal puts back would overwrite ours.
         before = [
             *([commands.remove_breakpoint(at, hardware=hardware)] if self._is_point(at) else []),
             *self._memory.virtual(),
@@ -405,7 +409,7 @@ class Stops:
         self._start(self._step_over, self._at)
 
     async def _step_over(self, where: Where) -> None:
-        # QEMU keeps a step in mind that it is interrupted in, and would stop for nobody after `D`.
+        # QEMU finishes an interrupted step later: it would stop after `D`, with no client.
         with anyio.CancelScope(shield=True):
             hardware = self._hardware
             points = self._inspector.points if where.point is None else [where.point]
@@ -421,4 +425,4 @@ class Stops:
             except ClientLostError:
                 self.over.set()
             except StubError as error:
-                self._client.lose(f"it sent what it must not: {error}")
+                self._client.lose(f"it broke the protocol: {error}")

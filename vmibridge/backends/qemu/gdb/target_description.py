@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from vmibridge.backends.qemu.gdb import commands
 from vmibridge.backends.qemu.gdb.commands import ReplyError
 from vmibridge.backends.qemu.gdb.registers import (
-    MOST_ANNEXES,
-    MOST_DESCRIPTION,
+    MAX_ANNEXES,
+    MAX_DESCRIPTION,
     Description,
     RegisterLayout,
     layout_of,
@@ -32,10 +32,10 @@ async def read_layout(ask: Ask, chunk: int) -> RegisterLayout:
     waiting, seen, size = ["target.xml"], set[str](), 0
     while waiting:
         annex = waiting.pop(0)
-        if annex in seen or len(seen) >= MOST_ANNEXES:
+        if annex in seen or len(seen) >= MAX_ANNEXES:
             raise ReplyError(f"a target description with too many parts: {annex!r}")
         seen.add(annex)
-        document = await _read_annex(ask, chunk, annex, MOST_DESCRIPTION - size)
+        document = await _read_annex(ask, chunk, annex, MAX_DESCRIPTION - size)
         size += len(document)
         found.append(parse_description(document))
         waiting[:0] = found[-1].includes

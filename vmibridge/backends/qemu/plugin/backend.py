@@ -10,7 +10,7 @@
 - The run ends when the last vCPU has hung up: its QEMU has ended. It goes on for ever while
   none has come; with `stay`, until it is stopped.
 - Where a QEMU shares its memory, reads that the file can answer do not go through the plugin.
-- A peer that sends what it must not loses its connection. Its vCPU goes on as it was told
+- A peer that sends what it must not loses its connection. Its vCPU goes on as it was configured
   to without a host.
 """
 
@@ -26,8 +26,8 @@ import msgspec
 
 from vmibridge.aio import sockets
 from vmibridge.backends.qemu.plugin.protocol import (
-    MOST_HELLO,
-    MOST_VCPUS,
+    MAX_HELLO,
+    MAX_VCPUS,
     PROTOCOLS,
     FrameReader,
     FrameType,
@@ -57,7 +57,7 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _HANDSHAKE = 5.0
 """Seconds."""
-_MOST_CONNECTIONS = 4096
+_MAX_CONNECTIONS = 4096
 
 
 class QemuPluginOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,11 +78,11 @@ class _Qemu:
 
 
 class _RefusedError(Exception):
-    """A plugin was told why it is not served."""
+    """A plugin was refused, with the reason."""
 
 
 class QemuPluginBackend(Backend):
-    """QEMUs with the plugin. Raises `BackendSpecError` for options that make no sense."""
+    """QEMUs with the plugin. Raises `BackendSpecError` if an option is out of range."""
 
     def __init__(
         self, path: Path, options: QemuPluginOptions | None = None, vm: str = "vm"
@@ -113,7 +113,7 @@ class QemuPluginBackend(Backend):
         self._listener.close()
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
-        """Serve whoever connects, until the last vCPU has hung up."""
+        """Serve each plugin that connects, until the last vCPU has hung up."""
         try:
             greetings = {each: welcome(traps, each) for each in PROTOCOLS}
         except ValueError as error:
@@ -130,7 +130,7 @@ class QemuPluginBackend(Backend):
         return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
 
     def stop(self) -> None:
-        """Hang up: the plugins run everything natively from here on, or wait, as told."""
+        """Hang up: the plugins run everything natively from here on, or wait, as configured."""
         self._stopped = True
         self._over.set()
 
@@ -143,21 +143,21 @@ class QemuPluginBackend(Backend):
         self._connected += 1
         try:
             with anyio.fail_after(_HANDSHAKE):
-                told, ram = await self._shake_hands(connected, frames)
-            with ram or nullcontext(), self._place_of(told) as place:
-                vcpu = Vcpu(connected, frames, place * MOST_VCPUS + told.vcpu, ram)
+                hello, ram = await self._shake_hands(connected, frames)
+            with ram or nullcontext(), self._place_of(hello) as place:
+                vcpu = Vcpu(connected, frames, place * MAX_VCPUS + hello.vcpu, ram)
                 self._ends.pop(vcpu.lane, None)
-                await vcpu.send(greetings[told.protocol])
+                await vcpu.send(greetings[hello.protocol])
                 await self._take_frames(vcpu, sink)
         except TimeoutError:
-            log.warning("vm %s: a peer did not say who it is", self.vm)
+            log.warning("vm %s: a peer sent no HELLO in time", self.vm)
         except (anyio.EndOfStream, OSError, BackendError):
             pass
         except _RefusedError as error:
             log.warning("vm %s: %s", self.vm, error)
         except ValueError as error:
-            why = f"it sent what it must not: {error}"
-            log.warning("vm %s: a plugin sent what it must not: %s", self.vm, error)
+            why = f"it broke the protocol: {error}"
+            log.warning("vm %s: a plugin broke the protocol: %s", self.vm, error)
         finally:
             self._connected -= 1
             if vcpu is not None:
@@ -172,41 +172,41 @@ class QemuPluginBackend(Backend):
     ) -> tuple[Hello, SharedRam | None]:
         with ExitStack() as stack:
             # Only with its first bytes: a file descriptor that comes later is dropped.
-            data, passed = await sockets.receive_fds(connected, MOST_HELLO, 1)
+            data, passed = await sockets.receive_fds(connected, MAX_HELLO, 1)
             ram = None
             if passed:
                 ram = stack.enter_context(SharedRam(passed[0]))
             frames.feed(data)
             while (frame := frames.next()) is None:
-                frames.feed(await sockets.receive(connected, MOST_HELLO))
+                frames.feed(await sockets.receive(connected, MAX_HELLO))
             kind, body = frame
             if kind != FrameType.HELLO:
                 raise ValueError(f"frame {kind} instead of HELLO")
-            told = parse_hello(body)
-            why = check_hello(told)
-            if self._connected > _MOST_CONNECTIONS:
+            hello = parse_hello(body)
+            why = check_hello(hello)
+            if self._connected > _MAX_CONNECTIONS:
                 why = "too many vCPUs"
             if why is not None:
                 connected.send(refused(why))
                 raise _RefusedError(why)
             stack.pop_all()
-            return told, ram
+            return hello, ram
 
     @contextmanager
-    def _place_of(self, told: Hello) -> Iterator[int]:
+    def _place_of(self, hello: Hello) -> Iterator[int]:
         """The number of a QEMU, which is its own while it has a connection."""
-        qemu = self._qemus.get(told.process)
+        qemu = self._qemus.get(hello.process)
         if qemu is None:
             taken = {other.place for other in self._qemus.values()}
             qemu = _Qemu(next(place for place in itertools.count() if place not in taken))
-            self._qemus[told.process] = qemu
+            self._qemus[hello.process] = qemu
         qemu.connections += 1
         try:
             yield qemu.place
         finally:
             qemu.connections -= 1
             if not qemu.connections:
-                del self._qemus[told.process]
+                del self._qemus[hello.process]
 
     async def _take_frames(self, vcpu: Vcpu, sink: TrapSink) -> None:
         """Take what one vCPU sends, until it hangs up."""
@@ -243,7 +243,7 @@ class QemuPluginBackend(Backend):
         self._ends[vcpu.lane] = VcpuEnd(vcpu.lane, reason, why)
 
     def give_back(self, event: TrapEvent) -> bool:
-        """Hang up: the plugin does without a host, as it was told to, or waits for the next one."""
+        """Hang up: the plugin does without a host, if so configured, or waits for the next one."""
         vcpu = self._pending.pop(event.seq)
         vcpu.pending = None
         vcpu.let_go()
@@ -259,7 +259,7 @@ class QemuPluginBackend(Backend):
         vcpu.receive_at_once()
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
-        """Asks the plugin, or the file. Cancelled, the plugin's reply is dropped when it comes."""
+        """Asks the plugin, or the file. If cancelled, the plugin's reply is dropped later."""
         vcpu = self._vcpu_of(event, address)
         if vcpu.ram is not None and (known := vcpu.ram.read(address, size)) is not None:
             return known
@@ -273,7 +273,7 @@ class QemuPluginBackend(Backend):
         return data
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
-        """Asks the plugin. Cancelled, it is written none the less, or not at all."""
+        """Asks the plugin. If cancelled, it is written none the less, or not at all."""
         try:
             vcpu = self._vcpu_of(event, address)
             body = await vcpu.access(address, write_memory(address, data), 0)

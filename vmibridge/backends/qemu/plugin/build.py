@@ -58,7 +58,7 @@ def _compile(command: list[str]) -> None:
         raise BackendError(f"{command[0]} failed: {_first_message(done.stderr, done.returncode)}")
 
 
-def _first_message(told: str, status: int) -> str:
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
+def _first_message(output: str, status: int) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line]
     return next(iter(errors or lines), f"it ended with status {status}")

@@ -32,11 +32,11 @@ from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter, TrapReason
 PROTOCOL = 3
 PROTOCOLS = (2, PROTOCOL)
 """Those of plugins that are served. In 2, that of 0.2.0, HELLO does not name the architecture."""
-MOST_MAGICS = 64
-MOST_VCPUS = 1024
+MAX_MAGICS = 64
+MAX_VCPUS = 1024
 """Of one QEMU."""
-MOST_HELLO = 4096
-MOST_BODY = 512
+MAX_HELLO = 4096
+MAX_BODY = 512
 """Bytes of a frame's body, where it has no memory in it."""
 
 
@@ -135,7 +135,7 @@ class FrameReader:
     `most` is the longest body, in bytes, that may come now: who asked for memory raises it.
     """
 
-    def __init__(self, most: int = MOST_HELLO) -> None:
+    def __init__(self, most: int = MAX_HELLO) -> None:
         self.most = most
         self._buffer = bytearray()
 
@@ -167,20 +167,20 @@ class FrameReader:
 
 def parse_hello(body: bytes) -> Hello:
     """Raises `ValueError` for what is none."""
-    if not _HELLO_2.size <= len(body) <= MOST_HELLO:
+    if not _HELLO_2.size <= len(body) <= MAX_HELLO:
         raise ValueError(f"a HELLO of {len(body)} bytes")
     # What stands behind these is of the protocol, which may be one that is not known here.
     protocol, api, process, vcpu, vcpus, target = _HELLO_2.unpack_from(body)
-    told: tuple[str, int] | tuple[()] = ()
+    named: tuple[str, int] | tuple[()] = ()
     rest = body[_HELLO_2.size :]
     if protocol == PROTOCOL:
         if len(body) < _HELLO.size:
             raise ValueError(f"a HELLO of {len(body)} bytes")
         *_, architecture, version = _HELLO.unpack_from(body)
-        told = _text(architecture), version
+        named = _text(architecture), version
         rest = body[_HELLO.size :]
     names = tuple(rest.decode("ascii", "replace").split(","))
-    return Hello(protocol, api, process, vcpu, vcpus, _text(target), names, *told)
+    return Hello(protocol, api, process, vcpu, vcpus, _text(target), names, *named)
 
 
 def _text(field: bytes) -> str:
@@ -194,8 +194,8 @@ def check_hello(hello: Hello) -> str | None:
             f"the plugin speaks protocol {hello.protocol}, and this vmibridge {PROTOCOL}:"
             " build the plugin that comes with it"
         )
-    if hello.vcpu >= MOST_VCPUS:
-        return f"vCPU {hello.vcpu}, and {MOST_VCPUS} of a QEMU are served"
+    if hello.vcpu >= MAX_VCPUS:
+        return f"vCPU {hello.vcpu}, and {MAX_VCPUS} of a QEMU are served"
     try:
         architecture_named(hello.architecture, hello.architecture_version)
     except UnknownArchitectureError as error:
@@ -210,8 +210,8 @@ def welcome(traps: TrapFilter, protocol: int = PROTOCOL) -> bytes:
 
     Raises `ValueError` for more than 64 magics.
     """
-    if len(traps.magics) > MOST_MAGICS:
-        raise ValueError(f"{len(traps.magics)} magics, and the plugin has room for {MOST_MAGICS}")
+    if len(traps.magics) > MAX_MAGICS:
+        raise ValueError(f"{len(traps.magics)} magics, and the plugin has room for {MAX_MAGICS}")
     any_of = traps.any_hypercall * _ANY_HYPERCALL | traps.any_cpuid * _ANY_CPUID
     magics = sorted(traps.magics)
     body = _WELCOME.pack(protocol, _ALL_KINDS, any_of, len(magics))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import anyio
 
 from vmibridge.aio.duplex import Duplex
-from vmibridge.backends.qemu.plugin.protocol import MOST_BODY, FrameReader
+from vmibridge.backends.qemu.plugin.protocol import MAX_BODY, FrameReader
 from vmibridge.backends.qemu.ram import SharedRam
 from vmibridge.bridge.outcome import GONE
 from vmibridge.errors import BackendError, GuestMemoryError
@@ -16,7 +16,7 @@ from vmibridge.vm.trap import TrapEvent
 
 _PIECE, _LARGE_PIECE = 4096, 1 << 18
 """Bytes that are received at a time, at most; the larger one where memory was asked for."""
-_MOST_UNSENT = 16 * MAX_ACCESS
+_MAX_UNSENT = 16 * MAX_ACCESS
 """Bytes that are kept for a plugin that does not read, beyond which it loses its connection."""
 
 
@@ -29,11 +29,11 @@ class Vcpu:
         self.lane = lane
         self.ram = ram
         self.frames = frames
-        frames.most = MOST_BODY
+        frames.most = MAX_BODY
         self.pending: TrapEvent | None = None
         self.gone: bool = False
         self.is_let_go: bool = False
-        self._duplex = Duplex(connected, _MOST_UNSENT)
+        self._duplex = Duplex(connected, _MAX_UNSENT)
         self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
         """Take what has come already: the next trap often comes while its answer is being sent."""
         self._reads: deque[_Reply] = deque()
@@ -50,7 +50,7 @@ class Vcpu:
 
     def _receive(self) -> bool:
         while True:
-            size = _PIECE if self.frames.most == MOST_BODY else _LARGE_PIECE
+            size = _PIECE if self.frames.most == MAX_BODY else _LARGE_PIECE
             data = self._duplex.receive_now(size)
             if data is None:
                 return True
@@ -104,10 +104,10 @@ class Vcpu:
     def take_reply(self, body: bytes) -> None:
         """The reply to the oldest access has come. Raises `ValueError` when there is none."""
         if not self._reads:
-            raise ValueError("a MEMORY that nobody asked for")
+            raise ValueError("an unsolicited MEMORY")
         reply = self._reads.popleft()
         if not self._reads:
-            self.frames.most = MOST_BODY
+            self.frames.most = MAX_BODY
         reply.body = body
         reply.arrived.set()
 

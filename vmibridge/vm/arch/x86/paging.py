@@ -53,6 +53,7 @@ def walk(registers: Registers, address: int, *, write: bool = False, ring: int =
     table, levels = registers.cr3 & _ADDRESS, 5 if registers.cr4 & CR4_LA57 else 4
     rights = _WRITABLE | _USER
     if long_mode:
+        # The highest bit that is translated, and all bits above it, have to be equal.
         unused = 64 - 12 - 9 * levels
         if address >> (63 - unused) not in (0, (2 << unused) - 1):
             raise GuestMemoryError(address, "not canonical")
@@ -69,7 +70,9 @@ def walk(registers: Registers, address: int, *, write: bool = False, ring: int =
         entry = yield table + 8 * (address >> shift & 0x1FF), 8
         if not entry & _PRESENT:
             raise GuestMemoryError(address, "not mapped")
+        # A right is one of the page only if the entry of every level has it.
         rights &= entry
+        # Bit 7 is PAT in an entry of level 0, and reserved above level 2.
         if level == 0 or (level <= 2 and entry & _LARGE):
             _check(registers, address, rights, write, ring)
             return _page(entry & _ADDRESS, address, shift)
@@ -95,6 +98,7 @@ def _walk_32bit(registers: Registers, address: int, write: bool, ring: int) -> W
 
 def _page(base: int, address: int, shift: int) -> Page:
     offset = address & (1 << shift) - 1
+    # In the entry of a large page lower bits are no address: bit 12 is PAT.
     return Page(base >> shift << shift | offset, (1 << shift) - offset)
 
 

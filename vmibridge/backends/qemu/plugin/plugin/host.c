@@ -24,7 +24,7 @@
 /* and after one that was there and did not do its part. */
 enum { LOOK_UP = 250000 };
 /* Microseconds. */
-enum { MOST_REASON = 512 };
+enum { MAX_REASON = 512 };
 
 /* Whether the exchange may go on after a call that was interrupted, or has come to its timeout. */
 static bool may_go_on(double until)
@@ -102,7 +102,7 @@ void hang_up(struct vcpu *vcpu, double pause)
 
 static bool take_refusal(struct vcpu *vcpu, uint32_t length, double until)
 {
-    char why[MOST_REASON] = "";
+    char why[MAX_REASON] = "";
     if (length < sizeof why && read_all(vcpu, why, length, until)) {
         say("the host refuses this plugin: %s", why);
         vcpu->refused = true;
@@ -139,7 +139,7 @@ static bool shake_hands(struct vcpu *vcpu, double until)
     if (!read_all(vcpu, &welcome, sizeof welcome, until)) {
         return false;
     }
-    if (welcome.protocol != PROTOCOL || welcome.count > MOST_MAGICS ||
+    if (welcome.protocol != PROTOCOL || welcome.count > MAX_MAGICS ||
         frame.length != sizeof welcome + 4 * welcome.count) {
         say("%s", "the host speaks another protocol");
         return false;
@@ -153,7 +153,7 @@ static bool shake_hands(struct vcpu *vcpu, double until)
     return true;
 }
 
-/* Whether there is a host. A unix socket that nobody listens at refuses at once. */
+/* Whether there is a host. A unix socket without a listener refuses at once. */
 bool connected(struct vcpu *vcpu)
 {
     if (vcpu->fd >= 0) {
@@ -187,7 +187,7 @@ bool connected(struct vcpu *vcpu)
 
 static bool serve_read(struct vcpu *vcpu, const struct access *access, double until)
 {
-    bool done = access->size <= MOST_ACCESS &&
+    bool done = access->size <= MAX_ACCESS &&
                 !qemu_plugin_read_memory_hwaddr(access->address, vcpu->memory, access->size);
     struct { struct frame frame; uint32_t failed; } head = {
         {MEMORY, 4 + (done ? access->size : 0)}, !done};
@@ -197,7 +197,7 @@ static bool serve_read(struct vcpu *vcpu, const struct access *access, double un
 
 static bool serve_write(struct vcpu *vcpu, const struct access *access, double until)
 {
-    if (access->size > MOST_ACCESS) {
+    if (access->size > MAX_ACCESS) {
         return false;
     }
     g_byte_array_set_size(vcpu->memory, access->size);

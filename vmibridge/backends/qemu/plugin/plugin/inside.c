@@ -37,7 +37,7 @@ enum { RUNNING = 9, SHUTDOWN = 11 };
 enum { ARITHMETIC = 0x8D5, TF = 1 << 8, DF = 1 << 10, RF = 1 << 16, VM = 1 << 17 };
 /* target/i386/cpu.h: HF_... */
 enum { CPL = 3, SHADOW = 1 << 3, CS32 = 1 << 4, PE = 1 << 7, LMA = 1 << 14, CS64 = 1 << 15 };
-enum { MOST_SEARCHES = 16, STEP = 16, SPAN = 48 };
+enum { MAX_SEARCHES = 16, STEP = 16, SPAN = 48 };
 /* target/i386/cpu.h: CC_OP_EFLAGS to CC_OP_ADCOX, whose first operand holds flags as they are. */
 enum { OPERANDS = 2, FLAGS_AS_THEY_ARE = 4 };
 
@@ -157,7 +157,7 @@ static bool is_readable(const char *start, size_t size)
 /* For a QEMU that does not tell where its state of a CPU is: what `on_trap` found is that, if it proves so. */
 void take_env(struct vcpu *vcpu, char *candidate)
 {
-    if (settings.inside || vcpu->env || vcpu->searches == MOST_SEARCHES) {
+    if (settings.inside || vcpu->env || vcpu->searches == MAX_SEARCHES) {
         return;
     }
     uint64_t registers[REGISTERS];
@@ -165,7 +165,7 @@ void take_env(struct vcpu *vcpu, char *candidate)
     vcpu->searches++;
     if (!candidate || !is_readable(candidate, SPAN * settings.register_size) ||
         !is_env(vcpu, candidate, registers)) {
-        if (vcpu->searches == MOST_SEARCHES) {
+        if (vcpu->searches == MAX_SEARCHES) {
             say("%s", "QEMU's state of a CPU is not where it was in 11.1: behind a VMCALL or VMMCALL "
                       "that has no jump right before it, flags may be anything");
         }
@@ -174,10 +174,10 @@ void take_env(struct vcpu *vcpu, char *candidate)
 
 static bool knows_env(struct vcpu *vcpu)
 {
-    if (!vcpu->env && settings.inside && vcpu->searches < MOST_SEARCHES) {
+    if (!vcpu->env && settings.inside && vcpu->searches < MAX_SEARCHES) {
         vcpu->searches++;
         find_env(vcpu);
-        if (!vcpu->env && vcpu->searches == MOST_SEARCHES) {
+        if (!vcpu->env && vcpu->searches == MAX_SEARCHES) {
             say("%s", "QEMU's state of a CPU is not where it was in 11.1: a trap that is "
                       "stepped over, or behind STI or MOV SS, is not exact");
         }

@@ -34,7 +34,7 @@ EXPORT int qemu_plugin_version = API;
 
 struct settings settings = {.kinds = 1 << CPUID | 1 << VMCALL | 1 << VMMCALL,
                             .patience = 30, .compat = 0x23, .ram = -1, .inside = true};
-struct vcpu vcpus[MOST_VCPUS];
+struct vcpu vcpus[MAX_VCPUS];
 
 void say(const char *format, const char *what)
 {
@@ -55,7 +55,7 @@ double now(void)
 static void on_vcpu(unsigned number, void *unused)
 {
     (void)unused;
-    if (number >= MOST_VCPUS) {
+    if (number >= MAX_VCPUS) {
         say("%s", "has more vCPUs than this plugin serves; the others run natively");
         return;
     }
@@ -145,7 +145,7 @@ static bool take_ram(const char *value)
 
 static bool take_magic(const char *argument, const char *value)
 {
-    if (settings.magic_count == MOST_MAGICS) {
+    if (settings.magic_count == MAX_MAGICS) {
         return wrong(argument);
     }
     return take_number(argument, value, UINT32_MAX, &settings.magics[settings.magic_count++]);

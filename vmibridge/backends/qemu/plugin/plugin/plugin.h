@@ -12,7 +12,7 @@ enum absent { RUNS_NATIVELY, IS_SKIPPED, WAITS };
 struct settings {
     char path[sizeof ((struct sockaddr_un *)0)->sun_path];
     int ram;
-    uint32_t magics[MOST_MAGICS];
+    uint32_t magics[MAX_MAGICS];
     unsigned magic_count, kinds, compat;
     enum absent absent;
     bool verbose;
@@ -36,7 +36,7 @@ struct vcpu {
     double retry_at;
     double waits_until, waited_at;
     /* When a wait for a host ends, 0 when none has begun; and when it was last waited for. */
-    uint32_t magics[MOST_MAGICS];
+    uint32_t magics[MAX_MAGICS];
     unsigned magic_count, kinds, any;
     void *handles[REGISTERS], *rip;
     GByteArray *bytes, *memory;
@@ -48,7 +48,7 @@ struct vcpu {
     uint64_t block_ip;
     struct answer deferred;
 };
-extern struct vcpu vcpus[MOST_VCPUS];
+extern struct vcpu vcpus[MAX_VCPUS];
 
 /* plugin.c */
 void say(const char *format, const char *what);

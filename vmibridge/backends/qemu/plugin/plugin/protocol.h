@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-enum { PROTOCOL = 3, MOST_MAGICS = 64, MOST_VCPUS = 1024, MOST_ACCESS = 16 << 20 };
+enum { PROTOCOL = 3, MAX_MAGICS = 64, MAX_VCPUS = 1024, MAX_ACCESS = 16 << 20 };
 /* What vmibridge/vm/arch calls the registers below, and their version. */
 #define ARCHITECTURE "x86"
 enum { ARCHITECTURE_VERSION = 1 };

@@ -1,5 +1,5 @@
 /*
- * One trap: which are ours, what the host is told, and how the vCPU goes on.
+ * One trap: which are ours, what is sent to the host, and how the vCPU goes on.
  *
  * | with | RIP and flags of a trap | how the answer is written |
  * |---|---|---|
@@ -274,7 +274,7 @@ void on_trap_of(unsigned number, void *data, char *env)
     uintptr_t in_block = (uintptr_t)__builtin_return_address(0) - 2;
     struct site site = unpacked(data);
     struct vcpu *vcpu = &vcpus[number];
-    if (number >= MOST_VCPUS || !vcpu->bytes || is_let_pass(vcpu, &site) ||
+    if (number >= MAX_VCPUS || !vcpu->bytes || is_let_pass(vcpu, &site) ||
         !is_wanted(vcpu, &site)) {
         return;
     }
@@ -318,7 +318,7 @@ void on_trap_of(unsigned number, void *data, char *env)
 void on_block(unsigned number, void *unused)
 {
     (void)unused;
-    if (number < MOST_VCPUS && vcpus[number].bytes) {
+    if (number < MAX_VCPUS && vcpus[number].bytes) {
         vcpus[number].block_ip = get_rip(&vcpus[number]);
     }
 }
