@@ -91,6 +91,8 @@ class Session(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was left out."""
     architecture: RecordedArchitecture | None = None
     """That of the registers of its traps. `None`: x86 version 1, as in all recordings of 0.2.0."""
+    part: int = 1
+    """Which file this is of a recording that has several: each of them begins with the sessions."""
 
 
 class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
