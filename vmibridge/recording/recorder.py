@@ -102,7 +102,7 @@ class Recorder(Tap):
         """Of the file that is written, from when it is made."""
         self._max_size, self._max_total = sizes(max_size, max_total)
         if max_total is not None and not self.path.is_dir():
-            raise ValueError("max_total is of all recordings in a folder, and path is none")
+            raise ValueError(f"max_total is for recordings in a folder, and {path} is none")
         self.lost: int = 0
         """Traps that were taken after the file could not be written any more. If the recorder was
         dropped, those of that VM are counted when the VM has ended."""
