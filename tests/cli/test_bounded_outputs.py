@@ -178,9 +178,7 @@ def test_a_server_says_it_before_anybody_comes(
     vmibridge, tmp_path, handlers, options, status, told
 ):
     (tmp_path / "handlers").touch()
-    done = vmibridge(
-        "serve", "--listen", "unix:x.sock", "--handlers", handlers, "--record", "runs", *options
-    )
+    done = vmibridge("serve", "--listen", "unix:x.sock", "--handlers", handlers, *options)
     assert (done.returncode, done.stdout) == (status, "")
     assert told in done.stderr
     assert done.stderr.count("\n") == 1

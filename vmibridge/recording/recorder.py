@@ -369,7 +369,8 @@ class Recorder(Tap):
     def _tell_news(self) -> None:
         self.path = self._files.path
         while self._files.news:
-            log.info("%s", self._files.news.pop(0))
+            level, told = self._files.news.pop(0)
+            log.log(level, "%s", told)
 
     def _written(self, chunk: ChunkBuilder) -> None:
         self._unwritten -= len(chunk)

@@ -14,8 +14,6 @@ from vmibridge.recording.file.recover import recover
 from vmibridge.recording.file.writer import RecordingWriter
 
 LIBRARY = "vmibridge 1.0"
-EMPTY = 28_000
-"""About what a recording without a message has."""
 
 
 def made(path, seconds=0, *, library=LIBRARY, size=0):
@@ -35,9 +33,9 @@ def names(folder):
 def test_the_oldest_goes_first_whatever_its_number(tmp_path):
     for number, seconds in ((1, 3), (2, 1), (3, 2)):
         made(tmp_path / f"run-{number}.mcap", seconds, size=100_000)
-    assert make_room(tmp_path, 250_000, 0) == [tmp_path / "run-2.mcap"]
-    assert make_room(tmp_path, 250_000, 0) == []
-    assert make_room(tmp_path, 0, 0) == [tmp_path / "run-3.mcap", tmp_path / "run-1.mcap"]
+    assert make_room(tmp_path, 250_000, 0).removed == [tmp_path / "run-2.mcap"]
+    assert make_room(tmp_path, 250_000, 0).removed == []
+    assert make_room(tmp_path, 0, 0).removed == [tmp_path / "run-3.mcap", tmp_path / "run-1.mcap"]
 
 
 def test_the_vm_that_has_most_loses_its_own(tmp_path):
@@ -52,12 +50,13 @@ def test_one_that_is_written_is_not_removed_and_counts_as_what_it_may_become(tmp
     writer = RecordingWriter(tmp_path, LIBRARY)
     for seconds in range(4):
         made(tmp_path / f"old-{seconds}.mcap", seconds, size=100_000)
-    removed = make_room(tmp_path, 500_000, 300_000)
+    removed, size = make_room(tmp_path, 500_000, 300_000)
+    assert size == 500_000
     assert [path.name for path in removed] == ["old-0.mcap", "old-1.mcap"]
-    make_room(tmp_path, 0, 300_000)
+    assert make_room(tmp_path, 0, 300_000).size == 300_000
     assert names(tmp_path) == [writer.path.name]
     writer.close()
-    assert make_room(tmp_path, 0, 300_000) == [writer.path]
+    assert make_room(tmp_path, 0, 300_000).removed == [writer.path]
 
 
 def test_one_of_a_process_that_was_killed_is_closed(tmp_path):
@@ -77,11 +76,11 @@ def test_one_of_a_process_that_was_killed_is_closed(tmp_path):
     ) as process:
         try:
             path = Path(process.stdout.readline().strip())
-            assert make_room(tmp_path, 0, 0) == [], "another process writes it"
+            assert make_room(tmp_path, 0, 0).removed == [], "another process writes it"
         finally:
             process.kill()
         process.wait()
-    assert make_room(tmp_path, 0, 0) == [path]
+    assert make_room(tmp_path, 0, 0).removed == [path]
 
 
 def test_what_a_recorder_has_not_made_stays(tmp_path):
@@ -101,7 +100,7 @@ def test_what_a_recorder_has_not_made_stays(tmp_path):
     os.mkfifo(folder / "pipe-1.mcap")
     (folder / "folder-1.mcap").mkdir()
     before = names(folder)
-    assert make_room(folder, 0, 1 << 40) == []
+    assert make_room(folder, 0, 1 << 40).removed == []
     assert names(folder) == before
     assert names(outside) == ["run-1.mcap"]
 
@@ -113,7 +112,7 @@ def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(folder_module.fcntl, "flock", unsupported)
-    assert make_room(tmp_path, 0, 0) == []
+    assert make_room(tmp_path, 0, 0).removed == []
     RecordingWriter(tmp_path, LIBRARY).finish()
     assert names(tmp_path) == ["run-1.mcap", "run-2.mcap"]
 
@@ -130,7 +129,7 @@ def test_a_process_that_was_forked_meanwhile_does_not_keep_it(tmp_path):
     copy = os.dup(writer._fd)
     try:
         writer.finish()
-        assert make_room(tmp_path, 0, 0) == [writer.path]
+        assert make_room(tmp_path, 0, 0).removed == [writer.path]
     finally:
         os.close(copy)
 

@@ -366,6 +366,15 @@ class TestTheTotal:
         assert len(sizes) > 5
         assert recorder.path.name == "run-30.mcap"
 
+    async def test_that_cannot_be_kept_is_told(self, tmp_path, caplog):
+        options = {"max_size": MIN_SIZE, "max_total": 2 * MIN_SIZE}
+        async with Recorder(tmp_path, **options), Recorder(tmp_path, **options):
+            assert not caplog.messages
+            async with Recorder(tmp_path, **options):
+                pass
+        told = f"{tmp_path}: recordings may come to {3 * MIN_SIZE} bytes: none more can be removed"
+        assert told in caplog.messages
+
     async def test_bounds_a_file_to_a_quarter_of_it(self, tmp_path):
         parts = await record(tmp_path, calls, max_size=None, max_total=4 * MIN_SIZE)
         assert len(parts) > 1

@@ -20,7 +20,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["is_locked", "lock", "make_room", "open_numbered", "unlock"]
+__all__ = ["Room", "is_locked", "lock", "make_room", "open_numbered", "unlock"]
 
 _NUMBERED = re.compile(r"(.+)-([0-9]{1,9})\.mcap", re.DOTALL)
 _MADE_BY_A_RECORDER = re.compile(
@@ -30,6 +30,14 @@ _MADE_BY_A_RECORDER = re.compile(
     re.DOTALL,
 )
 _HEADER = 64
+
+
+class Room(NamedTuple):
+    """What making room came to."""
+
+    removed: list[Path]
+    size: int
+    """Bytes that all recordings have now, or may come to have."""
 
 
 class _Recording(NamedTuple):
@@ -86,11 +94,10 @@ def open_numbered(
     raise AssertionError("numbers do not end")
 
 
-def make_room(folder: Path, total: int, size: int) -> list[Path]:
+def make_room(folder: Path, total: int, size: int) -> Room:
     """Remove closed recordings until all that are there come to `total` bytes at most.
 
-    One that is being written may grow to `size` bytes, and is counted so. Returns what was
-    removed. Raises `OSError`.
+    One that is being written may grow to `size` bytes, and is counted so. Raises `OSError`.
     """
     closed: dict[str, list[_Recording]] = {}
     sum_of_all = 0
@@ -126,7 +133,7 @@ def make_room(folder: Path, total: int, size: int) -> list[Path]:
             # Another process makes room, too.
             continue
         removed.append(oldest.path)
-    return removed
+    return Room(removed, sum_of_all)
 
 
 def _look_at(path: Path, stem: str, number: int) -> tuple[_Recording, bool] | None:

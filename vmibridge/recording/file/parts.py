@@ -9,6 +9,7 @@ disk that is full at that moment leaves one without its index. The names follow 
 | `trace.mcap`, named | `trace-2.mcap`, or the next number that is free |
 """
 
+import logging
 from pathlib import Path
 
 from vmibridge.recording.file.chunk import PackedChunk
@@ -33,8 +34,8 @@ class RecordingParts:
         max_total: int | None = None,
     ) -> None:
         """Make the first file. Raises `RecordingError` as `RecordingWriter` does."""
-        self.news: list[str] = []
-        """What is to be logged: whoever calls takes it away."""
+        self.news: list[tuple[int, str]] = []
+        """What is to be logged, with its level: whoever calls takes it away."""
         self._library = library
         self._max_size = max_size or 0
         self._max_total = max_total
@@ -87,18 +88,25 @@ class RecordingParts:
         )
         self._part = part
         self._number = _number(self.path)
-        self.news.append(f"{before}: {traps} traps were recorded; it goes on in {self.path}")
+        told = f"{before}: {traps} traps were recorded; it goes on in {self.path}"
+        self.news.append((logging.INFO, told))
         self._make_room()
 
     def _make_room(self) -> None:
         if self._max_total is None:
             return
+        folder, total = self.path.parent, self._max_total
         try:
-            removed = make_room(self.path.parent, self._max_total, self._max_size)
+            removed, size = make_room(folder, total, self._max_size)
         except OSError as error:
-            self.news.append(f"{self.path.parent}: no room can be made: {error.strerror}")
+            self.news.append((logging.WARNING, f"{folder}: no room is made: {error.strerror}"))
             return
-        self.news += [f"{path}: removed, the oldest of {self._max_total} bytes" for path in removed]
+        for path in removed:
+            told = f"{path}: removed, the oldest, so that recordings have {total} bytes at most"
+            self.news.append((logging.INFO, told))
+        if size > total:
+            told = f"{folder}: recordings may come to {size} bytes: none more can be removed"
+            self.news.append((logging.WARNING, told))
 
 
 def _number(path: Path) -> int:

@@ -1,6 +1,7 @@
 """The plugin that is kept for a user: built once, and checked before QEMU runs it."""
 
 import os
+from pathlib import Path
 
 import pytest
 from needs import needs
@@ -11,8 +12,16 @@ from vmibridge.errors import BackendError
 
 
 @pytest.fixture
-def cache(tmp_path):
+def cache(tmp_path, monkeypatch):
+    """Where a plugin is kept. What compiles it is not asked: it takes seconds."""
     needs("cc")
+
+    def compiled(command):
+        target = Path(command[command.index("-o") + 1])
+        target.write_bytes(b"made of these")
+        target.chmod(0o755)
+
+    monkeypatch.setattr(build, "_compile", compiled)
     return tmp_path / "cache"
 
 
