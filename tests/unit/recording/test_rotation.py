@@ -12,7 +12,15 @@ from recorder_parts import read, until
 
 from vmibridge import Bridge, BridgeHandler, BridgePacket, BridgeResponse, BridgeServer, method
 from vmibridge.errors import RecordingError
-from vmibridge.recording import Note, Recorder, RecordingReader, ReplayBackend, Reply, Session
+from vmibridge.recording import (
+    Note,
+    Recorder,
+    RecordingReader,
+    ReplayBackend,
+    Reply,
+    Session,
+    rotation,
+)
 from vmibridge.recording.file import writer as writer_module
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.replay.options import BEFORE
@@ -141,6 +149,12 @@ class TestEachPart:
         for part in parts:
             assert read(part, Session)[0].redaction
             assert {trap.packet.value1 for trap in traps_of(part)} == {0}
+
+
+async def test_an_empty_one_is_smaller_than_what_is_set_aside(path):
+    async with Recorder(path):
+        pass
+    assert path.stat().st_size < rotation._FIXED < MIN_SIZE // 2
 
 
 class TestTheirNames:
