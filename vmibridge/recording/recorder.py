@@ -72,7 +72,7 @@ _NOTHING: frozenset[str] = frozenset()
 
 
 class Recorder(Tap):
-    """A tap that writes all it sees into one file."""
+    """A tap that writes all it sees into a file, or into several, one after another."""
 
     def __init__(
         self,
