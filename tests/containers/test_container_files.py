@@ -194,6 +194,15 @@ def test_each_service_is_confined(profile, config):
 
 
 @every_profile
+def test_what_a_service_records_and_prints_is_bounded(profile, config):
+    for name, service in config(profile)["services"].items():
+        assert service["logging"]["options"] == {"max-size": "10m", "max-file": "5"}, name
+        command = service.get("command", [])
+        if "--record" in command:
+            assert command[command.index("--record-max-total") + 1] == "1GiB", name
+
+
+@every_profile
 def test_qemu_has_no_network(profile, config):
     for name, service in config(profile)["services"].items():
         if name.startswith(("qemu", "bridge", "certificates")):
@@ -288,6 +297,9 @@ def test_pods_are_confined(path):
             assert context["allowPrivilegeEscalation"] is False
             assert context["capabilities"] == {"drop": ["ALL"]}
             assert container["resources"].keys() == {"requests", "limits"}
+            # Its log is in there.
+            assert "ephemeral-storage" in container["resources"]["limits"]
+            assert ("--record" in container["args"]) <= ("--record-max-total" in container["args"])
             image = container["image"].rpartition("/")[2].partition(":")[0]
             assert context["runAsUser"] == USERS[image]
 
@@ -349,6 +361,13 @@ def test_a_unit_is_confined(path, unit, analyze):
     limit = round(OF_10 * 10)
     done = analyze("security", "--offline=true", f"--threshold={limit}", str(unit(path)))
     assert done.returncode == 0, done.stdout
+
+
+@by_name(UNITS)
+def test_what_a_unit_records_and_prints_is_bounded(path):
+    text = path.read_text()
+    assert text.count("--record=") == text.count("--record-max-total=")
+    assert lines_of(path, "LogRateLimitBurst=(.*)") == ["10000"]
 
 
 @by_name(UNITS)

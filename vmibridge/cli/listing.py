@@ -128,8 +128,9 @@ def _session(session: Session) -> list[str]:
     if len(session.handlers) > _MAX_HANDLERS:
         handlers.append(f"{len(session.handlers) - _MAX_HANDLERS} more")
     left_out = ", ".join(map(str, session.redaction[:_MAX_HANDLERS]))
+    part = f", part {session.part} of a recording" if session.part > 1 else ""
     return [
-        f"vm {session.vm}: started {session.started or 'at a time unknown'}",
+        f"vm {session.vm}: started {session.started or 'at a time unknown'}{part}",
         f"  on {session.loop or 'a loop unknown'}, with {versions or 'versions unknown'}",
         f"  handlers: {', '.join(handlers) or 'none'}",
         *([f"  left out: {left_out}"] if left_out else []),

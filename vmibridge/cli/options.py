@@ -60,6 +60,24 @@ class LoopOptions:
         return "uvloop"
 
 
+def bytes_of(option: str, text: str | None) -> int | None:
+    """A size as options have it: 1048576, 0x100000, 1MiB; `None`: not given.
+
+    Raises `ConfigError`.
+    """
+    if text is None:
+        return None
+    from vmibridge.vm.spec import parse_size
+
+    try:
+        size = parse_size(text)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{option} {text[:40]}: is no size; give one as in 256MiB")
+    return size
+
+
 def named_backend(text: str, unnamed: str) -> "Backend":
     """The VM of a `--backend`: `NAME=SPEC` names it; without, it is called `unnamed`.
 

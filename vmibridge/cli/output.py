@@ -33,6 +33,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.cli.outcome_file import OutcomeFile
 from vmibridge.cli.streams import encoded, json_line, quiet_stdout
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
 from vmibridge.engine.summary import Summary
@@ -100,9 +101,10 @@ class Writer(ABC):
 class _StreamWriter(Writer):
     """Bytes to a file descriptor, waiting for it on the loop when it is full."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, file: OutcomeFile | None = None) -> None:
         sys.stdout.flush()
         self._fd = fd
+        self._file = file
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
         self._rest = b""
@@ -119,6 +121,8 @@ class _StreamWriter(Writer):
         """
         data = self._rest + line
         try:
+            if self._file is not None and not self._rest:
+                self._file.make_room(len(line))
             while data:
                 if not self._poll.poll(0):
                     await self._wait()
@@ -189,9 +193,9 @@ class LineWriter(_StreamWriter):
         await self.write(encoded(f"{' '.join([*cells, columns[-1]]).rstrip()}\n"))
 
 
-def stream_writer(fd: int, *, as_json: bool) -> Writer:
-    """The writer for where there is no terminal."""
-    return JsonWriter(fd) if as_json else LineWriter(fd)
+def stream_writer(fd: int, *, as_json: bool, file: OutcomeFile | None = None) -> Writer:
+    """The writer for where there is no terminal. `file`: what `fd` is, where it has a bound."""
+    return (JsonWriter if as_json else LineWriter)(fd, file)
 
 
 class TableWriter(Writer):

@@ -6,7 +6,6 @@
 | gdb | QEMU, halted; then the host | QEMU, where the host connects |
 """
 
-import hashlib
 import os
 import sys
 import tempfile
@@ -31,18 +30,19 @@ from vmibridge.backends.qemu.find import (
     memory_size,
 )
 from vmibridge.backends.qemu.gdb.backend import QemuGdbBackend
-from vmibridge.backends.qemu.plugin.build import SOURCES, build_plugin
+from vmibridge.backends.qemu.plugin.build import kept_plugin
 from vmibridge.backends.qemu.process import QemuProcess
 from vmibridge.cli.event_loop import check_loop, logging_to, prints_beside, run_on
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import HANDLERS
+from vmibridge.cli.options import HANDLERS, bytes_of
+from vmibridge.cli.outcome_file import OutcomeFile
 from vmibridge.cli.output import Writer, stream_writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.engine.server import BridgeServer
 from vmibridge.errors import BackendError, ConfigError
-from vmibridge.files import is_own_file
+from vmibridge.text import printable
 from vmibridge.vm.backend import Backend
 
 _AFTERWARDS = 2.0
@@ -113,6 +113,13 @@ def run_qemu(
     outcomes: Annotated[
         Path | None, Parameter(help="Where outcomes go; by default to standard error.")
     ] = None,
+    outcomes_max_size: Annotated[
+        str | None,
+        Parameter(
+            help="Bytes that the file of --outcomes has at most, as in 64MiB; then it is renamed to"
+            " FILE.1, in the place of the one before. None by default."
+        ),
+    ] = None,
     options: ServerOptions | None = None,
 ) -> int:
     """Start QEMU with what traps need, answer them until it ends, and take it down.
@@ -136,6 +143,7 @@ def run_qemu(
         raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
     if via == "gdb" and not (patience is compat is None and not plugin_options):
         raise ConfigError("--patience, --compat and --plugin-options go with --via plugin only")
+    most_outcomes = _most_outcomes(outcomes, outcomes_max_size)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
         where = socket or folder / "vmi.sock"
@@ -168,7 +176,7 @@ def run_qemu(
             check_loop(given.loop)
             with logging_to(log_handler(given.log_level, None), given.log_level):
                 return run_on(given.loop, partial(_run_alone, process))
-        writer = stream_writer(_outcomes_to(outcomes, stack), as_json=given.json)
+        writer = _outcome_writer(outcomes, most_outcomes, stack, as_json=given.json)
         asked = [backend_options] if backend_options else []
         if via == "gdb" and ram is not None:
             asked.append(f"ram={quote(str(ram))}")
@@ -207,11 +215,7 @@ def _built_plugin() -> Path:
     cache = cache_folder()
     if cache is None:
         raise BackendError("there is no home folder to keep the plugin in: give --plugin FILE")
-    sources = b"".join(source.read_bytes() for source in SOURCES)
-    name = hashlib.sha256(sources).hexdigest()[:16]
-    path = cache / f"plugin-{name}.so"
-    # QEMU runs it: one that others could have written is replaced by a new one.
-    return path if is_own_file(path) else build_plugin(path)
+    return kept_plugin(cache, lambda why: sys.stderr.write(f"vmibridge: {printable(why)}\n"))
 
 
 @contextmanager
@@ -305,13 +309,21 @@ async def _watch(qemu: QemuProcess, server: BridgeServer) -> None:
     server.stop()
 
 
-def _outcomes_to(path: Path | None, stack: ExitStack) -> int:
+def _most_outcomes(path: Path | None, size: str | None) -> int | None:
+    most = bytes_of("--outcomes-max-size", size)
+    if most is not None and path is None:
+        raise ConfigError("--outcomes-max-size is about a file: give --outcomes FILE, too")
+    return most
+
+
+def _outcome_writer(
+    path: Path | None, most: int | None, stack: ExitStack, *, as_json: bool
+) -> Writer:
     if path is None:
-        return sys.stderr.fileno()
-    try:
-        return stack.enter_context(path.open("wb")).fileno()
-    except OSError as error:
-        raise BackendError(f"{path}: cannot be written: {error.strerror}") from error
+        return stream_writer(sys.stderr.fileno(), as_json=as_json)
+    file = OutcomeFile(path, most)
+    stack.callback(file.close)
+    return stream_writer(file.fd, as_json=as_json, file=file)
 
 
 def _exit_status(status: int) -> int:

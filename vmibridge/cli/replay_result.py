@@ -18,10 +18,10 @@ from vmibridge.cli.streams import json_line
 from vmibridge.errors import NotReplayedError
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import MemoryAccess, Session
-from vmibridge.recording.recorder import recorded_handler
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.options import MISSING
 from vmibridge.recording.replay.request import Difference, describe
+from vmibridge.recording.session import recorded_handler
 from vmibridge.text import printable
 
 _MAX_PROBLEMS = 10
@@ -45,6 +45,8 @@ class ReplayPrinter:
         if session is None:
             self._warn("the recording does not tell what served it then")
             return
+        if session.part > 1:
+            self._warn(f"this is part {session.part} of a recording: handlers begin anew with it")
         now = {handler.name: recorded_handler(handler) for handler in handlers}
         for then in session.handlers:
             known = now.get(then.name)

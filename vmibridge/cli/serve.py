@@ -5,7 +5,6 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import anyio
@@ -28,7 +27,7 @@ from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import Config, HandlerFactory, reload_handlers
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import BackendError, VmiBridgeError
+from vmibridge.errors import BackendError, RecordingError, VmiBridgeError
 from vmibridge.text import printable
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
@@ -78,7 +77,7 @@ def serve(
     sys.dont_write_bytecode = True
     given = options or ServerOptions()
     # A recorder is made for each VM; those of `run` and `qemu` are not wanted.
-    prepared = Prepared.of(handlers, replace(given, record=None, redact=[], unrecorded=None))
+    prepared = Prepared.of(handlers, given.without_recording())
     recordings = _Recordings(given) if given.records("FOLDER") else None
     limits = with_options(AgentLimits(), {"keep": keep})
     with (
@@ -106,11 +105,21 @@ class _Recordings:
     """A file for each set of handlers of each VM, in a folder."""
 
     def __init__(self, options: ServerOptions) -> None:
+        """Raises what is wrong with them before anybody comes."""
         self._options = options
+        self._make_folder()
+        options.recorder()
+
+    def _make_folder(self) -> None:
+        folder = self._options.record
+        assert folder is not None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordingError(f"{folder}: {error.strerror}") from error
 
     def __call__(self, vm: str) -> Sequence[Tap]:
-        assert self._options.record is not None
-        self._options.record.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         return [self._options.recorder(stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."))]
 
 

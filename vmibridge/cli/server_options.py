@@ -1,18 +1,20 @@
 """The options of a command that runs a server; the same for each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import RECORDING, Json, LogLevel, LoopOptions
+from vmibridge.cli.options import RECORDING, Json, LogLevel, LoopOptions, bytes_of
 from vmibridge.cli.setting_options import setting
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
 
 if TYPE_CHECKING:
     from vmibridge.recording import Recorder
+
+_OF_A_RECORDING = ("redact", "unrecorded", "record_max_size", "record_max_total")
 
 
 @Parameter(name="*")
@@ -53,6 +55,22 @@ class ServerOptions(LoopOptions):
             " default.",
         ),
     ] = None
+    record_max_size: Annotated[
+        str | None,
+        Parameter(
+            group=RECORDING,
+            help="Bytes that a file of a recording has at most, as in 256MiB; then it goes on in"
+            " another one. A quarter of --record-max-total by default, or none.",
+        ),
+    ] = None
+    record_max_total: Annotated[
+        str | None,
+        Parameter(
+            group=RECORDING,
+            help="Bytes that all recordings of the folder have at most, as in 4GiB: the oldest ones"
+            " that nobody writes are removed; none by default.",
+        ),
+    ] = None
     json: Annotated[Json, Parameter(help="One JSON object a trap, then a summary.")] = False
     log_level: LogLevel = "info"
 
@@ -62,19 +80,39 @@ class ServerOptions(LoopOptions):
         names = ServerSettings.__struct_fields__
         return {name: value for name, value in vars(self).items() if name in names}
 
+    def without_recording(self) -> Self:
+        """The same, without what is about a recording."""
+        return replace(
+            self,
+            record=None,
+            redact=[],
+            unrecorded=None,
+            record_max_size=None,
+            record_max_total=None,
+        )
+
     def recorder(self, *, stem: str = "run") -> "Recorder":
         """A recorder, as they say. Raises `ConfigError`, `MissingExtraError`."""
         from vmibridge.recording import Recorder
 
         assert self.record is not None, "asked for where records() is true"
-        return Recorder(
-            self.record, stem=stem, on_error=self.unrecorded or "stop", redact=self.redact
-        )
+        try:
+            return Recorder(
+                self.record,
+                stem=stem,
+                on_error=self.unrecorded or "stop",
+                redact=self.redact,
+                max_size=bytes_of("--record-max-size", self.record_max_size),
+                max_total=bytes_of("--record-max-total", self.record_max_total),
+            )
+        except ValueError as error:
+            raise ConfigError(str(error).replace("max_", "--record-max-")) from error
 
     def records(self, what: str = "FILE") -> bool:
         """Whether they ask for a recording, in `what`. Raises `ConfigError`."""
         if self.record is None:
-            for name in ("redact", "unrecorded"):
+            for name in _OF_A_RECORDING:
                 if getattr(self, name):
-                    raise ConfigError(f"--{name} is about a recording: give --record {what}, too")
+                    option = f"--{name.replace('_', '-')}"
+                    raise ConfigError(f"{option} is about a recording: give --record {what}, too")
         return self.record is not None

@@ -2,11 +2,11 @@
 
 | channel | a message is | written |
 |---|---|---|
-| `session` | a `Session` | for each VM, before its guest runs |
+| `session` | a `Session` | for each VM, before its guest runs, and in each further file |
 | `trap` | a `TrapEvent` | when the trap was taken |
 | `memory` | a `MemoryAccess` | when it was done, or had failed |
 | `reply` | a `Reply` | when the answer was written to the guest |
-| `note` | a `Note` | right behind a trap that is a retry; at the end of each VM |
+| `note` | a `Note` | behind a trap that is a retry, or of the file before; at the end of each VM |
 
 The order in the file is that of the event loop. A trap has one reply; what lies between
 the two and names the trap belongs to it. Times are nanoseconds since the Unix epoch, taken
@@ -91,6 +91,8 @@ class Session(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was left out."""
     architecture: RecordedArchitecture | None = None
     """That of the registers of its traps. `None`: x86 version 1, as in all recordings of 0.2.0."""
+    part: int = 1
+    """Which file this is of a recording that has several: each of them begins with the sessions."""
 
 
 class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -138,7 +140,7 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str
     vm: str | None = None
     seq: int | None = None
-    """Of the retry."""
+    """Of the retry; with `lost`, of the trap before this one, which the file before has, too."""
     retry_of: int | None = None
     """The trap that its request came with first."""
     counts: dict[str, int] = {}

@@ -14,17 +14,14 @@ Rules:
   (`full`): nothing is dropped.
 - When the file cannot be written any more, nothing waits for it. What is next was chosen
   before: the VMs are stopped, or go on unrecorded; `lost` counts the traps.
+- Where files have a size (`max_size`), the recording goes on in another one (`rotation`), and
+  the oldest ones make room (`file.folder`).
 """
 
-import asyncio
-import hashlib
-import inspect
 import logging
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +33,6 @@ from anyio.abc import TaskGroup
 
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.dispatch import Bridge, one_line
-from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.registers import read_packet
 from vmibridge.engine.settings import ServerSettings
@@ -44,7 +40,7 @@ from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import RecordingError, ServerStateError
 from vmibridge.recording.file.chunk import ChunkBuilder
-from vmibridge.recording.file.writer import RecordingWriter
+from vmibridge.recording.file.parts import RecordingParts
 from vmibridge.recording.messages import (
     MEMORY,
     NOTE,
@@ -54,15 +50,12 @@ from vmibridge.recording.messages import (
     ChannelKind,
     MemoryAccess,
     Note,
-    RecordedArchitecture,
-    RecordedHandler,
-    RecordedMethod,
     Reply,
-    Session,
-    format_of,
     output_text,
 )
 from vmibridge.recording.redaction import Redaction, RedactionRule
+from vmibridge.recording.rotation import Rotation, sizes
+from vmibridge.recording.session import session_of
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import TrapEvent
@@ -79,7 +72,7 @@ _NOTHING: frozenset[str] = frozenset()
 
 
 class Recorder(Tap):
-    """A tap that writes all it sees into one file."""
+    """A tap that writes all it sees into a file, or into several, one after another."""
 
     def __init__(
         self,
@@ -91,8 +84,13 @@ class Recorder(Tap):
         redact: Iterable[RedactionRule | str] = (),
         stem: str = "run",
         overwrite: bool = False,
+        max_size: int | None = None,
+        max_total: int | None = None,
     ) -> None:
         """`path` is a new file, or a folder, where a new one is numbered after `stem`.
+
+        `max_size` bytes are the most that a file has: then the recording goes on in another one.
+        `max_total` are those of all recordings of the folder: the oldest ones are removed.
 
         Raises `ValueError` if a number is out of range, `ConfigError` for a wrong rule.
         """
@@ -101,7 +99,10 @@ class Recorder(Tap):
         if flush_traps < 2:
             raise ValueError(f"flush_traps is at least 2, got {flush_traps!r}")
         self.path: Path = Path(path)
-        """Of the file, from when it is made."""
+        """Of the file that is written, from when it is made."""
+        self._max_size, self._max_total = sizes(max_size, max_total)
+        if max_total is not None and not self.path.is_dir():
+            raise ValueError(f"max_total is for recordings in a folder, and {path} is none")
         self.lost: int = 0
         """Traps that were taken after the file could not be written any more. If the recorder was
         dropped, those of that VM are counted when the VM has ended."""
@@ -117,7 +118,8 @@ class Recorder(Tap):
         self._left_out: dict[tuple[str, int], frozenset[str]] = {}
         self._stem = stem
         self._overwrite = overwrite
-        self._writer: RecordingWriter
+        self._files: RecordingParts
+        self._rotation = None if self._max_size is None else Rotation(self._max_size)
         self._stops: dict[str, Callable[[Exception], None]] = {}
         self._architectures: dict[str, Architecture[Any]] = {}
         self._chunk = ChunkBuilder()
@@ -132,10 +134,17 @@ class Recorder(Tap):
     async def __aenter__(self) -> Self:
         """Make the file. Raises `RecordingError` when it already exists, or cannot be made."""
         library = f"vmibridge {version('vmibridge')}"
-        self._writer = await in_own_thread(
-            lambda: RecordingWriter(self.path, library, stem=self._stem, overwrite=self._overwrite)
+        self._files = await in_own_thread(
+            lambda: RecordingParts(
+                self.path,
+                library,
+                stem=self._stem,
+                overwrite=self._overwrite,
+                max_size=self._max_size,
+                max_total=self._max_total,
+            )
         )
-        self.path = self._writer.path
+        self._tell_news()
         tasks = self._tasks = await anyio.create_task_group().__aenter__()
         tasks.start_soon(self._write_on)
         return self
@@ -158,13 +167,13 @@ class Recorder(Tap):
         self._tasks = None
         with anyio.CancelScope(shield=True):
             await self._write_waiting()
-            finish = self._writer.finish if self.error is None else self._writer.close
+            finish = self._files.finish if self.error is None else self._files.close
             try:
                 await in_own_thread(finish)
             except OSError as lost:
                 self._fail(lost)
         if self.error is None:
-            log.info("%s: %d traps were recorded", self.path, self._writer.counts.get(TRAP.id, 0))
+            log.info("%s: %d traps were recorded", self.path, self._files.traps)
         else:
             log.error("%s; %d traps were not recorded", self.error, self.lost)
             if self._on_error == "stop" and kind is None:
@@ -196,7 +205,10 @@ class Recorder(Tap):
         if self.error is not None and self._on_error == "stop":
             stop(self.error)
         architecture = self._architectures.pop(vm, X86)
-        self._add(SESSION, _session(vm, bridge, settings, self._redaction, architecture))
+        session = session_of(vm, bridge, settings, self._redaction, architecture)
+        if self._rotation is not None:
+            session = self._rotation.begin(session)
+        self._add(SESSION, session)
         self._cut()
 
     def trap(self, event: TrapEvent) -> None:
@@ -205,6 +217,9 @@ class Recorder(Tap):
             if left_out:
                 self._left_out[event.vm, event.seq] = left_out
             event = self._redaction.trap(event, left_out)
+        if self._rotation is not None:
+            self._split_if_due()
+            self._rotation.trap(event)
         self._add(TRAP, event)
         self._chunk.traps += 1
         if self._chunk.traps >= self._cut_at:
@@ -254,6 +269,8 @@ class Recorder(Tap):
                 outcome.retry_of,
             ),
         )
+        if self._rotation is not None:
+            self._rotation.answered(event, outcome)
         self.full: bool = (
             self._unwritten_traps + self._chunk.traps >= self._max_traps
             or self._unwritten >= _MAX_UNWRITTEN
@@ -263,6 +280,8 @@ class Recorder(Tap):
         counts = {kind.value: count for kind, count in summary.outcomes.items()}
         if self._stops.pop(vm, None) is None:
             return
+        if self._rotation is not None:
+            self._rotation.end(vm)
         text = f"{summary.total} traps"
         self._add(NOTE, Note("end", text, vm, counts={**counts, "native": summary.native}))
 
@@ -279,6 +298,8 @@ class Recorder(Tap):
     def _access(self, event: TrapEvent, access: MemoryAccess) -> None:
         if self._redacts and "memory" in self._left_out.get((event.vm, event.seq), _NOTHING):
             access = msgspec.structs.replace(access, data=None)
+        if self._rotation is not None:
+            self._split_if_due(len(access.data or b""))
         self._add(MEMORY, access)
         if self._unwritten >= _MAX_UNWRITTEN and self.error is None:
             self.full = True
@@ -290,6 +311,21 @@ class Recorder(Tap):
         if self._chunk.add(channel.id, self._epoch + _clock(), message) >= _CHUNK:
             self._cut()
 
+    def _split_if_due(self, data: int = 0) -> None:
+        """Go on in another file, where this one has no room for a message with so much data."""
+        rotation = self._rotation
+        if (
+            rotation is None
+            or self.error is not None
+            or not rotation.is_due(len(self._chunk), data)
+        ):
+            return
+        self._cut()
+        self._chunk.part = rotation.next_part()
+        for channel, message in rotation.preamble():
+            self._add(channel, message)
+        rotation.begun(len(self._chunk))
+
     def _cut(self) -> None:
         """Hand what is collected to the writer."""
         chunk = self._chunk
@@ -298,7 +334,9 @@ class Recorder(Tap):
         self._waiting.append(chunk)
         self._unwritten += len(chunk)
         self._unwritten_traps += chunk.traps
-        self._chunk = ChunkBuilder()
+        self._chunk = ChunkBuilder(chunk.part)
+        if self._rotation is not None:
+            self._rotation.cut(len(chunk))
         if self._wake is not None:
             self._wake.set()
 
@@ -318,11 +356,21 @@ class Recorder(Tap):
         while self._waiting and self.error is None:
             chunk = self._waiting.popleft()
             try:
-                await in_own_thread(self._write, chunk)
+                size = await in_own_thread(self._write, chunk)
             except Exception as lost:
                 self._fail(lost)
                 return
+            finally:
+                self._tell_news()
+            if self._rotation is not None:
+                self._rotation.written(chunk.part, len(chunk), size)
             self._written(chunk)
+
+    def _tell_news(self) -> None:
+        self.path = self._files.path
+        while self._files.news:
+            level, told = self._files.news.pop(0)
+            log.log(level, "%s", told)
 
     def _written(self, chunk: ChunkBuilder) -> None:
         self._unwritten -= len(chunk)
@@ -337,13 +385,15 @@ class Recorder(Tap):
         ):
             self._free()
 
-    def _write(self, chunk: ChunkBuilder) -> None:
-        self._writer.add(chunk.pack())
+    def _write(self, chunk: ChunkBuilder) -> int:
+        return self._files.add(chunk.part, chunk.pack())
 
     def _fail(self, error: Exception) -> None:
         if self.error is not None:
             return
         why = error.strerror if isinstance(error, OSError) else one_line(error)
+        if isinstance(error, RecordingError):
+            why = str(error)  # of the file that it was to go on in
         self.error = RecordingError(f"{self.path}: the recording ends here: {why}")
         self.error.__cause__ = error
         self.lost += self._unwritten_traps + self._chunk.traps
@@ -361,59 +411,3 @@ class Recorder(Tap):
         if self._room is not None:
             self._room.set()
             self._room = None
-
-
-def _session(
-    vm: str,
-    bridge: Bridge,
-    settings: ServerSettings,
-    redaction: Redaction,
-    architecture: Architecture[Any],
-) -> Session:
-    """What is known of a VM before it runs."""
-    recorded = RecordedArchitecture(architecture.name, architecture.version)
-    return Session(
-        vm,
-        format=format_of(recorded),
-        started=datetime.now(UTC).isoformat(),
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("vmibridge", "anyio", "msgspec")},
-        },
-        loop=_loop(),
-        handlers=tuple(map(recorded_handler, bridge.handlers)),
-        settings=settings,
-        redaction=redaction.rules,
-        architecture=recorded,
-    )
-
-
-def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
-    """What a recording keeps of a handler."""
-    cls, contract = type(handler), handler.contract
-    # The module of a file has the folder in its name, which does not belong into the file.
-    module = cls.__module__.rpartition("/")[2]
-    source = digest = None
-    try:
-        file = Path(inspect.getfile(cls))
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        source = file.name
-    except (OSError, TypeError):
-        # Made without a file, as at a prompt.
-        pass
-    return RecordedHandler(
-        handler.name,
-        f"{module}.{cls.__qualname__}",
-        contract.request,
-        contract.magic,
-        contract.verify_values,
-        tuple(RecordedMethod(each.code, each.name) for each in handler.methods.values()),
-        source,
-        digest,
-    )
-
-
-def _loop() -> str:
-    if anyio.get_cancelled_exc_class().__module__.startswith("trio"):
-        return "trio"
-    return type(asyncio.get_running_loop()).__module__.partition(".")[0]

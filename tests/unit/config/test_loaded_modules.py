@@ -15,7 +15,7 @@ import pytest
 from vmibridge import BridgePacket
 from vmibridge.config import HandlerFactory, find_handlers, load_handlers, reload_handlers
 from vmibridge.errors import HandlerLoadError
-from vmibridge.recording.recorder import recorded_handler
+from vmibridge.recording.session import recorded_handler
 from vmibridge.testing import drive
 
 PLAIN = """

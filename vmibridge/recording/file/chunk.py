@@ -52,9 +52,9 @@ class PackedChunk(msgspec.Struct, frozen=True):
 class ChunkBuilder:
     """Collects messages; on the loop, so it does as little as it can."""
 
-    __slots__ = ("_buffer", "_encode", "_indexes", "traps")
+    __slots__ = ("_buffer", "_encode", "_indexes", "part", "traps")
 
-    def __init__(self) -> None:
+    def __init__(self, part: int = 1) -> None:
         # Values that msgspec does not know, such as a handler's output, never get here.
         self._encode = msgspec.msgpack.Encoder().encode_into
         self._buffer = bytearray()
@@ -62,6 +62,8 @@ class ChunkBuilder:
         self._indexes: dict[int, list[int]] = {channel.id: [] for channel in CHANNELS}
         self.traps: int = 0
         """How many of them are traps; kept by the caller."""
+        self.part: int = part
+        """Of which file of the recording it is."""
 
     def __len__(self) -> int:
         """Bytes so far."""

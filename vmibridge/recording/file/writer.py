@@ -5,7 +5,6 @@ behind is a prefix of the file with at most one chunk cut short. A chunk that ca
 written (the disk is full) is taken back: the file then ends with the chunk before it.
 """
 
-import itertools
 import os
 import struct
 import zlib
@@ -27,6 +26,7 @@ from mcap.writer import MCAP0_MAGIC
 
 from vmibridge.errors import RecordingError
 from vmibridge.recording.file.chunk import PackedChunk, built
+from vmibridge.recording.file.folder import lock, open_numbered, unlock
 from vmibridge.recording.messages import CHANNELS, json_schema
 
 PROFILE = "vmibridge"
@@ -37,16 +37,24 @@ class RecordingWriter:
     """Writes one file. Its calls raise `OSError`; not for several threads at a time."""
 
     def __init__(
-        self, path: Path, library: str, *, stem: str = "run", overwrite: bool = False
+        self,
+        path: Path,
+        library: str,
+        *,
+        stem: str = "run",
+        suffix: str = ".mcap",
+        after: int | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Make the file; in a folder, one that is not there yet: `run-1.mcap`, `run-2.mcap`, ...
 
-        Raises `RecordingError` when it already exists, or cannot be made.
+        Its number is above `after`, or above those that are there. It is locked (`folder`) until
+        it is closed. Raises `RecordingError` when it already exists, or cannot be made.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
         try:
             if path.is_dir():
-                path, self._fd = _open_numbered(path, stem)
+                path, self._fd = open_numbered(path, stem, suffix, after)
             else:
                 self._fd = os.open(path, flags, 0o600)
         except FileExistsError:
@@ -59,6 +67,8 @@ class RecordingWriter:
         self.path = path
         self._at = 0
         """Bytes of the file that are whole."""
+        # Before the first byte: a file with a header and without a lock is closed.
+        lock(self._fd)
         self._chunks: list[ChunkIndex] = []
         self.counts: dict[int, int] = {}
         """Messages in the file, by channel."""
@@ -74,6 +84,11 @@ class RecordingWriter:
                 # One of nothing would be in the way; what was there before may be a device.
                 path.unlink(missing_ok=True)
             raise RecordingError(f"{path}: {error.strerror}") from error
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file so far; its index comes on top."""
+        return self._at
 
     def add(self, chunk: PackedChunk) -> None:
         """Append a chunk, whole or, with `OSError`, not at all."""
@@ -107,6 +122,7 @@ class RecordingWriter:
     def close(self) -> None:
         """Close the file as it is; once more does nothing."""
         if self._fd >= 0:
+            unlock(self._fd)
             os.close(self._fd)
             self._fd = -1
 
@@ -169,14 +185,3 @@ class RecordingWriter:
         crc = zlib.crc32(footer, zlib.crc32(summary))
         Footer(summary_start, offsets_start, crc).write(builder)
         return data_end + summary + built(builder) + MCAP0_MAGIC
-
-
-def _open_numbered(folder: Path, stem: str) -> tuple[Path, int]:
-    """A new file for this process alone, also when another makes one of that name."""
-    paths = (folder / f"{stem}-{number}.mcap" for number in itertools.count(1))
-    while True:
-        path = next(paths)
-        try:
-            return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL, 0o600)
-        except FileExistsError:
-            continue

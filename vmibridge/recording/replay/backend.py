@@ -14,6 +14,7 @@ Rules:
   are left out. One that is told to wait now asks again, with the recorded retries.
 - The first run of a VM is replayed. What a file has of later ones, as when files were put
   together, is counted and left out: each run had handlers of its own, from the start.
+- A request that began in another file, where a recording was split, is left out.
 - A trap that the policy denied then never reached a handler, and does not now. Values that
   were left out of the recording are not there to be asked with.
 
@@ -35,15 +36,12 @@ from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.request import request_in
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import (
-    BackendError,
-    BackendSpecError,
-    GuestMemoryError,
-)
+from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, architecture_of
 from vmibridge.recording.redaction import Redaction
-from vmibridge.recording.replay.options import LATER, NO_REPLY, TWICE, ReplayOptions, ReplayResult
+from vmibridge.recording.replay import options as reasons
+from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.request import Difference, ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
@@ -249,7 +247,7 @@ class ReplayBackend(Backend, Tap):
     def _walk_trap(self, time: int, event: TrapEvent) -> bool:
         self._has_begun = True
         if self._is_later:
-            self._leave_unchecked(LATER)
+            self._leave_unchecked(reasons.LATER)
             return True
         self.started = self.started or time
         if self._untaken is not None or (self.options.speed and not self._is_due(time)):
@@ -257,15 +255,19 @@ class ReplayBackend(Backend, Tap):
         if len(self._open) >= _MAX_OPEN:
             if self._unanswered:
                 return False
-            self._close(next(iter(self._open.values())), NO_REPLY)
+            self._close(next(iter(self._open.values())), reasons.NO_REPLY)
         if event.seq in self._open:
-            self._leave_unchecked(TWICE)
+            self._leave_unchecked(reasons.TWICE)
             return True
         after = self._batch[self._place + 1].message if self._place + 1 < len(self._batch) else None
         if event.vm != self.vm:
             event = msgspec.structs.replace(event, vm=self.vm)
-        if isinstance(after, Note) and after.seq == event.seq and after.retry_of in self._open:
-            self._walk_retry(self._open[after.retry_of], event)
+        if isinstance(after, Note) and after.seq == event.seq:
+            if after.retry_of in self._open:
+                self._walk_retry(self._open[after.retry_of], event)
+            else:
+                # What it did before is in another file, or lost.
+                self._leave_unchecked(reasons.BEFORE)
             return True
         if isinstance(after, Reply) and after.seq == event.seq and after.kind is OutcomeKind.DENIED:
             self._leave_unchecked("the policy denied it")
@@ -419,7 +421,7 @@ class ReplayBackend(Backend, Tap):
         self._held -= request.held
         reply = request.reply
         if reply is None:
-            why = why or NO_REPLY
+            why = why or reasons.NO_REPLY
         elif reply.kind is OutcomeKind.CANCELLED and reply.error == STOPPED:
             why = "the server stopped before its answer"
         why = request.unchecked or why

@@ -9,6 +9,7 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.replay.request import Difference
 
 __all__ = [
+    "BEFORE",
     "LATER",
     "MISSING",
     "NO_REPLY",
@@ -23,7 +24,8 @@ _MUCH = 1e15
 NO_REPLY = "its reply is missing"
 TWICE = "its trap is in the recording twice"
 LATER = "it is of a later run of its VM, which had new handlers"
-MISSING = frozenset({NO_REPLY, TWICE, LATER})
+BEFORE = "it began before this file"
+MISSING = frozenset({NO_REPLY, TWICE, LATER, BEFORE})
 """Why a request was not compared, where the recording is to blame."""
 
 
