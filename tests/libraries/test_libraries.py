@@ -49,6 +49,14 @@ LOOPS = {
     "uvloop": ("asyncio", {"use_uvloop": True}),
     "trio": ("trio", {}),
 }
+ALSO_IN_PLAIN_TASKS = pytest.mark.xfail(
+    # Which requests are cut off where differs from run to run.
+    strict=False,
+    reason="the pool may lose a connection to a request that is cut off, in a plain task, too",
+)
+"""Seen without vmibridge, too, with httpcore 1.0.9 on trio and psycopg_pool 3.3.3 on asyncio:
+`use_all_at_once` waits in vain for the last connection."""
+LOSES_CONNECTIONS = (Httpx, Psycopg)
 GROWTH = 8.0
 """MiB. What is lost with each request that is cut off would be more, in the long form."""
 
@@ -56,7 +64,12 @@ GROWTH = 8.0
 @pytest.mark.parametrize(
     ("library", "loop"),
     [
-        pytest.param(library, loop, id=f"{library.__name__.lower()}-{loop}")
+        pytest.param(
+            library,
+            loop,
+            id=f"{library.__name__.lower()}-{loop}",
+            marks=[ALSO_IN_PLAIN_TASKS] if library in LOSES_CONNECTIONS else [],
+        )
         for library in SERVERS
         for loop in library.loops
     ],
