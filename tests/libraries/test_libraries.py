@@ -54,7 +54,7 @@ ALSO_IN_PLAIN_TASKS = pytest.mark.xfail(
     strict=False,
     reason="the pool may lose a connection to a request that is cut off, in a plain task, too",
 )
-"""Seen without vmibridge, too, with httpcore 1.0.9 on trio and psycopg_pool 3.3.3 on asyncio:
+"""Seen without vmibridge with httpcore 1.0.9, on asyncio and trio, and psycopg_pool 3.3.3:
 `use_all_at_once` waits in vain for the last connection."""
 LOSES_CONNECTIONS = (Httpx, Psycopg)
 GROWTH = 8.0
