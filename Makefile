@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 SAY := @printf 'make: %s\n'
 
-.PHONY: help setup system system-light check lint types public layers declared package test test-guests test-slow test-install test-matrix soak demo demo-linux bench qemu linux plugin images test-containers lock clean
+.PHONY: help setup system system-light check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux plugin images test-containers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -81,7 +81,7 @@ layers: setup
 	$(BIN)/lint-imports --no-logo
 
 declared: setup
-	$(BIN)/deptry vmibridge handlers --optional-dependencies-dev-groups bench,demo,dev,test
+	$(BIN)/deptry vmibridge handlers --optional-dependencies-dev-groups bench,demo,dev,test,test-libraries
 	$(BIN)/deptry . benchmarks docker guest/linux tests tests/*/ tests/unit/handlers
 
 package: setup  ## wheel and sdist in dist/, checked as an index and an installer would
@@ -109,6 +109,10 @@ test-slow: setup  ## the tests that take long, and every law with all of its exa
 
 test-install: setup  ## installs the core, each extra and the demo from nothing; minutes
 	$(PYTEST) -q -m install tests/install
+
+# VMIBRIDGE_LIBRARY_REQUESTS=50000 is the long form: about two hours.
+test-libraries: setup  ## libraries that handlers use against PostgreSQL, Redis and a web server of their own; minutes
+	$(PYTEST) -q -m libraries tests/libraries
 
 test-matrix: setup  ## the tests on every Python that is supported, and installs on those that are here; long
 	VMIBRIDGE_PYTHONS=all $(PYTEST) -q -m install tests/install

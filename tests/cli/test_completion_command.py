@@ -59,7 +59,7 @@ class TestBash:
         assert in_bash("vmibridge", "qemu", "b") == ["build-plugin"]
 
     def test_options_of_a_command(self, in_bash):
-        assert in_bash("vmibridge", "run", "--re") == ["--record", "--redact"]
+        assert in_bash("vmibridge", "run", "--red") == ["--redact"]
 
     def test_options_of_a_command_in_a_group(self, in_bash):
         assert in_bash("vmibridge", "recordings", "get", "--o") == ["--output"]
@@ -88,7 +88,7 @@ def test_zsh_takes_it_as_a_completion_of_the_command(tmp_path):
     [
         ("vmibridge reco", {"recordings", "recover"}),
         ("vmibridge qemu b", {"build-plugin"}),
-        ("vmibridge run --re", {"--record", "--redact"}),
+        ("vmibridge run --red", {"--redact"}),
         ("vmibridge run --async-backend ", {"asyncio", "trio"}),
     ],
 )

@@ -12,7 +12,7 @@ from vmibridge.errors import EXTRAS, MissingExtraError
 pytestmark = pytest.mark.no_cover
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-FOR_DEVELOPERS = {"all", "bench", "demo", "dev", "test"}
+FOR_DEVELOPERS = {"all", "bench", "demo", "dev", "test", "test-libraries"}
 
 
 def name_of(requirement):

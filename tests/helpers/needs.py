@@ -16,11 +16,16 @@ PACKAGES = {
     "gcc": "gcc libc6-dev",
     "gdb": "gdb",
     "gdbserver": "gdbserver",
+    "initdb": "postgresql",
     "nasm": "nasm",
     "nm": "binutils",
     "objcopy": "binutils",
+    "pg_isready": "postgresql-client",
     "podman": "podman runc netavark aardvark-dns debootstrap",
+    "postgres": "postgresql",
+    "psql": "postgresql-client",
     "qemu-system-x86_64": "qemu-system-x86 seabios",
+    "redis-server": "redis-server",
     "systemd-analyze": "systemd",
 }
 """Debian's packages that have them."""

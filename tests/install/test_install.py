@@ -19,7 +19,7 @@ pytestmark = pytest.mark.install
 ALONE = ["", "cli", "trio", "uvloop", "unicorn", "gdb", "fetch", "recording", "parquet", "perfetto"]
 ALONE += ["nats", "all"]
 VERSIONS = ("locked", "newest", "lowest")
-NOT_FOR_USERS = {"bench", "demo", "dev", "test"}
+NOT_FOR_USERS = {"bench", "demo", "dev", "test", "test-libraries"}
 IN_ALL = set(ALONE) - {"", "all", "parquet"}
 
 

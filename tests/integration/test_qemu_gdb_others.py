@@ -47,7 +47,7 @@ class Held(Work):
             self.more = anyio.Event()
             await self.more.wait()
 
-    async def hold(self):
+    async def hold_the_next(self):
         """Wait until a trap is held."""
         self.held, self.let_go = anyio.Event(), anyio.Event()
         self.holds = True
@@ -100,7 +100,7 @@ async def test_a_stop_in_a_trap_is_carried_out_behind_it(machine, tmp_path):
             machine.host(work, f"&stop-log={tmp_path / 'log'}") as server,
         ):
             for _ in range(3):
-                await work.hold()
+                await work.hold_the_next()
                 await machine.command("stop")
                 work.let_go.set()
                 await machine.has_status("paused")
@@ -114,7 +114,7 @@ async def test_a_vm_that_is_let_go_on_in_a_trap_stays_in_it(machine):
     work = Held()
     with anyio.fail_after(120):
         async with machine.guest(HOW=CPUID, COUNT=ENDLESS), machine.host(work) as server:
-            await work.hold()
+            await work.hold_the_next()
             count = work.count
             for _ in range(3):
                 await machine.command("cont")
@@ -131,7 +131,7 @@ async def test_the_answer_to_a_trap_that_a_reset_took_is_dropped(machine, caplog
     work = Held()
     with anyio.fail_after(120):
         async with machine.guest(HOW=CPUID, COUNT=ENDLESS), machine.host(work) as server:
-            await work.hold()
+            await work.hold_the_next()
             await machine.command("system_reset")
             await machine.has_status("prelaunch")
             work.let_go.set()
@@ -185,7 +185,7 @@ async def random_commands(machine, tmp_path, *, seed, count):
                 verb = chosen.choice(["stop", "cont", "system_reset", "savevm", "loadvm"])
                 in_a_trap = chosen.random() < 0.5
                 if in_a_trap:
-                    await work.hold()
+                    await work.hold_the_next()
                 if verb in ("savevm", "loadvm"):
                     said = await machine.human(f"{verb if saved else 'savevm'} x")
                     assert not said

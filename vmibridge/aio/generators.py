@@ -11,13 +11,20 @@ error, trio with the end of the run, and asyncio not at all.
   handler has ended. A task that the handler started has its generators closed by the loop, as ever.
 - One that the handler keeps is not touched: only when nothing refers to it any more does Python
   call the hook.
+- A handler may leave a generator and then wait for what the generator holds: a cursor that streams
+  holds the lock of its connection, and the connection is committed on the way out. Its own task
+  cannot close the generator then. On asyncio, where locks belong to no task, the loop does at its
+  next turn, as in a plain task; but not if the generator has opened a cancel scope or a task group,
+  which only its own task can leave. On trio locks belong to tasks, too.
 """
 
+import asyncio
 import logging
 import sys
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeAlias
+from operator import attrgetter
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import anyio
 
@@ -29,10 +36,16 @@ Generator: TypeAlias = AsyncGenerator[Any, Any]
 class Owner(Protocol):
     """What a handler runs in, as far as generators go."""
 
-    begun: set[int]
-    """The ids of those that had their first step; in CPython an id is free only after the hook."""
+    begun: dict[int, object]
+    """Those that had their first step, with the scope that the task was in then. By their ids; in
+    CPython an id is free only after the hook."""
     left: list[Generator]
     """Those to close."""
+    others_may_close: ClassVar[bool]
+    """Whether another task can give back what a generator holds, but for scopes."""
+    current: "ClassVar[attrgetter[object]]"
+    """Gets the scope that the task is in from `holder`."""
+    holder: Any
 
     @property
     def is_current(self) -> bool:
@@ -53,7 +66,7 @@ class _Hooks:
         """A generator has its first step."""
         owner = OWNER.get()
         if owner is not None and owner.is_current:
-            owner.begun.add(id(generator))
+            owner.begun[id(generator)] = owner.current(owner.holder)
         if self._loop.firstiter is not None:
             self._loop.firstiter(generator)
 
@@ -62,7 +75,18 @@ class _Hooks:
         owner = OWNER.get()
         if owner is not None and id(generator) in owner.begun and owner.is_current:
             owner.left.append(generator)
+            # Where the scope is not the same, the generator may have opened it.
+            same_scope = owner.current(owner.holder) is owner.begun[id(generator)]
+            if same_scope and owner.others_may_close:
+                asyncio.get_running_loop().call_soon(self._hand_on, owner, generator)
         elif self._loop.finalizer is not None:
+            self._loop.finalizer(generator)
+
+    def _hand_on(self, owner: Owner, generator: Generator) -> None:
+        """The loop turns. A handler that has ended has its generators closed, so one that is still
+        there is that of a handler which waits."""
+        if generator in owner.left and self._loop.finalizer is not None:
+            owner.left.remove(generator)
             self._loop.finalizer(generator)
 
 
@@ -76,10 +100,11 @@ def watch_generators() -> None:
 
 async def close_generators(owner: Owner, name: str) -> None:
     """Close what the handler `name` has left, the latest first; does not raise."""
-    while owner.left:
+    # Taken out together: while one is closed, the loop is handed none of the others.
+    taken, owner.left = owner.left, []
+    while taken:
         try:
-            # Its own clean-up may leave others.
-            await owner.left.pop().aclose()
+            await taken.pop().aclose()
         except anyio.get_cancelled_exc_class():
             # The canceller has answered for it.
             log.debug("handler %s was cancelled while its generators were closed", name)
@@ -89,6 +114,9 @@ async def close_generators(owner: Owner, name: str) -> None:
                     "handler %s left an async generator, which raised when it was closed",
                     name,
                 )
+        # Its own clean-up may have left others.
+        taken += owner.left
+        owner.left.clear()
     owner.begun.clear()
 
 

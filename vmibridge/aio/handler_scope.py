@@ -82,6 +82,7 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
 
     __slots__ = ("_before", "_is_last", "_patience", "begun", "holder", "left", "mark", "task")
 
+    others_may_close: ClassVar[bool] = True
     current: "ClassVar[attrgetter[object]]" = attrgetter("cancel_scope")
 
     def __new__(cls, patience: float) -> Self:  # noqa: ARG004 - that of anyio takes others
@@ -90,7 +91,7 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
     def __init__(self, patience: float) -> None:
         super().__init__()
         self.task: Any = None
-        self.begun: set[int] = set()
+        self.begun: dict[int, object] = {}
         self.left: list[Generator] = []
         self._patience = patience
         self.holder: Any = None

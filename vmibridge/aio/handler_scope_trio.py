@@ -19,11 +19,12 @@ class TrioHandlerScope:
 
     __slots__ = ("_scope", "begun", "holder", "left", "mark", "task")
 
+    others_may_close: ClassVar[bool] = False
     current: "ClassVar[attrgetter[object]]" = attrgetter("_cancel_status")
 
     def __init__(self) -> None:
         self.task: Any = None
-        self.begun: set[int] = set()
+        self.begun: dict[int, object] = {}
         self.left: list[Generator] = []
         self._scope = trio.CancelScope()
         self.holder: Any = None

@@ -209,7 +209,7 @@ class TestRecovery:
         await record(path, calls(1))
         target = tmp_path / "dear.txt"
         target.write_text("something dear")
-        with pytest.raises(ConfigError, match="there already"):
+        with pytest.raises(ConfigError, match="already exists"):
             recover(path, target)
         assert target.read_text() == "something dear"
 

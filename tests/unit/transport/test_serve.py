@@ -205,7 +205,7 @@ class TestStop:
     async def test_a_file_that_is_no_socket_is_left_alone(self, tmp_path):
         path = tmp_path / "file"
         path.write_text("text")
-        with pytest.raises(BackendError, match="no socket"):
+        with pytest.raises(BackendError, match="not a socket"):
             await AgentServer([f"unix:{path}"], lambda _: Echo()).run()
         assert path.read_text() == "text"
 

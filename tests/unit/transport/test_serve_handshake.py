@@ -199,6 +199,6 @@ class TestHandshake:
             await stage.play("""
                 !! connects other
                 other -> hello session=new vm=other
-                other <- refused "no more" final=no
+                other <- refused "limit" final=no
                 other ** hung-up
             """)
