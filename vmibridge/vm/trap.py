@@ -56,7 +56,8 @@ class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         Which bits those are is said by the architecture, for x86 in
         `vmibridge.vm.arch.x86.registers.page_root`.
         """
-        return self.architecture.page_root(self.registers)
+        registers = self.registers
+        return architecture_of(registers).page_root(registers)
 
 
 class RegisterWrites(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

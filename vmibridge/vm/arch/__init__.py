@@ -11,9 +11,18 @@ ARCHITECTURES: Final[tuple[Architecture[Any], ...]] = (X86,)
 that one."""
 
 
+# A policy asks for the address space of each trap, and with it for the architecture.
+_BY_REGISTERS: Final[dict[type, Architecture[Any]]] = {
+    each.registers: each for each in reversed(ARCHITECTURES)
+}
+
+
 def architecture_of(registers: object) -> Architecture[Any]:
     """The architecture whose registers these are. Raises `TypeError` for what are none."""
     kind = type(registers)
+    found = _BY_REGISTERS.get(kind)
+    if found is not None:
+        return found
     for each in ARCHITECTURES:
         if each.registers is kind:
             return each
