@@ -4,6 +4,19 @@ import time
 
 import anyio
 import pytest
+from hooked_taps import (
+    COPY,
+    END_SLOW,
+    LINGER,
+    MAGIC,
+    MEMORY,
+    NATIVE,
+    SLOW,
+    Hooked,
+    Steps,
+    serve,
+    vmcall,
+)
 
 from vmibridge import (
     Bridge,
@@ -17,111 +30,12 @@ from vmibridge import (
     Outcome,
     OutcomeKind,
     Policy,
-    Registers,
-    TrapEvent,
-    TrapReason,
     method,
 )
 from vmibridge.engine import beginnings, workers
-from vmibridge.engine.taps import Tap
 from vmibridge.testing import FakeBackend, FakeGuest
-from vmibridge.vm.backend import SessionEventKind
 
 pytestmark = pytest.mark.anyio
-
-MAGIC, OTHER_MAGIC = 0x1234, 0x9999
-MEMORY = {0x2000: bytes(range(16))}
-
-
-class Steps(BridgeHandler[None]):
-    MAGIC, REQUEST = MAGIC, 1
-
-    def __init__(self):
-        self.began = anyio.Event()
-        self.go_on = anyio.Event()
-
-    @method(1)
-    async def copy(self, vmi, packet):
-        await vmi.memory.write_physical(0x2008, await vmi.memory.read_physical(0x2000, 8))
-        return BridgeResponse(packet.value1 + 1)
-
-    @method(2)
-    async def linger(self, vmi, packet):
-        self.began.set()
-        await self.go_on.wait()
-        return BridgeResponse(2)
-
-    @method(3, soft_timeout=0.005)
-    async def slow(self, vmi, packet):
-        await self.go_on.wait()
-        return BridgeResponse(3)
-
-    @method(4)
-    async def end_slow(self, vmi, packet):
-        self.go_on.set()
-        return BridgeResponse(4)
-
-
-COPY, LINGER, SLOW, END_SLOW = (BridgePacket(MAGIC, 1, code) for code in (1, 2, 3, 4))
-NATIVE = BridgePacket(OTHER_MAGIC, 1, 1)
-
-
-class Hooked(Tap):
-    """Keeps what it is told, by the hooks and by the other calls."""
-
-    def __init__(self):
-        self.calls = []
-        self.begun = []
-        self.session = []
-        self.missed = []
-
-    def begin(self, vm, bridge, settings, stop):
-        self.calls.append("begin")
-
-    def trap(self, event):
-        self.calls.append(("trap", event.seq))
-
-    def retried(self, event, first):
-        self.calls.append(("retried", event.seq, first))
-
-    def read(self, event, address, size, data, error):
-        self.calls.append(("read", event.seq))
-
-    def wrote(self, event, address, data, error):
-        self.calls.append(("wrote", event.seq))
-
-    def answered(self, outcome):
-        self.calls.append(("answered", outcome.event.seq, outcome.kind.value, outcome.retry_of))
-
-    def end(self, vm, summary):
-        self.calls.append("end")
-
-    def handler_began(self, began):
-        self.calls.append(("began", began.event.seq, began.handler, began.method))
-        self.begun.append(began)
-
-    def ran_natively(self, event, why):
-        self.calls.append(("native", event.seq, why))
-
-    def session_event(self, event):
-        self.calls.append(("session", event.kind.value))
-        self.session.append(event)
-
-    def tap_lost(self, vm, tap, error):
-        self.calls.append(("lost", type(tap).__name__, str(error)))
-
-    def missed_traps(self, vm, count):
-        self.missed.append((vm, count))
-
-
-async def serve(backend, target, *taps, **options):
-    """Run to the end: the outcomes."""
-    bridge = target if isinstance(target, Bridge) else Bridge(target)
-    async with backend:
-        with anyio.fail_after(10):
-            return [
-                each async for each in BridgeServer(backend, bridge, taps=taps, **options).run()
-            ]
 
 
 class Clock:
@@ -302,11 +216,6 @@ class TestARequestThatIsPassedOn:
         assert tap.calls[-2] == ("answered", 3, "handled", 1)
 
 
-def vmcall(seq, vcpu=0, packet=COPY):
-    registers = Registers(rcx=packet.magic, rdx=packet.request | packet.method << 16)
-    return TrapEvent(seq, TrapReason.VMCALL, registers, "fake", vcpu, length=3)
-
-
 class TestTheTimeInTheQueue:
     """On a clock of the test's own."""
 
@@ -440,222 +349,3 @@ class TestACancellation:
                 kinds = [each.kind async for each in server.run()]
         assert kinds == [OutcomeKind.CANCELLED] * 2
         assert [each.event.seq for each in tap.begun] == [1]
-
-
-# --- taps that raise --------------------------------------------------------------------
-
-
-async def every_hook(vm):
-    """Brings about a call of each hook but for `tap_lost`; then more traps."""
-    await vm.call(COPY)
-    await vm.call(NATIVE)
-    vm.change_session(SessionEventKind.LOST, "a test")
-    vm.results = [(await vm.call(BridgePacket(MAGIC, 1, 1, n))).rax for n in range(3)]
-
-
-class Fault(Exception):
-    pass
-
-
-class Raises(Hooked):
-    """Raises in one of its calls; must not be called again."""
-
-    def __init__(self, where):
-        super().__init__()
-
-        def fail(*_):
-            assert "raised" not in self.calls
-            self.calls.append("raised")
-            raise Fault(where)
-
-        setattr(self, where, fail)
-
-    def dropped(self, vm, error):
-        self.calls.append("dropped")
-
-
-class TestATapThatRaises:
-    @pytest.mark.parametrize("where", ["handler_began", "ran_natively", "session_event"])
-    async def test_in_a_hook_is_dropped_and_the_trap_goes_on(self, where, caplog):
-        before, bad, after = Hooked(), Raises(where), Hooked()
-        vm = FakeGuest(every_hook, memory=MEMORY)
-        outcomes = await serve(vm, Steps(), before, bad, after)
-        assert vm.results == [1, 2, 3]
-        assert [each.kind for each in outcomes] == [OutcomeKind.HANDLED] * 4
-        assert [each.getMessage() for each in caplog.records] == [
-            f"vm fake: tap Raises is dropped: its {where}() raised Fault: {where}"
-        ]
-        assert bad.calls[-2:] == ["raised", "dropped"]
-        assert before.calls == after.calls
-        assert [each for each in after.calls if each[0] == "lost"] == [("lost", "Raises", where)]
-        assert len(after.begun) == 4
-
-    async def test_when_another_one_is_lost_is_dropped_too(self, caplog):
-        """After the call that was under way: none is called again after it was dropped."""
-        bad, worse, good = Raises("trap"), Raises("tap_lost"), Hooked()
-        vm = FakeGuest(every_hook, memory=MEMORY)
-        await serve(vm, Steps(), bad, worse, good)
-        assert vm.results == [1, 2, 3]
-        assert worse.calls == ["begin", ("trap", 1), "raised", "dropped"]
-        lost = [each for each in good.calls if each[0] == "lost"]
-        assert lost == [("lost", "Raises", "trap"), ("lost", "Raises", "tap_lost")]
-        assert good.calls.index(("trap", 1)) < good.calls.index(lost[0])
-        assert len(caplog.records) == 2
-
-    @pytest.mark.parametrize(
-        ("where", "missed"),
-        [
-            ("begin", 4),
-            ("trap", 4),
-            ("handler_began", 3),
-            ("answered", 3),
-            ("ran_natively", 3),
-            ("session_event", 3),
-            ("end", 0),
-        ],
-    )
-    async def test_is_told_at_the_end_how_many_traps_it_missed(self, where, missed):
-        tap, other = Raises(where), Hooked()
-        await serve(FakeGuest(every_hook, memory=MEMORY), Steps(), tap, other)
-        assert tap.missed == [("fake", missed)]
-        assert other.missed == []
-
-    async def test_two_of_them_are_counted_apart(self):
-        first, second = Raises("trap"), Raises("ran_natively")
-        await serve(FakeGuest(every_hook, memory=MEMORY), Steps(), first, second)
-        assert (first.missed, second.missed) == ([("fake", 4)], [("fake", 3)])
-
-    async def test_when_it_is_told_what_it_missed_harms_nobody(self, caplog):
-        class Worse(Raises):
-            def missed_traps(self, vm, count):
-                raise Fault("again")
-
-        bad, other = Worse("trap"), Raises("trap")
-        await serve(FakeGuest(every_hook, memory=MEMORY), Steps(), bad, other)
-        assert other.missed == [("fake", 4)]
-        assert len(caplog.records) == 2
-
-
-class TestASession:
-    async def test_is_told_between_begin_and_end(self):
-        tap = Hooked()
-        vm = FakeGuest(every_hook, memory=MEMORY)
-        vm.change_session(SessionEventKind.CONNECTED)
-        await serve(vm, Steps(), tap)
-        vm.change_session(SessionEventKind.ENDED)
-        (event,) = tap.session
-        assert (event.vm, event.kind, event.reason) == ("fake", SessionEventKind.LOST, "a test")
-        assert (tap.calls[0], tap.calls[-1]) == ("begin", "end")
-
-
-# --- taps without hooks -----------------------------------------------------------------
-
-
-class Plain:
-    """As one written for 0.2.0, which had no hooks; it need not derive from `Tap`."""
-
-    full = False
-
-    def __init__(self):
-        self.seen = []
-
-    async def room(self):
-        pass
-
-    def begin(self, vm, bridge, settings, stop):
-        self.seen.append("begin")
-
-    def trap(self, event):
-        self.seen.append("trap")
-
-    def retried(self, event, first):
-        self.seen.append("retried")
-
-    def read(self, event, address, size, data, error):
-        self.seen.append("read")
-
-    def wrote(self, event, address, data, error):
-        self.seen.append("wrote")
-
-    def answered(self, outcome):
-        self.seen.append("answered")
-
-    def end(self, vm, summary):
-        self.seen.append("end")
-
-
-class NamesTaken(Plain):
-    """Has attributes of its own under the names of hooks."""
-
-    handler_began = 0
-    session_event = None
-    tap_lost = ()
-
-    def __init__(self):
-        super().__init__()
-        self.ran_natively = {}
-        self.missed_traps = 3
-
-
-class Proxy:
-    """Knows the older calls, and nothing else."""
-
-    def __init__(self):
-        self.tap = Plain()
-
-    def __getattr__(self, name):
-        return {each: getattr(self.tap, each) for each in (*vars(Plain), "seen")}[name]
-
-
-class Derived(Plain, Tap):
-    """As `Plain`, from `Tap`."""
-
-
-@pytest.mark.parametrize("make", [Plain, Derived, NamesTaken, Proxy])
-async def test_a_tap_that_is_older_than_the_hooks_works_as_before(make, caplog):
-    tap, bad = make(), Raises("trap")
-    vm = FakeGuest(every_hook, memory=MEMORY)
-    await serve(vm, Steps(), bad, tap)
-    assert vm.results == [1, 2, 3]
-    assert tap.seen == ["begin", *["trap", "read", "wrote", "answered"] * 4, "end"]
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize("taps", [(), (Plain,), (Derived,), (Tap,)])
-async def test_where_no_tap_has_a_hook_nothing_is_called_and_no_clock_is_read(taps, monkeypatch):
-    def never(*_):
-        raise AssertionError("it costs something")
-
-    for place, name in (
-        (beginnings, "_clock"),
-        (beginnings, "TimedLanes"),
-        (beginnings, "Beginnings"),
-    ):
-        monkeypatch.setattr(place, name, never)
-    vm = FakeGuest(every_hook, memory=MEMORY)
-    await serve(vm, Steps(), *(make() for make in taps))
-    assert vm.results == [1, 2, 3]
-    assert vm.on_session_event is None
-
-
-async def test_a_tap_with_another_hook_does_not_time_the_queue(monkeypatch):
-    class Natives(Tap):
-        seen = 0
-
-        def ran_natively(self, event, why):
-            self.seen += 1
-
-    def never():
-        raise AssertionError("it costs something")
-
-    monkeypatch.setattr(beginnings, "_clock", never)
-    tap = Natives()
-    await serve(FakeGuest(every_hook, memory=MEMORY), Steps(), tap)
-    assert tap.seen == 1
-
-
-async def test_a_hook_that_an_instance_has_of_its_own_is_one():
-    tap, begun = Tap(), []
-    tap.handler_began = begun.append
-    await serve(FakeGuest(every_hook, memory=MEMORY), Steps(), tap)
-    assert [each.method for each in begun] == ["copy"] * 4
