@@ -116,7 +116,7 @@ class _Stream(AsyncNetworkStream):
         # httpcore closes it after an error, but not after a cancellation.
         try:
             return await self._inner.start_tls(ssl_context, server_hostname, timeout)
-        except BaseException:  # a cancellation, too
+        except BaseException:  # a cancellation, too; closed here, and raised again
             with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
                 await self._inner.aclose()
             raise

@@ -76,7 +76,7 @@ def test_each_part_is_listed_replayed_and_reported_by_itself(
     again = vmibridge("replay", second, "--handlers", handlers, "--strict")
     assert again.returncode == 0, again.stdout + again.stderr
     assert ", 0 different" in again.stdout
-    assert "this is part 2 of a recording: handlers begin anew with it" in again.stderr
+    assert "this is part 2 of a recording: handlers lack the state of those before" in again.stderr
     assert vmibridge("report", second, "-o", "page.html").returncode == 0
 
 
@@ -224,7 +224,7 @@ class TestAFileOfOutcomes:
         assert (tmp_path / "out.json.1").stat().st_size == 501
         assert (tmp_path / "out.json").read_bytes() == b"{}\n"
 
-    async def test_drops_lines_while_it_cannot_begin_anew_and_heals(
+    async def test_drops_lines_while_it_cannot_make_a_file_and_heals(
         self, bounded, tmp_path, caplog
     ):
         _, writer = bounded
@@ -237,7 +237,7 @@ class TestAFileOfOutcomes:
         await self.write(writer, 30, 31)
         assert (tmp_path / "out.json").read_bytes() == lines(30, 31)[0]
 
-    async def test_begins_anew_when_somebody_has_moved_it(self, bounded, tmp_path):
+    async def test_makes_another_when_the_file_was_moved(self, bounded, tmp_path):
         _, writer = bounded
         await self.write(writer, 10, 17)
         (tmp_path / "out.json").rename(tmp_path / "moved")

@@ -3,7 +3,8 @@
 from contextlib import asynccontextmanager
 
 import anyio
-from nats_parts import plain_client, settle, until
+from nats_parts import plain_client, settle
+from waiting import until
 
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.transport.handshake import VERSION, WORD

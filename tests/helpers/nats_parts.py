@@ -101,13 +101,6 @@ async def settle(client):
         await client.flush()
 
 
-async def until(condition):
-    """Wait for something that happens elsewhere."""
-    with anyio.fail_after(60):
-        while not condition():
-            await anyio.sleep(0.005)
-
-
 async def fail(url):
     """Why an agent and a server do not come up; each in one error, at once."""
     said = []

@@ -192,7 +192,7 @@ class Stage:
 
     async def send(self, frame, step):
         """A frame comes in."""
-        raise NotImplementedError
+        raise AssertionError(f"a stage without frames of its own got {step.text!r}")
 
     def state(self):
         """What `==` looks at, by name."""

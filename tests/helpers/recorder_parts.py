@@ -148,9 +148,3 @@ def read(path, *kinds):
         found = [message for _, message in reader.messages()]
         assert (reader.problems, reader.complete) == ([], True)
     return [each for each in found if isinstance(each, kinds)] if kinds else found
-
-
-async def until(condition):
-    with anyio.fail_after(60):
-        while not condition():
-            await anyio.sleep(0.002)

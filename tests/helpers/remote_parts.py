@@ -133,13 +133,6 @@ async def carry(backend, url, **options):
         return agent, await agent.run()
 
 
-async def until(true):
-    """Wait until this is so."""
-    with anyio.fail_after(60):
-        while not true():
-            await anyio.sleep(0.001)
-
-
 class FakeAgent:
     """The end of an agent, which sends what it is told to."""
 

@@ -22,8 +22,9 @@ from typing import ClassVar
 
 import anyio
 from playbook import Stage
-from remote_parts import REQUEST, FakeAgent, until
+from remote_parts import REQUEST, FakeAgent
 from session_stage import AGENT_FRAMES, BEHIND
+from waiting import until
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
@@ -52,7 +53,7 @@ class PlayedHandler(BridgeHandler[None]):
         self._stage.does("begins", seq, loose=True)
         try:
             await done.wait()
-        except BaseException:
+        except BaseException:  # noted for the script, and raised again
             self._stage.does("cancelled", seq, loose=True)
             raise
         return BridgeResponse(value1=self._stage.done[seq])

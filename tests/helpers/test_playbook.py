@@ -1,5 +1,7 @@
 """How a playbook is read, what its steps are held against, and what it says when they are not."""
 
+from typing import ClassVar
+
 import msgspec
 import pytest
 from playbook import PlaybookError, Stage, parse
@@ -17,8 +19,8 @@ class Word(msgspec.Struct):
 class Parrot(Stage):
     """Says what it is told; counts."""
 
-    frames = {"word": Word}  # noqa: RUF012
-    usual = {"word": {"loud": True}}  # noqa: RUF012
+    frames: ClassVar = {"word": Word}
+    usual: ClassVar = {"word": {"loud": True}}
 
     def __init__(self):
         super().__init__()

@@ -380,7 +380,7 @@ class Passes(BridgeDispatch):
                 if not run.orders:
                     self.requests.waits()
                 await run.next_order()
-            except BaseException:
+            except BaseException:  # noted for the rules, and raised again
                 run.unwinding = run.ended = True
                 raise
             self.requests.passed[vmi] = run

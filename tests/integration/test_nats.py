@@ -11,9 +11,9 @@ from nats_parts import (
     Work,
     ask,
     nats_server,
-    until,
 )
 from remote_parts import Echo, carry, served
+from waiting import until
 
 from vmibridge import (
     BridgeHandler,

@@ -5,7 +5,8 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
-from nats_parts import ON_ASYNCIO, nats_server, plain_client, settle, until
+from nats_parts import ON_ASYNCIO, nats_server, plain_client, settle
+from waiting import until
 
 from vmibridge.errors import BackendError
 from vmibridge.transport import AgentServer

@@ -8,9 +8,9 @@ from nats_parts import (
     Guest,
     Work,
     serve_processes,
-    until,
 )
 from remote_parts import carry, served
+from waiting import until
 
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentServer

@@ -6,8 +6,9 @@ import anyio
 import pytest
 from msgspec.structs import replace
 from nats_fakes import FakeAgent, FakeServer, answer
-from nats_parts import AT, ON_ASYNCIO, Work, ask, nats_server, until
+from nats_parts import AT, ON_ASYNCIO, Work, ask, nats_server
 from remote_parts import carry, frame_of, served, trap
+from waiting import until
 
 from vmibridge import BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC, GuestRead

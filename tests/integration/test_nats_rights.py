@@ -7,8 +7,9 @@ import anyio
 import nkeys
 import pytest
 from nats_jwt import Operator, public_key, seed_of
-from nats_parts import ON_ASYNCIO, PASSWORDS, Guest, Work, fail, nats_server, until
+from nats_parts import ON_ASYNCIO, PASSWORDS, Guest, Work, fail, nats_server
 from remote_parts import carry, served
+from waiting import until
 
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import BackendError

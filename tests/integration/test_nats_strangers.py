@@ -7,9 +7,9 @@ from nats_parts import (
     Work,
     ask,
     plain_client,
-    until,
 )
 from remote_parts import carry, served
+from waiting import until
 
 from vmibridge.transport.handshake import VERSION, WORD
 from vmibridge.transport.nats.message import pack

@@ -18,6 +18,7 @@ from micro_guest import (
     VMMCALL,
     Work,
 )
+from waiting import until
 
 from vmibridge.backends.qemu.ram import SharedRam
 
@@ -42,12 +43,6 @@ class Status(msgspec.Struct):
 
 class Migration(msgspec.Struct):
     status: str = "none"
-
-
-async def until(condition):
-    with anyio.fail_after(30):
-        while not condition():
-            await anyio.sleep(0.005)
 
 
 @pytest.mark.parametrize("how", [CPUID, VMCALL, VMMCALL], ids=["cpuid", "vmcall", "vmmcall"])

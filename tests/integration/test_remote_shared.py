@@ -3,7 +3,8 @@
 import anyio
 import pytest
 from nats_parts import ON_ASYNCIO, nats_server
-from remote_parts import carry, served, until
+from remote_parts import carry, served
+from waiting import until
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC

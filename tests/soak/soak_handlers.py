@@ -294,7 +294,7 @@ class Faults(BridgeHandler[None]):
 
     @method(Kind.ECHO, soft_timeout=SOFT)
     async def echo(self, vmi, packet):
-        # When the result has expired, both begin anew, and none was told to wait as yet.
+        # When the result has expired, both start over, and neither got WAIT yet.
         with self._slow(Kind.ECHO, packet, asked_at_once=2):
             await anyio.sleep(SLOW)
         return plus_one(packet)

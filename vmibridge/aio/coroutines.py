@@ -59,6 +59,7 @@ class _Suspended(Generator[object, Any, Any]):
         self._run = context.run
         self._wish: object = wish
 
+    # Each coroutine object has these two; the protocol of `typing` leaves them out.
     @property
     def cr_frame(self) -> Any:
         return self._body.cr_frame  # type: ignore[attr-defined]

@@ -46,7 +46,9 @@ class ReplayPrinter:
             self._warn("the recording does not tell what served it then")
             return
         if session.part > 1:
-            self._warn(f"this is part {session.part} of a recording: handlers begin anew with it")
+            self._warn(
+                f"this is part {session.part} of a recording: handlers lack the state of those before"
+            )
         now = {handler.name: recorded_handler(handler) for handler in handlers}
         for then in session.handlers:
             known = now.get(then.name)

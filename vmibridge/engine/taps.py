@@ -6,7 +6,7 @@ A server calls its taps on the event loop, in this order:
 |---|---|
 | `begin` | for each VM, before its guest runs |
 | `trap` | a trap of ours was taken |
-| `retried` | right after `trap`: it asks again for what was told to wait |
+| `retried` | right after `trap`: it is a retry of a request that got WAIT |
 | `read`, `wrote` | guest memory was accessed for a trap, or could not be |
 | `answered` | the answer to a trap was written; every trap has one |
 | `end` | for each VM, after its last answer |

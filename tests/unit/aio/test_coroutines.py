@@ -440,20 +440,3 @@ async def test_a_body_that_waits_for_one_turn_of_the_loop_waits_for_each():
     assert steps == ["waits", "goes on", "waits"]
     with pytest.raises(StopIteration):
         running.send(None)
-
-
-@pytest.mark.anyio
-async def test_tools_that_follow_what_is_awaited_find_the_body():
-    @coroutine
-    def forever():
-        while True:
-            yield "a wish"
-
-    async def body():
-        await forever()
-
-    running = run_inline(body(), Waits())
-    running.send(None)
-    assert running.gi_yieldfrom.cr_frame.f_code is body.__code__
-    assert running.gi_yieldfrom.cr_await.gi_code.co_name == "forever"
-    running.close()

@@ -21,8 +21,8 @@ from recorder_parts import (
     read,
     record,
     serve,
-    until,
 )
+from waiting import until
 
 from vmibridge import (
     AddressRange,

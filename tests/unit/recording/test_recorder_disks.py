@@ -1,21 +1,19 @@
 """A recorder on disks that are slow or full, and what can be recovered."""
 
-import errno
 import itertools
 import logging
-import os
 import threading
 
 import anyio
 import pytest
-from recorder_parts import Probe, Told, as_told, ask, calls, read, record, serve, until
+from recorder_parts import Probe, Told, as_told, ask, calls, read, record, serve
+from waiting import until
 
 from vmibridge import (
     Bridge,
 )
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError, RecordingError, RecordingReadError
-from vmibridge.recording.file import writer as writer_module
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.file.recover import recover
 from vmibridge.recording.file.writer import RecordingWriter
@@ -87,30 +85,6 @@ class TestADiskThatIsSlow:
             await until(lambda: path.exists() and Reply in map(type, read_part(path)[0]))
             assert traps_in(path) == 1
             go_on.set()
-
-
-class SmallDisk:
-    """Stands for `os` in the writer: after `room` bytes the disk is full."""
-
-    def __init__(self, room=1 << 30):
-        self.room = room
-
-    def __getattr__(self, name):
-        return getattr(os, name)
-
-    def write(self, fd, data):
-        if not self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = os.write(fd, data[: self.room])
-        self.room -= written
-        return written
-
-
-@pytest.fixture
-def disk(monkeypatch):
-    disk = SmallDisk()
-    monkeypatch.setattr(writer_module, "os", disk)
-    return disk
 
 
 ROOMS = pytest.mark.parametrize("room", [0, 1, 700, 5000])

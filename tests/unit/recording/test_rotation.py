@@ -1,6 +1,5 @@
 """A recording that goes on in another file: each part is one by itself, and none is too large."""
 
-import errno
 import logging
 import os
 import threading
@@ -8,7 +7,8 @@ from collections import Counter
 
 import anyio
 import pytest
-from recorder_parts import read, until
+from recorder_parts import read
+from waiting import until
 
 from vmibridge import Bridge, BridgeHandler, BridgePacket, BridgeResponse, BridgeServer, method
 from vmibridge.errors import RecordingError
@@ -21,7 +21,6 @@ from vmibridge.recording import (
     Session,
     rotation,
 )
-from vmibridge.recording.file import writer as writer_module
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.replay.options import BEFORE
 from vmibridge.recording.rotation import MIN_SIZE
@@ -286,30 +285,6 @@ class TestAFlood:
         parts = await record(path, guest)
         assert len(parts) > 3
         assert all(part.stat().st_size <= MIN_SIZE for part in parts)
-
-
-class FullDisk:
-    """Stands for `os` in the writer: there is no room for the `count`th write that is `at`."""
-
-    def __init__(self):
-        self.room = 1 << 30
-
-    def __getattr__(self, name):
-        return getattr(os, name)
-
-    def write(self, fd, data):
-        if not self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = os.write(fd, data[: self.room])
-        self.room -= written
-        return written
-
-
-@pytest.fixture
-def disk(monkeypatch):
-    disk = FullDisk()
-    monkeypatch.setattr(writer_module, "os", disk)
-    return disk
 
 
 class TestADiskThatIsFullAtTheSplit:

@@ -9,7 +9,8 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 from played_server import beside, guest_of
-from remote_parts import Echo, FakeAgent, Steps, frame_of, served, talking_to, trap, until
+from remote_parts import Echo, FakeAgent, Steps, frame_of, served, talking_to, trap
+from waiting import until
 
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest

@@ -4,7 +4,8 @@ import logging
 
 import anyio
 import pytest
-from remote_parts import Echo, FakeAgent, Steps, frame_of, serving, talking_to, trap, until
+from remote_parts import Echo, FakeAgent, Steps, frame_of, serving, talking_to, trap
+from waiting import until
 
 from vmibridge import BridgeServer
 from vmibridge.engine.taps import Tap

@@ -4,7 +4,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 import pytest
-from remote_parts import FakeAgent, frame_of, served, trap, until
+from remote_parts import FakeAgent, frame_of, served, trap
+from waiting import until
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
