@@ -47,7 +47,8 @@ class ReplayPrinter:
             return
         if session.part > 1:
             self._warn(
-                f"this is part {session.part} of a recording: handlers lack the state of those before"
+                f"this is part {session.part} of a recording: handlers lack the state of those"
+                " before"
             )
         now = {handler.name: recorded_handler(handler) for handler in handlers}
         for then in session.handlers:
