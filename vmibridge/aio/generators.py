@@ -24,7 +24,7 @@ import sys
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 import anyio
 
@@ -52,6 +52,9 @@ class Owner(Protocol):
         """Whether this runs in the task of the handler itself."""
 
 
+LEFT: Final = object()
+"""In place of the task of an owner that was left. It is no task: a callback of the loop runs in the
+context of the handler, and in none."""
 OWNER: ContextVar[Owner | None] = ContextVar("vmibridge_generators", default=None)
 """Set in the task of a handler; tasks that it starts have it, too, but are not current."""
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import trio
 
-from vmibridge.aio.generators import OWNER, Generator
+from vmibridge.aio.generators import LEFT, OWNER, Generator
 
 
 class TrioHandlerScope:
@@ -45,6 +45,10 @@ class TrioHandlerScope:
         traceback: TracebackType | None,
     ) -> bool:
         self.close_left()
+        # Else circles, which only the garbage collector would end: a task has a context, and that
+        # has its owner.
+        self.mark = self.holder = None
+        self.task = LEFT
         return bool(self._scope.__exit__(kind, error, traceback))
 
     @property

@@ -37,6 +37,7 @@ Invariants
   does a scope that it left open.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -48,7 +49,9 @@ from anyio.abc import TaskGroup
 
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
 from vmibridge.aio.generators import watch_generators
+from vmibridge.aio.handler_scope import AsyncioHandlerScope
 from vmibridge.aio.loops import handler_scope
+from vmibridge.aio.own_tasks import OwnTasks, Start, own_tasks, starter
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Bridge, Entry
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
@@ -137,14 +140,18 @@ class Workers:
         self._stopping = self._cancelling = False
         self._narrowest = backend.architecture.narrowest
         self._logged_narrow = False
-        self._tasks: TaskGroup | None = None
+        self._start: Start | None = None
+        self._own_tasks: OwnTasks | None = None
 
     def start(self, tasks: TaskGroup) -> None:
-        """Answer traps, in tasks of this group, until the lanes are closed and empty."""
-        self._tasks = tasks
+        """Answer traps, in tasks of this group, until the lanes are closed and empty.
+
+        The group does not end before `guest_ended`.
+        """
+        self._start, self._own_tasks = starter(tasks), own_tasks(tasks)
         watch_generators()
         self.deadlines.start(tasks)
-        tasks.start_soon(self._work)
+        self._start(self._work)
 
     # --- the tasks ------------------------------------------------------------------
 
@@ -154,18 +161,23 @@ class Workers:
         worker.task = asyncio_task()
         worker.has_place = worker.retires = False
         worker.on_wait = partial(self._suspended, worker)
-        while not worker.retires:
-            try:
-                # A scope that was cancelled stays cancelled, so a worker that was overtaken gets
-                # another one: together with another request, because the old one may be kept for
-                # a retry.
-                with handler_scope(self._patience) as worker.scope:
-                    worker.request = Request(worker)
-                    if not await self._answer_traps(worker):
-                        return
-            except BaseException as error:
-                if not await self._is_the_handlers(worker, error):
-                    raise
+        try:
+            while not worker.retires:
+                try:
+                    # A scope that was cancelled stays cancelled, so a worker that was overtaken
+                    # gets another one: together with another request, because the old one may be
+                    # kept for a retry.
+                    with handler_scope(self._patience) as worker.scope:
+                        worker.request = Request(worker)
+                        if not await self._answer_traps(worker):
+                            return
+                except BaseException as error:
+                    if not await self._is_the_handlers(worker, error):
+                        raise
+        finally:
+            # Else circles, which only the garbage collector would end.
+            del worker.on_wait
+            worker.request.worker = None
         if self.lanes.has_ready:
             self._promote()
 
@@ -235,8 +247,8 @@ class Workers:
     def _promote(self) -> None:
         """See to it that a worker will take the next ready trap."""
         if not (self.lanes.wake() if self.lanes.has_ready else self.lanes.attended):
-            assert self._tasks is not None
-            self._tasks.start_soon(self._work)
+            assert self._start is not None
+            self._start(self._work)
 
     # --- one trap -------------------------------------------------------------------
 
@@ -305,17 +317,17 @@ class Workers:
         """Have a request answered in a task of its own."""
         own = request.worker = Worker()
         own.request, own.context = request, BridgeContext(event, self._memory)
-        own.scope = handler_scope(self._patience)
+        own.scope = scope = AsyncioHandlerScope(self._patience)
         own.has_place, own.retires = False, True
         request.entry = entries[0]
         request.on(Cause.QUEUE)
-        assert self._tasks is not None
-        self._tasks.start_soon(self._answer_apart, own, entries, name=name)
+        assert self._own_tasks is not None
+        self._own_tasks.start(scope, self._answer_apart(own, entries), name)
 
     async def _answer_apart(self, worker: Worker, entries: tuple[Entry, ...]) -> None:
         """The task of one request."""
         request = worker.request
-        worker.task = asyncio_task()
+        worker.task = asyncio.current_task()
         outcome: Outcome[Any] | None = None
         # Watched from here on: a loop that is busy may take longer to begin a task than the soft
         # deadline, and a guest that was told to wait by then would start over each time.
@@ -340,6 +352,8 @@ class Workers:
             worker.context.close()
             request.state = _ANSWERED
             await self._replies.finish(request.event, request.started, late)
+        # Else a circle, which only the garbage collector would end.
+        request.worker = None
         if self.lanes.has_ready:
             self._promote()
 
@@ -394,6 +408,8 @@ class Workers:
     def guest_ended(self) -> None:
         """No trap and no retry will come any more."""
         self.lanes.close()
+        if self._own_tasks is not None:
+            self._own_tasks.close()
         self.deadlines.guest_ended()
 
     def take_no_more(self) -> None:
