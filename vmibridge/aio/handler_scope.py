@@ -73,6 +73,9 @@ class HandlerScope(Owner, Protocol):
     def close_left(self) -> None:
         """Cancel and close the scopes that the handler has left open."""
 
+    def rename(self, name: str) -> None:
+        """Name the task that it was entered in."""
+
     def cancel(self) -> None:
         """Cancel what runs in it: once now, and again and again after `patience` seconds."""
 
@@ -167,6 +170,9 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
             # First the cancellation: it may be the scope of a task group.
             left.cancel()
             left.__exit__(None, None, None)
+
+    def rename(self, name: str) -> None:
+        self.task.set_name(name)
 
     def cancel(self, reason: str | None = None) -> None:
         if not self._is_last and self._host_task is not None:

@@ -75,5 +75,8 @@ class TrioHandlerScope:
             status._scope.cancel()
             status._scope.__exit__(None, None, None)
 
+    def rename(self, name: str) -> None:
+        self.task.name = name
+
     def cancel(self) -> None:
         self._scope.cancel()

@@ -50,7 +50,7 @@ from anyio.abc import TaskGroup
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
 from vmibridge.aio.generators import watch_generators
 from vmibridge.aio.handler_scope import AsyncioHandlerScope
-from vmibridge.aio.loops import handler_scope
+from vmibridge.aio.loops import handler_scopes
 from vmibridge.aio.own_tasks import OwnTasks, Start, own_tasks, starter
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Bridge, Entry
@@ -129,6 +129,7 @@ class Workers:
             began,
         )
         self._patience = min(_PATIENCE, settings.stop_timeout / 2)
+        self._handler_scope = handler_scopes(self._patience)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
         if settings.policy is not None:
@@ -158,7 +159,8 @@ class Workers:
     async def _work(self) -> None:
         """One worker. Ends when no trap is left, or when there are idle ones enough."""
         worker = Worker()
-        worker.task = asyncio_task()
+        # On trio it is asked for in vain, at the price of an error.
+        worker.task = None if self._own_tasks is None else asyncio_task()
         worker.has_place = worker.retires = False
         worker.on_wait = partial(self._suspended, worker)
         try:
@@ -167,7 +169,7 @@ class Workers:
                     # A scope that was cancelled stays cancelled, so a worker that was overtaken
                     # gets another one: together with another request, because the old one may be
                     # kept for a retry.
-                    with handler_scope(self._patience) as worker.scope:
+                    with self._handler_scope() as worker.scope:
                         worker.request = Request(worker)
                         if not await self._answer_traps(worker):
                             return
@@ -228,19 +230,21 @@ class Workers:
         request = worker.request
         # Else no handler makes it wait, but the backend or the consumer: a reply has no deadline.
         if request.state is not _ANSWERED:
+            if request.entry.own_task:
+                worker.retires = True
+                method = request.packet.method
+                name = request.first.task_name(method)
+                worker.scope.rename(name)
+                # Tasks of trio begin in any order, and handlers are to begin in that of their
+                # traps, which a replay relies on: there each begins inline, and retires.
+                if worker.task is not None and request.state is _INLINE:
+                    request.first.waits[request.first.key_of(method)] = name
             if request.state is _INLINE:
                 request.state = _RUNNING
-                if request.entry.own_task:
-                    # Tasks of trio begin in any order, and handlers are to begin in that of their
-                    # traps, which a replay relies on: there each begins inline, and retires.
-                    if worker.task is not None:
-                        request.first.has_waited(request.packet.method)
-                    worker.retires = True
                 # Not before: a handler that never waits overlaps with no other, and needs none.
                 self._asking.take_place(worker)
             else:
                 request.on(Cause.SUSPEND)
-                worker.retires = request.entry.own_task
             self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         self._promote()
 
