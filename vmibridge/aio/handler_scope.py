@@ -39,7 +39,7 @@ from typing import Any, ClassVar, Protocol, Self
 import anyio
 from anyio._backends import _asyncio as anyio_on_asyncio
 
-from vmibridge.aio.generators import LEFT, OWNER, Generator, Owner
+from vmibridge.aio.generators import LEFT, NONE_BEGUN, NONE_LEFT, OWNER, Generator, Owner
 
 
 class HandlerScope(Owner, Protocol):
@@ -94,8 +94,8 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
     def __init__(self, patience: float) -> None:
         super().__init__()
         self.task: Any = None
-        self.begun: dict[int, object] = {}
-        self.left: list[Generator] = []
+        self.begun: dict[int, object] = NONE_BEGUN
+        self.left: list[Generator] = NONE_LEFT
         self._patience = patience
         self.holder: Any = None
         self.mark: object = None

@@ -16,6 +16,7 @@ This takes what is not public in anyio: see `handler_scope`, and the nursery of 
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextvars import copy_context
 from typing import Any, TypeAlias
 
 import anyio
@@ -38,6 +39,9 @@ class OwnTasks:
         self._loop = asyncio.get_running_loop()
         # The loop has weak references only.
         self._running: set[asyncio.Task[None]] = set()
+        # Once for all: each would have its own, and a copy of its context.
+        self._on_end = self._ended
+        self._context = copy_context()
         self._is_held = self._is_closed = False
         self._change: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
@@ -56,7 +60,7 @@ class OwnTasks:
         if scope.task is None:
             scope.begin(task)
         self._running.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_end, context=self._context)
 
     def close(self) -> None:
         """Let the group end when the tasks have. One that is started later holds it again."""

@@ -37,7 +37,6 @@ Invariants
   does a scope that it left open.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -331,7 +330,6 @@ class Workers:
     async def _answer_apart(self, worker: Worker, entries: tuple[Entry, ...]) -> None:
         """The task of one request."""
         request = worker.request
-        worker.task = asyncio.current_task()
         outcome: Outcome[Any] | None = None
         # Watched from here on: a loop that is busy may take longer to begin a task than the soft
         # deadline, and a guest that was told to wait by then would start over each time.
@@ -339,6 +337,7 @@ class Workers:
         self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         try:
             with worker.scope:
+                worker.task = worker.scope.task
                 # A stop that came since it was taken leaves it the grace period, as it does any
                 # handler that has begun.
                 if self._cancelling:
