@@ -72,13 +72,20 @@ class BridgeContract(msgspec.Struct, frozen=True, gc=False):
 
     def stamp(self, response: BridgeResponse[T]) -> BridgeResponse[T]:
         """The response with this contract's stamps over the handler's values."""
-        return BridgeResponse(
-            response.value1 if self.verify_value1 is None else self.verify_value1,
-            response.value2 if self.verify_value2 is None else self.verify_value2,
-            response.value3 if self.verify_value3 is None else self.verify_value3,
-            response.value4 if self.verify_value4 is None else self.verify_value4,
-            response.output,
-        )
+        if type(response) is not BridgeResponse:
+            response = BridgeResponse(*response.values, response.output)
+        # A copy: both its values and the stamps were checked where they were made, and a new one
+        # would be checked again, for each answer.
+        stamped: BridgeResponse[T] = response.__copy__()  # type: ignore[attr-defined]
+        if (value := self.verify_value1) is not None:
+            force_setattr(stamped, "value1", value)
+        if (value := self.verify_value2) is not None:
+            force_setattr(stamped, "value2", value)
+        if (value := self.verify_value3) is not None:
+            force_setattr(stamped, "value3", value)
+        if (value := self.verify_value4) is not None:
+            force_setattr(stamped, "value4", value)
+        return stamped
 
 
 class GuestRead(msgspec.Struct, frozen=True, gc=False):

@@ -69,16 +69,19 @@ def read_packet(event: TrapEvent) -> BridgePacket:
     Of a 16-bit guest this is a best reading, for the log. Raises
     `UnsupportedTrapError` for a trap that carries no request.
     """
-    form = _FORMS.get((event.reason, event.width)) or form_of(event.reason, event.width)
-    magic, selector, *values = form.get(event.registers)
-    mask = form.mask
-    if mask == _MASK64:
-        return BridgePacket(magic & _MASK32, selector & 0xFFFF, selector >> 16 & 0xFFFF, *values)
+    _, mask, get = _FORMS.get((event.reason, event.width)) or form_of(event.reason, event.width)
+    fields = get(event.registers)
+    if mask == _MASK64 and len(fields) == 6:
+        # All values, as they are: without a list of them, which would cost as much as the rest.
+        magic, code, value1, value2, value3, value4 = fields
+        request, method = code & 0xFFFF, code >> 16 & 0xFFFF
+        return BridgePacket(magic & _MASK32, request, method, value1, value2, value3, value4)
+    magic, selector, *values = fields
     return BridgePacket(
         magic & _MASK32,
         selector & 0xFFFF,
         selector >> 16 & 0xFFFF,
-        *[value & mask for value in values],
+        *(values if mask == _MASK64 else [value & mask for value in values]),
     )
 
 

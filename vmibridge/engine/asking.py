@@ -89,13 +89,18 @@ class Asking:
             for entry in entries:
                 request.entry = entry
                 try:
-                    if entry.serial or waited or (self._in_flight.full and not entry.instant):
+                    if entry.serial or waited or (not entry.instant and self._in_flight.full):
                         found = await self._ask_in_turn(worker, request, entry)
                     else:
                         request.state = _INLINE
                         if self._began is not None:
                             self._began(worker, entry)
-                        found = await ask(entry, worker.context, packet)
+                        # As `ask` does, without its call.
+                        found = await (
+                            ask(entry, worker.context, packet)
+                            if (handler := entry.handler) is None
+                            else handler.handle(worker.context, packet)
+                        )
                     if scope.begun:
                         await close_generators(scope, entry.name)
                     outcome = outcome_of(entry, packet, found)

@@ -37,7 +37,8 @@ class Lanes:
         """Sequence numbers of queued traps whose answer is not awaited any more."""
         self._queued = 0
         self._ready: deque[TrapEvent] = deque()
-        self._busy: dict[int, deque[TrapEvent]] = {}
+        self._busy: dict[int, deque[TrapEvent] | None] = {}
+        """By vCPU, as long as a trap of its is unanswered; `None`: and no other waits."""
         self._idle: list[Parking] = []
         self._spare: list[Parking] = []
         self._waking = False
@@ -67,13 +68,15 @@ class Lanes:
         if self._queued >= self._capacity:
             raise anyio.WouldBlock
         self._queued += 1
-        backlog = self._busy.get(event.vcpu)
-        if backlog is None:
-            # A lane is busy as long as it is in here, with an empty backlog, too.
-            self._busy[event.vcpu] = deque()
+        vcpu, busy = event.vcpu, self._busy
+        if vcpu not in busy:
+            # Without a backlog: most lanes have none, and to make one costs as much as the rest.
+            busy[vcpu] = None
             self._ready.append(event)
             if not self._waking:
                 self.wake()
+        elif (backlog := busy[vcpu]) is None:
+            busy[vcpu] = deque((event,))
         else:
             backlog.append(event)
 
@@ -91,7 +94,7 @@ class Lanes:
         """The answer to this trap is not awaited any more."""
         # By identity, and the latest first: an agent that waits for no answer abandons each trap
         # with the next one.
-        queued = chain(reversed(self._busy.get(event.vcpu, ())), reversed(self._ready))
+        queued = chain(reversed(self._busy.get(event.vcpu) or ()), reversed(self._ready))
         if any(each is event for each in queued):
             self.abandoned.add(event.seq)
         else:
@@ -143,11 +146,11 @@ class Lanes:
 
     def release(self, vcpu: int) -> None:
         """The trap of this vCPU is answered; its next one, if any, becomes ready."""
-        backlog = self._busy.get(vcpu)
-        if backlog:
+        busy = self._busy
+        if backlog := busy.get(vcpu):
             self._ready.append(backlog.popleft())
-        elif backlog is not None:
-            del self._busy[vcpu]
+        elif vcpu in busy:
+            del busy[vcpu]
             if self._quiet is not None and not self._busy:
                 self._quiet.set()
 

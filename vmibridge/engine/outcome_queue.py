@@ -54,6 +54,10 @@ class OutcomeQueue:
             if anyio.current_time() < self._woken + _DENSE and not self._ended:
                 await self._gather()
             self._woken = anyio.current_time()
+        return self.take()
+
+    def take(self) -> Outcome[Any]:
+        """The next outcome, where `items` has one."""
         outcome = self.items.popleft()
         # Outcomes go one by one, so each way down passes this number, once.
         if len(self.items) == self.capacity // 2:
@@ -97,10 +101,13 @@ class OutcomeProducer:
     def put_nowait(self, outcome: Outcome[Any]) -> bool:
         """Whether there was room."""
         queue = self._queue
-        if len(queue.items) >= queue.capacity and self._bounded:
+        items = queue.items
+        if len(items) >= queue.capacity and self._bounded:
             return False
-        queue.items.append(outcome)
-        queue.wake()
+        items.append(outcome)
+        # The consumer waits only while there is nothing, so it was woken for the first of these.
+        if len(items) == 1:
+            queue.wake()
         return True
 
     async def put(self, outcome: Outcome[Any]) -> None:

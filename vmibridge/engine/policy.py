@@ -25,6 +25,7 @@ import math
 import sys
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import reduce
 from heapq import heappop, heappush, heapreplace
 from operator import or_
@@ -219,6 +220,10 @@ class Guard:
         self._heap: list[tuple[float, int]] = []
         self._names_spaces = self._allowed is not None or self._spaces is not None
         self._meters_bytes = policy.vm.bytes is not None or policy.address_space.bytes is not None
+        # As `TrapEvent.address_space`, with the architecture of the trap before, which has
+        # registers of the same type: to look it up would cost as much as the root itself.
+        self._kind: type[object] | None = None
+        self._page_root: Callable[[Any], int]
 
     @property
     def meters_bytes(self) -> bool:
@@ -233,7 +238,12 @@ class Guard:
         if event.ring not in self._rings:
             return f"ring {event.ring} is not allowed"
         # It costs as much as all the other rules together.
-        root = event.address_space if self._names_spaces else 0
+        root = 0
+        if self._names_spaces:
+            registers = event.registers
+            if type(registers) is not self._kind:
+                self._kind, self._page_root = type(registers), event.architecture.page_root
+            root = self._page_root(registers)
         if self._allowed is not None and root not in self._allowed:
             return f"address space {root:#x} is not allowed"
         # An address within a range has an odd number of borders at or below it.

@@ -315,7 +315,9 @@ class Run(AsyncIterator[Outcome[Any]]):
         while self._over:
             # To its end, which raises the error that it ended with, if any.
             await self._outcomes.get()
-        outcome = await self._outcomes.get()
+        # Often there are some, and a coroutine for each would cost as much as all else here.
+        outcomes = self._outcomes
+        outcome = outcomes.take() if outcomes.items else await outcomes.get()
         if self._until is not None and self._until(outcome):
             self._over = True
             self._owner.stop()

@@ -255,7 +255,9 @@ class Workers:
 
     # --- one trap -------------------------------------------------------------------
 
-    async def _answer(self, worker: Worker, request: Request, event: TrapEvent) -> bool:
+    async def _answer(  # noqa: PLR0912 - each trap would pay for one more call
+        self, worker: Worker, request: Request, event: TrapEvent
+    ) -> bool:
         """Answer a trap; returns whether another task has it now, or this one retires."""
         # This is the hot path: each trap pays for what stands here, so it sets states without a
         # look-up. The state is ANSWERED before the reply is begun: from there on no other task may
@@ -263,11 +265,13 @@ class Workers:
         started = request.started = _clock()
         # Asked before anything else, and of all traps: this forgets that it was abandoned.
         gone = self.lanes.abandoned and self.lanes.was_abandoned(event)
-        packet = self._read_ours(event)
+        packet = own_request(event, self.filter, other_hypercalls=self._backend.other_hypercalls)
         if packet is None:
             request.state = _ANSWERED
             await self._replies.run_natively(event)
             return False
+        if self._taps is not None:
+            self._taps.trap(event)
         outcome: Outcome[Any]
         # The policy first: who is denied learns nothing of what is served, nor that it stops.
         if self._guard is not None and (denied := self._guard.denies(event, started)) is not None:
@@ -387,14 +391,6 @@ class Workers:
         log.log(level, "vm %s: %s", event.vm, error)
         self._logged_narrow = True
         return Outcome(OutcomeKind.FAILED, packet, error=error)
-
-    def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
-        """The request of a trap that is ours, which taps see; `None` for others."""
-        others = self._backend.other_hypercalls
-        packet = own_request(event, self.filter, other_hypercalls=others)
-        if packet is not None and self._taps is not None:
-            self._taps.trap(event)
-        return packet
 
     def _was_blocked(self, blocked: Blocked) -> None:
         """A handler has held up the loop, which turns again."""

@@ -67,6 +67,8 @@ _ANSWER = struct.Struct("<IIQII4Q")
 _ACCESS = struct.Struct("<IIQII")
 
 _NATIVE = _FRAME.pack(FrameType.NATIVE, 0)
+# Asking an Enum for a member takes as long as a call before Python 3.12.
+_ANSWER_TYPE = int(FrameType.ANSWER)
 
 
 class TrapLayout(NamedTuple):
@@ -227,22 +229,19 @@ def refused(why: str) -> bytes:
 
 def parse_trap(body: bytes, seq: int, vm: str, lane: int, layout: TrapLayout = _X86) -> TrapEvent:
     """The trap in a TRAP frame. Raises `ValueError` for what is none."""
-    if len(body) != layout.struct.size:
+    # At once: on the path of every trap, where each attribute of a named tuple is felt.
+    _, trap, registers, ip_at, taken, widths, highest_ring, longest = layout
+    if len(body) != trap.size:
         raise ValueError(f"a TRAP of {len(body)} bytes")
-    ip, kind, length, width, ring, flags, *values = layout.struct.unpack(body)
+    ip, kind, length, width, ring, flags, *values = trap.unpack(body)
     reason = _REASONS.get(kind)
-    if (
-        reason is None
-        or width not in layout.widths
-        or ring > layout.highest_ring
-        or not 2 <= length <= layout.longest
-    ):
+    if reason is None or width not in widths or ring > highest_ring or not 2 <= length <= longest:
         raise ValueError(f"a TRAP of kind {kind}, {length} bytes, {width} bits, ring {ring}")
-    values.insert(layout.ip_at, ip)
+    values.insert(ip_at, ip)
     return TrapEvent(
         seq,
         reason,
-        layout.registers(*values[: layout.taken]),
+        registers(*values[:taken]),
         vm,
         lane,
         ip,
@@ -257,10 +256,10 @@ def answer(writes: RegisterWrites | None) -> bytes:
     """The frame that lets the vCPU go on."""
     if writes is None:
         return _NATIVE
-    a, b, c, d = writes.values
+    a, b, c, d = writes.rax, writes.rbx, writes.rcx, writes.rdx
     mask = (a is not None) | (b is not None) << 1 | (c is not None) << 2 | (d is not None) << 3
     return _ANSWER.pack(
-        FrameType.ANSWER, _ANSWER.size - 8, writes.rip, mask, 0, a or 0, b or 0, c or 0, d or 0
+        _ANSWER_TYPE, _ANSWER.size - 8, writes.rip, mask, 0, a or 0, b or 0, c or 0, d or 0
     )
 
 
