@@ -295,7 +295,7 @@ class NatsServerStage(PlayedServer):
     def state(self):
         return {
             "vms": len(self.server.vms),
-            "refused": self.server._listener._nats[0].refused,
+            "refused": self.server.refused,
         }
 
     def _agent(self, name):

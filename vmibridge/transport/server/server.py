@@ -136,7 +136,7 @@ class AgentServer:
 
     @property
     def refused(self) -> int:
-        """Peers that were not served."""
+        """Peers that were not served, each time that they tried."""
         return self._listener.refused
 
     async def run(self) -> None:
