@@ -341,10 +341,15 @@ class NatsAgentLink:
         """Ask about traps, and send those again that no server has."""
         step = max(0.01, self._sent.silence / 60)
         while True:
+            before = self._client.uptime()
             await anyio.sleep(step)
             self._look_for_end()
             if self._client.nats.is_connected:
                 now = self._client.uptime()
+                late = now - before - step
+                if late > step:
+                    # This loop stood still: what came meanwhile is taken behind this.
+                    self._sent.excuse(late)
                 if self._client.has_backlog:
                     # Memory that a handler reads, on its way to the server that is silent.
                     self._sent.hear_all(now)
