@@ -17,6 +17,7 @@ import pytest
 from children import Child
 from nats_parts import nats_server
 
+from vmibridge.backends.qemu.gdb.packets import MAX_PACKET
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentLimits
 from vmibridge.transport.session import MAX_PREFETCHED
@@ -29,7 +30,10 @@ from vmibridge.transport.wire import (
     Hello,
     Memory,
     Ping,
+    Pong,
+    Read,
     Trap,
+    Welcome,
     encode,
 )
 
@@ -71,6 +75,11 @@ def trap(seq, method, vcpu=0, memory=()):
     return encode(Trap(*fields))
 
 
+def resident(child):
+    pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 class Server:
     def __init__(self, folder, url):
         (folder / "handlers.py").write_text(HANDLERS)
@@ -94,10 +103,6 @@ class Server:
                 break
         else:
             raise AssertionError(self.child.told())
-
-    def resident(self):
-        pages = int(Path(f"/proc/{self.child.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def connect(self):
         peer = socket.socket(socket.AF_UNIX)
@@ -131,30 +136,30 @@ def serving(folder, url=None):
         server.child.end()
 
 
-def flood(server, peer, data, times):
+def flood(child, peer, data, times):
     """Send it so often; the most that was resident meanwhile."""
-    most = server.resident()
+    most = resident(child)
     # A server that has had enough hangs up.
     with suppress(OSError):
         for _ in range(times):
             peer.sendall(data)
-            most = max(most, server.resident())
+            most = max(most, resident(child))
     return most
 
 
 def pings(server):
     with server.agent() as peer:
-        return flood(server, peer, encode(Ping()) * 5_000, 60)
+        return flood(server.child, peer, encode(Ping()) * 5_000, 60)
 
 
 def cancels(server):
     with server.agent() as peer:
-        return flood(server, peer, encode(Cancel(7)) * 5_000, 60)
+        return flood(server.child, peer, encode(Cancel(7)) * 5_000, 60)
 
 
 def unasked_memory(server):
     with server.agent() as peer:
-        return flood(server, peer, encode(Memory(1, bytes(512 << 10))), 200)
+        return flood(server.child, peer, encode(Memory(1, bytes(512 << 10))), 200)
 
 
 def traps(server):
@@ -162,7 +167,7 @@ def traps(server):
     with server.agent() as peer:
         for first in range(1, 40_000, 1000):
             data = b"".join(trap(seq, 2) for seq in range(first, first + 1000))
-            most = max(most, flood(server, peer, data, 1))
+            most = max(most, flood(server.child, peer, data, 1))
     return most
 
 
@@ -171,7 +176,7 @@ def prefetched(server):
     most = 0
     with server.agent() as peer:
         for vcpu in range(LIMITS.vcpus):
-            most = max(most, flood(server, peer, trap(vcpu + 1, 2, vcpu, memory), 1))
+            most = max(most, flood(server.child, peer, trap(vcpu + 1, 2, vcpu, memory), 1))
     return most
 
 
@@ -182,7 +187,7 @@ def hellos_that_do_not_end(server):
         for _ in range(4 * LIMITS.handshakes):
             peers.append(server.connect())
             data = HELLO_LIMIT.to_bytes(4, "little") + bytes(HELLO_LIMIT - 1)
-            most = max(most, flood(server, peers[-1], data, 1))
+            most = max(most, flood(server.child, peers[-1], data, 1))
     finally:
         for peer in peers:
             peer.close()
@@ -193,7 +198,7 @@ def hellos_again_and_again(server):
     most = 0
     for _ in range(600):
         with server.connect() as peer:
-            most = max(most, flood(server, peer, hello(1, "web"), 1))
+            most = max(most, flood(server.child, peer, hello(1, "web"), 1))
     return most
 
 
@@ -201,7 +206,7 @@ def new_sessions(server):
     most = 0
     for number in range(600):
         with server.connect() as peer:
-            most = max(most, flood(server, peer, hello(number + 2, f"vm{number}"), 1))
+            most = max(most, flood(server.child, peer, hello(number + 2, f"vm{number}"), 1))
     return most
 
 
@@ -225,10 +230,10 @@ FLOODS = [
 def test_a_flood_takes_what_its_bound_allows(tmp_path, send, bound):
     with serving(tmp_path) as server:
         assert server.is_there()
-        before = server.resident()
+        before = resident(server.child)
         grown = send(server) - before
         assert server.is_there()
-        grown = max(grown, server.resident() - before)
+        grown = max(grown, resident(server.child) - before)
     told(send.__name__, before, grown, bound)
     assert grown <= OVER * bound + NOISE
 
@@ -238,20 +243,100 @@ def test_a_flood_on_nats_takes_what_its_bound_allows(tmp_path, what):
     body = hello(1, "web") + (encode(Ping()) if what == "pings" else b"")
     message = b"PUB vmibridge.hello.web none.here %d\r\n%b\r\n" % (len(body), body)
     with nats_server(tmp_path) as nats, serving(tmp_path, nats.url) as server:
-        before = server.resident()
+        before = resident(server.child)
         with socket.create_connection(("127.0.0.1", nats.port)) as peer:
             peer.sendall(b'CONNECT {"verbose":false}\r\n')
-            grown = flood(server, peer, message * 1000, 40) - before
+            grown = flood(server.child, peer, message * 1000, 40) - before
             # NATS has taken it all; the server has it, or has it in front of it.
             peer.sendall(b"PING\r\n")
             while b"PONG" not in peer.recv(65536):
                 pass
-            grown = max(grown, server.resident() - before)
+            grown = max(grown, resident(server.child) - before)
         assert server.child.poll() is None
     # What nats-py keeps of one subscription, as its `pending_bytes_limit`.
     bound = 128 * MiB
     told(f"nats {what}", before, grown, bound)
     assert grown <= OVER * bound + NOISE
+
+
+# mov ecx, 0x1234; mov edx, 1 << 16 | 1; vmcall; hlt
+ONE_TRAP = bytes.fromhex("b934120000 ba01000100 0f01c1 f4")
+
+
+def test_an_agent_whose_server_reads_memory_without_end_takes_what_its_bound_allows(tmp_path):
+    pytest.importorskip("unicorn")
+    (tmp_path / "guest.bin").write_bytes(ONE_TRAP)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        listener.settimeout(60)
+        backend = f"unicorn:{tmp_path / 'guest.bin'}?memory=64MiB"
+        command = ["-m", "vmibridge", "agent", "--backend", backend]
+        with Child(
+            [sys.executable, *command, "--connect", f"unix:{tmp_path / 's'}"], seconds=600
+        ) as child:
+            peer, _ = listener.accept()
+            with peer:
+                peer.settimeout(10)
+                assert peer.recv(65536)
+                magics, fallback = (0x1234,), (None,) * 4
+                peer.sendall(
+                    encode(Welcome(1, b"m" * 16, 0, magics, False, False, 60_000, fallback, 1024))
+                )
+                assert peer.recv(65536)
+                before = resident(child)
+                most = flood(
+                    child,
+                    peer,
+                    b"".join(encode(Read(number, 1, 0, 16 * MiB)) for number in range(1, 601)),
+                    1,
+                )
+                # It answers nothing more: it has hung up, or holds what it may.
+                with suppress(OSError):
+                    while peer.send(encode(Pong()) * 1000):
+                        most = max(most, resident(child))
+    told("agent, reads", before, most - before, connection._MAX_UNSENT)
+    assert most - before <= OVER * connection._MAX_UNSENT + NOISE
+
+
+def packet(body):
+    return b"$%b#%02x" % (body, sum(body) & 0xFF)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "again"),
+    [
+        ("stops", b"", packet(b"T05thread:p01.01;") * 1000),
+        ("console output", b"", packet(b"O" + b"41" * 500) * 20),
+        ("one without an end", b"$", b"a" * 20_000),
+        ("no packet", b"", b"+" * 20_000),
+    ],
+)
+def test_a_gdbstub_that_floods_takes_what_its_bound_allows(tmp_path, name, start, again):
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "gdb"))
+        listener.listen()
+        listener.settimeout(60)
+        command = ["-m", "vmibridge", "run", "--handlers", tmp_path / "handlers.py"]
+        backend = f"qemu-gdb:unix:{tmp_path / 'gdb'}?site=0x1000"
+        with Child([sys.executable, *command, "--backend", backend], seconds=600) as child:
+            peer, _ = listener.accept()
+            with peer:
+                # One that takes no more is silent to us, too.
+                peer.settimeout(10)
+                before = resident(child)
+                most, sent = before, 0
+                with suppress(OSError):
+                    peer.sendall(start)
+                    while sent < 32 * MiB:
+                        peer.sendall(again)
+                        sent += len(again)
+                        with suppress(IndexError):
+                            most = max(most, resident(child))
+    told(f"gdbstub, {name}", before, most - before, MAX_PACKET)
+    assert sent
+    assert most - before <= OVER * MAX_PACKET + NOISE
 
 
 def told(name, before, grown, bound):
