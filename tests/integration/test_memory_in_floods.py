@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
 
 LIMITS = AgentLimits()
 MiB = 1 << 20
-NOISE = 12 * MiB
+NOISE = 4 * MiB
 """What Python takes for objects that come and go, in pages that it does not give back."""
 OVER = 1.5
 
