@@ -103,7 +103,7 @@ class ClosedLoop(Backend):
         self._in_line += self.events[: self.vcpus]
         while self.answered < len(self.events):
             while self._in_line:
-                # It keeps its place until it is taken: nobody passes it by.
+                # It keeps its place until it is taken: no other process passes it by.
                 await sink.put(self._in_line[0])
                 self._in_line.popleft()
             self._arrived = anyio.Event()

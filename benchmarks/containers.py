@@ -5,7 +5,7 @@
 - *size*: the image, above the one that it builds upon; megabytes of 10^6 bytes.
 - *ready*: seconds from `podman run` until the socket for QEMU can be connected to, as
   docker/compose.yaml runs it: read-only, one core, with a recording. Podman's own time is in it.
-- *memory*: the resident memory of the process when nobody has called yet; megabytes. *cgroup* is
+- *memory*: the resident memory of the process before the first call; megabytes. *cgroup* is
   what the kernel counts for the container, the files that it keeps in memory included.
 
 Needs `make images`.

@@ -164,7 +164,7 @@ class ConfigError(VmiBridgeError):
 
 
 class ConnectionLostError(VmiBridgeError):
-    """The connection to a peer has ended: it hung up, was silent, or TLS failed.
+    """The connection to a peer has ended: it closed it, was silent, or TLS failed.
 
     Raised by what receives on the connection. An agent catches it and connects again, so
     callers of `Agent.run` do not see it.

@@ -184,8 +184,8 @@ async def talking_to(url, *handlers, **options):
 
 
 class Late(NamedTuple):
-    """What becomes of a piece that comes late: the agent is hung up on, the server is not. What
-    the agent had sent goes on when so many pieces of later connections have passed."""
+    """What becomes of a piece that comes late: the connection of the agent is closed, the server
+    goes on. What the agent had sent goes on when so many pieces of later ones have passed."""
 
     after: int
 
@@ -281,7 +281,7 @@ class Proxy:
         for _, far, data in due:
             self.reordered += 1
             with far, suppress(OSError):
-                # The server may have hung up.
+                # The server may have closed the connection.
                 await _send(far, data)
 
 

@@ -10,7 +10,7 @@ what the playbook says.
 | `** inverts 5` | that of method 2, which answers at once |
 | `-> trap 1 value=0x5000 code=3` | answers 4 bytes that it reads; method 4 writes them first |
 | `** ended vm 3 lost "why"` | a VM has ended, after so many traps: how its first vCPU did |
-| `!! noticed` | the server has seen that each agent hung up that did |
+| `!! noticed` | the server has seen the end of each connection that an agent closed |
 | `!! stops` | the server, in good order |
 
 Behind each step the stage asks each welcome connection by PING whether all has come that the

@@ -14,7 +14,7 @@
 | `** has "abcd"`, `** wrote`, `** fails "why"` | what an access comes to |
 | `** hangs-up`, `** allows 4` | what a connection is told: to allow so many bytes above a frame |
 | `** over halted` | the session is over: the reason of the first vCPU |
-| `** garbage "why"` | a frame that must not come: its connection is hung up |
+| `** garbage "why"` | a frame that must not come: its connection is closed |
 """
 
 from typing import ClassVar

@@ -125,7 +125,7 @@ class TestCredentials:
         vm = Guest(1, 100_000, codes=(2,))
         with nats_server(tmp_path, operator.config) as nats:
             async with (
-                # The trap that was on its way when NATS hung up is marked.
+                # The trap that was on its way when NATS closed the connection is marked.
                 served(f"{nats.url}?credentials={theirs}", Work(), settings=LONG, repeated="run"),
                 carried(vm, f"{nats.url}?credentials={mine}", longest_pause=0.1),
             ):

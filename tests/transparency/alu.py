@@ -35,8 +35,8 @@ def binary(kind: int, left: int, right: int, size: int, flags: int) -> tuple[int
     return value, flags & ~ARITHMETIC | new | _of_result(value, bits)
 
 
-def shift_by_1(kind: int, value: int, size: int, flags: int) -> tuple[int, int]:
-    """The result of SHL, SHR or SAR by 1, and all flags. AF, which is undefined, is 0."""
+def shift_by_1(kind: int, value: int, size: int, flags: int, af: int) -> tuple[int, int]:
+    """The result of SHL, SHR or SAR by 1, and all flags. AF, which is undefined, becomes `af`."""
     bits = 8 * size
     sign = value >> bits - 1 & 1
     if kind == SHL:
@@ -50,7 +50,7 @@ def shift_by_1(kind: int, value: int, size: int, flags: int) -> tuple[int, int]:
         new = CF if value & 1 else 0
     else:
         raise ValueError(f"shift {kind}")
-    return result, flags & ~ARITHMETIC | new | _of_result(result, bits)
+    return result, flags & ~ARITHMETIC | new | af | _of_result(result, bits)
 
 
 def condition(number: int, flags: int) -> bool:

@@ -171,6 +171,7 @@ class _Generator(Choices):
             rflags=flags,
             data=rng.randbytes(layout.DATA_SIZE),
             breakpoints=self.points(subs, len(main)) if has_points else (),
+            af_of_shifts=self.profile.af_of_shifts,
         )
 
     def selectors(self) -> tuple[int, int]:

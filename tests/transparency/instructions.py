@@ -152,7 +152,11 @@ class Instructions(Processor):
         if middle & 7 not in (alu.SHL, alu.SHR, alu.SAR):
             raise UnmodelledError("D1")
         value, self.flags = alu.shift_by_1(
-            middle & 7, self._read(register, address), self._size, self.flags
+            middle & 7,
+            self._read(register, address),
+            self._size,
+            self.flags,
+            self._start.af_of_shifts,
         )
         self._write(register, address, value)
 

@@ -22,6 +22,8 @@ class Profile:
     """Older translators run a CPUID with LOCK."""
     hidden_segments: bool = True
     """Whether the descriptor of CS changes in memory while the processor keeps what it loaded."""
+    af_of_shifts: int = 0
+    """As in `Start`. QEMU's translator, Unicorn's and processors by Intel have 0."""
     odd_bases: bool = True
     """Whether CS has a base that 64-bit code must do without, or that makes addresses wrap; a
     translator itself may not know these."""

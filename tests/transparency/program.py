@@ -63,6 +63,8 @@ class Program:
     data: bytes
     breakpoints: tuple[tuple[int, int, int], ...] = ()
     """Of the debug registers: a subroutine, its address, the number of a step; -1: of the main."""
+    af_of_shifts: int = 0
+    """As in `Start`."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class Linked:
             program.rflags,
             registers,
             breakpoints=points,
+            af_of_shifts=program.af_of_shifts,
         )
         self._put(layout.CONTEXT, struct.pack("<16Q", *registers))
         fields = (

@@ -59,6 +59,8 @@ class Start:
     root: int = ROOT_A
     breakpoints: tuple[int, ...] = ()
     """Linear addresses."""
+    af_of_shifts: int = 0
+    """What the processor makes of AF, which is undefined after a shift: 0 or the flag."""
 
 
 @dataclass

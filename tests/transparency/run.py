@@ -3,13 +3,14 @@
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import anyio
 
 from transparency.gdb_machine import GdbMachine
-from transparency.kvm_machine import KvmMachine
+from transparency.kvm_machine import KvmMachine, af_of_shifts
 from transparency.profiles import (
     BY_BREAKPOINTS,
     BY_BREAKPOINTS_OF_7_2,
@@ -61,7 +62,7 @@ def _machine(given: argparse.Namespace, folder: Path) -> tuple[Machine, Profile]
         profile = BY_BREAKPOINTS_OF_7_2 if given.old else BY_BREAKPOINTS
         return partial(GdbMachine, given.qemu), profile
     if given.backend == "kvm":
-        return KvmMachine, BY_KVM
+        return KvmMachine, replace(BY_KVM, af_of_shifts=af_of_shifts())
     return UnicornMachine, NO_EXCEPTIONS
 
 

@@ -24,7 +24,7 @@ import sys
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 import anyio
 
@@ -52,6 +52,12 @@ class Owner(Protocol):
         """Whether this runs in the task of the handler itself."""
 
 
+LEFT: Final = object()
+"""In place of the task of an owner that was left. It is no task: a callback of the loop runs in the
+context of the handler, and in none."""
+NONE_BEGUN: Final[dict[int, object]] = {}
+NONE_LEFT: Final[list[Generator]] = []
+"""What an owner has before the first generator: most handlers have none."""
 OWNER: ContextVar[Owner | None] = ContextVar("vmibridge_generators", default=None)
 """Set in the task of a handler; tasks that it starts have it, too, but are not current."""
 
@@ -66,6 +72,9 @@ class _Hooks:
         """A generator has its first step."""
         owner = OWNER.get()
         if owner is not None and owner.is_current:
+            if not owner.begun:
+                # It may still be `NONE_BEGUN`, which is that of all.
+                owner.begun, owner.left = {}, []
             owner.begun[id(generator)] = owner.current(owner.holder)
         if self._loop.firstiter is not None:
             self._loop.firstiter(generator)

@@ -39,14 +39,14 @@ from typing import Any, ClassVar, Protocol, Self
 import anyio
 from anyio._backends import _asyncio as anyio_on_asyncio
 
-from vmibridge.aio.generators import OWNER, Generator, Owner
+from vmibridge.aio.generators import LEFT, NONE_BEGUN, NONE_LEFT, OWNER, Generator, Owner
 
 
 class HandlerScope(Owner, Protocol):
     """See the module. For one `with`; made by `loops.handler_scope`."""
 
     task: Any
-    """The task that it was entered in, as the loop has it; `None` before."""
+    """The task that it was entered in, as the loop has it; `None` before, `LEFT` afterwards."""
 
     def __enter__(self) -> Self: ...
 
@@ -73,6 +73,9 @@ class HandlerScope(Owner, Protocol):
     def close_left(self) -> None:
         """Cancel and close the scopes that the handler has left open."""
 
+    def rename(self, name: str) -> None:
+        """Name the task that it was entered in."""
+
     def cancel(self) -> None:
         """Cancel what runs in it: once now, and again and again after `patience` seconds."""
 
@@ -91,19 +94,40 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
     def __init__(self, patience: float) -> None:
         super().__init__()
         self.task: Any = None
-        self.begun: dict[int, object] = {}
-        self.left: list[Generator] = []
+        self.begun: dict[int, object] = NONE_BEGUN
+        self.left: list[Generator] = NONE_LEFT
         self._patience = patience
         self.holder: Any = None
         self.mark: object = None
         self._before = 0
         self._is_last = False
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self.task = self._host_task
-        self.holder = anyio_on_asyncio._task_states[self.task]
+    def put_under(self, parent: anyio_on_asyncio.CancelScope) -> None:
+        """It will be the outermost scope of a task, and what cancels `parent` cancels that."""
+        self._parent_scope = parent
+
+    def begin(self, task: "asyncio.Task[Any]") -> None:
+        """Enter it for a task that is new, and so in no scope. The task has to enter it, too."""
+        parent = self._parent_scope
+        assert parent is not None
+        parent._child_scopes.add(self)
+        self.task = self._host_task = task
+        self._tasks.add(task)
+        state = anyio_on_asyncio.TaskState(id(parent._host_task), self)
+        self.holder = anyio_on_asyncio._task_states[task] = state
         self.mark = self
+        self._active = True
+
+    def __enter__(self) -> Self:
+        if self._parent_scope is None:
+            super().__enter__()
+            self.task = self._host_task
+            self.holder = anyio_on_asyncio._task_states[self.task]
+            self.mark = self
+        elif self.task is None:
+            task = asyncio.current_task()
+            assert task is not None
+            self.begin(task)
         OWNER.set(self)
         return self
 
@@ -115,11 +139,15 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
     ) -> bool:
         if self.is_left_open:
             self.close_left()
-        # Else a circle.
-        self.mark = None
         if self._is_last:
             self._cancel_called = True
-        return bool(super().__exit__(kind, error, traceback))
+        try:
+            return bool(super().__exit__(kind, error, traceback))
+        finally:
+            # Else circles, which only the garbage collector would end: a task has a context, and
+            # that has its owner.
+            self.mark = self.holder = None
+            self.task = LEFT
 
     @property
     def is_current(self) -> bool:
@@ -143,14 +171,20 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
             left.cancel()
             left.__exit__(None, None, None)
 
+    def rename(self, name: str) -> None:
+        self.task.set_name(name)
+
     def cancel(self, reason: str | None = None) -> None:
-        if not self._is_last:
-            self._before = self.task.cancelling()
+        if not self._is_last and self._host_task is not None:
+            self._before = self._host_task.cancelling()
         super().cancel(reason)
 
     def _deliver_cancellation(self, origin: anyio_on_asyncio.CancelScope) -> bool:
         again = super()._deliver_cancellation(origin)
-        if origin is not self or self._is_last or self.task.cancelling() <= self._before:
+        if origin is not self or self._is_last:
+            return again
+        # It may have been left since the turn of the loop that this was put off to.
+        if self._host_task is None or self._host_task.cancelling() <= self._before:
             return again
         self._is_last = True
         self._cancel_called = False

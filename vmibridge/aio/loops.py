@@ -10,6 +10,7 @@
 import asyncio
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -44,13 +45,21 @@ def parking() -> Parking:
     return Parking()
 
 
-def handler_scope(patience: float) -> HandlerScope:
-    """One for the running loop; on asyncio, who is cancelled has `patience` seconds to unwind."""
+def handler_scopes(patience: float) -> Callable[[], HandlerScope]:
+    """What makes them for the running loop.
+
+    On asyncio, who is cancelled has `patience` seconds to unwind.
+    """
     if current_async_library() == "trio":
         from vmibridge.aio.handler_scope_trio import TrioHandlerScope
 
-        return TrioHandlerScope()
-    return AsyncioHandlerScope(patience)
+        return TrioHandlerScope
+    return partial(AsyncioHandlerScope, patience)
+
+
+def handler_scope(patience: float) -> HandlerScope:
+    """One for the running loop, as `handler_scopes` makes them."""
+    return handler_scopes(patience)()
 
 
 async def while_readable(sock: socket.socket, take: Callable[[], bool]) -> None:

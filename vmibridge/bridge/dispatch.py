@@ -79,6 +79,7 @@ class Entry:
         "serial",
         "stamps",
         "target",
+        "task_names",
         "waits",
     )
 
@@ -98,6 +99,8 @@ class Entry:
         self.waits: dict[int | None, str] = {}
         """What was seen to wait, and is asked in a task of its own: the name of that task, by the
         code of the method, `None` for codes that the handler does not name."""
+        self.task_names: dict[int | None, str] = {}
+        """Those that were asked for, by the same."""
         if self.handler is not None:
             # An instance may have set its own.
             check_instance(self.handler)
@@ -110,13 +113,16 @@ class Entry:
         """Its key in `waits`. A guest can make up any number of codes, and no more keys."""
         return None if self.handler is None or method not in self.handler.methods else method
 
-    def has_waited(self, method: int) -> None:
-        """It was seen to wait when it was asked for this method."""
+    def task_name(self, method: int) -> str:
+        """What the task is named that asks it for this method and waits."""
         key = self.key_of(method)
-        if key not in self.waits:
+        name = self.task_names.get(key)
+        if name is None:
             assert self.handler is not None or key is None
             named = "" if key is None or self.handler is None else self.handler.methods[key].name
-            self.waits[key] = f"vmibridge handler {self.name}{'.' if named else ''}{named}"
+            name = f"vmibridge handler {self.name}{'.' if named else ''}{named}"
+            self.task_names[key] = name
+        return name
 
 
 class Bridge(BridgeDispatch):

@@ -68,7 +68,7 @@ class ServerOptions(LoopOptions):
         Parameter(
             group=RECORDING,
             help="Bytes that all recordings of the folder have at most, as in 4GiB: the oldest ones"
-            " that nobody writes are removed; none by default.",
+            " that no process writes are removed; none by default.",
         ),
     ] = None
     json: Annotated[Json, Parameter(help="One JSON object a trap, then a summary.")] = False

@@ -20,7 +20,7 @@ Invariants
   scope's, and no scope open that is the handler's; the async generators that it left are closed.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -128,10 +128,19 @@ class Asking:
                 worker.has_place = False
                 self._in_flight.leave()
 
-    async def _ask_in_turn(self, worker: Worker, request: Request, entry: Entry) -> Answer:
-        """Wait for the handler's turn and for a place, as far as it needs them."""
+    def _ask_in_turn(self, worker: Worker, request: Request, entry: Entry) -> Awaitable[Answer]:
+        """Ask it when it is its turn and there is a place, as far as it needs them."""
         if request.state is not _QUEUED:
             request.on(_QUEUE)
+        if entry.serial or self._in_flight.full:
+            return self._wait_and_ask(worker, request, entry)
+        # The usual case in a task of its own, without a coroutine that has nothing to wait for.
+        if not worker.has_place and request.state is not _ENTERING:
+            self._in_flight.enter_nowait()
+            worker.has_place = True
+        return self._begin(worker, request, entry)
+
+    async def _wait_and_ask(self, worker: Worker, request: Request, entry: Entry) -> Answer:
         if entry.serial:
             assert entry.handler is not None
             # The turn before the place: a request that waits for its turn must not hold a place.
@@ -157,10 +166,13 @@ class Asking:
         if request.is_overtaken:
             # Between the hand-over of its turn and now. It must not begin.
             return None
+        return await self._begin(worker, request, entry)
+
+    def _begin(self, worker: Worker, request: Request, entry: Entry) -> Awaitable[Answer]:
         request.on(_BEGIN)
         if self._began is not None:
             self._began(worker, entry)
-        return await ask(entry, worker.context, request.packet)
+        return ask(entry, worker.context, request.packet)
 
     def _outcome_of_error(self, worker: Worker, entry: Entry, error: BaseException) -> Outcome[Any]:
         packet = worker.request.packet

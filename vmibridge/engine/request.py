@@ -19,7 +19,7 @@ trap any more. In between it may lose its trap (the guest was told to wait), and
 
     TAKEN --> INLINE --> RUNNING --> PARKED <--> RETRIED          a handler runs
                 ^           ^           |
-                v           v           v
+                v           |           v
             ENTERING --> QUEUED        KEPT                       none has begun; it has ended
 
 | state | the request | trap | worker | deadlines |
@@ -73,8 +73,8 @@ Invariants
   worker is spent.
 - What has not begun is never kept (`QUEUED` at its soft deadline is `OVERTAKEN`, by WAIT). Else a
   guest could pile up requests without end, since each WAIT frees its vCPU.
-- A request that has begun is not queued again in the eyes of a guest: `PARKED` and `RETRIED` stay
-  what they are while their next handler waits for its turn.
+- A request that has begun is not queued again in the eyes of a guest: `RUNNING`, `PARKED` and
+  `RETRIED` stay what they are while their next handler waits for its turn. They hold a place.
 """
 
 import asyncio
@@ -171,8 +171,10 @@ TRANSITIONS: dict[State, dict[Cause, State]] = {
         Cause.CANCEL: State.OVERTAKEN,
     },
     State.RUNNING: {
-        # A dispatcher passed the request on after it had waited.
-        Cause.QUEUE: State.QUEUED,
+        # A dispatcher passed the request on after it had waited: it has begun, and would begin
+        # again with the retry if the soft deadline found it in the queue.
+        Cause.QUEUE: State.RUNNING,
+        Cause.BEGIN: State.RUNNING,
         Cause.END: State.ANSWERED,
         Cause.SOFT_DEADLINE: State.PARKED,
         Cause.HARD_DEADLINE: State.OVERTAKEN,

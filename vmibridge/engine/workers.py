@@ -48,7 +48,9 @@ from anyio.abc import TaskGroup
 
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
 from vmibridge.aio.generators import watch_generators
-from vmibridge.aio.loops import handler_scope
+from vmibridge.aio.handler_scope import AsyncioHandlerScope
+from vmibridge.aio.loops import handler_scopes
+from vmibridge.aio.own_tasks import OwnTasks, Start, own_tasks, starter
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Bridge, Entry
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
@@ -127,6 +129,7 @@ class Workers:
             began,
         )
         self._patience = min(_PATIENCE, settings.stop_timeout / 2)
+        self._handler_scope = handler_scopes(self._patience)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
         if settings.policy is not None:
@@ -138,35 +141,45 @@ class Workers:
         self._stopping = self._cancelling = False
         self._narrowest = backend.architecture.narrowest
         self._logged_narrow = False
-        self._tasks: TaskGroup | None = None
+        self._start: Start | None = None
+        self._own_tasks: OwnTasks | None = None
 
     def start(self, tasks: TaskGroup) -> None:
-        """Answer traps, in tasks of this group, until the lanes are closed and empty."""
-        self._tasks = tasks
+        """Answer traps, in tasks of this group, until the lanes are closed and empty.
+
+        The group does not end before `guest_ended`.
+        """
+        self._start, self._own_tasks = starter(tasks), own_tasks(tasks)
         watch_generators()
         self.deadlines.start(tasks)
-        tasks.start_soon(self._work)
+        self._start(self._work)
 
     # --- the tasks ------------------------------------------------------------------
 
     async def _work(self) -> None:
         """One worker. Ends when no trap is left, or when there are idle ones enough."""
         worker = Worker()
-        worker.task = asyncio_task()
+        # On trio it is asked for in vain, at the price of an error.
+        worker.task = None if self._own_tasks is None else asyncio_task()
         worker.has_place = worker.retires = False
         worker.on_wait = partial(self._suspended, worker)
-        while not worker.retires:
-            try:
-                # A scope that was cancelled stays cancelled, so a worker that was overtaken gets
-                # another one: together with another request, because the old one may be kept for
-                # a retry.
-                with handler_scope(self._patience) as worker.scope:
-                    worker.request = Request(worker)
-                    if not await self._answer_traps(worker):
-                        return
-            except BaseException as error:
-                if not await self._is_the_handlers(worker, error):
-                    raise
+        try:
+            while not worker.retires:
+                try:
+                    # A scope that was cancelled stays cancelled, so a worker that was overtaken
+                    # gets another one: together with another request, because the old one may be
+                    # kept for a retry.
+                    with self._handler_scope() as worker.scope:
+                        worker.request = Request(worker)
+                        if not await self._answer_traps(worker):
+                            return
+                except BaseException as error:
+                    if not await self._is_the_handlers(worker, error):
+                        raise
+        finally:
+            # Else circles, which only the garbage collector would end.
+            del worker.on_wait
+            worker.request.worker = None
         if self.lanes.has_ready:
             self._promote()
 
@@ -217,27 +230,29 @@ class Workers:
         request = worker.request
         # Else no handler makes it wait, but the backend or the consumer: a reply has no deadline.
         if request.state is not _ANSWERED:
+            if request.entry.own_task:
+                worker.retires = True
+                method = request.packet.method
+                name = request.first.task_name(method)
+                worker.scope.rename(name)
+                # Tasks of trio begin in any order, and handlers are to begin in that of their
+                # traps, which a replay relies on: there each begins inline, and retires.
+                if worker.task is not None and request.state is _INLINE:
+                    request.first.waits[request.first.key_of(method)] = name
             if request.state is _INLINE:
                 request.state = _RUNNING
-                if request.entry.own_task:
-                    # Tasks of trio begin in any order, and handlers are to begin in that of their
-                    # traps, which a replay relies on: there each begins inline, and retires.
-                    if worker.task is not None:
-                        request.first.has_waited(request.packet.method)
-                    worker.retires = True
                 # Not before: a handler that never waits overlaps with no other, and needs none.
                 self._asking.take_place(worker)
             else:
                 request.on(Cause.SUSPEND)
-                worker.retires = request.entry.own_task
             self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         self._promote()
 
     def _promote(self) -> None:
         """See to it that a worker will take the next ready trap."""
         if not (self.lanes.wake() if self.lanes.has_ready else self.lanes.attended):
-            assert self._tasks is not None
-            self._tasks.start_soon(self._work)
+            assert self._start is not None
+            self._start(self._work)
 
     # --- one trap -------------------------------------------------------------------
 
@@ -306,17 +321,16 @@ class Workers:
         """Have a request answered in a task of its own."""
         own = request.worker = Worker()
         own.request, own.context = request, BridgeContext(event, self._memory)
-        own.scope = handler_scope(self._patience)
+        own.scope = scope = AsyncioHandlerScope(self._patience)
         own.has_place, own.retires = False, True
         request.entry = entries[0]
         request.on(Cause.QUEUE)
-        assert self._tasks is not None
-        self._tasks.start_soon(self._answer_apart, own, entries, name=name)
+        assert self._own_tasks is not None
+        self._own_tasks.start(scope, self._answer_apart(own, entries), name)
 
     async def _answer_apart(self, worker: Worker, entries: tuple[Entry, ...]) -> None:
         """The task of one request."""
         request = worker.request
-        worker.task = asyncio_task()
         outcome: Outcome[Any] | None = None
         # Watched from here on: a loop that is busy may take longer to begin a task than the soft
         # deadline, and a guest that was told to wait by then would start over each time.
@@ -324,6 +338,7 @@ class Workers:
         self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
         try:
             with worker.scope:
+                worker.task = worker.scope.task
                 # A stop that came since it was taken leaves it the grace period, as it does any
                 # handler that has begun.
                 if self._cancelling:
@@ -341,6 +356,8 @@ class Workers:
             worker.context.close()
             request.state = _ANSWERED
             await self._replies.finish(request.event, request.started, late)
+        # Else a circle, which only the garbage collector would end.
+        request.worker = None
         if self.lanes.has_ready:
             self._promote()
 
@@ -395,6 +412,8 @@ class Workers:
     def guest_ended(self) -> None:
         """No trap and no retry will come any more."""
         self.lanes.close()
+        if self._own_tasks is not None:
+            self._own_tasks.close()
         self.deadlines.guest_ended()
 
     def take_no_more(self) -> None:

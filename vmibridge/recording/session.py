@@ -55,7 +55,7 @@ def session_of(
 def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
     """What a recording keeps of a handler."""
     cls, contract = type(handler), handler.contract
-    # The module of a file has the folder in its name, which is nobody's business.
+    # The module of a file has the folder in its name, which does not belong in a recording.
     module = cls.__module__.rpartition("/")[2]
     source = digest = None
     try:

@@ -29,7 +29,10 @@ class AgentLimits(msgspec.Struct, frozen=True):
     ] = 5.0
     handshakes: Annotated[
         Count,
-        Meta(description="peers that may be at that at a time; beyond it the oldest is hung up on"),
+        Meta(
+            description="peers that may be at that at a time; beyond it the connection of the"
+            " oldest is closed"
+        ),
     ] = 128
     sessions: Annotated[Count, Meta(description="VMs, those included whose agent is away")] = 256
     new_sessions: Annotated[

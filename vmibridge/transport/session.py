@@ -189,7 +189,7 @@ class Session:
     # --- the connection -------------------------------------------------------------
 
     def attach(self, link: Link) -> None:
-        """Go on over this connection; one that there was is hung up."""
+        """Go on over this connection; a previous one is closed."""
         if self.link is not None:
             self.link.close()
             self._happened(SessionEventKind.LOST, "another connection has taken its place")

@@ -1,6 +1,7 @@
 """A handler that waits has a task of its own, as in any other program."""
 
 import asyncio
+import gc
 import weakref
 from contextvars import ContextVar
 
@@ -75,6 +76,47 @@ async def test_it_is_named_after_handler_and_method():
 
     await run_guest(handler, scenario)
     assert handler.names[1:] == ["vmibridge handler tasks.waits"] * 2
+
+
+async def test_once_it_waits_it_is_named_so_also_the_first_time_and_on_trio():
+    class Waits(Tasks):
+        @method(7)
+        async def waits_twice(self, vmi, packet):
+            await anyio.sleep(0)
+            self.note()
+            return BridgeResponse(value1=1)
+
+    handler = Waits()
+
+    async def scenario(caller):
+        for _ in range(2):
+            await caller.call(7)
+        await caller.call(2)
+
+    await run_guest(handler, scenario)
+    *waited, at_once = handler.names
+    assert waited == ["vmibridge handler waits.waits_twice"] * 2
+    assert "vmibridge handler" not in at_once
+
+
+@pytest.mark.parametrize("first", [1, 2], ids=["waits", "does not wait"])
+async def test_a_request_leaves_no_circles_for_the_garbage_collector(first):
+    """1,000 handlers that sleep had a server collect garbage for half of its time."""
+    found = []
+
+    async def scenario(caller):
+        for count in (5, 205):
+            gc.collect()
+            for _ in range(count):
+                await caller.call(first)
+            found.append(gc.collect())
+
+    gc.disable()
+    try:
+        await run_guest(Tasks(), scenario)
+    finally:
+        gc.enable()
+    assert found[1] - found[0] < 200
 
 
 async def test_one_that_does_not_wait_has_none():

@@ -183,14 +183,13 @@ class Passes(BridgeDispatch):
 
     async def dispatch(self, vmi, packet):
         if self.cancels and vmi.vcpu == 1:
-            await anyio.lowlevel.checkpoint()
             # Not before it waits for its turn.
             asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)
         return Outcome(OutcomeKind.UNMATCHED, packet)
 
 
 class InTurn(BridgeHandler[None]):
-    MAGIC, REQUEST, serial = MAGIC, 1, True
+    MAGIC, REQUEST, serial, own_task = MAGIC, 1, True, False
 
     def __init__(self, seconds=0.0):
         self.seconds = seconds

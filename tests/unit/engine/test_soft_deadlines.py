@@ -242,8 +242,10 @@ class TestHardDeadline:
 
 
 class TestDispatchers:
-    async def test_one_that_was_asked_is_not_asked_again_by_a_retry(self):
-        """Not even when the next in order waits for its turn by then."""
+    @pytest.mark.parametrize("seconds", [0, 2 * SOFT], ids=["before", "after"])
+    async def test_one_that_was_asked_is_not_asked_again_by_a_retry(self, seconds):
+        """Not even when the next in order waits for its turn by then; whether the dispatcher
+        passed the request on before its soft deadline or after it."""
         asked, turn = [], anyio.Event()
 
         class Passing(BridgeDispatch):
@@ -254,7 +256,7 @@ class TestDispatchers:
 
             async def dispatch(self, vmi, packet):
                 asked.append(packet.value1)
-                await anyio.sleep(2 * SOFT)
+                await anyio.sleep(seconds)
                 return Outcome(OutcomeKind.UNMATCHED, packet)
 
         class Serial(Slow):

@@ -93,5 +93,5 @@ async def test_a_peer_that_does_not_read_loses_its_connection_at_the_bound(pair)
             if not posted % 100:
                 await checkpoint()
         assert connection.closed
-    with pytest.raises(ConnectionLostError, match=r"^hung up$"):
+    with pytest.raises(ConnectionLostError, match=r"^closed by the peer$"):
         await connection.receive()

@@ -6,6 +6,7 @@ from remote_parts import Echo, FakeAgent, carry, frame_of, trap
 
 from vmibridge import BridgePacket, BridgeServer, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
+from vmibridge.engine.taps import Tap
 from vmibridge.testing import FakeGuest
 from vmibridge.transport import AgentLimits, RemoteBackend
 from vmibridge.transport.wire import End
@@ -17,6 +18,16 @@ MASK = (1 << 64) - 1
 @pytest.fixture
 def url(tmp_path):
     return f"unix:{tmp_path / 'serve.sock'}"
+
+
+class Runs(Tap):
+    """Sees that the backend is about to run: a server that is stopped before has no guest."""
+
+    def __init__(self):
+        self.begun = anyio.Event()
+
+    def begin(self, vm, bridge, settings, stop):
+        self.begun.set()
 
 
 async def all_outcomes(server):
@@ -73,14 +84,14 @@ class TestRemoteBackend:
     async def test_a_stop_ends_it_whether_one_came_or_not(self, url):
         for come in (False, True):
             async with RemoteBackend(url) as backend:
-                server = BridgeServer(backend, Echo())
+                runs = Runs()
+                server = BridgeServer(backend, Echo(), taps=[runs])
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(all_outcomes, server)
                     async with FakeAgent.connected(url) as agent:
                         if come:
                             await agent.hello()
-                        else:
-                            await anyio.sleep(0.01)
+                        await runs.begun.wait()
                         server.stop()
             assert all(end.reason == "stopped" for end in server.summary.guest.vcpus)
 

@@ -151,7 +151,7 @@ class Qmp:
         self._reading = anyio.CancelScope(shield=True)
         self._why = ""
         self.gone: anyio.Event = anyio.Event()
-        """Set when QEMU has hung up."""
+        """Set when QEMU has closed the connection."""
         self._stack = AsyncExitStack()
 
     @property
@@ -189,7 +189,7 @@ class Qmp:
         except TimeoutError:
             raise QmpError(f"no QMP monitor: nothing within {_TIMEOUT:.0f} seconds") from None
         except (anyio.EndOfStream, OSError):
-            raise QmpError("QEMU hung up its monitor at once") from None
+            raise QmpError("QEMU closed its monitor at once") from None
 
     async def _receive_some(self) -> bytes:
         return await sockets.receive(self._socket, _PIECE)
@@ -213,7 +213,7 @@ class Qmp:
                     for message in self._lines.feed(await self._receive_some()):
                         self._take(message)
         except (anyio.EndOfStream, OSError):
-            self._why = "QEMU has hung up its monitor"
+            self._why = "QEMU has closed its monitor"
         except QmpError as error:
             self._why = str(error)
         finally:
@@ -269,8 +269,8 @@ class Qmp:
         """Run a command, and return its result as a `kind`, or nothing.
 
         `_` in the name of an argument stands for `-`. Raises `QmpError` with what QEMU says,
-        when it does not answer for `timeout` seconds, or has hung up. If cancelled, the command
-        was sent, and is done or not.
+        when it does not answer for `timeout` seconds, or has closed the connection. If
+        cancelled, the command was sent, and is done or not.
         """
         number = next(self._numbers)
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
@@ -287,7 +287,7 @@ class Qmp:
             except TimeoutError:
                 raise QmpError(f"{command}: QEMU did not answer for {timeout:g} seconds") from None
             except (anyio.EndOfStream, OSError, anyio.ClosedResourceError):
-                raise QmpError(f"{command}: {self._why or 'QEMU has hung up'}") from None
+                raise QmpError(f"{command}: {self._why or 'QEMU has closed its monitor'}") from None
             finally:
                 if self._waiting.pop(number, None) is not None:
                     self._given_up.add(number)

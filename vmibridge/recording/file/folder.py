@@ -50,7 +50,7 @@ class _Recording(NamedTuple):
 
 
 def lock(fd: int) -> None:
-    """Mark a file as being written. Where there are no locks, nobody removes a file, either."""
+    """Mark a file as being written. Where there are no locks, no process removes a file, either."""
     with contextlib.suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -310,7 +310,7 @@ class Agent:
                 elif isinstance(frame, Read | Write):
                     if link.closed:
                         # It has asked for more than it reads: no memory is read for it.
-                        raise ConnectionLostError("hung up")
+                        raise ConnectionLostError("closed by the peer")
                     rest = self._in_flight.access(frame)
                 elif isinstance(frame, Returned):
                     self._in_flight.take_back(frame.seq)

@@ -224,7 +224,7 @@ class Listener:
                             await checkpoint()
                             if connection.closed:
                                 # What else it sent is not to come behind its successor's.
-                                raise ConnectionLostError("hung up")
+                                raise ConnectionLostError("closed by the peer")
             except (ConnectionLostError, WireError) as error:
                 # Raised in here, it would come out in a group.
                 lost = error

@@ -74,7 +74,7 @@ class Connection(Generic[F]):
                 self._send()
             raise ConnectionLostError(f"TLS: {ssl_reason(error)}") from error
         except (OSError, anyio.ClosedResourceError) as error:
-            raise ConnectionLostError(str(error) or "hung up") from error
+            raise ConnectionLostError(str(error) or "closed by the peer") from error
         return tls.ssl
 
     async def receive(self) -> list[F]:
@@ -108,9 +108,9 @@ class Connection(Generic[F]):
         try:
             data = await self._duplex.receive(_CHUNK)
         except anyio.EndOfStream:
-            raise ConnectionLostError("the other end has hung up") from None
+            raise ConnectionLostError("closed by the peer") from None
         except anyio.ClosedResourceError:
-            raise ConnectionLostError("hung up") from None
+            raise ConnectionLostError("closed by the peer") from None
         except OSError as error:
             raise ConnectionLostError(error.strerror or str(error)) from error
         self.received += 1

@@ -97,7 +97,7 @@ class TlsCode:
             part = b""
         # What came before the end counts; the socket tells of the end, too.
         if part == b"" and not parts:
-            raise ConnectionLostError("the other end has hung up")
+            raise ConnectionLostError("closed by the peer")
         self.outgoing += self._made.read()
         return b"".join(parts)
 

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from vmibridge.backends.qemu.gdb import client as gdb_client
-from vmibridge.backends.qemu.gdb.client import ClientLostError, GdbClient, reading
+from vmibridge.backends.qemu.gdb.client import CLOSED, ClientLostError, GdbClient, reading
 from vmibridge.backends.qemu.plugin import vcpu as plugin_vcpu
 from vmibridge.backends.qemu.plugin.protocol import FrameReader
 from vmibridge.backends.qemu.plugin.vcpu import Vcpu
@@ -58,4 +58,4 @@ async def test_a_gdbstub_loses_its_connection(pair, monkeypatch):
                     sent += len(PIECE)
             assert sent > MAX_UNSENT
             await client.lost.wait()
-    assert client.why_lost == "it hung up"
+    assert client.why_lost == CLOSED

@@ -82,7 +82,7 @@ class Connection:
         data = b""
         while len(data) < size:
             piece = self.socket.recv(size - len(data))
-            assert piece, "the plugin has hung up"
+            assert piece, "the plugin has closed the connection"
             data += piece
         return data
 

@@ -19,7 +19,13 @@ import msgspec
 
 from vmibridge.aio import sockets
 from vmibridge.backends.qemu.gdb import commands
-from vmibridge.backends.qemu.gdb.client import ClientLostError, GdbClient, connect, reading
+from vmibridge.backends.qemu.gdb.client import (
+    CLOSED,
+    ClientLostError,
+    GdbClient,
+    connect,
+    reading,
+)
 from vmibridge.backends.qemu.gdb.commands import PROBE, ReplyError, StubError
 from vmibridge.backends.qemu.gdb.inspection import Inspector
 from vmibridge.backends.qemu.gdb.leaving import check_status, restore_sites, skip_sites
@@ -356,7 +362,7 @@ class QemuGdbBackend(Backend):
                 ends.append(VcpuEnd(vcpu, "stopped"))
             elif pending:
                 ends.append(VcpuEnd(vcpu, "lost", f"{why}, with a trap that was not answered"))
-            elif self._stops.shut_down or self._client.exited or why == "it hung up":
+            elif self._stops.shut_down or self._client.exited or why == CLOSED:
                 ends.append(VcpuEnd(vcpu, "halted", "QEMU has ended"))
             else:
                 ends.append(VcpuEnd(vcpu, "lost", f"lost the connection to the stub: {why}"))

@@ -35,6 +35,8 @@ from vmibridge.backends.qemu.gdb.registers import (
 from vmibridge.backends.qemu.gdb.target_description import read_layout
 from vmibridge.errors import BackendError
 
+CLOSED = "it closed the connection"
+"""Why a stub was lost that ended its connection between two packets, as one that exits does."""
 PATIENCE = 10.0
 """Seconds that a stub may owe a reply."""
 _IN_FLIGHT = 32
@@ -113,8 +115,8 @@ class GdbClient:
         self._asked_why = False
 
     def close(self) -> None:
-        """Hang up. No task may read or wait any more."""
-        self.lose("hung up")
+        """Close the connection. No task may read or wait any more."""
+        self.lose("this client closed the connection")
         self._socket.close()
 
     def _check_lost(self) -> None:
@@ -145,7 +147,7 @@ class GdbClient:
     async def _receive_all(self) -> None:
         with suppress(OSError, anyio.ClosedResourceError):
             await self._duplex.receive_each(self._receive)
-        self.lose("it hung up")
+        self.lose(CLOSED)
 
     def _receive(self) -> bool:
         # Raises nothing: why the stub is lost has to be known before the next command is sent.
@@ -153,9 +155,9 @@ class GdbClient:
             self._receive_pieces()
         except anyio.EndOfStream:
             within = self._packets.is_within_a_packet
-            self.lose("it hung up in the middle of a packet" if within else "it hung up")
+            self.lose("it closed the connection in the middle of a packet" if within else CLOSED)
         except (OSError, anyio.ClosedResourceError):
-            self.lose("it hung up")
+            self.lose(CLOSED)
         except ClientLostError as error:
             self.lose(str(error))
         except PacketError as error:
@@ -255,7 +257,7 @@ class GdbClient:
     def _broken(self, error: OSError) -> ClientLostError:
         # What it said before is still to be read.
         self._duplex.unsent.clear()
-        return ClientLostError(error.strerror or "it hung up")
+        return ClientLostError(error.strerror or CLOSED)
 
     def post(
         self,

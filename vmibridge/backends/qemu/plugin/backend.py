@@ -7,8 +7,8 @@
   has gone are given to another.
 - A connection is read by one task for all of its life, so the end of a QEMU is seen while a
   handler is at its trap. Answers are sent without waiting.
-- The run ends when the last vCPU has hung up: its QEMU has ended. It goes on for ever while
-  none has come; with `stay`, until it is stopped.
+- The run ends when the last vCPU has closed its connection: its QEMU has ended. It goes on
+  for ever while none has come; with `stay`, until it is stopped.
 - Where a QEMU shares its memory, reads that the file can answer do not go through the plugin.
 - A peer that sends what it must not loses its connection. Its vCPU goes on as it was configured
   to without a host.
@@ -113,7 +113,7 @@ class QemuPluginBackend(Backend):
         self._listener.close()
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
-        """Serve each plugin that connects, until the last vCPU has hung up."""
+        """Serve each plugin that connects, until the last vCPU has closed its connection."""
         try:
             greetings = {each: welcome(traps, each) for each in PROTOCOLS}
         except ValueError as error:
@@ -229,7 +229,7 @@ class QemuPluginBackend(Backend):
         await vcpu.receive(take)
 
     def _give_back_if_pending(self, event: TrapEvent) -> None:
-        # Its vCPU may have hung up while the trap was held.
+        # Its vCPU may have closed its connection while the trap was held.
         if event.seq in self._pending:
             self.give_back(event)
 

@@ -222,7 +222,7 @@ static bool serve(struct vcpu *vcpu, struct frame frame, double until)
            serve_write(vcpu, &access, until);
 }
 
-/* A host that is lost has been hung up on. */
+/* The connection to a host that is lost has been closed. */
 enum result ask(struct vcpu *vcpu, const struct trap *trap, double until, struct answer *answer)
 {
     struct { struct frame frame; struct trap trap; } asked = {{TRAP, sizeof *trap}, *trap};
