@@ -150,6 +150,8 @@ class AgentLinkStage(Stage):
         )
         self._patches = [
             patch.object(agent_link, "_clock", self.clock),
+            # Time passes at once here, which is no loop that stands still.
+            patch.object(agent_link, "_loop_clock", lambda: 0.0),
             patch.object(agent_link, "anyio", own),
         ]
         for each in self._patches:
@@ -295,7 +297,7 @@ class NatsServerStage(PlayedServer):
     def state(self):
         return {
             "vms": len(self.server.vms),
-            "refused": self.server._listener._nats[0].refused,
+            "refused": self.server.refused,
         }
 
     def _agent(self, name):

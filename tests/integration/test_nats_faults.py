@@ -1,6 +1,7 @@
 """Servers, agents and NATS that stop, are killed, or say nothing: no trap is lost."""
 
 import signal
+import time
 
 import anyio
 from nats_parts import (
@@ -9,9 +10,10 @@ from nats_parts import (
     Work,
     serve_processes,
 )
-from remote_parts import carry, served
+from remote_parts import AT, carry, served
 from waiting import until
 
+from vmibridge import BridgeResponse, method
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import AgentServer
 
@@ -19,6 +21,22 @@ LONG = ServerSettings(timeout=3600)
 
 
 pytestmark = ON_ASYNCIO
+
+
+class Blocks(Work):
+    """Holds up the loop, which is the agent's, too."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self._seconds = seconds
+
+    @method(6)
+    async def block(self, vmi, packet):
+        self.asked.append(vmi.event.seq)
+        # Behind this the agent knows who has the trap.
+        await vmi.memory.read_physical(AT, 1)
+        time.sleep(self._seconds)
+        return BridgeResponse(value1=packet.value1 + 1)
 
 
 class TestFailures:
@@ -126,6 +144,17 @@ class TestFailures:
             await until(lambda: handler.cancelled)
         assert agent.counts.own == 1
         assert vm.wrong
+
+    async def test_a_loop_that_stood_still_is_no_silence_of_a_server(self, nats, caplog):
+        silence = 0.5
+        handler = Blocks(1.5 * silence)
+        vm = Guest(1, 1, codes=(6,))
+        async with served(nats.url, handler, settings=LONG):
+            agent, _ = await carry(vm, f"{nats.url}?silence={silence}")
+        assert not vm.wrong
+        assert handler.asked == [1]
+        assert agent.counts.answered == 1
+        assert "is gone" not in caplog.text
 
     async def test_a_guest_goes_on_at_its_deadline_while_nats_is_gone(self, nats):
         handler = Work()

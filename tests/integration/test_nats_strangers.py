@@ -57,6 +57,7 @@ class TestStrangers:
 
     async def test_an_agent_is_the_vm_of_its_subject_and_no_other(self, nats):
         data = pack(Hello(WORD, VERSION, VERSION, b"x" * 16, "db"))
+        other_version = pack(Hello(WORD, 9, 9, b"y" * 16, "web"))
         told = []
 
         async def take(message):
@@ -66,8 +67,10 @@ class TestStrangers:
             await stranger.subscribe("mine.*", cb=take)
             for subject in ("vmibridge.hello.web", trap_subject("web", ask(1))):
                 await stranger.publish(subject, data, reply="mine.no")
+            await stranger.publish("vmibridge.hello.web", other_version)
             await stranger.flush()
             await stranger.publish("vmibridge.hello.db", data, reply="mine.yes")
             await until(lambda: told)
             assert server.vms == ["db"]
+            assert server.refused == 3
         assert len(told) == 1

@@ -20,7 +20,6 @@ Invariants
   scope's, and no scope open that is the handler's; the async generators that it left are closed.
 """
 
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -30,6 +29,7 @@ from vmibridge.aio.coroutines import forget_cancellation
 from vmibridge.aio.generators import close_generators
 from vmibridge.bridge.dispatch import Answer, Entry, ask, failure, outcome_of
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.engine.interruptions import is_being_cancelled, wait_again
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.request import Cause, Request, State, Worker
@@ -149,14 +149,24 @@ class Asking:
         if entry.serial:
             assert entry.handler is not None
             # The turn before the place: a request that waits for its turn must not hold a place.
-            async with self._turns.of(entry.handler):
+            turn = self._turns.of(entry.handler)
+            try:
+                await turn.acquire()
+            except self._cancelled as error:
+                await wait_again(error, turn.acquire)
+            try:
                 return await self._ask_in_place(worker, request, entry)
+            finally:
+                turn.release()
         return await self._ask_in_place(worker, request, entry)
 
     async def _ask_in_place(self, worker: Worker, request: Request, entry: Entry) -> Answer:
         # One that has waited takes its place now: `take_place` is called at the first wait only.
         if not worker.has_place and (request.state is not _ENTERING or self._in_flight.full):
-            await self._in_flight.enter()
+            try:
+                await self._in_flight.enter()
+            except self._cancelled as error:
+                await wait_again(error, self._in_flight.enter)
             worker.has_place = True
         if request.is_overtaken:
             # Between the hand-over of its turn and now. It must not begin.
@@ -178,8 +188,3 @@ class Asking:
         if isinstance(error, KeyboardInterrupt) and self._on_interrupt is not None:
             self._on_interrupt(error)
         return failure(entry.name, packet, error)
-
-
-def is_being_cancelled() -> bool:
-    """Whether a cancel scope around this was cancelled."""
-    return anyio.current_effective_deadline() == -math.inf

@@ -18,7 +18,7 @@ import anyio
 
 from vmibridge.bridge.dispatch import one_line
 from vmibridge.bridge.handler import BridgeHandler
-from vmibridge.engine.asking import is_being_cancelled
+from vmibridge.engine.interruptions import is_being_cancelled
 from vmibridge.errors import HandlerLifeError
 
 

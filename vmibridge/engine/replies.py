@@ -7,6 +7,7 @@ written makes its outcome *failed*; the trap is done with in any case.
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import anyio
@@ -15,6 +16,7 @@ from vmibridge.bridge.dispatch import one_line
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.registers import write_response
 from vmibridge.bridge.response import BridgeResponse
+from vmibridge.engine.interruptions import forget_stale, wait_again
 from vmibridge.engine.lanes import Lanes
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.settings import ServerSettings
@@ -30,6 +32,8 @@ _clock = time.monotonic
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _HANDLED, _DENIED = OutcomeKind.HANDLED, OutcomeKind.DENIED
 
+
+_CUT_OFF = "cut off by a timer that a handler left open in this task"
 
 BeforeResume: TypeAlias = Callable[[Outcome[Any]], Awaitable[None]]
 """What a consumer does with an outcome while the vCPU of its trap still stands still."""
@@ -55,6 +59,7 @@ class Replies:
         self._taps = taps
         self._ran_natively = None if taps is None else taps.ran_natively
         self._before_resume = before_resume
+        self._cancelled = anyio.get_cancelled_exc_class()
         self._patience = settings.timeout
         self._consulted: set[anyio.CancelScope] = set()
         denied = "native" if settings.policy is None else settings.policy.denied
@@ -115,6 +120,10 @@ class Replies:
             if not vcpu_gone:
                 log.exception("the answer to trap %d of vm %s was not written", event.seq, event.vm)
                 kind, error = OutcomeKind.FAILED, f"not written: {one_line(lost)}"
+        except self._cancelled as cut:
+            await forget_stale(cut)
+            log.warning("the answer to trap %d of vm %s: %s", event.seq, event.vm, _CUT_OFF)
+            writes, kind, error = None, OutcomeKind.FAILED, f"not written: {_CUT_OFF}"
         self._summary.outcomes[kind] += 1
         done: Outcome[Any] = Outcome(
             kind,
@@ -128,9 +137,15 @@ class Replies:
             outcome.retry_of,
         )
         if self._taps is not None and self._taps.answered(done):
-            await self._taps.room()
+            try:
+                await self._taps.room()
+            except self._cancelled as cut:
+                await wait_again(cut, self._taps.room)
         if not self._outcomes.put_nowait(done):
-            await self._outcomes.put(done)
+            try:
+                await self._outcomes.put(done)
+            except self._cancelled as cut:
+                await wait_again(cut, partial(self._outcomes.put, done))
         self._lanes.release(event.vcpu)
 
     async def _consult(self, before_resume: BeforeResume, outcome: Outcome[Any]) -> None:
@@ -143,6 +158,9 @@ class Replies:
                 await before_resume(outcome)
             except Exception:
                 log.exception("%s failed; the answer is written anyway", where)
+            except self._cancelled as cut:
+                await forget_stale(cut)
+                log.warning("%s: %s; the answer is written anyway", where, _CUT_OFF)
             finally:
                 self._consulted.discard(scope)
         if scope.cancelled_caught:
@@ -161,6 +179,11 @@ class Replies:
             await self._backend.resume(event, None)
         except Exception:
             log.exception("trap %d of vm %s did not run natively", event.seq, event.vm)
+        except self._cancelled as cut:
+            await forget_stale(cut)
+            log.warning(
+                "trap %d of vm %s, which is to run natively: %s", event.seq, event.vm, _CUT_OFF
+            )
         else:
             if self._ran_natively is not None:
                 self._ran_natively(event)

@@ -24,6 +24,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import anyio
 
+from vmibridge.aio.lost_exceptions import lost_exceptions
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.bridge.dispatch import Bridge, BridgeDispatch, Target, one_line
 from vmibridge.bridge.handler import BridgeHandler
@@ -258,7 +259,7 @@ class _Owner:
     async def _main(self) -> None:
         """Run each engine in its backend's task group. If cancelled, stops every engine."""
         try:
-            with self._watch:
+            with self._watch, lost_exceptions(self._take_lost):
                 await self._run()
         except CutOffError as error:
             log.warning("%s", error)
@@ -282,6 +283,11 @@ class _Owner:
                 with anyio.CancelScope(shield=True):
                     for engine in started:
                         await engine.ended()
+
+    def _take_lost(self, error: BaseException) -> None:
+        """A signal handler has raised it: the run ends with it."""
+        self._error = self._error or error
+        self.stop()
 
     def _on_end(self, vm: str, error: BaseException | None) -> None:
         if error is None:

@@ -56,9 +56,10 @@ from vmibridge.bridge.dispatch import Bridge, Entry
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import own_request
-from vmibridge.engine.asking import CUT_OFF, Asking, is_being_cancelled
+from vmibridge.engine.asking import CUT_OFF, Asking
 from vmibridge.engine.beginnings import lanes_for
 from vmibridge.engine.deadlines import Deadlines
+from vmibridge.engine.interruptions import is_being_cancelled
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.places import InFlight, Turns

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_clock = time.monotonic
+_clock = _loop_clock = time.monotonic
 
 _TROUBLE = 20
 """Times the silence that traps go straight to servers that are heard, after one was silent."""
@@ -341,10 +341,15 @@ class NatsAgentLink:
         """Ask about traps, and send those again that no server has."""
         step = max(0.01, self._sent.silence / 60)
         while True:
+            before = _loop_clock()
             await anyio.sleep(step)
+            late = _loop_clock() - before - step
             self._look_for_end()
             if self._client.nats.is_connected:
                 now = self._client.uptime()
+                if late > step:
+                    # This loop stood still: what came meanwhile is taken behind this.
+                    self._sent.excuse(late)
                 if self._client.has_backlog:
                     # Memory that a handler reads, on its way to the server that is silent.
                     self._sent.hear_all(now)

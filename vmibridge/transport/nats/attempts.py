@@ -99,6 +99,11 @@ class SentTraps:
         for sent in self._by_vcpu.values():
             sent.heard = now
 
+    def excuse(self, seconds: float) -> None:
+        """Nobody was listened to for so long: that is no silence of a server."""
+        for sent in self._by_vcpu.values():
+            sent.heard += seconds
+
     def begin(self, sent: Sent, now: float) -> None:
         """It is about to be sent."""
         sent.attempt += 1

@@ -65,7 +65,7 @@ class NatsListener:
     def __init__(self, url: NatsUrl, limits: AgentLimits, admit: Admit) -> None:
         self.url = url
         self.refused: int = 0
-        """Agents that were not served."""
+        """Messages of agents that were not served."""
         self._limits = limits
         self._admit = admit
         self._name = f"vmibridge serve {socket.gethostname()} {os.getpid()}"
@@ -188,6 +188,7 @@ class NatsListener:
 
     async def _take(self, message: "Msg") -> None:
         """At the subjects of the queue group: a HELLO, and the trap behind it."""
+        link = None
         try:
             start, rest = hello_in(message.data)
             link = self._by_hello.get(start)
@@ -200,6 +201,7 @@ class NatsListener:
             if rest and may_be_answered(message.reply):
                 link.take(rest, message.reply)
         except WireError as error:
+            self.refused += link is None
             log.debug("%s: malformed message: %s", self.url, error)
 
     async def _take_own(self, message: "Msg") -> None:

@@ -32,8 +32,9 @@ from vmibridge.transport.wire import (
 
 _clock = time.monotonic
 
-_SIGN = 0.25
-"""Seconds between two words of a server to which something large comes."""
+_SIGN = 0.05
+"""Seconds between two words of a server to which something large comes. It does not know the
+`silence` of the agent, which may be short."""
 
 
 class _Open:

@@ -71,8 +71,7 @@ class Listener:
         self._listening: list[ListeningSockets] = []
         self._at_handshake: dict[AgentConnection, None] = {}
         self._connections: set[AgentConnection] = set()
-        self.refused: int = 0
-        """Peers that did not become a session's."""
+        self._refused = 0
 
     async def open(self) -> None:
         """Listen. Raises `BackendError` when a place cannot be had."""
@@ -94,6 +93,11 @@ class Listener:
     def places(self) -> list[str]:
         """The URLs without their options, with the ports that were given."""
         return [str(each) for each in (*self._listening, *self._nats)]
+
+    @property
+    def refused(self) -> int:
+        """Peers that did not become a session's; on NATS, messages of agents that were refused."""
+        return self._refused + sum(nats.refused for nats in self._nats)
 
     async def run(self) -> None:
         """Serve each agent that connects, until cancelled; then closes all connections."""
@@ -126,7 +130,7 @@ class Listener:
             while len(self._at_handshake) >= self._limits.handshakes:
                 next(iter(self._at_handshake)).close()
                 self._at_handshake.pop(next(iter(self._at_handshake)))
-                self.refused += 1
+                self._refused += 1
             self._at_handshake[connection] = None
             self._connections.add(connection)
             tasks.start_soon(self._run_connection, listening, accepted, connection)
@@ -143,10 +147,10 @@ class Listener:
                 await self._take_frames(session, connection)
         except WireError as error:
             log.warning("%s: a peer broke the protocol: %s", listening.url, error)
-            self.refused += session is None
+            self._refused += session is None
         except ConnectionLostError as error:
             if session is None:
-                self.refused += 1
+                self._refused += 1
                 log.debug("%s: a peer did not get as far as HELLO: %s", listening.url, error)
             else:
                 level = logging.DEBUG if session.over.is_set() else logging.INFO
@@ -172,11 +176,11 @@ class Listener:
                 check_hello(hello)
                 session, welcome = await self._admit(hello, connection.peer)
         except TimeoutError:
-            self.refused += 1
+            self._refused += 1
             log.debug("%s: a peer sent no HELLO in time", url)
             return None
         except RefusedError as error:
-            self.refused += 1
+            self._refused += 1
             log.warning("%s: refused: %s", url, printable(str(error)))
             connection.post(refused(error, final=error.final))
             await connection.drain(_LAST)

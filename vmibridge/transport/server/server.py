@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import anyio
 from anyio.abc import TaskGroup
 
+from vmibridge.aio.lost_exceptions import lost_exceptions
 from vmibridge.bridge.dispatch import Bridge, Target, one_line
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.engine.asking import Asking
@@ -136,19 +137,27 @@ class AgentServer:
 
     @property
     def refused(self) -> int:
-        """Peers that were not served."""
+        """Peers that were not served, each time that they tried."""
         return self._listener.refused
 
     async def run(self) -> None:
         """Serve until `stop`. If cancelled, stops without grace. Once.
 
-        Raises `BackendError` when it cannot listen.
+        Raises `BackendError` when it cannot listen, and what a signal handler has raised.
         """
         if self._tasks is not None:
             raise ServerStateError("a server runs once: make another for another run")
         await self._listener.open()
-        with LoopWatch(self._settings.blocked_after, Asking.ask.__code__):
+        lost: list[BaseException] = []
+
+        def stop(error: BaseException) -> None:
+            lost.append(error)
+            self.stop()
+
+        with LoopWatch(self._settings.blocked_after, Asking.ask.__code__), lost_exceptions(stop):
             await self._serve()
+        for error in lost:
+            raise error
 
     async def _serve(self) -> None:
         connections = anyio.CancelScope(shield=True)

@@ -97,6 +97,8 @@ class Connection(Generic[F]):
             frames = self.reader.feed(data)
             if frames:
                 return frames
+            # The reader has a copy: kept until more comes, it would take as much again.
+            del data
 
     def give_back(self, frames: list[F]) -> None:
         """Frames that were received too soon: they come again."""

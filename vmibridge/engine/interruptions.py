@@ -1,0 +1,44 @@
+"""Cancellations of a worker's task that no cancel scope asked for.
+
+On asyncio a handler may leave a timer open that cancels its task: `asyncio.timeout` that is not
+left, `call_later(1.0, task.cancel)`. The task of a worker goes on to other traps, and the timer
+finds it wherever it waits then. Where that is in the engine, no handler is meant, and the
+wait is taken up again. Where another handler waits in the same task, the cancellation is
+delivered to it: nothing tells it from one that this handler has asked for.
+"""
+
+import math
+from collections.abc import Awaitable, Callable
+
+import anyio
+
+from vmibridge.aio.coroutines import asyncio_task, forget_cancellation
+
+
+def is_being_cancelled() -> bool:
+    """Whether a cancel scope around this was cancelled."""
+    return anyio.current_effective_deadline() == -math.inf
+
+
+async def forget_stale(error: BaseException) -> None:
+    """Take back the cancellation `error`, for which a timer was the cause.
+
+    Raises `error` where a cancel scope was.
+    """
+    task = asyncio_task()
+    if task is None or is_being_cancelled():
+        raise error
+    await forget_cancellation(task)
+
+
+async def wait_again(error: BaseException, wait: Callable[[], Awaitable[None]]) -> None:
+    """Await `wait()`, which was cut off by the cancellation `error`, to its end.
+
+    Raises the cancellation of a cancel scope, and what `wait` raises.
+    """
+    while True:
+        await forget_stale(error)
+        try:
+            return await wait()
+        except anyio.get_cancelled_exc_class() as another:
+            error = another
