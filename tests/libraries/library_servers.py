@@ -6,6 +6,7 @@ nobody else on the machine finds a database without a password. The web server i
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -134,7 +135,9 @@ class Postgres(Server):
         )
 
     def left_behind(self):
-        return (self.folder / "log").read_text(errors="replace").count("connection to client lost")
+        # With its statement: else the client was lost while it connected.
+        log = (self.folder / "log").read_text(errors="replace")
+        return len(re.findall(r"FATAL:  connection to client lost\n.*STATEMENT:", log))
 
     def _ask(self, query: str) -> str:
         options = ["-h", self.folder, "-U", "postgres", "-At", "-c", query]

@@ -100,12 +100,13 @@ def test_deadlines_and_a_killed_server_leave_no_more_than_in_plain_tasks(library
     assert ours.wrong == plain.wrong == []
     assert ours.half_done == plain.half_done == 0
     assert is_no_worse(ours.lost, plain.lost)
-    # All but a few are cancelled at the server, at the deadline: see `Postgres`.
+    # But for a few, the server is told of each cancellation in time: see `Postgres`.
     assert is_no_worse(ours.left_behind, plain.left_behind)
     assert ours.left_behind < outcomes[OutcomeKind.TIMEOUT] / 20 + 1
     assert len(ours.samples) == rounds
-    assert last.files <= first.files
-    assert last.tasks <= first.tasks
+    assert last.files - first.files <= max(0, plain.samples[-1].files - plain.samples[0].files)
+    # Workers may wait for traps, one for each vCPU, that had no work in the first round.
+    assert last.tasks <= first.tasks + VCPUS
     assert last.memory < first.memory + GROWTH
 
 
