@@ -18,6 +18,7 @@ DEADLINE = 0.02
 """Seconds that a request has which may be cut off."""
 
 BRIEF, HASTY, SLOW, CHANGE, LEAVE = range(1, 6)
+DEADLINES = {BRIEF: 60.0, HASTY: DEADLINE, SLOW: DEADLINE, CHANGE: DEADLINE, LEAVE: 60.0}
 
 
 class Library(BridgeHandler[None]):
@@ -30,34 +31,36 @@ class Library(BridgeHandler[None]):
     REQUEST = 0x0001
 
     loops: ClassVar[tuple[str, ...]] = ("asyncio", "uvloop")
+    shields: ClassVar[bool] = False
+    """Whether it shields its clean-up by scopes of anyio, which `Task.cancel` does not respect."""
 
     def __init__(self, server: Any) -> None:
         self.server = server
 
-    @method(BRIEF, timeout=60.0)
+    @method(BRIEF, timeout=DEADLINES[BRIEF])
     async def brief(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[None]:
         """A request that has all the time it needs."""
         return BridgeResponse(value1=await self.echo(packet.value1))
 
-    @method(HASTY, timeout=DEADLINE)
+    @method(HASTY, timeout=DEADLINES[HASTY])
     async def hasty(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[None]:
         """The same, begun value2 microseconds after the trap: its deadline comes anywhere in it."""
         await anyio.sleep(packet.value2 / 1e6)
         return BridgeResponse(value1=await self.echo(packet.value1))
 
-    @method(SLOW, timeout=DEADLINE)
+    @method(SLOW, timeout=DEADLINES[SLOW])
     async def slow(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[None]:
         """The server works for value2 microseconds; with 0 for an hour."""
         await self.work(packet.value2 / 1e6 or HOUR)
         return BridgeResponse(value1=packet.value1)
 
-    @method(CHANGE, timeout=DEADLINE)
+    @method(CHANGE, timeout=DEADLINES[CHANGE])
     async def change(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[None]:
         """What takes several exchanges, with value2 microseconds in the middle."""
         await self.transact(packet.value1, packet.value2 / 1e6)
         return BridgeResponse(value1=packet.value1)
 
-    @method(LEAVE, timeout=60.0)
+    @method(LEAVE, timeout=DEADLINES[LEAVE])
     async def leave(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[None]:
         """A stream that is left after its first piece."""
         await self.first_of_many()
@@ -81,9 +84,23 @@ class Library(BridgeHandler[None]):
     async def use_all_at_once(self) -> None:
         """Use every connection that the pool may have, all at the same time."""
 
+    async def give_back_lost(self) -> int:
+        """Give the pool back the connections that it has lost by the one fault of the library that
+        is known, and return how many they were. Called while no request is under way."""
+        return 0
+
     async def half_done(self) -> int:
         """How many changes are there by halves."""
         return 0
+
+
+METHODS = {
+    BRIEF: Library.brief,
+    HASTY: Library.hasty,
+    SLOW: Library.slow,
+    CHANGE: Library.change,
+    LEAVE: Library.leave,
+}
 
 
 TABLE = "create table if not exists pairs (number bigint, side int)"
@@ -302,6 +319,7 @@ class RedisClient(Library):
 
 class Httpx(Library):
     loops = ("asyncio", "uvloop", "trio")
+    shields = True
 
     async def __aenter__(self):
         import httpx
@@ -328,6 +346,16 @@ class Httpx(Library):
         async with self.client.stream("GET", "/lines") as answer:
             async for _ in answer.aiter_lines():
                 return
+
+    async def give_back_lost(self):
+        # encode/httpcore#1093: a request that is cancelled after the pool has made a connection
+        # for it, and before it was opened, leaves it in the pool: it is neither idle nor closed.
+        pool = self.client._transport._pool
+        lost = [each for each in pool.connections if not each.is_idle() and not each.is_closed()]
+        for connection in lost:
+            assert connection._connection is None, f"lost, but not by that fault: {connection}"
+            pool._connections.remove(connection)
+        return len(lost)
 
     async def use_all_at_once(self):
         async with anyio.create_task_group() as tasks:

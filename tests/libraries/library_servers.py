@@ -6,6 +6,7 @@ nobody else on the machine finds a database without a password. The web server i
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -46,6 +47,10 @@ class Server(ABC):
     @abstractmethod
     def queries_left(self) -> int:
         """How many requests of clients it is at, but for the one that asks."""
+
+    def left_behind(self) -> int:
+        """How many queries ran on, up to now, when their client had gone."""
+        return 0
 
     user: str | None = None
     kills_with = signal.SIGKILL
@@ -109,7 +114,7 @@ class Postgres(Server):
             "max_connections=100",
             # A cancellation may reach PostgreSQL before it has begun the query, and is lost then:
             # psycopg waits for some time, in a plain task, too, and closes the connection. Only so
-            # does the query end when nobody waits for it. Later than a round, which counts them.
+            # does the query end when nobody waits for it. The log has each: see `left_behind`.
             "client_connection_check_interval=5s",
         ]
         return [
@@ -128,6 +133,11 @@ class Postgres(Server):
                 " and state <> 'idle' and pid <> pg_backend_pid()"
             )
         )
+
+    def left_behind(self):
+        # With its statement: else the client was lost while it connected.
+        log = (self.folder / "log").read_text(errors="replace")
+        return len(re.findall(r"FATAL:  connection to client lost\n.*STATEMENT:", log))
 
     def _ask(self, query: str) -> str:
         options = ["-h", self.folder, "-U", "postgres", "-At", "-c", query]

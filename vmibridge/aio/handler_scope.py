@@ -4,7 +4,10 @@ A cancel scope of anyio cancels a task again at each turn of the loop, as long a
 scope. On asyncio no library expects that: a plain task is cancelled once, and what it awaits on its
 way out is awaited to its end (a connection is reset and put back into its pool, a query is
 cancelled at its server). So `HandlerScope.cancel` cancels once, and lets the handler unwind for
-`patience` seconds. What runs on after that is cancelled at each turn.
+`patience` seconds. What runs on after that is cancelled once more, and lets it unwind again: a
+library may have lost the first cancellation, as `asyncio.wait_for` does before Python 3.12 where it
+comes together with what is waited for, and then its clean-up is yet to come. What runs on after
+another `patience` seconds is cancelled at each turn.
 
 On trio each checkpoint in a cancelled scope raises, and libraries of trio expect that: there the
 scope is cancelled at once (`handler_scope_trio`).
@@ -13,10 +16,10 @@ Theory of operation
 ===================
 
 On asyncio it is a scope of anyio, with one difference: when it has cancelled the task, it forgets
-that it was cancelled (`_cancel_called`), and so does nothing at the next turns. It is cancelled a
-second time by its deadline, `patience` seconds later, and from then on is what any scope is. It
-remembers before it is left, so that it takes back what it threw in, and the cancellations that it
-asked for (`Task.uncancel`).
+that it was cancelled (`_cancel_called`), and so does nothing at the next turns. It is cancelled
+again by its deadline, `patience` seconds later. The third time it forgets nothing, and from then on
+is what any scope is. It remembers before it is left, so that it takes back what it threw in, and
+the cancellations that it asked for (`Task.uncancel`).
 
 A handler with a shield of its own, such as anyio's around a thread, is cancelled when that ends, as
 by any scope. What is around the scope cancels as ever: the end of the server does not wait for
@@ -77,13 +80,18 @@ class HandlerScope(Owner, Protocol):
         """Name the task that it was entered in."""
 
     def cancel(self) -> None:
-        """Cancel what runs in it: once now, and again and again after `patience` seconds."""
+        """Cancel what runs in it: now, once more `patience` seconds later, and from twice as many
+        seconds later on again and again."""
+
+
+_APART = 2
+"""How many cancellations are single ones."""
 
 
 class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
     """A scope on asyncio."""
 
-    __slots__ = ("_before", "_is_last", "_patience", "begun", "holder", "left", "mark", "task")
+    __slots__ = ("_before", "_delivered", "_patience", "begun", "holder", "left", "mark", "task")
 
     others_may_close: ClassVar[bool] = True
     current: "ClassVar[attrgetter[object]]" = attrgetter("cancel_scope")
@@ -100,7 +108,7 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
         self.holder: Any = None
         self.mark: object = None
         self._before = 0
-        self._is_last = False
+        self._delivered = 0
 
     def put_under(self, parent: anyio_on_asyncio.CancelScope) -> None:
         """It will be the outermost scope of a task, and what cancels `parent` cancels that."""
@@ -139,7 +147,7 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
     ) -> bool:
         if self.is_left_open:
             self.close_left()
-        if self._is_last:
+        if self._delivered:
             self._cancel_called = True
         try:
             return bool(super().__exit__(kind, error, traceback))
@@ -175,18 +183,18 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
         self.task.set_name(name)
 
     def cancel(self, reason: str | None = None) -> None:
-        if not self._is_last and self._host_task is not None:
+        if self._delivered < _APART and self._host_task is not None:
             self._before = self._host_task.cancelling()
         super().cancel(reason)
 
     def _deliver_cancellation(self, origin: anyio_on_asyncio.CancelScope) -> bool:
         again = super()._deliver_cancellation(origin)
-        if origin is not self or self._is_last:
+        if origin is not self or self._delivered >= _APART:
             return again
         # It may have been left since the turn of the loop that this was put off to.
         if self._host_task is None or self._host_task.cancelling() <= self._before:
             return again
-        self._is_last = True
+        self._delivered += 1
         self._cancel_called = False
         if self._cancel_handle is not None:
             self._cancel_handle.cancel()

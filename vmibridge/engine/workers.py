@@ -79,8 +79,8 @@ log: logging.Logger = logging.getLogger(__name__)
 _clock = time.monotonic
 
 _PATIENCE = 1.0
-"""Seconds that a handler has to unwind after it was cancelled, on asyncio; at most half of
-`stop_timeout`. Then it is cancelled at each await."""
+"""Seconds that a handler has to unwind after it was cancelled, on asyncio; at most a quarter of
+`stop_timeout`. Then it is cancelled once more, and after as long again at each await."""
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
 
@@ -128,7 +128,7 @@ class Workers:
             backend.vm,
             began,
         )
-        self._patience = min(_PATIENCE, settings.stop_timeout / 2)
+        self._patience = min(_PATIENCE, settings.stop_timeout / 4)
         self._handler_scope = handler_scopes(self._patience)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
