@@ -164,7 +164,7 @@ TRANSITIONS: dict[State, dict[Cause, State]] = {
     },
     State.QUEUED: {
         Cause.BEGIN: State.RUNNING,
-        # Its task was cancelled in the queue, by what a handler before it had left behind.
+        # The server stops, and its own task has not begun.
         Cause.END: State.ANSWERED,
         Cause.SOFT_DEADLINE: State.OVERTAKEN,
         Cause.HARD_DEADLINE: State.OVERTAKEN,
