@@ -48,6 +48,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "health:health",
             "Tell whether a host or a server listens: the health check of a container.",
         ),
+        "import": (
+            "import_lines:import_lines",
+            "Make a recording of JSON lines: those of `vmibridge export --to jsonl`, or your own.",
+        ),
         "inspect": (
             "inspect:inspect",
             "List the traps of a recording, in the order of their replies.",
