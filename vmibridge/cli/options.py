@@ -43,10 +43,21 @@ OUTPUT = Parameter(
 PIPED = Parameter(
     allow_leading_hyphen=True, validator=_no_option, help="A recording; - is standard input."
 )
+REDACT = Parameter(
+    group=RECORDING,
+    negative=(),
+    show_default=False,
+    help="Leave out memory, value1 to value4, or one of them of one request, as in"
+    " 0x0002:value3; may be given several times.",
+)
+RENAME = Parameter(
+    negative=(),
+    show_default=False,
+    help="OLD=NEW: the VM OLD is called NEW; may be given several times.",
+)
 
 Sources: TypeAlias = Annotated[list[str], HANDLERS]
 Recording: TypeAlias = Annotated[Path, PIPED]
-Recordings: TypeAlias = Annotated[tuple[Path, ...], PIPED]
 Output: TypeAlias = Annotated[Path, OUTPUT]
 OptionalOutput: TypeAlias = Annotated[Path | None, OUTPUT]
 Json: TypeAlias = Annotated[bool, Parameter(group=CHECKS, negative=())]
