@@ -103,10 +103,8 @@ class TestFields:
     def test_are_named_that_differ(self, diff):
         writes, others = RegisterWrites(0x1003, 1, 2), RegisterWrites(0x1004, 1, 3)
         one = request(1, writes=writes, output="1", error="a", handler="x")
-        other = request(
-            1, OutcomeKind.FAILED, writes=others, output="2", error="b", handler="y"
-        ) if False else [trap(1), reply(1, OutcomeKind.FAILED, writes=others, output="2",
-                                        error="b", handler="y")]  # fmt: skip
+        failed = {"writes": others, "output": "2", "error": "b", "handler": "y"}
+        other = [trap(1), reply(1, OutcomeKind.FAILED, **failed)]
         found = diff(one, other)
         assert (found.compared, found.different, found.is_same) == (1, 1, False)
         fields = [group.field for group in found.groups]
@@ -173,9 +171,11 @@ class TestWhatIsMissing:
     def test_is_left_out_of_both_where_one_was_redacted(self, tmp_path):
         rules = (RedactionRule("value1"),)
         hidden = msgspec.structs.replace(session(), redaction=rules)
-        packet = BridgePacket(MAGIC, 1, 1)
-        one = write_file(tmp_path / "a.mcap", [(1, session()), (2, trap(1, value=7)),
-            (3, msgspec.structs.replace(reply(1, output="7"), packet=packet.with_value1(7)))])  # fmt: skip
+        answered = msgspec.structs.replace(
+            reply(1, output="7"), packet=BridgePacket(MAGIC, 1, 1, 7)
+        )
+        plain = [(1, session()), (2, trap(1, value=7)), (3, answered)]
+        one = write_file(tmp_path / "a.mcap", plain)
         other = write_file(tmp_path / "b.mcap", [(1, hidden), (2, trap(1)), (3, reply(1))])
         found = compared(one, other)
         assert (found.is_same, found.partial) == (True, 1)

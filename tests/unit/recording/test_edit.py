@@ -40,7 +40,7 @@ def requests_of(messages):
     """The traps of each request, as keys of the VM and of their numbers."""
     found = {}
     for each in recorded_traps(TimedMessage(*timed) for timed in messages):
-        first = each.event.seq if each.reply is None else each.reply.retry_of or each.event.seq
+        first = next((note.retry_of for _, note in each.notes), each.event.seq)
         found.setdefault((each.event.vm, first), []).append(each)
     return found
 
