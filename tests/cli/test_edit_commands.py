@@ -217,7 +217,8 @@ class TestPipes:
     )
     @pytest.mark.no_cover
     def test_that_have_something_else_are_told(self, tmp_path, words, told):
-        done = run_child(command(*words), input="nonsense" * 100, cwd=tmp_path)
+        line = ["sh", "-c", 'echo nonsense | "$@"', "sh", *command(*words)]
+        done = run_child(line, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         (line,) = done.stderr.splitlines()
         assert told in line

@@ -203,10 +203,10 @@ def shown_field(request: Request, field: str) -> str:
     return "none" if value is None else str(value)
 
 
-def _value(output: str) -> object:
+def _value(output: str) -> str:
     """An output, so that two are equal which mean the same."""
     try:
-        return msgspec.json.encode(msgspec.json.decode(output), order="deterministic")
+        return msgspec.json.encode(msgspec.json.decode(output), order="deterministic").decode()
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return _ADDRESS.sub("", output)
 
