@@ -58,7 +58,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "import": (
             "import_lines:import_lines",
-            "Make a recording of JSON lines: those of `vmibridge export --to jsonl`, or your own.",
+            "Make a recording of JSON lines: those of an export, or your own.",
         ),
         "inspect": (
             "inspect:inspect",

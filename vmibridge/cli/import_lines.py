@@ -17,7 +17,7 @@ def import_lines(
     *,
     output: Output,
 ) -> int:
-    """Make a recording of JSON lines: those of `vmibridge export --to jsonl`, or your own.
+    """Make a recording of JSON lines: those of an export, or your own.
 
     Exit status: 0 when it was made, 2 when a line is none of a recording.
 

@@ -5,14 +5,14 @@ from random import Random
 
 import msgspec
 import pytest
-from laws import examples
+from laws import LONG
 from recorded_messages import read, some_messages
 from recorded_session import record, reply, session, trap, write_file
 
 from vmibridge import OutcomeKind
 from vmibridge.errors import ConfigError, RecordingReadError
 from vmibridge.recording import MemoryAccess, Note, Session, recorded_traps
-from vmibridge.recording.edit import editing
+from vmibridge.recording.edit import editing, keeping
 from vmibridge.recording.edit.editing import EditOptions, edit
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.selection import Selection
@@ -78,7 +78,7 @@ def random_recording(rng):
 
 @pytest.mark.no_cover
 def test_to_edit_nothing_is_to_copy(tmp_path):
-    for seed in range(examples(60)):
+    for seed in range(200 if LONG else 8):
         messages = some_messages(seed, 60)
         path = write_file(tmp_path / f"{seed}.mcap", messages)
         assert edited(tmp_path, path) == messages, seed
@@ -86,7 +86,7 @@ def test_to_edit_nothing_is_to_copy(tmp_path):
 
 @pytest.mark.no_cover
 def test_whole_requests_are_kept_as_they_were_and_cut_again_the_same(tmp_path):
-    for seed in range(examples(100)):
+    for seed in range(400 if LONG else 20):
         rng = Random(seed)
         messages = random_recording(rng)
         path = write_file(tmp_path / f"{seed}.mcap", messages)
@@ -146,7 +146,7 @@ def check_notes(found, messages):
 
 @pytest.mark.no_cover
 def test_what_is_split_and_merged_is_what_it_was(tmp_path):
-    for seed in range(examples(60)):
+    for seed in range(200 if LONG else 5):
         rng = Random(seed)
         messages = random_recording(rng)
         path = write_file(tmp_path / f"{seed}.mcap", messages)
@@ -263,7 +263,7 @@ class TestMerging:
         assert edited(tmp_path, second, first) == whole
 
     def test_joins_what_was_split_by_time(self, tmp_path):
-        for seed in range(10):
+        for seed in range(5):
             messages = random_recording(Random(seed))
             messages = [(time or SECOND, started(each)) for time, each in messages]
             path = write_file(tmp_path / f"{seed}.mcap", messages)
@@ -307,24 +307,26 @@ class TestDamage:
 
 
 class TestBounds:
-    def test_files_are_not_without_number(self, tmp_path):
+    def test_files_are_not_without_number(self, tmp_path, monkeypatch):
+        for module in (keeping, editing):
+            monkeypatch.setattr(module, "MAX_PIECES", 3)
         path = write_file(tmp_path / "run.mcap", [(1, trap(1)), (1000 * SECOND, trap(2))])
-        with pytest.raises(ConfigError, match="more than 250 files"):
+        with pytest.raises(ConfigError, match="more than 3 files"):
             edited(tmp_path, path, split=SECOND)
-        chunk = [(1, trap(1, vm=str(number))) for number in range(300)]
+        chunk = [(1, trap(1, vm=str(number))) for number in range(5)]
         path = write_file(tmp_path / "vms.mcap", chunk)
-        with pytest.raises(ConfigError, match="more than 250 files"):
+        with pytest.raises(ConfigError, match="more than 3 files"):
             edited(tmp_path, path, split="vm")
         assert len(list(tmp_path.iterdir())) == 2
 
     def test_messages_are_not_without_number(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("vmibridge.recording.edit.keeping._MAX_MESSAGES", 3)
+        monkeypatch.setattr(keeping, "_MAX_MESSAGES", 3)
         path = write_file(tmp_path / "run.mcap", [(n, trap(n)) for n in range(5)])
         with pytest.raises(RecordingReadError, match="more than 3 messages"):
             edited(tmp_path, path, selection=select(vcpus=[0]))
 
     def test_requests_that_wait_are_forgotten_one_by_one(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("vmibridge.recording.edit.keeping._MAX_WAITING", 2)
+        monkeypatch.setattr(keeping, "_MAX_WAITING", 2)
         messages = [(n, each) for n in range(1, 9) for each in (trap(n), reply(n, WAITING))]
         path = write_file(tmp_path / "run.mcap", messages)
         assert edited(tmp_path, path, selection=select(vcpus=[0])) == messages

@@ -78,7 +78,7 @@ class _Join:
             return (message.vm, message.seq) not in self._open or message.retry_of is not None
         if isinstance(message, TrapEvent):
             key = (message.vm, message.seq)
-            if key in self._open and self._sessions[message.vm].part > 1:
+            if key in self._open and len(sources) > 1:
                 return False
             self._open[key] = None
             if len(self._open) > _MAX_OPEN:
