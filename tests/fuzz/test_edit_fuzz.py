@@ -16,9 +16,10 @@ from laws import LONG
 from recorded_messages import export, read, some_messages
 from recorded_session import record, reply, trap, write_file
 
+from vmibridge import OutcomeKind
 from vmibridge.cli import main
 from vmibridge.errors import ConfigError, RecordingError, RecordingReadError
-from vmibridge.recording import MemoryAccess, RecordingReader
+from vmibridge.recording import MemoryAccess, RecordingReader, vm_names
 from vmibridge.recording.diff.comparison import compare
 from vmibridge.recording.edit.editing import EditOptions, edit
 from vmibridge.recording.json_lines import messages_of_lines
@@ -189,3 +190,34 @@ def test_memory_is_bounded_where_a_file_has_much(tmp_path):
             assert compare(one, other, selection=Selection(), rename={}).compared == 1
 
     assert peak(use) < MAX_MEMORY
+
+
+def test_names_are_held_once_however_long_they_are(tmp_path):
+    name = "x" * (1 << 20)
+    chunks = [
+        [(seq, trap(seq, vm=name)), (seq, reply(seq, OutcomeKind.WAITING, vm=name, output=name))]
+        for seq in range(1, 49)
+    ]
+    path = write_file(tmp_path / "a.mcap", *chunks)
+    options = EditOptions(Selection.parse(vcpus=[0]))
+    assert peak(lambda: edit([path], tmp_path / "b.mcap", options)) < 32 << 20
+
+    def use():
+        with RecordingReader(path) as one, RecordingReader(path) as other:
+            assert compare(one, other, selection=Selection(), rename={}).compared == 48
+
+    assert peak(use) < 32 << 20
+
+
+@pytest.mark.parametrize("limit", ["MAX_VMS", "_MAX_CHARACTERS"])
+def test_vms_are_not_without_number(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(vm_names, limit, 3)
+    path = write_file(tmp_path / "a.mcap", [(1, trap(1, vm=vm)) for vm in "abcde"])
+    with pytest.raises(RecordingReadError, match="there are more than"):
+        edit([path], tmp_path / "b.mcap", EditOptions())
+    with (
+        RecordingReader(path) as one,
+        RecordingReader(path) as other,
+        pytest.raises(RecordingReadError, match="there are more than"),
+    ):
+        compare(one, other, selection=Selection(), rename={})

@@ -40,6 +40,7 @@ from vmibridge.recording.messages import (
     trap_type,
 )
 from vmibridge.recording.new_recording import registers_for
+from vmibridge.recording.vm_names import VmNames
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapReason
@@ -138,6 +139,7 @@ class _Lines:
     def __init__(self, order: MessageOrder) -> None:
         self._order = order
         self._architectures: dict[str, Architecture[Any]] = {}
+        self._names = VmNames()
         self._time = 0
 
     def add(self, line: bytes) -> None:
@@ -178,7 +180,7 @@ class _Lines:
         if session.format not in FORMATS:
             raise ValueError(f"format {session.format} is not known; there are {FORMATS}")
         try:
-            self._architectures[session.vm] = architecture_of(session)
+            self._architectures[self._names.once(session.vm)] = architecture_of(session)
         except UnknownArchitectureError as error:
             raise ValueError(str(error)) from error
 

@@ -132,6 +132,8 @@ class NewRecording:
         """
         self._check(message)
         self.copy(max(self._last, time_ns()) if time is None else time, message)
+        if isinstance(message, TrapEvent):
+            self._seqs[message.vm] = message.seq
 
     def add_request(
         self,
@@ -174,6 +176,7 @@ class NewRecording:
         messages += [MemoryAccess(vm, seq, address, len(data), data) for address, data in accesses]
         for message in (*messages, reply):
             self._check(message)
+        self._seqs[vm] = seq
         for message in messages:
             self.copy(taken, message)
         self.copy(taken + round(duration * 1e9), reply)
@@ -190,8 +193,6 @@ class NewRecording:
         self._open_writer()
         self._last = time
         self.counts[channel.topic] += 1
-        if isinstance(message, TrapEvent):
-            self._seqs[message.vm] = message.seq
         if self._chunk.add(channel.id, time, message) >= self._chunk_size:
             self._cut()
 

@@ -5,6 +5,7 @@ from random import Random
 
 import msgspec
 import pytest
+import replay_parts
 from laws import LONG
 from recorded_messages import read, some_messages
 from recorded_session import record, reply, session, trap, write_file
@@ -336,3 +337,12 @@ def test_the_law_has_requests_that_wait():
     """Without them, whole requests would be single traps."""
     recordings = [requests_of(random_recording(Random(seed))) for seed in range(25)]
     assert max(len(traps) for requests in recordings for traps in requests.values()) > 2
+
+
+def test_a_part_is_replayed_with_no_difference(tmp_path):
+    whole, part = tmp_path / "run.mcap", tmp_path / "part.mcap"
+    replay_parts.record(whole, replay_parts.everything)
+    edit([whole], part, EditOptions(select(requests=["probe"]), {"vm": "other"}))
+    result = replay_parts.replay(part, vm="other")
+    assert (result.different, result.compared > 3) == (0, True)
+    assert result.compared < replay_parts.replay(whole).compared

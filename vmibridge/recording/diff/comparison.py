@@ -26,6 +26,7 @@ from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, Session
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
+from vmibridge.recording.vm_names import VmNames
 
 __all__ = ["Comparison", "Group", "compare"]
 
@@ -193,8 +194,9 @@ class _Side:
         )
 
     def _requests(self) -> Iterator[tuple[_Lane, Request]]:
+        names = VmNames()
         for request in requests_of(self.reader.messages(), self._selection, self._changes):
-            yield (request.event.vm, request.event.vcpu), request
+            yield (names.once(request.event.vm), request.event.vcpu), request
 
     def _digest(self, value: object) -> int:
         digest = blake2b(_encode(value), digest_size=8, key=self._key).digest()
@@ -321,7 +323,7 @@ class _Differences:
             pair.where,
             field,
             1 if found is None else found[1].count,
-            request.event.vm,
+            request.event.vm[:_MAX_SHOWN],
             request.event.vcpu,
             pair.seq_a,
             pair.seq_b,

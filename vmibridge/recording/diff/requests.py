@@ -27,6 +27,7 @@ from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import NO_REPLY, VALUE_NAMES, RecordedTrap, outcome_word
+from vmibridge.recording.vm_names import VmNames
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["FIELDS", "Request", "fields_of", "requests_of"]
@@ -39,6 +40,8 @@ _MAX_WAITING = 4096
 """Requests told to wait that are remembered."""
 _MAX_ACCESSES = 8
 """Of a request that are shown."""
+_MAX_NAME = 100
+"""Characters of a handler's name."""
 _MAX_SHOWN = 32
 """Bytes of an access that are shown."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -92,7 +95,8 @@ class Request(msgspec.Struct):
         if packet is None:
             return self.event.reason.value
         handler = None if reply is None else reply.handler
-        return f"{handler or f'{packet.magic:08x}'} {packet.request:#06x}/{packet.method:#06x}"
+        name = f"{packet.magic:08x}" if handler is None else handler[:_MAX_NAME]
+        return f"{name} {packet.request:#06x}/{packet.method:#06x}"
 
 
 def requests_of(
@@ -101,6 +105,7 @@ def requests_of(
     """The requests that are selected, in the order of their last replies; those without one, and
     those that were told to wait and never came back, at the end. `changes` are made first."""
     waiting: OrderedDict[tuple[str, int], Request] = OrderedDict()
+    names = VmNames()
     traps = SelectedTraps(messages, selection, lambda _: None)
     for trap in traps:
         request = _begun(trap, changes)
@@ -114,12 +119,23 @@ def requests_of(
             request = before
         _add_accesses(request, trap)
         if reply is not None and reply.kind is OutcomeKind.WAITING:
-            waiting[trap.event.vm, first] = request
+            vm = names.once(trap.event.vm)
+            _shorten(request, trap, reply, vm)
+            waiting[vm, first] = request
             if len(waiting) > _MAX_WAITING:
                 yield waiting.popitem(last=False)[1]
             continue
         yield request
     yield from waiting.values()
+
+
+def _shorten(request: Request, trap: RecordedTrap, reply: Reply, vm: str) -> None:
+    """What is held for a request that waits has a bound, whatever a file says."""
+    trap.event = msgspec.structs.replace(trap.event, vm=vm)
+    request.event = msgspec.structs.replace(request.event, vm=vm)
+    handler = None if reply.handler is None else reply.handler[:_MAX_NAME]
+    trap.reply = msgspec.structs.replace(reply, vm=vm, handler=handler, output=None, error=None)
+    trap.notes = []
 
 
 def _begun(trap: RecordedTrap, changes: Changes) -> Request:
@@ -145,6 +161,7 @@ def _add_accesses(request: Request, trap: RecordedTrap) -> None:
         (request.write if access.write else request.read).add(access)
     if trap.left_out:
         request.is_partial = True
+    trap.accesses = []
 
 
 def fields_of(request: Request) -> Mapping[str, object]:

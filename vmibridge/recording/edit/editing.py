@@ -23,6 +23,7 @@ from vmibridge.recording.messages import Note, RecordedMessage, Reply, Session
 from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
+from vmibridge.recording.vm_names import VmNames
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Edit", "EditOptions", "Edited", "Split", "edit"]
@@ -33,7 +34,7 @@ Watch: TypeAlias = Callable[[Iterator[TimedMessage], RecordingReader], Iterable[
 
 _MAX_KNOWN = 65_536
 """Traps whose fate is remembered; what names another one is as of a trap that is not known."""
-_MAX_VMS = 65_536
+_MAX_HELD = 64 << 20
 _CHUNK_OF_PIECE = 64 << 10
 """Bytes of a chunk where there may be many files, each of which holds one."""
 
@@ -123,11 +124,14 @@ class Edit:
         self._changes = Changes(options.rename, options.redact, options.shift)
         self._keeping: Keeping | None = None
         self._fates: OrderedDict[tuple[str, int], _Fate] = OrderedDict()
+        self._known = VmNames()
         self._vms: dict[str, _Vm] = {}
         self._piece_of_vm: dict[str, int] = {}
         self._files: dict[int, NewRecording] = {}
         self._names: dict[int, list[str]] = {}
         self._stack = ExitStack()
+        self._held = 0
+        """Bytes of sessions, for the files that are to begin yet."""
         self._cut = 0
         self._time = 0
 
@@ -186,16 +190,20 @@ class Edit:
     def _vm(self, name: str) -> _Vm:
         found = self._vms.get(name)
         if found is None:
-            if len(self._vms) >= _MAX_VMS:
-                raise RecordingReadError(f"more than {_MAX_VMS} VMs cannot be edited")
-            found = self._vms[name] = _Vm()
+            found = self._vms[self._known.once(name)] = _Vm()
         return found
 
     def _begin(self, timed: TimedMessage, session: Session) -> None:
         self._vm(session.vm)
-        self._vms[session.vm] = _Vm(timed)
+        vm = self._vms[self._known.once(session.vm)] = _Vm(timed)
         if not self._is_lazy:
             self._enter(session.vm, self._piece_at(session.vm, timed.time))
+        if self._options.split is None:
+            vm.session = None
+            return
+        self._held += len(msgspec.msgpack.encode(session))
+        if self._held > _MAX_HELD:
+            raise RecordingReadError(f"sessions of more than {_MAX_HELD} bytes cannot be split")
 
     @property
     def _is_lazy(self) -> bool:
@@ -208,7 +216,7 @@ class Edit:
         if piece != CUT and self._options.split == "vm":
             piece = self._piece_at(event.vm, timed.time)
         left_out = self._changes.left_out_of(event) if self._changes.redacts else frozenset()
-        self._fates[event.vm, event.seq] = _Fate(piece, left_out)
+        self._fates[self._known.once(event.vm), event.seq] = _Fate(piece, left_out)
         if len(self._fates) > _MAX_KNOWN:
             self._fates.popitem(last=False)
         vm.read += 1

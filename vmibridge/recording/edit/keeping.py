@@ -15,6 +15,7 @@ from vmibridge.errors import ConfigError, RecordingReadError
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import RecordedTrap
+from vmibridge.recording.vm_names import VmNames
 
 __all__ = ["CUT", "MAX_PIECES", "Keeping"]
 
@@ -51,6 +52,7 @@ class Keeping:
         self._every = every
         self._pieces = bytearray()
         self._waiting: OrderedDict[tuple[str, int], _Request] = OrderedDict()
+        self._names = VmNames()
         self.kept: int = 0
         """Traps."""
         self._start = 0
@@ -90,7 +92,7 @@ class Keeping:
             if is_selected:
                 self._keep(trap.place, self._piece(trap.time, start))
             return
-        key = (trap.event.vm, trap.event.seq if first is None else first)
+        key = (self._names.once(trap.event.vm), trap.event.seq if first is None else first)
         request = self._waiting.get(key)
         if request is None:
             request = _Request(self._piece(trap.time, start))

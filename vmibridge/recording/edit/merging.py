@@ -12,13 +12,13 @@ from typing import NamedTuple
 from vmibridge.errors import ConfigError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import Note, Reply, Session
+from vmibridge.recording.vm_names import VmNames
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["merged"]
 
 _MAX_OPEN = 65_536
 """Traps without a reply that are remembered."""
-_MAX_VMS = 65_536
 
 
 class _Placed(NamedTuple):
@@ -45,6 +45,7 @@ class _Join:
 
     def __init__(self, readers: Sequence[RecordingReader]) -> None:
         self._readers = readers
+        self._names = VmNames()
         self._sessions: dict[str, Session] = {}
         self._sources: dict[str, set[int]] = {}
         """Where a VM is: in one, or in the parts of one recording."""
@@ -64,11 +65,12 @@ class _Join:
         if isinstance(message, Session):
             return self._begin(source, message)
         # A VM without a session may be in one recording only, too.
-        sources = self._sources.setdefault(message.vm, {source})
+        vm = self._names.once(message.vm)
+        sources = self._sources.setdefault(vm, {source})
         if source not in sources:
-            raise self._twice(message.vm, min(sources), source)
-        is_first = message.vm in self._begun
-        self._begun.discard(message.vm)
+            raise self._twice(vm, min(sources), source)
+        is_first = vm in self._begun
+        self._begun.discard(vm)
         if isinstance(message, Note):
             if message.kind != "lost":
                 return True
@@ -77,7 +79,7 @@ class _Join:
                 return not is_first
             return (message.vm, message.seq) not in self._open or message.retry_of is not None
         if isinstance(message, TrapEvent):
-            key = (message.vm, message.seq)
+            key = (vm, message.seq)
             if key in self._open and len(sources) > 1:
                 return False
             self._open[key] = None
@@ -88,27 +90,27 @@ class _Join:
         return True
 
     def _begin(self, source: int, session: Session) -> bool:
-        before = self._sessions.get(session.vm)
-        sources = self._sources.setdefault(session.vm, {source})
-        if len(self._sources) > _MAX_VMS:
-            raise ConfigError(f"more than {_MAX_VMS} VMs cannot be merged")
-        self._sessions[session.vm] = session
+        vm = self._names.once(session.vm)
+        before = self._sessions.get(vm)
+        sources = self._sources.setdefault(vm, {source})
+        # Its handlers may be many.
+        self._sessions[vm] = Session(vm, started=session.started[:100], part=session.part)
         if source in sources:
             return True
         if (
             before is None
-            or session.started != before.started
+            or session.started[:100] != before.started
             or not session.started
             or session.part <= before.part
         ):
-            raise self._twice(session.vm, min(sources), source)
+            raise self._twice(vm, min(sources), source)
         sources.add(source)
-        self._begun.add(session.vm)
+        self._begun.add(vm)
         return False
 
     def _twice(self, vm: str, first: int, second: int) -> ConfigError:
         paths = [str(self._readers[number].path) for number in (first, second)]
         return ConfigError(
-            f"{paths[1]}: has a VM {vm!a}, and so has {paths[0]}; give it another name first:"
+            f"{paths[1]}: has a VM {vm[:80]!a}, and so has {paths[0]}; give it another name first:"
             f" vmibridge edit {paths[1]} --rename OLD=NEW -o FILE"
         )
