@@ -132,11 +132,19 @@ class SelectedTraps:
 
     def __iter__(self) -> Iterator[RecordedTrap]:
         """In the order of `recorded_traps`."""
-        selection = self._selection
-        every = selection == Selection()
-        for trap in recorded_traps(self._listen(), self._others if every else self._other):
-            if every or selection.takes(trap, self.start):
+        every = self._selection == Selection()
+        for trap in self.every():
+            if every or self.takes(trap):
                 yield trap
+
+    def every(self) -> Iterator[RecordedTrap]:
+        """All traps, for who asks of each whether it is one of them (`takes`)."""
+        every = self._selection == Selection()
+        return recorded_traps(self._listen(), self._others if every else self._other)
+
+    def takes(self, trap: RecordedTrap) -> bool:
+        """Whether a trap of this pass is one of them."""
+        return self._selection.takes(trap, self.start)
 
     def _other(self, place: int, timed: TimedMessage) -> None:
         message, vms = timed.message, self._selection.vms

@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.recording.edit.changes import Changes
+from vmibridge.recording.edit.changes import OF_OUTPUT, Changes
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.recording.selection import SelectedTraps, Selection
@@ -187,7 +187,9 @@ def fields_of(request: Request) -> Mapping[str, object]:
         return fields
     fields["handler"] = reply.handler
     fields["error"] = None if reply.error is None else _ADDRESS.sub("", reply.error)
-    fields["output"] = None if reply.output is None else _value(reply.output)
+    if reply.output is not None:
+        more = [getattr(reply, name) for name in OF_OUTPUT if name != "output"]
+        fields["output"] = (_value(reply.output), *more) if any(more) else _value(reply.output)
     if reply.writes is not None:
         fields["rip"] = reply.writes.rip - request.trap.event.ip & _MASK
         fields.update(zip(VALUE_NAMES, reply.writes.values, strict=True))

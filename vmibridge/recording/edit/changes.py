@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
+from typing import Final
 
 import msgspec
 
@@ -13,10 +14,11 @@ from vmibridge.recording.messages import MemoryAccess, RecordedMessage, Reply, S
 from vmibridge.recording.redaction import Redaction, RedactionRule
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["Changes"]
+__all__ = ["OF_OUTPUT", "Changes"]
 
 _MAX_TIME = (1 << 64) - 1
-NOTHING: frozenset[str] = frozenset()
+OF_OUTPUT: Final = tuple(name for name in Reply.__struct_fields__ if name.startswith("output"))
+"""All that a reply says of its output."""
 
 
 class Changes:
@@ -100,7 +102,7 @@ class Changes:
                 message,
                 packet=redaction.packet(message.packet, left_out),
                 writes=None if writes is None else redaction.writes(writes, left_out),
-                output=None,
+                **dict.fromkeys(OF_OUTPUT),
                 error=None if message.error is None else "left out",
             )
         if isinstance(message, MemoryAccess) and "memory" in (

@@ -70,19 +70,18 @@ class Keeping:
         return self._pieces[place] if place < len(self._pieces) else CUT
 
     def _walk(self, messages: Iterable[TimedMessage]) -> None:
-        # All traps are asked for: what is cut counts, too.
-        selected = SelectedTraps(messages, Selection(), lambda _: None)
-        for trap in selected:
+        selected = SelectedTraps(messages, self._selection, lambda _: None)
+        for trap in selected.every():
             if trap.place >= _MAX_MESSAGES:
                 raise RecordingReadError(f"more than {_MAX_MESSAGES} messages cannot be edited")
             if trap.place >= len(self._pieces):
                 # By more than one at a time: places of traps have gaps.
                 self._pieces.extend(bytes(max(4096, trap.place + 1 - len(self._pieces))))
             self._start = selected.start
-            self._decide(trap, selected.start)
+            self._decide(trap, selected)
 
-    def _decide(self, trap: RecordedTrap, start: int) -> None:
-        is_selected = self._selection.takes(trap, start)
+    def _decide(self, trap: RecordedTrap, selected: SelectedTraps) -> None:
+        start, is_selected = selected.start, selected.takes(trap)
         reply = trap.reply
         first = next((note.retry_of for _, note in trap.notes if note.retry_of is not None), None)
         if reply is not None and reply.retry_of is not None:
