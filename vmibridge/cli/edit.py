@@ -49,7 +49,7 @@ def edit(
     chosen = (selection or SelectionOptions()).selection()
     from msgspec.json import encode
 
-    from vmibridge.cli.pipes import STDOUT, output_file, say
+    from vmibridge.cli.pipes import STDOUT, clean_up_at_sigterm, output_file, say
     from vmibridge.cli.progress import with_progress
     from vmibridge.recording.edit.editing import EditOptions
     from vmibridge.recording.edit.editing import edit as edit_recordings
@@ -63,6 +63,7 @@ def edit(
     )
     if output == STDOUT and split is not None:
         raise ConfigError("-o -: --split makes several files; name the first one")
+    clean_up_at_sigterm()
     with output_file(output) as path:
         done = edit_recordings(
             files,

@@ -1,10 +1,8 @@
 """`vmibridge export`: a recording in the format of another tool."""
 
-import signal
 import sys
 from collections.abc import Generator
 from contextlib import closing
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
@@ -39,13 +37,12 @@ def export(
     """
     chosen = (selection or SelectionOptions()).selection()
     from vmibridge.cli.output import standard_output
-    from vmibridge.cli.pipes import STDOUT, output_file
+    from vmibridge.cli.pipes import STDOUT, clean_up_at_sigterm, output_file
     from vmibridge.recording.export import Export, target_of, write_all
     from vmibridge.recording.export.jsonl import JsonLines
     from vmibridge.recording.file.reader import RecordingReader
 
-    # By default it ends a process at once, which would leave behind what is half-done.
-    signal.signal(signal.SIGTERM, _exit)
+    clean_up_at_sigterm()
     if output is None and file == STDOUT:
         raise ConfigError("-: name the file to make with -o")
     if output == STDOUT and to not in ("jsonl", "perfetto"):
@@ -87,7 +84,3 @@ def _say_problems(reader: "RecordingReader") -> None:
 
 def _say(line: str) -> None:
     sys.stderr.write(f"{printable(line)}\n")
-
-
-def _exit(number: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + number)

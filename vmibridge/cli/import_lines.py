@@ -23,10 +23,11 @@ def import_lines(
 
     Example: vmibridge import run.jsonl -o run.mcap
     """
-    from vmibridge.cli.pipes import output_file, say, stdin_or
+    from vmibridge.cli.pipes import clean_up_at_sigterm, output_file, say, stdin_or
     from vmibridge.recording.json_lines import messages_of_lines
     from vmibridge.recording.new_recording import NewRecording
 
+    clean_up_at_sigterm()
     name = "standard input" if str(file) == "-" else str(file)
     try:
         with (

@@ -1,19 +1,30 @@
 """`-` among the files of a command: standard input and standard output."""
 
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 from vmibridge.errors import ConfigError
 from vmibridge.text import printable
 
-__all__ = ["STDOUT", "output_file", "say", "stdin_or"]
+__all__ = ["STDOUT", "clean_up_at_sigterm", "output_file", "say", "stdin_or"]
 
 STDOUT = Path("-")
+
+
+def clean_up_at_sigterm() -> None:
+    """By default it ends a process at once, which would leave behind what is half-done."""
+    signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def say(line: str) -> None:

@@ -24,14 +24,19 @@ _BATCH_BYTES = 4 << 20
 
 
 class MessageOrder:
-    """`with` it; add all, then iterate once. Raises `RecordingError` where the disk is full."""
+    """`with` it; add all, then iterate once. Each call raises `RecordingError` where the temporary
+    file cannot be written."""
 
     def __init__(self) -> None:
         # Without a name: a file that is gone with this process.
         self._database = sqlite3.connect("", isolation_level=None)
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("CREATE TABLE m (place INTEGER PRIMARY KEY, kind INTEGER, body)")
-        self._database.execute("BEGIN")
+        try:
+            self._database.execute("PRAGMA journal_mode = OFF")
+            self._database.execute("CREATE TABLE m (place INTEGER PRIMARY KEY, kind INTEGER, body)")
+            self._database.execute("BEGIN")
+        except sqlite3.Error as error:
+            self._database.close()
+            raise RecordingError(f"a temporary file: {error}") from error
         self._kinds: dict[type[RecordedMessage], int] = {}
         self._encode = msgspec.msgpack.Encoder().encode
         self._batch: list[tuple[int, int, bytes]] = []

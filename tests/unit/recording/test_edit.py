@@ -13,7 +13,7 @@ from recorded_session import record, reply, session, trap, write_file
 from vmibridge import OutcomeKind
 from vmibridge.errors import ConfigError, RecordingReadError
 from vmibridge.recording import MemoryAccess, Note, Session, recorded_traps
-from vmibridge.recording.edit import editing, keeping
+from vmibridge.recording.edit import editing, fates, keeping
 from vmibridge.recording.edit.editing import EditOptions, edit
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.selection import Selection
@@ -223,7 +223,8 @@ class TestRedaction:
         assert edited(tmp_path, again, redact=rules) == once
 
     def test_leaves_out_more_where_the_trap_is_not_known(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(editing, "_MAX_KNOWN", 1)
+        monkeypatch.setattr(fates, "_MAX_OPEN", 1)
+        monkeypatch.setattr(fates, "_MAX_LATE", 0)
         messages = [(1, trap(1)), (1, trap(2)), (2, MemoryAccess("vm", 1, 0, 1, b"x")),
                     (2, MemoryAccess("vm", 2, 0, 1, b"x")), (3, reply(1, output="1"))]  # fmt: skip
         path = write_file(tmp_path / "run.mcap", messages)
@@ -305,6 +306,23 @@ class TestDamage:
         path.write_bytes(path.read_bytes()[:-1])
         (*_, (_, note)) = edited(tmp_path, path)
         assert (note.kind, "the file ends here" in note.text) == ("lost", True)
+
+
+class TestALongRequest:
+    @pytest.mark.parametrize("kind", [OutcomeKind.HANDLED, WAITING])
+    def test_is_whole_whatever_lies_between(self, tmp_path, monkeypatch, kind):
+        monkeypatch.setattr(fates, "_MAX_LATE", 1)
+        between = [(n, each) for n in range(3, 20) for each in (trap(n), reply(n))]
+        last = [(21, trap(99)), (21, Note("retry", "", "vm", 99, 1)), (22, reply(99, retry_of=1))]
+        late = MemoryAccess("vm", 1, 0, 1, b"x")
+        messages = [(1, trap(1, vcpu=1)), (2, reply(1, WAITING)), *between, (20, late), *last]
+        if kind is not WAITING:
+            messages = [(1, trap(1, vcpu=1)), *between, (20, late), (22, reply(1))]
+        path = write_file(tmp_path / "run.mcap", messages)
+        found = edited(tmp_path, path, selection=select(vcpus=[1]))
+        assert [each for each in found if not is_gap(each[1])] == [
+            each for each in messages if each not in between
+        ]
 
 
 class TestBounds:

@@ -4,6 +4,7 @@
 |---|---|
 | `merging` | several recordings as one stream of messages; parts of one recording are joined |
 | `keeping` | which traps are kept, and in which file: whole requests |
+| `fates` | what becomes of each trap, while something may name it |
 | `changes` | what becomes of one message: names, times, what is left out |
 | `editing` | all of it, into new files |
 

@@ -5,7 +5,7 @@ which traps are kept (`keeping`), then to write them. All that names a trap shar
 memory access, a reply, a note, and so a retry and what its request does later.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +16,7 @@ import msgspec
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError, RecordingReadError
 from vmibridge.recording.edit.changes import Changes
+from vmibridge.recording.edit.fates import Fate, Fates
 from vmibridge.recording.edit.keeping import CUT, MAX_PIECES, Keeping
 from vmibridge.recording.edit.merging import merged
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
@@ -32,8 +33,8 @@ Split: TypeAlias = Literal["vm"] | int
 """A file for each VM, or one for so many nanoseconds."""
 Watch: TypeAlias = Callable[[Iterator[TimedMessage], RecordingReader], Iterable[TimedMessage]]
 
-_MAX_KNOWN = 65_536
-"""Traps whose fate is remembered; what names another one is as of a trap that is not known."""
+_MAX_TEXT = 65_536
+"""Characters of a note about problems."""
 _MAX_HELD = 64 << 20
 _CHUNK_OF_PIECE = 64 << 10
 """Bytes of a chunk where there may be many files, each of which holds one."""
@@ -60,13 +61,6 @@ class Edited(msgspec.Struct, frozen=True):
     """Of each file, its VMs."""
     cut: int
     """Traps that were read and are in no file."""
-
-
-class _Fate(msgspec.Struct):
-    """Of a trap, and of all that belongs to it."""
-
-    piece: int
-    left_out: frozenset[str]
 
 
 class _Place(msgspec.Struct):
@@ -123,7 +117,7 @@ class Edit:
         self._watch = watch
         self._changes = Changes(options.rename, options.redact, options.shift)
         self._keeping: Keeping | None = None
-        self._fates: OrderedDict[tuple[str, int], _Fate] = OrderedDict()
+        self._fates = Fates()
         self._known = VmNames()
         self._vms: dict[str, _Vm] = {}
         self._piece_of_vm: dict[str, int] = {}
@@ -216,9 +210,7 @@ class Edit:
         if piece != CUT and self._options.split == "vm":
             piece = self._piece_at(event.vm, timed.time)
         left_out = self._changes.left_out_of(event) if self._changes.redacts else frozenset()
-        self._fates[self._known.once(event.vm), event.seq] = _Fate(piece, left_out)
-        if len(self._fates) > _MAX_KNOWN:
-            self._fates.popitem(last=False)
+        self._fates.begin(self._known.once(event.vm), event.seq, Fate(piece, left_out))
         vm.read += 1
         if piece == CUT:
             self._cut += 1
@@ -257,13 +249,15 @@ class Edit:
             text = "from here on, traps of this VM between those that are here are missing, too"
         else:
             what = "1 trap" if before == 1 else f"{before} traps"
-            text = f"{what} of this VM before this one missing, and what handlers kept of it"
+            text = f"missing before this: {what} of this VM, and what handlers kept of that"
         self._write(piece, TimedMessage(time, Note("lost", text, event.vm)), None)
 
     def _take_part(self, timed: TimedMessage, vm: str, seq: int) -> None:
         """Something of a trap."""
-        fate = self._fates.get((vm, seq))
+        fate = self._fates.of(vm, seq)
         message = timed.message
+        if isinstance(message, Reply):
+            self._fates.end(self._known.once(vm), message)
         if fate is None:
             if self._options.selection == Selection():
                 # Its trap was lost, or is too long ago.
@@ -339,7 +333,7 @@ class Edit:
             f"{reader.path}: {problem}" for reader in self._readers for problem in reader.problems
         ]
         if problems:
-            text = "; ".join(problems)[:_MAX_KNOWN]
+            text = "; ".join(problems)[:_MAX_TEXT]
             self._write_everywhere(TimedMessage(self._time, Note("lost", text)))
         if not self._files:
             raise ConfigError("there is no message to write")
