@@ -107,11 +107,8 @@ class RecordingReader:
     """One file. `with` it; iterate over `messages` once or more, each time from the start."""
 
     def __init__(self, path: Path | str, *, wait: Callable[[], object] | None = None) -> None:
-        """`-` is standard input. Where a file ends that is still being written, `wait` is called
-        before the next look; without, it is read as far as it goes.
-
-        Raises `RecordingReadError` for a file that cannot be opened or is no recording.
-        """
+        """`-` is standard input. `wait` is called where a file ends that is still being written.
+        Raises `RecordingReadError` for a file that cannot be opened or is no recording."""
         self.path: Path = Path(path)
         self.problems: list[Problem] = []
         """What could not be read, so far in this pass; at most 100 are kept."""
