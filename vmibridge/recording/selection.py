@@ -112,8 +112,8 @@ class SelectedTraps:
     """One pass over the messages of a recording.
 
     `hear` gets each session and each note, `others` each message that belongs to no trap, with its
-    place in the recording: what the selection says of VMs holds for it, and accesses and replies
-    come where all traps are selected.
+    place in the recording: what the selection says of VMs holds for it, and all but sessions and
+    notes come only where it says nothing else.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class SelectedTraps:
 
     def _other(self, place: int, timed: TimedMessage) -> None:
         message, vms = timed.message, self._selection.vms
-        if isinstance(message, (Session, Note)) and (
+        if (isinstance(message, (Session, Note)) or self._selection == Selection(vms=vms)) and (
             not vms or message.vm is None or message.vm in vms
         ):
             self._others(place, timed)

@@ -79,9 +79,12 @@ class TestASelection:
             tmp_path / "run.mcap",
             [(0, session("a")), (0, session("b")), (1, trap(1, vm="a")), (2, trap(1, vm="b"))],
             [(3, Note("end", "1 traps", "a")), (4, Note("end", "1 traps", "b"))],
+            [(5, reply(9, vm=vm)) for vm in "ab"],
         )
         found = imported(export(path, tmp_path / "run.jsonl", vms=["b"]))
-        assert [message.vm for _, message in found] == ["b"] * 3
+        assert [message.vm for _, message in found] == ["b"] * 4
+        less = imported(export(path, tmp_path / "less.jsonl", vms=["b"], vcpus=[0]))
+        assert less == found[:3]
 
 
 class TestLinesByHand:
