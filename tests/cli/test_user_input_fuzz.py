@@ -151,7 +151,8 @@ options = st.lists(
     st.tuples(
         st.sampled_from(
             ["--limit", "--since", "--until", "--request", "--vcpu", "--vm", "--outcome", "--title",
-             "--speed", "--timeout", "--order", "--to", "-o", "--log-level", "--config", "--redact"]
+             "--speed", "--timeout", "--order", "--to", "-o", "--log-level", "--config", "--redact",
+             "--rename", "--shift", "--split", "--ignore"]
         ),
         arguments.filter(lambda text: not text.startswith(("/", "."))),
     ),
@@ -162,6 +163,9 @@ commands = st.sampled_from(
         ["inspect", "run.mcap"],
         ["report", "run.mcap", "--force"],
         ["export", "run.mcap", "--to", "jsonl"],
+        ["edit", "run.mcap", "-o", "edited.mcap"],
+        ["diff", "run.mcap", "run.mcap"],
+        ["import", "plain.py", "-o", "edited.mcap"],
         ["replay", "run.mcap", "--handlers", "plain.py"],
         ["run", "--handlers", "plain.py", "--backend", "unicorn:none", "--record", "run.mcap"],
     ]

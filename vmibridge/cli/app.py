@@ -32,6 +32,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "demo:demo",
             "Run a guest that calls the ready-made handlers and checks every answer.",
         ),
+        "diff": (
+            "diff:diff",
+            "Compare two recordings, request by request, without handlers.",
+        ),
+        "edit": (
+            "edit:edit",
+            "Cut, merge, split, rename, redact or shift recordings.",
+        ),
         "export": (
             "export:export",
             "Write the traps of a recording in the format of another tool.",
@@ -47,6 +55,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "health": (
             "health:health",
             "Tell whether a host or a server listens: the health check of a container.",
+        ),
+        "import": (
+            "import_lines:import_lines",
+            "Make a recording of JSON lines: those of an export, or your own.",
         ),
         "inspect": (
             "inspect:inspect",

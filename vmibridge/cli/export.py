@@ -1,11 +1,8 @@
 """`vmibridge export`: a recording in the format of another tool."""
 
-import signal
 import sys
 from collections.abc import Generator
 from contextlib import closing
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
@@ -28,9 +25,8 @@ def export(
     output: Annotated[
         OptionalOutput,
         Parameter(
-            allow_leading_hyphen=True,
             help="The file to make; by default FILE with another suffix. - is standard output,"
-            " for jsonl.",
+            " for jsonl and perfetto.",
         ),
     ] = None,
     selection: SelectionOptions | None = None,
@@ -41,18 +37,23 @@ def export(
     """
     chosen = (selection or SelectionOptions()).selection()
     from vmibridge.cli.output import standard_output
+    from vmibridge.cli.pipes import STDOUT, clean_up_at_sigterm, output_file
     from vmibridge.recording.export import Export, target_of, write_all
     from vmibridge.recording.export.jsonl import JsonLines
     from vmibridge.recording.file.reader import RecordingReader
 
-    # By default it ends a process at once, which would leave behind what is half-done.
-    signal.signal(signal.SIGTERM, _exit)
+    clean_up_at_sigterm()
+    if output is None and file == STDOUT:
+        raise ConfigError("-: name the file to make with -o")
+    if output == STDOUT and to not in ("jsonl", "perfetto"):
+        raise ConfigError(f"-o -: {to} needs a file; jsonl and perfetto go to standard output")
     with RecordingReader(file) as reader:
-        if output == Path("-"):
-            if to != "jsonl":
-                raise ConfigError(f"-o -: {to} needs a file; jsonl goes to standard output")
+        if output == STDOUT and to == "jsonl":
             with standard_output() as out:
                 _count(write_all(JsonLines(out), reader, chosen), reader)
+        elif output == STDOUT:
+            with output_file(output) as path:
+                _count(Export(reader, to, path, chosen).write(), reader)
         else:
             made = Export(reader, to, output or target_of(file, to), chosen)
             count = _count(made.write(), reader)
@@ -83,7 +84,3 @@ def _say_problems(reader: "RecordingReader") -> None:
 
 def _say(line: str) -> None:
     sys.stderr.write(f"{printable(line)}\n")
-
-
-def _exit(number: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + number)

@@ -1,12 +1,18 @@
 """`vmibridge inspect`: what a recording holds, trap by trap."""
 
 import sys
-from typing import Annotated
+import time
+from collections.abc import Callable
+from typing import Annotated, BinaryIO
 
 from cyclopts import Parameter, validators
 
 from vmibridge.cli.options import Json, Recording
 from vmibridge.cli.selection import SelectionOptions
+from vmibridge.errors import ConfigError
+
+_PERIOD = 0.1
+"""Seconds from one look at a growing file to the next."""
 
 
 def inspect(
@@ -23,6 +29,10 @@ def inspect(
     full: Annotated[
         bool, Parameter(negative=(), help="Registers and accesses to memory, too.")
     ] = False,
+    follow: Annotated[
+        bool,
+        Parameter(negative=(), help="Go on with what is written, until the recording is finished."),
+    ] = False,
     json: Annotated[
         Json, Parameter(help="One JSON object a session and a trap, then a summary.")
     ] = False,
@@ -34,8 +44,23 @@ def inspect(
     chosen = (selection or SelectionOptions()).selection()
     from vmibridge.cli.listing import Listing
     from vmibridge.cli.output import standard_output
+    from vmibridge.cli.pipes import STDOUT
     from vmibridge.recording.file.reader import RecordingReader
 
-    with RecordingReader(file) as reader, standard_output() as out:
+    if follow and (file == STDOUT or (file.exists() and not file.is_file())):
+        raise ConfigError(f"--follow {file}: is for a file that is being written")
+    with standard_output() as out, RecordingReader(file, wait=_wait(out, follow)) as reader:
         Listing(reader, chosen, out, as_json=json, full=full).show(limit)
     return 0
+
+
+def _wait(out: BinaryIO, follow: bool) -> Callable[[], object] | None:
+    """What to do where a file ends that is being written."""
+    if not follow:
+        return None
+
+    def wait() -> None:
+        out.flush()
+        time.sleep(_PERIOD)
+
+    return wait

@@ -88,13 +88,15 @@ class Listing:
     def _sum_up(self, *, stopped: bool) -> None:
         reader, counts = self._reader, {word: self._counts[word] for word in OUTCOME_WORDS}
         total = self._counts.total()
-        truncated = not stopped and not reader.complete
+        written = not stopped and reader.is_written
+        truncated = not stopped and not reader.complete and not written
         if self._as_json:
             summary = {
                 **counts,
                 "total": total,
                 "stopped": stopped,
                 "truncated": truncated,
+                "being_written": written,
                 "problem_count": reader.problem_count,
                 "problems": reader.problems,
             }
@@ -105,15 +107,21 @@ class Listing:
         self._write_line(f"{total} traps: {', '.join(text) or 'none'}")
         if stopped:
             self._write_line("stopped at --limit: what is behind was not read")
-        for problem in reader.problems:
+        if written:
+            # No problem, and the only one where it is the only one.
+            self._write_line(_short(f"the file is being written: {self._follow()}", _MAX_LINE))
+        for problem in reader.problems[: len(reader.problems) - written]:
             self._write_line(_short(f"problem {problem}", _MAX_LINE))
         if reader.problem_count > len(reader.problems):
             self._write_line(f"{reader.problem_count - len(reader.problems)} more problems")
-        if truncated or reader.problems:
+        if truncated or reader.problem_count > written:
             what = "truncated" if truncated else "damaged"
             clean = reader.path.with_name(f"{reader.path.stem}-clean.mcap")
             hint = f"vmibridge recover {reader.path} -o {clean}"
             self._write_line(printable(f"the file is {what}; what can be read of it: {hint}"))
+
+    def _follow(self) -> str:
+        return f"vmibridge inspect --follow {self._reader.path} shows what comes"
 
     def _write_json(self, value: Any) -> None:
         self._out.write(json_line(self._encode(value)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from cyclopts import Group, Parameter
+from cyclopts import CycloptsError, Group, Parameter
 
 from vmibridge.errors import BackendSpecError, ConfigError
 
@@ -22,15 +22,42 @@ Loop: TypeAlias = Literal["asyncio", "uvloop", "trio"]
 CHECKS = Group("Looking at what happens")
 RECORDING = Group("Recording")
 
+
+def _no_option(_kind: object, given: object) -> None:
+    """What begins like an option is none of the files, but for `-`."""
+    for each in given if isinstance(given, tuple) else (given,):
+        if str(each).startswith("-") and str(each) != "-":
+            raise CycloptsError(msg=f"Unknown option: {str(each)[:40]}")
+
+
 HANDLERS = Parameter(
     consume_multiple=True,
     negative=(),
     help="Python files, folders or dotted modules that offer handlers.",
 )
-OUTPUT = Parameter(name=("--output", "-o"), help="The file to make.")
+OUTPUT = Parameter(
+    name=("--output", "-o"),
+    allow_leading_hyphen=True,
+    help="The file to make; - is standard output.",
+)
+PIPED = Parameter(
+    allow_leading_hyphen=True, validator=_no_option, help="A recording; - is standard input."
+)
+REDACT = Parameter(
+    group=RECORDING,
+    negative=(),
+    show_default=False,
+    help="Leave out memory, value1 to value4, or one of them of one request, as in"
+    " 0x0002:value3; may be given several times.",
+)
+RENAME = Parameter(
+    negative=(),
+    show_default=False,
+    help="OLD=NEW: the VM OLD is called NEW; may be given several times.",
+)
 
 Sources: TypeAlias = Annotated[list[str], HANDLERS]
-Recording: TypeAlias = Annotated[Path, Parameter(help="A recording.")]
+Recording: TypeAlias = Annotated[Path, PIPED]
 Output: TypeAlias = Annotated[Path, OUTPUT]
 OptionalOutput: TypeAlias = Annotated[Path | None, OUTPUT]
 Json: TypeAlias = Annotated[bool, Parameter(group=CHECKS, negative=())]

@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from vmibridge.cli.options import Json, Output, Recording
+from vmibridge.cli.pipes import STDOUT, output_file
 from vmibridge.cli.streams import json_line
 from vmibridge.text import printable
 
@@ -30,11 +31,14 @@ def recover(
     from vmibridge.cli.progress import with_progress
     from vmibridge.recording.file.recover import recover as recover_recording
 
-    done = recover_recording(
-        file, output, lambda messages, reader: with_progress(messages, reader, "reading")
-    )
+    with output_file(output) as path:
+        done = recover_recording(
+            file, path, lambda messages, reader: with_progress(messages, reader, "reading")
+        )
+    # Standard output may be the recording.
+    out = sys.stderr if output == STDOUT else sys.stdout
     if json:
-        sys.stdout.write(json_line(encode(done)).decode())
+        out.write(json_line(encode(done)).decode())
         return 0
     lines = [f"{file}: {problem}" for problem in done.problems[:_MAX_PROBLEMS]]
     if done.problem_count > _MAX_PROBLEMS:
@@ -43,5 +47,5 @@ def recover(
         lines.append(f"{file}: is whole; there was nothing to recover")
     kept = ", ".join(f"{count} {topic}" for topic, count in done.messages.items() if count)
     lines.append(f"{output}: {kept or 'no message'} kept")
-    sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
+    out.write("".join(f"{printable(line)}\n" for line in lines))
     return 0

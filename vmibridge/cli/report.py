@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 from vmibridge.cli.options import OptionalOutput, Recording
+from vmibridge.cli.pipes import STDOUT, output_file, say
 from vmibridge.errors import ConfigError
 from vmibridge.text import printable
 
@@ -46,29 +47,32 @@ def report(
     from vmibridge.recording.report.page import render
     from vmibridge.recording.selection import SelectedTraps, Selection
 
+    if output is None and file == STDOUT:
+        raise ConfigError("-: name the page to make with -o")
     target = output or file.with_suffix(".html")
+    tell = say if target == STDOUT else _say
     with RecordingReader(file) as reader:
         # Before a pass that may take minutes.
-        if target.exists():
+        if target != STDOUT and target.exists():
             _check(target, file, force=force)
         collector = Collector(limit)
         traps = SelectedTraps(reader.messages(), Selection(), collector.hear)
         for trap in with_progress(traps, reader, "reading"):
             collector.add(trap)
         page = render(collector.finish(reader), collector.rows, title)
-        with new_files([target], replace=force) as (path,):
+        with output_file(target) as made, new_files([made], replace=force) as (path,):
             path.write_bytes(page)
         problems = reader.problem_count
     shown = len(collector.rows)
     counts = f"{collector.count} traps" + (f", {shown} shown" if shown < collector.count else "")
-    _say(f"{target}: {counts}, {_size(len(page))}")
+    tell(f"{target}: {counts}, {_size(len(page))}")
     if problems:
-        _say(f"the recording has {problems} problems; the report tells them")
+        tell(f"the recording has {problems} problems; the report tells them")
     return 0
 
 
 def _check(target: Path, recording: Path, *, force: bool) -> None:
-    if target.samefile(recording):
+    if recording != STDOUT and target.samefile(recording):
         raise ConfigError(f"{target}: is the recording; name another file with -o")
     if not force:
         raise ConfigError(

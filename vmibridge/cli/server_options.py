@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import RECORDING, Json, LogLevel, LoopOptions, bytes_of
+from vmibridge.cli.options import RECORDING, REDACT, Json, LogLevel, LoopOptions, bytes_of
 from vmibridge.cli.setting_options import setting
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
@@ -37,16 +37,7 @@ class ServerOptions(LoopOptions):
             help="Record all that happens in this new file; in a folder, it gets a free name.",
         ),
     ] = None
-    redact: Annotated[
-        list[str],
-        Parameter(
-            group=RECORDING,
-            negative=(),
-            show_default=False,
-            help="Leave out memory, value1 to value4, or one of them of one request, as in"
-            " 0x0002:value3; may be given several times.",
-        ),
-    ] = field(default_factory=list)
+    redact: Annotated[list[str], REDACT] = field(default_factory=list)
     unrecorded: Annotated[
         Literal["stop", "continue"] | None,
         Parameter(

@@ -10,6 +10,8 @@
 | `recorder` | the tap that records |
 | `file` | MCAP: written, read believing nothing, a clean file from a damaged one |
 | `traps`, `selection` | a recording trap by trap, and which of them |
+| `new_recording` | a recording written message by message |
+| `json_lines`, `message_order` | JSON lines, read back |
 | `replay` | a recording as a backend, and the comparison |
 | `export`, `report` | for other tools, and for people |
 """
@@ -19,6 +21,7 @@ from vmibridge.errors import MissingExtraError
 try:
     from vmibridge.recording.file.reader import RecordingReader
     from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
+    from vmibridge.recording.new_recording import NewRecording
     from vmibridge.recording.recorder import Recorder
     from vmibridge.recording.redaction import RedactionRule
     from vmibridge.recording.replay.backend import ReplayBackend
@@ -32,6 +35,7 @@ __all__ = [
     "Difference",
     "FieldDifference",
     "MemoryAccess",
+    "NewRecording",
     "Note",
     "RecordedTrap",
     "Recorder",

@@ -21,7 +21,7 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import Note, Session
-from vmibridge.recording.traps import RecordedTrap, recorded_traps
+from vmibridge.recording.traps import RecordedTrap, ignored, recorded_traps
 from vmibridge.vm.trap import TrapEvent
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -109,35 +109,56 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 class SelectedTraps:
-    """One pass over the messages of a recording. `hear` gets each session and each note."""
+    """One pass over the messages of a recording.
+
+    `hear` gets each session and each note, `others` each message that belongs to no trap, with its
+    place in the recording: what the selection says of VMs holds for it, and all but sessions and
+    notes come only where it says nothing else.
+    """
 
     def __init__(
         self,
         messages: Iterable[TimedMessage],
         selection: Selection,
         hear: Callable[[Session | Note], object],
+        others: Callable[[int, TimedMessage], object] = ignored,
     ) -> None:
         self._messages = messages
         self._selection = selection
         self._hear = hear
+        self._others = others
         self.start: int = 0
         """When the first trap of the recording was taken; known with the first trap."""
 
     def __iter__(self) -> Iterator[RecordedTrap]:
         """In the order of `recorded_traps`."""
-        selection = self._selection
-        every = selection == Selection()
-        for trap in recorded_traps(self._listen()):
-            if every or selection.takes(trap, self.start):
+        every = self._selection == Selection()
+        for trap in self.every():
+            if every or self.takes(trap):
                 yield trap
+
+    def every(self) -> Iterator[RecordedTrap]:
+        """All traps, for who asks of each whether it is one of them (`takes`)."""
+        every = self._selection == Selection()
+        return recorded_traps(self._listen(), self._others if every else self._other)
+
+    def takes(self, trap: RecordedTrap) -> bool:
+        """Whether a trap of this pass is one of them."""
+        return self._selection.takes(trap, self.start)
+
+    def _other(self, place: int, timed: TimedMessage) -> None:
+        message, vms = timed.message, self._selection.vms
+        if (isinstance(message, (Session, Note)) or self._selection == Selection(vms=vms)) and (
+            not vms or message.vm is None or message.vm in vms
+        ):
+            self._others(place, timed)
 
     def _listen(self) -> Iterator[TimedMessage]:
         for timed in self._messages:
             message = timed.message
             if isinstance(message, (Session, Note)):
                 self._hear(message)
-                continue
-            if not self.start and isinstance(message, TrapEvent):
+            elif not self.start and isinstance(message, TrapEvent):
                 self.start = timed.time
             yield timed
 

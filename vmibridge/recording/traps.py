@@ -5,7 +5,8 @@ reply at the end. Only traps without a reply yet are held, and those are bounded
 hold any number.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -13,7 +14,7 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.recording.file.reader import TimedMessage
-from vmibridge.recording.messages import MemoryAccess, Reply
+from vmibridge.recording.messages import MemoryAccess, Note, Reply
 from vmibridge.vm.trap import TrapEvent
 
 _MAX_OPEN = 16_384
@@ -33,6 +34,15 @@ OUTCOME_WORDS = (*(kind.value for kind in OutcomeKind), NO_REPLY)
 """All that `outcome_word` may return."""
 
 
+class Mark(NamedTuple):
+    """Where a message is in its recording."""
+
+    place: int
+    """Among all messages that are read, from 0."""
+    time: int
+    """Nanoseconds since the Unix epoch."""
+
+
 class RecordedTrap(msgspec.Struct):
     """One trap of a recording."""
 
@@ -48,6 +58,13 @@ class RecordedTrap(msgspec.Struct):
     reply: Reply | None = None
     """`None`: the recording ends before it, or it is among what was lost."""
     reply_time: int | None = None
+    place: int = 0
+    """Of the trap among the messages that were read, from 0."""
+    access_marks: list[Mark] = []
+    """Of each of `accesses`."""
+    reply_place: int | None = None
+    notes: list[tuple[Mark, Note]] = []
+    """Those that name this trap, while it has no reply."""
 
 
 def outcome_word(trap: RecordedTrap) -> str:
@@ -55,43 +72,105 @@ def outcome_word(trap: RecordedTrap) -> str:
     return NO_REPLY if trap.reply is None else trap.reply.kind.value
 
 
-def recorded_traps(messages: Iterable[TimedMessage]) -> Iterator[RecordedTrap]:
-    """The traps among these messages. Accesses and replies whose trap was lost are left out."""
-    open_traps: dict[tuple[str, int], RecordedTrap] = {}
-    held = named = 0
-    for time, message in messages:
+def ignored(_place: int, _timed: TimedMessage) -> None:
+    """For who wants no other messages."""
+
+
+def recorded_traps(
+    messages: Iterable[TimedMessage],
+    others: Callable[[int, TimedMessage], object] = ignored,
+) -> Iterator[RecordedTrap]:
+    """The traps among these messages.
+
+    `others` gets each message that belongs to none of them, with its place: sessions and other
+    notes, accesses and replies whose trap was lost, and accesses that are too much to hold.
+    """
+    open_traps = _OpenTraps()
+    for place, timed in enumerate(messages):
+        time, message = timed
         if isinstance(message, TrapEvent):
-            key = (message.vm, message.seq)
-            named += len(message.vm)
-            while open_traps and (
-                key in open_traps or len(open_traps) >= _MAX_OPEN or named > _MAX_NAMED
-            ):
-                stale = open_traps.pop(key if key in open_traps else next(iter(open_traps)))
-                held -= _size(stale)
-                named -= len(stale.event.vm)
-                yield stale
-            open_traps[key] = RecordedTrap(time, message, request_in(message))
-        elif isinstance(message, MemoryAccess):
-            trap = open_traps.get((message.vm, message.seq))
-            if trap is not None:
-                size = _access_size(message)
-                if held + size > _MAX_HELD:
-                    trap.left_out += 1
-                else:
-                    trap.accesses.append(message)
-                    held += size
+            yield from open_traps.begin(Mark(place, time), message)
         elif isinstance(message, Reply):
-            trap = open_traps.pop((message.vm, message.seq), None)
+            trap = open_traps.end(Mark(place, time), message)
             if trap is not None:
-                trap.reply, trap.reply_time = message, time
-                held -= _size(trap)
-                named -= len(message.vm)
                 yield trap
-    yield from open_traps.values()
+            else:
+                others(place, timed)
+        elif not isinstance(message, (MemoryAccess, Note)) or not open_traps.add(
+            Mark(place, time), message
+        ):
+            others(place, timed)
+    yield from open_traps.left()
+
+
+class _OpenTraps:
+    """Those without a reply yet, and what they hold; see the limits above."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, int], RecordedTrap] = {}
+        self._held = 0
+        self._named = 0
+
+    def begin(self, mark: Mark, event: TrapEvent) -> Iterator[RecordedTrap]:
+        """A trap was taken. Gives those that have no room beside it."""
+        open_traps, key = self._open, (event.vm, event.seq)
+        self._named += len(event.vm)
+        while open_traps and (
+            key in open_traps or len(open_traps) >= _MAX_OPEN or self._named > _MAX_NAMED
+        ):
+            stale = open_traps.pop(key if key in open_traps else next(iter(open_traps)))
+            self._let_go(stale)
+            yield stale
+        open_traps[key] = RecordedTrap(mark.time, event, request_in(event), place=mark.place)
+
+    def add(self, mark: Mark, message: MemoryAccess | Note) -> bool:
+        """Something that names a trap. Returns whether it is held with an open one."""
+        if message.vm is None or message.seq is None:
+            return False
+        trap = self._open.get((message.vm, message.seq))
+        if trap is None:
+            return False
+        if isinstance(message, Note):
+            if not self._has_room(_note_size(message)):
+                return False
+            trap.notes.append((mark, message))
+            return True
+        if not self._has_room(_access_size(message)):
+            trap.left_out += 1
+            return False
+        trap.accesses.append(message)
+        trap.access_marks.append(mark)
+        return True
+
+    def end(self, mark: Mark, reply: Reply) -> RecordedTrap | None:
+        """A reply. Returns its trap."""
+        trap = self._open.pop((reply.vm, reply.seq), None)
+        if trap is not None:
+            trap.reply, trap.reply_time, trap.reply_place = reply, mark.time, mark.place
+            self._let_go(trap)
+        return trap
+
+    def left(self) -> Iterable[RecordedTrap]:
+        """Those without a reply, at the end."""
+        return self._open.values()
+
+    def _has_room(self, size: int) -> bool:
+        if self._held + size > _MAX_HELD:
+            return False
+        self._held += size
+        return True
+
+    def _let_go(self, trap: RecordedTrap) -> None:
+        self._held -= _size(trap)
+        self._named -= len(trap.event.vm)
 
 
 def _size(trap: RecordedTrap) -> int:
-    return sum(map(_access_size, trap.accesses))
+    return sum(map(_access_size, trap.accesses)) + sum(_note_size(note) for _, note in trap.notes)
+
+
+def _note_size(note: Note) -> int:
+    return 512 + len(note.text) + len(note.vm or "") + 128 * len(note.counts)
 
 
 def _access_size(access: MemoryAccess) -> int:

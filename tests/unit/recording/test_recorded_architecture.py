@@ -1,9 +1,11 @@
 """The architecture of a VM in its recording: named by the session, and how its traps are read."""
 
+import io
 from pathlib import Path
 
 import msgspec
 import pytest
+from recorded_messages import export, read
 from recorded_session import session, trap, write_file
 from toy_architecture import MASK, TOY, ToyBackend, ToyRegisters, known_toy, page_tables, toy_trap
 
@@ -11,12 +13,16 @@ from vmibridge import Bridge, BridgeHandler, BridgePacket, BridgeResponse, Bridg
 from vmibridge.cli import main
 from vmibridge.errors import RecordingReadError
 from vmibridge.recording import (
+    NewRecording,
     Recorder,
     RecordingReader,
     ReplayBackend,
     ReplayOptions,
     recorded_traps,
 )
+from vmibridge.recording.edit.editing import EditOptions, edit
+from vmibridge.recording.file.recover import recover
+from vmibridge.recording.json_lines import messages_of_lines
 from vmibridge.recording.messages import (
     SESSION,
     TRAP,
@@ -147,6 +153,23 @@ class TestTraps:
             assert main(["report", str(path), "-o", str(tmp_path / "run.html")]) == 0
         if to == "jsonl":
             assert '"g2":43981' in (tmp_path / "run.jsonl").read_text()
+
+    def test_are_recovered_edited_and_imported(self, tmp_path):
+        path, clean, part = (tmp_path / name for name in ("run.mcap", "clean.mcap", "part.mcap"))
+        session_of_toy = Session("toy", architecture=RecordedArchitecture("toy", 3))
+        with known_toy():
+            write_file(path, [(1, session_of_toy), (2, toy_trap(values=(0xABCD,)))])
+            recorded = read(path)
+            assert type(recorded[1][1].registers) is ToyRegisters
+            assert recover(path, clean).messages["trap"] == 1
+            edit([path], part, EditOptions())
+            assert read(clean) == read(part) == recorded
+            lines = export(path, tmp_path / "run.jsonl")
+            assert [tuple(each) for each in messages_of_lines(io.BytesIO(lines), "x")] == recorded
+            with NewRecording(tmp_path / "new.mcap") as made:
+                for time, message in recorded:
+                    made.add(message, time)
+            assert read(tmp_path / "new.mcap") == recorded
 
     async def test_are_redacted(self, tmp_path):
         path = tmp_path / "run.mcap"

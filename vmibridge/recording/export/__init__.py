@@ -75,7 +75,7 @@ def write_all(
     exporter: Exporter, reader: RecordingReader, selection: Selection
 ) -> Generator[RecordedTrap, None, None]:
     """Write what is selected; gives each trap as it is written."""
-    traps = SelectedTraps(reader.messages(), selection, exporter.hear)
+    traps = SelectedTraps(reader.messages(), selection, exporter.hear, exporter.other)
     for trap in traps:
         exporter.add(trap, traps.start)
         yield trap

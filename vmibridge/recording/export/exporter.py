@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
+from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.traps import RecordedTrap
 
@@ -45,6 +46,9 @@ class Exporter(ABC):
 
     def hear(self, message: Session | Note) -> None:
         """What the recording has beside traps."""
+
+    def other(self, place: int, timed: TimedMessage) -> None:
+        """A message that belongs to no trap, with its place among all of the recording."""
 
     @abstractmethod
     def add(self, trap: RecordedTrap, start: int) -> None:

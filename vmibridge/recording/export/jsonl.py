@@ -1,16 +1,29 @@
-"""JSON lines: one object a trap, in the order of the replies.
+"""JSON lines: one object a trap, in the order of the replies, and one for each other message.
 
-The fields are those of `TrapRecord`. What a field of `registers` or of an access leaves out
+The fields are those of `FullTrapRecord`. What a field of `registers` or of an access leaves out
 is 0, or what the default of its struct says. Integers have up to 64 bits, as in the recording.
+
+A message that belongs to no trap, such as a session, is an object with `place`, `time_ns` and
+itself, under the name of its channel. So the lines have all that the recording has, and
+`vmibridge.recording.json_lines` reads them back. What JSON has no word for, a number that is not
+finite, is the string `inf`, `-inf` or `nan`.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Final, Self
 
 import msgspec
 
 from vmibridge.recording.export.exporter import Exporter
+from vmibridge.recording.file.reader import TimedMessage
+from vmibridge.recording.messages import (
+    CHANNELS,
+    Note,
+    RecordedMessage,
+    Reply,
+)
 from vmibridge.recording.traps import RecordedTrap
 from vmibridge.text import printable_json
 from vmibridge.vm.trap import Registers
@@ -27,6 +40,18 @@ class AccessRecord(msgspec.Struct, omit_defaults=True, gc=False):
     write: bool = False
     error: str | None = None
     """Why it failed."""
+    place: int | None = None
+    """Among all messages of the recording, from 0."""
+    time_ns: int | None = None
+    """When it was done."""
+
+
+class NoteRecord(msgspec.Struct, omit_defaults=True):
+    """One note about a trap."""
+
+    place: int
+    time_ns: int
+    note: Note
 
 
 class TrapRecord(msgspec.Struct):
@@ -76,6 +101,16 @@ class FullTrapRecord(TrapRecord):
     memory: list[AccessRecord]
     memory_left_out: int
     """Further accesses, which were too much to hold."""
+    length: int
+    """Bytes of the instruction."""
+    place: int
+    """Among all messages of the recording, from 0."""
+    reply_place: int | None
+    reply_ns: int | None
+    reply: dict[str, object] | None
+    """What the recorded reply has beside the fields above: its exact `duration` in seconds, and
+    `packet` and `vcpu` where they are not those of the trap."""
+    notes: list[NoteRecord]
 
 
 def trap_record(trap: RecordedTrap, start: int, *, full: bool = False) -> TrapRecord:
@@ -118,10 +153,69 @@ def trap_record(trap: RecordedTrap, start: int, *, full: bool = False) -> TrapRe
             None if access.data is None else access.data.hex(),
             access.write,
             access.error,
+            *mark,
         )
-        for access in trap.accesses
+        for access, mark in zip(
+            trap.accesses, trap.access_marks or _NO_MARKS * len(trap.accesses), strict=True
+        )
     ]
-    return FullTrapRecord(*fields, event.registers, event.flags_known, memory, trap.left_out)
+    return FullTrapRecord(
+        *fields,
+        event.registers,
+        event.flags_known,
+        memory,
+        trap.left_out,
+        event.length,
+        trap.place,
+        trap.reply_place,
+        trap.reply_time,
+        None if reply is None else _rest(trap, reply),
+        [NoteRecord(*mark, note) for mark, note in trap.notes],
+    )
+
+
+_NO_MARKS: list[tuple[None, None]] = [(None, None)]
+_SAID: Final = frozenset(
+    ("vm", "seq", "vcpu", "kind", "packet", "writes", "handler", "error", "output", "duration",
+     "retry_of")
+)  # fmt: skip
+_UNSAID: Final = tuple(field for field in msgspec.structs.fields(Reply) if field.name not in _SAID)
+"""Fields of a reply that the fields of a trap say nothing of."""
+
+
+def _rest(trap: RecordedTrap, reply: Reply) -> dict[str, object]:
+    rest: dict[str, object] = {"duration": in_json(reply.duration)}
+    if reply.packet != trap.packet:
+        rest["packet"] = msgspec.to_builtins(reply.packet)
+    if reply.vcpu != trap.event.vcpu:
+        rest["vcpu"] = reply.vcpu
+    for field in _UNSAID:
+        value = getattr(reply, field.name)
+        if value != field.default:
+            rest[field.name] = in_json(msgspec.to_builtins(value))
+    return rest
+
+
+def in_json(value: object) -> object:
+    """Plain objects, with bytes in hex and a string for each number that JSON has no word for."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: in_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_json(each) for each in value]
+    return value
+
+
+_TOPICS: Final = {channel.kind: channel.topic for channel in CHANNELS}
+
+
+def message_record(place: int, time: int, message: RecordedMessage) -> dict[str, object]:
+    """What JSON tells of a message that belongs to no trap."""
+    fields = in_json(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    return {"place": place, "time_ns": time, _TOPICS[type(message)]: fields}
 
 
 class JsonLines(Exporter):
@@ -140,6 +234,11 @@ class JsonLines(Exporter):
 
     def close(self) -> None:
         self._file.close()
+
+    def other(self, place: int, timed: TimedMessage) -> None:
+        """A line for each message that belongs to no trap."""
+        line = printable_json(self._encode(message_record(place, *timed)))
+        self._file.write(line + b"\n")
 
     def add(self, trap: RecordedTrap, start: int) -> None:
         line = printable_json(self._encode(trap_record(trap, start, full=True)))

@@ -29,6 +29,9 @@ from mcap.opcode import Opcode
 from mcap.writer import MCAP0_MAGIC
 
 from vmibridge.errors import RecordingReadError, UnknownArchitectureError
+from vmibridge.recording.file.folder import is_locked
+from vmibridge.recording.file.growing import size_with_record
+from vmibridge.recording.file.source import open_recording
 from vmibridge.recording.file.writer import PROFILE
 from vmibridge.recording.messages import (
     CHANNEL_OF_TOPIC,
@@ -103,23 +106,27 @@ class TimedMessage(NamedTuple):
 class RecordingReader:
     """One file. `with` it; iterate over `messages` once or more, each time from the start."""
 
-    def __init__(self, path: Path | str) -> None:
-        """Raises `RecordingReadError` for a file that cannot be opened or is no recording."""
+    def __init__(self, path: Path | str, *, wait: Callable[[], object] | None = None) -> None:
+        """`-` is standard input. `wait` is called where a file ends that is still being written.
+        Raises `RecordingReadError` for a file that cannot be opened or is no recording."""
         self.path: Path = Path(path)
         self.problems: list[Problem] = []
         """What could not be read, so far in this pass; at most 100 are kept."""
         self.problem_count: int = 0
         self.complete: bool = False
         """After a pass: whether the file ends as a recorder ends it."""
+        self.is_written: bool = False
+        """After a pass: whether the file ends there because it is still being written."""
         self.bytes_read: int = 0
         """How far this pass has come."""
         self.bytes_unpacked: int = 0
         """What the chunks came to, in this pass."""
+        self._wait = wait
         self._next = 0
         self._tried = 0
         """Bytes, in this pass, that looked like a chunk and were none."""
         try:
-            self._file = self.path.open("rb")
+            self._file = open_recording(self.path)
             self.size: int = os.fstat(self._file.fileno()).st_size
             start = self._file.read(len(MCAP0_MAGIC))
         except OSError as error:
@@ -157,7 +164,7 @@ class RecordingReader:
     def chunks(self) -> Iterator[tuple[int, bytes]]:
         """The records of each chunk, unpacked, with the chunk's place in the file."""
         self.problems, self.problem_count = [], 0
-        self.complete = False
+        self.complete = self.is_written = False
         self.bytes_unpacked = 0
         self._tried = 0
         self._channels = {channel.id: channel for channel in CHANNELS}
@@ -202,15 +209,17 @@ class RecordingReader:
                 self._channels = {channel.id: channel for channel in CHANNELS}
         self.bytes_read = self.size
         if not self.complete:
-            self._add_problem(
-                self._next, "the file ends here: it is truncated, or was not finished"
-            )
+            self.is_written = is_locked(self._file.fileno())
+            why = "is being written" if self.is_written else "is truncated, or was not finished"
+            self._add_problem(self._next, f"the file ends here: it {why}")
 
     def _records(self) -> Iterator[tuple[int, int, int]]:
         """Place, opcode and length of each record; the length is that of the body, and true."""
         self._next = len(MCAP0_MAGIC)
         while True:
             at = self.bytes_read = self._next
+            if self._wait is not None:
+                self.size = size_with_record(self._file, at, self.size, MAX_RECORD, self._wait)
             head = self._at(at, _MARK_AT + len(_MARK))
             if len(head) < _FRAME.size:
                 return

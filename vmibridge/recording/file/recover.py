@@ -15,6 +15,7 @@ from vmibridge.recording.file.chunk import ChunkBuilder
 from vmibridge.recording.file.reader import Problem, RecordingReader, TimedMessage
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import CHANNELS, NOTE, Note
+from vmibridge.recording.new_recording import channel_of
 
 _CHUNK = 1 << 20
 """Bytes before compression after which a chunk is cut."""
@@ -57,19 +58,19 @@ def recover(source: Path, target: Path, watch: Watch | None = None) -> Recovered
 def _copy(
     messages: Iterable[TimedMessage], reader: RecordingReader, writer: RecordingWriter
 ) -> dict[str, int]:
-    number_of = {channel.kind: channel.id for channel in CHANNELS}
-    counts = dict.fromkeys((channel.kind for channel in CHANNELS), 0)
+    counts = dict.fromkeys((channel.topic for channel in CHANNELS), 0)
     chunk = ChunkBuilder()
     last = 0
     for last, message in messages:
-        kind = type(message)
-        counts[kind] += 1
-        if chunk.add(number_of[kind], last, message) >= _CHUNK:
+        # Not by the type alone: a trap of another architecture has one of its own.
+        channel = channel_of(message)
+        counts[channel.topic] += 1
+        if chunk.add(channel.id, last, message) >= _CHUNK:
             writer.add(chunk.pack())
             chunk = ChunkBuilder()
     if reader.problem_count:
-        counts[Note] += 1
+        counts[NOTE.topic] += 1
         chunk.add(NOTE.id, last, Note("lost", "; ".join(map(str, reader.problems))))
     if len(chunk):
         writer.add(chunk.pack())
-    return {channel.topic: counts[channel.kind] for channel in CHANNELS}
+    return counts

@@ -1,0 +1,120 @@
+"""`vmibridge diff`: two recordings, compared without handlers."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from vmibridge.cli.edit import renamed
+from vmibridge.cli.options import RENAME, Json, Recording
+from vmibridge.cli.selection import SelectionOptions
+from vmibridge.cli.streams import encoded, json_line
+from vmibridge.errors import ConfigError, NotReplayedError
+from vmibridge.text import printable
+
+if TYPE_CHECKING:
+    from vmibridge.recording.diff.comparison import Comparison, Group
+
+_MAX_LINES = 50
+"""Groups that are printed for people."""
+
+
+def diff(
+    a: Annotated[Recording, Parameter(help="A recording; - is standard input.")],
+    b: Annotated[Recording, Parameter(help="Another one.")],
+    /,
+    *,
+    selection: SelectionOptions | None = None,
+    ignore: Annotated[
+        list[str] | None,
+        Parameter(
+            negative=(),
+            help="Leave out a field: registers, outcome, handler, rip, value1 to value4, error,"
+            " output, read or write; may be given several times.",
+        ),
+    ] = None,
+    rename: Annotated[list[str] | None, RENAME] = None,
+    json: Annotated[Json, Parameter(help="As one JSON object.")] = False,
+) -> int:
+    """Compare two recordings, request by request, without handlers.
+
+    Requests are aligned for each vCPU of each VM; times count for nothing. --rename is of A.
+
+    Exit status: 0 when they are equal, 1 when they differ, 2 when nothing was compared or a file
+    could not be read whole.
+
+    Example: vmibridge diff before.mcap after.mcap --ignore registers
+    """
+    chosen = (selection or SelectionOptions()).selection()
+    from msgspec import to_builtins
+    from msgspec.json import encode
+
+    from vmibridge.cli.output import standard_output
+    from vmibridge.recording.diff.comparison import compare
+    from vmibridge.recording.diff.requests import FIELDS
+    from vmibridge.recording.file.reader import RecordingReader
+
+    for field in ignore or ():
+        if field not in FIELDS or field == "request":
+            raise ConfigError(f"--ignore {field[:40]!r}: there are {', '.join(FIELDS[1:])}")
+    if str(a) == str(b) == "-":
+        raise ConfigError("one of the two may be standard input")
+    with RecordingReader(a) as one, RecordingReader(b) as other:
+        found = compare(
+            one, other, selection=chosen, rename=renamed(rename or []), ignored=ignore or ()
+        )
+        problems = [
+            f"{reader.path}: {problem}" for reader in (one, other) for problem in reader.problems
+        ]
+    with standard_output() as out:
+        if json:
+            told = {"a": str(a), "b": str(b), "same": found.is_same, **to_builtins(found)}
+            out.write(json_line(encode(told)))
+        else:
+            for line in _lines(found, str(a), str(b)):
+                out.write(encoded(f"{printable(line)}\n"))
+    for problem in problems[:10]:
+        sys.stderr.write(f"{printable(problem)}\n")
+    if not found.compared:
+        raise NotReplayedError(
+            "nothing was compared: no request with a reply is in both; --rename OLD=NEW gives a VM"
+            f" of {a} another name"
+        )
+    if found.different or found.only_a or found.only_b:
+        return 1
+    if found.problems:
+        raise NotReplayedError("what could be read is equal, and a file could not be read whole")
+    return 0
+
+
+def _lines(found: "Comparison", a: str, b: str) -> list[str]:
+    lines = [line for group in found.groups[:_MAX_LINES] for line in _group(group, a, b)]
+    if len(found.groups) > _MAX_LINES:
+        lines.append(f"{len(found.groups) - _MAX_LINES} more kinds of differences")
+    counts = [
+        f"{found.compared} requests compared, {found.different} different",
+        *(
+            f"{count} {what}"
+            for count, what in (
+                (found.only_a, f"only in {a}"),
+                (found.only_b, f"only in {b}"),
+                (found.unanswered, "without a reply in both"),
+                (found.partial, "compared in part: something is left out of a recording"),
+            )
+            if count
+        ),
+    ]
+    return [*lines, ", ".join(counts)]
+
+
+def _group(group: "Group", a: str, b: str) -> list[str]:
+    first = ", ".join(
+        f"trap {seq} of {path}"
+        for seq, path in ((group.seq_a, a), (group.seq_b, b))
+        if seq is not None
+    )
+    field = {"only in A": f"only in {a}", "only in B": f"only in {b}"}.get(group.field, group.field)
+    lines = [f"{group.where}: {field}: {group.count}; first {group.vm}, vCPU {group.vcpu}, {first}"]
+    if group.a or group.b:
+        lines += [f"  {a}: {group.a}", f"  {b}: {group.b}"]
+    return lines
