@@ -210,6 +210,7 @@ def trap_type(architecture: Architecture[Any]) -> type[TrapEvent]:
     return kind
 
 
+@cache
 def json_schema(channel: ChannelKind) -> bytes:
     """The JSON Schema of a channel's messages."""
     return msgspec.json.encode(msgspec.json.schema(channel.kind))
