@@ -24,6 +24,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -136,8 +137,8 @@ class Recorder(Tap):
         self._rotation = None if self._max_size is None else Rotation(self._max_size)
         self._stops: dict[str, Callable[[Exception], None]] = {}
         self._architectures: dict[str, Architecture[Any]] = {}
-        self._message_index = message_index
-        self._chunk = ChunkBuilder(message_index=message_index)
+        self._first_chunk = partial(ChunkBuilder, message_index=message_index, describes=True)
+        self._chunk = self._first_chunk()
         self._waiting: deque[ChunkBuilder] = deque()
         self._unwritten = 0
         self._unwritten_traps = 0
@@ -323,8 +324,7 @@ class Recorder(Tap):
         self._add(MEMORY, access)
         if access.data is not None and len(access.data) > _HELD_DATA:
             self._settle()
-        # An access is no further trap, so it need not wait for where those go: a handler that did
-        # would be one that waits, and get a task of its own from then on.
+        # Not for room for traps: a handler that waits gets a task of its own from then on.
         self.full = self._unwritten >= _MAX_UNWRITTEN and self.error is None
 
     def _add(self, channel: ChannelKind, message: Any) -> None:
@@ -351,7 +351,7 @@ class Recorder(Tap):
         ):
             return
         self._cut()
-        self._chunk.part = rotation.next_part()
+        self._chunk = self._first_chunk(rotation.next_part())
         for channel, message in rotation.preamble():
             self._add(channel, message)
         rotation.begun(self._chunk.settle())
@@ -367,7 +367,7 @@ class Recorder(Tap):
         self._waiting.append(chunk)
         self._unwritten += size
         self._unwritten_traps += chunk.traps
-        self._chunk = ChunkBuilder(chunk.part, message_index=self._message_index)
+        self._chunk = chunk.next()
         if self._rotation is not None:
             self._rotation.cut(len(chunk))
         if self._wake is not None:

@@ -8,25 +8,30 @@ Layout: MCAP specification, sections "Message", "Message Index" and "Chunk".
 
 Message indexes, one entry of 16 bytes a message, are half of a file of small traps, and no reader
 needs them: an empty map of their offsets means that there are none (MCAP specification, "Chunk
-Index"). So they are made where they are asked for.
+Index"). So they are made where they are asked for. What a chunk has of sessions, and of notes that
+are no retries, is indexed in any case, behind the chunk: a reader that leaves out a chunk by its
+times has to know that it misses none of them.
 """
 
 import struct
 import zlib
+from functools import cache
 from typing import Any
 
 import msgspec
 import zstandard
 from mcap.data_stream import RecordBuilder
 from mcap.opcode import Opcode
-from mcap.records import Chunk
+from mcap.records import Channel, Chunk, Schema
 
-from vmibridge.recording.messages import CHANNELS
+from vmibridge.recording.messages import CHANNELS, NOTE, SESSION, json_schema
 
 _MESSAGE = struct.Struct("<BQHIQQ")
 """Opcode, length of what follows, channel, sequence, both times."""
 _ROOM = bytes(_MESSAGE.size)
 _INDEX = struct.Struct("<BQHI")
+_SESSION = SESSION.id
+_RARE = (SESSION, NOTE)
 _NEVER = (1 << 64) - 1
 """Later than any message."""
 _LEVEL = 1
@@ -37,6 +42,28 @@ def built(builder: RecordBuilder) -> bytes:
     """The records that were written to a builder; it is empty after that."""
     records: bytes = builder.end()  # type: ignore[no-untyped-call]
     return records
+
+
+def write_schemas(builder: RecordBuilder) -> None:
+    """Write the schema of each channel."""
+    for channel in CHANNELS:
+        name = f"vmibridge.{channel.topic}"
+        Schema(channel.id, json_schema(channel), "jsonschema", name).write(builder)
+
+
+def write_channels(builder: RecordBuilder) -> None:
+    """Write what channels there are."""
+    for channel in CHANNELS:
+        Channel(channel.id, channel.topic, "msgpack", {}, channel.id).write(builder)
+
+
+@cache
+def description() -> bytes:
+    """Schemas and channels, which stand in front of the first message of a file."""
+    builder = RecordBuilder()
+    write_schemas(builder)
+    write_channels(builder)
+    return built(builder)
 
 
 class PackedChunk(msgspec.Struct, frozen=True):
@@ -53,6 +80,8 @@ class PackedChunk(msgspec.Struct, frozen=True):
     uncompressed_size: int
     counts: dict[int, int]
     """Messages by channel."""
+    describes: bool = False
+    """Whether schemas and channels stand in it, in front of the messages."""
 
 
 class ChunkBuilder:
@@ -61,9 +90,11 @@ class ChunkBuilder:
     __slots__ = (
         "_buffer",
         "_counts",
+        "_describes",
         "_encode",
         "_end",
         "_indexes",
+        "_is_indexed",
         "_packed",
         "_start",
         "held",
@@ -71,17 +102,21 @@ class ChunkBuilder:
         "traps",
     )
 
-    def __init__(self, part: int = 1, *, message_index: bool = False) -> None:
+    def __init__(
+        self, part: int = 1, *, message_index: bool = False, describes: bool = False
+    ) -> None:
+        """`describes`: schemas and channels come first, compressed: for the first of a file."""
         # Values that msgspec does not know, such as a handler's output, never get here.
         self._encode = msgspec.msgpack.Encoder().encode_into
         self._buffer = bytearray()
         self._counts: dict[int, int] = dict.fromkeys((channel.id for channel in CHANNELS), 0)
         self._start: int = _NEVER
         self._end: int = 0
+        self._describes = describes
+        self._is_indexed = message_index
+        indexed = (channel.id for channel in (CHANNELS if message_index else _RARE))
         # By channel: time and place of each message, in turn.
-        self._indexes: dict[int, list[int]] | None = (
-            {channel.id: [] for channel in CHANNELS} if message_index else None
-        )
+        self._indexes: dict[int, list[int]] = {channel: [] for channel in indexed}
         self._packed: PackedChunk | None = None
         self.held: list[tuple[int, int, Any]] = []
         """Channel, time and message of what is to be encoded yet; whoever appends here calls
@@ -100,6 +135,10 @@ class ChunkBuilder:
         self.held.append((channel, time, message))
         return self.settle()
 
+    def next(self) -> "ChunkBuilder":
+        """An empty one, for the same file."""
+        return ChunkBuilder(self.part, message_index=self._is_indexed)
+
     def settle(self) -> int:
         """Encode what is held; returns how long this is then.
 
@@ -110,6 +149,9 @@ class ChunkBuilder:
         buffer, size = self._buffer, len(self._buffer)
         if not held:
             return size
+        if self._describes and not size:
+            buffer += description()
+            size = len(buffer)
         encode, frame, counts, indexes = (
             self._encode,
             _MESSAGE.pack_into,
@@ -123,7 +165,9 @@ class ChunkBuilder:
             size = len(buffer)
             frame(buffer, start, 5, size - start - 9, channel, 0, time, time)
             counts[channel] += 1
-            if indexes is not None:
+            if channel in indexes and (
+                self._is_indexed or channel == _SESSION or message.kind != "retry"
+            ):
                 indexes[channel] += (time, start)
         times = [time for _, time, _ in held]
         self._start, self._end = min(self._start, *times), max(self._end, *times)
@@ -154,7 +198,7 @@ class ChunkBuilder:
         parts = [built(builder)]
         chunk_length = at = len(parts[0])
         offsets = {}
-        for channel, entries in (self._indexes or {}).items():
+        for channel, entries in self._indexes.items():
             if not entries:
                 continue
             body = struct.pack(f"<{len(entries)}Q", *entries)
@@ -164,11 +208,13 @@ class ChunkBuilder:
         self._packed = PackedChunk(
             b"".join(parts),
             chunk_length,
-            offsets,
+            # Where some channels are named, readers take it that the chunk has no others.
+            offsets if self._is_indexed else {},
             self._start,
             self._end,
             len(compressed),
             len(data),
             {channel: count for channel, count in self._counts.items() if count},
+            self._describes,
         )
         return self._packed

@@ -13,21 +13,25 @@ from pathlib import Path
 from mcap.data_stream import RecordBuilder
 from mcap.opcode import Opcode
 from mcap.records import (
-    Channel,
     ChunkIndex,
     DataEnd,
     Footer,
     Header,
-    Schema,
     Statistics,
     SummaryOffset,
 )
 from mcap.writer import MCAP0_MAGIC
 
 from vmibridge.errors import RecordingError
-from vmibridge.recording.file.chunk import PackedChunk, built
+from vmibridge.recording.file.chunk import (
+    PackedChunk,
+    built,
+    description,
+    write_channels,
+    write_schemas,
+)
 from vmibridge.recording.file.folder import lock, open_numbered, unlock
-from vmibridge.recording.messages import CHANNELS, json_schema
+from vmibridge.recording.messages import CHANNELS
 
 PROFILE = "vmibridge"
 _FOOTER = struct.Struct("<BQQQ")
@@ -75,7 +79,6 @@ class RecordingWriter:
         builder = RecordBuilder()
         builder.write(MCAP0_MAGIC)
         Header(PROFILE, library).write(builder)
-        self._describe_channels(builder)
         try:
             self._write(built(builder))
         except OSError as error:
@@ -92,8 +95,9 @@ class RecordingWriter:
 
     def add(self, chunk: PackedChunk) -> None:
         """Append a chunk, whole or, with `OSError`, not at all."""
-        start = self._at
-        self._write(chunk.data)
+        front = b"" if self._chunks or chunk.describes else description()
+        self._write(front + chunk.data)
+        start = self._at - len(chunk.data)
         self._chunks.append(
             ChunkIndex(
                 message_start_time=chunk.start_time,
@@ -137,28 +141,17 @@ class RecordingWriter:
             raise
         self._at += len(data)
 
-    def _describe_channels(self, builder: RecordBuilder) -> list[tuple[Opcode, int, int]]:
-        """Write schemas and channels; returns where the groups are in the builder."""
-        groups = []
-        start = builder.count
-        for channel in CHANNELS:
-            Schema(
-                channel.id, json_schema(channel), "jsonschema", f"vmibridge.{channel.topic}"
-            ).write(builder)
-        groups.append((Opcode.SCHEMA, start, builder.count - start))
-        start = builder.count
-        for channel in CHANNELS:
-            Channel(channel.id, channel.topic, "msgpack", {}, channel.id).write(builder)
-        groups.append((Opcode.CHANNEL, start, builder.count - start))
-        return groups
-
     def _summary(self) -> bytes:
         end = RecordBuilder()
         DataEnd(0).write(end)
         data_end = built(end)
         summary_start = self._at + len(data_end)
         builder = RecordBuilder()
-        groups = self._describe_channels(builder)
+        groups = []
+        for opcode, write in ((Opcode.SCHEMA, write_schemas), (Opcode.CHANNEL, write_channels)):
+            start = builder.count
+            write(builder)
+            groups.append((opcode, start, builder.count - start))
         start = builder.count
         Statistics(
             attachment_count=0,
