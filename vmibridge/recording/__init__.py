@@ -9,6 +9,7 @@
 | `redaction` | what is left out |
 | `recorder` | the tap that records |
 | `file` | MCAP: written, read believing nothing, a clean file from a damaged one |
+| `decoder` | the messages of a recording for other readers of MCAP |
 | `traps`, `selection` | a recording trap by trap, and which of them |
 | `replay` | a recording as a backend, and the comparison |
 | `export`, `report` | for other tools, and for people |
@@ -17,6 +18,7 @@
 from vmibridge.errors import MissingExtraError
 
 try:
+    from vmibridge.recording.decoder import DecoderFactory
     from vmibridge.recording.file.reader import RecordingReader
     from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
     from vmibridge.recording.recorder import Recorder
@@ -29,6 +31,7 @@ except ModuleNotFoundError as _error:
     raise MissingExtraError("a recording", "recording") from _error
 
 __all__ = [
+    "DecoderFactory",
     "Difference",
     "FieldDifference",
     "MemoryAccess",

@@ -226,5 +226,6 @@ def _shortened(schema: object) -> object:
         for key, value in schema.items()
         # As a name of a field it has a schema, which is no text.
         if not (key in {"title", "description"} and isinstance(value, str))
-        and not (key == "default" and value is None)
+        # Those of what has fields stand in its own schema.
+        and not (key == "default" and (value is None or isinstance(value, dict | list)))
     }

@@ -19,7 +19,7 @@ import msgspec
 
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError
-from vmibridge.recording.file.reader import TimedMessage
+from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.traps import RecordedTrap, recorded_traps
 from vmibridge.vm.trap import TrapEvent
@@ -109,15 +109,18 @@ class Selection(msgspec.Struct, frozen=True):
 
 
 class SelectedTraps:
-    """One pass over the messages of a recording. `hear` gets each session and each note."""
+    """One pass over the messages of a recording. `hear` gets each session and each note; not the
+    notes of retries in chunks that `reader` leaves out because they are before `since`."""
 
     def __init__(
         self,
         messages: Iterable[TimedMessage],
         selection: Selection,
         hear: Callable[[Session | Note], object],
+        reader: RecordingReader | None = None,
     ) -> None:
         self._messages = messages
+        self._reader = reader
         self._selection = selection
         self._hear = hear
         self.start: int = 0
@@ -139,6 +142,9 @@ class SelectedTraps:
                 continue
             if not self.start and isinstance(message, TrapEvent):
                 self.start = timed.time
+                # Not before: times are told since the first trap.
+                if self._reader is not None and self._selection.since is not None:
+                    self._reader.skip_before = self._selection.since.after(self.start)
             yield timed
 
 
