@@ -15,6 +15,7 @@ times has to know that it misses none of them.
 
 import struct
 import zlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from mcap.data_stream import RecordBuilder
 from mcap.opcode import Opcode
 from mcap.records import Channel, Chunk, Schema
 
-from vmibridge.recording.messages import CHANNELS, NOTE, SESSION, json_schema
+from vmibridge.recording.messages import CHANNELS, NOTE, SESSION, ChannelKind, json_schema
 
 _MESSAGE = struct.Struct("<BQHIQQ")
 """Opcode, length of what follows, channel, sequence, both times."""
@@ -44,11 +45,11 @@ def built(builder: RecordBuilder) -> bytes:
     return records
 
 
-def write_schemas(builder: RecordBuilder) -> None:
+def write_schemas(builder: RecordBuilder, schema_of: Callable[[ChannelKind], bytes]) -> None:
     """Write the schema of each channel."""
     for channel in CHANNELS:
         name = f"vmibridge.{channel.topic}"
-        Schema(channel.id, json_schema(channel), "jsonschema", name).write(builder)
+        Schema(channel.id, schema_of(channel), "jsonschema", name).write(builder)
 
 
 def write_channels(builder: RecordBuilder) -> None:
@@ -61,7 +62,7 @@ def write_channels(builder: RecordBuilder) -> None:
 def description() -> bytes:
     """Schemas and channels, which stand in front of the first message of a file."""
     builder = RecordBuilder()
-    write_schemas(builder)
+    write_schemas(builder, json_schema)
     write_channels(builder)
     return built(builder)
 

@@ -26,12 +26,11 @@ from vmibridge.errors import RecordingError
 from vmibridge.recording.file.chunk import (
     PackedChunk,
     built,
-    description,
     write_channels,
     write_schemas,
 )
 from vmibridge.recording.file.folder import lock, open_numbered, unlock
-from vmibridge.recording.messages import CHANNELS
+from vmibridge.recording.messages import CHANNELS, json_schema
 
 PROFILE = "vmibridge"
 _FOOTER = struct.Struct("<BQQQ")
@@ -95,8 +94,11 @@ class RecordingWriter:
 
     def add(self, chunk: PackedChunk) -> None:
         """Append a chunk, whole or, with `OSError`, not at all."""
-        front = b"" if self._chunks or chunk.describes else description()
-        self._write(front + chunk.data)
+        front = RecordBuilder()
+        if not self._chunks and not chunk.describes:
+            write_schemas(front, json_schema)
+            write_channels(front)
+        self._write(built(front) + chunk.data)
         start = self._at - len(chunk.data)
         self._chunks.append(
             ChunkIndex(
@@ -148,10 +150,12 @@ class RecordingWriter:
         summary_start = self._at + len(data_end)
         builder = RecordBuilder()
         groups = []
-        for opcode, write in ((Opcode.SCHEMA, write_schemas), (Opcode.CHANNEL, write_channels)):
-            start = builder.count
-            write(builder)
-            groups.append((opcode, start, builder.count - start))
+        start = builder.count
+        write_schemas(builder, json_schema)
+        groups.append((Opcode.SCHEMA, start, builder.count - start))
+        start = builder.count
+        write_channels(builder)
+        groups.append((Opcode.CHANNEL, start, builder.count - start))
         start = builder.count
         Statistics(
             attachment_count=0,
