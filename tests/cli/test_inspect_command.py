@@ -192,6 +192,7 @@ class TestExport:
         ("to", "names"),
         [
             ("jsonl", ["run.jsonl"]),
+            ("foxglove", ["run.foxglove.mcap"]),
             ("perfetto", ["run.perfetto-trace"]),
             ("sqlite", ["run.sqlite"]),
             ("parquet", ["run.memory.parquet", "run.parquet"]),
@@ -274,7 +275,7 @@ class TestExitStatus:
         )
 
     @pytest.mark.no_cover
-    @pytest.mark.parametrize("to", ["jsonl", "perfetto", "sqlite", "parquet"])
+    @pytest.mark.parametrize("to", ["jsonl", "foxglove", "perfetto", "sqlite", "parquet"])
     def test_1_when_the_disk_is_full(self, hand_made, tmp_path, to):
         # A file may have one block.
         full = f"ulimit -f 1; {shlex.join(command('export', str(hand_made), '--to', to))}"

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import lz4.frame
 import msgspec
 import pytest
 import zstandard
@@ -152,6 +153,11 @@ def chunk(data, *, packed=None, compression=b"zstd", size=None, crc=None):
     size, crc = len(data) if size is None else size, zlib.crc32(data) if crc is None else crc
     body = struct.pack("<QQQI", START, START, size, crc) + text(compression)
     return record(CHUNK, body + struct.pack("<Q", len(packed)) + packed)
+
+
+def lz4_chunk(data, *, size=None, cut=None):
+    """`cut`: where the packed bytes end."""
+    return chunk(data, packed=lz4.frame.compress(data)[:cut], compression=b"lz4", size=size)
 
 
 def mcap(*parts, profile=b"vmibridge"):
@@ -299,7 +305,12 @@ STRANGE = {
     "a record that nobody knows": (record(UNKNOWN, b"?" * 50), 0, None),
     "many tiny records": (chunk(record(UNKNOWN, b"") * 100_000), 0, None),
     "many messages of no channel": (chunk(message(9, b"") * 100_000), 0, None),
-    "lz4": (chunk(TRAP_RECORD, compression=b"lz4"), 0, "compression is 'lz4'"),
+    "lz4": (lz4_chunk(TRAP_RECORD), 1, None),
+    "lz4 that is none": (chunk(TRAP_RECORD, compression=b"lz4"), 0, "compression is 'lz4'"),
+    "lz4 that unpacks to more": (lz4_chunk(bytes(LARGE), size=9), 0, "not end after the 9 bytes"),
+    "lz4 that unpacks to less": (lz4_chunk(b"?", size=9), 0, "has 1 bytes and states 9"),
+    "lz4 that is cut": (lz4_chunk(b"?", cut=-5), 0, "does not end"),
+    "a compression of tomorrow": (chunk(TRAP_RECORD, compression=b"xz"), 0, "zstd and lz4 are"),
     "a record of 2**64-1 bytes": (record(UNKNOWN, b"", MAX_U64), 0, "9 bytes are damaged"),
     "a chunk of 2**64-1 bytes": (record(CHUNK, b"", MAX_U64), 0, "9 bytes are damaged"),
     "a message of 2**64-1 bytes": (chunk(record(MESSAGE, b"", MAX_U64)), 0, "middle of a record"),

@@ -113,10 +113,10 @@ def record(path):
     return anyio.run(_record, path)
 
 
-def write_file(path, *chunks):
-    """A recording of these chunks, which are lists of (time, message)."""
+def write_file(path, *chunks, library="tests"):
+    """A recording of these chunks, which are lists of (time, message), by that library."""
     channels = {channel.kind: channel.id for channel in CHANNELS}
-    writer = RecordingWriter(path, "tests")
+    writer = RecordingWriter(path, library)
     for messages in chunks:
         chunk = ChunkBuilder()
         for time, message in messages:

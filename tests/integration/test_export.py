@@ -12,6 +12,7 @@ import duckdb
 import msgspec
 import pyarrow.parquet as pq
 import pytest
+from mcap.reader import make_reader
 from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackEvent
 from recorded_session import MAX_U64, STEER, record, reply, session, trap, write_file
 
@@ -102,6 +103,50 @@ class TestJsonLines:
         assert json.loads(next(line["output"] for line in lines if line["output"])) == {
             "said": STEER
         }
+
+
+class TestFoxglove:
+    @pytest.fixture
+    def found(self, exported):
+        """Schema, topic and time of each message, and the message."""
+        (path,) = exported["foxglove"]
+        with path.open("rb") as file:
+            return [
+                (json.loads(schema.data), channel, message.log_time, json.loads(message.data))
+                for schema, channel, message in make_reader(file).iter_messages()
+            ]
+
+    def test_has_the_lines_of_jsonl_at_the_times_of_the_traps(self, exported, found):
+        lines = [json.loads(line) for line in exported["jsonl"][0].read_bytes().splitlines()]
+        traps = [each for each in found if each[1].topic == "trap"]
+        assert [line for *_, line in traps] == sorted(lines, key=lambda line: line["time_ns"])
+        assert [time for _, _, time, _ in traps] == [line["time_ns"] for *_, line in traps]
+        assert {each[1].message_encoding for each in found} == {"json"}
+
+    def test_has_sessions_and_notes_between_the_traps(self, run, found):
+        others = Counter(channel.topic for _, channel, _, _ in found if channel.topic != "trap")
+        assert others["session"] == 2
+        assert others["note"] >= 2
+        first, last = min(trap.time for trap in run[2]), max(trap.time for trap in run[2])
+        assert all(first <= time <= last for _, _, time, _ in found)
+
+    def test_has_schemas_of_the_words_that_foxglove_knows(self, found):
+        def check(value, schema, path):
+            assert set(schema) <= {"type", "properties", "items"}
+            words = {"object": dict, "array": list, "string": str, "boolean": bool}
+            kind = words.get(schema["type"], (int, float))
+            assert value is None or isinstance(value, kind), (path, value)
+            if isinstance(value, dict) and schema["properties"]:
+                assert set(value) <= set(schema["properties"])
+                for name, each in value.items():
+                    check(each, schema["properties"][name], f"{path}.{name}")
+            elif isinstance(value, list):
+                for each in value:
+                    check(each, schema["items"], f"{path}[]")
+
+        assert found
+        for schema, channel, _, message in found:
+            check(message, schema, channel.topic)
 
 
 class TestSqlite:

@@ -25,9 +25,13 @@ COUNT = 30
 """Calls of the guest, each with a trap and a reply; it then has memory reversed, once."""
 
 
-async def record(image, path):
+INDEXED = "recorded with message indexes"
+HOW = ["recorded", INDEXED, "recovered", "recovered from a damaged one"]
+
+
+async def record(image, path, message_index):
     async with (
-        Recorder(path, flush_traps=10) as recorder,
+        Recorder(path, flush_traps=10, message_index=message_index) as recorder,
         open_backend(f"unicorn:{image}?vcpus=2") as backend,
     ):
         server = BridgeServer(backend, Bridge(Echo(), Misbehaves()), taps=[recorder])
@@ -35,11 +39,12 @@ async def record(image, path):
             pass
 
 
-@pytest.fixture(scope="module", params=["recorded", "recovered", "recovered from a damaged one"])
+@pytest.fixture(scope="module", params=HOW)
 def content(request, build_guest, tmp_path_factory):
     path = tmp_path_factory.mktemp("recording") / "run.mcap"
-    anyio.run(record, build_guest("calls", WIDTH=64, HOW=CPUID, PAGING=1, COUNT=COUNT), path)
-    if request.param == "recorded":
+    image = build_guest("calls", WIDTH=64, HOW=CPUID, PAGING=1, COUNT=COUNT)
+    anyio.run(record, image, path, request.param == INDEXED)
+    if request.param.startswith("recorded"):
         return path.read_bytes()
     if request.param == "recovered from a damaged one":
         # The first chunk is the session, the next one has traps of the beginning.
@@ -137,7 +142,7 @@ def test_the_statistics_and_the_chunk_indexes_are_right(content, reader):
     assert [chunk.compression for chunk in chunks] == ["zstd"] * len(chunks)
 
 
-def test_each_chunk_is_where_its_index_says(content):
+def test_each_chunk_is_where_its_index_says(content, request):
     records = StreamReader(io.BytesIO(content), emit_chunks=True, validate_crcs=True).records
     chunks = [record for record in records if isinstance(record, Chunk)]
     indexes = seeking(content).get_summary().chunk_indexes
@@ -150,6 +155,10 @@ def test_each_chunk_is_where_its_index_says(content):
         assert index.compressed_size == len(chunk.data)
         assert content[index.chunk_start_offset] == Opcode.CHUNK
         behind = index.chunk_start_offset + index.chunk_length
+        if request.node.callspec.params["content"] != INDEXED:
+            assert index.message_index_offsets == {}
+            assert content[behind] in (Opcode.CHUNK, Opcode.DATA_END, Opcode.MESSAGE_INDEX)
+            continue
         assert min(index.message_index_offsets.values()) == behind
         assert set(index.message_index_offsets) == {message.channel_id for message in messages}
         for channel, offset in index.message_index_offsets.items():

@@ -21,7 +21,10 @@ def export(
     file: Recording,
     /,
     *,
-    to: Annotated[Literal["jsonl", "perfetto", "sqlite", "parquet"], Parameter(help="The format.")],
+    to: Annotated[
+        Literal["jsonl", "foxglove", "perfetto", "sqlite", "parquet"],
+        Parameter(help="The format."),
+    ],
     output: Annotated[
         OptionalOutput,
         Parameter(

@@ -60,7 +60,9 @@ class Listing:
 
     def show(self, limit: int | None) -> None:
         """Write it all, or `limit` traps. Raises `RecordingReadError`."""
-        traps = SelectedTraps(self._reader.messages(), self._selection, self._hear)
+        traps = SelectedTraps(
+            self._reader.messages(), self._selection, self._hear, reader=self._reader
+        )
         shown = 0
         for trap in islice(traps, limit):
             self._counts[outcome_word(trap)] += 1

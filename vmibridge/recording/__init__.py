@@ -9,6 +9,7 @@
 | `redaction` | what is left out |
 | `recorder` | the tap that records |
 | `file` | MCAP: written, read believing nothing, a clean file from a damaged one |
+| `decoder` | the messages of a recording for other readers of MCAP |
 | `traps`, `selection` | a recording trap by trap, and which of them |
 | `new_recording` | a recording written message by message |
 | `json_lines`, `message_order` | JSON lines, read back |
@@ -19,6 +20,7 @@
 from vmibridge.errors import MissingExtraError
 
 try:
+    from vmibridge.recording.decoder import DecoderFactory
     from vmibridge.recording.file.reader import RecordingReader
     from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session
     from vmibridge.recording.new_recording import NewRecording
@@ -32,6 +34,7 @@ except ModuleNotFoundError as _error:
     raise MissingExtraError("a recording", "recording") from _error
 
 __all__ = [
+    "DecoderFactory",
     "Difference",
     "FieldDifference",
     "MemoryAccess",

@@ -210,6 +210,22 @@ def trap_type(architecture: Architecture[Any]) -> type[TrapEvent]:
     return kind
 
 
+@cache
 def json_schema(channel: ChannelKind) -> bytes:
-    """The JSON Schema of a channel's messages."""
-    return msgspec.json.encode(msgspec.json.schema(channel.kind))
+    """The JSON Schema of a channel's messages, without what is for people to read."""
+    return msgspec.json.encode(_shortened(msgspec.json.schema(channel.kind)))
+
+
+def _shortened(schema: object) -> object:
+    if isinstance(schema, list):
+        return [_shortened(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: _shortened(value)
+        for key, value in schema.items()
+        # As a name of a field it has a schema, which is no text.
+        if not (key in {"title", "description"} and isinstance(value, str))
+        # Those of what has fields stand in its own schema.
+        and not (key == "default" and (value is None or isinstance(value, dict | list)))
+    }

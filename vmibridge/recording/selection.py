@@ -19,7 +19,7 @@ import msgspec
 
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError
-from vmibridge.recording.file.reader import TimedMessage
+from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.traps import RecordedTrap, ignored, recorded_traps
 from vmibridge.vm.trap import TrapEvent
@@ -113,7 +113,8 @@ class SelectedTraps:
 
     `hear` gets each session and each note, `others` each message that belongs to no trap, with its
     place in the recording: what the selection says of VMs holds for it, and all but sessions and
-    notes come only where it says nothing else.
+    notes come only where it says nothing else. Neither gets the notes of retries in chunks that
+    `reader` leaves out because they are before `since`.
     """
 
     def __init__(
@@ -122,8 +123,10 @@ class SelectedTraps:
         selection: Selection,
         hear: Callable[[Session | Note], object],
         others: Callable[[int, TimedMessage], object] = ignored,
+        reader: RecordingReader | None = None,
     ) -> None:
         self._messages = messages
+        self._reader = reader
         self._selection = selection
         self._hear = hear
         self._others = others
@@ -160,6 +163,9 @@ class SelectedTraps:
                 self._hear(message)
             elif not self.start and isinstance(message, TrapEvent):
                 self.start = timed.time
+                # Not before: times are told since the first trap.
+                if self._reader is not None and self._selection.since is not None:
+                    self._reader.skip_before = self._selection.since.after(self.start)
             yield timed
 
 

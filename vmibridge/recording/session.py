@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import platform
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def session_of(
         started=datetime.now(UTC).isoformat(),
         versions={
             "python": platform.python_version(),
-            **{name: version(name) for name in ("vmibridge", "anyio", "msgspec")},
+            **{name: _version(name) for name in ("vmibridge", "anyio", "msgspec")},
         },
         loop=_loop(),
         handlers=tuple(map(recorded_handler, bridge.handlers)),
@@ -75,6 +76,12 @@ def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
         source,
         digest,
     )
+
+
+@cache
+def _version(package: str) -> str:
+    # It is looked for on the disk, which takes a millisecond, on the loop.
+    return version(package)
 
 
 def _loop() -> str:

@@ -63,7 +63,7 @@ def test_it_can_be_opened_to_be_replayed(recording):
 
 
 @every_version
-@pytest.mark.parametrize("to", ["jsonl", "sqlite", "perfetto"])
+@pytest.mark.parametrize("to", ["jsonl", "foxglove", "sqlite", "perfetto"])
 def test_it_is_exported(recording, tmp_path, to):
     copy = shutil.copy(recording, tmp_path / "run.mcap")
     assert main(["export", str(copy), "--to", to]) == 0

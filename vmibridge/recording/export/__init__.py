@@ -3,6 +3,7 @@
 | format | module | for | needs the extra |
 |---|---|---|---|
 | `jsonl` | `jsonl` | jq, and programs of any kind | |
+| `foxglove` | `foxglove` | Foxglove, and other tools that read MCAP with JSON | |
 | `perfetto` | `perfetto` | ui.perfetto.dev: what happened when, on each vCPU | `perfetto` |
 | `sqlite` | `sqlite` | questions in SQL | |
 | `parquet` | `parquet` | tables of millions of rows: pandas, Polars, DuckDB | `parquet` |
@@ -31,7 +32,7 @@ from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import RecordedTrap
 
-Format: TypeAlias = Literal["jsonl", "perfetto", "sqlite", "parquet"]
+Format: TypeAlias = Literal["jsonl", "foxglove", "perfetto", "sqlite", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -75,7 +76,7 @@ def write_all(
     exporter: Exporter, reader: RecordingReader, selection: Selection
 ) -> Generator[RecordedTrap, None, None]:
     """Write what is selected; gives each trap as it is written."""
-    traps = SelectedTraps(reader.messages(), selection, exporter.hear, exporter.other)
+    traps = SelectedTraps(reader.messages(), selection, exporter.hear, exporter.other, reader)
     for trap in traps:
         exporter.add(trap, traps.start)
         yield trap

@@ -12,6 +12,7 @@ disk that is full at that moment leaves one without its index. The names follow 
 import logging
 from pathlib import Path
 
+from vmibridge.errors import RecordingError
 from vmibridge.recording.file.chunk import PackedChunk
 from vmibridge.recording.file.folder import make_room
 from vmibridge.recording.file.writer import RecordingWriter
@@ -63,7 +64,7 @@ class RecordingParts:
         Raises `RecordingError` when that file cannot be made.
         """
         if part != self._part:
-            self._next(part)
+            return self._add_to_next(part, chunk)
         before = self._writer.size
         self._writer.add(chunk)
         return self._writer.size - before
@@ -75,6 +76,20 @@ class RecordingParts:
     def close(self) -> None:
         """Close it as it is."""
         self._writer.close()
+
+    def _add_to_next(self, part: int, chunk: PackedChunk) -> int:
+        last = self._writer
+        self._next(part)
+        try:
+            self._writer.add(chunk)
+        except OSError as error:
+            # One of nothing but a header would be in the way.
+            empty, self._writer = self._writer, last
+            empty.close()
+            empty.path.unlink(missing_ok=True)
+            self.news = [each for each in self.news if not each[1].endswith(str(empty.path))]
+            raise RecordingError(f"{empty.path}: {error.strerror}") from error
+        return self._writer.size
 
     def _next(self, part: int) -> None:
         before, traps = self.path, self.traps

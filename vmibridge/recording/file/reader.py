@@ -16,7 +16,6 @@ Blocking, one chunk in memory at a time.
 
 import os
 import struct
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import msgspec
-import zstandard
 from mcap.opcode import Opcode
 from mcap.writer import MCAP0_MAGIC
 
@@ -32,11 +30,14 @@ from vmibridge.errors import RecordingReadError, UnknownArchitectureError
 from vmibridge.recording.file.folder import is_locked
 from vmibridge.recording.file.growing import size_with_record
 from vmibridge.recording.file.source import open_recording
+from vmibridge.recording.file.unpack import CHUNK, MAX_CHUNK, lengths_agree, text
+from vmibridge.recording.file.unpack import unpack as _unpack
 from vmibridge.recording.file.writer import PROFILE
 from vmibridge.recording.messages import (
     CHANNEL_OF_TOPIC,
     CHANNELS,
     FORMATS,
+    NOTE,
     SESSION,
     TRAP,
     ChannelKind,
@@ -47,8 +48,6 @@ from vmibridge.recording.messages import (
 )
 from vmibridge.vm.trap import TrapEvent
 
-MAX_CHUNK = 32 << 20
-"""Bytes of a chunk, unpacked."""
 MAX_RECORD = MAX_CHUNK + (1 << 20)
 """Bytes of a record in the file."""
 MAX_MESSAGE = MAX_CHUNK - (2 << 20)
@@ -62,7 +61,6 @@ _SEARCH = 1 << 20
 
 _FRAME = struct.Struct("<BQ")
 _MESSAGE = struct.Struct("<HIQQ")
-_CHUNK = struct.Struct("<QQQI")
 _INDEX = struct.Struct("<BQHI")
 
 
@@ -81,7 +79,7 @@ def _decoder_of(kind: type[TrapEvent]) -> Callable[[memoryview], Any]:
 
 # "zstd" with its length in front, and the length and the first bytes of the data behind.
 _MARK = b"\x04\0\0\0zstd"
-_MARK_AT = _FRAME.size + _CHUNK.size
+_MARK_AT = _FRAME.size + CHUNK.size
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -122,6 +120,11 @@ class RecordingReader:
         self.bytes_unpacked: int = 0
         """What the chunks came to, in this pass."""
         self._wait = wait
+        self.skip_before: int = 0
+        """Chunks whose traps were all taken before this time, in nanoseconds since the Unix epoch,
+        are left out unread, with their retries; sessions and other notes are not. For the rest of
+        this pass, and of files that vmibridge has written."""
+        self._is_ours = False
         self._next = 0
         self._tried = 0
         """Bytes, in this pass, that looked like a chunk and were none."""
@@ -166,6 +169,7 @@ class RecordingReader:
         self.problems, self.problem_count = [], 0
         self.complete = self.is_written = False
         self.bytes_unpacked = 0
+        self.skip_before = 0
         self._tried = 0
         self._channels = {channel.id: channel for channel in CHANNELS}
         self._decoders: dict[int, Callable[[memoryview], Any]] = {
@@ -182,7 +186,7 @@ class RecordingReader:
                     # Its length may be wrong, too, and reach over sound chunks. It is believed if
                     # the lengths inside agree and a record follows. `_records` goes on at `_next`.
                     self._add_problem(at, f"a chunk is damaged: {error}")
-                    sound = _lengths_agree(self._at(start, length)) and self._is_record(end)
+                    sound = lengths_agree(self._at(start, length)) and self._is_record(end)
                     if not sound:
                         self._next = self._search(at + 1) or self.size
                 else:
@@ -213,6 +217,23 @@ class RecordingReader:
             why = "is being written" if self.is_written else "is truncated, or was not finished"
             self._add_problem(self._next, f"the file ends here: it {why}")
 
+    def _may_skip(self, start: int, end: int) -> bool:
+        """Whether a chunk has only what was before `skip_before`, and no session and no note."""
+        head = self._at(start, CHUNK.size)
+        if not self._is_ours or len(head) < CHUNK.size:
+            return False
+        first, last, _, _ = CHUNK.unpack(head)
+        if not first <= last < self.skip_before:
+            return False
+        while len(frame := self._at(end, _INDEX.size)) == _INDEX.size:
+            opcode, length, channel, _ = _INDEX.unpack(frame)
+            if opcode != Opcode.MESSAGE_INDEX:
+                break
+            if channel in (SESSION.id, NOTE.id):
+                return False
+            end += _FRAME.size + length
+        return True
+
     def _records(self) -> Iterator[tuple[int, int, int]]:
         """Place, opcode and length of each record; the length is that of the body, and true."""
         self._next = len(MCAP0_MAGIC)
@@ -235,6 +256,8 @@ class RecordingReader:
                 fits = fits and length == 6 + _INDEX.unpack_from(head)[3]
             if opcode and fits:
                 self._next = end
+                if self.skip_before and opcode == Opcode.CHUNK and self._may_skip(at + 9, end):
+                    continue
                 yield at, opcode, length
                 continue
             found = self._search(at + 1)
@@ -361,7 +384,8 @@ class RecordingReader:
 
     def _check_header(self, at: int, body: bytes) -> None:
         try:
-            profile, _ = _text(body, 0)
+            profile, at_library = text(body, 0)
+            self._is_ours = text(body, at_library)[0].startswith(PROFILE)
         except ValueError:
             self._add_problem(at, "the header is damaged")
             return
@@ -374,7 +398,7 @@ class RecordingReader:
         # Files that other tools have rewritten may number them in another way.
         try:
             (number,) = struct.unpack_from("<H", body)
-            topic, _ = _text(body, 4)
+            topic, _ = text(body, 4)
         except (ValueError, struct.error):
             return
         channel = CHANNEL_OF_TOPIC.get(topic)
@@ -387,63 +411,3 @@ class RecordingReader:
         self.problem_count += 1
         if len(self.problems) < _MAX_PROBLEMS:
             self.problems.append(Problem(offset, text[:_MAX_TEXT]))
-
-
-def _unpack(body: bytes) -> bytes:
-    """The records of a chunk. Raises `ValueError`, which says what is wrong with it."""
-    if len(body) < _CHUNK.size:
-        raise ValueError("it is too short")
-    _, _, size, crc = _CHUNK.unpack_from(body)
-    compression, at = _text(body, _CHUNK.size)
-    if len(body) < at + 8:
-        raise ValueError("it is too short")
-    (length,) = struct.unpack_from("<Q", body, at)
-    at += 8
-    if length != len(body) - at:
-        raise ValueError("its lengths do not fit together")
-    if size > MAX_CHUNK:
-        raise ValueError(f"it would unpack to {size} bytes, {MAX_CHUNK} is the most")
-    packed = memoryview(body)[at:]
-    if compression == "zstd":
-        data = _decompress(packed, size)
-    elif compression == "":
-        data = bytes(packed)
-    else:
-        raise ValueError(f"its compression is {compression[:20]!r}, and only zstd is read")
-    if len(data) != size:
-        raise ValueError(f"it has {len(data)} bytes and states {size}")
-    if crc and zlib.crc32(data) != crc:
-        raise ValueError("its CRC is wrong")
-    return data
-
-
-def _lengths_agree(body: bytes) -> bool:
-    """Whether what a chunk says of its data leads to where the record ends."""
-    try:
-        _, at = _text(body, _CHUNK.size)
-        (length,) = struct.unpack_from("<Q", body, at)
-    except (ValueError, struct.error):
-        return False
-    ends: bool = at + 8 + length == len(body)
-    return ends
-
-
-def _decompress(packed: memoryview, size: int) -> bytes:
-    try:
-        frame = zstandard.get_frame_parameters(packed)
-        # A frame that states its size is given room for it: that has to be the size above.
-        if frame.content_size not in (size, zstandard.CONTENTSIZE_UNKNOWN):
-            raise ValueError(f"it unpacks to {frame.content_size} bytes and states {size}")
-        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=max(size, 1))
-    except zstandard.ZstdError as error:
-        raise ValueError(f"it cannot be unpacked: {error}") from None
-
-
-def _text(body: bytes, at: int) -> tuple[str, int]:
-    """Text with its length in front, and where it ends. Raises `ValueError`."""
-    if len(body) < at + 4:
-        raise ValueError("it is too short")
-    (length,) = struct.unpack_from("<I", body, at)
-    if length > min(len(body) - at - 4, 1 << 16):
-        raise ValueError("a text in it is longer than it is")
-    return body[at + 4 : at + 4 + length].decode(), at + 4 + length

@@ -13,19 +13,22 @@ from pathlib import Path
 from mcap.data_stream import RecordBuilder
 from mcap.opcode import Opcode
 from mcap.records import (
-    Channel,
     ChunkIndex,
     DataEnd,
     Footer,
     Header,
-    Schema,
     Statistics,
     SummaryOffset,
 )
 from mcap.writer import MCAP0_MAGIC
 
 from vmibridge.errors import RecordingError
-from vmibridge.recording.file.chunk import PackedChunk, built
+from vmibridge.recording.file.chunk import (
+    PackedChunk,
+    built,
+    write_channels,
+    write_schemas,
+)
 from vmibridge.recording.file.folder import lock, open_numbered, unlock
 from vmibridge.recording.messages import CHANNELS, json_schema
 
@@ -75,7 +78,6 @@ class RecordingWriter:
         builder = RecordBuilder()
         builder.write(MCAP0_MAGIC)
         Header(PROFILE, library).write(builder)
-        self._describe_channels(builder)
         try:
             self._write(built(builder))
         except OSError as error:
@@ -92,8 +94,12 @@ class RecordingWriter:
 
     def add(self, chunk: PackedChunk) -> None:
         """Append a chunk, whole or, with `OSError`, not at all."""
-        start = self._at
-        self._write(chunk.data)
+        front = RecordBuilder()
+        if not self._chunks and not chunk.describes:
+            write_schemas(front, json_schema)
+            write_channels(front)
+        self._write(built(front) + chunk.data)
+        start = self._at - len(chunk.data)
         self._chunks.append(
             ChunkIndex(
                 message_start_time=chunk.start_time,
@@ -137,28 +143,19 @@ class RecordingWriter:
             raise
         self._at += len(data)
 
-    def _describe_channels(self, builder: RecordBuilder) -> list[tuple[Opcode, int, int]]:
-        """Write schemas and channels; returns where the groups are in the builder."""
-        groups = []
-        start = builder.count
-        for channel in CHANNELS:
-            Schema(
-                channel.id, json_schema(channel), "jsonschema", f"vmibridge.{channel.topic}"
-            ).write(builder)
-        groups.append((Opcode.SCHEMA, start, builder.count - start))
-        start = builder.count
-        for channel in CHANNELS:
-            Channel(channel.id, channel.topic, "msgpack", {}, channel.id).write(builder)
-        groups.append((Opcode.CHANNEL, start, builder.count - start))
-        return groups
-
     def _summary(self) -> bytes:
         end = RecordBuilder()
         DataEnd(0).write(end)
         data_end = built(end)
         summary_start = self._at + len(data_end)
         builder = RecordBuilder()
-        groups = self._describe_channels(builder)
+        groups = []
+        start = builder.count
+        write_schemas(builder, json_schema)
+        groups.append((Opcode.SCHEMA, start, builder.count - start))
+        start = builder.count
+        write_channels(builder)
+        groups.append((Opcode.CHANNEL, start, builder.count - start))
         start = builder.count
         Statistics(
             attachment_count=0,
