@@ -19,8 +19,8 @@ from vmibridge.errors import NotReplayedError
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import MemoryAccess, Session
 from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.compare import Difference, describe
 from vmibridge.recording.replay.options import MISSING
-from vmibridge.recording.replay.request import Difference, describe
 from vmibridge.recording.session import recorded_handler
 from vmibridge.text import printable
 

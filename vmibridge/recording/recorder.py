@@ -51,8 +51,8 @@ from vmibridge.recording.messages import (
     MemoryAccess,
     Note,
     Reply,
-    output_text,
 )
+from vmibridge.recording.outputs import OutputText
 from vmibridge.recording.redaction import Redaction, RedactionRule
 from vmibridge.recording.rotation import Rotation, sizes
 from vmibridge.recording.session import session_of
@@ -69,6 +69,7 @@ _CHUNK = 1 << 20
 _MAX_UNWRITTEN = 32 << 20
 """The same, of all that is not written yet: then the guests wait."""
 _NOTHING: frozenset[str] = frozenset()
+_NO_OUTPUT = OutputText(None, None)
 
 
 class Recorder(Tap):
@@ -248,11 +249,12 @@ class Recorder(Tap):
         )
         assert event is not None
         error = outcome.error
-        text = output_text(output)
+        text, digest = _NO_OUTPUT if output is None else OutputText.of(output)
         if self._redacts and (left_out := self._left_out.pop((event.vm, event.seq), None)):
             packet = self._redaction.packet(packet, left_out)
             writes = None if writes is None else self._redaction.writes(writes, left_out)
-            text, error = None, None if error is None else "left out"
+            text, digest = _NO_OUTPUT
+            error = None if error is None else "left out"
         self._add(
             REPLY,
             Reply(
@@ -267,6 +269,7 @@ class Recorder(Tap):
                 text,
                 outcome.duration,
                 outcome.retry_of,
+                digest,
             ),
         )
         if self._rotation is not None:

@@ -41,8 +41,9 @@ from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, architecture_of
 from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay import options as reasons
+from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
-from vmibridge.recording.replay.request import Difference, ReplayedRequest
+from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
@@ -429,6 +430,9 @@ class ReplayBackend(Backend, Tap):
             self._leave_unchecked(why)
             return
         difference = request.compare(whole=not self._left_out(request.event))
+        if difference is None and request.unchecked is not None:
+            self._leave_unchecked(request.unchecked)
+            return
         self.result.compared += 1
         if difference is not None:
             self.result.different += 1

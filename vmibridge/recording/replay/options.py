@@ -6,7 +6,7 @@ import msgspec
 
 from vmibridge.engine.policy import Quota, Rate
 from vmibridge.engine.settings import ServerSettings
-from vmibridge.recording.replay.request import Difference
+from vmibridge.recording.replay.compare import Difference
 
 __all__ = [
     "BEFORE",

@@ -14,50 +14,29 @@ for it again: they share its memory accesses and its final reply.
 | leaves out a write | | yes |
 """
 
-import re
 from collections import deque
 from collections.abc import Sequence
 
-import msgspec
-
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import GuestMemoryError
-from vmibridge.recording.messages import MemoryAccess, Reply, output_text
-from vmibridge.recording.traps import VALUE_NAMES
+from vmibridge.recording.messages import MemoryAccess, Reply
+from vmibridge.recording.replay.compare import (
+    Difference,
+    FieldDifference,
+    describe,
+    differing_fields,
+    is_cut,
+    is_same,
+    reply_of,
+)
 from vmibridge.vm.trap import TrapEvent
 
 _MAX_PAST = 64
 """Accesses that are kept when they are done, to tell of them and to read from."""
 _MAX_FIELDS = 64
 _SHOWN = 16
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
-"""In the `repr` of an object: another one each time."""
-
-
-class FieldDifference(msgspec.Struct, frozen=True):
-    """One thing that is not as it was."""
-
-    field: str
-    """`outcome`, `handler`, `value1` to `value4`, `rip`, `output`, `error`, `read`, `write`."""
-    expected: str
-    got: str
-
-
-class Difference(msgspec.Struct, frozen=True):
-    """A request that was answered in another way than in the recording."""
-
-    vm: str
-    vcpu: int
-    seq: int
-    """Of the trap that it came with."""
-    time: int
-    """When that was recorded, in nanoseconds since the Unix epoch."""
-    packet: BridgePacket | None
-    fields: tuple[FieldDifference, ...]
-    accesses: tuple[MemoryAccess, ...] = ()
-    """The last ones that its handler made now."""
+CUT = "the recording lacks the end of its output"
 
 
 class ReplayedRequest:
@@ -180,8 +159,12 @@ class ReplayedRequest:
 
     def differ(self, field: str, expected: str, got: str) -> None:
         """Note a difference; the first 64 are kept."""
-        if len(self._differences) < _MAX_FIELDS and expected != got:
-            self._differences = (*self._differences, FieldDifference(field, expected, got))
+        if expected != got:
+            self._add(FieldDifference(field, expected, got))
+
+    def _add(self, difference: FieldDifference) -> None:
+        if len(self._differences) < _MAX_FIELDS:
+            self._differences = (*self._differences, difference)
 
     def leave_out(self, access: MemoryAccess) -> None:
         """A recorded access that is not made now."""
@@ -197,11 +180,12 @@ class ReplayedRequest:
         assert reply is not None
         if outcome is None:
             self.differ("outcome", reply.kind.value, "not ours: it ran natively")
-        else:
-            self._compare_outcomes(reply, outcome)
-            if whole:
-                self._compare_texts("error", reply.error, outcome.error)
-                self._compare_texts("output", reply.output, output_text(outcome.output))
+        elif not is_same(reply, outcome, whole=whole):
+            now = reply_of(outcome, reply)
+            for each in differing_fields(reply, now, outcome.output, whole=whole):
+                self._add(each)
+        if whole and outcome is not None and is_cut(reply):
+            self.unchecked = self.unchecked or CUT
         for _, access in self._pending or ():
             self.leave_out(access)
         if not self._differences:
@@ -215,28 +199,8 @@ class ReplayedRequest:
             request_in(event),
             tuple(self._differences),
             tuple(self.past)[-_SHOWN:],
+            reply.handler or (None if outcome is None else outcome.handler),
         )
-
-    def _compare_outcomes(self, reply: Reply, outcome: Outcome[object]) -> None:
-        if (reply.kind, reply.handler, reply.writes) == (
-            outcome.kind,
-            outcome.handler,
-            outcome.writes,
-        ):
-            return
-        self.differ("outcome", reply.kind.value, outcome.kind.value)
-        self.differ("handler", str(reply.handler), str(outcome.handler))
-        for name, then, now in zip(
-            ("rip", *VALUE_NAMES),
-            _numbers(reply),
-            _numbers(outcome),
-            strict=True,
-        ):
-            self.differ(name, _number(then), _number(now))
-
-    def _compare_texts(self, field: str, then: str | None, now: str | None) -> None:
-        if then != now:
-            self.differ(field, _stable(then), _stable(now))
 
     def _take(self, place: int, number: int, access: MemoryAccess) -> None:
         if number > self._latest:
@@ -271,28 +235,3 @@ class ReplayedRequest:
 def held_size(access: MemoryAccess) -> int:
     """Bytes that an access holds, its own fields included."""
     return 200 + (0 if access.data is None else len(access.data))
-
-
-def describe(access: MemoryAccess) -> str:
-    """One access, in one line."""
-    what = "write" if access.write else "read"
-    if access.error is not None:
-        text = f"failed: {access.error}"
-    elif access.data is None:
-        text = "left out"
-    else:
-        text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
-    return f"{what} of {access.size} bytes at {access.address:#x}: {text}"
-
-
-def _numbers(answer: Reply | Outcome[object]) -> tuple[int | None, ...]:
-    writes = answer.writes
-    return (None,) * 5 if writes is None else (writes.rip, *writes.values)
-
-
-def _number(value: int | None) -> str:
-    return "left alone" if value is None else f"{value:#x}"
-
-
-def _stable(text: str | None) -> str:
-    return "none" if text is None else _ADDRESS.sub(" at ...>", text)
