@@ -23,6 +23,9 @@ class SelectionOptions:
         list[str],
         Parameter(negative=(), help="Of this request (0x0100 or 256), or taken by this handler."),
     ] = field(default_factory=list)
+    method: Annotated[
+        list[str], Parameter(negative=(), help="Of this method (0x0001 or 1, or its name).")
+    ] = field(default_factory=list)
     outcome: Annotated[
         list[str],
         Parameter(negative=(), help="That ended so: handled, failed, ...; none: without a reply."),
@@ -45,6 +48,7 @@ class SelectionOptions:
 
         return Selection.parse(
             requests=self.request,
+            methods=self.method,
             outcomes=self.outcome,
             vcpus=self.vcpu,
             vms=self.vm,

@@ -14,6 +14,7 @@ from typing import Any
 
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.bridge.made_with import remember_settings
 from vmibridge.config import foreign
 from vmibridge.config.checks import Checks
 from vmibridge.config.file import Config
@@ -149,7 +150,10 @@ def _construct(
             config.refuse_settings(kind.name, "takes no settings")
             return kind()
         # The base class takes no arguments; one that has Settings says that it takes them.
-        return kind(config.settings_of(kind.name, kind.Settings))  # type: ignore[call-arg]
+        settings = config.settings_of(kind.name, kind.Settings)
+        made = kind(settings)  # type: ignore[call-arg]
+        remember_settings(made, settings)
+        return made
     except (VmiBridgeError, KeyboardInterrupt):
         raise
     except BaseException as error:

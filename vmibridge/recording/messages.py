@@ -62,6 +62,10 @@ class RecordedHandler(msgspec.Struct, frozen=True, omit_defaults=True):
     """The name of the file that its class stands in, without folders."""
     sha256: str | None = None
     """Of that file."""
+    settings: str | None = None
+    """What it was made with, as JSON; `None`: nothing, or it is not known, or was left out."""
+    modules: dict[str, str] = {}
+    """The modules of its project that it imports, with the SHA-256 of their files."""
 
 
 class RecordedArchitecture(msgspec.Struct, frozen=True):

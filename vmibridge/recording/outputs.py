@@ -18,7 +18,7 @@ import msgspec
 
 from vmibridge.text import repr_of
 
-__all__ = ["MAX_TEXT", "OutputText", "output_text", "paths_of", "stable"]
+__all__ = ["MAX_TEXT", "Leaf", "OutputText", "leaves_of", "output_text", "stable"]
 
 MAX_TEXT = 4096
 """Characters of an output that a recording keeps."""
@@ -42,6 +42,7 @@ _ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
 _LAST_ADDRESS = re.compile(r" at 0x[0-9a-f]+(?=>)")
 
 Path: TypeAlias = tuple[str | int, ...]
+_Place: TypeAlias = tuple[Path, object, object]
 
 
 class OutputText(NamedTuple):
@@ -84,8 +85,18 @@ def stable(text: str) -> str:
     return _LAST_ADDRESS.sub(" at ...", text)
 
 
-def paths_of(then: str, now: str, output: object = None) -> list[str] | None:
-    """Where two texts of outputs differ as values, as `.items[3].id`; `""`: as a whole.
+class Leaf(NamedTuple):
+    """One place where two outputs differ."""
+
+    path: str
+    """As `.items[3].id`; `""`: they differ as a whole."""
+    then: str
+    """JSON; `""` where there is nothing."""
+    now: str
+
+
+def leaves_of(then: str, now: str, output: object = None) -> list[Leaf] | None:
+    """Where two texts of outputs differ as values.
 
     `output` is what `now` was made of, where it is there: an older recording has sets in the order
     of their hashes, and addresses. `None`: they cannot be compared so, since one is no JSON.
@@ -95,7 +106,10 @@ def paths_of(then: str, now: str, output: object = None) -> list[str] | None:
     except Exception:  # numbers of thousands of digits, too
         return None
     compared = _Values(_texts_of_objects(output), lenient_order=_has_set(output))
-    return compared.paths(one, other)
+    return [
+        Leaf(_shown(path), _json(one), _json(other))
+        for path, one, other in compared.leaves(one, other)
+    ]
 
 
 class _Values:
@@ -106,13 +120,13 @@ class _Values:
         self._lenient_order = lenient_order
         self._steps = 0
 
-    def paths(self, then: object, now: object) -> list[str]:
-        found: list[str] = []
-        stack: list[tuple[Path, object, object]] = [((), then, now)]
+    def leaves(self, then: object, now: object) -> list[_Place]:
+        found: list[_Place] = []
+        stack: list[_Place] = [((), then, now)]
         while stack:
             self._steps += 1
             if len(found) >= _MAX_PATHS or self._steps > _MAX_STEPS:
-                return [""]
+                return [((), then, now)]
             path, one, other = stack.pop()
             if isinstance(one, dict) and isinstance(other, dict):
                 stack += [
@@ -124,7 +138,7 @@ class _Values:
                     members = enumerate(zip(one, other, strict=True))
                     stack += reversed([((*path, at), *both) for at, both in members])
             elif not self._same(one, other):
-                found.append(_shown(path))
+                found.append((path, one, other))
         return found
 
     def _same(self, one: object, other: object) -> bool:
@@ -149,6 +163,10 @@ _MISSING = object()
 
 def _member(value: object) -> str:
     return stable(msgspec.json.encode(value, order="deterministic").decode())
+
+
+def _json(value: object) -> str:
+    return "" if value is _MISSING else msgspec.json.encode(value).decode()
 
 
 def _shown(path: Path) -> str:

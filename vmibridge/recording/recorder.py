@@ -115,7 +115,7 @@ class Recorder(Tap):
         self._max_traps = flush_traps
         self._on_error = on_error
         self._redaction = Redaction(redact)
-        self._redacts = bool(self._redaction.rules)
+        self._redacts = bool(self._redaction.of_traps)
         self._left_out: dict[tuple[str, int], frozenset[str]] = {}
         self._stem = stem
         self._overwrite = overwrite

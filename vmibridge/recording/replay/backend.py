@@ -32,7 +32,7 @@ import msgspec
 
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.dispatch import Bridge
-from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.request import request_in
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
@@ -45,6 +45,8 @@ from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVm
+from vmibridge.recording.replay.tally import Tally
+from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
@@ -64,6 +66,8 @@ class ReplayBackend(Backend, Tap):
         options: ReplayOptions | None = None,
         vm: str = "vm",
         on_difference: Callable[[Difference], None] | None = None,
+        *,
+        verdict: Verdict | None = None,
     ) -> None:
         super().__init__(vm)
         options = options or ReplayOptions()
@@ -71,11 +75,10 @@ class ReplayBackend(Backend, Tap):
             raise BackendSpecError(f"replay:{path}: speed={options.speed} is no number from 0")
         self.path = path
         self.options = options
-        self.result: ReplayResult = ReplayResult()
         self.session: Session | None = None
         """What served this VM then; known once the backend is open, if the file tells."""
         self.reader: RecordingReader
-        self._on_difference = on_difference
+        self._tally = Tally(verdict or Verdict(), on_difference)
         self._redaction = Redaction()
         self._source: RecordedVm
         self._batch: list[TimedMessage] = []
@@ -97,9 +100,17 @@ class ReplayBackend(Backend, Tap):
         self._sink: TrapSink
         self._full: deque[TrapEvent] = deque()
         self._start: tuple[float, int] | None = None
-        self.started: int = 0
-        """When the first trap was taken then, in nanoseconds since the Unix epoch."""
         self._pause = 0.0
+
+    @property
+    def result(self) -> ReplayResult:
+        """What came of it so far."""
+        return self._tally.result
+
+    @property
+    def started(self) -> int:
+        """When the first trap was taken then, in nanoseconds since the Unix epoch; 0 until then."""
+        return self._tally.started
 
     # --- the life of a backend ------------------------------------------------------
 
@@ -114,6 +125,7 @@ class ReplayBackend(Backend, Tap):
         if self.session is not None:
             self._redaction = Redaction(self.session.redaction)
             self.architecture = architecture_of(self.session)
+        self._tally.begin(self._source.name, self.session, self.stop)
 
     async def close(self) -> None:
         self._source.close()
@@ -195,6 +207,7 @@ class ReplayBackend(Backend, Tap):
     ) -> None:
         self._stop_for = stop
         self._has_server = True
+        self._tally.verdict.hear_handlers(self._source.name, bridge.handlers)
 
     def dropped(self, vm: str, error: Exception) -> None:
         """Without these calls it cannot go on: it would wait for ever."""
@@ -248,9 +261,10 @@ class ReplayBackend(Backend, Tap):
     def _walk_trap(self, time: int, event: TrapEvent) -> bool:
         self._has_begun = True
         if self._is_later:
-            self._leave_unchecked(reasons.LATER)
+            self._tally.leave_unchecked(reasons.LATER, event, time)
             return True
-        self.started = self.started or time
+        if self._tally.is_behind(event, time):
+            return True
         if self._untaken is not None or (self.options.speed and not self._is_due(time)):
             return False
         if len(self._open) >= _MAX_OPEN:
@@ -258,7 +272,7 @@ class ReplayBackend(Backend, Tap):
                 return False
             self._close(next(iter(self._open.values())), reasons.NO_REPLY)
         if event.seq in self._open:
-            self._leave_unchecked(reasons.TWICE)
+            self._tally.leave_unchecked(reasons.TWICE, event, time)
             return True
         after = self._batch[self._place + 1].message if self._place + 1 < len(self._batch) else None
         if event.vm != self.vm:
@@ -268,16 +282,19 @@ class ReplayBackend(Backend, Tap):
                 self._walk_retry(self._open[after.retry_of], event)
             else:
                 # What it did before is in another file, or lost.
-                self._leave_unchecked(reasons.BEFORE)
+                self._tally.leave_unchecked(reasons.BEFORE, event, time)
             return True
         if isinstance(after, Reply) and after.seq == event.seq and after.kind is OutcomeKind.DENIED:
-            self._leave_unchecked("the policy denied it")
+            self._tally.leave_unchecked("the policy denied it", event, time, after)
             return True
         left_out = self._left_out(event) - {"memory"}
         if left_out:
-            self._leave_unchecked(f"{', '.join(sorted(left_out))} was left out of the recording")
+            why = f"{', '.join(sorted(left_out))} was left out of the recording"
+            self._tally.leave_unchecked(why, event, time)
             return True
-        self._open[event.seq] = ReplayedRequest(event, time, strict=self.options.strict)
+        self._open[event.seq] = ReplayedRequest(
+            event, time, strict=self.options.strict, keep=self._tally.keeps
+        )
         self._feed(event)
         return True
 
@@ -420,29 +437,8 @@ class ReplayBackend(Backend, Tap):
         for seq in (request.event.seq, *request.seqs):
             self._open.pop(seq, None)
         self._held -= request.held
-        reply = request.reply
-        if reply is None:
-            why = why or reasons.NO_REPLY
-        elif reply.kind is OutcomeKind.CANCELLED and reply.error == STOPPED:
-            why = "the server stopped before its answer"
-        why = request.unchecked or why
-        if why is not None:
-            self._leave_unchecked(why)
-            return
-        difference = request.compare(whole=not self._left_out(request.event))
-        if difference is None and request.unchecked is not None:
-            self._leave_unchecked(request.unchecked)
-            return
-        self.result.compared += 1
-        if difference is not None:
-            self.result.different += 1
-            self.result.first = self.result.first or difference
-            if self._on_difference is not None:
-                self._on_difference(difference)
+        self._tally.close(request, why, whole=not self._left_out(request.event))
 
     def _left_out(self, event: TrapEvent) -> frozenset[str]:
         packet = request_in(event) if self._redaction.rules else None
         return _NOTHING if packet is None else self._redaction.of(packet.request)
-
-    def _leave_unchecked(self, why: str) -> None:
-        self.result.unchecked[why] = self.result.unchecked.get(why, 0) + 1

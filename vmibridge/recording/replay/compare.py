@@ -21,7 +21,7 @@ import msgspec
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.recording.messages import MemoryAccess, Reply
-from vmibridge.recording.outputs import MAX_TEXT, OutputText, output_text, paths_of, stable
+from vmibridge.recording.outputs import MAX_TEXT, Leaf, OutputText, leaves_of, output_text, stable
 from vmibridge.recording.traps import VALUE_NAMES
 
 __all__ = [
@@ -147,21 +147,21 @@ def _differing_output(then: Reply, now: Reply, output: object) -> FieldDifferenc
     one, other = then.output, now.output
     if (one, then.output_sha256) == (other, now.output_sha256):
         return None
-    paths: list[str] | None = None
+    leaves: list[Leaf] | None = None
     if one is not None and other is not None:
         if is_cut(then) or is_cut(now):
             whole = output_text(output) or other
             if one[:MAX_TEXT] in (whole[:MAX_TEXT], other[:MAX_TEXT]):
                 return None  # what is behind is not known; the caller asks `is_cut`
         elif then.output_sha256 is None and now.output_sha256 is None:
-            paths = paths_of(one, other, output)
-            if paths == []:
+            leaves = leaves_of(one, other, output)
+            if leaves == []:
                 return None
     return FieldDifference(
         "output",
         _output(one, then.output_sha256),
         _output(other, now.output_sha256),
-        tuple(f"output{path}" for path in paths or ()),
+        tuple(f"output{leaf.path}" for leaf in leaves or ()),
     )
 
 

@@ -50,6 +50,8 @@ class ReplayResult(msgspec.Struct):
     """Requests of which both the recorded and the new answer are known."""
     different: int = 0
     first: Difference | None = None
+    ignored: int = 0
+    """Requests of which nothing differs but what rules ignore."""
     unchecked: dict[str, int] = {}
     """Requests that could not be compared, by the reason."""
 

@@ -34,8 +34,11 @@ from vmibridge.vm.trap import TrapEvent
 
 _MAX_PAST = 64
 """Accesses that are kept when they are done, to tell of them and to read from."""
+_MAX_KEPT = 100_000
+"""The same, where all of them are to be accepted."""
 _MAX_FIELDS = 64
 _SHOWN = 16
+_UNKNOWN = "it is not in the recording"
 CUT = "the recording lacks the end of its output"
 
 
@@ -68,10 +71,12 @@ class ReplayedRequest:
     _attached = 0
     _latest = -1
 
-    def __init__(self, event: TrapEvent, time: int, *, strict: bool) -> None:
+    def __init__(self, event: TrapEvent, time: int, *, strict: bool, keep: bool = False) -> None:
+        """`strict`: the order of accesses counts; `keep`: all that are made are kept."""
         self.event = event
         self.time = time
         self._strict = strict
+        self._keep = keep
 
     @property
     def pending(self) -> "deque[tuple[int, MemoryAccess]]":
@@ -84,7 +89,7 @@ class ReplayedRequest:
     def past(self) -> "deque[MemoryAccess]":
         """Accesses that were made now."""
         if self._past is None:
-            self._past = deque(maxlen=_MAX_PAST)
+            self._past = deque(maxlen=_MAX_KEPT if self._keep else _MAX_PAST)
         return self._past
 
     @property
@@ -125,13 +130,20 @@ class ReplayedRequest:
     def read_unrecorded(self, address: int, size: int) -> bytes:
         """The bytes there, as far as other accesses tell. Raises `GuestMemoryError`."""
         data = self._compose(address, size)
-        access = MemoryAccess(self.event.vm, self.event.seq, address, size, data)
+        error = None if data is not None else _UNKNOWN
+        access = MemoryAccess(self.event.vm, self.event.seq, address, size, data, False, error)
         self.past.append(access)
         if data is None or self._strict:
             self.differ("read", self._next(), describe(access))
         if data is None:
-            raise GuestMemoryError(address, "it is not in the recording")
+            raise GuestMemoryError(address, _UNKNOWN)
         return data
+
+    @property
+    def all_accesses(self) -> "list[MemoryAccess] | None":
+        """Those that were made now, where all are kept; `None`: they are more than that."""
+        past = self.past
+        return None if len(past) == past.maxlen else list(past)
 
     def take_write(self, address: int, data: bytes) -> bool:
         """Whether this was written then, as far as is known yet.

@@ -38,6 +38,12 @@ class RecordedVm:
             raise
         self._messages: Iterator[TimedMessage] = self.reader.messages()
 
+    @property
+    def name(self) -> str:
+        """The name of the VM in the recording."""
+        assert self._name is not None
+        return self._name
+
     def close(self) -> None:
         """Free the file."""
         self.reader.close()
