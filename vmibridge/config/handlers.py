@@ -51,6 +51,8 @@ class HandlerFactory:
         """Names of handlers whose extra is missing."""
         self._checks = Checks()
         offered = offered_by(self._modules)
+        self.has_shared: bool = any(offer.handler.shared for offer in offered)
+        """Whether a handler serves several VMs."""
         config.check_handlers({offer.handler.name for offer in offered})
         self._checks.modules(self._modules)
         self._checks.offered(offered)

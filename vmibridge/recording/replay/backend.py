@@ -24,8 +24,9 @@ Nothing in here is bounded by the file: what is held is bounded by `_MAX_HELD`.
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
@@ -33,28 +34,27 @@ import msgspec
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
-from vmibridge.bridge.request import request_in
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, architecture_of
-from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay import options as reasons
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
-from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.request import FIRST_MADE, ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.recording.replay.tally import Tally
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
+R = TypeVar("R")
+
 _MAX_HELD = 32 << 20
 """Bytes of memory accesses that may be held for requests that run."""
 _MAX_OPEN = 16_384
 """Requests that may be open at a time."""
-_NOTHING: frozenset[str] = frozenset()
 
 
 class ReplayBackend(Backend, Tap):
@@ -79,13 +79,14 @@ class ReplayBackend(Backend, Tap):
         """What served this VM then; known once the backend is open, if the file tells."""
         self.reader: RecordingReader
         self._tally = Tally(verdict or Verdict(), on_difference)
-        self._redaction = Redaction()
         self._source: RecordedVm
         self._batch: list[TimedMessage] = []
         self._place = 0
         self._at_end = False
         self._has_begun = self._is_later = False
         self._has_server = False
+        self._wait = ServerSettings().wait.value1
+        self._made = FIRST_MADE
         self._open: dict[int, ReplayedRequest] = {}
         self._unanswered: set[int] = set()
         self._untaken: TrapEvent | None = None
@@ -123,8 +124,8 @@ class ReplayBackend(Backend, Tap):
         self._source = await in_own_thread(RecordedVm, self.path, self.options.vm)
         self.reader, self.session = self._source.reader, self._source.session
         if self.session is not None:
-            self._redaction = Redaction(self.session.redaction)
             self.architecture = architecture_of(self.session)
+            self._wait = self.session.settings.wait.value1
         self._tally.begin(self._source.name, self.session, self.stop)
 
     async def close(self) -> None:
@@ -169,37 +170,30 @@ class ReplayBackend(Backend, Tap):
             raise BackendError(f"trap {event.seq} was answered before, or never played")
         if writes is None or not self._has_server:
             # No tap sees one that is not ours, and none where an agent carries them.
-            self._answer(event, None)
+            self._answer(event, None, writes)
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """The recorded bytes. Waits where the recording was not read as far."""
         request = self._request_of(event, address)
-        while True:
-            before = request.held
-            try:
-                data = request.take_read(address, size)
-            finally:
-                self._held -= before - request.held
-            if data is not None:
-                return data
-            if request.over:
-                return request.read_unrecorded(address, size)
-            await self._further_accesses(request)
+        data = await self._taken(request, partial(request.take_read, address, size))
+        return request.read_unrecorded(address, size) if data is None else data
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """As it went then. Waits where the recording was not read as far."""
         request = self._request_of(event, address)
+        if await self._taken(request, partial(request.take_write, address, data)) is None:
+            request.write_unrecorded(address, data)
+
+    async def _taken(self, request: ReplayedRequest, take: Callable[[], R | None]) -> R | None:
+        """What `take` finds among the recorded accesses; `None`: there is no such."""
         while True:
             before = request.held
             try:
-                done = request.take_write(address, data)
+                found = take()
             finally:
                 self._held -= before - request.held
-            if done:
-                return
-            if request.over:
-                request.write_unrecorded(address, data)
-                return
+            if found is not None or request.over:
+                return found
             await self._further_accesses(request)
 
     def begin(
@@ -287,7 +281,7 @@ class ReplayBackend(Backend, Tap):
         if isinstance(after, Reply) and after.seq == event.seq and after.kind is OutcomeKind.DENIED:
             self._tally.leave_unchecked("the policy denied it", event, time, after)
             return True
-        left_out = self._left_out(event) - {"memory"}
+        left_out = self._tally.left_out(event) - {"memory"}
         if left_out:
             why = f"{', '.join(sorted(left_out))} was left out of the recording"
             self._tally.leave_unchecked(why, event, time)
@@ -332,7 +326,7 @@ class ReplayBackend(Backend, Tap):
             if request.wants_retry:
                 # The recorded retries are used up: it is slower now.
                 request.wants_retry = False
-                self._feed(request.event)
+                self._ask_on(request)
         if request.answered:
             self._close(request)
             return True
@@ -383,7 +377,8 @@ class ReplayBackend(Backend, Tap):
                 queue.append(event)
                 return
             self._busy[event.vcpu] = deque()
-        else:
+        elif self._has_server:
+            # Elsewhere, where an agent carries it, no tap tells that it was taken.
             self._untaken = event
         self._put(event)
 
@@ -401,7 +396,9 @@ class ReplayBackend(Backend, Tap):
         self._unanswered.discard(event.seq)
         self.stop()
 
-    def _answer(self, event: TrapEvent, outcome: Outcome[Any] | None) -> None:
+    def _answer(
+        self, event: TrapEvent, outcome: Outcome[Any] | None, writes: RegisterWrites | None = None
+    ) -> None:
         if event.seq not in self._unanswered:
             return
         self._unanswered.discard(event.seq)
@@ -416,10 +413,14 @@ class ReplayBackend(Backend, Tap):
                 del self._busy[event.vcpu]
         request = self._open.get(event.seq)
         if request is not None:
-            if outcome is not None and outcome.kind is OutcomeKind.WAITING:
+            if writes is not None:
+                waits = request.is_told_to_wait(writes, self._wait)
+            else:
+                waits = outcome is not None and outcome.kind is OutcomeKind.WAITING
+            if waits:
                 self._ask_again(request, event)
             else:
-                request.answered, request.outcome = True, outcome
+                request.answered, request.outcome, request.writes = True, outcome, writes
                 request.drop_retries()
                 if request.over and self.options.order == "vcpu":
                     self._close(request)
@@ -429,16 +430,20 @@ class ReplayBackend(Backend, Tap):
         if request.retries:
             self._feed(request.retries.popleft())
         elif request.over and request.reply is not None:
-            self._feed(event)
+            self._ask_on(request)
         elif not request.over:
             request.wants_retry = True
+
+    def _ask_on(self, request: ReplayedRequest) -> None:
+        """One more retry, which the recording does not have: so it has a number of its own."""
+        self._made += 1
+        event, unused = request.further_retry(self._made)
+        self._open.pop(unused, None)
+        self._open[event.seq] = request
+        self._feed(event)
 
     def _close(self, request: ReplayedRequest, why: str | None = None) -> None:
         for seq in (request.event.seq, *request.seqs):
             self._open.pop(seq, None)
         self._held -= request.held
-        self._tally.close(request, why, whole=not self._left_out(request.event))
-
-    def _left_out(self, event: TrapEvent) -> frozenset[str]:
-        packet = request_in(event) if self._redaction.rules else None
-        return _NOTHING if packet is None else self._redaction.of(packet.request)
+        self._tally.close(request, why)

@@ -17,6 +17,8 @@ for it again: they share its memory accesses and its final reply.
 from collections import deque
 from collections.abc import Sequence
 
+import msgspec
+
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import GuestMemoryError
@@ -30,7 +32,7 @@ from vmibridge.recording.replay.compare import (
     is_same,
     reply_of,
 )
-from vmibridge.vm.trap import TrapEvent
+from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 _MAX_PAST = 64
 """Accesses that are kept when they are done, to tell of them and to read from."""
@@ -38,6 +40,8 @@ _MAX_KEPT = 100_000
 """The same, where all of them are to be accepted."""
 _MAX_FIELDS = 64
 _SHOWN = 16
+FIRST_MADE = 1 << 48
+"""Numbers from here on are those of traps that the recording does not have."""
 _UNKNOWN = "it is not in the recording"
 CUT = "the recording lacks the end of its output"
 
@@ -55,6 +59,8 @@ class ReplayedRequest:
     """Whether all that was recorded of it was read."""
     outcome: Outcome[object] | None = None
     """Its final one, now."""
+    writes: RegisterWrites | None = None
+    """Its answer now, where nothing else is known of it: a server elsewhere gave it."""
     answered = False
     blocked = False
     """Whether its handler waits for an access that was not read yet."""
@@ -145,8 +151,8 @@ class ReplayedRequest:
         past = self.past
         return None if len(past) == past.maxlen else list(past)
 
-    def take_write(self, address: int, data: bytes) -> bool:
-        """Whether this was written then, as far as is known yet.
+    def take_write(self, address: int, data: bytes) -> bool | None:
+        """`True`: this was written then; `None`: it was not, as far as is known yet.
 
         Raises `GuestMemoryError` for a write that failed then.
         """
@@ -161,7 +167,7 @@ class ReplayedRequest:
                 if access.error is not None:
                     raise GuestMemoryError(address, access.error)
                 return True
-        return False
+        return None
 
     def write_unrecorded(self, address: int, data: bytes) -> None:
         """It was not written then."""
@@ -183,6 +189,22 @@ class ReplayedRequest:
         if self._strict or access.write:
             self.differ("write" if access.write else "read", describe(access), "not made")
 
+    def further_retry(self, number: int) -> tuple[TrapEvent, int]:
+        """One more retry, which the recording does not have, and a trap that is not used again."""
+        event = msgspec.structs.replace(self.event, seq=number)
+        *before, last = self.seqs or (-1,)
+        # One that was made before is answered.
+        self.seqs = (*self.seqs, number) if last < FIRST_MADE else (*before, number)
+        return event, last if last >= FIRST_MADE else -1
+
+    def is_told_to_wait(self, writes: RegisterWrites, wait: int | None) -> bool:
+        """Whether an answer, of which nothing else is known, is WAIT: its value1 is `wait`."""
+        if wait is None or writes.values[0] != wait:
+            return False
+        # It may be the answer, as it was then.
+        then = None if self.reply is None else self.reply.writes
+        return then is None or then.values[0] != wait
+
     def compare(self, *, whole: bool) -> Difference | None:
         """What is not as it was, when both replies are known; `None`: nothing.
 
@@ -190,7 +212,11 @@ class ReplayedRequest:
         """
         reply, outcome = self.reply, self.outcome
         assert reply is not None
-        if outcome is None:
+        if outcome is None and self.writes is not None:
+            now = msgspec.structs.replace(reply, writes=self.writes)
+            for each in differing_fields(reply, now):
+                self._add(each)
+        elif outcome is None:
             self.differ("outcome", reply.kind.value, "not ours: it ran natively")
         elif not is_same(reply, outcome, whole=whole):
             now = reply_of(outcome, reply)

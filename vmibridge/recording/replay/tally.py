@@ -5,6 +5,7 @@ from collections.abc import Callable
 from vmibridge.bridge.outcome import STOPPED, OutcomeKind
 from vmibridge.bridge.request import request_in
 from vmibridge.recording.messages import Reply, Session
+from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.options import NO_REPLY, ReplayResult
 from vmibridge.recording.replay.request import ReplayedRequest
@@ -12,6 +13,9 @@ from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Tally"]
+
+
+_NOTHING: frozenset[str] = frozenset()
 
 
 class Tally:
@@ -26,6 +30,7 @@ class Tally:
         """When the first trap was taken then, in nanoseconds since the Unix epoch."""
         self._on_difference = on_difference
         self._vm = ""
+        self._redaction = Redaction()
 
     @property
     def keeps(self) -> bool:
@@ -35,6 +40,7 @@ class Tally:
     def begin(self, vm: str, session: Session | None, stop: Callable[[], None]) -> None:
         """The VM is found: its recorded name, what served it, and how its replay is ended."""
         self._vm = vm
+        self._redaction = Redaction(() if session is None else session.redaction)
         self.verdict.begin_vm(session, stop)
 
     def is_behind(self, event: TrapEvent, time: int) -> bool:
@@ -42,8 +48,13 @@ class Tally:
         self.started = self.started or time
         return self.verdict.is_behind(event.seq, time, self.started)
 
-    def close(self, request: ReplayedRequest, why: str | None, *, whole: bool) -> None:
-        """A request is done; `why`: it cannot be compared. Unless `whole`, texts are left out."""
+    def left_out(self, event: TrapEvent) -> frozenset[str]:
+        """What the recording lacks of a request: `memory`, names of values."""
+        packet = request_in(event) if self._redaction.rules else None
+        return _NOTHING if packet is None else self._redaction.of(packet.request)
+
+    def close(self, request: ReplayedRequest, why: str | None) -> None:
+        """A request is done; `why`: it cannot be compared."""
         reply = request.reply
         if reply is None:
             why = why or NO_REPLY
@@ -55,7 +66,7 @@ class Tally:
             return
         if not self._is_selected(request.event, request.time, reply):
             return
-        difference = request.compare(whole=whole)
+        difference = request.compare(whole=not self.left_out(request.event))
         if difference is None and request.unchecked is not None:
             self._count_unchecked(request.unchecked)
             return

@@ -20,6 +20,7 @@ from vmibridge.bridge.packet import BridgePacket
 from vmibridge.errors import ConfigError
 from vmibridge.recording.messages import Reply, Session
 from vmibridge.recording.method_names import MethodNames
+from vmibridge.recording.outputs import leaves_of
 from vmibridge.recording.replay.accept import Accepted
 from vmibridge.recording.replay.compare import Difference, FieldDifference
 from vmibridge.recording.replay.ignore import Ignored, IgnoreRule
@@ -39,7 +40,6 @@ _ALL = Selection()
 class RequestKind(NamedTuple):
     """What requests are counted by."""
 
-    vm: str
     handler: str | None
     method: str
     """Its name, or else its code."""
@@ -99,6 +99,7 @@ class Findings:
             self.left_out += 1
         else:
             seq = difference.seq
+            expected, got = _values(each, name)
             self._groups[key] = Finding(
                 difference.handler,
                 method,
@@ -108,8 +109,8 @@ class Findings:
                 difference.vcpu,
                 seq,
                 difference.time,
-                each.expected,
-                each.got,
+                expected,
+                got,
                 seq,
                 step,
             )
@@ -128,7 +129,7 @@ class Verdict:
         count_kinds: bool = False,
     ) -> None:
         """`limit`: end after so many requests were compared; `fail_fast`: after one that differs.
-        `count_kinds`: count requests by VM, handler and method, too."""
+        `count_kinds`: count requests by handler and method, too."""
         self.findings: Findings = Findings()
         self.compared: Counter[RequestKind] = Counter()
         self.is_over: bool = False
@@ -213,7 +214,7 @@ class Verdict:
         reply = request.reply
         assert reply is not None
         if self._count_kinds:
-            kind = RequestKind(vm, reply.handler, self._method(vm, reply.handler, reply.packet))
+            kind = RequestKind(reply.handler, self._method(vm, reply.handler, reply.packet))
             if kind in self.compared or len(self.compared) < _MAX_KINDS:
                 self.compared[kind] += 1
         self._count += 1
@@ -260,6 +261,14 @@ def _without_numbers(path: str) -> str:
     parts = path.split("[")
     shown = [f"*{part[part.index(']') :]}" if part[:1].isdigit() else part for part in parts[1:]]
     return "[".join((parts[0], *shown))
+
+
+def _values(field: FieldDifference, name: str) -> tuple[str, str]:
+    """What is at the place of an output that has this name; or the whole field."""
+    for leaf in (field.paths and leaves_of(field.expected, field.got)) or ():
+        if _without_numbers(f"output{leaf.path}") == name:
+            return leaf.then or "nothing", leaf.now or "nothing"
+    return field.expected, field.got
 
 
 def _step(field: FieldDifference) -> int | None:
