@@ -29,6 +29,7 @@ _SCOPE = re.compile(
 )
 _STEPS = re.compile(r'(?:\.(?:\w+|\*)|\[(?:\d+|\*|"(?:[^"\\]|\\.)*")\])*')
 _STEP = re.compile(r'\.(?:\w+|\*)|\[(?:\d+|\*|"(?:[^"\\]|\\.)*")\]')
+_NAME = re.compile(r"\.(\w+)$")
 _TEXTS = ("output", "error")
 
 
@@ -105,7 +106,10 @@ def _without(field: FieldDifference, rules: Sequence[IgnoreRule]) -> FieldDiffer
     masked: set[str] = set()
     if any(rule.pattern is not None for rule in rules):
         for leaf in leaves_of(field.expected, field.got) or ():
-            if _masked(leaf.then, rules) == _masked(leaf.now, rules):
+            # With its name, as it stands in the whole text.
+            name = _NAME.search(leaf.path)
+            front = "" if name is None else f'"{name[1]}":'
+            if _masked(f"{front}{leaf.then}", rules) == _masked(f"{front}{leaf.now}", rules):
                 masked.add(f"output{leaf.path}")
     paths = tuple(
         path
