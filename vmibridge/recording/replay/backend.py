@@ -42,7 +42,7 @@ from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, arc
 from vmibridge.recording.replay import options as reasons
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
-from vmibridge.recording.replay.request import FIRST_MADE, ReplayedRequest
+from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.recording.replay.tally import Tally
 from vmibridge.recording.replay.verdict import Verdict
@@ -86,7 +86,6 @@ class ReplayBackend(Backend, Tap):
         self._has_begun = self._is_later = False
         self._has_server = False
         self._wait = ServerSettings().wait.value1
-        self._made = FIRST_MADE
         self._open: dict[int, ReplayedRequest] = {}
         self._unanswered: set[int] = set()
         self._untaken: TrapEvent | None = None
@@ -436,9 +435,9 @@ class ReplayBackend(Backend, Tap):
 
     def _ask_on(self, request: ReplayedRequest) -> None:
         """One more retry, which the recording does not have: so it has a number of its own."""
-        self._made += 1
-        event, unused = request.further_retry(self._made)
-        self._open.pop(unused, None)
+        event, unused = request.further_retry()
+        if unused is not None:
+            self._open.pop(unused, None)
         self._open[event.seq] = request
         self._feed(event)
 

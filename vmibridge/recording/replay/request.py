@@ -40,8 +40,9 @@ _MAX_KEPT = 100_000
 """The same, where all of them are to be accepted."""
 _MAX_FIELDS = 64
 _SHOWN = 16
-FIRST_MADE = 1 << 48
-"""Numbers from here on are those of traps that the recording does not have."""
+_MADE = 40
+"""Bits of a number above which is how many retries of it were made up. A recording of a replay
+has such numbers, too: so the next one follows the latest of its request."""
 _UNKNOWN = "it is not in the recording"
 CUT = "the recording lacks the end of its output"
 
@@ -74,6 +75,7 @@ class ReplayedRequest:
     _past: "deque[MemoryAccess] | None" = None
     _retries: "deque[TrapEvent] | None" = None
     _differences: Sequence[FieldDifference] = ()
+    _made: int | None = None
     _attached = 0
     _latest = -1
 
@@ -189,13 +191,15 @@ class ReplayedRequest:
         if self._strict or access.write:
             self.differ("write" if access.write else "read", describe(access), "not made")
 
-    def further_retry(self, number: int) -> tuple[TrapEvent, int]:
-        """One more retry, which the recording does not have, and a trap that is not used again."""
-        event = msgspec.structs.replace(self.event, seq=number)
-        *before, last = self.seqs or (-1,)
-        # One that was made before is answered.
-        self.seqs = (*self.seqs, number) if last < FIRST_MADE else (*before, number)
-        return event, last if last >= FIRST_MADE else -1
+    def further_retry(self) -> tuple[TrapEvent, int | None]:
+        """One more retry, which the recording does not have, and the number of the one before it
+        that was made up, too: it is answered."""
+        latest = self.seqs[-1] if self.seqs else self.event.seq
+        round_ = (latest >> _MADE) + 1
+        before = self._made
+        number = self._made = (self.event.seq & ((1 << _MADE) - 1)) | round_ << _MADE
+        self.seqs = (*(seq for seq in self.seqs if seq != before), number)
+        return msgspec.structs.replace(self.event, seq=number), before
 
     def is_told_to_wait(self, writes: RegisterWrites, wait: int | None) -> bool:
         """Whether an answer, of which nothing else is known, is WAIT: its value1 is `wait`."""
