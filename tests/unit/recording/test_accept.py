@@ -199,29 +199,46 @@ def test_no_file_is_written_over(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mcap", "b.mcap"]
 
 
+class Held(Probe):
+    """Answers when it is let go."""
+
+    name = "probe"
+
+    def __init__(self):
+        super().__init__()
+        self.let_go = anyio.Event()
+
+    @method(5, soft_timeout=0.02)
+    async def slow(self, vmi, packet):
+        await self.let_go.wait()
+        return BridgeResponse(value1=9)
+
+
 @pytest.mark.parametrize("loop", LOOPS, ids=IDS)
 def test_a_replay_that_is_recorded_has_each_trap_once(tmp_path, loop):
     """It is told to wait more often than then: retries that the recording has not are made up."""
 
     async def guest(vm):
-        await vm.call(ask(5, 7))
-
-    first, second = tmp_path / "a.mcap", tmp_path / "b.mcap"
-    record(first, guest, bridge=Bridge(Probe(pause=0.0)), loop=loop)
-
-    async def record_again():
-        async with Recorder(second) as recorder:
-            await again(first, recorder)
-
-    anyio.run(record_again, backend=loop[0], backend_options=loop[1])
-    seqs = [each.event.seq for each in traps(second)]
-    assert len(seqs) == len(set(seqs)) > 2
-    result = replay(second, Probe(pause=0.1), loop=loop, strict=True)
-    assert (result.compared, result.different, result.unchecked) == (1, 0, {})
-
-
-async def again(path, recorder):
-    async with ReplayBackend(path) as backend:
-        server = BridgeServer(backend, Bridge(Probe(pause=0.1)), taps=[recorder])
-        async for _ in server.run():
+        while (await vm.call(ask(5, 7))).rax == 1:
             pass
+
+    async def record_again(source, target):
+        handler = Held()
+        waits = 0
+        async with Recorder(target) as recorder, ReplayBackend(source) as backend:
+            server = BridgeServer(backend, Bridge(handler), taps=[recorder])
+            async for outcome in server.run():
+                waits += outcome.kind is OutcomeKind.WAITING
+                if waits == 3:
+                    handler.let_go.set()
+
+    first, second, third = (tmp_path / f"{name}.mcap" for name in "abc")
+    record(first, guest, bridge=Bridge(Probe()), loop=loop)
+    for source, target in ((first, second), (second, third)):
+        anyio.run(record_again, source, target, backend=loop[0], backend_options=loop[1])
+        seqs = [each.event.seq for each in traps(target)]
+        assert len(seqs) == len(set(seqs)) > 3
+        handler = Held()
+        handler.let_go.set()
+        result = replay(target, handler, loop=loop, strict=True)
+        assert (result.compared, result.different, result.unchecked) == (1, 0, {})
