@@ -43,8 +43,8 @@ class ServerOptions(LoopOptions):
             group=RECORDING,
             negative=(),
             show_default=False,
-            help="Leave out memory, value1 to value4, or one of them of one request, as in"
-            " 0x0002:value3; may be given several times.",
+            help="Leave out memory, value1 to value4, settings of handlers, or one of them of one"
+            " request, as in 0x0002:value3; may be given several times.",
         ),
     ] = field(default_factory=list)
     unrecorded: Annotated[
