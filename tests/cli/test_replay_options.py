@@ -294,3 +294,55 @@ def test_answers_of_now_make_a_new_recording(record, replay, now, tmp_path):
     with RecordingReader(new) as reader:
         ((_, session),) = reader.messages(SESSION)
     assert msgspec.json.decode(session.handlers[0].settings) == {"step": 1}
+
+
+def test_it_stops_before_a_handler_with_the_answer_of_then(record, replay):
+    path = record()
+    done = replay(path, "--break", "5", "--break", "method == 2 and value1 == 0 and seq > 9")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "break before probe/sum: trap 5 of vm vm, vcpu 0",
+        "  asked     magic 0x12345678 request 0x0100 method 0x0001",
+        "  values    0x0 0x0 0x0 0x0",
+        "  expected  handled: 0x3 . . .",
+        done.stderr.splitlines()[4],
+        "break before probe/five: trap 10 of vm vm, vcpu 0",
+        "  asked     magic 0x12345678 request 0x0100 method 0x0002",
+        "  values    0x0 0x0 0x0 0x0",
+        "  expected  handled: 0x5 . . .",
+    ]
+    assert done.stderr.splitlines()[4].startswith('  output    {"id":')
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--break", "x == 1"], "NameError: name 'x' is not defined; it may name seq, vm,"),
+        (["--break", "1 +"], "is neither a number nor an expression"),
+        (["--pdb"], "--pdb says what to do at a --break"),
+    ],
+)
+def test_a_wrong_place_to_stop_is_one_line(record, replay, options, told):
+    done = replay(record(), *options)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "compared", "different"),
+    [("p 'count', self.count\nself.count = 7\nc\n", 10, 3), ("q\n", 4, 0)],
+)
+def test_in_pdb_it_stops_in_the_handler(
+    record, vmibridge, now, tmp_path, typed, compared, different
+):
+    # In a process of its own: a debugger takes the place of what measures coverage.
+    path, keys = record(), tmp_path / "keys"
+    keys.write_text(typed)
+    given = ("--handlers", now, "--ignore", "output.id", "--break", "5", "--pdb")
+    with keys.open() as typing:
+        done = vmibridge("replay", path, *given, stdin=typing)
+    assert ("('count', 2)" in done.stderr) is ("'count'" in typed)
+    assert "-> self.count += self.step" in done.stderr
+    told = f"{path}: {compared} requests compared, {different} different"
+    assert told in done.stdout, done.stderr

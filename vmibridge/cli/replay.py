@@ -103,6 +103,21 @@ def replay(
             " recorded."
         ),
     ] = None,
+    breaks: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--break",
+            group=CHECKS,
+            negative=(),
+            help="Stop before the handler of this trap is asked, or before each for which an"
+            " expression is true, as in 'request == 0x0100 and value1 > 5'. May be given several"
+            " times.",
+        ),
+    ] = None,
+    pdb: Annotated[
+        bool,
+        Parameter(group=CHECKS, negative=(), help="With --break: in pdb, in the handler."),
+    ] = False,
     require: Annotated[
         str | None,
         Parameter(
@@ -149,11 +164,14 @@ def replay(
     """
     from vmibridge.cli.event_loop import check_loop, logging_to
     from vmibridge.cli.logs import log_handler
+    from vmibridge.cli.replay_break import Break
     from vmibridge.cli.replay_run import Replay, recordings_in
     from vmibridge.recording.replay.options import ReplayOptions
 
     if accept != (output is not None):
         raise ConfigError("--accept makes a new recording: give -o FILE, too, and only with it")
+    if pdb and not breaks:
+        raise ConfigError("--pdb says what to do at a --break: give one, too")
     chosen = (loop or LoopOptions()).loop
     check_loop(chosen)
     paths = recordings_in(files)
@@ -169,6 +187,8 @@ def replay(
         limit=limit,
         fail_fast=fail_fast,
         target=output,
+        breaks=[Break(text) for text in breaks or ()],
+        with_pdb=pdb,
         as_json=json,
     )
     least = None if require is None else _percent(require)

@@ -1,6 +1,7 @@
 """A replay of recordings, one after another, compared with what was recorded."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from vmibridge.bridge.dispatch import Bridge
 from vmibridge.cli.event_loop import run_on
 from vmibridge.cli.options import Loop
 from vmibridge.cli.progress import ReadingBar
+from vmibridge.cli.replay_break import Break, Breaks
 from vmibridge.cli.replay_junit import junit_report
 from vmibridge.cli.replay_result import FileResult, ReplayPrinter
 from vmibridge.cli.setting_options import with_options
@@ -35,6 +37,8 @@ from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.selection import Selection
 
 _ALL = Selection()
+_LONG = 86_400.0
+"""Seconds for one request, while somebody may look at it."""
 
 
 class Replay:
@@ -51,9 +55,11 @@ class Replay:
         limit: int | None,
         fail_fast: bool,
         target: Path | None,
+        breaks: Sequence[Break] = (),
+        with_pdb: bool = False,
         as_json: bool,
     ) -> None:
-        """`target`: where the recording goes that `--accept` makes."""
+        """`target`: where the recording goes that `--accept` makes; `breaks`: where it stops."""
         self._paths = paths
         self._options = options
         self._selection = selection
@@ -62,6 +68,8 @@ class Replay:
         self._limit = limit
         self._fail_fast = fail_fast
         self._target = target
+        self._breaks = list(breaks)
+        self._with_pdb = with_pdb
         self._printer = ReplayPrinter(as_json=as_json, several=len(paths) > 1)
         self._has_begun = False
 
@@ -178,10 +186,21 @@ class Replay:
             for backend in backends:
                 await stack.enter_async_context(backend)
             settings = msgspec.structs.asdict(_settings(backends, timeout))
-            server = BridgeServer(backends, bridge_for, **settings)
+            breaks = self._breaks_of(path, backends, verdict)
+            if self._breaks:
+                # Time goes by while somebody looks.
+                settings |= {"timeout": _LONG if timeout is None else timeout}
+                settings |= {"blocked_after": math.inf}
+            server = BridgeServer(
+                backends, bridge_for, taps=[breaks] if self._breaks else [], **settings
+            )
+            for vm, bridge in bridges.items():
+                breaks.hear_handlers(vm, bridge.handlers)
             with ReadingBar(backends[0].reader, f"replaying {path}") as bar:
                 async for _ in server.run():
                     bar.step()
+            if breaks.error is not None:
+                raise breaks.error
             for backend in backends:
                 printer.changes(
                     backend.session, bridges[backend.vm].handlers, has_config=bool(config.source)
@@ -198,6 +217,10 @@ class Replay:
         )
         printer.file(result)
         return result
+
+    def _breaks_of(self, path: Path, backends: Sequence[ReplayBackend], verdict: Verdict) -> Breaks:
+        names = {backend.vm: backend.options.vm or backend.vm for backend in backends}
+        return Breaks(path, self._breaks, names, verdict.end, with_pdb=self._with_pdb)
 
     def _names(self, sessions: dict[str, Session], *, all_of_them: bool) -> list[str | None]:
         """The VMs of a file that are asked. Those that are not compared are where a handler
