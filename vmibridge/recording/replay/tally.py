@@ -31,26 +31,26 @@ class Tally:
         self._on_difference = on_difference
         self._vm = ""
         self._redaction = Redaction()
-
-    @property
-    def keeps(self) -> bool:
+        self._redacts = False
+        self.keeps: bool = verdict.accepted is not None
         """Whether all accesses of a request are kept."""
-        return self.verdict.accepted is not None
 
     def begin(self, vm: str, session: Session | None, stop: Callable[[], None]) -> None:
         """The VM is found: its recorded name, what served it, and how its replay is ended."""
         self._vm = vm
         self._redaction = Redaction(() if session is None else session.redaction)
+        self._redacts = bool(self._redaction.rules)
         self.verdict.begin_vm(session, stop)
 
     def is_behind(self, event: TrapEvent, time: int) -> bool:
         """Whether a trap was taken after all that are compared."""
         self.started = self.started or time
-        return self.verdict.is_behind(event.seq, time, self.started)
+        verdict = self.verdict
+        return verdict.selects and verdict.is_behind(event.seq, time, self.started)
 
     def left_out(self, event: TrapEvent) -> frozenset[str]:
         """What the recording lacks of a request: `memory`, names of values."""
-        packet = request_in(event) if self._redaction.rules else None
+        packet = request_in(event) if self._redacts else None
         return _NOTHING if packet is None else self._redaction.of(packet.request)
 
     def close(self, request: ReplayedRequest, why: str | None) -> None:
@@ -64,15 +64,19 @@ class Tally:
         if reply is None or why is not None:
             self.leave_unchecked(why or NO_REPLY, request.event, request.time, reply)
             return
-        if not self._is_selected(request.event, request.time, reply):
+        verdict = self.verdict
+        if verdict.selects and not self._is_selected(request.event, request.time, reply):
             return
-        difference = request.compare(whole=not self.left_out(request.event))
+        whole = not (self._redacts and self.left_out(request.event))
+        difference = request.compare(whole=whole)
         if difference is None and request.unchecked is not None:
             self._count_unchecked(request.unchecked)
             return
         result = self.result
         result.compared += 1
-        counts = self.verdict.judge(self._vm, request, difference)
+        if difference is None and not verdict.counts:
+            return
+        counts = verdict.judge(self._vm, request, difference)
         if counts is None:
             result.ignored += difference is not None
             return

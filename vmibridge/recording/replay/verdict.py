@@ -139,7 +139,10 @@ class Verdict:
         self.accepted: Accepted | None = None
         """Where the answers of now are kept that differ; `None`: they are not."""
         self._selection = selection
-        self._selects = selection != _ALL
+        self.selects: bool = selection != _ALL
+        """Whether some requests may not be compared."""
+        self.counts: bool = count_kinds or limit is not None
+        """Whether requests that are the same count for something."""
         self._rules = tuple(ignore)
         self._ignored = Ignored(self._rules)
         self._of_handlers: set[str] = set()
@@ -149,11 +152,6 @@ class Verdict:
         self._names = MethodNames()
         self._stops: list[Callable[[], None]] = []
         self._count = 0
-
-    @property
-    def selects(self) -> bool:
-        """Whether some requests may not be compared."""
-        return self._selects or self.is_over
 
     def begin_vm(self, session: Session | None, stop: Callable[[], None]) -> None:
         """A VM is about to be replayed; `stop` ends its replay."""
@@ -181,9 +179,7 @@ class Verdict:
 
     def is_behind(self, seq: int, time: int, start: int) -> bool:
         """Whether a trap was taken after all that are compared."""
-        return self.is_over or (
-            self._selects and self._selection.is_behind(seq, time, self.start or start)
-        )
+        return self.is_over or self._selection.is_behind(seq, time, self.start or start)
 
     def takes(
         self,
@@ -197,8 +193,6 @@ class Verdict:
         """Whether a request is to be compared. `vm` is its VM as recorded."""
         if self.is_over:
             return False
-        if not self._selects:
-            return True
         if event.vm != vm:
             event = msgspec.structs.replace(event, vm=vm)
         method = None
@@ -231,7 +225,7 @@ class Verdict:
 
     def end(self) -> None:
         """Compare nothing further, in no VM and no file."""
-        self.is_over = True
+        self.is_over = self.selects = True
         for stop in self._stops:
             stop()
         self._stops.clear()
