@@ -120,12 +120,15 @@ def record(path, guest, bridge=None, loop=LOOPS[0], vm="vm", redact=(), **server
     return run(main, loop)
 
 
-def replay(path, *handlers, loop=LOOPS[0], vm="vm", differences=None, **options):
+def replay(
+    path, *handlers, loop=LOOPS[0], vm="vm", differences=None, verdict=None, taps=(), **options
+):
     """Replay it; returns the result."""
 
     async def main():
         notes = [] if differences is None else differences
-        backend = ReplayBackend(path, ReplayOptions(**options), vm, notes.append)
+        given = ReplayOptions(**options)
+        backend = ReplayBackend(path, given, vm, notes.append, verdict=verdict)
         async with backend:
             assert backend.session is not None
             given = replay_settings(backend.session.settings)
@@ -136,6 +139,7 @@ def replay(path, *handlers, loop=LOOPS[0], vm="vm", differences=None, **options)
                 wait=given.wait,
                 fallback=given.fallback,
                 policy=given.policy,
+                taps=taps,
             )
             async for _ in server.run():
                 pass

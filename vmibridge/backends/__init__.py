@@ -5,7 +5,7 @@
 | `qemu-gdb:unix:PATH?site=0x...&...` or `qemu-gdb:tcp:HOST:PORT?...` | a QEMU's gdbstub |
 | `qemu-plugin:unix:PATH?mode=0o600&stay=false` | the QEMUs that connect with the plugin |
 | `remote:URL` | the VM of the agent that connects there |
-| `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false` | a recording, played from its file |
+| `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false&copies=1&loop=1` | a recording |
 | `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
 """
 
@@ -31,12 +31,11 @@ def _unicorn(path: str, options: str, vm: str) -> "Backend":
 def _replay(path: str, options: str, vm: str) -> "Backend":
     if not path:
         raise BackendSpecError("replay: needs the path of a recording, as in replay:run.mcap")
-    from vmibridge.recording import ReplayBackend, ReplayOptions
+    from vmibridge.recording.replay.load import LoadBackend, LoadOptions
     from vmibridge.vm.spec import parse_options
 
-    return ReplayBackend(
-        Path(path), parse_options(f"replay:{path}", options, ReplayOptions, {}), vm
-    )
+    given = parse_options(f"replay:{path}", options, LoadOptions, {})
+    return LoadBackend(Path(path), given, vm)
 
 
 def _qemu_plugin(where: str, options: str, vm: str) -> "Backend":

@@ -157,6 +157,9 @@ class BridgeHandler(Generic[T]):
     """One instance may serve several VMs: it keeps nothing of a guest."""
     reads: ClassVar[tuple[GuestRead, ...]] = ()
     """Guest memory that it is known to read: an agent on another machine sends it along."""
+    replay_ignore: ClassVar[tuple[str, ...]] = ()
+    """What `vmibridge replay` leaves out when it compares answers, as `output.id`, `value2` or
+    `/REGEX/`: what differs each time, such as an id or the time of day."""
     Settings: ClassVar[type[msgspec.Struct] | None] = None
     """The type of `[handlers.NAME]` in the configuration; an instance of it is then
     the only argument of the constructor."""
@@ -247,6 +250,7 @@ _ATTRIBUTES: Mapping[str, tuple[type, ...]] = {
     "own_task": (bool,),
     "shared": (bool,),
     "reads": (tuple, list),
+    "replay_ignore": (tuple, list),
     "Settings": (type, type(None)),
 }
 """What a class attribute of a handler may be."""
@@ -278,6 +282,8 @@ def _check_attribute(cls: type[BridgeHandler[Any]], name: str, value: object) ->
         raise TypeError(f"{cls.__name__}.name is {_shown(value)}, not printable text")
     if name == "Settings" and value is not None and not issubclass(value, msgspec.Struct):  # type: ignore[arg-type]
         raise TypeError(f"{cls.__name__}.Settings is {_shown(value)}, not a msgspec.Struct")
+    if name == "replay_ignore" and not all(type(rule) is str for rule in value):  # type: ignore[attr-defined]
+        raise TypeError(f"{cls.__name__}.replay_ignore is {_shown(value)}, not of texts")
     if name == "reads" and not all(type(read) is GuestRead for read in value):  # type: ignore[attr-defined]
         raise TypeError(f"{cls.__name__}.reads is {_shown(value)}, not of GuestReads")
 

@@ -4,8 +4,10 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import anyio
 import msgspec
@@ -21,6 +23,9 @@ from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError
 from vmibridge.transport import Agent
 from vmibridge.vm.backend import Backend, GuestEnd
+
+if TYPE_CHECKING:  # it needs an extra
+    from vmibridge.recording.replay.load import LoadSummary
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -62,40 +67,47 @@ def agent(
     check_loop(chosen)
     if (why := problem(deadline, Seconds)) is not None:
         raise ConfigError(f"--deadline: {why}")
-    vm = named_backend(backend, os.uname().nodename[:64] or "vm")
+    named = named_backend(backend, os.uname().nodename[:64] or "vm")
     try:
-        carrier = Agent(vm, connect, deadline=deadline)
+        carried = [(vm, Agent(vm, connect, deadline=deadline)) for vm in named.copies()]
     except BackendSpecError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with logging_to(log_handler(log_level, None), log_level):
-        return run_on(chosen, partial(_serve, vm, carrier, as_json=json))
+        return run_on(chosen, partial(_serve, carried, as_json=json))
 
 
-async def _serve(backend: Backend, agent: Agent, *, as_json: bool) -> int:
+async def _serve(carried: Sequence[tuple[Backend, Agent]], *, as_json: bool) -> int:
     received: list[int] = []
-    failure: BackendError | None = None
-    end = GuestEnd()
+    failures: list[BackendError] = []
+    ends: dict[str, GuestEnd] = {}
 
     def stop(number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping the guest", number.name)
-        agent.stop(now=now)
+        for _, agent in carried:
+            agent.stop(now=now)
+
+    async def carry(backend: Backend, agent: Agent) -> None:
+        try:
+            async with backend:
+                ends[agent.vm] = await agent.run()
+        except BackendError as error:
+            failures.append(error)
 
     async with anyio.create_task_group() as tasks:
         await tasks.start(stop_on_signals, stop, received)
-        try:
-            async with backend:
-                end = await agent.run()
-        except BackendError as error:
-            failure = error
+        async with anyio.create_task_group() as guests:
+            for backend, agent in carried:
+                guests.start_soon(carry, backend, agent)
         tasks.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-    _print_summary(agent, end, as_json=as_json)
+    if failures:
+        raise failures[0]
+    _print_summary(carried, ends, as_json=as_json)
     if (stopped := exit_status(received)) is not None:
         return stopped
-    failed = [each for each in end.vcpus if each.reason in ("crashed", "lost")]
+    ended = [each for end in ends.values() for each in end.vcpus]
+    failed = [each for each in ended if each.reason in ("crashed", "lost")]
     if failed:
         raise BackendError(
             "; ".join(f"vcpu {each.vcpu} {each.reason}: {each.detail}" for each in failed)
@@ -103,24 +115,53 @@ async def _serve(backend: Backend, agent: Agent, *, as_json: bool) -> int:
     return 0
 
 
-def _print_summary(agent: Agent, end: GuestEnd, *, as_json: bool) -> None:
-    counts = agent.counts
+def _print_summary(
+    carried: Sequence[tuple[Backend, Agent]], ends: Mapping[str, GuestEnd], *, as_json: bool
+) -> None:
+    counts: Counter[str] = Counter()
+    shares: Counter[str] = Counter()
+    for _, agent in carried:
+        counts.update(agent.counts.as_dict())
+        shares.update(agent.shares)
+    load = _load_of([backend for backend, _ in carried])
     if as_json:
         guest = [
-            VcpuLine(agent.vm, each.vcpu, each.reason, each.detail, each.registers)
+            VcpuLine(vm, each.vcpu, each.reason, each.detail, each.registers)
+            for vm, end in ends.items()
             for each in end.vcpus
         ]
-        summary = {**counts.as_dict(), "guest": guest}
-        if agent.shares:
-            summary["servers"] = agent.shares
-        line = json_line(msgspec.json.encode({"summary": summary})).decode().rstrip("\n")
+        summary: dict[str, object] = {**counts, "guest": guest}
+        if shares:
+            summary["servers"] = shares
+        if load is not None:
+            summary["load"] = load
+        lines = [json_line(msgspec.json.encode({"summary": summary})).decode().rstrip("\n")]
     else:
         line = (
-            f"{counts.traps} traps: {counts.answered} answered by the server, {counts.own} here;"
-            f" {counts.connections} connections"
+            f"{counts['traps']} traps: {counts['answered']} answered by the server,"
+            f" {counts['own']} here; {counts['connections']} connections"
         )
-        if agent.shares:
-            shares = ", ".join(f"{name} {count}" for name, count in agent.shares.items())
-            line += f"; by server: {shares}"
-    sys.stdout.write(f"{line}\n")
+        if shares:
+            told = ", ".join(f"{name} {count}" for name, count in shares.items())
+            line += f"; by server: {told}"
+        lines = [line]
+        if load is not None:
+            lines.append(
+                f"{load.rate:.0f} traps/s for {load.seconds:.3f} s; milliseconds: half of them"
+                f" {load.p50_ms:g}, 90 % {load.p90_ms:g}, 99 % {load.p99_ms:g}, all {load.max_ms:g}"
+            )
+            lines.append(
+                f"{load.compared} requests compared with the recording, {load.different} different"
+            )
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
+
+
+def _load_of(backends: Sequence[Backend]) -> "LoadSummary | None":
+    """The figures of recordings that are played; `None` for a VM."""
+    if "vmibridge.recording.replay.load" not in sys.modules:
+        return None
+    from vmibridge.recording.replay.load import LoadBackend, LoadFigures
+
+    played = [backend for backend in backends if isinstance(backend, LoadBackend)]
+    return LoadFigures.sum_up(played) if played else None

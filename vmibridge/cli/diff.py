@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vmibridge.cli.edit import renamed
-from vmibridge.cli.options import RENAME, Json, Recording
+from vmibridge.cli.options import RENAME, Json, Recording, renamed
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.errors import ConfigError, NotReplayedError

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import REDACT, RENAME, Json, Output, Recording
+from vmibridge.cli.options import REDACT, RENAME, Json, Output, Recording, renamed
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.cli.streams import json_line
 from vmibridge.errors import ConfigError
@@ -81,17 +81,6 @@ def edit(
     if json and output != STDOUT:
         sys.stdout.write(json_line(encode(done)).decode())
     return 0
-
-
-def renamed(pairs: list[str]) -> dict[str, str]:
-    """From the old to the new name of VMs, of `OLD=NEW`. Raises `ConfigError`."""
-    names: dict[str, str] = {}
-    for pair in pairs:
-        old, equals, new = pair.partition("=")
-        if not (old and equals and new.isprintable() and 0 < len(new) <= 64):
-            raise ConfigError(f"--rename {pair[:80]!r}: is not OLD=NEW, two names of a VM")
-        names[old] = new
-    return names
 
 
 def _nanoseconds(option: str, text: str) -> int:

@@ -47,8 +47,8 @@ REDACT = Parameter(
     group=RECORDING,
     negative=(),
     show_default=False,
-    help="Leave out memory, value1 to value4, or one of them of one request, as in"
-    " 0x0002:value3; may be given several times.",
+    help="Leave out memory, value1 to value4, settings of handlers, or one of them of one"
+    " request, as in 0x0002:value3; may be given several times.",
 )
 RENAME = Parameter(
     negative=(),
@@ -119,3 +119,14 @@ def named_backend(text: str, unnamed: str) -> "Backend":
     if not name:
         raise BackendSpecError(f"{text}: the name of the VM is missing before '='")
     return open_backend(spec, vm=name)
+
+
+def renamed(pairs: list[str]) -> dict[str, str]:
+    """From the old to the new name of VMs, of `OLD=NEW`. Raises `ConfigError`."""
+    names: dict[str, str] = {}
+    for pair in pairs:
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new.isprintable() and 0 < len(new) <= 64):
+            raise ConfigError(f"--rename {pair[:80]!r}: is not OLD=NEW, two names of a VM")
+        names[old] = new
+    return names

@@ -54,8 +54,9 @@ def run(
         raise ConfigError(f"--until {until}: give output, exit, or a number of traps from 1")
     prepared = Prepared.of(handlers, given)
     backends = [
-        named_backend(text, f"vm{number}" if len(backend) > 1 else "vm")
+        each
         for number, text in enumerate(backend)
+        for each in named_backend(text, f"vm{number}" if len(backend) > 1 else "vm").copies()
     ]
     console = None if given.json or not sys.stdout.isatty() else Console()
     writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)

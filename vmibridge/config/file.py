@@ -11,6 +11,9 @@
     [handlers.fetch]
     allow = ["https://example.com/samples/"]
 
+    [replay]
+    ignore = ["output.id"]
+
 An error names the file, the line where it can be found, and the key.
 """
 
@@ -99,6 +102,11 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     server: dict[str, Any] = {}
     policy: dict[str, Any] | None = None
     handlers: dict[str, dict[str, Any]] = {}
+    replay: dict[str, Any] = {}
+
+
+class _Replay(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    ignore: tuple[str, ...] = ()
 
 
 class Config:
@@ -126,6 +134,7 @@ class Config:
         if given.get("fallback") == "standard":
             given["fallback"] = STANDARD_FALLBACK
         self._server = ServerSettings(**given, policy=self._policy)
+        self._replay = self._convert(self._file.replay, _Replay, ("replay",))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -149,6 +158,16 @@ class Config:
     def policy(self) -> Policy | None:
         """`[policy]`; `None` where the file has no such table."""
         return self._policy
+
+    @property
+    def replay_ignore(self) -> tuple[str, ...]:
+        """`ignore` of `[replay]`: what `vmibridge replay` does not compare."""
+        return self._replay.ignore
+
+    @property
+    def source(self) -> str:
+        """What errors call it."""
+        return self._source
 
     def settings_of(self, handler: str, kind: type[S]) -> S:
         """`[handlers.NAME]`, decoded. Raises `ConfigError`."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.bridge.made_with import remember_settings
 from vmibridge.config import foreign
 from vmibridge.config.checks import Checks
 from vmibridge.config.file import Config
@@ -50,6 +51,8 @@ class HandlerFactory:
         """Names of handlers whose extra is missing."""
         self._checks = Checks()
         offered = offered_by(self._modules)
+        self.has_shared: bool = any(offer.handler.shared for offer in offered)
+        """Whether a handler serves several VMs."""
         config.check_handlers({offer.handler.name for offer in offered})
         self._checks.modules(self._modules)
         self._checks.offered(offered)
@@ -149,7 +152,10 @@ def _construct(
             config.refuse_settings(kind.name, "takes no settings")
             return kind()
         # The base class takes no arguments; one that has Settings says that it takes them.
-        return kind(config.settings_of(kind.name, kind.Settings))  # type: ignore[call-arg]
+        settings = config.settings_of(kind.name, kind.Settings)
+        made = kind(settings)  # type: ignore[call-arg]
+        remember_settings(made, settings)
+        return made
     except (VmiBridgeError, KeyboardInterrupt):
         raise
     except BaseException as error:

@@ -27,8 +27,8 @@ try:
     from vmibridge.recording.recorder import Recorder
     from vmibridge.recording.redaction import RedactionRule
     from vmibridge.recording.replay.backend import ReplayBackend
+    from vmibridge.recording.replay.compare import Difference, FieldDifference
     from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
-    from vmibridge.recording.replay.request import Difference, FieldDifference
     from vmibridge.recording.traps import RecordedTrap, recorded_traps
 except ModuleNotFoundError as _error:
     raise MissingExtraError("a recording", "recording") from _error

@@ -25,16 +25,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.bridge.output import output_text as json_text
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.settings import ServerSettings
+from vmibridge.recording.outputs import OutputText
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.vm.arch import architecture_named
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent
-
-_MAX_TEXT = 4096
-"""Characters of an output."""
 
 FORMAT = 1
 """The version of these structs; another one means other fields."""
@@ -65,6 +62,10 @@ class RecordedHandler(msgspec.Struct, frozen=True, omit_defaults=True):
     """The name of the file that its class stands in, without folders."""
     sha256: str | None = None
     """Of that file."""
+    settings: str | None = None
+    """What it was made with, as JSON; `None`: nothing, or it is not known, or was left out."""
+    modules: dict[str, str] = {}
+    """The modules of its project that it imports, with the SHA-256 of their files."""
 
 
 class RecordedArchitecture(msgspec.Struct, frozen=True):
@@ -124,11 +125,13 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     handler: str | None = None
     error: str | None = None
     output: str | None = None
-    """The typed output as JSON, or its `repr`; cut after 4,096 characters."""
+    """The typed output as JSON, or its `repr`, as `outputs` has it; cut after 4,096 characters."""
     duration: float = 0.0
     """Seconds from taking the trap to the written answer."""
     retry_of: int | None = None
     """Of a retry: the trap that the request came with first."""
+    output_sha256: str | None = None
+    """Of the whole text of an output that was cut. Recordings of 0.2.0 do not have it."""
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -173,11 +176,8 @@ CHANNEL_OF_TOPIC: Mapping[str, ChannelKind] = MappingProxyType(
 
 
 def output_text(output: object) -> str | None:
-    """A typed output as text: JSON, or its `repr`; `None` for none."""
-    if output is None:
-        return None
-    text = json_text(output)
-    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
+    """A typed output as a recording has it; `None` for none."""
+    return OutputText.of(output).text
 
 
 _OF_0_2_0 = RecordedArchitecture("x86", 1)

@@ -54,8 +54,8 @@ from vmibridge.recording.messages import (
     MemoryAccess,
     Note,
     Reply,
-    output_text,
 )
+from vmibridge.recording.outputs import OutputText
 from vmibridge.recording.redaction import Redaction, RedactionRule
 from vmibridge.recording.rotation import Rotation, sizes
 from vmibridge.recording.session import session_of
@@ -79,6 +79,7 @@ _HELD_DATA = 1024
 _SMALL = 256 << 10
 """Bytes of a chunk that the loop compresses: about 300 us."""
 _NOTHING: frozenset[str] = frozenset()
+_NO_OUTPUT = OutputText(None, None)
 
 
 class Recorder(Tap):
@@ -129,7 +130,7 @@ class Recorder(Tap):
         self._max_traps = flush_traps
         self._on_error = on_error
         self._redaction = Redaction(redact)
-        self._redacts = bool(self._redaction.rules)
+        self._redacts = bool(self._redaction.of_traps)
         self._left_out: dict[tuple[str, int], frozenset[str]] = {}
         self._stem = stem
         self._overwrite = overwrite
@@ -264,11 +265,16 @@ class Recorder(Tap):
         packet, writes, error = outcome.packet, outcome.writes, outcome.error
         assert event is not None
         # Made into text now: a handler may change what it gave.
-        text = None if response is None else output_text(response.output)
+        text, digest = (
+            _NO_OUTPUT
+            if response is None or response.output is None
+            else OutputText.of(response.output)
+        )
         if self._redacts and (left_out := self._left_out.pop((event.vm, event.seq), None)):
             packet = self._redaction.packet(packet, left_out)
             writes = None if writes is None else self._redaction.writes(writes, left_out)
-            text, error = None, None if error is None else "left out"
+            text, digest = _NO_OUTPUT
+            error = None if error is None else "left out"
         reply = Reply(
             event.vm,
             event.seq,
@@ -281,6 +287,7 @@ class Recorder(Tap):
             text,
             outcome.duration,
             outcome.retry_of,
+            digest,
         )
         # As `_add`, without its call.
         if self.error is None:

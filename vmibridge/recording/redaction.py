@@ -4,6 +4,7 @@
 |---|---|
 | `memory` | the bytes of each access to guest memory; address and size stay |
 | `value1` to `value4` | that value of the request, and of its answer |
+| `settings` | the settings of handlers, in the session |
 | `REQUEST:...` | the same, of one request only |
 
 A trap that a rule is for loses its output and the text of its error, too: they may quote
@@ -26,7 +27,7 @@ from vmibridge.errors import ConfigError
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 _RULE = re.compile(
-    r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|[0-9]{1,5}):)?(?P<what>memory|value[1-4])"
+    r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|[0-9]{1,5}):)?(?P<what>memory|settings|value[1-4])"
 )
 _VALUES = ("value1", "value2", "value3", "value4")
 _ANSWERS = RegisterWrites.__struct_fields__[1:]
@@ -35,7 +36,7 @@ _ANSWERS = RegisterWrites.__struct_fields__[1:]
 class RedactionRule(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that is left out."""
 
-    what: Literal["memory", "value1", "value2", "value3", "value4"]
+    what: Literal["memory", "value1", "value2", "value3", "value4", "settings"]
     request: int | None = None
     """Of this request; `None`: of all."""
 
@@ -48,8 +49,8 @@ class RedactionRule(msgspec.Struct, frozen=True, omit_defaults=True):
         request = None if code is None else int(code, 16 if code[:2] in ("0x", "0X") else 10)
         if found is None or (request or 0) >> 16:
             raise ConfigError(
-                f"{text[:40]!r} is no redaction: it is memory, value1 to value4, or one of them"
-                " behind a request, as in 0x0002:value3"
+                f"{text[:40]!r} is no redaction: it is memory, settings, value1 to value4,"
+                " or one of them behind a request, as in 0x0002:value3"
             )
         return msgspec.convert({"what": found["what"], "request": request}, cls)
 
@@ -65,11 +66,21 @@ class Redaction:
         self.rules: tuple[RedactionRule, ...] = tuple(
             RedactionRule.parse(rule) if isinstance(rule, str) else rule for rule in rules
         )
-        self._values = any(rule.what != "memory" for rule in self.rules)
+        self._values = any(rule.what in _VALUES for rule in self.rules)
+        self.of_traps: tuple[RedactionRule, ...] = tuple(
+            rule for rule in self.rules if rule.what != "settings"
+        )
+        """What a session says of them: those that are about traps. vmibridge 0.2.0 knows no others,
+        and would not read the session."""
+
+    def hides_settings(self, request: int) -> bool:
+        """Whether the settings of the handler of a request are left out."""
+        settings = (rule for rule in self.rules if rule.what == "settings")
+        return any(rule.request in (None, request) for rule in settings)
 
     def of(self, request: int) -> frozenset[str]:
-        """What is left out of a request: `memory`, names of values."""
-        return frozenset(rule.what for rule in self.rules if rule.request in (None, request))
+        """What is left out of the traps of a request: `memory`, names of values."""
+        return frozenset(rule.what for rule in self.of_traps if rule.request in (None, request))
 
     def trap(self, event: TrapEvent, left_out: frozenset[str]) -> TrapEvent:
         """The trap with zeros for the values that are left out, and for what may repeat one."""

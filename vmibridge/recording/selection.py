@@ -3,8 +3,10 @@
 | field | takes a trap when |
 |---|---|
 | `requests` | its request has one of these codes, or a handler of one of these names took it |
+| `methods` | its method has one of these codes, or one of these names by its session |
 | `outcomes` | it ended so; `None` stands for a trap without a reply |
 | `vcpus`, `vms` | it is of one of them |
+| `first`, `last` | its sequence number is one of them or between; there are such of each VM |
 | `since`, `until` | it was taken then or between; both ends count |
 
 An empty field takes all.
@@ -21,6 +23,7 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import Note, Session
+from vmibridge.recording.method_names import MethodNames
 from vmibridge.recording.traps import RecordedTrap, ignored, recorded_traps
 from vmibridge.vm.trap import TrapEvent
 
@@ -62,39 +65,53 @@ class Selection(msgspec.Struct, frozen=True):
     """Some of the traps; by default all."""
 
     requests: frozenset[int | str] = frozenset()
+    methods: frozenset[int | str] = frozenset()
     outcomes: frozenset[OutcomeKind | None] = frozenset()
     vcpus: frozenset[int] = frozenset()
     vms: frozenset[str] = frozenset()
     since: Moment | None = None
     until: Moment | None = None
+    first: int | None = None
+    last: int | None = None
 
     @classmethod
     def parse(
         cls,
         *,
         requests: Iterable[str] = (),
+        methods: Iterable[str] = (),
         outcomes: Iterable[str] = (),
         vcpus: Iterable[int] = (),
         vms: Iterable[str] = (),
         since: str | None = None,
         until: str | None = None,
+        first: int | None = None,
+        last: int | None = None,
     ) -> Self:
         """From the words of a command line. Raises `ConfigError`."""
         return cls(
-            frozenset(map(_request, requests)),
+            frozenset(_code(text, "request") for text in requests),
+            frozenset(_code(text, "method") for text in methods),
             frozenset(map(_outcome, outcomes)),
             frozenset(vcpus),
             frozenset(vms),
             None if since is None else Moment.parse(since),
             None if until is None else Moment.parse(until),
+            first,
+            last,
         )
 
-    def takes(self, trap: RecordedTrap, start: int) -> bool:
-        """Whether a trap is one of them. `start` is when the first of the recording was taken."""
+    def takes(self, trap: RecordedTrap, start: int, method: str | None = None) -> bool:
+        """Whether a trap is one of them. `start` is when the first of the recording was taken;
+        `method` is the name of its method."""
         event, packet, reply = trap.event, trap.packet, trap.reply
         if self.requests and not (
             (packet is not None and packet.request in self.requests)
             or (reply is not None and reply.handler in self.requests)
+        ):
+            return False
+        if self.methods and not (
+            packet is not None and (packet.method in self.methods or method in self.methods)
         ):
             return False
         if self.outcomes and (None if reply is None else reply.kind) not in self.outcomes:
@@ -103,9 +120,17 @@ class Selection(msgspec.Struct, frozen=True):
             return False
         if self.vms and event.vm not in self.vms:
             return False
+        if self.first is not None and event.seq < self.first:
+            return False
         if self.since is not None and trap.time < self.since.after(start):
             return False
-        return self.until is None or trap.time <= self.until.after(start)
+        return not self.is_behind(event.seq, trap.time, start)
+
+    def is_behind(self, seq: int, time: int, start: int) -> bool:
+        """Whether a trap was taken after all of them, so that none of its VM follows it."""
+        if self.last is not None and seq > self.last:
+            return True
+        return self.until is not None and time > self.until.after(start)
 
 
 class SelectedTraps:
@@ -130,6 +155,7 @@ class SelectedTraps:
         self._selection = selection
         self._hear = hear
         self._others = others
+        self._names = MethodNames()
         self.start: int = 0
         """When the first trap of the recording was taken; known with the first trap."""
 
@@ -147,7 +173,13 @@ class SelectedTraps:
 
     def takes(self, trap: RecordedTrap) -> bool:
         """Whether a trap of this pass is one of them."""
-        return self._selection.takes(trap, self.start)
+        return self._selection.takes(trap, self.start, self._method(trap))
+
+    def _method(self, trap: RecordedTrap) -> str | None:
+        packet, reply = trap.packet, trap.reply
+        if packet is None or reply is None:
+            return None
+        return self._names.name(trap.event.vm, reply.handler, packet.method)
 
     def _other(self, place: int, timed: TimedMessage) -> None:
         message, vms = timed.message, self._selection.vms
@@ -160,6 +192,8 @@ class SelectedTraps:
         for timed in self._messages:
             message = timed.message
             if isinstance(message, (Session, Note)):
+                if isinstance(message, Session):
+                    self._names.learn(message)
                 self._hear(message)
             elif not self.start and isinstance(message, TrapEvent):
                 self.start = timed.time
@@ -169,16 +203,16 @@ class SelectedTraps:
             yield timed
 
 
-def _request(text: str) -> int | str:
+def _code(text: str, what: str) -> int | str:
     if not _NUMBER.fullmatch(text):
         return text
     try:
-        request = int(text, 16 if text[:2] in ("0x", "0X") else 10)
+        code = int(text, 16 if text[:2] in ("0x", "0X") else 10)
     except ValueError:
-        request = 1 << 16  # more digits than Python converts
-    if request >> 16:
-        raise ConfigError(f"{text[:40]!r} is no request: it has 16 bits, 0x0000 to 0xffff")
-    return request
+        code = 1 << 16  # more digits than Python converts
+    if code >> 16:
+        raise ConfigError(f"{text[:40]!r} is no {what}: it has 16 bits, 0x0000 to 0xffff")
+    return code
 
 
 def _outcome(text: str) -> OutcomeKind | None:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import inspect
 import platform
+import re
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.bridge.made_with import made_with
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.messages import (
     RecordedArchitecture,
@@ -22,10 +25,19 @@ from vmibridge.recording.messages import (
     Session,
     format_of,
 )
+from vmibridge.recording.project_modules import project_modules
 from vmibridge.recording.redaction import Redaction
+from vmibridge.text import repr_of
 from vmibridge.vm.arch.architecture import Architecture
 
-__all__ = ["recorded_handler", "session_of"]
+__all__ = ["LEFT_OUT", "recorded_handler", "session_of", "settings_text"]
+
+LEFT_OUT = "left out"
+"""In the place of a setting that is not recorded."""
+_SECRET = re.compile("secret|passw|token|credential|private|api_?key|auth", re.IGNORECASE)
+"""In the names of settings that are not recorded."""
+_MAX_SETTINGS = 65_536
+"""Characters."""
 
 
 def session_of(
@@ -46,14 +58,17 @@ def session_of(
             **{name: _version(name) for name in ("vmibridge", "anyio", "msgspec")},
         },
         loop=_loop(),
-        handlers=tuple(map(recorded_handler, bridge.handlers)),
+        handlers=tuple(
+            recorded_handler(handler, with_settings=not redaction.hides_settings(handler.REQUEST))
+            for handler in bridge.handlers
+        ),
         settings=settings,
-        redaction=redaction.rules,
+        redaction=redaction.of_traps,
         architecture=told,
     )
 
 
-def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
+def recorded_handler(handler: BridgeHandler[Any], *, with_settings: bool = True) -> RecordedHandler:
     """What a recording keeps of a handler."""
     cls, contract = type(handler), handler.contract
     # The module of a file has the folder in its name, which does not belong in a recording.
@@ -75,6 +90,8 @@ def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
         tuple(RecordedMethod(each.code, each.name) for each in handler.methods.values()),
         source,
         digest,
+        settings_text(handler) if with_settings else None,
+        project_modules(cls.__module__),
     )
 
 
@@ -82,6 +99,35 @@ def recorded_handler(handler: BridgeHandler[Any]) -> RecordedHandler:
 def _version(package: str) -> str:
     # It is looked for on the disk, which takes a millisecond, on the loop.
     return version(package)
+
+
+def settings_text(handler: BridgeHandler[Any]) -> str | None:
+    """The settings that a handler was made with, as JSON, without what looks like a secret.
+
+    `None`: it has none, or they are not known, or are more than a recording keeps.
+    """
+    settings = made_with(handler)
+    if settings is None:
+        return None
+    try:
+        data = msgspec.to_builtins(settings, enc_hook=repr_of, str_keys=True)
+        text = msgspec.json.encode(_without_secrets(data), order="deterministic").decode()
+    except BaseException:  # whatever a value of them raises
+        return None
+    return text if len(text) <= _MAX_SETTINGS else None
+
+
+def _without_secrets(value: object, depth: int = 32) -> object:
+    if not depth:
+        return LEFT_OUT
+    if isinstance(value, dict):
+        return {
+            name: LEFT_OUT if _SECRET.search(name) else _without_secrets(each, depth - 1)
+            for name, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_without_secrets(each, depth - 1) for each in value]
+    return value
 
 
 def _loop() -> str:

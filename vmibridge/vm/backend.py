@@ -7,7 +7,7 @@ each with `resume`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum
 from types import TracebackType
@@ -155,6 +155,10 @@ class Backend(ABC):
         """The name of the VM in events and outcomes."""
         self._tasks: TaskGroup | None = None
         self._stack = AsyncExitStack()
+
+    def copies(self) -> "Sequence[Backend]":
+        """All VMs that it stands for: this one, and those that run beside it."""
+        return (self,)
 
     @property
     def tasks(self) -> TaskGroup:

@@ -34,8 +34,8 @@ class Changes:
         self._rename = rename
         self._redaction = Redaction(redact)
         self._shift = shift
-        self._all = frozenset(rule.what for rule in self._redaction.rules)
-        self.redacts: bool = bool(self._all)
+        self._all = frozenset(rule.what for rule in self._redaction.of_traps)
+        self.redacts: bool = bool(self._redaction.rules)
         self.renames: bool = bool(rename)
         self._owners: dict[str, str] = {}
         """Of each name that is written, what it was."""
@@ -88,8 +88,14 @@ class Changes:
     ) -> RecordedMessage:
         redaction = self._redaction
         if isinstance(message, Session):
-            rules = dict.fromkeys((*message.redaction, *redaction.rules))
-            return msgspec.structs.replace(message, redaction=tuple(rules))
+            rules = dict.fromkeys((*message.redaction, *redaction.of_traps))
+            handlers = tuple(
+                msgspec.structs.replace(each, settings=None)
+                if redaction.hides_settings(each.request)
+                else each
+                for each in message.handlers
+            )
+            return msgspec.structs.replace(message, redaction=tuple(rules), handlers=handlers)
         if isinstance(message, TrapEvent):
             return self._trap(message, self._all if left_out is None else left_out)
         if isinstance(message, Reply):

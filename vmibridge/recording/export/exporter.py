@@ -11,7 +11,6 @@ from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.traps import RecordedTrap
 
 _MASK64 = (1 << 64) - 1
-_MAX_NAMES = 65_536
 
 
 class Exporter(ABC):
@@ -57,30 +56,6 @@ class Exporter(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Write what is held."""
-
-
-class MethodNames:
-    """What requests are called, by the sessions of a recording."""
-
-    def __init__(self) -> None:
-        self._names: dict[tuple[str, str, int], str] = {}
-
-    def learn(self, session: Session) -> None:
-        """Take the handlers of one VM."""
-        for handler in session.handlers:
-            for method in handler.methods:
-                if len(self._names) < _MAX_NAMES:
-                    self._names[session.vm, handler.name, method.code] = method.name
-
-    def of(self, trap: RecordedTrap) -> str:
-        """`handler/method`, or the codes where no handler took it."""
-        packet, reply = trap.packet, trap.reply
-        if packet is None:
-            return trap.event.reason.value
-        if reply is None or reply.handler is None:
-            return f"{packet.request:#06x}/{packet.method:#06x}"
-        name = self._names.get((trap.event.vm, reply.handler, packet.method))
-        return f"{reply.handler}/{f'{packet.method:#06x}' if name is None else name}"
 
 
 def unsigned(value: int) -> int:

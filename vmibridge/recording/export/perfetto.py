@@ -28,8 +28,9 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (  # type: ignore[
 )
 
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.recording.export.exporter import Exporter, MethodNames, unsigned
+from vmibridge.recording.export.exporter import Exporter, unsigned
 from vmibridge.recording.messages import Note, Session
+from vmibridge.recording.method_names import MethodNames
 from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, outcome_word
 
 _REALTIME, _BOOTTIME = 1, 6

@@ -24,34 +24,37 @@ Nothing in here is bounded by the file: what is held is bounded by `_MAX_HELD`.
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
 
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.dispatch import Bridge
-from vmibridge.bridge.outcome import STOPPED, Outcome, OutcomeKind
-from vmibridge.bridge.request import request_in
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, architecture_of
-from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay import options as reasons
+from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
-from vmibridge.recording.replay.request import Difference, ReplayedRequest
+from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVm
+from vmibridge.recording.replay.tally import Tally
+from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
+
+R = TypeVar("R")
 
 _MAX_HELD = 32 << 20
 """Bytes of memory accesses that may be held for requests that run."""
 _MAX_OPEN = 16_384
 """Requests that may be open at a time."""
-_NOTHING: frozenset[str] = frozenset()
 
 
 class ReplayBackend(Backend, Tap):
@@ -63,6 +66,8 @@ class ReplayBackend(Backend, Tap):
         options: ReplayOptions | None = None,
         vm: str = "vm",
         on_difference: Callable[[Difference], None] | None = None,
+        *,
+        verdict: Verdict | None = None,
     ) -> None:
         super().__init__(vm)
         options = options or ReplayOptions()
@@ -70,18 +75,17 @@ class ReplayBackend(Backend, Tap):
             raise BackendSpecError(f"replay:{path}: speed={options.speed} is no number from 0")
         self.path = path
         self.options = options
-        self.result: ReplayResult = ReplayResult()
         self.session: Session | None = None
         """What served this VM then; known once the backend is open, if the file tells."""
         self.reader: RecordingReader
-        self._on_difference = on_difference
-        self._redaction = Redaction()
+        self._tally = Tally(verdict or Verdict(), on_difference)
         self._source: RecordedVm
         self._batch: list[TimedMessage] = []
         self._place = 0
         self._at_end = False
         self._has_begun = self._is_later = False
         self._has_server = False
+        self._wait = ServerSettings().wait.value1
         self._open: dict[int, ReplayedRequest] = {}
         self._unanswered: set[int] = set()
         self._untaken: TrapEvent | None = None
@@ -96,9 +100,17 @@ class ReplayBackend(Backend, Tap):
         self._sink: TrapSink
         self._full: deque[TrapEvent] = deque()
         self._start: tuple[float, int] | None = None
-        self.started: int = 0
-        """When the first trap was taken then, in nanoseconds since the Unix epoch."""
         self._pause = 0.0
+
+    @property
+    def result(self) -> ReplayResult:
+        """What came of it so far."""
+        return self._tally.result
+
+    @property
+    def started(self) -> int:
+        """When the first trap was taken then, in nanoseconds since the Unix epoch; 0 until then."""
+        return self._tally.started
 
     # --- the life of a backend ------------------------------------------------------
 
@@ -111,8 +123,9 @@ class ReplayBackend(Backend, Tap):
         self._source = await in_own_thread(RecordedVm, self.path, self.options.vm)
         self.reader, self.session = self._source.reader, self._source.session
         if self.session is not None:
-            self._redaction = Redaction(self.session.redaction)
             self.architecture = architecture_of(self.session)
+            self._wait = self.session.settings.wait.value1
+        self._tally.begin(self._source.name, self.session, self.stop)
 
     async def close(self) -> None:
         self._source.close()
@@ -156,37 +169,30 @@ class ReplayBackend(Backend, Tap):
             raise BackendError(f"trap {event.seq} was answered before, or never played")
         if writes is None or not self._has_server:
             # No tap sees one that is not ours, and none where an agent carries them.
-            self._answer(event, None)
+            self._answer(event, None, writes)
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """The recorded bytes. Waits where the recording was not read as far."""
         request = self._request_of(event, address)
-        while True:
-            before = request.held
-            try:
-                data = request.take_read(address, size)
-            finally:
-                self._held -= before - request.held
-            if data is not None:
-                return data
-            if request.over:
-                return request.read_unrecorded(address, size)
-            await self._further_accesses(request)
+        data = await self._taken(request, partial(request.take_read, address, size))
+        return request.read_unrecorded(address, size) if data is None else data
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """As it went then. Waits where the recording was not read as far."""
         request = self._request_of(event, address)
+        if await self._taken(request, partial(request.take_write, address, data)) is None:
+            request.write_unrecorded(address, data)
+
+    async def _taken(self, request: ReplayedRequest, take: Callable[[], R | None]) -> R | None:
+        """What `take` finds among the recorded accesses; `None`: there is no such."""
         while True:
             before = request.held
             try:
-                done = request.take_write(address, data)
+                found = take()
             finally:
                 self._held -= before - request.held
-            if done:
-                return
-            if request.over:
-                request.write_unrecorded(address, data)
-                return
+            if found is not None or request.over:
+                return found
             await self._further_accesses(request)
 
     def begin(
@@ -194,6 +200,7 @@ class ReplayBackend(Backend, Tap):
     ) -> None:
         self._stop_for = stop
         self._has_server = True
+        self._tally.verdict.hear_handlers(self._source.name, bridge.handlers)
 
     def dropped(self, vm: str, error: Exception) -> None:
         """Without these calls it cannot go on: it would wait for ever."""
@@ -247,9 +254,10 @@ class ReplayBackend(Backend, Tap):
     def _walk_trap(self, time: int, event: TrapEvent) -> bool:
         self._has_begun = True
         if self._is_later:
-            self._leave_unchecked(reasons.LATER)
+            self._tally.leave_unchecked(reasons.LATER, event, time)
             return True
-        self.started = self.started or time
+        if self._tally.is_behind(event, time):
+            return True
         if self._untaken is not None or (self.options.speed and not self._is_due(time)):
             return False
         if len(self._open) >= _MAX_OPEN:
@@ -257,7 +265,7 @@ class ReplayBackend(Backend, Tap):
                 return False
             self._close(next(iter(self._open.values())), reasons.NO_REPLY)
         if event.seq in self._open:
-            self._leave_unchecked(reasons.TWICE)
+            self._tally.leave_unchecked(reasons.TWICE, event, time)
             return True
         after = self._batch[self._place + 1].message if self._place + 1 < len(self._batch) else None
         if event.vm != self.vm:
@@ -267,16 +275,19 @@ class ReplayBackend(Backend, Tap):
                 self._walk_retry(self._open[after.retry_of], event)
             else:
                 # What it did before is in another file, or lost.
-                self._leave_unchecked(reasons.BEFORE)
+                self._tally.leave_unchecked(reasons.BEFORE, event, time)
             return True
         if isinstance(after, Reply) and after.seq == event.seq and after.kind is OutcomeKind.DENIED:
-            self._leave_unchecked("the policy denied it")
+            self._tally.leave_unchecked("the policy denied it", event, time, after)
             return True
-        left_out = self._left_out(event) - {"memory"}
+        left_out = self._tally.left_out(event) - {"memory"}
         if left_out:
-            self._leave_unchecked(f"{', '.join(sorted(left_out))} was left out of the recording")
+            why = f"{', '.join(sorted(left_out))} was left out of the recording"
+            self._tally.leave_unchecked(why, event, time)
             return True
-        self._open[event.seq] = ReplayedRequest(event, time, strict=self.options.strict)
+        self._open[event.seq] = ReplayedRequest(
+            event, time, strict=self.options.strict, keep=self._tally.keeps
+        )
         self._feed(event)
         return True
 
@@ -314,7 +325,7 @@ class ReplayBackend(Backend, Tap):
             if request.wants_retry:
                 # The recorded retries are used up: it is slower now.
                 request.wants_retry = False
-                self._feed(request.event)
+                self._ask_on(request)
         if request.answered:
             self._close(request)
             return True
@@ -365,7 +376,8 @@ class ReplayBackend(Backend, Tap):
                 queue.append(event)
                 return
             self._busy[event.vcpu] = deque()
-        else:
+        elif self._has_server:
+            # Elsewhere, where an agent carries it, no tap tells that it was taken.
             self._untaken = event
         self._put(event)
 
@@ -383,7 +395,9 @@ class ReplayBackend(Backend, Tap):
         self._unanswered.discard(event.seq)
         self.stop()
 
-    def _answer(self, event: TrapEvent, outcome: Outcome[Any] | None) -> None:
+    def _answer(
+        self, event: TrapEvent, outcome: Outcome[Any] | None, writes: RegisterWrites | None = None
+    ) -> None:
         if event.seq not in self._unanswered:
             return
         self._unanswered.discard(event.seq)
@@ -398,10 +412,14 @@ class ReplayBackend(Backend, Tap):
                 del self._busy[event.vcpu]
         request = self._open.get(event.seq)
         if request is not None:
-            if outcome is not None and outcome.kind is OutcomeKind.WAITING:
+            if writes is not None:
+                waits = request.is_told_to_wait(writes, self._wait)
+            else:
+                waits = outcome is not None and outcome.kind is OutcomeKind.WAITING
+            if waits:
                 self._ask_again(request, event)
             else:
-                request.answered, request.outcome = True, outcome
+                request.answered, request.outcome, request.writes = True, outcome, writes
                 request.drop_retries()
                 if request.over and self.options.order == "vcpu":
                     self._close(request)
@@ -411,34 +429,20 @@ class ReplayBackend(Backend, Tap):
         if request.retries:
             self._feed(request.retries.popleft())
         elif request.over and request.reply is not None:
-            self._feed(event)
+            self._ask_on(request)
         elif not request.over:
             request.wants_retry = True
+
+    def _ask_on(self, request: ReplayedRequest) -> None:
+        """One more retry, which the recording does not have: so it has a number of its own."""
+        event, unused = request.further_retry()
+        if unused is not None:
+            self._open.pop(unused, None)
+        self._open[event.seq] = request
+        self._feed(event)
 
     def _close(self, request: ReplayedRequest, why: str | None = None) -> None:
         for seq in (request.event.seq, *request.seqs):
             self._open.pop(seq, None)
         self._held -= request.held
-        reply = request.reply
-        if reply is None:
-            why = why or reasons.NO_REPLY
-        elif reply.kind is OutcomeKind.CANCELLED and reply.error == STOPPED:
-            why = "the server stopped before its answer"
-        why = request.unchecked or why
-        if why is not None:
-            self._leave_unchecked(why)
-            return
-        difference = request.compare(whole=not self._left_out(request.event))
-        self.result.compared += 1
-        if difference is not None:
-            self.result.different += 1
-            self.result.first = self.result.first or difference
-            if self._on_difference is not None:
-                self._on_difference(difference)
-
-    def _left_out(self, event: TrapEvent) -> frozenset[str]:
-        packet = request_in(event) if self._redaction.rules else None
-        return _NOTHING if packet is None else self._redaction.of(packet.request)
-
-    def _leave_unchecked(self, why: str) -> None:
-        self.result.unchecked[why] = self.result.unchecked.get(why, 0) + 1
+        self._tally.close(request, why)

@@ -6,7 +6,7 @@ import msgspec
 
 from vmibridge.engine.policy import Quota, Rate
 from vmibridge.engine.settings import ServerSettings
-from vmibridge.recording.replay.request import Difference
+from vmibridge.recording.replay.compare import Difference
 
 __all__ = [
     "BEFORE",
@@ -50,6 +50,8 @@ class ReplayResult(msgspec.Struct):
     """Requests of which both the recorded and the new answer are known."""
     different: int = 0
     first: Difference | None = None
+    ignored: int = 0
+    """Requests of which nothing differs but what rules ignore."""
     unchecked: dict[str, int] = {}
     """Requests that could not be compared, by the reason."""
 

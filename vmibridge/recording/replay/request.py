@@ -14,50 +14,37 @@ for it again: they share its memory accesses and its final reply.
 | leaves out a write | | yes |
 """
 
-import re
 from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import GuestMemoryError
-from vmibridge.recording.messages import MemoryAccess, Reply, output_text
-from vmibridge.recording.traps import VALUE_NAMES
-from vmibridge.vm.trap import TrapEvent
+from vmibridge.recording.messages import MemoryAccess, Reply
+from vmibridge.recording.replay.compare import (
+    Difference,
+    FieldDifference,
+    describe,
+    differing_fields,
+    is_cut,
+    is_same,
+    reply_of,
+)
+from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 _MAX_PAST = 64
 """Accesses that are kept when they are done, to tell of them and to read from."""
+_MAX_KEPT = 100_000
+"""The same, where all of them are to be accepted."""
 _MAX_FIELDS = 64
 _SHOWN = 16
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
-"""In the `repr` of an object: another one each time."""
-
-
-class FieldDifference(msgspec.Struct, frozen=True):
-    """One thing that is not as it was."""
-
-    field: str
-    """`outcome`, `handler`, `value1` to `value4`, `rip`, `output`, `error`, `read`, `write`."""
-    expected: str
-    got: str
-
-
-class Difference(msgspec.Struct, frozen=True):
-    """A request that was answered in another way than in the recording."""
-
-    vm: str
-    vcpu: int
-    seq: int
-    """Of the trap that it came with."""
-    time: int
-    """When that was recorded, in nanoseconds since the Unix epoch."""
-    packet: BridgePacket | None
-    fields: tuple[FieldDifference, ...]
-    accesses: tuple[MemoryAccess, ...] = ()
-    """The last ones that its handler made now."""
+_MADE = 40
+"""Bits of a number above which is how many retries of it were made up. A recording of a replay
+has such numbers, too: so the next one follows the latest of its request."""
+_UNKNOWN = "it is not in the recording"
+CUT = "the recording lacks the end of its output"
 
 
 class ReplayedRequest:
@@ -73,6 +60,8 @@ class ReplayedRequest:
     """Whether all that was recorded of it was read."""
     outcome: Outcome[object] | None = None
     """Its final one, now."""
+    writes: RegisterWrites | None = None
+    """Its answer now, where nothing else is known of it: a server elsewhere gave it."""
     answered = False
     blocked = False
     """Whether its handler waits for an access that was not read yet."""
@@ -86,13 +75,16 @@ class ReplayedRequest:
     _past: "deque[MemoryAccess] | None" = None
     _retries: "deque[TrapEvent] | None" = None
     _differences: Sequence[FieldDifference] = ()
+    _made: int | None = None
     _attached = 0
     _latest = -1
 
-    def __init__(self, event: TrapEvent, time: int, *, strict: bool) -> None:
+    def __init__(self, event: TrapEvent, time: int, *, strict: bool, keep: bool = False) -> None:
+        """`strict`: the order of accesses counts; `keep`: all that are made are kept."""
         self.event = event
         self.time = time
         self._strict = strict
+        self._keep = keep
 
     @property
     def pending(self) -> "deque[tuple[int, MemoryAccess]]":
@@ -105,7 +97,7 @@ class ReplayedRequest:
     def past(self) -> "deque[MemoryAccess]":
         """Accesses that were made now."""
         if self._past is None:
-            self._past = deque(maxlen=_MAX_PAST)
+            self._past = deque(maxlen=_MAX_KEPT if self._keep else _MAX_PAST)
         return self._past
 
     @property
@@ -146,16 +138,23 @@ class ReplayedRequest:
     def read_unrecorded(self, address: int, size: int) -> bytes:
         """The bytes there, as far as other accesses tell. Raises `GuestMemoryError`."""
         data = self._compose(address, size)
-        access = MemoryAccess(self.event.vm, self.event.seq, address, size, data)
+        error = None if data is not None else _UNKNOWN
+        access = MemoryAccess(self.event.vm, self.event.seq, address, size, data, False, error)
         self.past.append(access)
         if data is None or self._strict:
             self.differ("read", self._next(), describe(access))
         if data is None:
-            raise GuestMemoryError(address, "it is not in the recording")
+            raise GuestMemoryError(address, _UNKNOWN)
         return data
 
-    def take_write(self, address: int, data: bytes) -> bool:
-        """Whether this was written then, as far as is known yet.
+    @property
+    def all_accesses(self) -> "list[MemoryAccess] | None":
+        """Those that were made now, where all are kept; `None`: they are more than that."""
+        past = self.past
+        return None if len(past) == past.maxlen else list(past)
+
+    def take_write(self, address: int, data: bytes) -> bool | None:
+        """`True`: this was written then; `None`: it was not, as far as is known yet.
 
         Raises `GuestMemoryError` for a write that failed then.
         """
@@ -170,7 +169,7 @@ class ReplayedRequest:
                 if access.error is not None:
                     raise GuestMemoryError(address, access.error)
                 return True
-        return False
+        return None
 
     def write_unrecorded(self, address: int, data: bytes) -> None:
         """It was not written then."""
@@ -180,13 +179,35 @@ class ReplayedRequest:
 
     def differ(self, field: str, expected: str, got: str) -> None:
         """Note a difference; the first 64 are kept."""
-        if len(self._differences) < _MAX_FIELDS and expected != got:
-            self._differences = (*self._differences, FieldDifference(field, expected, got))
+        if expected != got:
+            self._add(FieldDifference(field, expected, got))
+
+    def _add(self, difference: FieldDifference) -> None:
+        if len(self._differences) < _MAX_FIELDS:
+            self._differences = (*self._differences, difference)
 
     def leave_out(self, access: MemoryAccess) -> None:
         """A recorded access that is not made now."""
         if self._strict or access.write:
             self.differ("write" if access.write else "read", describe(access), "not made")
+
+    def further_retry(self) -> tuple[TrapEvent, int | None]:
+        """One more retry, which the recording does not have, and the number of the one before it
+        that was made up, too: it is answered."""
+        latest = self.seqs[-1] if self.seqs else self.event.seq
+        round_ = (latest >> _MADE) + 1
+        before = self._made
+        number = self._made = (self.event.seq & ((1 << _MADE) - 1)) | round_ << _MADE
+        self.seqs = (*(seq for seq in self.seqs if seq != before), number)
+        return msgspec.structs.replace(self.event, seq=number), before
+
+    def is_told_to_wait(self, writes: RegisterWrites, wait: int | None) -> bool:
+        """Whether an answer, of which nothing else is known, is WAIT: its value1 is `wait`."""
+        if wait is None or writes.values[0] != wait:
+            return False
+        # It may be the answer, as it was then.
+        then = None if self.reply is None else self.reply.writes
+        return then is None or then.values[0] != wait
 
     def compare(self, *, whole: bool) -> Difference | None:
         """What is not as it was, when both replies are known; `None`: nothing.
@@ -195,13 +216,18 @@ class ReplayedRequest:
         """
         reply, outcome = self.reply, self.outcome
         assert reply is not None
-        if outcome is None:
+        if outcome is None and self.writes is not None:
+            now = msgspec.structs.replace(reply, writes=self.writes)
+            for each in differing_fields(reply, now):
+                self._add(each)
+        elif outcome is None:
             self.differ("outcome", reply.kind.value, "not ours: it ran natively")
-        else:
-            self._compare_outcomes(reply, outcome)
-            if whole:
-                self._compare_texts("error", reply.error, outcome.error)
-                self._compare_texts("output", reply.output, output_text(outcome.output))
+        elif not is_same(reply, outcome, whole=whole):
+            now = reply_of(outcome, reply)
+            for each in differing_fields(reply, now, outcome.output, whole=whole):
+                self._add(each)
+        if whole and outcome is not None and is_cut(reply):
+            self.unchecked = self.unchecked or CUT
         for _, access in self._pending or ():
             self.leave_out(access)
         if not self._differences:
@@ -215,28 +241,8 @@ class ReplayedRequest:
             request_in(event),
             tuple(self._differences),
             tuple(self.past)[-_SHOWN:],
+            reply.handler or (None if outcome is None else outcome.handler),
         )
-
-    def _compare_outcomes(self, reply: Reply, outcome: Outcome[object]) -> None:
-        if (reply.kind, reply.handler, reply.writes) == (
-            outcome.kind,
-            outcome.handler,
-            outcome.writes,
-        ):
-            return
-        self.differ("outcome", reply.kind.value, outcome.kind.value)
-        self.differ("handler", str(reply.handler), str(outcome.handler))
-        for name, then, now in zip(
-            ("rip", *VALUE_NAMES),
-            _numbers(reply),
-            _numbers(outcome),
-            strict=True,
-        ):
-            self.differ(name, _number(then), _number(now))
-
-    def _compare_texts(self, field: str, then: str | None, now: str | None) -> None:
-        if then != now:
-            self.differ(field, _stable(then), _stable(now))
 
     def _take(self, place: int, number: int, access: MemoryAccess) -> None:
         if number > self._latest:
@@ -271,28 +277,3 @@ class ReplayedRequest:
 def held_size(access: MemoryAccess) -> int:
     """Bytes that an access holds, its own fields included."""
     return 200 + (0 if access.data is None else len(access.data))
-
-
-def describe(access: MemoryAccess) -> str:
-    """One access, in one line."""
-    what = "write" if access.write else "read"
-    if access.error is not None:
-        text = f"failed: {access.error}"
-    elif access.data is None:
-        text = "left out"
-    else:
-        text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
-    return f"{what} of {access.size} bytes at {access.address:#x}: {text}"
-
-
-def _numbers(answer: Reply | Outcome[object]) -> tuple[int | None, ...]:
-    writes = answer.writes
-    return (None,) * 5 if writes is None else (writes.rip, *writes.values)
-
-
-def _number(value: int | None) -> str:
-    return "left alone" if value is None else f"{value:#x}"
-
-
-def _stable(text: str | None) -> str:
-    return "none" if text is None else _ADDRESS.sub(" at ...>", text)

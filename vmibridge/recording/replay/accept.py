@@ -1,0 +1,214 @@
+"""A new recording of an old one: the traps of then, with the answers of now where they differ.
+
+    accepted = Accepted()
+    ...                                  # a replay whose verdict has it
+    write_accepted(source, target, accepted)
+
+What is not replayed, not compared or not different is copied, with its times. Of a request that
+is accepted
+
+- the final reply is that of now, in the place and at the time of the one of then;
+- the memory accesses are those of now, right behind its first trap;
+- nothing is left where it ran natively now: no recording has such traps.
+
+So what was accepted replays without a difference, and to accept it again changes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.errors import NotReplayedError
+from vmibridge.recording.export import new_files
+from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.reader import RecordingReader, TimedMessage
+from vmibridge.recording.file.writer import RecordingWriter
+from vmibridge.recording.messages import (
+    CHANNELS,
+    MemoryAccess,
+    Note,
+    RecordedHandler,
+    RecordedMessage,
+    Reply,
+    Session,
+)
+from vmibridge.recording.redaction import Redaction
+from vmibridge.recording.replay.compare import reply_of
+from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.vm.trap import TrapEvent
+
+__all__ = ["Accepted", "write_accepted"]
+
+_CHUNK = 1 << 20
+"""Bytes before compression after which a chunk is cut."""
+
+
+class _Request(msgspec.Struct):
+    """One request as it is answered now."""
+
+    seqs: tuple[int, ...]
+    """Of its traps."""
+    reply: Reply | None
+    """`None`: it ran natively."""
+    accesses: list[MemoryAccess]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Request).decode
+
+
+class Accepted:
+    """The answers of now that are to be in the new recording."""
+
+    def __init__(self, *, all_handlers: bool = True) -> None:
+        """`all_handlers`: the sessions get those of now; else those that were accepted alone."""
+        self.count: int = 0
+        """Requests that are accepted."""
+        # Encoded, as there may be many.
+        self._requests: dict[tuple[str, int], bytes] = {}
+        """From the VM and the first trap."""
+        self._firsts: dict[tuple[str, int], int] = {}
+        """From the VM and any other trap of a request to its first."""
+        self._handlers: dict[str, tuple[RecordedHandler, ...]] = {}
+        self._all_handlers = all_handlers
+        self._changed: set[tuple[str, str]] = set()
+
+    def hear_handlers(self, vm: str, handlers: Iterable[RecordedHandler]) -> None:
+        """What serves a VM now."""
+        self._handlers[vm] = tuple(handlers)
+
+    def keep(self, vm: str, request: ReplayedRequest) -> None:
+        """Accept what became of a request. Raises `NotReplayedError`: its accesses are too many."""
+        reply, outcome, first = request.reply, request.outcome, request.event.seq
+        assert reply is not None
+        accesses = request.all_accesses
+        if accesses is None:
+            raise NotReplayedError(f"trap {first} of vm {vm}: too many memory accesses to accept")
+        now = None if outcome is None else msgspec.structs.replace(reply_of(outcome, reply), vm=vm)
+        self.count += 1
+        self._requests[vm, first] = _encode(
+            _Request(
+                (first, *request.seqs),
+                now,
+                [msgspec.structs.replace(each, vm=vm, seq=first) for each in accesses],
+            )
+        )
+        for seq in request.seqs:
+            self._firsts[vm, seq] = first
+        if now is not None and now.handler is not None:
+            self._changed.add((vm, now.handler))
+
+    def request(self, vm: str | None, seq: int | None) -> "_Request | None":
+        """The accepted request that a trap belongs to."""
+        if vm is None or seq is None:
+            return None
+        data = self._requests.get((vm, self._firsts.get((vm, seq), seq)))
+        return None if data is None else _decode(data)
+
+    def session(self, then: Session) -> Session:
+        """The session of a VM, with the handlers that answered what was accepted."""
+        now = {each.name: each for each in self._handlers.get(then.vm, ())}
+        if not now:
+            return then
+        if self._all_handlers:
+            return msgspec.structs.replace(then, handlers=tuple(now.values()))
+        kept = {each.name: each for each in then.handlers}
+        for vm, name in self._changed:
+            if vm == then.vm and name in now:
+                kept[name] = now[name]
+        return msgspec.structs.replace(then, handlers=tuple(kept.values()))
+
+
+def write_accepted(source: Path, target: Path, accepted: Accepted) -> None:
+    """Write the new recording. Blocking; one chunk in memory at a time.
+
+    Raises `RecordingReadError` when `source` cannot be read, `ConfigError` when `target` is there
+    already, `RecordingError` when it cannot be written. Then there is no `target`.
+    """
+    with RecordingReader(source) as reader, new_files([target]) as (path,):
+        writer = RecordingWriter(path, f"vmibridge {version('vmibridge')}", overwrite=True)
+        try:
+            _write(_accept(reader.messages(), accepted), writer)
+            writer.finish()
+        except BaseException:
+            writer.close()
+            raise
+
+
+def _write(messages: Iterable[tuple[int, RecordedMessage]], writer: RecordingWriter) -> None:
+    chunk = ChunkBuilder()
+    for time, message in messages:
+        # The traps of an architecture have a type of their own.
+        number = next(each.id for each in CHANNELS if isinstance(message, each.kind))
+        if chunk.add(number, time, message) >= _CHUNK:
+            writer.add(chunk.pack())
+            chunk = ChunkBuilder()
+    if len(chunk):
+        writer.add(chunk.pack())
+
+
+def _accept(
+    messages: Iterable[TimedMessage], accepted: Accepted
+) -> Iterator[tuple[int, RecordedMessage]]:
+    redactions: dict[str, Redaction] = {}
+    changes: dict[str, Counter[str]] = {}
+    for time, message in messages:
+        if isinstance(message, Session):
+            redactions.setdefault(message.vm, Redaction(message.redaction))
+            yield time, accepted.session(message)
+            continue
+        if isinstance(message, Note) and message.kind == "end":
+            change = changes.get(message.vm or "", Counter())
+            counts = {name: count + change[name] for name, count in message.counts.items()}
+            yield (
+                time,
+                msgspec.structs.replace(message, counts=counts, text=_total(counts, message)),
+            )
+            continue
+        request = accepted.request(message.vm, message.seq)
+        if request is None:
+            yield time, message
+            continue
+        now = request.reply
+        if isinstance(message, Reply):
+            change = changes.setdefault(message.vm, Counter())
+            if now is None:
+                change[message.kind.value] -= 1
+                change["native"] += 1
+            elif message.kind is OutcomeKind.WAITING:
+                yield time, message
+            else:
+                change[message.kind.value] -= 1
+                change[now.kind.value] += 1
+                hidden = _hidden(redactions.get(message.vm), message)
+                yield time, now if not hidden else _redacted(now, redactions[message.vm], hidden)
+        elif now is not None and not isinstance(message, MemoryAccess):
+            yield time, message
+            if isinstance(message, TrapEvent) and message.seq == request.seqs[0]:
+                hidden = _hidden(redactions.get(message.vm), now)
+                for access in request.accesses:
+                    if "memory" in hidden:
+                        access = msgspec.structs.replace(access, data=None)  # noqa: PLW2901
+                    yield time, access
+
+
+def _hidden(redaction: Redaction | None, reply: Reply) -> frozenset[str]:
+    return frozenset() if redaction is None else redaction.of(reply.packet.request)
+
+
+def _redacted(reply: Reply, redaction: Redaction, hidden: frozenset[str]) -> Reply:
+    writes = None if reply.writes is None else redaction.writes(reply.writes, hidden)
+    error = None if reply.error is None else "left out"
+    return msgspec.structs.replace(
+        reply, writes=writes, output=None, output_sha256=None, error=error
+    )
+
+
+def _total(counts: dict[str, int], note: Note) -> str:
+    if not counts:
+        return note.text
+    return f"{sum(counts.values()) - counts.get('native', 0)} traps"
