@@ -76,6 +76,7 @@ def replay(
 
     Example: vmibridge replay run.mcap --handlers handlers/hello.py
     """
+    from vmibridge.aio.clock import VirtualTime
     from vmibridge.cli.event_loop import check_loop, logging_to, run_on
     from vmibridge.cli.logs import log_handler
     from vmibridge.cli.replay_run import Replay, sessions_of
@@ -91,7 +92,8 @@ def replay(
     run = Replay(file, options, {session.vm: session for session in sessions}, as_json=json)
     with logging_to(log_handler(log_level, None), log_level):
         try:
-            return run_on(chosen, partial(run.compare, handlers, config, timeout))
+            compare = partial(run.compare, handlers, config, timeout)
+            return run_on(chosen, compare, VirtualTime(speed))
         except (RecordingReadError, BackendSpecError):
             raise
         except VmiBridgeError as error:

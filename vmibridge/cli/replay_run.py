@@ -16,6 +16,7 @@ from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, Session
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.options import ReplayOptions, replay_settings
+from vmibridge.recording.replay.walk import Walk
 
 
 class Replay:
@@ -40,22 +41,25 @@ class Replay:
         `timeout`: seconds for one request, in place of what was recorded.
         """
         factory = HandlerFactory(sources, Config() if config is None else Config.read(config))
-        bridges: dict[str, Bridge] = {}
-
-        def bridge_for(vm: str) -> Bridge:
-            bridge = bridges[vm] = factory(vm)
-            return bridge
-
-        printer = self._printer
+        printer, walk = self._printer, Walk(self._file)
         backends = [
-            ReplayBackend(self._file, options, options.vm or "vm", printer.difference)
+            ReplayBackend(self._file, options, options.vm or "vm", printer.difference, walk)
             for options in self._options
         ]
+        bridges: dict[str, Bridge] = {each.vm: factory(each.vm) for each in backends}
+        company: list[ReplayBackend] = []
+        if any(handler.shared for bridge in bridges.values() for handler in bridge.handlers):
+            # What a shared handler does for one VM depends on what it did for the others.
+            for name in self._sessions:
+                if name not in bridges:
+                    options = msgspec.structs.replace(self._options[0], vm=name)
+                    company.append(ReplayBackend(self._file, options, name, walk=walk))
+                    bridges[name] = factory(name)
         async with AsyncExitStack() as stack:
-            for backend in backends:
+            for backend in backends + company:
                 await stack.enter_async_context(backend)
             settings = msgspec.structs.asdict(self._settings(timeout))
-            server = BridgeServer(backends, bridge_for, **settings)
+            server = BridgeServer(backends + company, bridges.__getitem__, **settings)
             with ReadingBar(backends[0].reader, f"replaying {self._file}") as bar:
                 async for _ in server.run():
                     bar.step()

@@ -33,6 +33,7 @@ from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.request import Cause, Request, State, Worker
+from vmibridge.engine.watching import HandlerWatch
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _UNMATCHED = OutcomeKind.UNMATCHED
@@ -52,7 +53,7 @@ class Asking:
         on_interrupt: Callable[[KeyboardInterrupt], None] | None,
         on_blocked: Callable[[Blocked], None],
         vm: str,
-        began: Callable[[Worker, Entry], None] | None = None,
+        watch: HandlerWatch | None = None,
     ) -> None:
         self.vm: str = vm
         """As `on_blocked`, for the watch of the loop, which finds both on the stack."""
@@ -61,7 +62,7 @@ class Asking:
         self._turns = turns
         self._on_interrupt = on_interrupt
         # Of a tap that wants to know; else `None`, and a handler pays one test.
-        self._began = began
+        self._watch = watch
         self._cancelled = anyio.get_cancelled_exc_class()
         # What a handler that was overtaken may leave. A group may hold the cancellation, which its
         # scope has to get back. Others end here, as those of any handler.
@@ -72,6 +73,11 @@ class Asking:
         if not worker.request.entry.instant:
             self._in_flight.enter_nowait()
             worker.has_place = True
+
+    def line_up(self, worker: Worker) -> None:
+        """A request has got a task of its own, which is about to run."""
+        if self._watch is not None:
+            self._watch.queued(worker)
 
     async def ask(  # noqa: PLR0912 - each trap would pay for one more call
         self, worker: Worker, request: Request, entries: tuple[Entry, ...]
@@ -93,9 +99,10 @@ class Asking:
                         found = await self._ask_in_turn(worker, request, entry)
                     else:
                         request.state = _INLINE
-                        if self._began is not None:
-                            self._began(worker, entry)
-                        found = await ask(entry, worker.context, packet)
+                        if self._watch is None:
+                            found = await ask(entry, worker.context, packet)
+                        else:
+                            found = await self._watch.ask(worker, entry)
                     if scope.begun:
                         await close_generators(scope, entry.name)
                     outcome = outcome_of(entry, packet, found)
@@ -124,6 +131,8 @@ class Asking:
                 and not is_being_cancelled()
             ):
                 await forget_cancellation(worker.task)
+            if self._watch is not None and self._watch.lined_up:
+                self._watch.lined_up.discard(worker)
             if worker.has_place:
                 worker.has_place = False
                 self._in_flight.leave()
@@ -132,6 +141,10 @@ class Asking:
         """Wait for the handler's turn and for a place, as far as it needs them."""
         if request.state is not _QUEUED:
             request.on(_QUEUE)
+        if self._watch is not None:
+            self._watch.queued(worker)
+            if (turn := self._watch.turn(worker)) is not None:
+                await turn
         if entry.serial:
             assert entry.handler is not None
             # The turn before the place: a request that waits for its turn must not hold a place.
@@ -148,9 +161,9 @@ class Asking:
             # Between the hand-over of its turn and now. It must not begin.
             return None
         request.on(_BEGIN)
-        if self._began is not None:
-            self._began(worker, entry)
-        return await ask(entry, worker.context, request.packet)
+        if self._watch is None:
+            return await ask(entry, worker.context, request.packet)
+        return await self._watch.ask(worker, entry)
 
     def _outcome_of_error(self, worker: Worker, entry: Entry, error: BaseException) -> Outcome[Any]:
         packet = worker.request.packet

@@ -38,7 +38,6 @@ Invariants
 """
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,10 +45,11 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
+from vmibridge.aio.clock import loop_clock
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
 from vmibridge.aio.generators import watch_generators
 from vmibridge.aio.loops import handler_scope
-from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.context import BridgeContext, Source
 from vmibridge.bridge.dispatch import Bridge, Entry
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
@@ -66,14 +66,14 @@ from vmibridge.engine.request import WATCHED, Cause, Request, State, Worker
 from vmibridge.engine.retries import Retries, as_retry
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import TappedMemory, Taps
+from vmibridge.engine.tapped_memory import TappedMemory
+from vmibridge.engine.taps import Taps
+from vmibridge.engine.watching import source_for, watch_for
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent, TrapFilter
 
 log: logging.Logger = logging.getLogger(__name__)
-
-_clock = time.monotonic
 
 _PATIENCE = 1.0
 """Seconds that a handler has to unwind after it was cancelled, on asyncio; at most half of
@@ -104,34 +104,40 @@ class Workers:
         before_resume: BeforeResume | None = None,
     ) -> None:
         self.summary: Summary = Summary()
-        self.lanes, began = lanes_for(taps, settings.queue, self._abandon)
+        clock = self._clock = loop_clock()
+        conductor = backend.conductor
+        stepped = None if taps is None else taps.handler_stepped
+        self.lanes, began = lanes_for(taps, settings.queue, self._abandon, clock)
         self.filter: TrapFilter = bridge.trap_filter
         self._backend = backend
         self._bridge = bridge
         self._taps = taps
         self._terms = TermsTable(settings)
         self._replies = Replies(
-            backend, settings, outcomes, self.lanes, self.summary, taps, before_resume
+            backend, settings, outcomes, self.lanes, self.summary, taps, clock, before_resume
         )
-        self._retries = Retries(settings, self._terms, self.summary, taps)
+        self._retries = Retries(settings, self._terms, self.summary, taps, conductor)
         self.deadlines: Deadlines = Deadlines(
-            self._replies, self._retries, self.summary, self._promote
+            self._replies, self._retries, self.summary, self._promote, clock, stepped, conductor
         )
+        if conductor is not None:
+            conductor.conduct(self.deadlines)
         self._asking = Asking(
             InFlight(settings.in_flight, in_flight),
             turns,
             on_interrupt,
             self._was_blocked,
             backend.vm,
-            began,
+            watch_for(taps, began, conductor),
         )
         self._patience = min(_PATIENCE, settings.stop_timeout / 2)
+        self.source: Source = source_for(conductor, clock)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
         if settings.policy is not None:
             self._guard = Guard(settings.policy)
             if self._guard.meters_bytes:
-                self._memory = MeteredMemory(self._memory, self._guard)
+                self._memory = MeteredMemory(self._memory, self._guard, clock)
         # Not asked for when something was raised: a task may be closed when its loop is gone.
         self._cancelled = anyio.get_cancelled_exc_class()
         self._stopping = self._cancelling = False
@@ -245,10 +251,10 @@ class Workers:
         # This is the hot path: each trap pays for what stands here, so it sets states without a
         # look-up. The state is ANSWERED before the reply is begun: from there on no other task may
         # answer, and when the reply has to wait, `_suspended` has no deadline to arm.
-        started = request.started = _clock()
+        started = request.started = self._clock()
         # Asked before anything else, and of all traps: this forgets that it was abandoned.
         gone = self.lanes.abandoned and self.lanes.was_abandoned(event)
-        packet = self._read_ours(event)
+        packet = self._read_ours(event, started)
         if packet is None:
             request.state = _ANSWERED
             await self._replies.run_natively(event)
@@ -278,7 +284,7 @@ class Workers:
                 if first.waits and (name := first.waits.get(first.key_of(packet.method))):
                     self._hand_over(request, event, entries, name)
                     return True
-                context = worker.context = BridgeContext(event, self._memory)
+                context = worker.context = BridgeContext(event, self._memory, self.source, started)
                 outcome = await self._asking.ask(worker, request, entries)
                 if request.state is not _INLINE:
                     # It has waited: the request may have another trap by now, or none.
@@ -300,15 +306,21 @@ class Workers:
         return worker.retires
 
     def _hand_over(
-        self, request: Request, event: TrapEvent, entries: tuple[Entry, ...], name: str
+        self,
+        request: Request,
+        event: TrapEvent,
+        entries: tuple[Entry, ...],
+        name: str,
     ) -> None:
         """Have a request answered in a task of its own."""
         own = request.worker = Worker()
-        own.request, own.context = request, BridgeContext(event, self._memory)
+        own.request = request
+        own.context = BridgeContext(event, self._memory, self.source, request.started)
         own.scope = handler_scope(self._patience)
         own.has_place, own.retires = False, True
         request.entry = entries[0]
         request.on(Cause.QUEUE)
+        self._asking.line_up(own)
         assert self._tasks is not None
         self._tasks.start_soon(self._answer_apart, own, entries, name=name)
 
@@ -371,12 +383,12 @@ class Workers:
         self._logged_narrow = True
         return Outcome(OutcomeKind.FAILED, packet, error=error)
 
-    def _read_ours(self, event: TrapEvent) -> BridgePacket | None:
+    def _read_ours(self, event: TrapEvent, started: float) -> BridgePacket | None:
         """The request of a trap that is ours, which taps see; `None` for others."""
         others = self._backend.other_hypercalls
         packet = own_request(event, self.filter, other_hypercalls=others)
         if packet is not None and self._taps is not None:
-            self._taps.trap(event)
+            self._taps.trap(event, started)
         return packet
 
     def _was_blocked(self, blocked: Blocked) -> None:

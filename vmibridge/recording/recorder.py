@@ -31,12 +31,15 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from vmibridge.aio.clock import loop_clock
 from vmibridge.aio.own_thread import in_own_thread
+from vmibridge.bridge.context import Source
 from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.registers import read_packet
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Step as StepKind
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import RecordingError, ServerStateError
 from vmibridge.recording.file.chunk import ChunkBuilder
@@ -46,6 +49,7 @@ from vmibridge.recording.messages import (
     NOTE,
     REPLY,
     SESSION,
+    STEP,
     TRAP,
     ChannelKind,
     MemoryAccess,
@@ -56,13 +60,12 @@ from vmibridge.recording.messages import (
 from vmibridge.recording.redaction import Redaction, RedactionRule
 from vmibridge.recording.rotation import Rotation, sizes
 from vmibridge.recording.session import session_of
+from vmibridge.recording.steps import Steps
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
-
-_clock = time.monotonic_ns
 
 _CHUNK = 1 << 20
 """Bytes before compression after which a chunk is cut."""
@@ -128,11 +131,17 @@ class Recorder(Tap):
         self._unwritten_traps = 0
         self._wake: anyio.Event | None = None
         self._room: anyio.Event | None = None
-        self._epoch = time.time_ns() - _clock()
+        self._clock = time.monotonic
+        self._epoch = time.time_ns() - time.monotonic_ns()
+        self._taken: float | None = None
+        self._sources: dict[str, Source] = {}
+        self._steps = Steps()
         self._tasks: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
         """Make the file. Raises `RecordingError` when it already exists, or cannot be made."""
+        self._clock = loop_clock()
+        self._epoch = time.time_ns() - round(self._clock() * 1e9)
         library = f"vmibridge {version('vmibridge')}"
         self._files = await in_own_thread(
             lambda: RecordingParts(
@@ -188,6 +197,12 @@ class Recorder(Tap):
                 self._room = anyio.Event()
             await self._room.wait()
 
+    def source(self, vm: str, source: Source) -> None:
+        self._sources[vm] = source
+
+    def taken_at(self, started: float) -> None:
+        self._taken = started
+
     def machine(self, vm: str, architecture: Architecture[Any]) -> None:
         self._architectures[vm] = architecture
 
@@ -205,7 +220,15 @@ class Recorder(Tap):
         if self.error is not None and self._on_error == "stop":
             stop(self.error)
         architecture = self._architectures.pop(vm, X86)
-        session = session_of(vm, bridge, settings, self._redaction, architecture)
+        session = session_of(
+            vm,
+            bridge,
+            settings,
+            self._redaction,
+            architecture,
+            self._sources.pop(vm, None),
+            self._epoch,
+        )
         if self._rotation is not None:
             session = self._rotation.begin(session)
         self._add(SESSION, session)
@@ -220,7 +243,9 @@ class Recorder(Tap):
         if self._rotation is not None:
             self._split_if_due()
             self._rotation.trap(event)
-        self._add(TRAP, event)
+        # Handlers may be given this time: it is that of the trap, to the nanosecond.
+        self._add(TRAP, event, self._taken)
+        self._taken = None
         self._chunk.traps += 1
         if self._chunk.traps >= self._cut_at:
             self._cut()
@@ -228,6 +253,11 @@ class Recorder(Tap):
     def retried(self, event: TrapEvent, first: int) -> None:
         text = f"trap {event.seq} asks again for what came with trap {first}"
         self._add(NOTE, Note("retry", text, event.vm, event.seq, first))
+
+    def handler_stepped(self, event: TrapEvent, first: int, step: StepKind) -> None:
+        for told in self._steps.step(event.vm, first, step):
+            self._split_if_due()
+            self._add(STEP, told)
 
     def read(
         self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
@@ -248,6 +278,8 @@ class Recorder(Tap):
         )
         assert event is not None
         error = outcome.error
+        if self._steps.lined_up:
+            self._steps.lined_up.discard((event.vm, event.seq))
         text = output_text(output)
         if self._redacts and (left_out := self._left_out.pop((event.vm, event.seq), None)):
             packet = self._redaction.packet(packet, left_out)
@@ -304,11 +336,14 @@ class Recorder(Tap):
         if self._unwritten >= _MAX_UNWRITTEN and self.error is None:
             self.full = True
 
-    def _add(self, channel: ChannelKind, message: Any) -> None:
+    def _add(self, channel: ChannelKind, message: Any, at: float | None = None) -> None:
+        if self._steps.pending is not None:
+            self._add(STEP, self._steps.flush(), at)
         if self.error is not None:
             self.lost += channel is TRAP
             return
-        if self._chunk.add(channel.id, self._epoch + _clock(), message) >= _CHUNK:
+        time_ns = self._epoch + int((self._clock() if at is None else at) * 1e9)
+        if self._chunk.add(channel.id, time_ns, message) >= _CHUNK:
             self._cut()
 
     def _split_if_due(self, data: int = 0) -> None:

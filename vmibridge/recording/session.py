@@ -11,15 +11,16 @@ from typing import Any
 
 import anyio
 
+from vmibridge.bridge.context import Source
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.messages import (
+    FORMAT_WITH_STEPS,
     RecordedArchitecture,
     RecordedHandler,
     RecordedMethod,
     Session,
-    format_of,
 )
 from vmibridge.recording.redaction import Redaction
 from vmibridge.vm.arch.architecture import Architecture
@@ -33,12 +34,14 @@ def session_of(
     settings: ServerSettings,
     redaction: Redaction,
     architecture: Architecture[Any],
+    source: Source | None,
+    epoch: int,
 ) -> Session:
-    """What is known of a VM before it runs."""
+    """What is known of a VM before it runs. `epoch`: when the clock of its messages was at 0."""
     told = RecordedArchitecture(architecture.name, architecture.version)
     return Session(
         vm,
-        format=format_of(told),
+        format=FORMAT_WITH_STEPS,
         started=datetime.now(UTC).isoformat(),
         versions={
             "python": platform.python_version(),
@@ -49,6 +52,8 @@ def session_of(
         settings=settings,
         redaction=redaction.rules,
         architecture=told,
+        seed=None if source is None else source.seed,
+        clock=0 if source is None or source.wall_time is not None else source.epoch - epoch,
     )
 
 

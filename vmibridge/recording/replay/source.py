@@ -1,4 +1,4 @@
-"""One VM of a recording, read in batches."""
+"""The VMs of a recording that are replayed, read in batches."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import SESSION, TRAP, Session
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["RecordedVm"]
+__all__ = ["RecordedVms"]
 
 _BATCH = 4096
 """Messages that are read at a time."""
@@ -17,41 +17,33 @@ _BATCH_BYTES = 8 << 20
 """The same in bytes: a batch ends with the chunk that goes beyond."""
 
 
-class RecordedVm:
-    """The messages of one VM of a recording. `close` frees the file."""
+class RecordedVms:
+    """The messages of some VMs of a recording, in the order of the file. `close` frees it."""
 
-    def __init__(self, path: Path, name: str | None) -> None:
-        """The VM of this name; without one, the first.
-
-        Raises `RecordingReadError` for a file that is no recording, or has no trap, and
-        `BackendSpecError` for a VM that is not in it.
-        """
-        self.session: Session | None = None
-        """What served this VM then, if the file tells."""
+    def __init__(self, path: Path) -> None:
+        """Raises `RecordingReadError` for a file that is no recording."""
         self.reader: RecordingReader = RecordingReader(path)
         self._path = path
-        self._name = name
-        try:
-            self._find()
-        except BaseException:  # whatever it is, no caller has this object to close it
-            self.close()
-            raise
-        self._messages: Iterator[TimedMessage] = self.reader.messages()
+        self._names: set[str] = set()
+        self._messages: Iterator[TimedMessage] | None = None
 
     def close(self) -> None:
         """Free the file."""
         self.reader.close()
 
-    def _find(self) -> None:
-        wanted = self._name
+    def find(self, wanted: str | None) -> tuple[str, Session | None]:
+        """Have the VM of this name read, too; without one, the first. Before anything is read.
+
+        Returns its name, and what served it then, if the file tells. Raises `RecordingReadError`
+        for a recording that has no trap, `BackendSpecError` for a VM that is not in it.
+        """
         names: dict[str, None] = {}
         for _, message in self.reader.messages(*([SESSION] if wanted else [SESSION, TRAP])):
             name = message.vm
             assert name is not None
             if wanted in (None, name):
-                self._name = name
-                self.session = message if isinstance(message, Session) else None
-                return
+                self._names.add(name)
+                return name, message if isinstance(message, Session) else None
             names[name] = None
         if wanted is None:
             raise RecordingReadError(f"{self._path}: there is no trap in it")
@@ -59,22 +51,28 @@ class RecordedVm:
             raise BackendSpecError(
                 f"replay:{self._path}: has no VM {wanted!r}; there are {', '.join(names)}"
             )
+        # The sessions are lost: its traps may be there.
+        self._names.add(wanted)
+        return wanted, None
 
     async def read_on(self) -> list[TimedMessage]:
         """The next messages; none at the end. Read in a thread, whose end a cancellation awaits."""
         return await in_own_thread(self._read_batch)
 
     def _read_batch(self) -> list[TimedMessage]:
+        if self._messages is None:
+            self._messages = self.reader.messages()
+        names = self._names
         most = self.reader.bytes_unpacked + _BATCH_BYTES
         batch: list[TimedMessage] = []
         for each in self._messages:
-            if each.message.vm == self._name:
+            if each.message.vm in names:
                 batch.append(each)
                 if len(batch) >= _BATCH or self.reader.bytes_unpacked > most:
                     break
-        # What tells that a trap is a retry, or was denied, stands right behind it.
+        # What tells that a trap is a retry, or was denied or queued, stands right behind it.
         while batch and isinstance(batch[-1].message, TrapEvent):
-            further = next((each for each in self._messages if each.message.vm == self._name), None)
+            further = next((each for each in self._messages if each.message.vm in names), None)
             if further is None:
                 break
             batch.append(further)
