@@ -225,7 +225,7 @@ def test_recover_tells_what_was_lost_and_what_is_kept(vmibridge, truncated, tmp_
     problem, kept = done.stdout.splitlines()
     assert problem.startswith("run.mcap: at byte ")
     assert problem.endswith(": the file ends here: it is truncated, or was not finished")
-    assert kept == "clean.mcap: 1 session, 4 trap, 4 reply, 2 note kept"
+    assert kept == "clean.mcap: 1 session, 4 trap, 4 reply, 2 note, 3 step kept"
     sessions, traps, notes = contents(tmp_path / "clean.mcap")
     assert (len(sessions), len(traps), [each.kind for each in notes]) == (1, 4, ["end", "lost"])
 
@@ -233,7 +233,8 @@ def test_recover_tells_what_was_lost_and_what_is_kept(vmibridge, truncated, tmp_
 def test_recover_as_json(vmibridge, truncated):
     done = vmibridge("recover", "run.mcap", "--output", "clean.mcap", "--json")
     told = json.loads(done.stdout)
-    assert told["messages"] == {"session": 1, "trap": 4, "memory": 0, "reply": 4, "note": 2}
+    kinds = {"session": 1, "trap": 4, "memory": 0, "reply": 4, "note": 2, "step": 3}
+    assert told["messages"] == kinds
     assert (told["complete"], told["problem_count"], len(told["problems"])) == (False, 1, 1)
 
 
@@ -241,7 +242,7 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
     done = vmibridge("recover", "run.mcap", "-o", "clean.mcap")
     assert done.stdout.splitlines() == [
         "run.mcap: is whole; there was nothing to recover",
-        "clean.mcap: 1 session, 4 trap, 4 reply, 1 note kept",
+        "clean.mcap: 1 session, 4 trap, 4 reply, 1 note, 3 step kept",
     ]
     assert contents(tmp_path / "clean.mcap") == contents(recorded)
 

@@ -185,9 +185,9 @@ def test_a_recording_is_a_backend_like_any_other(vmibridge, record, source):
 
 
 def test_long_work_shows_a_bar_on_a_terminal_and_takes_it_away(children, record, source, tmp_path):
-    slow = MEMORY_HANDLER.replace("self.count += 1", "self.count += 1; await anyio.sleep(0.02)")
+    slow = MEMORY_HANDLER.replace("self.count += 1", "self.count += 1; time.sleep(0.02)")
     path = record(code=calls(*[1] * 100, value="0x100000"))
-    source.write_text(f"import anyio\n{slow}")
+    source.write_text(f"import time\n{slow}")
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = children.start(

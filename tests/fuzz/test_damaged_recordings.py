@@ -290,7 +290,7 @@ def test_nor_do_numbers_that_no_vcpu_has(fields, registers, reason):
 # --- strange, or made to hurt -----------------------------------------------------------
 
 TRAP_7 = encode(trap(7))
-REVERSED = b"".join(channel(6 - each.id, each.topic) for each in CHANNELS)
+REVERSED = b"".join(channel(7 - each.id, each.topic) for each in CHANNELS)
 DEEP, LONG = b"\x81\xa1x" + b"\x91" * 1_000_000, b"\x82\xa2vm\xa1x\xa8handlers\xdd" + b"\xff" * 4
 LONG_NAMES = (message(TRAP.id, encode(trap(seq, vm="x" * (1 << 20)))) for seq in range(256))
 LONG_ERROR = message(MEMORY.id, encode(MemoryAccess("vm", 1, 0, 8, error="x" * (8 << 20))))
@@ -382,11 +382,11 @@ def test_many_fake_chunks_are_not_all_tried(tmp_path, monkeypatch, size):
     assert unpacked < 4 * len(data)
 
 
-LATER = encode({"vm": "vm", "format": 3})
+LATER = encode({"vm": "vm", "format": 4})
 
 
 def test_channels_may_have_other_numbers(tmp_path):
-    data = mcap(REVERSED, chunk(message(4, TRAP_7) + message(5, encode(session()))))
+    data = mcap(REVERSED, chunk(message(5, TRAP_7) + message(6, encode(session()))))
     assert read(tmp_path / "a.mcap", data) == ([(START, trap(7)), (START, session())], [])
 
 
@@ -399,7 +399,7 @@ def test_channels_may_have_other_numbers(tmp_path):
         (MAGIC[:7], "is no MCAP file"),
         (mcap(SOUND, profile=b"ros2"), "is an MCAP file of profile 'ros2', no recording"),
         (mcap(SOUND, profile=b""), "is an MCAP file of profile '', no recording"),
-        (mcap(chunk(message(SESSION.id, LATER))), "has format 3, and this .* reads formats 1 to 2"),
+        (mcap(chunk(message(SESSION.id, LATER))), "has format 4, and this .* reads formats 1 to 3"),
     ],
 )
 @pytest.mark.parametrize("use", [use_messages, use_traps, use_recover])

@@ -14,6 +14,7 @@ from vmibridge.recording.messages import (
     RecordedMethod,
     Reply,
     Session,
+    Step,
 )
 from vmibridge.recording.selection import Selection
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
@@ -77,6 +78,8 @@ FIELDS = {
         "settings": one_of(SETTINGS),
         "redaction": one_of([()]),
         "architecture": one_of([None]),
+        "seed": maybe(number),
+        "clock": number,
         "part": number,
     },
     TrapEvent: {
@@ -120,6 +123,11 @@ FIELDS = {
         "seq": maybe(seq),
         "retry_of": maybe(number),
         "counts": counts,
+    },
+    Step: {
+        "vm": vm,
+        "seq": seq,
+        "kind": one_of(["queued", "began", "resumed", "thrown", "ended", "parked", "cut off"]),
     },
 }
 """Of each kind of message, what each field may be."""

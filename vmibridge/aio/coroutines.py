@@ -139,3 +139,34 @@ async def forget_cancellation(task: "asyncio.Task[object]") -> None:
     # What is not delivered yet.
     with suppress(asyncio.CancelledError):
         await asyncio.sleep(0)
+
+
+class _Watched(_Suspended):
+    """The same in the caller's context, with `on_step` before each step."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, body: Coroutine[Any, Any, Any], wish: object, on_step: Callable[[bool], None]
+    ) -> None:
+        throws = body.throw
+
+        def run(step: Callable[..., object], *arguments: object) -> object:
+            if arguments:
+                on_step(step == throws)
+            return step(*arguments)
+
+        self._body = body
+        self._run: Callable[..., Any] = run
+        self._wish = wish
+
+
+def watched_rest(
+    body: Coroutine[Any, Any, R], wish: object, on_step: Callable[[bool], None]
+) -> Generator[Any, Any, R]:
+    """The rest of a suspended body, which waits for `wish`; `on_step` is called before each step,
+    with whether something is thrown in.
+
+    Raises what `body` raises.
+    """
+    return _Watched(body, wish, on_step)

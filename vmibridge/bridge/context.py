@@ -4,21 +4,59 @@ A request that outlives its soft deadline loses its trap, and gets another one w
 guest sends it again: `event` is then the new one. Its memory waits in between.
 """
 
+from collections.abc import Callable
+from random import Random
+
+import msgspec
+
 from vmibridge.vm.memory import GuestMemory, PhysicalMemory
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["BridgeContext"]
+__all__ = ["BridgeContext", "Source"]
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What the times and random numbers of the handlers of one VM come from."""
+
+    epoch: int
+    """When the clock of the server was at 0: nanoseconds since the Unix epoch."""
+    seed: int
+    """Of all requests; each has random numbers of its own."""
+    wall_time: Callable[[TrapEvent], int] | None = None
+    """Tells when a trap was taken, in a replay."""
 
 
 class BridgeContext:
     """The guest at one request. It ends with the final answer to it."""
 
-    __slots__ = ("_closed", "_memory", "_physical", "event")
+    __slots__ = (
+        "_closed",
+        "_first",
+        "_memory",
+        "_physical",
+        "_random",
+        "_source",
+        "_started",
+        "event",
+    )
 
-    def __init__(self, event: TrapEvent, physical: PhysicalMemory) -> None:
+    # Most handlers ask for neither, and then they are never set.
+    _first: TrapEvent
+    """The trap that the request came with, once it has another one."""
+    _random: Random
+
+    def __init__(
+        self,
+        event: TrapEvent,
+        physical: PhysicalMemory,
+        source: "Source | None" = None,
+        started: float = 0.0,
+    ) -> None:
         self.event: TrapEvent = event
         """The trap; after a soft deadline the one that was answered WAIT, until the retry."""
         self._physical = physical
+        self._source = source
+        self._started = started
         self._closed = False
         self._memory: GuestMemory | None = None
 
@@ -41,12 +79,41 @@ class BridgeContext:
         """The number of the vCPU, from 0."""
         return self.event.vcpu
 
+    @property
+    def time(self) -> int:
+        """When the request came: nanoseconds since the Unix epoch.
+
+        The same for as long as it is served, retries included; a replay gives the recorded one.
+        """
+        source = self._source
+        if source is None:
+            return round(self._started * 1e9)
+        if source.wall_time is not None:
+            return source.wall_time(self._came_with)
+        return source.epoch + int(self._started * 1e9)
+
+    @property
+    def random(self) -> Random:
+        """Random numbers of this request alone, which a replay gives again.
+
+        They are no secret: a recording has the seed. For keys use `secrets`.
+        """
+        if not hasattr(self, "_random"):
+            seed = 0 if self._source is None else self._source.seed
+            self._random = Random(f"{seed}:{self._came_with.seq}")  # noqa: S311 - said above
+        return self._random
+
+    @property
+    def _came_with(self) -> TrapEvent:
+        return self._first if hasattr(self, "_first") else self.event
+
     def park(self) -> None:
         """The guest runs on for now: accesses to its memory wait for `attach`."""
         self.memory.park()
 
     def attach(self, event: TrapEvent) -> None:
         """Go on with the trap of a retry."""
+        self._first = self._came_with
         self.event = event
         self.memory.attach(event)
 

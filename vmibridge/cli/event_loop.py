@@ -5,12 +5,15 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
 from vmibridge.cli.options import Loop
 from vmibridge.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from vmibridge.aio.clock import VirtualTime
 
 R = TypeVar("R")
 
@@ -28,11 +31,19 @@ def check_loop(loop: Loop) -> None:
         raise MissingExtraError(f"the event loop {loop}", loop) from error
 
 
-def run_on(loop: Loop, main: Callable[[], Awaitable[R]]) -> R:
-    """Run `main` to its end, on that loop."""
+def run_on(loop: Loop, main: Callable[[], Awaitable[R]], virtual: "VirtualTime | None" = None) -> R:
+    """Run `main` to its end, on that loop; with virtual time if it is given.
+
+    uvloop has a clock of its own: for virtual time it is asyncio's loop that runs.
+    """
     # With many handlers that wait, trio makes objects so fast that the default of 700
     # spends a good part of a core on collections.
     gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
+    if virtual is not None:
+        from vmibridge.aio.clock import virtual_loop
+
+        backend, options = virtual_loop("trio" if loop == "trio" else "asyncio", virtual)
+        return anyio.run(main, backend=backend, backend_options=options)
     return anyio.run(
         main,
         backend="trio" if loop == "trio" else "asyncio",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from vmibridge.aio.clock import VirtualTime
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.cli.event_loop import run_on
 from vmibridge.cli.options import Loop
@@ -34,6 +35,7 @@ from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.ignore import IgnoreRule
 from vmibridge.recording.replay.options import ReplayOptions, replay_settings
 from vmibridge.recording.replay.verdict import Verdict
+from vmibridge.recording.replay.walk import Walk
 from vmibridge.recording.selection import Selection
 
 _ALL = Selection()
@@ -134,7 +136,7 @@ class Replay:
             sessions, start = _sessions_of(path, with_start=self._needs_start)
             verdict.begin_file(start)
             one = partial(self._compare, path, sessions, sources, config, timeout, verdict)
-            return run_on(self._loop, one)
+            return run_on(self._loop, one, VirtualTime(self._options.speed))
         except (RecordingReadError, BackendSpecError) as error:
             if len(self._paths) == 1:
                 raise
@@ -172,13 +174,20 @@ class Replay:
             bridge = bridges[vm] = factory(vm)
             return bridge
 
-        printer = self._printer
+        printer, walk = self._printer, Walk(path)
         backends = []
         for name in self._names(sessions, all_of_them=factory.has_shared):
             vm = self._renamed.get(name or "", name or "vm")
             options = msgspec.structs.replace(self._options, vm=name)
             backends.append(
-                ReplayBackend(path, options, vm, partial(printer.difference, path), verdict=verdict)
+                ReplayBackend(
+                    path,
+                    options,
+                    vm,
+                    partial(printer.difference, path),
+                    walk=walk,
+                    verdict=verdict,
+                )
             )
         if not backends:
             return FileResult(path)

@@ -33,6 +33,7 @@ from vmibridge.engine.interruptions import is_being_cancelled, wait_again
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.request import Cause, Request, State, Worker
+from vmibridge.engine.watching import HandlerWatch
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _UNMATCHED = OutcomeKind.UNMATCHED
@@ -52,7 +53,7 @@ class Asking:
         on_interrupt: Callable[[KeyboardInterrupt], None] | None,
         on_blocked: Callable[[Blocked], None],
         vm: str,
-        began: Callable[[Worker, Entry], None] | None = None,
+        watch: HandlerWatch | None = None,
     ) -> None:
         self.vm: str = vm
         """As `on_blocked`, for the watch of the loop, which finds both on the stack."""
@@ -61,7 +62,7 @@ class Asking:
         self._turns = turns
         self._on_interrupt = on_interrupt
         # Of a tap that wants to know; else `None`, and a handler pays one test.
-        self._began = began
+        self._watch = watch
         self._cancelled = anyio.get_cancelled_exc_class()
         # What a handler that was overtaken may leave. A group may hold the cancellation, which its
         # scope has to get back. Others end here, as those of any handler.
@@ -72,6 +73,11 @@ class Asking:
         if not worker.request.entry.instant:
             self._in_flight.enter_nowait()
             worker.has_place = True
+
+    def line_up(self, worker: Worker) -> None:
+        """A request has got a task of its own, which is about to run."""
+        if self._watch is not None:
+            self._watch.queued(worker)
 
     async def ask(  # noqa: PLR0912 - each trap would pay for one more call
         self, worker: Worker, request: Request, entries: tuple[Entry, ...]
@@ -93,14 +99,13 @@ class Asking:
                         found = await self._ask_in_turn(worker, request, entry)
                     else:
                         request.state = _INLINE
-                        if self._began is not None:
-                            self._began(worker, entry)
-                        # As `ask` does, without its call.
-                        found = await (
-                            ask(entry, worker.context, packet)
-                            if (handler := entry.handler) is None
-                            else handler.handle(worker.context, packet)
-                        )
+                        if self._watch is not None:
+                            found = await self._watch.ask(worker, entry)
+                        elif (handler := entry.handler) is None:
+                            found = await ask(entry, worker.context, packet)
+                        else:
+                            # As `ask` does, without its call.
+                            found = await handler.handle(worker.context, packet)
                     if scope.begun:
                         await close_generators(scope, entry.name)
                     outcome = outcome_of(entry, packet, found)
@@ -129,6 +134,8 @@ class Asking:
                 and not is_being_cancelled()
             ):
                 await forget_cancellation(worker.task)
+            if self._watch is not None and self._watch.lined_up:
+                self._watch.lined_up.discard(worker)
             if worker.has_place:
                 worker.has_place = False
                 self._in_flight.leave()
@@ -137,7 +144,7 @@ class Asking:
         """Ask it when it is its turn and there is a place, as far as it needs them."""
         if request.state is not _QUEUED:
             request.on(_QUEUE)
-        if entry.serial or self._in_flight.full:
+        if entry.serial or self._in_flight.full or self._watch is not None:
             return self._wait_and_ask(worker, request, entry)
         # The usual case in a task of its own, without a coroutine that has nothing to wait for.
         if not worker.has_place and request.state is not _ENTERING:
@@ -146,6 +153,10 @@ class Asking:
         return self._begin(worker, request, entry)
 
     async def _wait_and_ask(self, worker: Worker, request: Request, entry: Entry) -> Answer:
+        if self._watch is not None:
+            self._watch.queued(worker)
+            if (before := self._watch.turn(worker)) is not None:
+                await before
         if entry.serial:
             assert entry.handler is not None
             # The turn before the place: a request that waits for its turn must not hold a place.
@@ -175,9 +186,9 @@ class Asking:
 
     def _begin(self, worker: Worker, request: Request, entry: Entry) -> Awaitable[Answer]:
         request.on(_BEGIN)
-        if self._began is not None:
-            self._began(worker, entry)
-        return ask(entry, worker.context, request.packet)
+        if self._watch is None:
+            return ask(entry, worker.context, request.packet)
+        return self._watch.ask(worker, entry)
 
     def _outcome_of_error(self, worker: Worker, entry: Entry, error: BaseException) -> Outcome[Any]:
         packet = worker.request.packet

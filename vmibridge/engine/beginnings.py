@@ -9,7 +9,6 @@ it waits. The time of a trap ends when a worker takes it, and from there on its 
 the backend.
 """
 
-import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -19,39 +18,51 @@ from vmibridge.engine.request import PENDING, Worker
 from vmibridge.engine.taps import HandlerBegan, Taps
 from vmibridge.vm.trap import TrapEvent
 
-_clock = time.monotonic_ns
-
 Began: TypeAlias = Callable[[Worker, Entry], None]
 """Called when the handler of an entry is called for the request of a worker, right before it is."""
 
 
 def lanes_for(
-    taps: Taps | None, capacity: int, on_abandoned: Callable[[TrapEvent], None]
+    taps: Taps | None,
+    capacity: int,
+    on_abandoned: Callable[[TrapEvent], None],
+    clock: Callable[[], float],
 ) -> tuple[Lanes, Began | None]:
     """The lanes of a VM, and what is called when a handler begins."""
     if taps is None or taps.handler_began is None:
         return Lanes(capacity, on_abandoned), None
-    lanes = TimedLanes(capacity, on_abandoned)
-    return lanes, Beginnings(lanes, taps.handler_began)
+    lanes = TimedLanes(capacity, on_abandoned, clock)
+    return lanes, Beginnings(lanes, taps.handler_began, clock)
+
+
+def nanoseconds(seconds: float) -> int:
+    """A duration."""
+    return max(0, round(seconds * 1e9))
 
 
 class TimedLanes(Lanes):
     """Lanes that know how long each trap was in the queue."""
 
-    def __init__(self, capacity: int, on_abandoned: Callable[[TrapEvent], None]) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        on_abandoned: Callable[[TrapEvent], None],
+        clock: Callable[[], float],
+    ) -> None:
         super().__init__(capacity, on_abandoned)
+        self._clock = clock
         self.queued: dict[int, int] = {}
         """By vCPU: nanoseconds that the trap was queued which was taken last. Who takes it out
         has it alone."""
-        self._since: dict[int, int] = {}
+        self._since: dict[int, float] = {}
 
     def put_nowait(self, event: TrapEvent) -> None:
         super().put_nowait(event)
         # No worker can have taken it yet. One that has waited for room has its time already.
-        self._since.setdefault(event.seq, _clock())
+        self._since.setdefault(event.seq, self._clock())
 
     async def put(self, event: TrapEvent) -> None:
-        self._since[event.seq] = _clock()
+        self._since[event.seq] = self._clock()
         try:
             await super().put(event)
         except BaseException:
@@ -61,17 +72,23 @@ class TimedLanes(Lanes):
     def get_nowait(self) -> TrapEvent | None:
         event = super().get_nowait()
         if event is not None:
-            now = _clock()
-            self.queued[event.vcpu] = now - self._since.pop(event.seq, now)
+            now = self._clock()
+            self.queued[event.vcpu] = nanoseconds(now - self._since.pop(event.seq, now))
         return event
 
 
 class Beginnings:
     """Tells taps of each handler that begins."""
 
-    def __init__(self, lanes: TimedLanes, tell: Callable[[HandlerBegan], None]) -> None:
+    def __init__(
+        self,
+        lanes: TimedLanes,
+        tell: Callable[[HandlerBegan], None],
+        clock: Callable[[], float],
+    ) -> None:
         self._lanes = lanes
         self._tell = tell
+        self._clock = clock
 
     def __call__(self, worker: Worker, entry: Entry) -> None:
         request, event = worker.request, worker.context.event
@@ -91,6 +108,6 @@ class Beginnings:
                 entry.name,
                 None if known is None else known.name,
                 queued,
-                max(0, _clock() - round(request.started * 1e9)),
+                nanoseconds(self._clock() - request.started),
             )
         )

@@ -28,7 +28,6 @@ Invariants
 """
 
 import math
-import time
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -39,13 +38,14 @@ from anyio.abc import TaskGroup
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.engine.replies import Replies
-from vmibridge.engine.request import Cause, Request, State
+from vmibridge.engine.request import Cause, Request, State, first_trap
 from vmibridge.engine.retries import Retries, told_to_wait
 from vmibridge.engine.settings import Terms
 from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Step, Stepped
+from vmibridge.vm.conductor import Conductor, with_slack
 from vmibridge.vm.trap import TrapEvent
 
-_clock = time.monotonic
 _deadline = attrgetter("deadline")
 
 _GUEST_ENDED = "the guest has ended"
@@ -55,12 +55,22 @@ class Deadlines:
     """The watchdog of one VM; `promote` sees to it that a worker takes the next ready trap."""
 
     def __init__(
-        self, replies: Replies, retries: Retries, summary: Summary, promote: Callable[[], None]
+        self,
+        replies: Replies,
+        retries: Retries,
+        summary: Summary,
+        promote: Callable[[], None],
+        clock: Callable[[], float],
+        stepped: Stepped | None,
+        conductor: Conductor | None = None,
     ) -> None:
         self._replies = replies
         self._retries = retries
         self._summary = summary
         self._promote = promote
+        self._clock = clock
+        self._stepped = stepped
+        self._conductor = conductor
         self._watched: set[Request] = set()
         self._wake_at = math.inf
         self._poke = anyio.Event()
@@ -77,16 +87,21 @@ class Deadlines:
         """Watch a request that was suspended for the first time, just now."""
         started = request.started
         request.terms = terms
-        request.hard_deadline = started + terms.timeout
-        request.deadline = deadline = min(request.hard_deadline, started + terms.soft_timeout)
+        soft, hard = terms.soft_timeout, terms.timeout
+        if self._conductor is not None:
+            soft, hard = with_slack(soft), with_slack(hard)
+        request.hard_deadline = started + hard
+        request.deadline = deadline = min(request.hard_deadline, started + soft)
         self._watched.add(request)
         if deadline < self._wake_at:
             self._poke.set()
 
     def rearm(self, request: Request) -> None:
         """Watch a request that has another trap; its hard deadline stays."""
-        soft = request.started + request.terms.soft_timeout
-        request.deadline = min(request.hard_deadline, soft)
+        soft = request.terms.soft_timeout
+        if self._conductor is not None:
+            soft = with_slack(soft)
+        request.deadline = min(request.hard_deadline, request.started + soft)
         self._wake_by(request.deadline)
 
     def disarm(self, request: Request) -> None:
@@ -95,8 +110,27 @@ class Deadlines:
 
     def keep(self, request: Request, outcome: Outcome[Any]) -> None:
         """Its handler has ended in time, and no trap is there to get the result."""
-        self._retries.keep(request, outcome, _clock())
+        self._retries.keep(request, outcome, self._clock())
         self._wake_by(self._retries.pending.next_expiry)
+
+    # --- what a conductor says ------------------------------------------------------
+
+    def tell_to_wait(self, first: int) -> bool:
+        """Now is the soft deadline of the request that came with trap `first`. Returns whether it
+        has a trap that waits."""
+        for request in self._watched:
+            if request.event is not None and _first_of(request) == first:
+                self._tell_to_wait(request)
+                return True
+        return False
+
+    def time_out(self, first: int) -> bool:
+        """Now is its hard deadline. Returns whether its handler runs."""
+        for request in self._watched:
+            if _first_of(request) == first:
+                self._overtake_late(request)
+                return True
+        return False
 
     def _wake_by(self, at: float) -> None:
         # Only for an earlier deadline: a poke costs two task switches, and with deadlines of
@@ -109,14 +143,13 @@ class Deadlines:
     async def watch(self) -> None:
         """Act on the deadlines, until this is cancelled."""
         while True:
-            now = _clock()
+            now = self._clock()
             # The loop may have been held up: what is due is answered in the order of its deadlines.
             due = [request for request in self._watched if request.deadline <= now]
             for request in sorted(due, key=_deadline):
                 # The hard one first: where both have passed, there is nothing left to wait for.
                 if request.hard_deadline <= now:
-                    error = f"no answer within {request.terms.timeout:g} s"
-                    self._overtake(request, Cause.HARD_DEADLINE, OutcomeKind.TIMEOUT, error)
+                    self._overtake_late(request)
                 elif self._guest_ended:
                     # No retry can come, so the handler would run on for no result.
                     self._overtake(request, Cause.CANCEL, OutcomeKind.CANCELLED, _GUEST_ENDED)
@@ -135,6 +168,7 @@ class Deadlines:
 
     def _tell_to_wait(self, request: Request) -> None:
         """The soft deadline: answer WAIT, and let the handler go on if it has begun."""
+        self._tell(request, "parked")
         # Before the transition: it tells whether this trap was a retry.
         outcome = told_to_wait(request, request.packet)
         if request.state is State.QUEUED:
@@ -163,11 +197,22 @@ class Deadlines:
         # An access to guest memory that is under way in the backend has to end before the guest
         # runs: it was translated for a guest that stands still. But a VM whose memory hangs must
         # not hold the vCPU past its hard deadline.
-        with anyio.move_on_after(until - _clock()):
+        with anyio.move_on_after(until - self._clock()):
             await context.memory.settled()
         await self._finish(event, started, outcome)
 
+    def _tell(self, request: Request, step: Step) -> None:
+        if self._stepped is not None:
+            assert request.worker is not None
+            self._stepped(request.worker.context.event, _first_of(request), step)
+
     # --- overtaking -----------------------------------------------------------------
+
+    def _overtake_late(self, request: Request) -> None:
+        """The hard deadline."""
+        self._tell(request, "cut off")
+        error = f"no answer within {request.terms.timeout:g} s"
+        self._overtake(request, Cause.HARD_DEADLINE, OutcomeKind.TIMEOUT, error)
 
     def _overtake(
         self,
@@ -206,7 +251,7 @@ class Deadlines:
         worker.scope.cancel()
         if state is State.KEPT:
             # Called by the watchdog only, which looks at the next expiry afterwards.
-            self._retries.keep(request, outcome, _clock())
+            self._retries.keep(request, outcome, self._clock())
             return
         if was_pending:
             self._retries.pending.remove(request)
@@ -251,3 +296,8 @@ class Deadlines:
         """Answer all that waits for a handler, and cancel the handlers."""
         for request in list(self._watched):
             self._overtake(request, Cause.CANCEL, OutcomeKind.CANCELLED, STOPPED)
+
+
+def _first_of(request: Request) -> int:
+    assert request.worker is not None
+    return first_trap(request, request.worker)

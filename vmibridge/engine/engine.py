@@ -132,7 +132,11 @@ class Engine:
     async def _serve(self, outside: anyio.CancelScope) -> None:
         if self._taps is not None:
             self._taps.begin(
-                self._bridge, self._settings, self._stop_for, self._backend.architecture
+                self._bridge,
+                self._settings,
+                self._stop_for,
+                self._backend.architecture,
+                self._workers.source,
             )
             self._backend.on_session_event = self._taps.session_event
         try:

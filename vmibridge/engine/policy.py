@@ -23,7 +23,6 @@ Invariants:
 
 import math
 import sys
-import time
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import reduce
@@ -332,18 +331,19 @@ class MeteredMemory:
     memory behind it raises.
     """
 
-    __slots__ = ("_guard", "_physical")
+    __slots__ = ("_clock", "_guard", "_physical")
 
-    def __init__(self, physical: PhysicalMemory, guard: Guard) -> None:
+    def __init__(self, physical: PhysicalMemory, guard: Guard, clock: Callable[[], float]) -> None:
         self._physical = physical
         self._guard = guard
+        self._clock = clock
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """`size` bytes."""
-        self._guard.charge(event, size, time.monotonic())
+        self._guard.charge(event, size, self._clock())
         return await self._physical.read_physical(event, address, size)
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """All of `data` or nothing."""
-        self._guard.charge(event, len(data), time.monotonic())
+        self._guard.charge(event, len(data), self._clock())
         await self._physical.write_physical(event, address, data)

@@ -5,7 +5,6 @@ written makes its outcome *failed*; the trap is done with in any case.
 """
 
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -26,8 +25,6 @@ from vmibridge.vm.backend import Backend
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
-
-_clock = time.monotonic
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _HANDLED, _DENIED = OutcomeKind.HANDLED, OutcomeKind.DENIED
@@ -50,9 +47,11 @@ class Replies:
         lanes: Lanes,
         summary: Summary,
         taps: Taps | None,
+        clock: Callable[[], float],
         before_resume: BeforeResume | None = None,
     ) -> None:
         self._backend = backend
+        self._clock = clock
         self._outcomes = outcomes
         self._lanes = lanes
         self._summary = summary
@@ -87,7 +86,7 @@ class Replies:
         *,
         vcpu_gone: bool = False,
     ) -> None:
-        """Answer a trap that was taken at `started`, in seconds of the monotonic clock.
+        """Answer a trap that was taken at `started`, in seconds of the clock.
 
         `vcpu_gone`: the answer is not needed, so that it cannot be written is no failure.
         """
@@ -109,7 +108,7 @@ class Replies:
                     error,
                     event,
                     None,
-                    _clock() - started,
+                    self._clock() - started,
                     outcome.retry_of,
                 ),
             )
@@ -133,7 +132,7 @@ class Replies:
             error,
             event,
             writes,
-            _clock() - started,
+            self._clock() - started,
             outcome.retry_of,
         )
         if self._taps is not None and self._taps.answered(done):

@@ -357,3 +357,11 @@ class Request:
     def retry_of(self) -> int | None:
         """The sequence number that the outcome of a retry has; `None` before any."""
         return self.first_seq if self.state in PENDING else None
+
+
+def first_trap(request: Request, worker: Worker) -> int:
+    """The sequence number of the trap that a request came with, which its worker still runs.
+
+    Of one that was overtaken as `RETRIED` that of its last trap.
+    """
+    return request.first_seq if request.state in PENDING else worker.context.event.seq

@@ -37,6 +37,7 @@ from vmibridge.engine.request import Cause, Request, State
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Taps
+from vmibridge.vm.conductor import Conductor, with_slack
 from vmibridge.vm.trap import TrapEvent
 
 
@@ -44,9 +45,18 @@ class Retries:
     """What retries of one VM are answered."""
 
     def __init__(
-        self, settings: ServerSettings, terms: TermsTable, summary: Summary, taps: Taps | None
+        self,
+        settings: ServerSettings,
+        terms: TermsTable,
+        summary: Summary,
+        taps: Taps | None,
+        conductor: Conductor | None = None,
     ) -> None:
-        self.pending: PendingRequests = PendingRequests(settings.result_timeout, settings.in_flight)
+        kept = settings.result_timeout
+        if conductor is not None:
+            kept = with_slack(kept)
+        self._conductor = conductor
+        self.pending: PendingRequests = PendingRequests(kept, settings.in_flight)
         """Empty while no guest was told to wait: a trap then pays for nothing here."""
         self._terms = terms
         self._summary = summary
@@ -54,7 +64,12 @@ class Retries:
 
     def find(self, event: TrapEvent, packet: BridgePacket, first: Entry) -> Request | None:
         """The request that this trap asks for again; `None`: it is a new request."""
-        return self.pending.find(self._key(event, packet, first))
+        key = self._key(event, packet, first)
+        if self._conductor is None or self._conductor.is_retry(event):
+            return self.pending.find(key)
+        # It was none then: what it would be a retry of had expired.
+        self._summary.uncollected += self.pending.forget(key)
+        return None
 
     def join(self, request: Request, retry: Request) -> Outcome[Any] | None:
         """What `retry`, which was taken just now, is answered at once.
@@ -159,6 +174,14 @@ class PendingRequests:
         while (first := next(iter(self._results), None)) is not None and first.expires <= now:
             self._drop(first)
         return before - len(self._results)
+
+    def forget(self, key: Hashable) -> int:
+        """Drop the results of this key; returns how many."""
+        kept = [each for each in self.by_key.get(key, ()) if each.state is State.KEPT]
+        for request in kept:
+            self._results.pop(request)
+            self._drop(request)
+        return len(kept)
 
     def _drop(self, request: Request) -> None:
         request.on(Cause.EXPIRE)

@@ -18,7 +18,10 @@ run is made, and what only a hook needs, such as the time in the queue, is not m
 | hook | when |
 |---|---|
 | `machine` | right before `begin`: the architecture of the VM |
+| `source` | right before `begin`: what times and random numbers of handlers come from |
 | `handler_began` | a handler is called, right before it is; after `trap`, before `answered` |
+| `taken_at` | right before each `trap`: when it was taken |
+| `handler_stepped` | a handler is queued, begins, goes on after it was suspended, or ends |
 | `ran_natively` | a trap that is not ours was let go: it has none of the calls above |
 | `session_event` | between `begin` and `end`: the agent of a remote VM has come, or is lost |
 | `blocked` | a handler held up the event loop for long, which turns again |
@@ -42,11 +45,12 @@ compare no more.
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import anyio
 import msgspec
 
+from vmibridge.bridge.context import Source
 from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
@@ -54,17 +58,30 @@ from vmibridge.bridge.request import NativeReason, why_native
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.errors import GuestMemoryError
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.backend import SessionEvent
-from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent, TrapFilter
 
-__all__ = ["HandlerBegan", "NativeReason", "Tap"]
+__all__ = ["HandlerBegan", "NativeReason", "Step", "Tap"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_HOOKS = ("machine", "handler_began", "ran_natively", "session_event", "blocked", "tap_lost")
+_HOOKS = (
+    "machine",
+    "source",
+    "handler_began",
+    "handler_stepped",
+    "taken_at",
+    "ran_natively",
+    "session_event",
+    "blocked",
+    "tap_lost",
+)
+
+
+Step: TypeAlias = Literal["queued", "began", "resumed", "thrown", "ended", "parked", "cut off"]
+"""What a handler does, or what is done to it; see `Tap.handler_stepped`."""
+Stepped: TypeAlias = Callable[[TrapEvent, int, Step], None]
 
 
 class HandlerBegan(msgspec.Struct, frozen=True):
@@ -132,6 +149,17 @@ class Tap:
 
     # --- hooks: without a definition in a subclass they are not called ----------------
 
+    def source(self, vm: str, source: Source) -> None:
+        """What the times and random numbers of its handlers come from: `begin` follows."""
+
+    def taken_at(self, started: float) -> None:
+        """When the trap was taken that `trap` follows with, in seconds of the server's clock."""
+
+    def handler_stepped(self, event: TrapEvent, first: int, step: Step) -> None:
+        """A handler of the request that came with trap `first` is queued, begins, goes on after it
+        was suspended, or ends after it was; or its soft deadline has passed, and it is parked, or
+        its hard one, and it is cut off. `event` is the trap that it has, or had last."""
+
     def machine(self, vm: str, architecture: Architecture[Any]) -> None:
         """What a VM is that is about to run: `begin` follows."""
 
@@ -181,6 +209,9 @@ class Taps:
         """Traps that were taken since the first tap was dropped."""
         # None where no tap has the hook: the caller then pays one test.
         self.handler_began: Callable[[HandlerBegan], None] | None = self._hook("handler_began")
+        self.handler_stepped: Stepped | None = self._hook("handler_stepped")
+        self.reading: set[int] = set()
+        """Traps for which memory is accessed right now."""
         self.session_event: Callable[[SessionEvent], None] | None = self._hook("session_event")
         self.ran_natively: Callable[[TrapEvent], None] | None = (
             self._call_native if self._hooks["ran_natively"] else None
@@ -208,9 +239,11 @@ class Taps:
         settings: ServerSettings,
         stop: Callable[[Exception], None],
         architecture: Architecture[Any],
+        source: Source,
     ) -> None:
         """The VM is about to run."""
         self._call("machine", self._vm, architecture)
+        self._call("source", self._vm, source)
         for tap in self._taps:
             try:
                 tap.begin(self._vm, bridge, settings, stop)
@@ -219,10 +252,15 @@ class Taps:
         if self._losses:
             self._report_losses()
 
-    def trap(self, event: TrapEvent) -> None:
-        """A trap was taken."""
+    def trap(self, event: TrapEvent, started: float) -> None:
+        """A trap was taken at `started`, in seconds of the server's clock."""
         if self._dropped:
             self._missed += 1
+        for tap, taken_at in self._hooks["taken_at"]:
+            try:
+                taken_at(started)
+            except Exception as error:
+                self._drop(tap, "taken_at", error)
         for tap in self._taps:
             try:
                 tap.trap(event)
@@ -375,34 +413,3 @@ def _callees(taps: Sequence[Tap], hook: str) -> tuple[tuple[Tap, Callable[..., N
         if callable(call) and getattr(call, "__func__", None) is not getattr(Tap, hook):
             found.append((tap, call))
     return tuple(found)
-
-
-class TappedMemory:
-    """Physical memory whose accesses taps see."""
-
-    __slots__ = ("_physical", "_taps")
-
-    def __init__(self, physical: PhysicalMemory, taps: Taps) -> None:
-        self._physical = physical
-        self._taps = taps
-
-    async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
-        """`size` bytes. Raises what the memory behind it raises."""
-        try:
-            data = await self._physical.read_physical(event, address, size)
-        except GuestMemoryError as error:
-            self._taps.read(event, address, size, None, error.reason)
-            raise
-        if self._taps.read(event, address, size, data, None):
-            await self._taps.room()
-        return data
-
-    async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
-        """All of `data` or nothing. Raises what the memory behind it raises."""
-        try:
-            await self._physical.write_physical(event, address, data)
-        except GuestMemoryError as error:
-            self._taps.wrote(event, address, data, error.reason)
-            raise
-        if self._taps.wrote(event, address, data, None):
-            await self._taps.room()

@@ -38,7 +38,6 @@ Invariants
 """
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,12 +45,13 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
+from vmibridge.aio.clock import loop_clock
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
 from vmibridge.aio.generators import watch_generators
 from vmibridge.aio.handler_scope import AsyncioHandlerScope
 from vmibridge.aio.loops import handler_scopes
 from vmibridge.aio.own_tasks import OwnTasks, Start, own_tasks, starter
-from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.context import BridgeContext, Source
 from vmibridge.bridge.dispatch import Bridge, Entry
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
@@ -69,14 +69,14 @@ from vmibridge.engine.request import WATCHED, Cause, Request, State, Worker
 from vmibridge.engine.retries import Retries, as_retry
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import TappedMemory, Taps
+from vmibridge.engine.tapped_memory import TappedMemory
+from vmibridge.engine.taps import Taps
+from vmibridge.engine.watching import source_for, watch_for
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent, TrapFilter
 
 log: logging.Logger = logging.getLogger(__name__)
-
-_clock = time.monotonic
 
 _PATIENCE = 1.0
 """Seconds that a handler has to unwind after it was cancelled, on asyncio; at most a quarter of
@@ -107,35 +107,41 @@ class Workers:
         before_resume: BeforeResume | None = None,
     ) -> None:
         self.summary: Summary = Summary()
-        self.lanes, began = lanes_for(taps, settings.queue, self._abandon)
+        clock = self._clock = loop_clock()
+        conductor = backend.conductor
+        stepped = None if taps is None else taps.handler_stepped
+        self.lanes, began = lanes_for(taps, settings.queue, self._abandon, clock)
         self.filter: TrapFilter = bridge.trap_filter
         self._backend = backend
         self._bridge = bridge
         self._taps = taps
         self._terms = TermsTable(settings)
         self._replies = Replies(
-            backend, settings, outcomes, self.lanes, self.summary, taps, before_resume
+            backend, settings, outcomes, self.lanes, self.summary, taps, clock, before_resume
         )
-        self._retries = Retries(settings, self._terms, self.summary, taps)
+        self._retries = Retries(settings, self._terms, self.summary, taps, conductor)
         self.deadlines: Deadlines = Deadlines(
-            self._replies, self._retries, self.summary, self._promote
+            self._replies, self._retries, self.summary, self._promote, clock, stepped, conductor
         )
+        if conductor is not None:
+            conductor.conduct(self.deadlines)
         self._asking = Asking(
             InFlight(settings.in_flight, in_flight),
             turns,
             on_interrupt,
             self._was_blocked,
             backend.vm,
-            began,
+            watch_for(taps, began, conductor),
         )
         self._patience = min(_PATIENCE, settings.stop_timeout / 4)
         self._handler_scope = handler_scopes(self._patience)
+        self.source: Source = source_for(conductor, clock)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
         if settings.policy is not None:
             self._guard = Guard(settings.policy)
             if self._guard.meters_bytes:
-                self._memory = MeteredMemory(self._memory, self._guard)
+                self._memory = MeteredMemory(self._memory, self._guard, clock)
         # Not asked for when something was raised: a task may be closed when its loop is gone.
         self._cancelled = anyio.get_cancelled_exc_class()
         self._stopping = self._cancelling = False
@@ -263,7 +269,7 @@ class Workers:
         # This is the hot path: each trap pays for what stands here, so it sets states without a
         # look-up. The state is ANSWERED before the reply is begun: from there on no other task may
         # answer, and when the reply has to wait, `_suspended` has no deadline to arm.
-        started = request.started = _clock()
+        started = request.started = self._clock()
         # Asked before anything else, and of all traps: this forgets that it was abandoned.
         gone = self.lanes.abandoned and self.lanes.was_abandoned(event)
         packet = own_request(event, self.filter, other_hypercalls=self._backend.other_hypercalls)
@@ -272,7 +278,7 @@ class Workers:
             await self._replies.run_natively(event)
             return False
         if self._taps is not None:
-            self._taps.trap(event)
+            self._taps.trap(event, started)
         outcome: Outcome[Any]
         # The policy first: who is denied learns nothing of what is served, nor that it stops.
         if self._guard is not None and (denied := self._guard.denies(event, started)) is not None:
@@ -298,7 +304,7 @@ class Workers:
                 if first.waits and (name := first.waits.get(first.key_of(packet.method))):
                     self._hand_over(request, event, entries, name)
                     return True
-                context = worker.context = BridgeContext(event, self._memory)
+                context = worker.context = BridgeContext(event, self._memory, self.source, started)
                 outcome = await self._asking.ask(worker, request, entries)
                 if request.state is not _INLINE:
                     # It has waited: the request may have another trap by now, or none.
@@ -320,15 +326,21 @@ class Workers:
         return worker.retires
 
     def _hand_over(
-        self, request: Request, event: TrapEvent, entries: tuple[Entry, ...], name: str
+        self,
+        request: Request,
+        event: TrapEvent,
+        entries: tuple[Entry, ...],
+        name: str,
     ) -> None:
         """Have a request answered in a task of its own."""
         own = request.worker = Worker()
-        own.request, own.context = request, BridgeContext(event, self._memory)
+        own.request = request
+        own.context = BridgeContext(event, self._memory, self.source, request.started)
         own.scope = scope = AsyncioHandlerScope(self._patience)
         own.has_place, own.retires = False, True
         request.entry = entries[0]
         request.on(Cause.QUEUE)
+        self._asking.line_up(own)
         assert self._own_tasks is not None
         self._own_tasks.start(scope, self._answer_apart(own, entries), name)
 

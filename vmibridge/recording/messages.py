@@ -6,6 +6,7 @@
 | `trap` | a `TrapEvent` | when the trap was taken |
 | `memory` | a `MemoryAccess` | when it was done, or had failed |
 | `reply` | a `Reply` | when the answer was written to the guest |
+| `step` | a `Step` | when a handler was queued, began after that, went on or ended |
 | `note` | a `Note` | behind a trap that is a retry, or of the file before; at the end of each VM |
 
 The order in the file is that of the event loop. A trap has one reply; what lies between
@@ -34,11 +35,13 @@ from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent
 
 FORMAT = 1
-"""The version of these structs; another one means other fields."""
+"""The version of these structs; another one means other fields. That of 0.2.0."""
 FORMAT_OF_OTHERS = 2
-"""The same fields, and registers that are those of `Session.architecture`. A VM of x86 version 1
-has format 1, and 0.2.0 reads it; in any other 0.2.0 would find registers that are all 0."""
-FORMATS = (FORMAT, FORMAT_OF_OTHERS)
+"""The same fields, and registers that are those of `Session.architecture`. In 0.2.1
+that is any VM but those of x86 version 1: 0.2.0 would find registers that are all 0."""
+FORMAT_WITH_STEPS = 3
+"""The same with the channel `step`, and `Session.seed` and `clock`: what is recorded today."""
+FORMATS = (FORMAT, FORMAT_OF_OTHERS, FORMAT_WITH_STEPS)
 
 
 class RecordedMethod(msgspec.Struct, frozen=True):
@@ -92,8 +95,26 @@ class Session(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was left out."""
     architecture: RecordedArchitecture | None = None
     """That of the registers of its traps. `None`: x86 version 1, as in all recordings of 0.2.0."""
+    seed: int | None = None
+    """Of the random numbers that its handlers got."""
+    clock: int = 0
+    """Nanoseconds from the times of its messages to those that its handlers got."""
     part: int = 1
     """Which file this is of a recording that has several: each of them begins with the sessions."""
+
+
+class Step(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """What the handler of a request does. Not recorded where it is plain: a handler begins with its
+    trap, unless a step says that it was queued, and ends with the reply, unless it was suspended.
+    """
+
+    vm: str
+    seq: int
+    """Of the trap that the request came with."""
+    kind: Literal["queued", "began", "resumed", "thrown", "ended", "parked", "cut off"]
+    """`queued`: it lines up, for its turn, for a place, or as a task of its own; `resumed`: it goes
+    on after it was suspended, other than for guest memory; `thrown`: it goes on with an exception,
+    such as a cancellation; `parked`, `cut off`: its soft deadline has passed, or its hard one."""
 
 
 class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -150,7 +171,7 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     """At the end: how many traps came to each outcome, and how many ran natively."""
 
 
-RecordedMessage: TypeAlias = Session | TrapEvent | MemoryAccess | Reply | Note
+RecordedMessage: TypeAlias = Session | TrapEvent | MemoryAccess | Reply | Note | Step
 
 
 class ChannelKind(NamedTuple):
@@ -162,12 +183,13 @@ class ChannelKind(NamedTuple):
     kind: type[Any]
 
 
-SESSION, TRAP, MEMORY, REPLY, NOTE = CHANNELS = (
+SESSION, TRAP, MEMORY, REPLY, NOTE, STEP = CHANNELS = (
     ChannelKind(1, "session", Session),
     ChannelKind(2, "trap", TrapEvent),
     ChannelKind(3, "memory", MemoryAccess),
     ChannelKind(4, "reply", Reply),
     ChannelKind(5, "note", Note),
+    ChannelKind(6, "step", Step),
 )
 
 CHANNEL_OF_TOPIC: Mapping[str, ChannelKind] = MappingProxyType(
@@ -181,11 +203,6 @@ def output_text(output: object) -> str | None:
 
 
 _OF_0_2_0 = RecordedArchitecture("x86", 1)
-
-
-def format_of(architecture: RecordedArchitecture) -> int:
-    """The format of a recorded VM."""
-    return FORMAT if architecture == _OF_0_2_0 else FORMAT_OF_OTHERS
 
 
 def architecture_of(session: Session) -> Architecture[Any]:

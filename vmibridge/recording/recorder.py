@@ -22,9 +22,7 @@ Rules:
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -34,21 +32,25 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from vmibridge.aio.clock import loop_clock
 from vmibridge.aio.own_thread import in_own_thread
-from vmibridge.bridge.dispatch import Bridge, one_line
+from vmibridge.bridge.context import Source
+from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.registers import read_packet
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
+from vmibridge.engine.taps import Step as StepKind
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import RecordingError, ServerStateError
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.errors import ServerStateError
+from vmibridge.recording.chunked import MAX_UNWRITTEN, ChunkedRecording
 from vmibridge.recording.file.parts import RecordingParts
 from vmibridge.recording.messages import (
     MEMORY,
     NOTE,
     REPLY,
     SESSION,
+    STEP,
     TRAP,
     ChannelKind,
     MemoryAccess,
@@ -59,33 +61,25 @@ from vmibridge.recording.outputs import OutputText
 from vmibridge.recording.redaction import Redaction, RedactionRule
 from vmibridge.recording.rotation import Rotation, sizes
 from vmibridge.recording.session import session_of
+from vmibridge.recording.steps import Steps
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_clock = time.monotonic_ns
 _TRAP, _REPLY = TRAP.id, REPLY.id
 
-_CHUNK = 1 << 20
-"""Bytes before compression after which a chunk is cut."""
-_MAX_UNWRITTEN = 32 << 20
-"""The same, of all that is not written yet: then the guests wait."""
 _HELD = 128
 """Messages that are encoded together: about 100 us."""
 _HELD_DATA = 1024
 """Bytes of a memory access that is not held."""
-_SMALL = 256 << 10
-"""Bytes of a chunk that the loop compresses: about 300 us."""
 _NOTHING: frozenset[str] = frozenset()
 _NO_OUTPUT = OutputText(None, None)
 
 
-class Recorder(Tap):
+class Recorder(ChunkedRecording, Tap):
     """A tap that writes all it sees into a file, or into several, one after another."""
-
-    full: bool = False
 
     def __init__(
         self,
@@ -114,42 +108,35 @@ class Recorder(Tap):
             raise ValueError(f"flush_interval is a number of seconds, got {flush_interval!r}")
         if flush_traps < 2:
             raise ValueError(f"flush_traps is at least 2, got {flush_traps!r}")
-        self.path: Path = Path(path)
-        """Of the file that is written, from when it is made."""
         self._max_size, self._max_total = sizes(max_size, max_total)
-        if max_total is not None and not self.path.is_dir():
+        if max_total is not None and not Path(path).is_dir():
             raise ValueError(f"max_total is for recordings in a folder, and {path} is none")
-        self.lost: int = 0
-        """Traps that were taken after the file could not be written any more. If the recorder was
-        dropped, those of that VM are counted when the VM has ended."""
-        self.error: RecordingError | None = None
-        """Why it could not be written."""
-        # Half a period fills up while the other half is being written.
-        self._interval = flush_interval / 2
-        self._cut_at = flush_traps // 2
-        self._max_traps = flush_traps
-        self._on_error = on_error
+        rotation = None if self._max_size is None else Rotation(self._max_size)
+        super().__init__(
+            Path(path),
+            flush_interval=flush_interval,
+            flush_traps=flush_traps,
+            on_error=on_error,
+            message_index=message_index,
+            rotation=rotation,
+        )
         self._redaction = Redaction(redact)
         self._redacts = bool(self._redaction.of_traps)
         self._left_out: dict[tuple[str, int], frozenset[str]] = {}
         self._stem = stem
         self._overwrite = overwrite
-        self._files: RecordingParts
-        self._rotation = None if self._max_size is None else Rotation(self._max_size)
-        self._stops: dict[str, Callable[[Exception], None]] = {}
         self._architectures: dict[str, Architecture[Any]] = {}
-        self._first_chunk = partial(ChunkBuilder, message_index=message_index, describes=True)
-        self._chunk = self._first_chunk()
-        self._waiting: deque[ChunkBuilder] = deque()
-        self._unwritten = 0
-        self._unwritten_traps = 0
-        self._wake: anyio.Event | None = None
-        self._room: anyio.Event | None = None
-        self._epoch = time.time_ns() - _clock()
+        self._clock = time.monotonic
+        self._epoch = time.time_ns() - time.monotonic_ns()
+        self._taken: float | None = None
+        self._sources: dict[str, Source] = {}
+        self._steps = Steps()
         self._tasks: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
         """Make the file. Raises `RecordingError` when it already exists, or cannot be made."""
+        self._clock = loop_clock()
+        self._epoch = time.time_ns() - round(self._clock() * 1e9)
         library = f"vmibridge {version('vmibridge')}"
         self._files = await in_own_thread(
             lambda: RecordingParts(
@@ -198,12 +185,11 @@ class Recorder(Tap):
 
     # --- what a server tells --------------------------------------------------------
 
-    async def room(self) -> None:
-        """Wait for the disk."""
-        while self.full:
-            if self._room is None:
-                self._room = anyio.Event()
-            await self._room.wait()
+    def source(self, vm: str, source: Source) -> None:
+        self._sources[vm] = source
+
+    def taken_at(self, started: float) -> None:
+        self._taken = started
 
     def machine(self, vm: str, architecture: Architecture[Any]) -> None:
         self._architectures[vm] = architecture
@@ -222,7 +208,15 @@ class Recorder(Tap):
         if self.error is not None and self._on_error == "stop":
             stop(self.error)
         architecture = self._architectures.pop(vm, X86)
-        session = session_of(vm, bridge, settings, self._redaction, architecture)
+        session = session_of(
+            vm,
+            bridge,
+            settings,
+            self._redaction,
+            architecture,
+            self._sources.pop(vm, None),
+            self._epoch,
+        )
         if self._rotation is not None:
             session = self._rotation.begin(session)
         self._add(SESSION, session)
@@ -237,11 +231,15 @@ class Recorder(Tap):
         if self._rotation is not None:
             self._split_if_due()
             self._rotation.trap(event)
+        if self._steps.pending is not None:
+            self._add(STEP, self._steps.flush(), self._taken)
+        # Handlers may be given this time: it is that of the trap, to the nanosecond.
+        taken, self._taken = self._taken, None
         if self.error is not None:
             self.lost += 1
             return
         chunk = self._chunk
-        chunk.held.append((_TRAP, self._epoch + _clock(), event))
+        chunk.held.append((_TRAP, self._time(taken), event))
         chunk.traps += 1
         if chunk.traps >= self._cut_at:
             self._cut()
@@ -249,6 +247,11 @@ class Recorder(Tap):
     def retried(self, event: TrapEvent, first: int) -> None:
         text = f"trap {event.seq} asks again for what came with trap {first}"
         self._add(NOTE, Note("retry", text, event.vm, event.seq, first))
+
+    def handler_stepped(self, event: TrapEvent, first: int, step: StepKind) -> None:
+        for told in self._steps.step(event.vm, first, step):
+            self._split_if_due()
+            self._add(STEP, told)
 
     def read(
         self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
@@ -264,6 +267,10 @@ class Recorder(Tap):
         event, response = outcome.event, outcome.response
         packet, writes, error = outcome.packet, outcome.writes, outcome.error
         assert event is not None
+        if self._steps.pending is not None:
+            self._add(STEP, self._steps.flush())
+        if self._steps.lined_up:
+            self._steps.lined_up.discard((event.vm, event.seq))
         # Made into text now: a handler may change what it gave.
         text, digest = (
             _NO_OUTPUT
@@ -292,7 +299,7 @@ class Recorder(Tap):
         # As `_add`, without its call.
         if self.error is None:
             held = self._chunk.held
-            held.append((_REPLY, self._epoch + _clock(), reply))
+            held.append((_REPLY, self._time(), reply))
             if len(held) >= _HELD:
                 self._settle()
         if self._rotation is not None:
@@ -301,7 +308,7 @@ class Recorder(Tap):
         if self._unwritten:
             self.full = (
                 self._unwritten_traps + self._chunk.traps >= self._max_traps
-                or self._unwritten >= _MAX_UNWRITTEN
+                or self._unwritten >= MAX_UNWRITTEN
             ) and self.error is None
 
     def end(self, vm: str, summary: Summary) -> None:
@@ -332,21 +339,22 @@ class Recorder(Tap):
         if access.data is not None and len(access.data) > _HELD_DATA:
             self._settle()
         # Not for room for traps: a handler that waits gets a task of its own from then on.
-        self.full = self._unwritten >= _MAX_UNWRITTEN and self.error is None
+        self.full = self._unwritten >= MAX_UNWRITTEN and self.error is None
 
-    def _add(self, channel: ChannelKind, message: Any) -> None:
+    def _add(self, channel: ChannelKind, message: Any, at: float | None = None) -> None:
+        if self._steps.pending is not None:
+            self._add(STEP, self._steps.flush(), at)
         if self.error is not None:
             self.lost += channel is TRAP
             return
         held = self._chunk.held
-        held.append((channel.id, self._epoch + _clock(), message))
+        held.append((channel.id, self._time(at), message))
         if len(held) >= _HELD:
             self._settle()
 
-    def _settle(self) -> None:
-        """Encode what is held."""
-        if self._chunk.settle() >= _CHUNK:
-            self._cut()
+    def _time(self, at: float | None = None) -> int:
+        """A time of the loop, or now, in nanoseconds since the Unix epoch."""
+        return self._epoch + int((self._clock() if at is None else at) * 1e9)
 
     def _split_if_due(self, data: int = 0) -> None:
         """Go on in another file, where this one has no room for a message with so much data."""
@@ -362,96 +370,3 @@ class Recorder(Tap):
         for channel, message in rotation.preamble():
             self._add(channel, message)
         rotation.begun(self._chunk.settle())
-
-    def _cut(self) -> None:
-        """Hand what is collected to the writer."""
-        chunk = self._chunk
-        size = chunk.settle()
-        if not size:
-            return
-        if size <= _SMALL:
-            chunk.pack()
-        self._waiting.append(chunk)
-        self._unwritten += size
-        self._unwritten_traps += chunk.traps
-        self._chunk = chunk.next()
-        if self._rotation is not None:
-            self._rotation.cut(len(chunk))
-        if self._wake is not None:
-            self._wake.set()
-
-    async def _write_on(self) -> None:
-        """Write chunks as they are cut, and what is left at each interval."""
-        while True:
-            self._wake = anyio.Event()
-            if not self._waiting:
-                with anyio.move_on_after(self._interval):
-                    await self._wake.wait()
-            with anyio.CancelScope(shield=True):
-                await self._write_waiting()
-
-    async def _write_waiting(self) -> None:
-        """Write all that is collected."""
-        try:
-            self._cut()
-        except Exception as unknown:  # a message that cannot be encoded, of a backend
-            self._fail(unknown)
-            return
-        while self._waiting and self.error is None:
-            chunk = self._waiting.popleft()
-            try:
-                size = await in_own_thread(self._write, chunk)
-            except Exception as lost:
-                self._fail(lost)
-                return
-            finally:
-                self._tell_news()
-            if self._rotation is not None:
-                self._rotation.written(chunk.part, len(chunk), size)
-            self._written(chunk)
-
-    def _tell_news(self) -> None:
-        self.path = self._files.path
-        while self._files.news:
-            level, told = self._files.news.pop(0)
-            log.log(level, "%s", told)
-
-    def _written(self, chunk: ChunkBuilder) -> None:
-        self._unwritten -= len(chunk)
-        self._unwritten_traps -= chunk.traps
-        if self.error is not None:
-            # It was being written when the recorder was dropped, and counted as lost.
-            self.lost -= chunk.traps
-        # A small chunk, or one without traps, makes too little room.
-        if (
-            self._unwritten_traps + self._chunk.traps < self._max_traps
-            and self._unwritten < _MAX_UNWRITTEN
-        ):
-            self._free()
-
-    def _write(self, chunk: ChunkBuilder) -> int:
-        return self._files.add(chunk.part, chunk.pack())
-
-    def _fail(self, error: Exception) -> None:
-        if self.error is not None:
-            return
-        why = error.strerror if isinstance(error, OSError) else one_line(error)
-        if isinstance(error, RecordingError):
-            why = str(error)  # of the file that it was to go on in
-        self.error = RecordingError(f"{self.path}: the recording ends here: {why}")
-        self.error.__cause__ = error
-        self.lost += self._unwritten_traps + self._chunk.traps
-        self._waiting.clear()
-        self._chunk = ChunkBuilder()
-        self._free()
-        if self._on_error == "continue":
-            log.error("%s; the run continues without a recording", self.error)
-            return
-        for stop in self._stops.values():
-            stop(self.error)
-
-    def _free(self) -> None:
-        self.full = False
-        if self._room is not None:
-            self._room.set()
-            self._room = None

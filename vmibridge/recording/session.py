@@ -14,16 +14,17 @@ from typing import Any
 import anyio
 import msgspec
 
+from vmibridge.bridge.context import Source
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.made_with import made_with
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.messages import (
+    FORMAT_WITH_STEPS,
     RecordedArchitecture,
     RecordedHandler,
     RecordedMethod,
     Session,
-    format_of,
 )
 from vmibridge.recording.project_modules import project_modules
 from vmibridge.recording.redaction import Redaction
@@ -46,12 +47,14 @@ def session_of(
     settings: ServerSettings,
     redaction: Redaction,
     architecture: Architecture[Any],
+    source: Source | None,
+    epoch: int,
 ) -> Session:
-    """What is known of a VM before it runs."""
+    """What is known of a VM before it runs. `epoch`: when the clock of its messages was at 0."""
     told = RecordedArchitecture(architecture.name, architecture.version)
     return Session(
         vm,
-        format=format_of(told),
+        format=FORMAT_WITH_STEPS,
         started=datetime.now(UTC).isoformat(),
         versions={
             "python": platform.python_version(),
@@ -65,6 +68,8 @@ def session_of(
         settings=settings,
         redaction=redaction.of_traps,
         architecture=told,
+        seed=None if source is None else source.seed,
+        clock=0 if source is None or source.wall_time is not None else source.epoch - epoch,
     )
 
 

@@ -21,6 +21,7 @@ from vmibridge.aio.cancellation import exit_unwrapped
 from vmibridge.errors import ServerStateError, TrapQueueClosedError
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
+from vmibridge.vm.conductor import Conductor
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 __all__ = [
@@ -147,6 +148,8 @@ class Backend(ABC):
     on_session_event: Callable[[SessionEvent], None] | None = None
     """Set by the server before `run`, where a tap wants to know. A backend whose VM has a session
     calls it on the event loop, while `run` runs. It returns soon and does not raise."""
+    conductor: Conductor | None = None
+    """Decides the order of the handlers; see there."""
     architecture: Architecture[Any] = X86
     """Of the guest: its registers, and what they mean."""
 

@@ -22,7 +22,7 @@ from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 def metered(policy: Policy, memory: dict[int, bytes]) -> tuple[MeteredMemory, Guard, FakeBackend]:
     backend, guard = FakeBackend(memory=memory), Guard(policy)
-    return MeteredMemory(backend, guard), guard, backend
+    return MeteredMemory(backend, guard, time.monotonic), guard, backend
 
 
 @pytest.mark.anyio

@@ -43,8 +43,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = time.monotonic_ns()
-        monkeypatch.setattr(beginnings, "_clock", lambda: self.now)
-        monkeypatch.setattr(workers, "_clock", lambda: self.now / 1e9)
+        monkeypatch.setattr(workers, "loop_clock", lambda: lambda: self.now / 1e9)
 
 
 @pytest.fixture
@@ -287,7 +286,7 @@ class TestTheTimeInTheQueue:
         ]
 
     async def test_is_forgotten_with_a_put_that_is_given_up(self, clock):
-        lanes = beginnings.TimedLanes(1, lambda _: None)
+        lanes = beginnings.TimedLanes(1, lambda _: None, lambda: clock.now / 1e9)
         lanes.put_nowait(vmcall(1))
         with pytest.raises(anyio.WouldBlock):
             lanes.put_nowait(vmcall(2, 1))

@@ -200,7 +200,6 @@ async def test_where_no_tap_has_a_hook_nothing_is_called_and_no_clock_is_read(ta
         raise AssertionError("it costs something")
 
     for place, name in (
-        (beginnings, "_clock"),
         (beginnings, "TimedLanes"),
         (beginnings, "Beginnings"),
     ):
@@ -218,10 +217,10 @@ async def test_a_tap_with_another_hook_does_not_time_the_queue(monkeypatch):
         def ran_natively(self, event, why):
             self.seen += 1
 
-    def never():
+    def never(*_):
         raise AssertionError("it costs something")
 
-    monkeypatch.setattr(beginnings, "_clock", never)
+    monkeypatch.setattr(beginnings, "TimedLanes", never)
     tap = Natives()
     await serve(FakeGuest(every_hook, memory=MEMORY), Steps(), tap)
     assert tap.seen == 1

@@ -323,8 +323,7 @@ class TrapLifeOnTrio(TrapLife):
 @pytest.fixture(autouse=True)
 def still(monkeypatch):
     """The engine's clock is the loop's, and trio's order of tasks can be had again."""
-    monkeypatch.setattr("vmibridge.engine.workers._clock", anyio.current_time)
-    monkeypatch.setattr("vmibridge.engine.deadlines._clock", anyio.current_time)
+    monkeypatch.setattr("vmibridge.engine.workers.loop_clock", lambda: anyio.current_time)
     monkeypatch.setattr("vmibridge.engine.workers._MAX_IDLE", 1)
     monkeypatch.setattr("vmibridge.engine.server.OUTCOMES_AHEAD", OUTCOMES_AHEAD)
     monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)

@@ -81,7 +81,8 @@ class Changes:
             started = (then + timedelta(microseconds=self._shift // 1000)).isoformat()
         except (ValueError, OverflowError):
             return session
-        return msgspec.structs.replace(session, started=started)
+        clock = session.clock - self._shift
+        return msgspec.structs.replace(session, started=started, clock=clock)
 
     def _redacted(
         self, message: RecordedMessage, left_out: frozenset[str] | None

@@ -4,12 +4,12 @@
 
 Rules:
 
-- The file is walked in its order, once (`_walk`). A trap is given to the server; a memory
-  access is kept for its request; a reply holds the walk until the server has answered that
-  trap, too, and a trap until the server has taken the one before. So handlers begin in the
-  recorded order, and run together where they did then. With `order=vcpu` only the traps of
-  one vCPU wait for each other.
+- The file is walked in its order, once, for all VMs that are replayed from it (`walk`, which has
+  the order of things). A trap is given to the server; a memory access is kept for its request; a
+  reply holds the walk until the server has answered that trap, too. With `order=vcpu` replies hold
+  the traps of their vCPU only, and what handlers do is in the recorded order all the same.
 - Memory is served from the recording, to the request that accessed it (`replayed`).
+- Deadlines pass when they passed then. One that did not pass then has some seconds more.
 - A request that was told to wait then, and is answered at once now, is done: its retries
   are left out. One that is told to wait now asks again, with the recorded retries.
 - The first run of a VM is replayed. What a file has of later ones, as when files were put
@@ -18,43 +18,47 @@ Rules:
 - A trap that the policy denied then never reached a handler, and does not now. Values that
   were left out of the recording are not there to be asked with.
 
-Nothing in here is bounded by the file: what is held is bounded by `_MAX_HELD`.
+Nothing in here is bounded by the file: what is held is bounded (`memory`).
 """
 
 import math
 from collections import deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import anyio
 import msgspec
 
-from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.dispatch import Bridge
-from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.bridge.outcome import GONE, Outcome, OutcomeKind
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError
+from vmibridge.errors import BackendError, BackendSpecError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, architecture_of
+from vmibridge.recording.messages import (
+    MemoryAccess,
+    Note,
+    Reply,
+    Session,
+    Step,
+    architecture_of,
+)
 from vmibridge.recording.replay import options as reasons
 from vmibridge.recording.replay.compare import Difference
+from vmibridge.recording.replay.memory import ReplayedMemory
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
+from vmibridge.recording.replay.order import RecordedOrder
 from vmibridge.recording.replay.request import ReplayedRequest
-from vmibridge.recording.replay.source import RecordedVm
 from vmibridge.recording.replay.tally import Tally
 from vmibridge.recording.replay.verdict import Verdict
-from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
+from vmibridge.recording.replay.walk import Awaited, Walk
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
-R = TypeVar("R")
-
-_MAX_HELD = 32 << 20
-"""Bytes of memory accesses that may be held for requests that run."""
 _MAX_OPEN = 16_384
 """Requests that may be open at a time."""
+_DENIED = OutcomeKind.DENIED
+_DEADLINES = (OutcomeKind.WAITING, OutcomeKind.TIMEOUT, OutcomeKind.CANCELLED)
 
 
 class ReplayBackend(Backend, Tap):
@@ -67,8 +71,10 @@ class ReplayBackend(Backend, Tap):
         vm: str = "vm",
         on_difference: Callable[[Difference], None] | None = None,
         *,
+        walk: Walk | None = None,
         verdict: Verdict | None = None,
     ) -> None:
+        """VMs of one file that are replayed together have a `walk` in common."""
         super().__init__(vm)
         options = options or ReplayOptions()
         if not 0 <= options.speed < math.inf:
@@ -77,30 +83,21 @@ class ReplayBackend(Backend, Tap):
         self.options = options
         self.session: Session | None = None
         """What served this VM then; known once the backend is open, if the file tells."""
-        self.reader: RecordingReader
+        self._walk = walk or Walk(path, options.speed)
         self._tally = Tally(verdict or Verdict(), on_difference)
-        self._source: RecordedVm
-        self._batch: list[TimedMessage] = []
-        self._place = 0
-        self._at_end = False
+        self._name = vm
+        self._wait = ServerSettings().wait.value1
         self._has_begun = self._is_later = False
         self._has_server = False
-        self._wait = ServerSettings().wait.value1
         self._open: dict[int, ReplayedRequest] = {}
-        self._unanswered: set[int] = set()
-        self._untaken: TrapEvent | None = None
-        self._awaited: ReplayedRequest | None = None
+        self._unanswered: dict[int, TrapEvent] = {}
         self._busy: dict[int, deque[TrapEvent]] = {}
         self._vcpus: set[int] = set()
-        self._held = 0
         self._stopped = False
+        self.conductor: RecordedOrder = RecordedOrder(self._walk, self._open)
+        self._memory = ReplayedMemory(self._walk, self._open)
         self._stop_for: Callable[[Exception], None]
-        self._poked = anyio.Event()
-        self._arrived = anyio.Event()
         self._sink: TrapSink
-        self._full: deque[TrapEvent] = deque()
-        self._start: tuple[float, int] | None = None
-        self._pause = 0.0
 
     @property
     def result(self) -> ReplayResult:
@@ -120,36 +117,29 @@ class ReplayBackend(Backend, Tap):
         Raises `RecordingReadError` for a file that is no recording, `BackendSpecError` for a
         VM that is not in it.
         """
-        self._source = await in_own_thread(RecordedVm, self.path, self.options.vm)
-        self.reader, self.session = self._source.reader, self._source.session
+        self._name, self.session = await self._walk.join(self, self.options.vm)
         if self.session is not None:
             self.architecture = architecture_of(self.session)
             self._wait = self.session.settings.wait.value1
-        self._tally.begin(self._source.name, self.session, self.stop)
+            self.conductor.begin(self.session)
+        self._tally.begin(self._name, self.session, self.stop)
+
+    @property
+    def reader(self) -> RecordingReader:
+        """What reads the file; once the backend is open."""
+        return self._walk.source.reader
 
     async def close(self) -> None:
-        self._source.close()
+        self._walk.leave()
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Play the recording to its end."""
         self._sink = sink
-        while not self._stopped:
-            self._poked = anyio.Event()
-            self._walk()
-            if self._full:
-                await feed_held(self._sink, self._full.popleft(), self._refuse)
-            elif self._place < len(self._batch):
-                with anyio.move_on_after(
-                    self._pause - anyio.current_time() if self._pause else None
-                ):
-                    await self._poked.wait()
-                self._pause = 0.0
-            elif not self._at_end:
-                await self._read_on()
-            elif self._unanswered:
-                await self._poked.wait()
-            else:
-                break
+        self._walk.present(self._name)
+        try:
+            await self._walk.drive(self)
+        finally:
+            self.conductor.let_go()
         for request in dict.fromkeys(self._open.values()):
             self._close(request, "the recording ends before its answer")
         ends = [
@@ -161,7 +151,11 @@ class ReplayBackend(Backend, Tap):
     def stop(self) -> None:
         """Play no further."""
         self._stopped = True
-        self._poked.set()
+        self._walk.present(self._name)
+        self._walk.let_go(self._open.values())
+        self.conductor.let_go()
+        self._memory.arrive()
+        self._walk.go()
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Take the answer. Raises `BackendError` for a trap that waits for none."""
@@ -173,92 +167,76 @@ class ReplayBackend(Backend, Tap):
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """The recorded bytes. Waits where the recording was not read as far."""
-        request = self._request_of(event, address)
-        data = await self._taken(request, partial(request.take_read, address, size))
-        return request.read_unrecorded(address, size) if data is None else data
+        return await self._memory.read(event, address, size)
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """As it went then. Waits where the recording was not read as far."""
-        request = self._request_of(event, address)
-        if await self._taken(request, partial(request.take_write, address, data)) is None:
-            request.write_unrecorded(address, data)
-
-    async def _taken(self, request: ReplayedRequest, take: Callable[[], R | None]) -> R | None:
-        """What `take` finds among the recorded accesses; `None`: there is no such."""
-        while True:
-            before = request.held
-            try:
-                found = take()
-            finally:
-                self._held -= before - request.held
-            if found is not None or request.over:
-                return found
-            await self._further_accesses(request)
+        await self._memory.write(event, address, data)
 
     def begin(
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
     ) -> None:
         self._stop_for = stop
         self._has_server = True
-        self._tally.verdict.hear_handlers(self._source.name, bridge.handlers)
+        self._tally.verdict.hear_handlers(self._name, bridge.handlers)
 
     def dropped(self, vm: str, error: Exception) -> None:
         """Without these calls it cannot go on: it would wait for ever."""
         self._stop_for(error)
 
     def trap(self, event: TrapEvent) -> None:
-        if event is self._untaken:
-            self._untaken = None
-            self._walk()
+        request = self._open.get(event.seq)
+        if request is not None and not request.taken:
+            request.taken = True
+            if self._walk.what is Awaited.TAKEN:
+                self._walk.go()
 
     def answered(self, outcome: Outcome[Any]) -> None:
         assert outcome.event is not None
         self._answer(outcome.event, outcome)
 
-    async def _read_on(self) -> None:
-        self._batch = await self._source.read_on()
-        self._place = 0
-        if not self._batch:
-            self._at_end = True
-            for request in dict.fromkeys(self._open.values()):
-                request.over = True
-            self._arrive()
+    # --- what the walk plays --------------------------------------------------------
 
-    # --- the walk -------------------------------------------------------------------
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it is played any more."""
+        return self._stopped
 
-    def _walk(self) -> None:
-        """Go on in the file as far as nothing has to be waited for."""
-        if self._awaited is not None:
-            if not self._awaited.answered and not self._stopped:
-                return
-            self._awaited = None
-        batch = self._batch
-        while not self._stopped and not self._full and self._place < len(batch):
-            time, message = batch[self._place]
-            if isinstance(message, TrapEvent):
-                goes_on = self._walk_trap(time, message)
-            elif isinstance(message, MemoryAccess):
-                goes_on = self._walk_access(message)
-            elif isinstance(message, Reply):
-                goes_on = self._walk_reply(message)
-            else:
-                goes_on = True
-                if isinstance(message, Session):
-                    self._is_later = self._has_begun
-                    self._has_begun = True
-            if not goes_on:
-                return
-            self._place += 1
-        self._poked.set()
+    @property
+    def is_owed(self) -> bool:
+        """Whether a trap of it waits for its answer."""
+        return bool(self._unanswered)
 
-    def _walk_trap(self, time: int, event: TrapEvent) -> bool:
+    @property
+    def open_requests(self) -> Iterable[ReplayedRequest]:
+        """Those that are not compared yet."""
+        return self._open.values()
+
+    def play(self, message: TimedMessage, after: object) -> bool:
+        """Play a message; `after`: the one behind it. `False`: it is not its time yet."""
+        time, what = message
+        if isinstance(what, TrapEvent):
+            return self._walk_trap(time, what, after)
+        if isinstance(what, MemoryAccess):
+            return self._is_later or self._memory.attach(what)
+        if isinstance(what, Step):
+            return self._walk_step(time, what)
+        if isinstance(what, Reply):
+            return self._walk_reply(time, what)
+        if isinstance(what, Session):
+            self._is_later = self._has_begun
+            self._has_begun = True
+        return True
+
+    def _walk_trap(self, time: int, event: TrapEvent, after: object) -> bool:
         self._has_begun = True
         if self._is_later:
             self._tally.leave_unchecked(reasons.LATER, event, time)
             return True
         if self._tally.is_behind(event, time):
             return True
-        if self._untaken is not None or (self.options.speed and not self._is_due(time)):
+        if not self._walk.is_due(time) or (event.vcpu in self._busy and self.conductor.is_asked):
+            # Its vCPU has not gone on yet, and what comes next is to come after this.
             return False
         if len(self._open) >= _MAX_OPEN:
             if self._unanswered:
@@ -267,143 +245,161 @@ class ReplayBackend(Backend, Tap):
         if event.seq in self._open:
             self._tally.leave_unchecked(reasons.TWICE, event, time)
             return True
-        after = self._batch[self._place + 1].message if self._place + 1 < len(self._batch) else None
         if event.vm != self.vm:
             event = msgspec.structs.replace(event, vm=self.vm)
-        if isinstance(after, Note) and after.seq == event.seq:
-            if after.retry_of in self._open:
-                self._walk_retry(self._open[after.retry_of], event)
+        about = after if getattr(after, "seq", None) == event.seq else None
+        if isinstance(about, Note) and about.vm == self._name:
+            if about.retry_of in self._open:
+                self._walk_retry(self._open[about.retry_of], event)
             else:
                 # What it did before is in another file, or lost.
                 self._tally.leave_unchecked(reasons.BEFORE, event, time)
             return True
-        if isinstance(after, Reply) and after.seq == event.seq and after.kind is OutcomeKind.DENIED:
-            self._tally.leave_unchecked("the policy denied it", event, time, after)
+        if (why := self._why_not(event, about)) is not None:
+            denial = about if isinstance(about, Reply) else None
+            self._tally.leave_unchecked(why, event, time, denial)
             return True
+        request = ReplayedRequest(event, time, strict=self.options.strict, keep=self._tally.keeps)
+        self._open[event.seq] = request
+        request.queued = (
+            isinstance(about, Step) and about.kind == "queued" and about.vm == self._name
+        )
+        if (
+            isinstance(about, Reply)
+            and about.vm == self._name
+            and about.kind not in _DEADLINES
+            and self.options.order == "recorded"
+        ):
+            # The usual case: nothing else happened before it was answered.
+            request.over = request.closes = request.free = True
+            request.reply = about
+            self._walk.skip()
+            self._feed(request, event, Awaited.ANSWERED)
+            return True
+        waits = self.conductor.is_asked and not request.queued
+        self._feed(request, event, Awaited.BEGUN if waits else Awaited.TAKEN)
+        return True
+
+    def _why_not(self, event: TrapEvent, about: object) -> str | None:
+        """Why a trap is not asked; `about`: what was recorded of it next."""
+        if isinstance(about, Reply) and about.vm == self._name and about.kind is _DENIED:
+            return "the policy denied it"
         left_out = self._tally.left_out(event) - {"memory"}
         if left_out:
-            why = f"{', '.join(sorted(left_out))} was left out of the recording"
-            self._tally.leave_unchecked(why, event, time)
-            return True
-        self._open[event.seq] = ReplayedRequest(
-            event, time, strict=self.options.strict, keep=self._tally.keeps
-        )
-        self._feed(event)
-        return True
+            return f"{', '.join(sorted(left_out))} was left out of the recording"
+        return None
 
     def _walk_retry(self, request: ReplayedRequest, event: TrapEvent) -> None:
         request.seqs = (*request.seqs, event.seq)
         self._open[event.seq] = request
         if request.wants_retry:
             request.wants_retry = False
-            self._feed(event)
+            self._feed(request, event)
         elif not request.answered:
             request.retries.append(event)
 
-    def _walk_access(self, access: MemoryAccess) -> bool:
-        request = None if self._is_later else self._open.get(access.seq)
-        if request is None:
+    def _walk_step(self, time: int, step: Step) -> bool:
+        request = None if self._is_later else self.conductor.find(step.seq)
+        if request is None or not self.conductor.is_asked:
             return True
-        if request.answered:
-            request.leave_out(access)
+        if request.answered and not request.cut:
             return True
-        if self._held > _MAX_HELD and not request.blocked:
+        if step.kind == "queued":
+            request.queued = True
+            return True
+        if not self._walk.is_due(time):
             return False
-        self._held += request.attach(access)
-        if request.blocked:
-            self._arrive()
+        if step.kind in ("parked", "cut off"):
+            request.cut = step.kind == "cut off"
+            kind = OutcomeKind.WAITING if step.kind == "parked" else OutcomeKind.TIMEOUT
+            return self.conductor.let_pass(request, kind)
+        match step.kind:
+            case "began":
+                request.turns_allowed += 1
+                request.begun = request.begun and request.turns < request.turns_allowed
+                what = Awaited.BEGUN
+            case "resumed" | "thrown":
+                request.steps_allowed += 1
+                request.throws = step.kind == "thrown"
+                what = Awaited.RESUMED
+            case _:
+                request.free = True
+                what = Awaited.ENDED
+        request.go_on()
+        self._walk.wait_for(request, what)
         return True
 
-    def _walk_reply(self, reply: Reply) -> bool:
+    def _walk_reply(self, time: int, reply: Reply) -> bool:
         request = None if self._is_later else self._open.get(reply.seq)
-        if request is None or reply.kind is OutcomeKind.WAITING:
+        if request is None:
+            return True
+        is_owed = reply.seq in self._unanswered and self.conductor.engine is not None
+        if is_owed and not self._walk_deadline(time, request, reply):
+            return False
+        if reply.kind is OutcomeKind.WAITING and not request.final_wait:
             return True
         if not request.over:
             request.over, request.reply = True, reply
+            request.free = request.free or not request.cut
+            request.go_on()
             if request.blocked:
-                self._arrive()
+                self._memory.arrive()
             if request.wants_retry:
                 # The recorded retries are used up: it is slower now.
                 request.wants_retry = False
                 self._ask_on(request)
         if request.answered:
             self._close(request)
-            return True
-        if self.options.order == "recorded":
-            self._awaited = request
-            return False
+        elif self.options.order == "recorded":
+            self._walk.wait_for(request, Awaited.ANSWERED)
+            request.closes = True
         return True
 
-    def _is_due(self, time: int) -> bool:
-        now = anyio.current_time()
-        if self._start is None:
-            self._start = (now, time)
-        since, first = self._start
-        due = since + (time - first) / 1e9 / self.options.speed
-        if due <= now:
+    def _walk_deadline(self, time: int, request: ReplayedRequest, reply: Reply) -> bool:
+        if reply.kind not in _DEADLINES:
             return True
-        self._pause = due
-        self._poked.set()
-        return False
+        if reply.kind is OutcomeKind.CANCELLED:
+            if reply.error == GONE:
+                self._sink.abandon(self._unanswered[reply.seq])
+        elif not self.conductor.has_steps:
+            return self._walk.is_due(time) and self.conductor.let_pass(request, reply.kind)
+        elif reply.kind is OutcomeKind.WAITING and not request.final_wait:
+            self._walk.wait_for(request, Awaited.TOLD)
+        return True
 
     # --- requests -------------------------------------------------------------------
 
-    def _request_of(self, event: TrapEvent, address: int) -> ReplayedRequest:
-        request = self._open.get(event.seq)
-        if request is None:
-            raise GuestMemoryError(address, "it is not in the recording")
-        return request
-
-    async def _further_accesses(self, request: ReplayedRequest) -> None:
-        request.blocked = True
-        arrived = self._arrived
-        self._walk()
-        if not arrived.is_set():
-            await arrived.wait()
-
-    def _arrive(self) -> None:
-        for request in dict.fromkeys(self._open.values()):
-            request.blocked = False
-        self._arrived.set()
-        self._arrived = anyio.Event()
-
-    def _feed(self, event: TrapEvent) -> None:
+    def _feed(
+        self, request: ReplayedRequest, event: TrapEvent, what: Awaited = Awaited.TAKEN
+    ) -> None:
         self._vcpus.add(event.vcpu)
-        self._unanswered.add(event.seq)
+        self._unanswered[event.seq] = event
+        request.taken = request.told = False
         if self.options.order == "vcpu":
             queue = self._busy.get(event.vcpu)
             if queue is not None:
                 queue.append(event)
                 return
             self._busy[event.vcpu] = deque()
-        elif self._has_server:
-            # Elsewhere, where an agent carries it, no tap tells that it was taken.
-            self._untaken = event
+        if self._has_server:
+            self._walk.wait_for(request, what)
         self._put(event)
 
     def _put(self, event: TrapEvent) -> None:
-        if self._full:
-            self._full.append(event)
-            return
         feed(self._sink, event, self._hold, self._refuse)
 
     def _hold(self, event: TrapEvent) -> None:
-        self._full.append(event)
-        self._poked.set()
+        self._walk.feed_later(self._sink, event, self._refuse)
 
     def _refuse(self, event: TrapEvent) -> None:
-        self._unanswered.discard(event.seq)
+        self._unanswered.pop(event.seq, None)
         self.stop()
 
     def _answer(
         self, event: TrapEvent, outcome: Outcome[Any] | None, writes: RegisterWrites | None = None
     ) -> None:
-        if event.seq not in self._unanswered:
+        if self._unanswered.pop(event.seq, None) is None:
             return
-        self._unanswered.discard(event.seq)
-        if event is self._untaken:
-            # It ran natively: no tap saw it.
-            self._untaken = None
         if self.options.order == "vcpu":
             queue = self._busy[event.vcpu]
             if queue:
@@ -412,22 +408,25 @@ class ReplayBackend(Backend, Tap):
                 del self._busy[event.vcpu]
         request = self._open.get(event.seq)
         if request is not None:
+            # It may have run natively: no tap saw it.
+            request.taken = request.told = True
             if writes is not None:
                 waits = request.is_told_to_wait(writes, self._wait)
             else:
                 waits = outcome is not None and outcome.kind is OutcomeKind.WAITING
-            if waits:
-                self._ask_again(request, event)
+            if waits and not request.final_wait:
+                self._ask_again(request)
             else:
                 request.answered, request.outcome, request.writes = True, outcome, writes
                 request.drop_retries()
-                if request.over and self.options.order == "vcpu":
+                request.go_on()
+                if request.over and (request.closes or self.options.order == "vcpu"):
                     self._close(request)
-        self._walk()
+        self._walk.go()
 
-    def _ask_again(self, request: ReplayedRequest, event: TrapEvent) -> None:
+    def _ask_again(self, request: ReplayedRequest) -> None:
         if request.retries:
-            self._feed(request.retries.popleft())
+            self._feed(request, request.retries.popleft())
         elif request.over and request.reply is not None:
             self._ask_on(request)
         elif not request.over:
@@ -439,10 +438,11 @@ class ReplayBackend(Backend, Tap):
         if unused is not None:
             self._open.pop(unused, None)
         self._open[event.seq] = request
-        self._feed(event)
+        self._feed(request, event)
 
     def _close(self, request: ReplayedRequest, why: str | None = None) -> None:
         for seq in (request.event.seq, *request.seqs):
             self._open.pop(seq, None)
-        self._held -= request.held
+        self.conductor.unwinds(request)
+        self._memory.held -= request.held
         self._tally.close(request, why)

@@ -17,6 +17,7 @@ for it again: they share its memory accesses and its final reply.
 from collections import deque
 from collections.abc import Sequence
 
+import anyio
 import msgspec
 
 from vmibridge.bridge.outcome import Outcome
@@ -67,10 +68,43 @@ class ReplayedRequest:
     """Whether its handler waits for an access that was not read yet."""
     wants_retry = False
     """Whether it was told to wait now, so that it needs the next retry."""
+    taken = False
+    """Whether the server has taken its latest trap."""
+    told = False
+    """Whether that was answered, by WAIT or for good."""
+    begun = False
+    """Whether its handler has begun, or lined up though it did not then."""
+    ended = False
+    """Whether it has ended."""
+    queued = False
+    """Whether its handler lined up then."""
+    has_turn = False
+    """Whether its handler is about to begin, and the recorded order was asked."""
+    turns = 0
+    """How often it has lined up."""
+    turns_allowed = 0
+    steps_done = 0
+    """How often it went on after it was suspended."""
+    steps_allowed = 0
+    looks = 0
+    """How often the walk found that it had not gone as far yet."""
+    cut = False
+    """Whether its handler was cut off then, by the hard deadline."""
+    closes = False
+    """Whether it is compared as soon as it is answered."""
+    throws = False
+    """Whether it went on with an exception in that step."""
+    free = False
+    """Whether it goes on as it likes."""
+    loose = False
+    """The same for the next time."""
+    final_wait = False
+    """Whether WAIT was the last that it was told: its handler had not begun."""
     unchecked: str | None = None
     """Why it cannot be compared."""
     seqs: Sequence[int] = ()
     """Of the traps that asked again."""
+    _gate: "anyio.Event | None" = None
     _pending: "deque[tuple[int, MemoryAccess]] | None" = None
     _past: "deque[MemoryAccess] | None" = None
     _retries: "deque[TrapEvent] | None" = None
@@ -106,6 +140,18 @@ class ReplayedRequest:
         if self._retries is None:
             self._retries = deque()
         return self._retries
+
+    def gate(self) -> anyio.Event:
+        """Set when it may go on, perhaps."""
+        if self._gate is None:
+            self._gate = anyio.Event()
+        return self._gate
+
+    def go_on(self) -> None:
+        """Who waits at the gate looks again."""
+        if self._gate is not None:
+            self._gate.set()
+            self._gate = None
 
     def attach(self, access: MemoryAccess) -> int:
         """One more recorded access; returns the bytes that it holds."""

@@ -1,4 +1,4 @@
-"""One VM of a recording, read in batches."""
+"""The VMs of a recording that are replayed, read in batches."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from vmibridge.recording.messages import (
 )
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["RecordedVm"]
+__all__ = ["RecordedVms"]
 
 _BATCH = 4096
 """Messages that are read at a time."""
@@ -28,55 +28,42 @@ _MAX_SEQ = (1 << 40) - 1
 """What is above it in a number counts retries that a replay made up (`request`)."""
 
 
-class RecordedVm:
-    """The messages of one VM of a recording. `close` frees the file."""
+class RecordedVms:
+    """The messages of some VMs of a recording, in the order of the file. `close` frees it."""
 
-    def __init__(self, path: Path, name: str | None) -> None:
-        """The VM of this name; without one, the first.
-
-        Raises `RecordingReadError` for a file that is no recording, or has no trap, and
-        `BackendSpecError` for a VM that is not in it.
-        """
-        self.session: Session | None = None
-        """What served this VM then, if the file tells."""
+    def __init__(self, path: Path) -> None:
+        """Raises `RecordingReadError` for a file that is no recording."""
         self.reader: RecordingReader = RecordingReader(path)
         self._path = path
-        self._name = name
-        try:
-            self._find()
-        except BaseException:  # whatever it is, no caller has this object to close it
-            self.close()
-            raise
-        self._messages: Iterator[TimedMessage] = self._of_vm()
-
-    @property
-    def name(self) -> str:
-        """The name of the VM in the recording."""
-        assert self._name is not None
-        return self._name
+        self._names: set[str] = set()
+        self._times = 1
+        self._messages: Iterator[TimedMessage] | None = None
 
     def close(self) -> None:
         """Free the file."""
         self.reader.close()
 
-    def play(self, rounds: int) -> None:
-        """Read it so often, one time after another, before anything is read; 0: without an end.
+    def play(self, times: int) -> None:
+        """Read the one VM so often, one time after another, before anything is read; 0: without an
+        end.
 
         Each time has numbers and times of its own, behind those before. Of several runs of the VM
         the first is read."""
-        if rounds != 1:
-            self._messages = self._rounds(rounds)
+        self._times = times
 
-    def _find(self) -> None:
-        wanted = self._name
+    def find(self, wanted: str | None) -> tuple[str, Session | None]:
+        """Have the VM of this name read, too; without one, the first. Before anything is read.
+
+        Returns its name, and what served it then, if the file tells. Raises `RecordingReadError`
+        for a recording that has no trap, `BackendSpecError` for a VM that is not in it.
+        """
         names: dict[str, None] = {}
         for _, message in self.reader.messages(*([SESSION] if wanted else [SESSION, TRAP])):
             name = message.vm
             assert name is not None
             if wanted in (None, name):
-                self._name = name
-                self.session = message if isinstance(message, Session) else None
-                return
+                self._names.add(name)
+                return name, message if isinstance(message, Session) else None
             names[name] = None
         if wanted is None:
             raise RecordingReadError(f"{self._path}: there is no trap in it")
@@ -84,19 +71,24 @@ class RecordedVm:
             raise BackendSpecError(
                 f"replay:{self._path}: has no VM {wanted!r}; there are {', '.join(names)}"
             )
+        # The sessions are lost: its traps may be there.
+        self._names.add(wanted)
+        return wanted, None
 
     async def read_on(self) -> list[TimedMessage]:
         """The next messages; none at the end. Read in a thread, whose end a cancellation awaits."""
         return await in_own_thread(self._read_batch)
 
     def _read_batch(self) -> list[TimedMessage]:
+        if self._messages is None:
+            self._messages = self._of_vms() if self._times == 1 else self._rounds()
         most = self.reader.bytes_unpacked + _BATCH_BYTES
         batch: list[TimedMessage] = []
         for each in self._messages:
             batch.append(each)
             if len(batch) >= _BATCH or self.reader.bytes_unpacked > most:
                 break
-        # What tells that a trap is a retry, or was denied, stands right behind it.
+        # What tells that a trap is a retry, or was denied or queued, stands right behind it.
         while batch and isinstance(batch[-1].message, TrapEvent):
             further = next(self._messages, None)
             if further is None:
@@ -104,20 +96,20 @@ class RecordedVm:
             batch.append(further)
         return batch
 
-    def _of_vm(self) -> Iterator[TimedMessage]:
-        return (each for each in self.reader.messages() if each.message.vm == self._name)
+    def _of_vms(self) -> Iterator[TimedMessage]:
+        return (each for each in self.reader.messages() if each.message.vm in self._names)
 
     def _first_run(self) -> Iterator[TimedMessage]:
         has_begun = False
-        for each in self._of_vm():
+        for each in self._of_vms():
             if has_begun and isinstance(each.message, Session):
                 return
             has_begun = True
             yield each
 
-    def _rounds(self, rounds: int) -> Iterator[TimedMessage]:
+    def _rounds(self) -> Iterator[TimedMessage]:
         by = later = played = 0
-        while played < rounds or not rounds:
+        while played < self._times or not self._times:
             highest = first = last = 0
             for time, message in self._first_run():
                 if isinstance(message, Session):

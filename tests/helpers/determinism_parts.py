@@ -1,0 +1,244 @@
+"""Handlers whose answers depend on the order of all that they do, and guests that ask at random."""
+
+import random
+from contextlib import AsyncExitStack
+from itertools import count
+
+import anyio
+
+from vmibridge import (
+    Bridge,
+    BridgeHandler,
+    BridgePacket,
+    BridgeResponse,
+    BridgeServer,
+    Gate,
+    method,
+)
+from vmibridge.aio.clock import VirtualTime, virtual_loop
+from vmibridge.recording.recorder import Recorder
+from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.options import ReplayOptions, replay_settings
+from vmibridge.recording.replay.walk import Walk
+from vmibridge.testing import FakeGuest
+
+MAGIC = 0x1234_5678
+MEMORY = {0x1000: bytes(range(256))}
+
+
+def ask(code, *values, request=1):
+    return BridgePacket(MAGIC, request, code, *values)
+
+
+async def call(vm, packet, vcpu=0, pause=0.004):
+    """Ask, and ask again as long as it is told to wait."""
+    while (answer := await vm.call(packet, vcpu=vcpu)).rax == Gate.WAIT:
+        await anyio.sleep(pause)
+    return answer
+
+
+class Counts(BridgeHandler[object]):
+    """Counts what it does; each answer is the count. `value1` is a pause in ms."""
+
+    MAGIC, REQUEST = MAGIC, 1
+
+    def __init__(self):
+        self.count = count(1)
+
+    def answer(self, *more):
+        number = next(self.count)
+        return BridgeResponse(value1=0x100 + number).with_output([number, *more])
+
+    @method(1)
+    async def at_once(self, vmi, packet):
+        return self.answer()
+
+    @method(2)
+    async def later(self, vmi, packet):
+        await anyio.sleep(packet.value1 / 1e3)
+        return self.answer()
+
+    @method(3)
+    async def in_steps(self, vmi, packet):
+        for _ in range(3):
+            await anyio.sleep(packet.value1 / 3e3)
+            next(self.count)
+        return self.answer()
+
+    @method(4, soft_timeout=0.006)
+    async def told_to_wait(self, vmi, packet):
+        await anyio.sleep(packet.value1 / 1e3)
+        return self.answer()
+
+    @method(5, timeout=0.03)
+    async def too_late(self, vmi, packet):
+        try:
+            await anyio.sleep(60 if packet.value1 & 1 else 0.002)
+            return self.answer()
+        finally:
+            next(self.count)
+
+    @method(6)
+    async def reads_memory(self, vmi, packet):
+        first = await vmi.memory.read(0x1000 + packet.value1, 4)
+        await anyio.sleep(packet.value1 / 1e3)
+        return self.answer((await vmi.memory.read(0x1040, 4))[0], first[0])
+
+    @method(7)
+    async def given(self, vmi, packet):
+        await anyio.sleep(packet.value1 / 1e3)
+        return self.answer(vmi.time, vmi.random.random(), vmi.random.getrandbits(64))
+
+    @method(8)
+    async def with_tasks(self, vmi, packet):
+        got = []
+
+        async def one(pause):
+            await anyio.sleep(pause)
+            got.append(pause)
+
+        async with anyio.create_task_group() as tasks:
+            for pause in (packet.value1 / 1e3 + 0.005, packet.value1 / 1e3):
+                tasks.start_soon(one, pause)
+        return self.answer(*got)
+
+    @method(9)
+    async def no_longer_than(self, vmi, packet):
+        with anyio.move_on_after(packet.value1 / 1e3) as scope:
+            await anyio.sleep(packet.value1 / 1e3 + (0.005 if packet.value2 & 1 else -0.002))
+        return self.answer(scope.cancelled_caught)
+
+
+class Serial(BridgeHandler[object]):
+    MAGIC, REQUEST = MAGIC, 2
+    serial = True
+
+    def __init__(self):
+        self.count = 0
+
+    @method(1, soft_timeout=0.015)
+    async def work(self, vmi, packet):
+        self.count += 1
+        number = self.count
+        await anyio.sleep(packet.value1 / 1e3)
+        return BridgeResponse(value1=0x100 + number)
+
+
+class Pool(BridgeHandler[object]):
+    """Hands out one of three tokens."""
+
+    MAGIC, REQUEST = MAGIC, 3
+
+    async def __aenter__(self):
+        self.give, self.take = anyio.create_memory_object_stream[int](3)
+        for token in range(3):
+            self.give.send_nowait(token)
+        return self
+
+    async def __aexit__(self, *_):
+        self.give.close()
+        self.take.close()
+
+    @method(1)
+    async def work(self, vmi, packet):
+        token = await self.take.receive()
+        await anyio.sleep(packet.value1 / 1e3)
+        await self.give.send(token)
+        return BridgeResponse(value1=0x100 + token)
+
+
+class Shared(Counts):
+    """The same for all VMs."""
+
+    REQUEST = 4
+    shared = True
+
+
+def bridges():
+    """What serves each VM, by its name."""
+    shared = Shared()
+    return lambda vm: Bridge(Counts(), Serial(), Pool(), shared)
+
+
+KINDS = [*[(1, code) for code in range(1, 10)], (2, 1), (2, 1), (3, 1), (3, 1), (4, 1), (4, 2)]
+
+
+def random_guests(seed, codes=None):
+    """One to four guests of one to eight vCPUs: what each asks, and when, by the seed.
+
+    `codes`: of the methods of `Counts` those alone.
+    """
+    dice = random.Random(seed)
+    kinds = [each for each in KINDS if codes is None or each[0] != 1 or each[1] in codes]
+    plans = {
+        f"vm{number}": [
+            [
+                (*dice.choice(kinds), dice.randrange(2, 12), dice.choice([0, 0, 1, 2, 5]))
+                for _ in range(dice.randrange(1, 6))
+            ]
+            for _ in range(dice.randrange(1, 9))
+        ]
+        for number in range(dice.randrange(1, 5))
+    }
+
+    def guest_of(plan):
+        async def guest(vm):
+            async with anyio.create_task_group() as tasks:
+                for vcpu, calls in enumerate(plan):
+                    tasks.start_soon(one, vm, vcpu, calls)
+
+        async def one(vm, vcpu, calls):
+            for place, (request, code, pause, gap) in enumerate(calls):
+                await call(vm, ask(code, pause, vcpu, place, request=request), vcpu)
+                await anyio.sleep(gap / 1e3)
+
+        return guest
+
+    return {name: guest_of(plan) for name, plan in plans.items()}
+
+
+def loop_of(name, *, virtual, speed=0.0):
+    """What `anyio.run` makes that loop of."""
+    if virtual:
+        backend, options = virtual_loop("trio" if name == "trio" else "asyncio", VirtualTime(speed))
+        return {"backend": backend, "backend_options": options}
+    backend = "trio" if name == "trio" else "asyncio"
+    return {"backend": backend, "backend_options": {"use_uvloop": True} if name == "uvloop" else {}}
+
+
+def record(path, guests, make, loop="asyncio", *, virtual=False, **settings):
+    """Record guests, by the name of their VM."""
+
+    async def main():
+        # Its timer would go off for each tenth of a second of virtual time.
+        pace = {"flush_interval": 1e9} if virtual else {}
+        async with Recorder(path, **pace) as recorder, AsyncExitStack() as stack:
+            vms = [
+                await stack.enter_async_context(FakeGuest(guest, memory=MEMORY, vm=name))
+                for name, guest in guests.items()
+            ]
+            async for _ in BridgeServer(vms, make, taps=[recorder], **settings).run():
+                pass
+
+    anyio.run(main, **loop_of(loop, virtual=virtual))
+
+
+def replay(path, names, make, loop="asyncio", *, virtual=True, speed=0.0, order="recorded"):
+    """Replay VMs together; returns the result of each."""
+
+    async def main():
+        walk = Walk(path, 0.0 if virtual else speed)
+        async with AsyncExitStack() as stack:
+            vms = [
+                await stack.enter_async_context(
+                    ReplayBackend(path, ReplayOptions(vm=name, order=order), name, walk=walk)
+                )
+                for name in names
+            ]
+            settings = replay_settings(vms[0].session.settings)
+            server = BridgeServer(vms, make, timeout=settings.timeout, in_flight=settings.in_flight)
+            async for _ in server.run():
+                pass
+            return [vm.result for vm in vms]
+
+    return anyio.run(main, **loop_of(loop, virtual=virtual, speed=speed))

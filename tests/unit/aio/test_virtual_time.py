@@ -1,0 +1,149 @@
+"""Virtual time: it jumps over what nobody works at, and over nothing else."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+
+from vmibridge.aio.clock import VirtualTime, loop_clock, virtual_loop, virtual_time
+
+LOOPS = ["asyncio", "trio"]
+FAR = 3600.0
+
+
+def run(loop, main, virtual=None):
+    backend, options = virtual_loop(loop, virtual or VirtualTime())
+    return anyio.run(main, backend=backend, backend_options=options)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_timers_go_off_in_their_order_and_at_their_time(loop):
+    async def main():
+        clock, went = loop_clock(), []
+        start = clock()
+
+        async def one(after):
+            await anyio.sleep(after)
+            went.append((after, round(clock() - start, 6)))
+
+        async with anyio.create_task_group() as tasks:
+            for after in (FAR, 0.5, 7.0):
+                tasks.start_soon(one, after)
+        return went
+
+    assert run(loop, main) == [(0.5, 0.5), (7.0, 7.0), (FAR, FAR)]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("what", ["thread", "process", "socket"])
+def test_nothing_real_is_jumped_over(loop, what):
+    async def main():
+        with anyio.move_on_after(FAR) as scope:
+            if what == "thread":
+                await anyio.to_thread.run_sync(time.sleep, 0.05)
+            elif what == "process":
+                command = [sys.executable, "-c", "pass"]
+                nothing = subprocess.DEVNULL
+                process = await anyio.open_process(
+                    command, stdin=nothing, stdout=nothing, stderr=nothing
+                )
+                await process.wait()
+            else:
+                ours, other = socket.socketpair()
+                ours.setblocking(False)
+                sender = threading.Timer(0.05, other.send, [b"x"])
+                sender.start()
+                await anyio.wait_readable(ours)
+                sender.join()
+                ours.close()
+                other.close()
+        return scope.cancelled_caught
+
+    assert run(loop, main) is False
+
+
+def test_a_call_in_an_executor_of_asyncio_is_not_jumped_over():
+    async def main():
+        async with asyncio.timeout(FAR):
+            await asyncio.to_thread(time.sleep, 0.05)
+        return asyncio.get_running_loop().executing
+
+    assert run("asyncio", main) == 0
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_sockets_that_nobody_waits_for_do_not_hold_it(loop):
+    virtual = VirtualTime()
+    virtual.is_waited = lambda: False
+
+    async def main():
+        ours, other = socket.socketpair()
+        ours.setblocking(False)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.wait_readable, ours)
+            await anyio.sleep(FAR)
+            tasks.cancel_scope.cancel()
+        ours.close()
+        other.close()
+        return True
+
+    assert run(loop, main, virtual)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_it_stands_still_while_it_is_held(loop):
+    async def main():
+        clock = loop_clock()
+        before = clock()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep, FAR)
+            with virtual_time().held():
+                await anyio.to_thread.run_sync(time.sleep, 0.02)
+            held = clock() - before
+        return held, round(clock() - before)
+
+    assert run(loop, main) == (0.0, FAR)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_it_jumps_at_once_where_no_timer_is_before(loop):
+    async def main():
+        virtual = virtual_time()
+        assert virtual.jump(virtual.now + 5)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep, 5)
+            await anyio.sleep(0)
+            await anyio.sleep(0)
+            jumps = virtual.jump(virtual.now + 6), virtual.jump(virtual.now + 4)
+            tasks.cancel_scope.cancel()
+        return jumps
+
+    assert run(loop, main) == (False, True)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_with_a_speed_a_wait_takes_its_part(loop):
+    async def main():
+        before = time.monotonic()
+        await anyio.sleep(2.0)
+        return time.monotonic() - before
+
+    assert run(loop, main, VirtualTime(100.0)) >= 0.02
+
+
+def test_uvloop_has_none():
+    with pytest.raises(ValueError, match="uvloop has no virtual time"):
+        virtual_loop("uvloop", VirtualTime())
+
+
+@pytest.mark.anyio
+async def test_the_clock_of_an_ordinary_loop_is_monotonic():
+    assert virtual_time() is None
+    assert loop_clock() is time.monotonic

@@ -1,0 +1,226 @@
+"""Handlers that wait and have state: unchanged, they replay the same, on virtual time."""
+
+import time
+
+import anyio
+import pytest
+from determinism_parts import (
+    MAGIC,
+    Counts,
+    Pool,
+    Serial,
+    Shared,
+    ask,
+    bridges,
+    call,
+    random_guests,
+    record,
+    replay,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from laws import examples
+
+from vmibridge import Bridge, BridgeHandler, BridgeResponse
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.messages import STEP, TRAP, Step
+from vmibridge.recording.replay.walk import Walk
+
+HOWS = [
+    pytest.param({}, id="default"),
+    pytest.param({"order": "vcpu"}, id="vcpu"),
+    pytest.param({"speed": 50.0}, id="paced"),
+    pytest.param({"virtual": False}, id="real-time"),
+    pytest.param({"loop": "trio"}, id="trio"),
+]
+EVERY_LOOP = frozenset({1, 2, 3, 4, 6, 7})
+"""Methods of `Counts` that no loop does in another order. On trio tasks that are due together run
+in any order, and a scope that is cancelled while a sleep in it ends takes the sleep's place."""
+
+
+def assert_same(path, names, make, **how):
+    results = replay(path, names, make, **how)
+    assert [result.first for result in results] == [None] * len(names)
+    assert [result.unchecked for result in results] == [{}] * len(names)
+    return sum(result.compared for result in results)
+
+
+async def one_that_ends_before_its_retry(vm):
+    first = ask(4, 12)
+    while (await vm.call(first)).rax == 1:
+        await anyio.sleep(0.03)
+        await vm.call(ask(1))
+
+
+async def two_vcpus(vm):
+    async def cpu(vcpu, pause):
+        for _ in range(4):
+            await vm.call(ask(2, pause), vcpu=vcpu)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cpu, 0, 3)
+        tasks.start_soon(cpu, 1, 5)
+
+
+async def four_in_line(vm):
+    async def cpu(vcpu):
+        for number in range(2):
+            await call(vm, ask(1, 8, vcpu, number, request=2), vcpu, 0.002 * (vcpu + 1))
+
+    async with anyio.create_task_group() as tasks:
+        for vcpu in range(4):
+            tasks.start_soon(cpu, vcpu)
+
+
+async def six_for_three(vm):
+    async def cpu(vcpu):
+        for number in range(5):
+            pause = (vcpu * 31 + number * 17) % 5
+            await vm.call(ask(1, pause, request=3), vcpu=vcpu)
+
+    async with anyio.create_task_group() as tasks:
+        for vcpu in range(6):
+            tasks.start_soon(cpu, vcpu)
+
+
+CASES = [
+    pytest.param(one_that_ends_before_its_retry, Counts, id="wait"),
+    pytest.param(two_vcpus, Counts, id="vcpus"),
+    pytest.param(four_in_line, Serial, id="serial"),
+    pytest.param(six_for_three, Pool, id="pool"),
+]
+
+
+@pytest.mark.parametrize(("guest", "handler"), CASES)
+def test_an_unchanged_handler_replays_the_same(tmp_path, guest, handler):
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(handler()))
+    for how in HOWS:
+        assert assert_same(path, ["vm"], lambda _: Bridge(handler()), **how.values[0])
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_shared_handler_gets_what_all_vms_asked_in_their_order(tmp_path, how):
+    async def guest(vm):
+        for _ in range(4):
+            await vm.call(ask(1, request=4))
+            await anyio.sleep(0.002 if vm.vm == "a" else 0.003)
+
+    def make():
+        shared = Shared()
+        return lambda _: Bridge(shared)
+
+    path = tmp_path / "run.mcap"
+    record(path, {"a": guest, "b": guest}, make())
+    assert assert_same(path, ["a", "b"], make(), **how) == 8
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_an_hour_takes_no_time(tmp_path, loop):
+    class Sleeps(BridgeHandler[float]):
+        MAGIC, REQUEST = MAGIC, 1
+
+        async def handle(self, vmi, packet):
+            before = anyio.current_time()
+            await anyio.sleep(packet.value1)
+            return BridgeResponse().with_output(round(anyio.current_time() - before))
+
+    async def guest(vm):
+        await vm.call(ask(1, 3600))
+        await anyio.sleep(1800)
+        await vm.call(ask(1, 5))
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Sleeps()), loop, virtual=True, timeout=7200)
+    # It would take an hour.
+    assert assert_same(path, ["vm"], lambda _: Bridge(Sleeps()), loop=loop) == 2
+
+
+def test_it_waits_without_spinning(tmp_path, monkeypatch):
+    rounds = []
+    plays = Walk._round
+
+    async def counted(walk, player):
+        rounds.append(player)
+        await plays(walk, player)
+
+    monkeypatch.setattr(Walk, "_round", counted)
+
+    async def guest(vm):
+        for _ in range(3):
+            await vm.call(ask(1))
+            await anyio.sleep(20)
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Counts()), virtual=True)
+    for virtual in (True, False):
+        before = time.monotonic()
+        how = {"virtual": virtual, "speed": 200.0}
+        assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), **how) == 3
+        assert time.monotonic() - before >= 0.2
+    assert len(rounds) < 100
+
+
+@pytest.mark.parametrize("now", ["asyncio", "trio"])
+def test_handlers_get_the_time_and_the_random_numbers_of_then(tmp_path, now):
+    async def guest(vm):
+        return [await vm.call(ask(7, 2)) for _ in range(3)]
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Counts()))
+    with RecordingReader(path) as reader:
+        traps = [time for time, _ in reader.messages(TRAP)]
+    given = []
+
+    class Kept(Counts):
+        name = "counts"
+
+        def answer(self, *more):
+            given.append(more)
+            return super().answer(*more)
+
+    assert assert_same(path, ["vm"], lambda _: Bridge(Kept()), loop=now) == 3
+    # The server's clock and the recorder's are set a moment apart.
+    assert all(abs(when - trap) < 1e9 for (when, *_), trap in zip(given, traps, strict=True))
+    assert len({number for _, number, _ in given}) == 3
+
+
+def test_when_a_handler_went_on_and_ended_is_recorded(tmp_path):
+    async def guest(vm):
+        await vm.call(ask(1))
+        await vm.call(ask(2, 1))
+        await call(vm, ask(4, 12))
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Counts()))
+    with RecordingReader(path) as reader:
+        steps = [message for _, message in reader.messages(STEP)]
+    assert Step("vm", 2, "resumed") in steps
+    assert Step("vm", 2, "ended") in steps
+    assert [each.kind for each in steps if each.seq == 3] == ["parked", "resumed", "ended"]
+    assert all(each.seq != 1 for each in steps), "it never waited"
+
+
+def law(path, seed, then, now):
+    guests = random_guests(seed, None if "trio" not in (then, now) else EVERY_LOOP)
+    record(path, guests, bridges(), then)
+    assert assert_same(path, list(guests), bridges(), loop=now)
+
+
+LOOPS = st.sampled_from(["asyncio", "uvloop", "trio"])
+
+
+@settings(max_examples=examples(6))
+@given(seed=st.integers(0, 1 << 32), then=LOOPS, now=st.sampled_from(["asyncio", "trio"]))
+def test_law_whatever_was_recorded_replays_the_same(tmp_path_factory, seed, then, now):
+    law(tmp_path_factory.mktemp("law") / "run.mcap", seed, then, now)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["asyncio", "uvloop", "trio"])
+def test_law_a_thousand_recordings(tmp_path, then):
+    for seed in range(334):
+        now = "trio" if seed % 3 == 0 else "asyncio"
+        path = tmp_path / f"{seed}.mcap"
+        law(path, seed, then, now)
+        path.unlink()

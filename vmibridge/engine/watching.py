@@ -1,0 +1,158 @@
+"""What is seen, and conducted, of a handler: when it is queued, begins, goes on and ends.
+
+Only with a tap that wants to know, or a backend that conducts (`vm.conductor`): `Asking` pays one
+test otherwise.
+
+A *step* is what a handler does from one suspension to the next. An access to guest memory that is
+waited for does not count: a VM answers at once or later, and a recording has the access itself.
+"""
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from functools import partial
+from types import coroutine
+from typing import Any
+
+from vmibridge.aio.coroutines import watched_rest
+from vmibridge.bridge.context import Source
+from vmibridge.bridge.dispatch import Answer, Entry, ask
+from vmibridge.engine.beginnings import Began
+from vmibridge.engine.request import Worker, first_trap
+from vmibridge.engine.taps import Step, Stepped, Taps
+from vmibridge.vm.conductor import Conductor
+
+__all__ = ["HandlerWatch", "source_for", "watch_for"]
+
+_SEED = 48
+"""Bits."""
+
+
+def watch_for(
+    taps: Taps | None, began: Began | None, conductor: Conductor | None
+) -> "HandlerWatch | None":
+    """What watches the handlers of a VM; `None`: nobody wants to know."""
+    if taps is None or (began, taps.handler_stepped, conductor) == (None, None, None):
+        return None
+    return HandlerWatch(began, taps.handler_stepped, conductor, taps.reading)
+
+
+def source_for(conductor: Conductor | None, clock: Callable[[], float]) -> Source:
+    """What the times and random numbers of handlers of a VM come from."""
+    if conductor is None:
+        return Source(time.time_ns() - round(clock() * 1e9), secrets.randbits(_SEED))
+    seed = secrets.randbits(_SEED) if conductor.seed is None else conductor.seed
+    return Source(0, seed, conductor.wall_time)
+
+
+class HandlerWatch:
+    """See the module. `reading`: the traps whose handlers wait for guest memory."""
+
+    def __init__(
+        self,
+        began: Began | None,
+        stepped: Stepped | None,
+        conductor: Conductor | None,
+        reading: set[int],
+    ) -> None:
+        self._began = began
+        self._stepped = stepped
+        self._conductor = conductor
+        self._reading = reading
+        self.lined_up: set[Worker] = set()
+        """Who waits to begin; whoever ends its request takes it out."""
+
+    def queued(self, worker: Worker) -> None:
+        """A handler lines up."""
+        if worker not in self.lined_up:
+            self.lined_up.add(worker)
+            self._tell(worker, "queued")
+
+    def turn(self, worker: Worker) -> Awaitable[None] | None:
+        """A handler is about to line up, or to begin; what to await first, if anything."""
+        conductor = self._conductor
+        return None if conductor is None else conductor.turn(worker.context.event)
+
+    @coroutine
+    def ask(self, worker: Worker, entry: Entry) -> Generator[Any, Any, Answer]:
+        """Ask a handler, and watch it."""
+        conductor = self._conductor
+        if conductor is not None:
+            turn = conductor.turn(worker.context.event)
+            if turn is not None:
+                yield from turn.__await__()
+                if worker.request.is_overtaken:
+                    return None
+            conductor.began(worker.context.event)
+        if self._began is not None:
+            self._began(worker, entry)
+        # Most begin with their trap, and that costs nothing.
+        if self.lined_up and worker in self.lined_up:
+            self.lined_up.discard(worker)
+            self._tell(worker, "began")
+        body = _coroutine(ask(entry, worker.context, worker.request.packet))
+        try:
+            wish = body.send(None)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+        else:
+            try:
+                if conductor is None:
+                    rest = watched_rest(body, wish, partial(self._step, worker))
+                else:
+                    rest = self._conducted(worker, body, wish, conductor)
+                last: Answer = yield from rest
+                return last
+            finally:
+                self._tell(worker, "ended")
+        finally:
+            if conductor is not None:
+                conductor.ended(worker.context.event)
+
+    def _is_step(self, worker: Worker) -> bool:
+        return worker.context.event.seq not in self._reading
+
+    def _step(self, worker: Worker, is_thrown: bool) -> None:
+        if self._is_step(worker):
+            self._tell(worker, "thrown" if is_thrown else "resumed")
+
+    def _tell(self, worker: Worker, step: Step) -> None:
+        if self._stepped is not None:
+            self._stepped(worker.context.event, first_trap(worker.request, worker), step)
+
+    def _conducted(
+        self, worker: Worker, body: Any, wish: object, conductor: Conductor
+    ) -> Generator[Any, Any, Answer]:
+        """The rest of a handler, each step in its turn."""
+        while True:
+            try:
+                reply: Any = yield wish
+                step = body.send
+            except GeneratorExit:
+                body.close()
+                raise
+            except BaseException as error:  # all that is thrown in is the handler's to catch
+                step, reply = body.throw, error
+            if self._is_step(worker):
+                turn = conductor.step(worker.context.event)
+                if turn is not None:
+                    try:
+                        yield from turn.__await__()
+                    except BaseException as error:  # the same
+                        step, reply = body.throw, error
+                self._tell(worker, "thrown" if step == body.throw else "resumed")
+            try:
+                wish = step(reply)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
+
+
+def _coroutine(what: Any) -> Any:
+    return what if isinstance(what, Coroutine) else _awaiting(what)
+
+
+async def _awaiting(what: Any) -> Any:
+    # A handler may be a function that returns something to be awaited.
+    return await what

@@ -1,0 +1,170 @@
+"""The recorded order of the handlers of one VM, as its engine asks for it (`vm.conductor`)."""
+
+from collections.abc import Awaitable
+
+import anyio.lowlevel
+
+from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.recording.messages import FORMAT_WITH_STEPS, Session
+from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.walk import Awaited, Walk
+from vmibridge.vm.conductor import ConductedEngine, Conductor
+from vmibridge.vm.trap import TrapEvent
+
+__all__ = ["RecordedOrder"]
+
+
+_BEGUN = Awaited.BEGUN
+_AT_ENDS = (Awaited.ENDED, Awaited.RESUMED)
+_MAX_UNWINDING = 16_384
+"""Traps whose handlers may unwind in the recorded order."""
+
+
+class RecordedOrder(Conductor):
+    """See the module. `requests`: those that are open, by the numbers of their traps."""
+
+    def __init__(self, walk: Walk, requests: dict[int, ReplayedRequest]) -> None:
+        self.seed: int | None = None
+        self.engine: ConductedEngine | None = None
+        """`None`: none is asked what it does, as where an agent carries the traps."""
+        self.has_steps: bool = False
+        """Whether the recording has the steps of handlers."""
+        self._clock = self._last = 0
+        self._walk = walk
+        self._requests = requests
+        self._unwinding: dict[int, ReplayedRequest] = {}
+
+    def begin(self, session: Session) -> None:
+        """This is what was recorded of the VM."""
+        self.seed, self._clock = session.seed, session.clock
+        self.has_steps = session.format >= FORMAT_WITH_STEPS
+
+    def find(self, seq: int) -> ReplayedRequest | None:
+        """The request of a trap, or one that was answered and whose handler still unwinds."""
+        return self._requests.get(seq) or self._unwinding.get(seq)
+
+    def unwinds(self, request: ReplayedRequest) -> None:
+        """A request is compared: its handler may go on all the same, having been cut off."""
+        if request.cut and not request.ended and len(self._unwinding) < _MAX_UNWINDING:
+            for seq in (request.event.seq, *request.seqs):
+                self._unwinding[seq] = request
+        else:
+            request.free = True
+            request.go_on()
+
+    def let_go(self) -> None:
+        """No handler is held any more."""
+        for request in [*self._requests.values(), *self._unwinding.values()]:
+            request.over = request.free = True
+            request.go_on()
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether handlers begin, go on and end as it says."""
+        return self.has_steps and self.engine is not None
+
+    def conduct(self, engine: ConductedEngine) -> None:
+        """The engine is about to run."""
+        self.engine = engine
+
+    def turn(self, event: TrapEvent) -> Awaitable[None] | None:
+        """A handler is about to line up, or to begin."""
+        request = self.find(event.seq)
+        if request is None or not self.has_steps or request.has_turn:
+            return None
+        request.has_turn = True
+        request.turns += 1
+        if not request.queued:
+            # It may be behind others now, and was not then.
+            request.begun = True
+            return None
+        number = request.turns
+        if _may_begin(request, number):
+            return None
+        return self._walk.hold(request, lambda: _may_begin(request, number))
+
+    def began(self, event: TrapEvent) -> None:
+        """A handler begins, now."""
+        self._walk.running += 1
+        request = self.find(event.seq)
+        if request is not None:
+            request.begun, request.ended = True, False
+            request.has_turn = False
+            # Its reply was read if it did not wait then.
+            request.free = request.closes
+            if self._walk.what is _BEGUN and request is self._walk.awaited:
+                self._walk.go()
+
+    def step(self, event: TrapEvent) -> Awaitable[None] | None:
+        """A handler that was suspended is about to go on."""
+        request = self.find(event.seq)
+        if request is None or not self.has_steps or _is_free(request):
+            return None
+        if request.steps_done < request.steps_allowed and not request.throws:
+            self._has_gone_on(request)
+            return None
+        return self._hold(request)
+
+    async def _hold(self, request: ReplayedRequest) -> None:
+        await self._walk.hold(
+            request, lambda: _is_free(request) or request.steps_done < request.steps_allowed
+        )
+        try:
+            if request.throws:
+                request.throws = False
+                # It was cancelled in the moment in which what it waited for was there. On asyncio
+                # it gets the cancellation.
+                await anyio.lowlevel.checkpoint_if_cancelled()
+        finally:
+            self._has_gone_on(request)
+
+    def _has_gone_on(self, request: ReplayedRequest) -> None:
+        request.steps_done += 1
+        self._walk.go()
+
+    def ended(self, event: TrapEvent) -> None:
+        """A handler has ended, now."""
+        self._walk.running -= 1
+        request = self.find(event.seq)
+        if request is not None:
+            request.ended = True
+            if self._unwinding:
+                for seq in (request.event.seq, *request.seqs):
+                    self._unwinding.pop(seq, None)
+            if self._walk.what in _AT_ENDS and request is self._walk.awaited:
+                self._walk.go()
+
+    def let_pass(self, request: ReplayedRequest, kind: OutcomeKind) -> bool:
+        """A deadline passed then: now, too. `False`: it is too early."""
+        assert self.engine is not None
+        first = request.event.seq
+        if kind is OutcomeKind.TIMEOUT:
+            passed = self.engine.time_out(first)
+        else:
+            request.final_wait = request.queued and not request.turns_allowed
+            passed = self.engine.tell_to_wait(first)
+        # A handler that has just begun is not suspended yet, or it never will be.
+        return passed or request.ended or not self._walk.looks_again(request)
+
+    def is_retry(self, event: TrapEvent) -> bool:
+        """Whether a trap asks again for what was told to wait."""
+        request = self.find(event.seq)
+        return request is not None and request.event.seq != event.seq
+
+    def wall_time(self, event: TrapEvent) -> int:
+        """When the trap was taken."""
+        request = self.find(event.seq)
+        if request is not None:
+            self._last = request.time
+        # Of a handler that was answered for there is no request any more.
+        return self._clock + self._last
+
+
+def _may_begin(request: ReplayedRequest, number: int) -> bool:
+    """Whether the handler of a request may line up, for that time."""
+    return not request.queued or request.over or request.free or number <= request.turns_allowed
+
+
+def _is_free(request: ReplayedRequest) -> bool:
+    """Whether it goes on as it likes."""
+    return request.free

@@ -1,0 +1,325 @@
+"""One walk over a recording, for all VMs that are replayed from it.
+
+Theory of operation
+===================
+
+The file is walked in its order, once. At each message the walk brings about what happened then,
+and goes on when it has happened again:
+
+| message | brought about | goes on when |
+|---|---|---|
+| trap | it is given to the server, at its time | its handler has begun, or it is answered |
+| `queued` behind a trap | its handler lines up, and begins at the step `began` | it was taken |
+| step `began` | the handler's turn, at its time | it has begun |
+| step `resumed` | the handler may go on, at its time | it has |
+| step `ended` | the handler may go on as often as it likes | it has ended |
+| memory access | it is kept for its request | at once |
+| reply | deadlines pass that passed then | the trap is answered |
+
+So handlers begin, go on and end in the recorded order, in all VMs, and what one leaves behind
+another finds. A handler that is about to go on before its step is *held*. The times of messages are
+those of the loop, where it has `VirtualTime`; else they matter with a `speed` only.
+
+A changed handler may have other steps than the recorded one, and so may the same one on another
+loop. Steps that are not made are left out when it has ended; further ones are made when it is to
+end. Where the walk waits for a handler that waits for one that is held, those that are held go on
+after a while (`_PATIENCE`): nothing waits for ever.
+
+A recording of format 1 or 2 has no steps: there traps wait for the replies before them, and no
+handler is held.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+
+from vmibridge.aio.clock import VirtualTime, loop_clock, virtual_time
+from vmibridge.aio.own_thread import in_own_thread
+from vmibridge.recording.file.reader import TimedMessage
+from vmibridge.recording.messages import Session
+from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.source import RecordedVms
+from vmibridge.vm.backend import TrapSink, feed_held
+from vmibridge.vm.trap import TrapEvent
+
+__all__ = ["Awaited", "Walk"]
+
+_PATIENCE = 0.5
+"""Seconds that the walk waits for a handler while others are held."""
+_TINY = 1e-9
+_MAX_LOOKS = 100
+
+
+class Player(Protocol):
+    """One VM, as the walk plays it."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it is played any more."""
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether a trap of it waits for its answer."""
+
+    @property
+    def open_requests(self) -> Iterable[ReplayedRequest]:
+        """Those that are not compared yet."""
+
+    def play(self, message: TimedMessage, after: object) -> bool:
+        """Play a message; `after`: the one behind it. `False`: it is not its time yet."""
+
+
+class Awaited(Enum):
+    """What the walk waits for a request to be."""
+
+    TAKEN = "taken"
+    BEGUN = "begun"
+    RESUMED = "resumed"
+    ENDED = "ended"
+    TOLD = "told to wait"
+    ANSWERED = "answered"
+
+
+class Walk:
+    """See the module. Each VM joins it before it runs; `speed` is that of `ReplayOptions`."""
+
+    def __init__(self, path: Path, speed: float = 0.0) -> None:
+        self.source: RecordedVms
+        self._path = path
+        self._speed = speed
+        self._users = 0
+        self._players: dict[str, Player] = {}
+        self._absent: set[str] = set()
+        """VMs that do not run yet."""
+        self._batch: list[TimedMessage] = []
+        self._place = 0
+        self._at_end = False
+        self.awaited: ReplayedRequest | None = None
+        self.what = Awaited.TAKEN
+        self.running: int = 0
+        """Handlers that have begun and not ended."""
+        self._held: dict[ReplayedRequest, None] = {}
+        self._full: deque[tuple[TrapSink, TrapEvent, Callable[[TrapEvent], object]]] = deque()
+        self._start: tuple[float, int] | None = None
+        self._pause = math.inf
+        self._patience = _PATIENCE
+        self._loosen_at = math.inf
+        self._virtual: VirtualTime | None = None
+        self._clock: Callable[[], float] = time.monotonic
+        self._is_driven = False
+        self._poked = anyio.Event()
+        self._changed = anyio.Event()
+
+    # --- the VMs --------------------------------------------------------------------
+
+    async def join(self, player: Player, name: str | None) -> tuple[str, Session | None]:
+        """Have a VM of the file played; without a name the first. Raises as `RecordedVms`."""
+        if not self._users:
+            self.source = await in_own_thread(RecordedVms, self._path)
+        self._users += 1
+        try:
+            found, session = await in_own_thread(self.source.find, name)
+        except BaseException:  # whatever it is, nobody calls `leave`
+            self.leave()
+            raise
+        self._players[found] = player
+        self._absent.add(found)
+        self._virtual, self._clock = virtual_time(), loop_clock()
+        if self._virtual is not None:
+            self._virtual.is_waited = lambda: self.running > 0
+        return found, session
+
+    def leave(self) -> None:
+        """A VM is closed; the last one frees the file."""
+        self._users -= 1
+        if not self._users:
+            self.source.close()
+
+    def present(self, name: str) -> None:
+        """A VM runs, or never will: the walk begins with the last one."""
+        self._absent.discard(name)
+        self.poke()
+
+    async def drive(self, player: Player) -> None:
+        """Play until nothing of this VM is left. Whose task comes first drives it for all."""
+        while not self._is_done(player):
+            if self._is_driven:
+                await self._changed.wait()
+                continue
+            self._is_driven = True
+            try:
+                await self._round(player)
+            finally:
+                self._is_driven = False
+                self.poke()
+
+    def _is_done(self, player: Player) -> bool:
+        at_end = self._at_end and self._place >= len(self._batch)
+        return player.is_over or (at_end and not player.is_owed)
+
+    async def _round(self, player: Player) -> None:
+        self.go()
+        # What that has come to is looked at here.
+        self._poked = anyio.Event()
+        if self._full:
+            await feed_held(*self._full.popleft())
+            return
+        if self._place >= len(self._batch) and not self._at_end and not self._absent:
+            await self._read_on()
+            return
+        if self._is_done(player):
+            return
+        now = self._clock()
+        with anyio.move_on_after(min(self._pause, self._loosen_at) - now):
+            await self._poked.wait()
+        if self._clock() >= self._loosen_at - _TINY:
+            self._loosen()
+        self._pause = math.inf
+
+    def poke(self) -> None:
+        """There is something to do, or to see."""
+        self._poked.set()
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def _read_on(self) -> None:
+        with nullcontext() if self._virtual is None else self._virtual.held():
+            self._batch = await self.source.read_on()
+        self._place = 0
+        if not self._batch:
+            self._at_end = True
+            for player in self._players.values():
+                for request in dict.fromkeys(player.open_requests):
+                    request.over = request.free = True
+                    request.go_on()
+
+    # --- the walk -------------------------------------------------------------------
+
+    def go(self) -> None:
+        """Go on in the file as far as nothing has to be waited for."""
+        if self._absent:
+            return
+        while True:
+            if self.awaited is not None:
+                if not self._is_met(self.awaited):
+                    self._may_loosen()
+                    return
+                self.awaited = None
+                self._loosen_at, self._patience = math.inf, _PATIENCE
+            if self._full or self._place >= len(self._batch):
+                break
+            message = self._batch[self._place]
+            name = message.message.vm
+            player = None if name is None else self._players.get(name)
+            if player is not None and not player.is_over:
+                behind = self._place + 1
+                after = self._batch[behind].message if behind < len(self._batch) else None
+                if not player.play(message, after):
+                    return
+            self._place += 1
+        self.poke()
+
+    def wait_for(self, request: ReplayedRequest, what: Awaited) -> None:
+        """Go no further until this has happened."""
+        self.awaited, self.what = request, what
+
+    def skip(self) -> None:
+        """The message behind the one that is played now is played with it."""
+        self._place += 1
+
+    def let_go(self, requests: Iterable[ReplayedRequest]) -> None:
+        """Nothing of these is waited for any more."""
+        for request in list(requests):
+            if request is self.awaited:
+                self.awaited = None
+            request.over = request.free = True
+            request.go_on()
+
+    def _is_met(self, request: ReplayedRequest) -> bool:
+        answered = request.answered
+        match self.what:
+            case Awaited.TAKEN:
+                return request.taken or answered
+            case Awaited.BEGUN:
+                return request.begun or answered
+            case Awaited.RESUMED:
+                done = request.ended or request.steps_done >= request.steps_allowed
+                return done or not request.begun
+            case Awaited.ENDED:
+                return request.ended or not request.begun
+            case Awaited.TOLD:
+                return request.told or answered
+            case Awaited.ANSWERED:
+                return answered
+
+    def is_due(self, at: int) -> bool:
+        """Whether what was recorded at a time may happen; else the walk goes on when it may."""
+        virtual, speed = self._virtual, self._speed
+        if virtual is None and not speed:
+            return True
+        now = self._clock()
+        if self._start is None:
+            self._start = (now, at)
+        since, first = self._start
+        due = since + (at - first) / 1e9 / (speed if virtual is None else 1.0)
+        if due <= now + _TINY:
+            return True
+        # Where no handler runs, no task has anything to do before.
+        if virtual is not None and not self.running and virtual.jump(due):
+            return True
+        self._pause = due
+        self.poke()
+        return False
+
+    def looks_again(self, request: ReplayedRequest) -> bool:
+        """Whether to go on in a moment, when other tasks have run; not for ever."""
+        request.looks += 1
+        if request.looks > _MAX_LOOKS:
+            return False
+        self._pause = self._clock()
+        self.poke()
+        return True
+
+    def feed_later(
+        self, sink: TrapSink, event: TrapEvent, refuse: Callable[[TrapEvent], object]
+    ) -> None:
+        """The queue of a VM is full: give it this trap when it has room."""
+        self._full.append((sink, event, refuse))
+        self.poke()
+
+    # --- handlers that are held -----------------------------------------------------
+
+    async def hold(self, request: ReplayedRequest, may_go: Callable[[], bool]) -> None:
+        """Hold a handler until it may go on."""
+        self._held[request] = None
+        self._may_loosen()
+        try:
+            # What a handler waited for is its own by now, such as a lock, and a primitive of trio
+            # does not give it back. On asyncio a scope that was cancelled would keep the loop busy.
+            with anyio.CancelScope(shield=True):
+                while not may_go() and not request.loose:
+                    await request.gate().wait()
+        finally:
+            self._held.pop(request, None)
+            request.loose = False
+
+    def _may_loosen(self) -> None:
+        if self._held and self.awaited is not None and self._loosen_at == math.inf:
+            self._loosen_at = self._clock() + self._patience
+            self.poke()
+
+    def _loosen(self) -> None:
+        """Who is waited for may wait for who is held."""
+        self._patience *= 2
+        self._loosen_at = math.inf
+        for request in self._held:
+            request.loose = True
+            request.go_on()
+        self._may_loosen()

@@ -1,0 +1,63 @@
+"""Who decides the order in which handlers begin and go on: a backend that plays what was recorded.
+
+A backend with a `Conductor` knows what came after what. The engine asks it before a handler that
+was queued begins, and before one that was suspended goes on; it tells of each beginning and end.
+The conductor has an `Engine` in turn, by which deadlines pass when they passed then.
+"""
+
+from collections.abc import Awaitable
+from typing import Protocol
+
+from vmibridge.vm.trap import TrapEvent
+
+__all__ = ["ConductedEngine", "Conductor", "with_slack"]
+
+
+class ConductedEngine(Protocol):
+    """What a conductor may bring about in the engine of its VM."""
+
+    def tell_to_wait(self, first: int) -> bool:
+        """The soft deadline of the request that came with trap `first` is now; returns whether it
+        has a trap that waits for its handler."""
+
+    def time_out(self, first: int) -> bool:
+        """Its hard deadline is now; returns whether its handler runs."""
+
+
+class Conductor(Protocol):
+    """See the module. Called on the event loop; `event` is a trap of the request."""
+
+    seed: int | None
+    """Of the random numbers of the handlers; `None`: they get another one."""
+
+    def conduct(self, engine: ConductedEngine) -> None:
+        """The engine is about to run."""
+
+    def turn(self, event: TrapEvent) -> Awaitable[None] | None:
+        """A handler is about to line up, or to begin; what to await first, if anything.
+
+        Asked before both, where it does both.
+        """
+
+    def began(self, event: TrapEvent) -> None:
+        """A handler begins, now."""
+
+    def step(self, event: TrapEvent) -> Awaitable[None] | None:
+        """A handler that was suspended is about to go on; what to await first, if anything."""
+
+    def ended(self, event: TrapEvent) -> None:
+        """A handler has ended, now."""
+
+    def is_retry(self, event: TrapEvent) -> bool:
+        """Whether a trap asks again for what was told to wait."""
+
+    def wall_time(self, event: TrapEvent) -> int:
+        """When the trap was taken: nanoseconds since the Unix epoch."""
+
+
+def with_slack(seconds: float) -> float:
+    """A deadline that passes when it has to: the conductor says when it passes as it did then.
+
+    So what comes close to it is not cut off by a difference of microseconds.
+    """
+    return seconds * 1.1 + 1.0
