@@ -66,7 +66,7 @@ def damaged(data, rng):
 
 def test_edits_and_comparisons_raise_errors_of_recordings_alone(tmp_path):
     made = 0
-    for seed in range(200 if LONG else 25):
+    for seed in range(200 if LONG else 30):
         rng = Random(seed)
         paths = [tmp_path / f"{seed}{side}.mcap" for side in "ab"]
         for path in paths:

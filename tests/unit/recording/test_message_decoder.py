@@ -41,7 +41,7 @@ def run(tmp_path_factory):
 def test_gives_each_message_as_its_struct(run, reader):
     found = decoded(run, reader)
     assert found == messages(run)
-    assert len({type(message) for _, message in found}) == 5
+    assert len({type(message) for _, message in found}) == 6
 
 
 def test_gives_those_of_a_topic(run):

@@ -169,7 +169,7 @@ def test_settings_are_left_out_by_a_rule(handler, rules, hidden):
 
 def session_of_one(handler, redaction):
     async def main():
-        return session_of("vm", Bridge(handler), ServerSettings(), redaction, X86)
+        return session_of("vm", Bridge(handler), ServerSettings(), redaction, X86, None, 0)
 
     return anyio.run(main)
 

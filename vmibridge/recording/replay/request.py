@@ -128,6 +128,11 @@ class ReplayedRequest:
         return self._pending
 
     @property
+    def has_pending(self) -> bool:
+        """Whether there are such."""
+        return bool(self._pending)
+
+    @property
     def past(self) -> "deque[MemoryAccess]":
         """Accesses that were made now."""
         if self._past is None:

@@ -68,12 +68,11 @@ class Player(Protocol):
     def is_owed(self) -> bool:
         """Whether a trap of it waits for its answer."""
 
-    @property
-    def open_requests(self) -> Iterable[ReplayedRequest]:
-        """Those that are not compared yet."""
-
     def play(self, message: TimedMessage, after: object) -> bool:
         """Play a message; `after`: the one behind it. `False`: it is not its time yet."""
+
+    def at_end(self) -> None:
+        """Nothing more was recorded: what is open is answered as it comes."""
 
 
 class Awaited(Enum):
@@ -196,9 +195,7 @@ class Walk:
         if not self._batch:
             self._at_end = True
             for player in self._players.values():
-                for request in dict.fromkeys(player.open_requests):
-                    request.over = request.free = True
-                    request.go_on()
+                player.at_end()
 
     # --- the walk -------------------------------------------------------------------
 
