@@ -112,6 +112,7 @@ FIELDS = {
         "output": maybe(word),
         "duration": one_of(DURATIONS),
         "retry_of": maybe(number),
+        "output_sha256": maybe(word),
     },
     Note: {
         "kind": one_of(["end", "retry", "lost"]),

@@ -22,9 +22,7 @@ Rules:
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -35,14 +33,14 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.own_thread import in_own_thread
-from vmibridge.bridge.dispatch import Bridge, one_line
+from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.registers import read_packet
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import RecordingError, ServerStateError
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.errors import ServerStateError
+from vmibridge.recording.chunked import MAX_UNWRITTEN, ChunkedRecording
 from vmibridge.recording.file.parts import RecordingParts
 from vmibridge.recording.messages import (
     MEMORY,
@@ -68,24 +66,16 @@ log: logging.Logger = logging.getLogger(__name__)
 _clock = time.monotonic_ns
 _TRAP, _REPLY = TRAP.id, REPLY.id
 
-_CHUNK = 1 << 20
-"""Bytes before compression after which a chunk is cut."""
-_MAX_UNWRITTEN = 32 << 20
-"""The same, of all that is not written yet: then the guests wait."""
 _HELD = 128
 """Messages that are encoded together: about 100 us."""
 _HELD_DATA = 1024
 """Bytes of a memory access that is not held."""
-_SMALL = 256 << 10
-"""Bytes of a chunk that the loop compresses: about 300 us."""
 _NOTHING: frozenset[str] = frozenset()
 _NO_OUTPUT = OutputText(None, None)
 
 
-class Recorder(Tap):
+class Recorder(ChunkedRecording, Tap):
     """A tap that writes all it sees into a file, or into several, one after another."""
-
-    full: bool = False
 
     def __init__(
         self,
@@ -114,37 +104,24 @@ class Recorder(Tap):
             raise ValueError(f"flush_interval is a number of seconds, got {flush_interval!r}")
         if flush_traps < 2:
             raise ValueError(f"flush_traps is at least 2, got {flush_traps!r}")
-        self.path: Path = Path(path)
-        """Of the file that is written, from when it is made."""
         self._max_size, self._max_total = sizes(max_size, max_total)
-        if max_total is not None and not self.path.is_dir():
+        if max_total is not None and not Path(path).is_dir():
             raise ValueError(f"max_total is for recordings in a folder, and {path} is none")
-        self.lost: int = 0
-        """Traps that were taken after the file could not be written any more. If the recorder was
-        dropped, those of that VM are counted when the VM has ended."""
-        self.error: RecordingError | None = None
-        """Why it could not be written."""
-        # Half a period fills up while the other half is being written.
-        self._interval = flush_interval / 2
-        self._cut_at = flush_traps // 2
-        self._max_traps = flush_traps
-        self._on_error = on_error
+        rotation = None if self._max_size is None else Rotation(self._max_size)
+        super().__init__(
+            Path(path),
+            flush_interval=flush_interval,
+            flush_traps=flush_traps,
+            on_error=on_error,
+            message_index=message_index,
+            rotation=rotation,
+        )
         self._redaction = Redaction(redact)
         self._redacts = bool(self._redaction.of_traps)
         self._left_out: dict[tuple[str, int], frozenset[str]] = {}
         self._stem = stem
         self._overwrite = overwrite
-        self._files: RecordingParts
-        self._rotation = None if self._max_size is None else Rotation(self._max_size)
-        self._stops: dict[str, Callable[[Exception], None]] = {}
         self._architectures: dict[str, Architecture[Any]] = {}
-        self._first_chunk = partial(ChunkBuilder, message_index=message_index, describes=True)
-        self._chunk = self._first_chunk()
-        self._waiting: deque[ChunkBuilder] = deque()
-        self._unwritten = 0
-        self._unwritten_traps = 0
-        self._wake: anyio.Event | None = None
-        self._room: anyio.Event | None = None
         self._epoch = time.time_ns() - _clock()
         self._tasks: TaskGroup | None = None
 
@@ -197,13 +174,6 @@ class Recorder(Tap):
                 raise self.error
 
     # --- what a server tells --------------------------------------------------------
-
-    async def room(self) -> None:
-        """Wait for the disk."""
-        while self.full:
-            if self._room is None:
-                self._room = anyio.Event()
-            await self._room.wait()
 
     def machine(self, vm: str, architecture: Architecture[Any]) -> None:
         self._architectures[vm] = architecture
@@ -301,7 +271,7 @@ class Recorder(Tap):
         if self._unwritten:
             self.full = (
                 self._unwritten_traps + self._chunk.traps >= self._max_traps
-                or self._unwritten >= _MAX_UNWRITTEN
+                or self._unwritten >= MAX_UNWRITTEN
             ) and self.error is None
 
     def end(self, vm: str, summary: Summary) -> None:
@@ -332,7 +302,7 @@ class Recorder(Tap):
         if access.data is not None and len(access.data) > _HELD_DATA:
             self._settle()
         # Not for room for traps: a handler that waits gets a task of its own from then on.
-        self.full = self._unwritten >= _MAX_UNWRITTEN and self.error is None
+        self.full = self._unwritten >= MAX_UNWRITTEN and self.error is None
 
     def _add(self, channel: ChannelKind, message: Any) -> None:
         if self.error is not None:
@@ -342,11 +312,6 @@ class Recorder(Tap):
         held.append((channel.id, self._epoch + _clock(), message))
         if len(held) >= _HELD:
             self._settle()
-
-    def _settle(self) -> None:
-        """Encode what is held."""
-        if self._chunk.settle() >= _CHUNK:
-            self._cut()
 
     def _split_if_due(self, data: int = 0) -> None:
         """Go on in another file, where this one has no room for a message with so much data."""
@@ -362,96 +327,3 @@ class Recorder(Tap):
         for channel, message in rotation.preamble():
             self._add(channel, message)
         rotation.begun(self._chunk.settle())
-
-    def _cut(self) -> None:
-        """Hand what is collected to the writer."""
-        chunk = self._chunk
-        size = chunk.settle()
-        if not size:
-            return
-        if size <= _SMALL:
-            chunk.pack()
-        self._waiting.append(chunk)
-        self._unwritten += size
-        self._unwritten_traps += chunk.traps
-        self._chunk = chunk.next()
-        if self._rotation is not None:
-            self._rotation.cut(len(chunk))
-        if self._wake is not None:
-            self._wake.set()
-
-    async def _write_on(self) -> None:
-        """Write chunks as they are cut, and what is left at each interval."""
-        while True:
-            self._wake = anyio.Event()
-            if not self._waiting:
-                with anyio.move_on_after(self._interval):
-                    await self._wake.wait()
-            with anyio.CancelScope(shield=True):
-                await self._write_waiting()
-
-    async def _write_waiting(self) -> None:
-        """Write all that is collected."""
-        try:
-            self._cut()
-        except Exception as unknown:  # a message that cannot be encoded, of a backend
-            self._fail(unknown)
-            return
-        while self._waiting and self.error is None:
-            chunk = self._waiting.popleft()
-            try:
-                size = await in_own_thread(self._write, chunk)
-            except Exception as lost:
-                self._fail(lost)
-                return
-            finally:
-                self._tell_news()
-            if self._rotation is not None:
-                self._rotation.written(chunk.part, len(chunk), size)
-            self._written(chunk)
-
-    def _tell_news(self) -> None:
-        self.path = self._files.path
-        while self._files.news:
-            level, told = self._files.news.pop(0)
-            log.log(level, "%s", told)
-
-    def _written(self, chunk: ChunkBuilder) -> None:
-        self._unwritten -= len(chunk)
-        self._unwritten_traps -= chunk.traps
-        if self.error is not None:
-            # It was being written when the recorder was dropped, and counted as lost.
-            self.lost -= chunk.traps
-        # A small chunk, or one without traps, makes too little room.
-        if (
-            self._unwritten_traps + self._chunk.traps < self._max_traps
-            and self._unwritten < _MAX_UNWRITTEN
-        ):
-            self._free()
-
-    def _write(self, chunk: ChunkBuilder) -> int:
-        return self._files.add(chunk.part, chunk.pack())
-
-    def _fail(self, error: Exception) -> None:
-        if self.error is not None:
-            return
-        why = error.strerror if isinstance(error, OSError) else one_line(error)
-        if isinstance(error, RecordingError):
-            why = str(error)  # of the file that it was to go on in
-        self.error = RecordingError(f"{self.path}: the recording ends here: {why}")
-        self.error.__cause__ = error
-        self.lost += self._unwritten_traps + self._chunk.traps
-        self._waiting.clear()
-        self._chunk = ChunkBuilder()
-        self._free()
-        if self._on_error == "continue":
-            log.error("%s; the run continues without a recording", self.error)
-            return
-        for stop in self._stops.values():
-            stop(self.error)
-
-    def _free(self) -> None:
-        self.full = False
-        if self._room is not None:
-            self._room.set()
-            self._room = None

@@ -44,7 +44,10 @@ def select(path, since, *, skip=True):
     heard = []
     with RecordingReader(path) as reader:
         traps = SelectedTraps(
-            reader.messages(), Selection.parse(since=since), heard.append, reader if skip else None
+            reader.messages(),
+            Selection.parse(since=since),
+            heard.append,
+            reader=reader if skip else None,
         )
         found = [(trap.time, trap.event, trap.reply) for trap in traps]
         return found, heard, traps.start, (reader.complete, reader.problems)

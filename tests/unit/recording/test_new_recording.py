@@ -76,7 +76,7 @@ def test_has_whole_requests(path):
         (TrapEvent(1, TrapReason.MSR, object()), 0, TypeError),
         (MemoryAccess("vm", 1, 0, 0, bytes(31 << 20)), 0, ValueError),
     ],
-    ids=str,
+    ids=["text", "value", "number", "early", "late", "format", "machine", "registers", "large"],
 )
 def test_takes_nothing_that_cannot_be_read(path, message, time, error):
     with NewRecording(path) as recording:

@@ -172,7 +172,7 @@ class TestTheirNames:
         assert names[:3] == ["run-4.mcap", "run-5.mcap", "run-6.mcap"]
 
     async def test_are_told(self, path, caplog):
-        with caplog.at_level(logging.INFO, "vmibridge.recording.recorder"):
+        with caplog.at_level(logging.INFO, "vmibridge.recording"):
             parts = await record(path, calls)
         told = [text.split(": ") for text in caplog.messages]
         assert [each[0] for each in told] == [str(part) for part in parts]
@@ -336,7 +336,7 @@ class TestADiskThatIsFullAtTheSplit:
 class TestTheTotal:
     async def test_is_kept_and_what_was_removed_is_told(self, tmp_path, caplog):
         total = 4 * MIN_SIZE
-        with caplog.at_level(logging.INFO, "vmibridge.recording.recorder"):
+        with caplog.at_level(logging.INFO, "vmibridge.recording"):
             parts = await record(tmp_path, lambda vm: calls(vm, 3 * MANY), max_total=total)
         assert sum(part.stat().st_size for part in parts) <= total
         removed = [text for text in caplog.messages if ": removed, " in text]
