@@ -26,6 +26,8 @@ pytestmark = pytest.mark.no_cover
 NOT_THE_SAME = {
     "backend": "several VMs, or the one of an agent",
     "config": "all of the file, or its handlers alone",
+    "files": "recordings, or recordings and folders of them",
+    "ignore": "fields of two recordings, or rules for what handlers answer",
     "limit": "where a list ends, or how much a page shows",
     "log_level": "a replay has a level more, and is quiet by default",
     "name": "what a recording is kept as: an option of put, an argument of get",
