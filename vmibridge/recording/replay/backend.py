@@ -12,11 +12,9 @@ Rules:
 - Deadlines pass when they passed then. One that did not pass then has some seconds more.
 - A request that was told to wait then, and is answered at once now, is done: its retries
   are left out. One that is told to wait now asks again, with the recorded retries.
-- The first run of a VM is replayed. What a file has of later ones, as when files were put
-  together, is counted and left out: each run had handlers of its own, from the start.
-- A request that began in another file, where a recording was split, is left out.
-- A trap that the policy denied then never reached a handler, and does not now. Values that
-  were left out of the recording are not there to be asked with.
+- Left out are later runs of a VM, as when files were put together: each had handlers of its own;
+  requests that began in another file; traps that the policy denied then; and those whose values
+  are not in the recording.
 
 Nothing in here is bounded by the file: what is held is bounded (`memory`).
 """
