@@ -82,7 +82,7 @@ EXTRAS = MappingProxyType(
         "nats": ("nats-py", "nkeys"),
         "parquet": ("pyarrow",),
         "perfetto": ("perfetto",),
-        "recording": ("mcap", "zstandard"),
+        "recording": ("lz4", "mcap", "zstandard"),
         "trio": ("trio",),
         "unicorn": ("unicorn",),
         "uvloop": ("uvloop",),
