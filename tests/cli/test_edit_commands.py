@@ -147,7 +147,7 @@ class TestImport:
         assert run("export", "run.mcap", "--to", "jsonl")[0] == 0
         status, out, told = run("import", "run.jsonl", "-o", "again.mcap")
         assert (status, out) == (0, [])
-        assert told == ["again.mcap: 2 session, 21 trap, 21 memory, 21 reply, 4 note"]
+        assert told == ["again.mcap: 2 session, 21 trap, 21 memory, 21 reply, 4 note, 6 step"]
         assert read(tmp_path / "again.mcap") == read(tmp_path / "run.mcap")
 
     @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ Rules:
   the traps of their vCPU only, and what handlers do is in the recorded order all the same.
 - Memory is served from the recording, to the request that accessed it (`replayed`).
 - Deadlines pass when they passed then. One that did not pass then has some seconds more.
-- A request that was told to wait then, and is answered at once now, is done: its retries
-  are left out. One that is told to wait now asks again, with the recorded retries.
+- A request that was told to wait then, and is answered at once now, is done, without its retries.
+  One that is told to wait now asks again, with the recorded ones.
 - Left out are later runs of a VM, as when files were put together: each had handlers of its own;
   requests that began in another file; traps that the policy denied then; and those whose values
   are not in the recording.
 
-Nothing in here is bounded by the file: what is held is bounded (`memory`).
+What is held is bounded (`memory`), and not by the file.
 """
 
 import math
