@@ -82,7 +82,7 @@ EXTRAS = MappingProxyType(
         "nats": ("nats-py", "nkeys"),
         "parquet": ("pyarrow",),
         "perfetto": ("perfetto",),
-        "recording": ("mcap", "zstandard"),
+        "recording": ("lz4", "mcap", "zstandard"),
         "trio": ("trio",),
         "unicorn": ("unicorn",),
         "uvloop": ("uvloop",),
@@ -102,9 +102,11 @@ class MissingExtraError(VmiBridgeError, ImportError):
     def __init__(self, what: str, extra: str) -> None:
         self.extra = extra
         self.packages = _missing(EXTRAS[extra])
-        one = len(self.packages) == 1
+        *first, last = self.packages
+        names = f"{', '.join(first)} and {last}" if first else last
+        one = not first
         super().__init__(
-            f"{what} needs the package{'' if one else 's'} {' and '.join(self.packages)}, which"
+            f"{what} needs the package{'' if one else 's'} {names}, which"
             f" the extra {extra!r} of vmibridge brings: add {'it' if one else 'them'} to the"
             f" environment of {sys.executable or 'this Python'}"
         )

@@ -97,7 +97,7 @@ def test_a_run_that_is_killed_has_lost_what_was_not_written_and_no_file(
 
 
 def test_the_total_of_a_folder_holds_over_several_runs(vmibridge, image, handlers, tmp_path):
-    code = COUNTED.format(end="cmp r8, 1000\n    jne again\n    hlt")
+    code = COUNTED.format(end="cmp r8, 3000\n    jne again\n    hlt")
     (tmp_path / "dear.mcap").write_bytes(b"something dear")
     for _ in range(3):
         done = vmibridge(

@@ -271,7 +271,7 @@ class TestExitStatus:
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
         assert line.startswith(
-            "vmibridge: a recording needs the packages mcap and zstandard, which"
+            "vmibridge: a recording needs the packages lz4, mcap and zstandard, which"
         )
 
     @pytest.mark.no_cover

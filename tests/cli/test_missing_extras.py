@@ -33,10 +33,10 @@ def test_it_names_what_is_missing_and_where(monkeypatch):
         "importlib.metadata.version", lambda name: None if name == "mcap" else missing()
     )
     error = MissingExtraError("a recording", "recording")
-    assert (error.extra, error.packages) == ("recording", ("zstandard",))
+    assert (error.extra, error.packages) == ("recording", ("lz4", "zstandard"))
     assert str(error) == (
-        "a recording needs the package zstandard, which the extra 'recording' of vmibridge brings:"
-        f" add it to the environment of {sys.executable}"
+        "a recording needs the packages lz4 and zstandard, which the extra 'recording' of vmibridge"
+        f" brings: add them to the environment of {sys.executable}"
     )
 
 
