@@ -199,7 +199,7 @@ def test_or_lets_it_go_on_unrecorded(vmibridge, image, handlers, tmp_path):
 @pytest.mark.no_cover
 def test_no_room_at_all_is_told_before_the_guest_runs(vmibridge, image, handlers):
     arguments = run(image, handlers, "--record", "run.mcap")
-    done = vmibridge(*arguments, preexec_fn=full_after(100))
+    done = vmibridge(*arguments, preexec_fn=full_after(10))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "vmibridge: run.mcap: File too large\n"
 
