@@ -33,14 +33,7 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, BackendSpecError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import (
-    MemoryAccess,
-    Note,
-    Reply,
-    Session,
-    Step,
-    architecture_of,
-)
+from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, Step, architecture_of
 from vmibridge.recording.replay import options as reasons
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.memory import ReplayedMemory
