@@ -39,6 +39,10 @@ class NatsPyClient(Client):
             # halfway then, and reports nothing.
             self._pending, self._pending_data_size = [], 0
             self._status = Client.DISCONNECTED
+            if self._transport:
+                # That its end is waited for may raise a cancellation which is nobody's (uvloop).
+                self._transport.close()  # type: ignore[no-untyped-call]
+                self._transport = None
             await super()._close(status, do_cbs)
 
     def _connect_command(self) -> bytes:
