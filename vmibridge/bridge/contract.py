@@ -75,7 +75,7 @@ class BridgeContract(msgspec.Struct, frozen=True, gc=False):
         if type(response) is not BridgeResponse:
             response = BridgeResponse(*response.values, response.output)
         # A copy: both its values and the stamps were checked where they were made, and a new one
-        # would be checked again, for each answer.
+        # would be checked again, for each answer. msgspec's stubs lack `__copy__`.
         stamped: BridgeResponse[T] = response.__copy__()  # type: ignore[attr-defined]
         if (value := self.verify_value1) is not None:
             force_setattr(stamped, "value1", value)

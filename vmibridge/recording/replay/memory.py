@@ -1,5 +1,9 @@
 """The guest memory of a replay: each request gets what was recorded of it (`request`)."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import anyio
 
 from vmibridge.errors import GuestMemoryError
@@ -9,6 +13,8 @@ from vmibridge.recording.replay.walk import Walk
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["ReplayedMemory"]
+
+R = TypeVar("R")
 
 _MAX_HELD = 32 << 20
 """Bytes of memory accesses that may be held for requests that run."""
@@ -27,32 +33,25 @@ class ReplayedMemory:
     async def read(self, event: TrapEvent, address: int, size: int) -> bytes:
         """The recorded bytes. Waits where the recording was not read as far."""
         request = self._request_of(event, address)
-        while True:
-            before = request.held
-            try:
-                data = request.take_read(address, size)
-            finally:
-                self.held -= before - request.held
-            if data is not None:
-                return data
-            if request.over:
-                return request.read_unrecorded(address, size)
-            await self._further_accesses(request)
+        data = await self._taken(request, partial(request.take_read, address, size))
+        return request.read_unrecorded(address, size) if data is None else data
 
     async def write(self, event: TrapEvent, address: int, data: bytes) -> None:
         """As it went then. Waits where the recording was not read as far."""
         request = self._request_of(event, address)
+        if await self._taken(request, partial(request.take_write, address, data)) is None:
+            request.write_unrecorded(address, data)
+
+    async def _taken(self, request: ReplayedRequest, take: Callable[[], R | None]) -> R | None:
+        """What `take` finds among the recorded accesses; `None`: there is no such."""
         while True:
             before = request.held
             try:
-                done = request.take_write(address, data)
+                found = take()
             finally:
                 self.held -= before - request.held
-            if done:
-                return
-            if request.over:
-                request.write_unrecorded(address, data)
-                return
+            if found is not None or request.over:
+                return found
             await self._further_accesses(request)
 
     def attach(self, access: MemoryAccess) -> bool:
