@@ -71,7 +71,7 @@ def test_parts_have_all_that_happened(vcpus, loop, tmp_path_factory):
 
 
 # A known fault: a part that ends or begins in a request that was told to wait is now and then
-# called different (about 1 of 500 parts), since replays follow the recorded steps.
+# called different (in 5 of some 25 runs of 60 examples), since replays follow the recorded steps.
 @pytest.mark.slow
 @settings(max_examples=examples(60), deadline=None)
 @given(**ANY)
