@@ -1,5 +1,6 @@
 """One connection to a real NATS: what is published, lost and told."""
 
+import asyncio
 import time
 from contextlib import asynccontextmanager
 
@@ -122,6 +123,24 @@ class TestAway:
             await until(lambda: not client.nats.is_connected)
             with anyio.fail_after(5):
                 await end()
+
+    async def test_one_that_is_closed_while_the_end_of_a_lost_connection_is_waited_for_is_closed(
+        self, client, nats, monkeypatch
+    ):
+        # asyncio's writers share one future for their end: it is cancelled with who waits for it.
+        end, waited = asyncio.get_running_loop().create_future(), anyio.Event()
+
+        async def wait_closed(_):
+            waited.set()
+            await end
+
+        monkeypatch.setattr(type(client.nats._transport), "wait_closed", wait_closed)
+        nats.stop()
+        with anyio.fail_after(20):
+            await waited.wait()
+            await client.nats.close()
+        assert end.cancelled()
+        assert client.closed.is_set()
 
     async def test_a_server_that_loses_nats_in_the_midst_of_its_start_says_so(
         self, nats, monkeypatch

@@ -32,6 +32,8 @@ class NatsPyClient(Client):
         await super()._connect_to_server(s)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
+        if not self.is_connected:
+            self._drop_transport()
         try:
             await super()._close(status, do_cbs)
         except (OSError, RuntimeError):
@@ -39,11 +41,19 @@ class NatsPyClient(Client):
             # halfway then, and reports nothing.
             self._pending, self._pending_data_size = [], 0
             self._status = Client.DISCONNECTED
-            if self._transport:
-                # That its end is waited for may raise a cancellation which is nobody's (uvloop).
-                self._transport.close()  # type: ignore[no-untyped-call]
-                self._transport = None
+            self._drop_transport()
             await super()._close(status, do_cbs)
+
+    def _drop_transport(self) -> None:
+        """Close a connection that is lost, and do not wait for its end.
+
+        The task that connects again may wait for that end. It is cancelled when the client is
+        closed, its wait with it, and who waits for the same end after it gets a cancellation
+        which is nobody's.
+        """
+        if self._transport:
+            self._transport.close()  # type: ignore[no-untyped-call]
+            self._transport = None
 
     def _connect_command(self) -> bytes:
         # Called after INFO and, if that asks for it, TLS; before anything is said.
