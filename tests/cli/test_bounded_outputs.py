@@ -117,7 +117,7 @@ def test_a_folder_of_a_server_is_bounded_for_all_its_vms(
 ):
     bounds = ["--record", "runs", "--record-max-size", "128KiB", "--record-max-total", "384KiB"]
     server = ["serve", "--listen", "unix:x.sock", "--handlers", handlers, *bounds]
-    guest = image(COUNTED.format(end="cmp r8, 700\n    jne again\n    hlt"))
+    guest = image(COUNTED.format(end="cmp r8, 2000\n    jne again\n    hlt"))
     with children.start(command(*server), cwd=tmp_path) as process:
         while "listening" not in process.stderr.readline():
             pass
