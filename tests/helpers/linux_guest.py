@@ -71,7 +71,9 @@ class LinuxGuest:
         options = (
             f"-accel tcg -M pc -m 256 -cpu {model} -smp {cpus} -nodefaults -display none -no-reboot"
         )
-        kernel = f"console=ttyS0 quiet panic=-1 no_timer_check vmibridge={what} count={count} {kernel}"
+        kernel = (
+            f"console=ttyS0 quiet panic=-1 no_timer_check vmibridge={what} count={count} {kernel}"
+        )
         return [
             *(self.qemu, *options.split(), "-serial", "stdio", *extra),
             *("-kernel", str(self.folder / "vmlinuz"), "-initrd", str(self.folder / "initrd")),
