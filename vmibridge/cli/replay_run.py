@@ -40,7 +40,7 @@ _LONG = 86_400.0
 """Seconds for one request, while somebody may look at it."""
 
 
-class Replay:
+class ReplayRun:
     """Recordings that are replayed, each with new handlers."""
 
     def __init__(
