@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack
 
 import anyio
+import anyio.lowlevel
 import msgspec
 from sniffio import current_async_library
 
@@ -375,6 +376,7 @@ class Replay:
         ) as served:
             self._served = served
             own.stand(None)
+            await anyio.lowlevel.checkpoint_if_cancelled()
             async for _ in served.server.run():
                 pass
             self._notes = list(served.notes(has_config=True))
