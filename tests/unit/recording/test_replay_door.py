@@ -334,6 +334,7 @@ class TestWhatIsWrong:
             {"ignore": "nonsense"},
             {"since": "tomorrow"},
             {"requests": 0x1_0000},
+            {"outcomes": "fine"},
         ):
             with pytest.raises(ConfigError):
                 Replay(path, Probe, **wrong)

@@ -50,10 +50,12 @@ __all__ = ["Replay"]
 
 _ALL = Selection()
 _MAX_DIFFERENCES = 1000
+"""That are kept."""
 
 H = TypeVar("H", bound=BridgeHandler[Any])
-T = TypeVar("T", int, str)
-OneOrMore: TypeAlias = T | Iterable[T]
+Names: TypeAlias = str | Iterable[str]
+Numbers: TypeAlias = int | Iterable[int]
+Codes: TypeAlias = int | str | Iterable[int | str]
 
 
 class Replay:
@@ -67,7 +69,7 @@ class Replay:
 
     What is compared, as of `vmibridge replay`; what is given for different keywords is an and:
 
-    - `requests`, `methods`: codes, or names of handlers and methods
+    - `requests`, `methods`: codes, or names of handlers and methods; `outcomes`: how they ended
     - `vms`: names, as recorded; `vcpus`: numbers
     - `first`, `last`: numbers of traps, of each VM; nothing behind `last` is asked
     - `since`, `until`: seconds since the first trap, or ISO 8601
@@ -83,10 +85,10 @@ class Replay:
     it is, and waits for the end; handlers are cancelled then, and left. Where the block raises
     nothing, leaving raises `NotReplayedError` when nothing was compared.
 
-    Raises `ConfigError` for values that are none. Entering raises `ValueError` for a setting that
-    is out of bounds, `RecordingReadError` for a file
-    that is no recording, `BackendSpecError` for a VM that is not in it, `ConfigError`, and what
-    making and entering a handler raises.
+    Raises `ConfigError` for values that are none. Entering raises `RecordingReadError` for a file
+    that is no recording, `BackendSpecError` for a VM that is not in it, `ValueError` for a setting
+    that is out of bounds and for an instance that would serve two VMs, and what making a handler
+    raises.
     """
 
     def __init__(
@@ -94,15 +96,16 @@ class Replay:
         path: str | Path,
         /,
         *handlers: Asked,
-        requests: OneOrMore[int] | OneOrMore[str] = (),
-        methods: OneOrMore[int] | OneOrMore[str] = (),
-        vms: OneOrMore[str] = (),
-        vcpus: OneOrMore[int] = (),
+        requests: Codes = (),
+        methods: Codes = (),
+        outcomes: Names = (),
+        vms: Names = (),
+        vcpus: Numbers = (),
         first: int | None = None,
         last: int | None = None,
         since: float | str | None = None,
         until: float | str | None = None,
-        ignore: OneOrMore[str] = (),
+        ignore: Names = (),
         strict: bool = False,
         speed: float = 0.0,
         order: Literal["recorded", "vcpu"] = "recorded",
@@ -121,6 +124,7 @@ class Replay:
         self._selection = Selection.parse(
             requests=map(str, _several(requests)),
             methods=map(str, _several(methods)),
+            outcomes=_several(outcomes),
             vms=_several(vms),
             vcpus=_several(vcpus),
             since=None if since is None else str(since),
@@ -298,7 +302,7 @@ class Replay:
         return self.result
 
     def end(self) -> None:
-        """As leaving it, for a caller without an event loop. Blocking."""
+        """End it wherever it is, for a caller without an event loop. Blocking; raises nothing."""
         own = self._own
         if own is not None and not own.is_over:
             own.block(own.end)
