@@ -121,7 +121,7 @@ class _Updates:
                 str(value) for name, value in report.user_properties if name == _UPDATED
             ]
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: "pytest.TerminalReporter") -> None:
         """One line for each update."""
         terminalreporter.section("recordings")
         for line in self._lines or ["none was updated: nothing is different"]:
@@ -137,7 +137,7 @@ def _begin(file: Path, handlers: list[Any], options: dict[str, Any], loop: Any) 
         made = Replay(file, *handlers, **options)
         made.begin(loop)
     except VmiBridgeError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
     return made
 
 
@@ -150,7 +150,7 @@ def _check(item: pytest.Item, replay: "Replay") -> None:
             pytest.fail(replay.report(), pytrace=False)
         updated = replay.accept() if item.config.getoption("recording_update") else 0
     except VmiBridgeError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
     if updated:
         answers = "1 answer" if updated == 1 else f"{updated} answers"
         file = os.path.relpath(replay.path, item.config.rootpath)

@@ -157,6 +157,7 @@ def test_what_is_wrong_is_told_in_a_line(folder):
     assert outcome(done) == "1 failed, 6 errors", done.stdout
     for why in (*wrong.values(), "has the fixture `replay`"):
         assert why in done.stdout, done.stdout
+    assert "The above exception" not in done.stdout
     assert "Traceback" not in done.stdout
     assert "pytest_plugin.py" not in done.stdout
 

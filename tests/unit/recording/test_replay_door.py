@@ -7,7 +7,7 @@ import anyio
 import pytest
 from replay_parts import LOOPS, MAGIC, Probe, Shared, ask, everything, record
 
-from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, Gate, method
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import (
@@ -249,6 +249,38 @@ class TestIteration:
         assert told[4] is None
         assert set(told) == {1, 2, 3, 4, 5}
         assert told[1] == "it is not among those that are compared"
+
+    async def test_tells_what_was_left_out_and_what_was_not_asked(self, tmp_path):
+        made = tmp_path / "redacted.mcap"
+        rules = {"redact": ["0x0002:value1", "0x0001:memory"]}
+        await anyio.to_thread.run_sync(partial(record, made, everything, **rules))
+        async with Replay(made, Probe, Shared) as replay:
+            told = [each async for each in replay]
+        unasked = [
+            each for each in told if each.unchecked == "value1 was left out of the recording"
+        ]
+        assert {each.packet.request for each in unasked} == {2}
+        assert [each.given for each in unasked] == [None] * 20
+        (copied,) = (each for each in told if each.seq == 4)
+        assert copied.unchecked == "memory was left out of the recording"
+        assert sum(replay.result.unchecked.values()) == 21
+        assert replay.result.compared == TRAPS - 21
+
+    async def test_a_request_with_its_retries_is_one(self, tmp_path):
+        made = tmp_path / "retried.mcap"
+        await anyio.to_thread.run_sync(partial(record, made, _patient, Bridge(Probe(0.1))))
+        async with Replay(made, lambda _: Probe(0.1)) as replay:
+            found = await replay.until(2)
+            assert found.seq == 1
+            assert found.retries[0] == 2
+            assert found.given.kind is OutcomeKind.HANDLED
+            assert found.expected.retry_of == 1
+            assert [each async for each in replay] == []
+
+
+async def _patient(vm):
+    while (await vm.call(ask(5))).rax == Gate.WAIT:
+        await anyio.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
