@@ -8,7 +8,7 @@
 The fixture `replay` is a `Replay` that is entered: of the file, from the folder of the test, with
 the further arguments and the keywords of the mark. When the test has passed, the rest is played,
 and the test fails if something is different, with what `vmibridge replay` prints. With
-`--recording-update` the answers of now are accepted: the file is written anew.
+`--recording-update` the answers of now are accepted: the file is rewritten.
 
 Rules:
 
@@ -65,8 +65,8 @@ def replay_handlers() -> list[Any]:
 
 @pytest.fixture
 def replay(request: pytest.FixtureRequest, replay_handlers: list[Any]) -> Iterator["Replay"]:
-    """The recording of the mark `recording`, ready to be played. What the test leaves is played
-    after it."""
+    """The recording of the mark `recording`, ready to be played. The rest of it is played after the
+    test."""
     node = request.node
     mark = node.get_closest_marker(_MARK)
     if mark is None or not mark.args:
@@ -124,7 +124,7 @@ class _Updates:
     def pytest_terminal_summary(self, terminalreporter: "pytest.TerminalReporter") -> None:
         """One line for each update."""
         terminalreporter.section("recordings")
-        for line in self._lines or ["none was updated: nothing is different"]:
+        for line in self._lines or ["none was updated"]:
             terminalreporter.write_line(line)
 
 

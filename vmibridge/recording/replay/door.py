@@ -285,7 +285,7 @@ class Replay:
             write_accepted(self.path, Path(target or self.path), accepted, replace=replace)
         return accepted.count
 
-    # --- the same for who has no loop -------------------------------------------------
+    # --- the same without an event loop -----------------------------------------------
 
     def begin(self, loop: LoopName = "asyncio") -> None:
         """As entering it, for a caller without an event loop. Blocking."""

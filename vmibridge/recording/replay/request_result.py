@@ -1,4 +1,4 @@
-"""What became of one request of a replay, for who looks at each of them."""
+"""What became of one request of a replay, for callers that look at each of them."""
 
 from typing import Any
 
