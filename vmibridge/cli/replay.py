@@ -164,7 +164,7 @@ def replay(
     from vmibridge.cli.event_loop import check_loop, logging_to
     from vmibridge.cli.logs import log_handler
     from vmibridge.cli.replay_break import Break
-    from vmibridge.cli.replay_run import Replay, recordings_in
+    from vmibridge.cli.replay_run import ReplayRun, recordings_in
     from vmibridge.recording.replay.options import ReplayOptions
 
     if accept != (output is not None):
@@ -177,7 +177,7 @@ def replay(
     if accept and len(paths) > 1:
         raise ConfigError(f"--accept is for one recording, and there are {len(paths)}")
     vms = [*dict.fromkeys(vm or ())]
-    run = Replay(
+    run = ReplayRun(
         paths,
         ReplayOptions(speed, order, None, strict),
         (requests or RequestOptions()).selection_of(vms, first, last),

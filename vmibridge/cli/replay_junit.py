@@ -12,7 +12,7 @@
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from vmibridge.cli.replay_result import FileResult, finding_line
+from vmibridge.recording.replay.file_result import FileResult, finding_line
 from vmibridge.recording.replay.verdict import Finding, RequestKind
 from vmibridge.text import printable
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from stat import S_IMODE
 
 import msgspec
 
@@ -123,13 +124,19 @@ class Accepted:
         return msgspec.structs.replace(then, handlers=tuple(kept.values()))
 
 
-def write_accepted(source: Path, target: Path, accepted: Accepted) -> None:
+def write_accepted(
+    source: Path, target: Path, accepted: Accepted, *, replace: bool = False
+) -> None:
     """Write the new recording. Blocking; one chunk in memory at a time.
 
-    Raises `RecordingReadError` when `source` cannot be read, `ConfigError` when `target` is there
-    already, `RecordingError` when it cannot be written. Then there is no `target`.
+    With `replace` it takes the place of a `target` that is there, such as `source`, and its mode,
+    once it is whole. Raises `RecordingReadError` when `source` cannot be read, `ConfigError` when
+    `target` is there already, `RecordingError` when it cannot be written. Then `target` is as it
+    was.
     """
-    with RecordingReader(source) as reader, new_files([target]) as (path,):
+    with RecordingReader(source) as reader, new_files([target], replace=replace) as (path,):
+        if replace and target.exists():
+            path.chmod(S_IMODE(target.stat().st_mode))
         writer = RecordingWriter(path, f"vmibridge {version('vmibridge')}", overwrite=True)
         try:
             _write(_accept(reader.messages(), accepted), writer)

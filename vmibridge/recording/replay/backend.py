@@ -40,6 +40,7 @@ from vmibridge.recording.replay.memory import ReplayedMemory
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.order import RecordedOrder
 from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.tally import Tally
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.replay.walk import Awaited, Walk
@@ -64,6 +65,7 @@ class ReplayBackend(Backend, Tap):
         *,
         walk: Walk | None = None,
         verdict: Verdict | None = None,
+        on_request: Callable[[RequestResult], None] | None = None,
     ) -> None:
         """VMs of one file that are replayed together have a `walk` in common."""
         super().__init__(vm)
@@ -75,7 +77,7 @@ class ReplayBackend(Backend, Tap):
         self.session: Session | None = None
         """What served this VM then; known once the backend is open, if the file tells."""
         self._walk = walk or Walk(path, options.speed)
-        self._tally = Tally(verdict or Verdict(), on_difference)
+        self._tally = Tally(vm, verdict or Verdict(), on_difference, on_request)
         self._name = vm
         self._wait = ServerSettings().wait.value1
         self._has_begun = self._is_later = False

@@ -204,6 +204,11 @@ class ReplayedRequest:
         past = self.past
         return None if len(past) == past.maxlen else list(past)
 
+    @property
+    def latest_accesses(self) -> tuple[MemoryAccess, ...]:
+        """The last ones that were made now."""
+        return tuple(self._past or ())[-_SHOWN:]
+
     def take_write(self, address: int, data: bytes) -> bool | None:
         """`True`: this was written then; `None`: it was not, as far as is known yet.
 
@@ -291,7 +296,7 @@ class ReplayedRequest:
             self.time,
             request_in(event),
             tuple(self._differences),
-            tuple(self.past)[-_SHOWN:],
+            self.latest_accesses,
             reply.handler or (None if outcome is None else outcome.handler),
         )
 
