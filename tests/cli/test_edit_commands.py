@@ -13,7 +13,7 @@ from recorded_messages import read
 from recorded_session import record, reply, session, trap, write_file
 
 from vmibridge.cli import main
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import NOTE, REPLY, SESSION, TRAP, Note
 

@@ -20,7 +20,7 @@ from vmibridge import (
     BridgeResponse,
     OutcomeKind,
 )
-from vmibridge.engine.policy import Policy, Quota, Rate
+from vmibridge.engine.access_policy import Policy, Quota, Rate
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,7 @@ from linux_guest import LinuxGuest, built_guest, exchange
 
 from vmibridge import BridgeHandler, TrapReason
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.engine.policy import Policy
+from vmibridge.engine.access_policy import Policy
 
 pytestmark = pytest.mark.anyio
 

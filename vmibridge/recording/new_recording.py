@@ -28,7 +28,7 @@ from vmibridge.bridge.registers import form_of, write_response
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import RecordingError, UnknownArchitectureError
 from vmibridge.recording.export import new_files
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.reader import MAX_MESSAGE
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (

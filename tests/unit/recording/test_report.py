@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vmibridge import OutcomeKind, Registers, RegisterWrites, TrapEvent, TrapReason
 from vmibridge.bridge.registers import read_packet
 from vmibridge.cli import main
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import REPLY, SESSION, TRAP, Reply, Session
 from vmibridge.recording.report.statistics import MAX_EXACT, Latency, Statistics

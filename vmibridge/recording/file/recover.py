@@ -11,7 +11,7 @@ from typing import TypeAlias
 import msgspec
 
 from vmibridge.recording.export import new_files
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.reader import Problem, RecordingReader, TimedMessage
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import CHANNELS, NOTE, Note

@@ -24,7 +24,7 @@ import msgspec
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import NotReplayedError
 from vmibridge.recording.export import new_files
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from vmibridge.engine.policy import Quota, Rate
+from vmibridge.engine.access_policy import Quota, Rate
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.replay.compare import Difference
 
