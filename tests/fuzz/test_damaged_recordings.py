@@ -25,8 +25,9 @@ from recorded_session import reply, session, trap, write_file
 from vmibridge.errors import RecordingReadError
 from vmibridge.recording.file import reader as reader_module
 from vmibridge.recording.file import writer
-from vmibridge.recording.file.reader import MAX_CHUNK, RecordingReader
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.file.recover import recover
+from vmibridge.recording.file.unpack import MAX_CHUNK
 from vmibridge.recording.messages import (
     CHANNELS,
     MEMORY,

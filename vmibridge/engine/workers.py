@@ -21,8 +21,8 @@ In a task of its own a request is in the queue from the start: `ENTERING` until 
 `QUEUED`, and `HandlerCalls` lets it in.
 
 Here are the tasks, and the way of one trap. How handlers are called is in `handler_calls`, the
-states of a request are in `request`, what may answer in the place of a worker is in `deadlines`, and
-what a retry gets is in `retries`.
+states of a request are in `request`, what may answer in the place of a worker is in `deadlines`,
+and what a retry gets is in `retries`.
 
 Invariants
 ----------

@@ -12,7 +12,8 @@ import msgspec
 
 from vmibridge.recording.export import new_files
 from vmibridge.recording.file.chunk_builder import ChunkBuilder
-from vmibridge.recording.file.reader import Problem, RecordingReader, TimedMessage
+from vmibridge.recording.file.damage import Problem
+from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import CHANNELS, NOTE, Note
 from vmibridge.recording.new_recording import channel_of
