@@ -23,6 +23,7 @@ from laws import examples
 from recorded_session import reply, session, trap, write_file
 
 from vmibridge.errors import RecordingReadError
+from vmibridge.recording.file import damage as damage_module
 from vmibridge.recording.file import reader as reader_module
 from vmibridge.recording.file import writer
 from vmibridge.recording.file.reader import RecordingReader
@@ -373,8 +374,9 @@ def test_many_fake_chunks_are_not_all_tried(tmp_path, monkeypatch, size):
         unpacked += len(body)
         return unpack_it(body)
 
-    unpack_it = reader_module._unpack
-    monkeypatch.setattr(reader_module, "_unpack", unpack)
+    unpack_it = reader_module.unpack
+    for module in (reader_module, damage_module):
+        monkeypatch.setattr(module, "unpack", unpack)
     data = mcap(SOUND, record(UNKNOWN, b"", MAX_U64), *[fake * 1000 + SOUND] * 10, bytes(8 << 20))
     found, problems = read(tmp_path / "fakes.mcap", data)
     assert len(found) >= 2

@@ -17,7 +17,13 @@ from vmibridge.recording.export.jsonl import trap_record
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.selection import SelectedTraps, Selection
-from vmibridge.recording.traps import NO_REPLY, OUTCOME_WORDS, RecordedTrap, outcome_word
+from vmibridge.recording.traps import (
+    NO_REPLY,
+    OUTCOME_WORDS,
+    RecordedTrap,
+    access_text,
+    outcome_word,
+)
 from vmibridge.text import printable
 
 _COLUMNS = {
@@ -162,14 +168,8 @@ def _details(trap: RecordedTrap) -> Iterator[str]:
     registers = msgspec.to_builtins(trap.event.registers)
     yield f"    registers: {' '.join(f'{name}={value:x}' for name, value in registers.items())}"
     for access in trap.accesses:
-        if access.error is not None:
-            text = f"failed: {access.error}"
-        elif access.data is None:
-            text = "left out"
-        else:
-            text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
         what = "wrote" if access.write else "read"
-        yield f"    {what} {access.size} bytes at {access.address:#x}: {text}"
+        yield f"    {what} {access.size} bytes at {access.address:#x}: {access_text(access)}"
     if trap.left_out:
         yield f"    {trap.left_out} further accesses, too much to hold"
 

@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from threading import Event, Thread, get_ident
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, FrameType
 from typing import NamedTuple, Self
 
 from vmibridge.aio.loops import Soon, loop_door
@@ -118,12 +118,7 @@ class LoopWatch:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._thread is not None:
             self._thread.join()

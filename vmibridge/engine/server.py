@@ -19,7 +19,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from threading import get_ident
-from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
 import anyio
@@ -338,12 +337,7 @@ class Run(AsyncIterator[Outcome[Any]]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def __del__(self) -> None:

@@ -17,7 +17,6 @@ from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from time import time_ns
-from types import TracebackType
 from typing import Any, Final, Self
 
 import msgspec
@@ -106,12 +105,7 @@ class NewRecording:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             with suppress(_AbandonedError), self._stack:
                 if error is not None:

@@ -72,6 +72,15 @@ def outcome_word(trap: RecordedTrap) -> str:
     return NO_REPLY if trap.reply is None else trap.reply.kind.value
 
 
+def access_text(access: MemoryAccess) -> str:
+    """What was accessed, for people: the first bytes, or why there are none."""
+    if access.error is not None:
+        return f"failed: {access.error}"
+    if access.data is None:
+        return "left out"
+    return access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
+
+
 def ignored(_place: int, _timed: TimedMessage) -> None:
     """For who wants no other messages."""
 

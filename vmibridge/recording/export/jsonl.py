@@ -10,13 +10,11 @@ finite, is the string `inf`, `-inf` or `nan`.
 """
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import BinaryIO, Final, Self
+from typing import BinaryIO, Final
 
 import msgspec
 
-from vmibridge.recording.export.exporter import Exporter
+from vmibridge.recording.export.exporter import OneFileExporter
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import (
     CHANNELS,
@@ -218,22 +216,14 @@ def message_record(place: int, time: int, message: RecordedMessage) -> dict[str,
     return {"place": place, "time_ns": time, _TOPICS[type(message)]: fields}
 
 
-class JsonLines(Exporter):
+class JsonLines(OneFileExporter):
     """Writes them to a binary file."""
 
     suffix = ".jsonl"
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        super().__init__(file)
         self._encode = msgspec.json.Encoder().encode
-
-    @classmethod
-    def open(cls, paths: Sequence[Path]) -> Self:
-        """As of `Exporter`."""
-        return cls(paths[0].open("wb"))
-
-    def close(self) -> None:
-        self._file.close()
 
     def other(self, place: int, timed: TimedMessage) -> None:
         """A line for each message that belongs to no trap."""

@@ -18,9 +18,8 @@ Rules:
 - Each packet is written by itself: field 1 of the message `Trace`, with its length before it.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import BinaryIO, Self
+from collections.abc import Mapping
+from typing import BinaryIO
 
 from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (  # type: ignore[import-untyped]
     TracePacket,
@@ -28,7 +27,7 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (  # type: ignore[
 )
 
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.recording.export.exporter import Exporter, unsigned
+from vmibridge.recording.export.exporter import OneFileExporter, unsigned
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.method_names import MethodNames
 from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, outcome_word
@@ -52,26 +51,18 @@ _NAMES = {
 }
 
 
-class Perfetto(Exporter):
+class Perfetto(OneFileExporter):
     """Writes the trace to a binary file."""
 
     suffix = ".perfetto-trace"
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        super().__init__(file)
         self._names = MethodNames()
         self._processes: dict[str, int] = {}
         self._tracks: dict[tuple[str, int], int] = {}
         self._last: dict[int, int] = {}
         self._begun = False
-
-    @classmethod
-    def open(cls, paths: Sequence[Path]) -> Self:
-        """As of `Exporter`."""
-        return cls(paths[0].open("wb"))
-
-    def close(self) -> None:
-        self._file.close()
 
     def hear(self, message: Session | Note) -> None:
         if isinstance(message, Session):
