@@ -6,7 +6,7 @@ import random
 import signal
 
 import pytest
-from probe_guest import calls, command
+from probe_guest import ENDLESS, calls, command, counted
 
 from vmibridge.cli.outcome_file import OutcomeFile
 from vmibridge.cli.output import JsonWriter
@@ -17,16 +17,6 @@ from vmibridge.recording.traps import recorded_traps
 pytestmark = pytest.mark.no_cover
 
 SIZE = 128 << 10
-COUNTED = """
-    xor r8, r8
-again:
-    inc r8
-    mov ecx, 0x42494d56
-    mov edx, 1 << 16 | 0x100
-    vmcall
-    {end}
-"""
-ENDLESS = COUNTED.format(end="jmp again")
 LOOPS = [["--async-backend", "trio"], ["--uvloop"], []]
 
 
@@ -60,7 +50,7 @@ def traps_of(path):
 def test_each_part_is_listed_replayed_and_reported_by_itself(
     vmibridge, image, handlers, tmp_path, loop
 ):
-    code = COUNTED.format(end="cmp r8, 1000\n    jne again\n    hlt")
+    code = counted(1000)
     options = ["--record", "run.mcap", "--record-max-size", "128KiB", *loop]
     done = vmibridge(*run(image, handlers, *options, code=code))
     assert done.returncode == 0, done.stderr
@@ -97,7 +87,7 @@ def test_a_run_that_is_killed_has_lost_what_was_not_written_and_no_file(
 
 
 def test_the_total_of_a_folder_holds_over_several_runs(vmibridge, image, handlers, tmp_path):
-    code = COUNTED.format(end="cmp r8, 3000\n    jne again\n    hlt")
+    code = counted(3000)
     (tmp_path / "dear.mcap").write_bytes(b"something dear")
     for _ in range(3):
         done = vmibridge(
@@ -117,7 +107,7 @@ def test_a_folder_of_a_server_is_bounded_for_all_its_vms(
 ):
     bounds = ["--record", "runs", "--record-max-size", "128KiB", "--record-max-total", "384KiB"]
     server = ["serve", "--listen", "unix:x.sock", "--handlers", handlers, *bounds]
-    guest = image(COUNTED.format(end="cmp r8, 700\n    jne again\n    hlt"))
+    guest = image(counted(700))
     with children.start(command(*server), cwd=tmp_path) as process:
         while "listening" not in process.stderr.readline():
             pass

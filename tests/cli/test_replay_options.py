@@ -48,22 +48,23 @@ class Done(NamedTuple):
     stderr: str
 
 
-@pytest.fixture
-def source(tmp_path):
-    """The handlers of then."""
-    path = tmp_path / "then" / "probe_options.py"
-    path.parent.mkdir()
+def write_source(folder):
+    folder.mkdir()
+    path = folder / "probe_options.py"
     path.write_text(SOURCE)
     return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The handlers that are recorded."""
+    return write_source(tmp_path / "then")
 
 
 @pytest.fixture
 def now(tmp_path):
-    """The handlers of now: in another folder, as this process reads each file once."""
-    path = tmp_path / "now" / "probe_options.py"
-    path.parent.mkdir()
-    path.write_text(SOURCE)
-    return path
+    """The handlers that are replayed: in another folder, as this process reads each file once."""
+    return write_source(tmp_path / "now")
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 import anyio
+from base_handlers import StandardHandler
 
 from vmibridge import BridgeHandler, BridgeResponse, method
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.errors import ConnectionLostError
 from vmibridge.transport import Agent, AgentServer
 from vmibridge.transport.handshake import VERSION, WORD
@@ -20,13 +21,8 @@ from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 REQUEST = 0x0100
 
 
-class Echo(BridgeHandler[int]):
+class Echo(StandardHandler):
     """What the guests of `calls.asm` expect; counts what it was asked."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = REQUEST
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
 
     def __init__(self):
         self.asked = []

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from flipping_host import FlippingHost
 
 from vmibridge import Bridge, BridgeHandler, BridgeServer, OutcomeKind, open_backend
 from vmibridge.bridge.contract import STANDARD_MAGIC
@@ -70,16 +71,8 @@ class Other(BridgeHandler[None]):
         return None
 
 
-class Flips(Host):
+class Flips(FlippingHost):
     """Answers echoes with one bit of one register wrong."""
-
-    def __init__(self, side: str, value: str, bit: int) -> None:
-        super().__init__(INFO)
-        self.side, self.value, self.bit = side, value, bit
-
-    def flip(self, message):
-        changed = getattr(message, self.value) ^ 1 << self.bit
-        return getattr(message, f"with_{self.value}")(changed)
 
     async def handle(self, vmi, packet):
         if packet.method < 0x0010:
@@ -172,7 +165,7 @@ def values_of(width, how):
     ],
 )
 async def test_the_self_test_finds_one_wrong_bit(build_guest, width, how, side, value, bit):
-    end, _ = await run_guest(build_guest, width, how, Flips(side, value, bit))
+    end, _ = await run_guest(build_guest, width, how, Flips(INFO, side, value, bit))
     assert end == NO_SELF_TEST
 
 
