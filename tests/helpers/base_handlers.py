@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from vmibridge import BridgeHandler
+from vmibridge import BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+
+MASK64 = (1 << 64) - 1
 
 
 class StandardHandler(BridgeHandler[Any]):
@@ -13,6 +15,21 @@ class StandardHandler(BridgeHandler[Any]):
     REQUEST = 0x0100
     VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
     VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
+
+
+class EchoHandler(StandardHandler):
+    """What the guests of `calls.asm` expect."""
+
+    @method(1)
+    async def invert(self, vmi, packet):
+        total = packet.value2 + packet.value3 + packet.value4 & MASK64
+        return BridgeResponse(value1=~packet.value1 & MASK64, value2=total)
+
+    @method(2)
+    async def reverse(self, vmi, packet):
+        data = await vmi.memory.read(packet.value1, packet.value3 or 8)
+        await vmi.memory.write(packet.value2, data[::-1])
+        return BridgeResponse()
 
 
 class HandlerWithLives(BridgeHandler[Any]):

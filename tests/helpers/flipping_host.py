@@ -1,6 +1,14 @@
-"""A host that is not honest in its handshake."""
+"""What a host says of itself in the handshake, and one that is not honest there."""
 
-from vmibridge.engine.handshake import Host
+from vmibridge.engine.handshake import Feature, Host, HostInfo
+
+INFO = HostInfo(
+    features=Feature.WAIT | Feature.QUOTA,
+    soft_timeout=0.25,
+    timeout=60.0,
+    result_timeout=30.0,
+    in_flight=17,
+)
 
 
 class FlippingHost(Host):

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 import anyio
-from base_handlers import StandardHandler
+from base_handlers import EchoHandler
 
 from vmibridge import BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
@@ -21,7 +21,7 @@ from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 REQUEST = 0x0100
 
 
-class Echo(StandardHandler):
+class Echo(EchoHandler):
     """What the guests of `calls.asm` expect; counts what it was asked."""
 
     def __init__(self):
@@ -30,15 +30,7 @@ class Echo(StandardHandler):
     @method(1)
     async def invert(self, vmi, packet):
         self.asked.append(packet.value1)
-        mask = (1 << 64) - 1
-        total = packet.value2 + packet.value3 + packet.value4 & mask
-        return BridgeResponse(value1=~packet.value1 & mask, value2=total)
-
-    @method(2)
-    async def reverse(self, vmi, packet):
-        data = await vmi.memory.read(packet.value1, packet.value3 or 8)
-        await vmi.memory.write(packet.value2, data[::-1])
-        return BridgeResponse()
+        return await super().invert(vmi, packet)
 
 
 class Steps(BridgeHandler[str]):

@@ -2,7 +2,7 @@
 
 import anyio
 import pytest
-from base_handlers import StandardHandler
+from base_handlers import EchoHandler
 
 from vmibridge import (
     Bridge,
@@ -24,19 +24,8 @@ PASSED = 0x600D
 MASK64 = (1 << 64) - 1
 
 
-class Echo(StandardHandler):
+class Echo(EchoHandler):
     """What the guests of `calls.asm` and `rings.asm` expect."""
-
-    @method(1)
-    async def invert(self, vmi, packet):
-        total = packet.value2 + packet.value3 + packet.value4 & MASK64
-        return BridgeResponse(value1=~packet.value1 & MASK64, value2=total)
-
-    @method(2)
-    async def reverse(self, vmi, packet):
-        data = await vmi.memory.read(packet.value1, packet.value3 or 8)
-        await vmi.memory.write(packet.value2, data[::-1])
-        return BridgeResponse()
 
     @method(3)
     async def ring(self, vmi, packet):

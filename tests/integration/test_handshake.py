@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from flipping_host import FlippingHost
+from flipping_host import INFO, FlippingHost
 
 from vmibridge import Bridge, BridgeHandler, BridgeServer, OutcomeKind, open_backend
 from vmibridge.bridge.contract import STANDARD_MAGIC
@@ -28,13 +28,6 @@ every_form = pytest.mark.parametrize(("width", "how"), FORMS.values(), ids=FORMS
 # What a guest of `handshake.asm` ends with: the check that failed, or that all passed.
 NO_VERSION, NO_SELF_TEST, PASSED = 1, 8, 0x600D
 
-INFO = HostInfo(
-    features=Feature.WAIT | Feature.QUOTA,
-    soft_timeout=0.25,
-    timeout=60.0,
-    result_timeout=30.0,
-    in_flight=17,
-)
 EXPECTED = {
     "FEATURES": 5,
     "SOFT": 250,
