@@ -30,7 +30,13 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.export.exporter import OneFileExporter, unsigned
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.method_names import MethodNames
-from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, outcome_word
+from vmibridge.recording.traps import (
+    ANSWER_NAMES,
+    VALUE_NAMES,
+    RecordedTrap,
+    flattened,
+    outcome_word,
+)
 
 _REALTIME, _BOOTTIME = 1, 6
 _SEQUENCE = 1
@@ -149,17 +155,20 @@ def _packet(time: int) -> TracePacket:
 
 
 def _facts(trap: RecordedTrap) -> dict[str, int | str]:
-    event, packet, reply = trap.event, trap.packet, trap.reply
-    facts: dict[str, int | str] = {"seq": event.seq, "trap": f"{event.reason.value}{event.width}"}
-    if packet is not None:
-        facts |= {"magic": packet.magic, "request": packet.request, "method": packet.method}
-        facts |= zip(VALUE_NAMES, packet.values, strict=True)
-    if reply is not None:
-        facts["outcome"] = reply.kind.value
-        answer = () if reply.writes is None else zip(ANSWER_NAMES, reply.writes.values, strict=True)
-        facts |= {name: value for name, value in answer if value is not None}
-        texts = (("output", reply.output), ("error", reply.error))
-        facts |= {name: text for name, text in texts if text is not None}
+    event, flat = trap.event, flattened(trap)
+    known: dict[str, int | str | None] = {
+        "seq": event.seq,
+        "trap": f"{event.reason.value}{event.width}",
+        "magic": flat.magic,
+        "request": flat.request,
+        "method": flat.method,
+        **dict(zip(VALUE_NAMES, flat.values, strict=True)),
+        "outcome": flat.outcome,
+        **dict(zip(ANSWER_NAMES, flat.answers, strict=True)),
+        "output": flat.output,
+        "error": flat.error,
+    }
+    facts = {name: value for name, value in known.items() if value is not None}
     if trap.accesses:
         done = [access for access in trap.accesses if access.error is None]
         facts["bytes read"] = sum(access.size for access in done if not access.write)
