@@ -133,9 +133,12 @@ def test_a_folder_of_a_server_is_bounded_for_all_its_vms(
             ["--record-max-total", "1MiB"],
             "--record-max-total is about a recording: give --record FILE, too",
         ),
-        (["--record", "r", "--record-max-size", "1GB"], "--record-max-size 1GB: is no size"),
-        (["--record", "r", "--record-max-size", "-5"], "--record-max-size -5: is no size"),
-        (["--record", "r", "--record-max-size", "9" * 5000], ": is no size; give one as in 256MiB"),
+        (["--record", "r", "--record-max-size", "1GB"], "--record-max-size 1GB: is not a size"),
+        (["--record", "r", "--record-max-size", "-5"], "--record-max-size -5: is not a size"),
+        (
+            ["--record", "r", "--record-max-size", "9" * 5000],
+            ": is not a size; give one as in 256MiB",
+        ),
         (["--record", "r", "--record-max-size", "5"], "--record-max-size is at least 131072 bytes"),
         (["--record", ".", "--record-max-total", "5"], "--record-max-total is at least 524288"),
         (
@@ -160,7 +163,7 @@ def test_what_is_wrong_is_one_line(vmibridge, image, handlers, tmp_path, options
     ("options", "status", "told"),
     [
         (["--record", "r", "--record-max-size", "5"], 2, "--record-max-size is at least 131072"),
-        (["--record", "r", "--redact", "nonsense"], 2, "'nonsense' is no redaction"),
+        (["--record", "r", "--redact", "nonsense"], 2, "'nonsense' is not a redaction"),
         (["--record", "handlers/x"], 1, "handlers/x: Not a directory"),
     ],
 )
@@ -222,7 +225,7 @@ class TestAFileOfOutcomes:
         await self.write(writer, 10, 30)
         assert (tmp_path / "out.json").stat().st_size <= 100
         assert writer.dropped > 5
-        assert "is no regular file" in caplog.messages[0]
+        assert "is not a regular file" in caplog.messages[0]
         (tmp_path / "out.json.1").rmdir()
         await self.write(writer, 30, 31)
         assert (tmp_path / "out.json").read_bytes() == lines(30, 31)[0]
@@ -247,7 +250,7 @@ class TestAFileOfOutcomes:
     async def test_is_no_device_and_no_pipe(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         for path in ("/dev/null", "pipe"):
-            with pytest.raises(BackendError, match="cannot be written: is no regular file"):
+            with pytest.raises(BackendError, match="cannot be written: is not a regular file"):
                 OutcomeFile(tmp_path / path, 100)
 
 
@@ -258,4 +261,4 @@ def test_its_size_is_that_of_a_file(vmibridge, handlers):
     assert "--outcomes-max-size is about a file: give --outcomes FILE, too" in done.stderr
     done = vmibridge(*words[:-1], "much", "--outcomes", "x")
     assert done.returncode == 2
-    assert "--outcomes-max-size much: is no size" in done.stderr
+    assert "--outcomes-max-size much: is not a size" in done.stderr

@@ -121,8 +121,8 @@ def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, 
 @pytest.mark.parametrize(
     ("options", "status", "told"),
     [
-        (["--record", "new.mcap", "--redact", "value9"], 2, "'value9' is no redaction"),
-        (["--record", "new.mcap", "--redact", "0x10000:memory"], 2, "is no redaction"),
+        (["--record", "new.mcap", "--redact", "value9"], 2, "'value9' is not a redaction"),
+        (["--record", "new.mcap", "--redact", "0x10000:memory"], 2, "is not a redaction"),
         (["--redact", "memory"], 2, "--redact is about a recording: give --record FILE, too"),
         (["--unrecorded", "stop"], 2, "--unrecorded is about a recording: give --record FILE, too"),
         (["--record", "old.mcap"], 1, "old.mcap: already exists"),
@@ -238,7 +238,7 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
 @pytest.mark.parametrize(
     ("source", "target", "status", "told"),
     [
-        ("probe.py", "clean.mcap", 2, "probe.py: is no MCAP file"),
+        ("probe.py", "clean.mcap", 2, "probe.py: is not an MCAP file"),
         ("missing.mcap", "clean.mcap", 2, "missing.mcap: No such file or directory"),
         (".", "clean.mcap", 2, ".: Is a directory"),
         ("run.mcap", "probe.py", 2, "probe.py: already exists"),

@@ -1,6 +1,6 @@
 """A recording may hold anything: it is cut short, damaged, or made to hurt who reads it.
 
-What can be read is read, what cannot is told as a problem, and a file that is no recording
+What can be read is read, what cannot is told as a problem, and a file that is not a recording
 is a `RecordingReadError`. Nothing else is raised, and memory and time stay bounded.
 """
 
@@ -397,9 +397,9 @@ def test_channels_may_have_other_numbers(tmp_path):
     ("data", "told"),
     [
         (b"", "is empty"),
-        (b"\x7fELF", "is no MCAP file"),
-        (b"x" * 5000, "is no MCAP file"),
-        (MAGIC[:7], "is no MCAP file"),
+        (b"\x7fELF", "is not an MCAP file"),
+        (b"x" * 5000, "is not an MCAP file"),
+        (MAGIC[:7], "is not an MCAP file"),
         (mcap(SOUND, profile=b"ros2"), "is an MCAP file of profile 'ros2', no recording"),
         (mcap(SOUND, profile=b""), "is an MCAP file of profile '', no recording"),
         (mcap(chunk(message(SESSION.id, LATER))), "has format 4, and this .* reads formats 1 to 3"),

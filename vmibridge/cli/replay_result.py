@@ -23,7 +23,7 @@ from vmibridge.recording.messages import MemoryAccess, Session
 from vmibridge.recording.replay.compare import Difference, describe
 from vmibridge.recording.replay.options import MISSING, ReplayResult
 from vmibridge.recording.replay.verdict import Finding, RequestKind
-from vmibridge.text import printable
+from vmibridge.text import count_of, printable
 
 _MAX_PROBLEMS = 10
 _MAX_FINDINGS = 20
@@ -106,7 +106,7 @@ class ReplayPrinter:
 
     def accepted(self, count: int, target: Path) -> None:
         """A new recording was made."""
-        self._warn(f"{target}: a new recording, with {count} answers of now")
+        self._warn(f"{target}: a new recording, with {count_of(count, 'new answer')}")
 
     def file(self, result: FileResult) -> None:
         """What came of one recording."""
@@ -121,9 +121,11 @@ class ReplayPrinter:
         if result.different > 1:
             _print(*_finding_lines(result), "")
         path = result.path
-        _print(f"{path}: {result.compared} requests compared, {result.different} different")
+        _print(
+            f"{path}: {count_of(result.compared, 'request')} compared, {result.different} different"
+        )
         if result.ignored:
-            _print(f"ignored by rules: all that differs of {result.ignored} requests")
+            _print(f"ignored by rules: all differences of {count_of(result.ignored, 'request')}")
         _print(*(f"not compared: {count} ({why})" for why, count in result.unchecked.items()))
 
     def end(
@@ -156,12 +158,15 @@ class ReplayPrinter:
             _print_json({"replay": {**counts, "same": same}})
         elif self._several:
             _print(
-                f"{len(results)} recordings: {compared} requests compared, {different} different"
+                f"{count_of(len(results), 'recording')}: {count_of(compared, 'request')} compared,"
+                f" {different} different"
             )
         if strict and missing and not self._as_json:
             _print("strict: parts of the recording are missing")
         if too_few:
-            self._warn(f"{share:.1f} % of {total} requests were compared; {least:g} % are required")
+            self._warn(
+                f"{share:.1f} % of {count_of(total, 'request')} compared; {least:g} % are required"
+            )
         if not compared:
             what = results[0].path if len(results) == 1 else f"{len(results)} recordings"
             raise NotReplayedError(f"{what}: no request could be compared")
@@ -236,7 +241,7 @@ def around(expected: str, got: str) -> tuple[str, str]:
 def finding_line(finding: Finding) -> str:
     """One finding in one line."""
     name = finding.method if finding.handler is None else f"{finding.handler}/{finding.method}"
-    requests = "1 request" if finding.count == 1 else f"{finding.count} requests"
+    requests = count_of(finding.count, "request")
     where = f"{'at' if finding.count == 1 else 'from'} trap {finding.seq} of vm {finding.vm}"
     expected, got = around(finding.expected, finding.got)
     line = f"{name} {finding.field}: {requests}, {where}: expected {expected}, got {got}"

@@ -61,7 +61,7 @@ def channel_of(message: RecordedMessage) -> ChannelKind:
     found = _CHANNEL_OF.get(type(message))
     if found is None:
         if not isinstance(message, TrapEvent):
-            raise TypeError(f"{type(message).__name__} is no message of a recording")
+            raise TypeError(f"{type(message).__name__} is not a message of a recording")
         # One with the registers of another architecture.
         return TRAP
     return found

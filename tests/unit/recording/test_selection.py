@@ -70,7 +70,7 @@ def test_takes(words, seqs):
         ({"requests": ["65536"]}, "16 bits"),
         ({"requests": ["9" * 5000]}, "16 bits"),
         ({"outcomes": ["fine"]}, "there are handled, .*cancelled and none"),
-        ({"since": "soon"}, "'soon' is no time"),
+        ({"since": "soon"}, "'soon' is not a time"),
         ({"since": "-1"}, "no time"),
         ({"until": "nan"}, "no time"),
         ({"until": "2026-13-01"}, "no time"),

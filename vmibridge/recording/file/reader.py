@@ -79,7 +79,7 @@ class RecordingReader:
 
     def __init__(self, path: Path | str, *, wait: Callable[[], object] | None = None) -> None:
         """`-` is standard input. `wait` is called where a file ends that is still being written.
-        Raises `RecordingReadError` for a file that cannot be opened or is no recording."""
+        Raises `RecordingReadError` for a file that cannot be opened or is not a recording."""
         self.path: Path = Path(path)
         self._problems = Problems()
         self.complete: bool = False
@@ -106,7 +106,7 @@ class RecordingReader:
             raise RecordingReadError(f"{path}: {error.strerror}") from error
         if start != MCAP0_MAGIC:
             self._file.close()
-            what = "is empty" if not start else "is no MCAP file"
+            what = "is empty" if not start else "is not an MCAP file"
             raise RecordingReadError(f"{path}: {what}")
 
     def __enter__(self) -> Self:

@@ -39,7 +39,7 @@ class Recovered(msgspec.Struct, frozen=True):
 def recover(source: Path, target: Path, watch: Watch | None = None) -> Recovered:
     """Write what can be read of `source` into a new file. `watch` sees it go by.
 
-    Raises `RecordingReadError` when `source` is no recording, `ConfigError` when `target` is
+    Raises `RecordingReadError` when `source` is not a recording, `ConfigError` when `target` is
     there already, `RecordingError` when it cannot be written. Then there is no `target`.
     """
     with RecordingReader(source) as reader, new_files([target]) as (path,):

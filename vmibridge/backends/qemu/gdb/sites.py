@@ -24,7 +24,7 @@ def sites_of(spec: str, addresses: list[int], elf: Path | None, symbols: list[st
     """
     for address in addresses:
         if not 0 <= address < 1 << 64:
-            raise BackendSpecError(f"{spec}: site={address:#x} is no address")
+            raise BackendSpecError(f"{spec}: site={address:#x} is not an address")
     if elf is None:
         if symbols:
             raise BackendSpecError(f"{spec}: symbol={symbols[0]} needs elf=PATH")
