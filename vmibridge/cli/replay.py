@@ -134,7 +134,7 @@ def replay(
         Parameter(
             group=_RESULT,
             negative=(),
-            help="Make a new recording, with the answers of now for the compared requests that"
+            help="Make a new recording, with the new answers of the compared requests that"
             " are different.",
         ),
     ] = False,
@@ -146,7 +146,7 @@ def replay(
         Literal[Level, "critical"],
         Parameter(
             group=CHECKS,
-            help="What goes to standard error; error tells of handlers that fail, debug shows"
+            help="What goes to standard error; error shows handlers that fail, debug shows"
             " tracebacks.",
         ),
     ] = "critical",

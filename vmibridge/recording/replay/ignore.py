@@ -141,6 +141,6 @@ def _request(text: str) -> int | str:
 def _no_rule(text: str, where: str) -> ConfigError:
     return ConfigError(
         f"{where}{text[:80]!r} is not a rule of what to ignore: it is a field"
-        f" ({', '.join(FIELDS)}), a place in an output, as in output.items[*].id, or a /REGEX/; or one"
-        " of them behind a request, as in 0x0300:value2"
+        f" ({', '.join(FIELDS)}), a place in an output, as in output.items[*].id, or a /REGEX/;"
+        " or one of them behind a request, as in 0x0300:value2"
     )
