@@ -32,6 +32,7 @@ class Lanes(BoundedSink):
     ) -> None:
         if capacity < 1:
             raise ValueError(f"a queue holds at least one trap, got {capacity}")
+        super().__init__()
         self._capacity = capacity
         self._on_abandoned = on_abandoned
         self.abandoned: set[int] = set()

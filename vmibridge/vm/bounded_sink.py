@@ -13,8 +13,9 @@ class BoundedSink(ABC):
     They are woken all at once, and the rest waits again: so it costs least to wake them in batches.
     """
 
-    _room: anyio.Event | None = None
-    """Set when there is room; `None` while no producer waits."""
+    def __init__(self) -> None:
+        self._room: anyio.Event | None = None
+        """Set when there is room; `None` while no producer waits."""
 
     @abstractmethod
     def put_nowait(self, event: TrapEvent) -> None:

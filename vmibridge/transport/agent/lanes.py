@@ -45,6 +45,7 @@ class AgentLanes(BoundedSink):
     def __init__(
         self, most: int, send: Callable[[AgentLane], None], give_up: Callable[[int], None]
     ) -> None:
+        super().__init__()
         self.in_flight: dict[int, AgentLane] = {}
         """By the sequence number of the trap, in the order of sending."""
         self._by_vcpu: dict[int, AgentLane] = {}
