@@ -195,7 +195,7 @@ def test_what_is_selected_is_compared(record, replay, now, options, compared, di
         (["--from", "99"], "no request could be compared"),
         (["--ignore", "value9"], "--ignore 'value9' is not a rule of what to ignore"),
         (["--rename", "vm"], "--rename 'vm': is not OLD=NEW"),
-        (["--require", "0%"], "--require '0%': is no share"),
+        (["--require", "0%"], "--require '0%': is not a share"),
         (["--accept"], "give -o FILE, too"),
         (["-o", "new.mcap"], "give -o FILE, too"),
         (["--vm", "other"], "there are vm"),

@@ -130,5 +130,5 @@ class TestTheCommand:
         path = tmp_path / "run.mcap"
         path.write_bytes(b"nothing of the kind")
         assert main(["report", str(path)]) == 2
-        assert "no MCAP file" in capsys.readouterr().err
+        assert "is not an MCAP file" in capsys.readouterr().err
         assert not path.with_suffix(".html").exists()
