@@ -71,9 +71,9 @@ def test_takes(words, seqs):
         ({"requests": ["9" * 5000]}, "16 bits"),
         ({"outcomes": ["fine"]}, "there are handled, .*cancelled and none"),
         ({"since": "soon"}, "'soon' is not a time"),
-        ({"since": "-1"}, "no time"),
-        ({"until": "nan"}, "no time"),
-        ({"until": "2026-13-01"}, "no time"),
+        ({"since": "-1"}, "not a time"),
+        ({"until": "nan"}, "not a time"),
+        ({"until": "2026-13-01"}, "not a time"),
     ],
     ids=str,
 )
