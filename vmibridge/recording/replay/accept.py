@@ -39,7 +39,6 @@ from vmibridge.recording.messages import (
 from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.compare import reply_of
 from vmibridge.recording.replay.request import ReplayedRequest
-from vmibridge.text import count_of
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Accepted", "write_accepted"]
@@ -212,4 +211,5 @@ def _redacted(reply: Reply, redaction: Redaction, hidden: frozenset[str]) -> Rep
 def _total(counts: dict[str, int], note: Note) -> str:
     if not counts:
         return note.text
-    return count_of(sum(counts.values()) - counts.get("native", 0), "trap")
+    # As a recorder has it.
+    return f"{sum(counts.values()) - counts.get('native', 0)} traps"
