@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vmibridge.bridge.packet import BridgePacket
     from vmibridge.bridge.response import BridgeResponse
     from vmibridge.bridge.status import Gate, Status, StatusKind
-    from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+    from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
     from vmibridge.engine.server import BridgeServer
     from vmibridge.errors import GuestMemoryError, VmiBridgeError
     from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
@@ -85,7 +85,7 @@ _NAMES_OF = {
     "bridge.handler": ("BridgeHandler", "method"),
     "bridge.outcome": ("Outcome", "OutcomeKind"),
     "bridge.packet": ("BridgePacket",),
-    "engine.policy": ("AddressRange", "Policy", "Quota", "Rate"),
+    "engine.access_policy": ("AddressRange", "Policy", "Quota", "Rate"),
     "bridge.response": ("BridgeResponse",),
     "engine.server": ("BridgeServer",),
     "bridge.status": ("Gate", "Status", "StatusKind"),

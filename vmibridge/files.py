@@ -15,7 +15,7 @@ def replaceable(target: Path) -> Path:
     file: a rename would take the place of a device, such as /dev/stdout, for the whole system.
     """
     if target.exists() and not target.is_file():
-        raise OSError(errno.EINVAL, "is no regular file; name another one", str(target))
+        raise OSError(errno.EINVAL, "is not a regular file; name another one", str(target))
     return target.resolve()
 
 

@@ -1,5 +1,5 @@
-"""Text that may come from a guest, made fit for a terminal and a log; and objects of other people
-as text.
+"""Text that may come from a guest, made fit for a terminal and a log; objects of other people as
+text; and counts.
 
 Nothing that a guest sends may move a cursor, change a colour, reorder a line or
 start a new one. Nothing that an object does when it is asked for its text is raised.
@@ -7,7 +7,12 @@ start a new one. Nothing that an object does when it is asked for its text is ra
 
 from collections.abc import Callable
 
-__all__ = ["printable", "printable_json", "repr_of", "str_of", "type_name"]
+__all__ = ["count_of", "printable", "printable_json", "repr_of", "str_of", "type_name"]
+
+
+def count_of(count: int, what: str) -> str:
+    """`1 trap`, `2 traps`: a number, and what it counts, whose plural has an s."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def printable(text: str) -> str:

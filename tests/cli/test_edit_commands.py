@@ -13,7 +13,7 @@ from recorded_messages import read
 from recorded_session import record, reply, session, trap, write_file
 
 from vmibridge.cli import main
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import NOTE, REPLY, SESSION, TRAP, Note
 
@@ -49,7 +49,7 @@ class TestEdit:
         assert run("edit", "part-1.mcap", "part-2.mcap", "-o", "whole.mcap")[0] == 0
         assert read(tmp_path / "whole.mcap") == read(tmp_path / "run.mcap")
         status, out, told = run("edit", "run.mcap", "--vcpu", "1", "--json", "-o", "cut.mcap")
-        assert (status, told[-1]) == (0, "9 traps were cut")
+        assert (status, told[-1]) == (0, "9 traps cut")
         assert json.loads(out[0])["files"]["cut.mcap"]["trap"] == 12
         assert any(
             "is missing" in line or "missing" in line for line in run("inspect", "cut.mcap")[1]
@@ -68,13 +68,13 @@ class TestEdit:
         [
             ([], "name a recording"),
             (["none.mcap"], "No such file"),
-            (["text"], "is no MCAP file"),
+            (["text"], "is not an MCAP file"),
             (["run.mcap", "run.mcap"], "has a VM 'red', and so has"),
             (["run.mcap", "--rename", "red"], "is not OLD=NEW"),
             (["run.mcap", "--rename", "gone=x"], "there is no VM 'gone'"),
-            (["run.mcap", "--redact", "all"], "is no redaction"),
-            (["run.mcap", "--shift", "soon"], "is no number of seconds"),
-            (["run.mcap", "--shift", "-1e12"], "is no number"),
+            (["run.mcap", "--redact", "all"], "is not a redaction"),
+            (["run.mcap", "--shift", "soon"], "is not a number of seconds"),
+            (["run.mcap", "--shift", "-1e12"], "is not a number"),
             (["run.mcap", "--shift", "-4e9"], "before 1970"),
             (["run.mcap", "--split", "0"], "is vm, or a number"),
             (["run.mcap", "--split", "0.000001"], "more than 250 files"),
@@ -113,7 +113,7 @@ class TestDiff:
             "probe 0x0001/0x0001: output: 1; first vm, vCPU 0, trap 1 of a.mcap, trap 1 of b.mcap",
             "  a.mcap: 1",
             '  b.mcap: "\\u202e"',
-            "1 requests compared, 1 different",
+            "1 request compared, 1 different",
         ])  # fmt: skip
         assert run("diff", "a.mcap", "b.mcap", "--ignore", "output")[0] == 0
         status, out, _ = run("diff", "a.mcap", "b.mcap", "--json")
@@ -206,8 +206,8 @@ class TestPipes:
     @pytest.mark.parametrize(
         ("words", "told"),
         [
-            (["inspect", "-"], "-: is no MCAP file"),
-            (["edit", "-", "-o", "x.mcap"], "-: is no MCAP file"),
+            (["inspect", "-"], "-: is not an MCAP file"),
+            (["edit", "-", "-o", "x.mcap"], "-: is not an MCAP file"),
             (["import", "-", "-o", "x.mcap"], "standard input: line 1: "),
             (["export", "-", "--to", "jsonl"], "name the file to make"),
             (["report", "-"], "name the page to make"),
@@ -278,7 +278,7 @@ class TestFollow:
         monkeypatch.chdir(tmp_path)
         assert main(["inspect", "run.mcap"]) == 0
         *_, counts, hint = capsys.readouterr().out.splitlines()
-        assert counts == "1 traps: 1 handled"
+        assert counts == "1 trap: 1 handled"
         assert hint == (
             "the file is being written: vmibridge inspect --follow run.mcap shows what comes"
         )

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import pytest
 from children import Child
-from probe_guest import calls, command
+from probe_guest import ENDLESS, calls, command, counted
 
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.file.recover import recover
@@ -28,18 +28,6 @@ FLUSH_SECONDS = 0.2
 SLACK = 0.3
 STALL = 0.05
 """Seconds that a busy machine may hold up the thread that writes."""
-
-# Counts in r8, which no answer changes, so that each trap has a number.
-ENDLESS = """
-    xor r8, r8
-again:
-    inc r8
-    mov ecx, 0x42494d56
-    mov edx, 1 << 16 | 0x100
-    vmcall
-    jmp again
-"""
-COUNTED = ENDLESS.replace("jmp again", "cmp r8, {count}\n    jne again\n    hlt")
 
 
 def contents(path):
@@ -133,8 +121,8 @@ def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, 
 @pytest.mark.parametrize(
     ("options", "status", "told"),
     [
-        (["--record", "new.mcap", "--redact", "value9"], 2, "'value9' is no redaction"),
-        (["--record", "new.mcap", "--redact", "0x10000:memory"], 2, "is no redaction"),
+        (["--record", "new.mcap", "--redact", "value9"], 2, "'value9' is not a redaction"),
+        (["--record", "new.mcap", "--redact", "0x10000:memory"], 2, "is not a redaction"),
         (["--redact", "memory"], 2, "--redact is about a recording: give --record FILE, too"),
         (["--unrecorded", "stop"], 2, "--unrecorded is about a recording: give --record FILE, too"),
         (["--record", "old.mcap"], 1, "old.mcap: already exists"),
@@ -185,7 +173,7 @@ def test_a_full_disk_stops_the_run(vmibridge, image, handlers, tmp_path, options
 
 @pytest.mark.no_cover
 def test_or_lets_it_go_on_unrecorded(vmibridge, image, handlers, tmp_path):
-    code = COUNTED.format(count=5000)
+    code = counted(5000)
     arguments = run(image, handlers, "--json", "--record", "run.mcap", code=code)
     done = vmibridge(*arguments, "--unrecorded", "continue", preexec_fn=full_after(90_000))
     assert done.returncode == 0, done.stderr
@@ -250,7 +238,7 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
 @pytest.mark.parametrize(
     ("source", "target", "status", "told"),
     [
-        ("probe.py", "clean.mcap", 2, "probe.py: is no MCAP file"),
+        ("probe.py", "clean.mcap", 2, "probe.py: is not an MCAP file"),
         ("missing.mcap", "clean.mcap", 2, "missing.mcap: No such file or directory"),
         (".", "clean.mcap", 2, ".: Is a directory"),
         ("run.mcap", "probe.py", 2, "probe.py: already exists"),

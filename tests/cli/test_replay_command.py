@@ -154,7 +154,7 @@ class TestAFileInParts:
     ("options", "told"),
     [
         (["missing.mcap", "--handlers", "{source}"], "missing.mcap: No such file or directory"),
-        (["{source}", "--handlers", "{source}"], "is no MCAP file"),
+        (["{source}", "--handlers", "{source}"], "is not an MCAP file"),
         (["{path}", "--handlers", "none.py"], "there is no such file, folder or module"),
         (["{path}", "--handlers", "{broken}"], "SyntaxError"),
         (["{path}", "--handlers", "{source}", "--vm", "other"], "there are vm"),

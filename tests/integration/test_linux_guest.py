@@ -8,11 +8,11 @@ from itertools import product
 
 import anyio
 import pytest
+from base_handlers import StandardHandler
 from linux_guest import LinuxGuest, built_guest, exchange
 
-from vmibridge import BridgeHandler, TrapReason
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.engine.policy import Policy
+from vmibridge import TrapReason
+from vmibridge.engine.access_policy import Policy
 
 pytestmark = pytest.mark.anyio
 
@@ -103,13 +103,10 @@ async def test_programs_and_the_kernel_call_by_each_instruction(linux, cpus):
     }
 
 
-class Liar(BridgeHandler[None]):
+class Liar(StandardHandler):
     """Answers like `exchange`, but one thing is wrong for each instruction."""
 
-    MAGIC = STANDARD_MAGIC
     REQUEST = 0x0200
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
 
     def __init__(self):
         self._honest = exchange()

@@ -21,9 +21,9 @@ from micro_guest import (
     OfAnother,
     Work,
 )
+from served_machine import shared_ram_reads
 
 from vmibridge import open_backend
-from vmibridge.backends.qemu.ram import SharedRam
 from vmibridge.errors import BackendError
 
 pytestmark = pytest.mark.anyio
@@ -178,13 +178,7 @@ async def test_without_its_monitor_a_guest_is_served_all_the_same(machine, tmp_p
 async def test_memory_that_qemu_shares_is_read_from_its_file(machine, tmp_path, monkeypatch):
     ram = tmp_path / "ram"
     ram.touch()
-    read, found = SharedRam.read, []
-
-    def reading(self, address, size):
-        found.append(read(self, address, size))
-        return found[-1]
-
-    monkeypatch.setattr(SharedRam, "read", reading)
+    found = shared_ram_reads(monkeypatch)
     backend = f"memory-backend-file,id=ram,size=32M,mem-path={ram},share=on"
     more = ["-object", backend, "-machine", "memory-backend=ram"]
     with anyio.fail_after(60):

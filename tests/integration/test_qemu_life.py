@@ -18,9 +18,8 @@ from micro_guest import (
     VMMCALL,
     Work,
 )
+from served_machine import shared_ram_reads
 from waiting import until
-
-from vmibridge.backends.qemu.ram import SharedRam
 
 pytestmark = pytest.mark.anyio
 
@@ -229,13 +228,7 @@ async def test_a_trap_runs_natively_when_its_host_is_killed(machine, host_comman
 async def test_memory_that_qemu_shares_is_read_from_its_file(machine, tmp_path, monkeypatch):
     ram = tmp_path / "ram"
     ram.touch()
-    read, found = SharedRam.read, []
-
-    def reading(self, address, size):
-        found.append(read(self, address, size))
-        return found[-1]
-
-    monkeypatch.setattr(SharedRam, "read", reading)
+    found = shared_ram_reads(monkeypatch)
     options = f"-object memory-backend-file,id=ram,size=32M,mem-path={ram},share=on"
     options += " -machine memory-backend=ram"
     with anyio.fail_after(60):

@@ -11,7 +11,7 @@ from slow_jobs import (
     CPUID,
     FILL,
     FILL_WHEN_TOLD,
-    JOB,
+    ONE_JOB,
     PASSED,
     SOFT,
     VMCALL,
@@ -149,15 +149,7 @@ class TestAGate:
         code = f"""
             %include "bridge.inc"
             %include "gate.inc"
-            mov r8d, 0x12345678
-            BRIDGE_GATE BRIDGE_VMCALL, 0x300, {JOB}, failed
-            cmp ebx, ~0x12345678 & 0xffffffff
-            jne failed
-            mov eax, 0x600d
-            hlt
-        failed:
-            mov eax, 0xbad
-            hlt"""
+            {ONE_JOB}"""
         jobs = Jobs(seconds=3 * SOFT)
         outcomes, summary = await serve(spec_of(guest_code(code), vcpus=2), jobs)
         assert [end_of(summary, vcpu)["rax"] for vcpu in (0, 1)] == [PASSED, PASSED]

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmibridge.text import printable
+from vmibridge.text import count_of, printable
 
 
 @given(st.text(st.characters(codec=None)))
@@ -14,3 +14,7 @@ def test_it_is_printable_and_printable_text_is_unchanged(text):
     assert escaped.encode().decode() == escaped
     if text.isprintable():
         assert escaped == text
+
+
+def test_a_count_has_a_singular_and_a_plural():
+    assert [count_of(count, "trap") for count in (0, 1, 2)] == ["0 traps", "1 trap", "2 traps"]

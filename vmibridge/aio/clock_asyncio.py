@@ -14,7 +14,7 @@ from typing import Any
 
 from anyio._backends._asyncio import WorkerThread
 
-from vmibridge.aio.clock import VirtualTime
+from vmibridge.aio.virtual_time import VirtualTime
 
 _real = time.monotonic
 

@@ -9,7 +9,7 @@ from vmibridge.cli.options import RENAME, Json, Recording, renamed
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.errors import ConfigError, NotReplayedError
-from vmibridge.text import printable
+from vmibridge.text import count_of, printable
 
 if TYPE_CHECKING:
     from vmibridge.recording.diff.comparison import Comparison, Group
@@ -89,9 +89,9 @@ def diff(
 def _lines(found: "Comparison", a: str, b: str) -> list[str]:
     lines = [line for group in found.groups[:_MAX_LINES] for line in _group(group, a, b)]
     if len(found.groups) > _MAX_LINES:
-        lines.append(f"{len(found.groups) - _MAX_LINES} more kinds of differences")
+        lines.append(f"more kinds of differences: {len(found.groups) - _MAX_LINES}")
     counts = [
-        f"{found.compared} requests compared, {found.different} different",
+        f"{count_of(found.compared, 'request')} compared, {found.different} different",
         *(
             f"{count} {what}"
             for count, what in (

@@ -16,7 +16,7 @@ __all__ = ["OutcomeFile"]
 class OutcomeFile:
     """`max_size` bytes are the most that it has; `None`: it has no bound.
 
-    Raises `BackendError` when it cannot be written, or with a bound is no regular file.
+    Raises `BackendError` when it cannot be written, or with a bound is not a regular file.
     """
 
     def __init__(self, path: Path, max_size: int | None) -> None:

@@ -97,7 +97,7 @@ def run_qemu(
     compat: Annotated[
         int | None,
         Parameter(
-            help="The selector of 32-bit code, for a QEMU that does not tell the width of code."
+            help="The selector of 32-bit code, for a QEMU that does not report the width of code."
         ),
     ] = None,
     plugin_options: Annotated[

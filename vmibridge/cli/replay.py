@@ -23,7 +23,8 @@ from vmibridge.errors import ConfigError
 
 _COMPARED = Group(
     "What is compared",
-    help="All requests are asked, so that handlers get to the state of then; these are compared."
+    help="All requests are replayed, so that handlers reach their recorded state; only these are"
+    " compared."
     " What is given twice is an or; different options are an and.",
 )
 _RESULT = Group("What comes of it")
@@ -133,7 +134,7 @@ def replay(
         Parameter(
             group=_RESULT,
             negative=(),
-            help="Make a new recording, with the answers of now for the compared requests that"
+            help="Make a new recording, with the new answers of the compared requests that"
             " are different.",
         ),
     ] = False,
@@ -145,7 +146,7 @@ def replay(
         Literal[Level, "critical"],
         Parameter(
             group=CHECKS,
-            help="What goes to standard error; error tells of handlers that fail, debug shows"
+            help="What goes to standard error; error shows handlers that fail, debug shows"
             " tracebacks.",
         ),
     ] = "critical",
@@ -201,5 +202,5 @@ def _percent(text: str) -> float:
     except ValueError:
         percent = 0.0
     if not 0 < percent <= 100:
-        raise ConfigError(f"--require {text[:40]!r}: is no share from above 0% to 100%")
+        raise ConfigError(f"--require {text[:40]!r}: is not a share from above 0% to 100%")
     return percent

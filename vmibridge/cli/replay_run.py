@@ -213,7 +213,7 @@ def recordings_in(paths: Iterable[Path]) -> list[Path]:
             continue
         inside = sorted(path.rglob("*.mcap"))
         if not inside:
-            raise ConfigError(f"{path}: there is no recording in it (*.mcap)")
+            raise ConfigError(f"{path}: there is not a recording in it (*.mcap)")
         found.update(dict.fromkeys(inside))
     return list(found)
 

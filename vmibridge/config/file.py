@@ -32,7 +32,7 @@ from msgspec import UNSET, UnsetType
 from vmibridge.bridge.bounds import options, plain_type, problem
 from vmibridge.bridge.contract import STANDARD_FALLBACK
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.engine.policy import Policy
+from vmibridge.engine.access_policy import Policy
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
 

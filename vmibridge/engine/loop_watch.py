@@ -15,7 +15,7 @@ Theory of operation
 | the mark waits, for `after` seconds by now | reports it, and again after twice that time |
 
 Nothing is done for this on the path of a trap. Which handler it is stands in the frame of
-`Asking.ask`, which is on the stack whenever a handler runs: in the task of a worker or in its
+`HandlerCalls.ask`, which is on the stack whenever a handler runs: in the task of a worker or in its
 own. What a handler blocks in another task that it started has no such frame, and is not seen.
 
 Invariants
@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from threading import Event, Thread, get_ident
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, FrameType
 from typing import NamedTuple, Self
 
 from vmibridge.aio.loops import Soon, loop_door
@@ -118,12 +118,7 @@ class LoopWatch:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
@@ -191,9 +186,9 @@ def _find(frame: FrameType, asks: CodeType) -> _Seen | None:
             # Between two handlers of a request none runs.
             if place is None or "entry" not in names:
                 return None
-            asking = names["self"]
+            calls = names["self"]
             request = names["request"]
-            return _Seen(request, request.started, place, asking.vm, asking.on_blocked)
+            return _Seen(request, request.started, place, calls.vm, calls.on_blocked)
         above.append((step.f_code.co_filename, step.f_lineno))
         step = step.f_back
     return None

@@ -1,7 +1,7 @@
 """What is seen, and conducted, of a handler: when it is queued, begins, goes on and ends.
 
-Only with a tap that wants to know, or a backend that conducts (`vm.conductor`): `Asking` pays one
-test otherwise.
+Only with a tap that wants to know, or a backend that conducts (`vm.conductor`): `HandlerCalls` pays
+one test otherwise.
 
 A *step* is what a handler does from one suspension to the next. An access to guest memory that is
 waited for does not count: a VM answers at once or later, and a recording has the access itself.
@@ -17,7 +17,7 @@ from typing import Any
 from vmibridge.aio.coroutines import watched_rest
 from vmibridge.bridge.context import Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
-from vmibridge.engine.beginnings import Began
+from vmibridge.engine.queue_time import Began
 from vmibridge.engine.request import Worker, first_trap
 from vmibridge.engine.taps import Step, Stepped, Taps
 from vmibridge.vm.conductor import Conductor

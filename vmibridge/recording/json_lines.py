@@ -145,7 +145,7 @@ class _Lines:
     def add(self, line: bytes) -> None:
         parsed = msgspec.json.decode(line)
         if not isinstance(parsed, dict):
-            raise ValueError("is no JSON object")  # noqa: TRY004 - it is of a file
+            raise ValueError("is not a JSON object")  # noqa: TRY004 - it is of a file
         topics = [topic for topic in CHANNEL_OF_TOPIC if isinstance(parsed.get(topic), dict)]
         if isinstance(parsed.get("trap"), str):
             self._add_trap(parsed)

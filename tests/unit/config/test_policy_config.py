@@ -4,7 +4,7 @@ import pytest
 
 from vmibridge import BridgeResponse
 from vmibridge.config import Config
-from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
 from vmibridge.errors import ConfigError
 
 TOP = (1 << 64) - 1

@@ -123,7 +123,7 @@ class TestLinesByHand:
 
 
 WRONG = {
-    b"[]": "is no JSON object",
+    b"[]": "is not a JSON object",
     b"{}": "is neither a trap nor a message",
     b'{"session":{"vm":"a"},"note":{}}': "is neither a trap nor a message",
     b"{": "truncated",

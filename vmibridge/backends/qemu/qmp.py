@@ -16,7 +16,6 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from types import TracebackType
 from typing import Self, TypeVar, overload
 
 import anyio
@@ -24,7 +23,7 @@ import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from vmibridge.aio import sockets
-from vmibridge.aio.cancellation import exit_unwrapped
+from vmibridge.aio.cancellation import UnwrappedExit
 from vmibridge.errors import QmpError
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -132,7 +131,7 @@ class QmpLines:
         return msgspec.json.encode(message) + b"\n"
 
 
-class Qmp:
+class Qmp(UnwrappedExit):
     """One connection to a monitor, used in `async with`, which also does the greeting.
 
     Entering raises `QmpError` when there is no QMP at the other end, or nothing for 10 seconds.
@@ -169,14 +168,6 @@ class Qmp:
             tasks.start_soon(self._receive)
             self._stack = stack.pop_all()
         return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return await exit_unwrapped(self._stack.__aexit__, kind, error, traceback)
 
     async def _negotiate(self) -> None:
         try:

@@ -25,6 +25,7 @@ from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
 from vmibridge.recording.vm_names import VmNames
+from vmibridge.text import count_of
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Edit", "EditOptions", "Edited", "Split", "edit"]
@@ -92,7 +93,7 @@ def edit(
     """Make new recordings of these. `target` is the file to make; where it is split, files are
     numbered after it: `run-1.mcap`, `run-2.mcap`. `watch` sees the messages go by.
 
-    Raises `RecordingReadError` for a source that is no recording, `ConfigError` for options that
+    Raises `RecordingReadError` for a source that is not a recording, `ConfigError` for options that
     do not fit the recordings or a file that is there already, `RecordingError` for one that cannot
     be written. Then no file is made.
     """
@@ -248,8 +249,8 @@ class Edit:
             here.has_gaps = True
             text = "from here on, traps of this VM between those that are here are missing, too"
         else:
-            what = "1 trap" if before == 1 else f"{before} traps"
-            text = f"missing before this: {what} of this VM, and what handlers kept of that"
+            traps = count_of(before, "trap")
+            text = f"missing before this: {traps} of this VM, and what handlers kept of that"
         self._write(piece, TimedMessage(time, Note("lost", text, event.vm)), None)
 
     def _take_part(self, timed: TimedMessage, vm: str, seq: int) -> None:
@@ -278,7 +279,7 @@ class Edit:
         if isinstance(message, Note) and message.kind == "end" and vm.cut:
             counts = {word: count for word, count in message.counts.items() if word == "native"}
             outcomes = {kind.value: vm.outcomes[kind] for kind in OutcomeKind}
-            text = f"{vm.read - vm.cut} traps"
+            text = f"{vm.read - vm.cut} traps"  # as a recorder has it
             message = msgspec.structs.replace(message, text=text, counts={**outcomes, **counts})
         # In the last of its files, as the end is.
         piece = max(vm.files, default=0) or self._piece_at(name, timed.time)

@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from vmibridge.errors import RecordingError
-from vmibridge.recording.file.chunk import PackedChunk
+from vmibridge.recording.file.chunk_builder import PackedChunk
 from vmibridge.recording.file.folder import make_room
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import TRAP

@@ -23,7 +23,7 @@ from mcap.records import (
 from mcap.writer import MCAP0_MAGIC
 
 from vmibridge.errors import RecordingError
-from vmibridge.recording.file.chunk import (
+from vmibridge.recording.file.chunk_builder import (
     PackedChunk,
     built,
     write_channels,

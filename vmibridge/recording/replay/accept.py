@@ -1,4 +1,4 @@
-"""A new recording of an old one: the traps of then, with the answers of now where they differ.
+"""A new recording of an old one: the recorded traps, with the new answers where they differ.
 
     accepted = Accepted()
     ...                                  # a replay whose verdict has it
@@ -7,8 +7,8 @@
 What is not replayed, not compared or not different is copied, with its times. Of a request that
 is accepted
 
-- the final reply is that of now, in the place and at the time of the one of then;
-- the memory accesses are those of now, right behind its first trap;
+- the final reply is the new one, in the place and at the time of the recorded one;
+- the memory accesses are the new ones, right behind its first trap;
 - nothing is left where it ran natively now: no recording has such traps.
 
 So what was accepted replays without a difference, and to accept it again changes nothing.
@@ -25,7 +25,7 @@ import msgspec
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import NotReplayedError
 from vmibridge.recording.export import new_files
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
@@ -63,7 +63,7 @@ _decode = msgspec.msgpack.Decoder(_Request).decode
 
 
 class Accepted:
-    """The answers of now that are to be in the new recording."""
+    """The new answers that are to be in the new recording."""
 
     def __init__(self, *, all_handlers: bool = True) -> None:
         """`all_handlers`: the sessions get those of now; else those that were accepted alone."""
@@ -218,4 +218,5 @@ def _redacted(reply: Reply, redaction: Redaction, hidden: frozenset[str]) -> Rep
 def _total(counts: dict[str, int], note: Note) -> str:
     if not counts:
         return note.text
+    # As a recorder has it.
     return f"{sum(counts.values()) - counts.get('native', 0)} traps"

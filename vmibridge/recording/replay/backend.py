@@ -71,7 +71,7 @@ class ReplayBackend(Backend, Tap):
         super().__init__(vm)
         options = options or ReplayOptions()
         if not 0 <= options.speed < math.inf:
-            raise BackendSpecError(f"replay:{path}: speed={options.speed} is no number from 0")
+            raise BackendSpecError(f"replay:{path}: speed={options.speed} is not a number from 0")
         self.path = path
         self.options = options
         self.session: Session | None = None
@@ -107,7 +107,7 @@ class ReplayBackend(Backend, Tap):
     async def open(self) -> None:
         """Open the file and find the VM.
 
-        Raises `RecordingReadError` for a file that is no recording, `BackendSpecError` for a
+        Raises `RecordingReadError` for a file that is not a recording, `BackendSpecError` for a
         VM that is not in it.
         """
         self._name, self.session = await self._walk.join(self, self.options.vm)

@@ -17,7 +17,7 @@ def handler_changes(
 ) -> Iterator[str]:
     """One line for each thing that has changed. `has_config`: handlers have settings of a file."""
     if session is None:
-        yield "the recording does not tell what served it then"
+        yield "the recording does not say which handlers were recorded"
         return
     if session.part > 1:
         yield (
@@ -29,7 +29,7 @@ def handler_changes(
         if handler is None:
             # The server adds the handshake by itself.
             if then.name != "host":
-                yield f"handler {then.name}: served then, is not there now"
+                yield f"handler {then.name}: was recorded, and is not loaded now"
             continue
         known = recorded_handler(handler)
         if known.sha256 != then.sha256:
@@ -66,8 +66,8 @@ def _setting_changes(then: RecordedHandler, now: str | None, *, has_config: bool
     ]
     if changed:
         what = "; ".join(changed[:_MAX_NAMED])
-        hint = "" if has_config else "; give the file of then with --config"
-        yield f"handler {then.name}: its settings are not those of then: {what}{hint}"
+        hint = "" if has_config else "; give the configuration file of the recording with --config"
+        yield f"handler {then.name}: its settings have changed since the recording: {what}{hint}"
 
 
 def _shown(value: msgspec.Raw | None) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypedDict
 import msgspec
 
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.engine.policy import Policy, Quota, Rate
+from vmibridge.engine.access_policy import Policy, Quota, Rate
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.replay.compare import Difference
 

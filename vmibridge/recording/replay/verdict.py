@@ -137,7 +137,7 @@ class Verdict:
         self.start: int = 0
         """When the first trap of the file was taken; 0: when that of each VM was."""
         self.accepted: Accepted | None = None
-        """Where the answers of now are kept that differ; `None`: they are not."""
+        """Where new answers that differ are kept; `None`: they are not."""
         self._selection = selection
         self.selects: bool = selection != _ALL
         """Whether some requests may not be compared."""

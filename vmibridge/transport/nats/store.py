@@ -175,7 +175,7 @@ def _finished(file: Path) -> int:
     except OSError as error:
         raise RecordingError(f"{file}: {error.strerror}") from error
     if start != _MAGIC:
-        raise RecordingError(f"{file}: is no recording")
+        raise RecordingError(f"{file}: is not a recording")
     if end != _MAGIC or size < 2 * len(_MAGIC):
         raise RecordingError(f"{file}: is not finished: vmibridge recover makes a whole one of it")
     return size

@@ -139,7 +139,7 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
     if not colon or not host or number < 0:
         raise BackendSpecError(f"{text}: HOST:PORT is missing, as in tcp:127.0.0.1:7000")
     if not is_host(host):
-        raise BackendSpecError(f"{text}: {host} is no name of a host, and no address")
+        raise BackendSpecError(f"{text}: {host} is neither a host name nor an address")
     return host, number
 
 
