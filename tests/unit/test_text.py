@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmibridge.text import count_of, printable
+from vmibridge.text import counted, printable
 
 
 @given(st.text(st.characters(codec=None)))
@@ -17,4 +17,4 @@ def test_it_is_printable_and_printable_text_is_unchanged(text):
 
 
 def test_a_count_has_a_singular_and_a_plural():
-    assert [count_of(count, "trap") for count in (0, 1, 2)] == ["0 traps", "1 trap", "2 traps"]
+    assert [counted(count, "trap") for count in (0, 1, 2)] == ["0 traps", "1 trap", "2 traps"]

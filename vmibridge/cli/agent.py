@@ -21,7 +21,7 @@ from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError
-from vmibridge.text import count_of
+from vmibridge.text import counted
 from vmibridge.transport import Agent
 from vmibridge.vm.backend import Backend, GuestEnd
 
@@ -139,8 +139,8 @@ def _print_summary(
         lines = [json_line(msgspec.json.encode({"summary": summary})).decode().rstrip("\n")]
     else:
         line = (
-            f"{count_of(counts['traps'], 'trap')}: {counts['answered']} answered by the server,"
-            f" {counts['own']} here; {count_of(counts['connections'], 'connection')}"
+            f"{counted(counts['traps'], 'trap')}: {counts['answered']} answered by the server,"
+            f" {counts['own']} here; {counted(counts['connections'], 'connection')}"
         )
         if shares:
             told = ", ".join(f"{name} {count}" for name, count in shares.items())
@@ -152,7 +152,7 @@ def _print_summary(
                 f" {load.p50_ms:g}, 90 % {load.p90_ms:g}, 99 % {load.p99_ms:g}, all {load.max_ms:g}"
             )
             lines.append(
-                f"{count_of(load.compared, 'request')} compared with the recording,"
+                f"{counted(load.compared, 'request')} compared with the recording,"
                 f" {load.different} different"
             )
     sys.stdout.write("".join(f"{line}\n" for line in lines))

@@ -9,7 +9,7 @@ from vmibridge.cli.options import REDACT, RENAME, Json, Output, Recording, renam
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.cli.streams import json_line
 from vmibridge.errors import ConfigError
-from vmibridge.text import count_of
+from vmibridge.text import counted
 
 if TYPE_CHECKING:
     from vmibridge.recording.edit.editing import Split
@@ -78,7 +78,7 @@ def edit(
         vms = ", ".join(done.vms.get(name, []))
         say(f"{where}: {kept}; VMs: {vms or 'none'}")
     if done.cut:
-        say(f"{count_of(done.cut, 'trap')} cut")
+        say(f"{counted(done.cut, 'trap')} cut")
     if json and output != STDOUT:
         sys.stdout.write(json_line(encode(done)).decode())
     return 0

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from vmibridge.cli.options import OptionalOutput, Recording
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.errors import ConfigError
-from vmibridge.text import count_of, printable
+from vmibridge.text import counted, printable
 
 if TYPE_CHECKING:
     from vmibridge.recording.file.reader import RecordingReader
@@ -61,7 +61,7 @@ def export(
             made = Export(reader, to, output or target_of(file, to), chosen)
             count = _count(made.write(), reader)
             names = " and ".join(map(str, made.targets))
-            _say(f"{count_of(count, 'trap')} to {names}")
+            _say(f"{counted(count, 'trap')} to {names}")
         _say_problems(reader)
     return 0
 
@@ -82,7 +82,7 @@ def _say_problems(reader: "RecordingReader") -> None:
     for problem in reader.problems:
         _say(f"problem {problem}")
     if reader.problem_count > len(reader.problems):
-        _say(count_of(reader.problem_count - len(reader.problems), "more problem"))
+        _say(counted(reader.problem_count - len(reader.problems), "more problem"))
 
 
 def _say(line: str) -> None:

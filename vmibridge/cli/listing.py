@@ -24,7 +24,7 @@ from vmibridge.recording.traps import (
     access_text,
     outcome_word,
 )
-from vmibridge.text import count_of, printable
+from vmibridge.text import counted, printable
 
 _COLUMNS = {
     "time": 12,
@@ -112,7 +112,7 @@ class Listing:
             return
         words = {**dict.fromkeys(OUTCOME_WORDS), NO_REPLY: "without a reply"}
         text = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
-        self._write_line(f"{count_of(total, 'trap')}: {', '.join(text) or 'none'}")
+        self._write_line(f"{counted(total, 'trap')}: {', '.join(text) or 'none'}")
         if stopped:
             self._write_line("stopped at --limit: what is behind was not read")
         if written:
@@ -121,7 +121,7 @@ class Listing:
         for problem in reader.problems[: len(reader.problems) - written]:
             self._write_line(_short(f"problem {problem}", _MAX_LINE))
         if reader.problem_count > len(reader.problems):
-            self._write_line(count_of(reader.problem_count - len(reader.problems), "more problem"))
+            self._write_line(counted(reader.problem_count - len(reader.problems), "more problem"))
         if truncated or reader.problem_count > written:
             what = "truncated" if truncated else "damaged"
             clean = reader.path.with_name(f"{reader.path.stem}-clean.mcap")

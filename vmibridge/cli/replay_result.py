@@ -18,7 +18,7 @@ from vmibridge.errors import NotReplayedError
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.file_result import FileResult, counts_of, result_lines
 from vmibridge.recording.replay.options import MISSING
-from vmibridge.text import count_of, printable
+from vmibridge.text import counted, printable
 
 
 class ReplayPrinter:
@@ -47,7 +47,7 @@ class ReplayPrinter:
 
     def accepted(self, count: int, target: Path) -> None:
         """A new recording was made."""
-        self._warn(f"{target}: a new recording, with {count_of(count, 'new answer')}")
+        self._warn(f"{target}: a new recording, with {counted(count, 'new answer')}")
 
     def file(self, result: FileResult) -> None:
         """What came of one recording."""
@@ -87,14 +87,14 @@ class ReplayPrinter:
             _print_json({"replay": {**counts, "same": same}})
         elif self._several:
             _print(
-                f"{count_of(len(results), 'recording')}: {count_of(compared, 'request')} compared,"
+                f"{counted(len(results), 'recording')}: {counted(compared, 'request')} compared,"
                 f" {different} different"
             )
         if strict and missing and not self._as_json:
             _print("strict: parts of the recording are missing")
         if too_few:
             self._warn(
-                f"{share:.1f} % of {count_of(total, 'request')} compared; {least:g} % are required"
+                f"{share:.1f} % of {counted(total, 'request')} compared; {least:g} % are required"
             )
         if not compared:
             what = results[0].path if len(results) == 1 else f"{len(results)} recordings"

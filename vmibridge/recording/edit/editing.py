@@ -25,7 +25,7 @@ from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
 from vmibridge.recording.vm_names import VmNames
-from vmibridge.text import count_of
+from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Edit", "EditOptions", "Edited", "Split", "edit"]
@@ -249,7 +249,7 @@ class Edit:
             here.has_gaps = True
             text = "from here on, traps of this VM between those that are here are missing, too"
         else:
-            traps = count_of(before, "trap")
+            traps = counted(before, "trap")
             text = f"missing before this: {traps} of this VM, and what handlers kept of that"
         self._write(piece, TimedMessage(time, Note("lost", text, event.vm)), None)
 

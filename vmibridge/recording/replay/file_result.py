@@ -10,7 +10,7 @@ from vmibridge.recording.messages import MemoryAccess
 from vmibridge.recording.replay.compare import Difference, describe
 from vmibridge.recording.replay.options import ReplayResult
 from vmibridge.recording.replay.verdict import Finding, RequestKind
-from vmibridge.text import count_of
+from vmibridge.text import counted
 
 __all__ = ["FileResult", "around", "counts_of", "difference_lines", "finding_line", "result_lines"]
 
@@ -66,10 +66,10 @@ def result_lines(result: FileResult) -> list[str]:
         lines += [*difference_lines(first, result.started), ""]
     if result.different > 1:
         lines += [*_finding_lines(result), ""]
-    requests = count_of(result.compared, "request")
+    requests = counted(result.compared, "request")
     lines.append(f"{result.path}: {requests} compared, {result.different} different")
     if result.ignored:
-        requests = count_of(result.ignored, "request")
+        requests = counted(result.ignored, "request")
         lines.append(f"ignored by rules: all differences of {requests}")
     lines += [f"not compared: {count} ({why})" for why, count in result.unchecked.items()]
     return lines
@@ -114,7 +114,7 @@ def around(expected: str, got: str) -> tuple[str, str]:
 def finding_line(finding: Finding) -> str:
     """One finding in one line."""
     name = finding.method if finding.handler is None else f"{finding.handler}/{finding.method}"
-    requests = count_of(finding.count, "request")
+    requests = counted(finding.count, "request")
     where = f"{'at' if finding.count == 1 else 'from'} trap {finding.seq} of vm {finding.vm}"
     expected, got = around(finding.expected, finding.got)
     line = f"{name} {finding.field}: {requests}, {where}: expected {expected}, got {got}"

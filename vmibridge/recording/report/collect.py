@@ -18,7 +18,7 @@ from vmibridge.recording.report.rows import (
 )
 from vmibridge.recording.report.statistics import Statistics, nanoseconds
 from vmibridge.recording.traps import OUTCOME_WORDS, RecordedTrap, outcome_word
-from vmibridge.text import count_of
+from vmibridge.text import counted
 
 SLOWEST = 50
 MAX_FAILED = 1000
@@ -128,7 +128,7 @@ class Collector:
     def _problems(self, reader: RecordingReader) -> list[str]:
         lines = [str(problem) for problem in reader.problems]
         if reader.problem_count > len(lines):
-            lines.append(count_of(reader.problem_count - len(lines), "more problem"))
+            lines.append(counted(reader.problem_count - len(lines), "more problem"))
         if not reader.complete:
             lines.insert(0, "the file is truncated: what was recorded last may be missing")
         lines += [
@@ -138,9 +138,9 @@ class Collector:
         ]
         if self._session_count > len(self._sessions):
             more = self._session_count - len(self._sessions)
-            lines.append(f"not described: {count_of(more, 'more VM')}")
+            lines.append(f"not described: {counted(more, 'more VM')}")
         if self.statistics.outcomes["none"]:
-            lines.append(f"without a reply: {count_of(self.statistics.outcomes['none'], 'trap')}")
+            lines.append(f"without a reply: {counted(self.statistics.outcomes['none'], 'trap')}")
         return [line[: 2 * _MAX_WORDS] for line in lines + self._notes]
 
 
