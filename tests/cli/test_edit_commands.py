@@ -113,7 +113,7 @@ class TestDiff:
             "probe 0x0001/0x0001: output: 1; first vm, vCPU 0, trap 1 of a.mcap, trap 1 of b.mcap",
             "  a.mcap: 1",
             '  b.mcap: "\\u202e"',
-            "1 requests compared, 1 different",
+            "1 request compared, 1 different",
         ])  # fmt: skip
         assert run("diff", "a.mcap", "b.mcap", "--ignore", "output")[0] == 0
         status, out, _ = run("diff", "a.mcap", "b.mcap", "--json")
@@ -278,7 +278,7 @@ class TestFollow:
         monkeypatch.chdir(tmp_path)
         assert main(["inspect", "run.mcap"]) == 0
         *_, counts, hint = capsys.readouterr().out.splitlines()
-        assert counts == "1 traps: 1 handled"
+        assert counts == "1 trap: 1 handled"
         assert hint == (
             "the file is being written: vmibridge inspect --follow run.mcap shows what comes"
         )

@@ -122,7 +122,7 @@ def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, 
     for number in (1, 2):
         done = vmibridge(*run(image, handlers, "--record", ".", code=calls(1, value=number)))
         assert done.returncode == 0, done.stderr
-        assert f"run-{number}.mcap: 1 traps were recorded" in done.stderr
+        assert f"run-{number}.mcap: 1 trap was recorded" in done.stderr
         _, (trap,), _ = contents(tmp_path / f"run-{number}.mcap")
         assert trap.packet.value1 == number
 

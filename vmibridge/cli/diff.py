@@ -9,7 +9,7 @@ from vmibridge.cli.options import RENAME, Json, Recording, renamed
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.errors import ConfigError, NotReplayedError
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 if TYPE_CHECKING:
     from vmibridge.recording.diff.comparison import Comparison, Group
@@ -91,7 +91,7 @@ def _lines(found: "Comparison", a: str, b: str) -> list[str]:
     if len(found.groups) > _MAX_LINES:
         lines.append(f"{len(found.groups) - _MAX_LINES} more kinds of differences")
     counts = [
-        f"{found.compared} requests compared, {found.different} different",
+        f"{counted(found.compared, 'request')} compared, {found.different} different",
         *(
             f"{count} {what}"
             for count, what in (

@@ -9,6 +9,7 @@ from vmibridge.cli.options import REDACT, RENAME, Json, Output, Recording, renam
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.cli.streams import json_line
 from vmibridge.errors import ConfigError
+from vmibridge.text import counted
 
 if TYPE_CHECKING:
     from vmibridge.recording.edit.editing import Split
@@ -77,7 +78,7 @@ def edit(
         vms = ", ".join(done.vms.get(name, []))
         say(f"{where}: {kept}; VMs: {vms or 'none'}")
     if done.cut:
-        say(f"{done.cut} traps were cut")
+        say(f"{counted(done.cut, 'trap was cut', 'traps were cut')}")
     if json and output != STDOUT:
         sys.stdout.write(json_line(encode(done)).decode())
     return 0

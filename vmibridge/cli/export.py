@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from vmibridge.cli.options import OptionalOutput, Recording
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.errors import ConfigError
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 if TYPE_CHECKING:
     from vmibridge.recording.file.reader import RecordingReader
@@ -61,7 +61,7 @@ def export(
             made = Export(reader, to, output or target_of(file, to), chosen)
             count = _count(made.write(), reader)
             names = " and ".join(map(str, made.targets))
-            _say(f"{count} traps to {names}")
+            _say(f"{counted(count, 'trap')} to {names}")
         _say_problems(reader)
     return 0
 

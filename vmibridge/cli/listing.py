@@ -18,7 +18,7 @@ from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import NO_REPLY, OUTCOME_WORDS, RecordedTrap, outcome_word
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 _COLUMNS = {
     "time": 12,
@@ -106,7 +106,7 @@ class Listing:
             return
         words = {**dict.fromkeys(OUTCOME_WORDS), NO_REPLY: "without a reply"}
         text = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
-        self._write_line(f"{total} traps: {', '.join(text) or 'none'}")
+        self._write_line(f"{counted(total, 'trap')}: {', '.join(text) or 'none'}")
         if stopped:
             self._write_line("stopped at --limit: what is behind was not read")
         if written:
@@ -169,7 +169,7 @@ def _details(trap: RecordedTrap) -> Iterator[str]:
         else:
             text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
         what = "wrote" if access.write else "read"
-        yield f"    {what} {access.size} bytes at {access.address:#x}: {text}"
+        yield f"    {what} {counted(access.size, 'byte')} at {access.address:#x}: {text}"
     if trap.left_out:
         yield f"    {trap.left_out} further accesses, too much to hold"
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from vmibridge.cli.options import Json, Output, Recording
 from vmibridge.cli.pipes import STDOUT, output_file
 from vmibridge.cli.streams import json_line
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 _MAX_PROBLEMS = 10
 
@@ -42,7 +42,7 @@ def recover(
         return 0
     lines = [f"{file}: {problem}" for problem in done.problems[:_MAX_PROBLEMS]]
     if done.problem_count > _MAX_PROBLEMS:
-        lines.append(f"{file}: {done.problem_count - _MAX_PROBLEMS} problems more")
+        lines.append(f"{file}: {counted(done.problem_count - _MAX_PROBLEMS, 'problem')} more")
     if done.complete:
         lines.append(f"{file}: is whole; there was nothing to recover")
     kept = ", ".join(f"{count} {topic}" for topic, count in done.messages.items() if count)

@@ -23,7 +23,7 @@ from vmibridge.recording.messages import MemoryAccess, Session
 from vmibridge.recording.replay.compare import Difference, describe
 from vmibridge.recording.replay.options import MISSING, ReplayResult
 from vmibridge.recording.replay.verdict import Finding, RequestKind
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 _MAX_PROBLEMS = 10
 _MAX_FINDINGS = 20
@@ -106,7 +106,7 @@ class ReplayPrinter:
 
     def accepted(self, count: int, target: Path) -> None:
         """A new recording was made."""
-        self._warn(f"{target}: a new recording, with {count} answers of now")
+        self._warn(f"{target}: a new recording, with {counted(count, 'answer')} of now")
 
     def file(self, result: FileResult) -> None:
         """What came of one recording."""
@@ -121,9 +121,11 @@ class ReplayPrinter:
         if result.different > 1:
             _print(*_finding_lines(result), "")
         path = result.path
-        _print(f"{path}: {result.compared} requests compared, {result.different} different")
+        _print(
+            f"{path}: {counted(result.compared, 'request')} compared, {result.different} different"
+        )
         if result.ignored:
-            _print(f"ignored by rules: all that differs of {result.ignored} requests")
+            _print(f"ignored by rules: all that differs of {counted(result.ignored, 'request')}")
         _print(*(f"not compared: {count} ({why})" for why, count in result.unchecked.items()))
 
     def end(
@@ -156,14 +158,17 @@ class ReplayPrinter:
             _print_json({"replay": {**counts, "same": same}})
         elif self._several:
             _print(
-                f"{len(results)} recordings: {compared} requests compared, {different} different"
+                f"{counted(len(results), 'recording')}: {counted(compared, 'request')} compared,"
+                f" {different} different"
             )
         if strict and missing and not self._as_json:
             _print("strict: parts of the recording are missing")
         if too_few:
-            self._warn(f"{share:.1f} % of {total} requests were compared; {least:g} % are required")
+            self._warn(
+                f"{share:.1f} % of {counted(total, 'request')} compared; {least:g} % required"
+            )
         if not compared:
-            what = results[0].path if len(results) == 1 else f"{len(results)} recordings"
+            what = results[0].path if len(results) == 1 else counted(len(results), "recording")
             raise NotReplayedError(f"{what}: no request could be compared")
         for each in empty if not selects and self._several else ():
             self._warn(f"{each.path}: no request could be compared")
@@ -236,7 +241,7 @@ def around(expected: str, got: str) -> tuple[str, str]:
 def finding_line(finding: Finding) -> str:
     """One finding in one line."""
     name = finding.method if finding.handler is None else f"{finding.handler}/{finding.method}"
-    requests = "1 request" if finding.count == 1 else f"{finding.count} requests"
+    requests = counted(finding.count, "request")
     where = f"{'at' if finding.count == 1 else 'from'} trap {finding.seq} of vm {finding.vm}"
     expected, got = around(finding.expected, finding.got)
     line = f"{name} {finding.field}: {requests}, {where}: expected {expected}, got {got}"
@@ -249,7 +254,9 @@ def _finding_lines(result: FileResult) -> list[str]:
     shown = result.findings[:_MAX_FINDINGS]
     count = len(result.findings) + result.findings_left_out
     lines = [
-        "1 finding:" if count == 1 else f"{count} findings, the one that began first in front:"
+        "1 finding:"
+        if count == 1
+        else f"{counted(count, 'finding')}, the one that began first in front:"
     ]
     lines += [f"  {finding_line(finding)}" for finding in shown]
     if count > len(shown):

@@ -9,7 +9,7 @@ from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.output import output_json
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.summary import Summary
-from vmibridge.text import printable, repr_of
+from vmibridge.text import counted, printable, repr_of
 from vmibridge.vm.trap import TrapEvent
 
 if TYPE_CHECKING:  # it needs an extra
@@ -170,4 +170,4 @@ def summary_text(summary: Summary) -> str:
         )
         if count
     ]
-    return f"{summary.total} traps: {', '.join([', '.join(counts) or 'none', *others])}"
+    return f"{counted(summary.total, 'trap')}: {', '.join([', '.join(counts) or 'none', *others])}"

@@ -143,7 +143,10 @@ class Config:
             text = path.read_text("utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
+        except UnicodeDecodeError as error:
+            line = 1 + error.object.count(b"\n", 0, error.start)
+            raise ConfigError(f"{path}:{line}: is no text in UTF-8") from error
+        except ValueError as error:  # a path with a NUL
             raise ConfigError(f"{path}: {error}") from error
         if text.startswith("\ufeff"):
             raise ConfigError(f"{path}:1: begins with a byte order mark; save it as UTF-8 without")

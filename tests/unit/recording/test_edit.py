@@ -294,7 +294,7 @@ class TestCounts:
                     (6, trap(3)), (7, reply(3, OutcomeKind.FAILED)), (8, end)]  # fmt: skip
         path = write_file(tmp_path / "run.mcap", messages)
         (_, note) = edited(tmp_path, path, selection=select(outcomes=["failed"]))[-1]
-        assert note.text == "1 traps"
+        assert note.text == "1 trap"
         assert {word: count for word, count in note.counts.items() if count} == {
             "failed": 1, "native": 7
         }  # fmt: skip

@@ -27,6 +27,7 @@ import msgspec
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.threads import Handover, VcpuSlot
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, MissingExtraError
+from vmibridge.text import counted
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
 from vmibridge.vm.spec import parse_options
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
@@ -108,6 +109,8 @@ class UnicornBackend(Backend):
         """
         options = self.options
         try:
+            if await in_own_thread(self.path.is_dir):
+                raise BackendSpecError(f"unicorn:{self.path}: is a folder, and no image")
             if not await in_own_thread(self.path.is_file):
                 raise BackendSpecError(f"unicorn:{self.path}: there is no such file")
             image = await in_own_thread(self.path.read_bytes)
@@ -122,11 +125,14 @@ class UnicornBackend(Backend):
                 f"unicorn:{self.path}: is an ELF file, and this loads raw images:"
                 " `objcopy -O binary` makes one, which has to be linked for base"
             )
-        if not image or options.base + len(image) > options.memory:
+        if not image:
+            self._ram.close()
+            raise BackendError(f"unicorn:{self.path}: is empty, and no image")
+        if options.base + len(image) > options.memory:
             self._ram.close()
             raise BackendError(
-                f"unicorn:{self.path}: {len(image)} bytes at {options.base:#x} do not fit into"
-                f" {options.memory} bytes of memory"
+                f"unicorn:{self.path}: {counted(len(image), 'byte does', 'bytes do')} not fit at"
+                f" base={options.base:#x} into {options.memory} bytes of memory"
             )
         self._ram[options.base : options.base + len(image)] = image
         self._ram_start = ctypes.c_char.from_buffer(self._ram)

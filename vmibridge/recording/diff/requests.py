@@ -28,6 +28,7 @@ from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import NO_REPLY, VALUE_NAMES, RecordedTrap, outcome_word
 from vmibridge.recording.vm_names import VmNames
+from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["FIELDS", "Request", "fields_of", "requests_of"]
@@ -241,4 +242,4 @@ def _shown(access: MemoryAccess) -> str:
         what = "left out"
     else:
         what = access.data[:_MAX_SHOWN].hex() + ("..." if len(access.data) > _MAX_SHOWN else "")
-    return f"{access.size} bytes at {access.address & _MASK:#x}: {what}"
+    return f"{counted(access.size, 'byte')} at {access.address & _MASK:#x}: {what}"

@@ -25,6 +25,7 @@ from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
 from vmibridge.recording.vm_names import VmNames
+from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Edit", "EditOptions", "Edited", "Split", "edit"]
@@ -248,7 +249,7 @@ class Edit:
             here.has_gaps = True
             text = "from here on, traps of this VM between those that are here are missing, too"
         else:
-            what = "1 trap" if before == 1 else f"{before} traps"
+            what = counted(before, "trap")
             text = f"missing before this: {what} of this VM, and what handlers kept of that"
         self._write(piece, TimedMessage(time, Note("lost", text, event.vm)), None)
 
@@ -278,7 +279,7 @@ class Edit:
         if isinstance(message, Note) and message.kind == "end" and vm.cut:
             counts = {word: count for word, count in message.counts.items() if word == "native"}
             outcomes = {kind.value: vm.outcomes[kind] for kind in OutcomeKind}
-            text = f"{vm.read - vm.cut} traps"
+            text = counted(vm.read - vm.cut, "trap")
             message = msgspec.structs.replace(message, text=text, counts={**outcomes, **counts})
         # In the last of its files, as the end is.
         piece = max(vm.files, default=0) or self._piece_at(name, timed.time)

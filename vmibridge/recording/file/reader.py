@@ -46,6 +46,7 @@ from vmibridge.recording.messages import (
     architecture_of,
     trap_type,
 )
+from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
 
 MAX_RECORD = MAX_CHUNK + (1 << 20)
@@ -204,9 +205,8 @@ class RecordingReader:
                 if self._at(begin, len(MCAP0_MAGIC)) != MCAP0_MAGIC:
                     self.complete = True
                     if begin < self.size:
-                        self._add_problem(
-                            begin, f"{self.size - begin} bytes behind the end are not read"
-                        )
+                        what = ("byte behind the end is", "bytes behind the end are")
+                        self._add_problem(begin, f"{counted(self.size - begin, *what)} not read")
                     break
                 # Recordings that were put together, as by `cat`: the next one follows.
                 self._next = begin + len(MCAP0_MAGIC)
@@ -263,7 +263,7 @@ class RecordingReader:
             found = self._search(at + 1)
             if found is None:
                 return
-            self._add_problem(at, f"{found - at} bytes are damaged")
+            self._add_problem(at, f"{counted(found - at, 'byte is', 'bytes are')} damaged")
             self._next = found
 
     def _decode(

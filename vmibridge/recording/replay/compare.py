@@ -23,6 +23,7 @@ from vmibridge.bridge.packet import BridgePacket
 from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.recording.outputs import MAX_TEXT, Leaf, OutputText, leaves_of, output_text, stable
 from vmibridge.recording.traps import VALUE_NAMES
+from vmibridge.text import counted
 
 __all__ = [
     "FIELDS",
@@ -143,7 +144,7 @@ def describe(access: MemoryAccess) -> str:
         text = "left out"
     else:
         text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
-    return f"{what} of {access.size} bytes at {access.address:#x}: {text}"
+    return f"{what} of {counted(access.size, 'byte')} at {access.address:#x}: {text}"
 
 
 def _differing_output(then: Reply, now: Reply, output: object) -> FieldDifference | None:

@@ -18,6 +18,7 @@ from vmibridge.recording.report.rows import (
 )
 from vmibridge.recording.report.statistics import Statistics, nanoseconds
 from vmibridge.recording.traps import OUTCOME_WORDS, RecordedTrap, outcome_word
+from vmibridge.text import counted
 
 SLOWEST = 50
 MAX_FAILED = 1000
@@ -138,7 +139,9 @@ class Collector:
         if self._session_count > len(self._sessions):
             lines.append(f"{self._session_count - len(self._sessions)} more VMs are not described")
         if self.statistics.outcomes["none"]:
-            lines.append(f"{self.statistics.outcomes['none']} traps have no reply")
+            lines.append(
+                f"{counted(self.statistics.outcomes['none'], 'trap has', 'traps have')} no reply"
+            )
         return [line[: 2 * _MAX_WORDS] for line in lines + self._notes]
 
 
