@@ -44,7 +44,7 @@ class TestEdit:
     def test_cuts_merges_and_splits(self, run, tmp_path):
         status, _, told = run("edit", "run.mcap", "--split", "vm", "-o", "part.mcap")
         assert (status, len(told)) == (0, 2)
-        assert told[0].startswith("part-1.mcap: 1 session, 17 trap, ")
+        assert told[0].startswith("part-1.mcap: 1 session, 17 traps, ")
         assert told[0].endswith("; VMs: red")
         assert run("edit", "part-1.mcap", "part-2.mcap", "-o", "whole.mcap")[0] == 0
         assert read(tmp_path / "whole.mcap") == read(tmp_path / "run.mcap")
@@ -78,7 +78,7 @@ class TestEdit:
             (["run.mcap", "--shift", "-4e9"], "before 1970"),
             (["run.mcap", "--split", "0"], "is vm, or a number"),
             (["run.mcap", "--split", "0.000001"], "more than 250 files"),
-            (["run.mcap", "--vm", "gone"], "no trap is selected"),
+            (["run.mcap", "--vm", "gone"], "no trap matches VM gone; there are VMs blue, red; nothing was written"),
             (["run.mcap", "--bogus"], "Unknown option: --bogus"),
         ],
         ids=str,
@@ -147,7 +147,7 @@ class TestImport:
         assert run("export", "run.mcap", "--to", "jsonl")[0] == 0
         status, out, told = run("import", "run.jsonl", "-o", "again.mcap")
         assert (status, out) == (0, [])
-        assert told == ["again.mcap: 2 session, 21 trap, 21 memory, 21 reply, 4 note, 6 step"]
+        assert told == ["again.mcap: 2 sessions, 21 traps, 21 memory accesses, 21 replies, 4 notes, 6 steps"]
         assert read(tmp_path / "again.mcap") == read(tmp_path / "run.mcap")
 
     @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`vmibridge diff`: two recordings, compared without handlers."""
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -49,6 +48,8 @@ def diff(
     from msgspec.json import encode
 
     from vmibridge.cli.output import standard_output
+    from vmibridge.cli.pipes import say
+    from vmibridge.cli.problems import problem_lines, unmatched_in
     from vmibridge.recording.diff.comparison import compare
     from vmibridge.recording.diff.requests import FIELDS
     from vmibridge.recording.file.reader import RecordingReader
@@ -62,8 +63,11 @@ def diff(
         found = compare(
             one, other, selection=chosen, rename=renamed(rename or []), ignored=ignore or ()
         )
+        nothing = [] if found.compared else [unmatched_in(each, chosen) for each in (one, other)]
         problems = [
-            f"{reader.path}: {problem}" for reader in (one, other) for problem in reader.problems
+            line
+            for each in (one, other)
+            for line in problem_lines(each.problems, each.problem_count, f"{each.path}: ")
         ]
     with standard_output() as out:
         if json:
@@ -72,8 +76,11 @@ def diff(
         else:
             for line in _lines(found, str(a), str(b)):
                 out.write(encoded(f"{printable(line)}\n"))
-    for problem in problems[:10]:
-        sys.stderr.write(f"{printable(problem)}\n")
+    for problem in problems:
+        say(problem)
+    unmatched = [line for line in nothing if line is not None]
+    if unmatched:
+        raise NotReplayedError(f"nothing was compared: {'; '.join(dict.fromkeys(unmatched))}")
     if not found.compared:
         raise NotReplayedError(
             "nothing was compared: no request with a reply is in both; --rename OLD=NEW gives a VM"
@@ -89,7 +96,9 @@ def diff(
 def _lines(found: "Comparison", a: str, b: str) -> list[str]:
     lines = [line for group in found.groups[:_MAX_LINES] for line in _group(group, a, b)]
     if len(found.groups) > _MAX_LINES:
-        lines.append(f"{len(found.groups) - _MAX_LINES} more kinds of differences")
+        lines.append(
+            counted(len(found.groups) - _MAX_LINES, "more kind", "more kinds") + " of differences"
+        )
     counts = [
         f"{counted(found.compared, 'request')} compared, {found.different} different",
         *(
@@ -112,8 +121,10 @@ def _group(group: "Group", a: str, b: str) -> list[str]:
         for seq, path in ((group.seq_a, a), (group.seq_b, b))
         if seq is not None
     )
-    field = {"only in A": f"only in {a}", "only in B": f"only in {b}"}.get(group.field, group.field)
-    lines = [f"{group.where}: {field}: {group.count}; first {group.vm}, vCPU {group.vcpu}, {first}"]
+    requests = counted(group.count, "request")
+    only = {"only in A": f"only in {a}", "only in B": f"only in {b}"}.get(group.field)
+    what = f"{group.field} differs in {requests}" if only is None else f"{requests} {only}"
+    lines = [f"{group.where}: {what}; the first: VM {group.vm}, vCPU {group.vcpu}, {first}"]
     if group.a or group.b:
         lines += [f"  {a}: {group.a}", f"  {b}: {group.b}"]
     return lines

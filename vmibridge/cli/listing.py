@@ -58,8 +58,8 @@ class Listing:
         self._out = out
         self._encode = msgspec.json.Encoder().encode
 
-    def show(self, limit: int | None) -> None:
-        """Write it all, or `limit` traps. Raises `RecordingReadError`."""
+    def show(self, limit: int | None) -> int:
+        """Write it all, or `limit` traps; returns how many. Raises `RecordingReadError`."""
         traps = SelectedTraps(
             self._reader.messages(), self._selection, self._hear, reader=self._reader
         )
@@ -76,6 +76,7 @@ class Listing:
                     self._write_line(_short(line, _MAX_LINE))
             shown += 1
         self._sum_up(stopped=shown == limit)
+        return shown
 
     def _hear(self, message: Session | Note) -> None:
         if isinstance(message, Session):

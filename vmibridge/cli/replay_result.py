@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.cli.problems import problem_lines
 from vmibridge.cli.replay_changes import handler_changes
 from vmibridge.cli.streams import json_line
 from vmibridge.errors import NotReplayedError
@@ -25,7 +26,6 @@ from vmibridge.recording.replay.options import MISSING, ReplayResult
 from vmibridge.recording.replay.verdict import Finding, RequestKind
 from vmibridge.text import counted, printable
 
-_MAX_PROBLEMS = 10
 _MAX_FINDINGS = 20
 """Findings that are shown of a file."""
 _MAX_SHOWN = 200
@@ -97,8 +97,8 @@ class ReplayPrinter:
 
     def problems(self, reader: RecordingReader) -> None:
         """What could not be read of the file."""
-        for problem in reader.problems[:_MAX_PROBLEMS]:
-            self._warn(f"{reader.path}: {problem}")
+        for line in problem_lines(reader.problems, reader.problem_count, f"{reader.path}: "):
+            self._warn(line)
 
     def failed(self, why: str) -> None:
         """One of several recordings could not be replayed."""
@@ -136,12 +136,14 @@ class ReplayPrinter:
         least: float | None,
         selects: bool,
         accepts: bool,
+        unmatched: str | None = None,
     ) -> int:
         """Tell the sums; returns the exit status.
 
         Raises `NotReplayedError`, after the counts, when there was nothing to compare: a check
         that looks at the status alone must not take that for success. `selects`: a file may have
         nothing to compare. `accepts`: what is different was accepted. `least`: percent.
+        `unmatched`: that the selection takes no trap, and why.
         """
         counts = _counts(results)
         compared, different = counts["compared"], counts["different"]
@@ -169,7 +171,7 @@ class ReplayPrinter:
             )
         if not compared:
             what = results[0].path if len(results) == 1 else counted(len(results), "recording")
-            raise NotReplayedError(f"{what}: no request could be compared")
+            raise NotReplayedError(f"{what}: {unmatched or 'no request could be compared'}")
         for each in empty if not selects and self._several else ():
             self._warn(f"{each.path}: no request could be compared")
         if (different and not accepts) or too_few or (strict and missing):

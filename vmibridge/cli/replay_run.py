@@ -12,7 +12,7 @@ from vmibridge.aio.clock import VirtualTime
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.cli.event_loop import run_on
 from vmibridge.cli.options import Loop
-from vmibridge.cli.progress import ReadingBar
+from vmibridge.cli.progress import ReadingBar, with_progress
 from vmibridge.cli.replay_break import Break, Breaks
 from vmibridge.cli.replay_junit import junit_report
 from vmibridge.cli.replay_result import FileResult, ReplayPrinter
@@ -37,6 +37,7 @@ from vmibridge.recording.replay.options import ReplayOptions, replay_settings
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.replay.walk import Walk
 from vmibridge.recording.selection import Selection
+from vmibridge.recording.unmatched import Unmatched
 
 _ALL = Selection()
 _LONG = 86_400.0
@@ -118,6 +119,7 @@ class Replay:
             self._printer.accepted(verdict.accepted.count, self._target or Path())
         return self._printer.end(
             results,
+            unmatched=self._unmatched(results),
             strict=self._options.strict,
             least=least,
             selects=self._selection != _ALL or verdict.is_over,
@@ -139,7 +141,10 @@ class Replay:
             return run_on(self._loop, one, VirtualTime(self._options.speed))
         except (RecordingReadError, BackendSpecError) as error:
             if len(self._paths) == 1:
-                raise
+                unmatched = None if isinstance(error, RecordingReadError) else self._unmatched()
+                if unmatched is None:
+                    raise
+                raise NotReplayedError(f"{path}: {unmatched}") from error
             why = str(error)
         except VmiBridgeError as error:
             if len(self._paths) == 1:
@@ -149,6 +154,18 @@ class Replay:
             why = f"{path}: {error}"
         self._printer.failed(why)
         return FileResult(path, error=why)
+
+    def _unmatched(self, results: Sequence[FileResult] = ()) -> str | None:
+        """That the selection takes no trap of any recording, where it does not."""
+        if self._selection == _ALL or any(
+            each.compared or each.unchecked or each.error is not None for each in results
+        ):
+            return None
+        unmatched = Unmatched(self._selection)
+        for path in self._paths:
+            with RecordingReader(path) as reader:
+                unmatched.look_at(with_progress(reader.messages(), reader, f"reading {path}"))
+        return None if unmatched.has_some else str(unmatched)
 
     @property
     def _needs_start(self) -> bool:

@@ -113,7 +113,7 @@ def differing_fields(
             found.append(FieldDifference(field, expected, got))
 
     differ("outcome", then.kind.value, now.kind.value)
-    differ("handler", str(then.handler), str(now.handler))
+    differ("handler", then.handler or "none", now.handler or "none")
     for name, one, other in zip(("rip", *VALUE_NAMES), _numbers(then), _numbers(now), strict=True):
         differ(name, _number(one), _number(other))
     if whole:
