@@ -190,14 +190,14 @@ def test_what_is_selected_is_compared(record, replay, now, options, compared, di
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--method", "nothing"], "no request could be compared"),
-        (["--from", "99"], "no request could be compared"),
+        (["--method", "nothing"], "there are methods 0x0001 (count), 0x0002 (five)"),
+        (["--from", "99"], "no trap matches from trap 99; there are traps 1 to 10"),
         (["--ignore", "value9"], "--ignore 'value9' is no rule of what to ignore"),
         (["--rename", "vm"], "--rename 'vm': is not OLD=NEW"),
         (["--require", "0%"], "--require '0%': is no share"),
         (["--accept"], "give -o FILE, too"),
         (["-o", "new.mcap"], "give -o FILE, too"),
-        (["--vm", "other"], "there are vm"),
+        (["--vm", "other"], "no trap matches VM other; there are VMs vm"),
     ],
 )
 def test_what_compares_nothing_is_status_2_and_one_line(record, replay, options, told):
@@ -254,8 +254,8 @@ def test_settings_of_then_that_are_missing_are_told(record, replay, tmp_path):
     done = replay(path)
     assert done.returncode == 1
     assert done.stderr == (
-        "vmibridge: handler probe: its settings are not those of then: step was 2, is 1; give the"
-        " file of then with --config\n"
+        "vmibridge: handler probe: its settings are not the recorded ones: step was 2, is 1;"
+        " give the file that it was recorded with by --config\n"
     )
     config = tmp_path / "c.toml"
     config.write_text('[handlers.probe]\nstep = 2\n[replay]\nignore = ["value1"]\n')
@@ -270,7 +270,8 @@ def test_a_module_that_changed_is_told(record, replay, source, now):
     done = replay(record())
     assert done.returncode == 0
     assert done.stderr == (
-        "vmibridge: handler probe: what it imports has changed since (part_of_it)\n"
+        "vmibridge: handler probe: a module that it imports has changed since the recording:"
+        " part_of_it\n"
     )
 
 

@@ -102,6 +102,10 @@ class Replay:
             fail_fast=self._fail_fast,
             count_kinds=junit is not None,
         )
+        for made in (self._target, junit):
+            # Before a replay that may take minutes.
+            if made is not None and not made.parent.is_dir():
+                raise ConfigError(f"{made}: there is no folder {made.parent}")
         if self._target is not None:
             if self._target.exists():
                 raise ConfigError(f"{self._target}: already exists, and is not written over")

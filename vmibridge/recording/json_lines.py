@@ -6,8 +6,8 @@
 | `session`, `trap`, `memory`, `reply` or `note`, as an object | one message: its struct |
 | `summary` | of `vmibridge inspect --json --full`: left out |
 
-Lines of `vmibridge run --json`, and of `inspect --json` without `--full`, lack what a recording has of
-a trap, and the outputs of the former are other JSON: they are refused.
+Lines of `vmibridge run --json`, and of `inspect --json` without `--full`, lack what a recording has
+of a trap, and the outputs of the former are other JSON: they are refused.
 
 `place` orders the messages. Where a line has none, it follows the line before. A field that is not
 given has its default: a trap has the time of the line before, registers that follow from `magic`,

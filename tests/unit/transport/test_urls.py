@@ -47,7 +47,7 @@ def test_a_url_says_where(text, expected):
         ("unix:x?mode=0o1777", "mode"),
         ("unix:x?uid=me", "uid"),
         ("unix:x?colour=red", "no option 'colour'"),
-        ("unix:x?mode=1&mode=2", "twice"),
+        ("unix:x?mode=0o600&mode=0o660", "twice"),
         ("unix:x?mode", "OPTION=VALUE"),
         ("tcp:127.0.0.1", "HOST:PORT"),
         ("tcp::7000", "HOST:PORT"),
