@@ -145,10 +145,10 @@ class TestDiff:
     @pytest.mark.parametrize(
         ("words", "told"),
         [
-            (["run.mcap", "empty.mcap"], "nothing was compared"),
+            (["run.mcap", "empty.mcap"], "nothing was compared: there is no request in empty.mcap"),
             (["run.mcap", "cut.mcap"], "could not be read whole"),
             (["run.mcap", "none.mcap"], "No such file"),
-            (["run.mcap", "run.mcap", "--vm", "gone"], "nothing was compared"),
+            (["run.mcap", "run.mcap", "--vm", "gone"], "nothing was compared: run.mcap: no trap"),
             (["run.mcap", "run.mcap", "--ignore", "time"], "there are registers, outcome"),
             (["-", "-"], "one of the two"),
         ],
@@ -176,8 +176,12 @@ class TestImport:
         [
             ("", "x.jsonl: has no line of a recording"),
             ('{"seq":1,"trap":"msr"}\nnonsense\n', "x.jsonl: line 2: "),
+            (
+                '{"a":1}',
+                "line 1: is neither a trap nor a message of a recording; 'vmibridge export",
+            ),
             (OF_A_RUN, "line 1: is of a server's --json, without registers and memory; record"),
-            (OF_A_LISTING, "line 1: is of 'vmibridge inspect --json', without registers"),
+            (OF_A_LISTING, "line 1: is of 'vmibridge inspect --json' without --full, so without"),
             (None, "x.jsonl: No such file"),
         ],
     )

@@ -101,7 +101,7 @@ def _run(tokens: list[str]) -> int:
 
 def _wrong_usage(error: "CycloptsError", tokens: list[str]) -> str:
     """What is wrong with the arguments, where cyclopts has words of its own for it."""
-    from cyclopts import MissingArgumentError, UnusedCliTokensError
+    from cyclopts import CoercionError, MissingArgumentError, UnusedCliTokensError
 
     if isinstance(error, UnusedCliTokensError):
         return f"there is no place for {' '.join(map(repr, error.unused_tokens or ()))}"
@@ -109,6 +109,9 @@ def _wrong_usage(error: "CycloptsError", tokens: list[str]) -> str:
     missing = re.search(r" parameter (\S+) requires an argument", text)
     if isinstance(error, MissingArgumentError) and missing and missing[1] not in tokens:
         return f"{missing[1]} is missing"
+    wrong = re.search(r"Invalid value for (\S+): unable to convert \"(.*)\" into (int|float)", text)
+    if isinstance(error, CoercionError) and wrong:
+        return f"{wrong[1]} {wrong[2]!r}: is no {'whole ' if wrong[3] == 'int' else ''}number"
     return text if text.endswith("...") else text.removesuffix(".")
 
 

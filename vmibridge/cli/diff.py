@@ -1,5 +1,7 @@
 """`vmibridge diff`: two recordings, compared without handlers."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -78,19 +80,25 @@ def diff(
                 out.write(encoded(f"{printable(line)}\n"))
     for problem in problems:
         say(problem)
-    unmatched = [line for line in nothing if line is not None]
-    if unmatched:
-        raise NotReplayedError(f"nothing was compared: {'; '.join(dict.fromkeys(unmatched))}")
     if not found.compared:
-        raise NotReplayedError(
-            "nothing was compared: no request with a reply is in both; --rename OLD=NEW gives a VM"
-            f" of {a} another name"
-        )
+        raise NotReplayedError(f"nothing was compared: {_why_nothing(found, a, b, nothing)}")
     if found.different or found.only_a or found.only_b:
         return 1
     if found.problems:
         raise NotReplayedError("what could be read is equal, and a file could not be read whole")
     return 0
+
+
+def _why_nothing(found: "Comparison", a: Path, b: Path, unmatched: Sequence[str | None]) -> str:
+    """`unmatched`: that the selection takes nothing of a recording, of each."""
+    told = dict.fromkeys(line for line in unmatched if line is not None)
+    if told:
+        return "; ".join(told)
+    if not found.unanswered:
+        empty = [str(path) for path, only in ((a, found.only_a), (b, found.only_b)) if not only]
+        if empty:
+            return f"there is no request in {' and '.join(dict.fromkeys(empty))}"
+    return f"no request with a reply is in both; --rename OLD=NEW gives a VM of {a} another name"
 
 
 def _lines(found: "Comparison", a: str, b: str) -> list[str]:

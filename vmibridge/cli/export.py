@@ -50,6 +50,7 @@ def export(
         raise ConfigError("-: name the file to make with -o")
     if output == STDOUT and to not in ("jsonl", "perfetto"):
         raise ConfigError(f"-o -: {to} needs a file; jsonl and perfetto go to standard output")
+    count: int | None = None  # it stays so where the reader of standard output has gone
     with RecordingReader(file) as reader:
         if output == STDOUT and to == "jsonl":
             with standard_output() as out:
@@ -63,7 +64,7 @@ def export(
             names = " and ".join(map(str, made.targets))
             say(f"{counted(count, 'trap')} to {names}")
         say_problems(reader)
-        if not count:
+        if count == 0:
             say_unmatched(reader, chosen)
     return 0
 

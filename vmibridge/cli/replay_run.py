@@ -75,6 +75,7 @@ class Replay:
         self._with_pdb = with_pdb
         self._printer = ReplayPrinter(as_json=as_json, several=len(paths) > 1)
         self._has_begun = False
+        self._has_config = False
 
     def run(
         self,
@@ -92,6 +93,7 @@ class Replay:
         that are to be compared, in percent; `junit`: where a report of the result goes.
         """
         config = Config() if config_file is None else Config.read(config_file)
+        self._has_config = config_file is not None
         rules = [IgnoreRule.parse(text, "--ignore ") for text in ignore]
         where = f"{config.source}: replay.ignore: "
         rules += [IgnoreRule.parse(text, where) for text in config.replay_ignore]
@@ -141,7 +143,12 @@ class Replay:
         try:
             sessions, start = _sessions_of(path, with_start=self._needs_start)
             verdict.begin_file(start)
-            one = partial(self._compare, path, sessions, sources, config, timeout, verdict)
+            # Before there is a loop, so that Ctrl-C ends a module that takes long. For each file
+            # again: a module may keep something of the one before.
+            make = reload_handlers if self._has_begun else HandlerFactory
+            factory = make(sources, config)
+            self._has_begun = True
+            one = partial(self._compare, path, sessions, factory, timeout, verdict)
             return run_on(self._loop, one, VirtualTime(self._options.speed))
         except (RecordingReadError, BackendSpecError) as error:
             if len(self._paths) == 1:
@@ -180,15 +187,10 @@ class Replay:
         self,
         path: Path,
         sessions: dict[str, Session],
-        sources: list[str],
-        config: Config,
+        factory: HandlerFactory,
         timeout: float | None,
         verdict: Verdict,
     ) -> FileResult:
-        # A module may keep something of the file before.
-        make = reload_handlers if self._has_begun else HandlerFactory
-        factory = make(sources, config)
-        self._has_begun = True
         bridges: dict[str, Bridge] = {}
 
         def bridge_for(vm: str) -> Bridge:
@@ -233,7 +235,7 @@ class Replay:
                 raise breaks.error
             for backend in backends:
                 printer.changes(
-                    backend.session, bridges[backend.vm].handlers, has_config=bool(config.source)
+                    backend.session, bridges[backend.vm].handlers, has_config=self._has_config
                 )
                 printer.problems(backend.reader)
         result = FileResult(

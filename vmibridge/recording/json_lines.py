@@ -64,6 +64,7 @@ _OF_A_RUN: Final = _OWN - {
     *("place", "reply_place", "reply_ns", "reply"),
 }
 """The fields of a line of `vmibridge run --json`, all of which it has."""
+_MAKES_LINES = "'vmibridge export FILE --to jsonl' makes lines that are read"
 _OF_A_LISTING: Final = frozenset(TrapRecord.__struct_fields__)
 _AROUND: Final = frozenset(("place", "time_ns"))
 
@@ -162,7 +163,7 @@ class _Lines:
         elif len(topics) == 1:
             self._add_message(topics[0], parsed)
         elif list(parsed) != ["summary"]:
-            raise ValueError("is neither a trap nor a message of a recording")
+            raise ValueError(f"is neither a trap nor a message of a recording; {_MAKES_LINES}")
 
     # --- one message ------------------------------------------------------------------
 
@@ -209,13 +210,13 @@ class _Lines:
     def _add_trap(self, parsed: dict[str, object]) -> None:
         if parsed.keys() == _OF_A_RUN:
             raise ValueError(
-                "is of a server's --json, without registers and memory; record with --record FILE,"
-                " and 'vmibridge export FILE --to jsonl' makes lines that are read"
+                "is of a server's --json, without registers and memory; record with --record FILE:"
+                f" {_MAKES_LINES}"
             )
         if parsed.keys() == _OF_A_LISTING:
             raise ValueError(
-                "is of 'vmibridge inspect --json', without registers and memory; with --full, or by"
-                " 'vmibridge export FILE --to jsonl', there are lines that are read"
+                "is of 'vmibridge inspect --json' without --full, so without registers and memory;"
+                f" {_MAKES_LINES}"
             )
         _refuse_others(parsed, _OWN)
         line = msgspec.convert(parsed, _Trap)

@@ -107,7 +107,7 @@ def test_whole_requests_are_kept_as_they_were_and_cut_again_the_same(tmp_path):
             if any(selection.takes(each, SECOND) for each in traps)
         }
         if not wanted:
-            with pytest.raises(ConfigError, match="no trap is selected"):
+            with pytest.raises(ConfigError, match="no trap matches"):
                 edited(tmp_path, path, selection=selection)
             continue
         found = edited(tmp_path, path, selection=selection)

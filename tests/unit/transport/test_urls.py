@@ -51,7 +51,7 @@ def test_a_url_says_where(text, expected):
         ("unix:x?mode", "OPTION=VALUE"),
         ("tcp:127.0.0.1", "HOST:PORT"),
         ("tcp::7000", "HOST:PORT"),
-        ("tcp:127.0.0.1:70000", "HOST:PORT"),
+        ("tcp:127.0.0.1:70000", "a port is a number up to 65535"),
         ("tcp:127.0.0.1:seven", "HOST:PORT"),
         ("tcp:::1:7000", "brackets"),
         ("tcp:0.0.0.0:7000", "anyone there could connect"),

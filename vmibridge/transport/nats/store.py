@@ -138,7 +138,9 @@ async def _store(
             raise RecordingError(f"{url}: JetStream does not answer") from error
         if at_work and isinstance(error, OSError):
             raise RecordingError(f"{error.filename}: {error.strerror}") from error
-        why = getattr(error, "strerror", None) or str(error)
+        # The text of asyncio has the address in it once more, as a tuple.
+        refused = isinstance(error, ConnectionRefusedError)
+        why = "connection refused" if refused else getattr(error, "strerror", None) or str(error)
         raise BackendError(f"{url}: {why}") from error
     except ObjectNotFoundError:
         raise RecordingError(f"{url}: no recording of that name in {url.bucket}") from None

@@ -135,6 +135,8 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
     elif ":" in host:
         raise BackendSpecError(f"{text}: an IPv6 address is in brackets, as in tcp:[::1]:7000")
     number = port_number(port)
+    if host and port.isdecimal() and number < 0:
+        raise BackendSpecError(f"{text}: a port is a number up to 65535")
     if not colon or not host or number < 0:
         raise BackendSpecError(f"{text}: HOST:PORT is missing, as in tcp:127.0.0.1:7000")
     if not is_host(host):
