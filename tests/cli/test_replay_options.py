@@ -190,7 +190,7 @@ def test_what_is_selected_is_compared(record, replay, now, options, compared, di
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--method", "nothing"], "there are methods 0x0001 (count), 0x0002 (five)"),
+        (["--method", "nothing"], "there are methods 0x0001 (sum), 0x0002 (five)"),
         (["--from", "99"], "no trap matches from trap 99; there are traps 1 to 10"),
         (["--ignore", "value9"], "--ignore 'value9' is no rule of what to ignore"),
         (["--rename", "vm"], "--rename 'vm': is not OLD=NEW"),

@@ -112,16 +112,16 @@ class UnicornBackend(Backend):
             if await in_own_thread(self.path.is_dir):
                 raise BackendSpecError(f"unicorn:{self.path}: is a folder, and no image")
             if not await in_own_thread(self.path.is_file):
-                why = "is no regular file" if self.path.exists() else "there is no such file"
-                raise BackendSpecError(f"unicorn:{self.path}: {why}")
+                what = "is no regular file" if self.path.exists() else "there is no such file"
+                raise BackendSpecError(f"unicorn:{self.path}: {what}")
             image = await in_own_thread(self.path.read_bytes)
             self._ram = mmap.mmap(-1, options.memory)
         except BackendSpecError:
             raise
         except (OSError, ValueError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
-            what = f"memory={options.memory}: " if getattr(error, "filename", None) is None else ""
-            raise BackendError(f"unicorn:{self.path}: {what}{why}") from error
+            where = "" if getattr(error, "filename", None) else f"memory={options.memory}: "
+            raise BackendError(f"unicorn:{self.path}: {where}{why}") from error
         if image.startswith(_ELF):
             self._ram.close()
             raise BackendSpecError(
