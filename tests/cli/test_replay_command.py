@@ -157,7 +157,7 @@ class TestAFileInParts:
         (["{source}", "--handlers", "{source}"], "is no MCAP file"),
         (["{path}", "--handlers", "none.py"], "there is no such file, folder or module"),
         (["{path}", "--handlers", "{broken}"], "SyntaxError"),
-        (["{path}", "--handlers", "{source}", "--vm", "other"], "there are vm"),
+        (["{path}", "--handlers", "{source}", "--vm", "other"], "there are VMs vm"),
         (["{path}", "--handlers", "{source}", "--speed", "-1"], "speed=-1.0"),
         (["{path}", "--handlers", "{source}", "--timeout", "0"], "timeout"),
     ],

@@ -221,7 +221,7 @@ def test_a_share_that_is_required_is_told_when_it_is_not_reached(record, replay,
     with_twice.write_bytes(one.read_bytes() * 2)
     done = replay(with_twice, "--require", "50.1%")
     assert done.returncode == 1
-    assert "50.0 % of 20 requests were compared; 50.1 % are required" in done.stderr
+    assert "50.0 % of 20 requests compared; 50.1 % required" in done.stderr
     assert replay(with_twice, "--require", "50%").returncode == 0
 
 

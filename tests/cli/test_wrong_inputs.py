@@ -60,7 +60,7 @@ class TestHandlers:
 @pytest.mark.parametrize(
     ("words", "status", "line"),
     [
-        ([*RUN, "unicorn:empty.bin"], 1, "unicorn:empty.bin: is empty, and no image"),
+        ([*RUN, "unicorn:empty.bin"], 2, "unicorn:empty.bin: is empty, and no image"),
         ([*RUN, "unicorn:bare"], 2, "unicorn:bare: is a folder, and no image"),
         ([*RUN, "guest.bin"], 2, "no backend for 'guest.bin': did you mean unicorn:guest.bin?"),
         ([*RUN, "red=guest.bin"], 2, "no backend for 'guest.bin': did you mean unicorn:guest.bin?"),

@@ -104,8 +104,8 @@ class UnicornBackend(Backend):
     async def open(self) -> None:
         """Load the image and make the vCPUs.
 
-        Raises `BackendSpecError` without such a file and for an ELF file, whose header would be
-        run as code, `BackendError` when it does not fit.
+        Raises `BackendSpecError` without such a file, for an empty one and for an ELF file, whose
+        header would be run as code, `BackendError` when it does not fit.
         """
         options = self.options
         try:
@@ -130,7 +130,7 @@ class UnicornBackend(Backend):
             )
         if not image:
             self._ram.close()
-            raise BackendError(f"unicorn:{self.path}: is empty, and no image")
+            raise BackendSpecError(f"unicorn:{self.path}: is empty, and no image")
         if options.base + len(image) > options.memory:
             self._ram.close()
             raise BackendError(
