@@ -65,12 +65,13 @@ def diff(
         found = compare(
             one, other, selection=chosen, rename=renamed(rename or []), ignored=ignore or ()
         )
-        nothing = [] if found.compared else [unmatched_in(each, chosen) for each in (one, other)]
         problems = [
             line
             for each in (one, other)
             for line in problem_lines(each.problems, each.problem_count, f"{each.path}: ")
         ]
+        # Behind that: it is one more pass, which may end early.
+        nothing = [] if found.compared else [unmatched_in(each, chosen) for each in (one, other)]
     with standard_output() as out:
         if json:
             told = {"a": str(a), "b": str(b), "same": found.is_same, **to_builtins(found)}

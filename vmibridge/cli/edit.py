@@ -82,7 +82,7 @@ def edit(
     if done.problem_count:
         say("what could not be read is not in what was made; a note in it says so")
     if done.cut:
-        say(f"{counted(done.cut, 'trap was cut', 'traps were cut')}")
+        say(counted(done.cut, "trap was cut", "traps were cut"))
     if json and output != STDOUT:
         sys.stdout.write(json_line(encode(done)).decode())
     return 0
