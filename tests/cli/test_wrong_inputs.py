@@ -62,6 +62,11 @@ class TestHandlers:
     [
         ([*RUN, "unicorn:empty.bin"], 2, "unicorn:empty.bin: is empty, and no image"),
         ([*RUN, "unicorn:bare"], 2, "unicorn:bare: is a folder, and no image"),
+        ([*RUN, "unicorn:/dev/null"], 2, "unicorn:/dev/null: is no regular file"),
+        ([*RUN, "unicorn:guest.bin", "--timeout", "1s"], 2,
+         "--timeout '1s': is no number; see 'vmibridge run --help'"),
+        (["inspect", "run.mcap", "--vcpu", "x"], 2,
+         "--vcpu 'x': is no whole number; see 'vmibridge inspect --help'"),
         ([*RUN, "guest.bin"], 2, "no backend for 'guest.bin': did you mean unicorn:guest.bin?"),
         ([*RUN, "red=guest.bin"], 2, "no backend for 'guest.bin': did you mean unicorn:guest.bin?"),
         ([*RUN, "run.mcap"], 2, "no backend for 'run.mcap': did you mean replay:run.mcap?"),

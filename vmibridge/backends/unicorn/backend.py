@@ -112,7 +112,8 @@ class UnicornBackend(Backend):
             if await in_own_thread(self.path.is_dir):
                 raise BackendSpecError(f"unicorn:{self.path}: is a folder, and no image")
             if not await in_own_thread(self.path.is_file):
-                what = "is no regular file" if self.path.exists() else "there is no such file"
+                is_there = await in_own_thread(self.path.exists)
+                what = "is no regular file" if is_there else "there is no such file"
                 raise BackendSpecError(f"unicorn:{self.path}: {what}")
             image = await in_own_thread(self.path.read_bytes)
             self._ram = mmap.mmap(-1, options.memory)
