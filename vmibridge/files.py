@@ -1,11 +1,18 @@
-"""Files that are put in the place of others."""
+"""Files that are made, and files that are put in the place of others."""
 
 import errno
 import os
 import stat
 from pathlib import Path
 
-__all__ = ["is_own_file", "replaceable"]
+__all__ = ["is_own_file", "reason", "replaceable"]
+
+
+def reason(error: OSError, target: Path) -> str:
+    """Why `target` could not be made: the folder that is missing, or else what the system says."""
+    if error.errno == errno.ENOENT and not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    return error.strerror or str(error)
 
 
 def replaceable(target: Path) -> Path:

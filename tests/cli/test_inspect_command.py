@@ -184,7 +184,7 @@ class TestDamage:
         assert done.returncode == 0
         told = done.stderr.splitlines()
         assert told[0] == f"21 traps to {hand_made.with_suffix('.sqlite')}"
-        assert told[1].startswith(f"problem at byte {at}")
+        assert told[1].startswith(f"{hand_made}: at byte {at}")
 
 
 class TestExport:

@@ -110,7 +110,7 @@ def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, 
     for number in (1, 2):
         done = vmibridge(*run(image, handlers, "--record", ".", code=calls(1, value=number)))
         assert done.returncode == 0, done.stderr
-        assert f"run-{number}.mcap: 1 traps were recorded" in done.stderr
+        assert f"run-{number}.mcap: 1 trap was recorded" in done.stderr
         _, (trap,), _ = contents(tmp_path / f"run-{number}.mcap")
         assert trap.packet.value1 == number
 
@@ -126,7 +126,7 @@ def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, 
         (["--redact", "memory"], 2, "--redact is about a recording: give --record FILE, too"),
         (["--unrecorded", "stop"], 2, "--unrecorded is about a recording: give --record FILE, too"),
         (["--record", "old.mcap"], 1, "old.mcap: already exists"),
-        (["--record", "none/new.mcap"], 1, "none/new.mcap: No such file or directory"),
+        (["--record", "none/new.mcap"], 1, "none/new.mcap: there is no folder none"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_the_guest_runs(
@@ -213,7 +213,7 @@ def test_recover_tells_what_was_lost_and_what_is_kept(vmibridge, truncated, tmp_
     problem, kept = done.stdout.splitlines()
     assert problem.startswith("run.mcap: at byte ")
     assert problem.endswith(": the file ends here: it is truncated, or was not finished")
-    assert kept == "clean.mcap: 1 session, 4 trap, 4 reply, 2 note, 3 step kept"
+    assert kept == "clean.mcap: 1 session, 4 traps, 4 replies, 2 notes, 3 steps kept"
     sessions, traps, notes = contents(tmp_path / "clean.mcap")
     assert (len(sessions), len(traps), [each.kind for each in notes]) == (1, 4, ["end", "lost"])
 
@@ -230,7 +230,7 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
     done = vmibridge("recover", "run.mcap", "-o", "clean.mcap")
     assert done.stdout.splitlines() == [
         "run.mcap: is whole; there was nothing to recover",
-        "clean.mcap: 1 session, 4 trap, 4 reply, 1 note, 3 step kept",
+        "clean.mcap: 1 session, 4 traps, 4 replies, 1 note, 3 steps kept",
     ]
     assert contents(tmp_path / "clean.mcap") == contents(recorded)
 
@@ -243,7 +243,7 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
         (".", "clean.mcap", 2, ".: Is a directory"),
         ("run.mcap", "probe.py", 2, "probe.py: already exists"),
         ("run.mcap", "run.mcap", 2, "run.mcap: already exists"),
-        ("run.mcap", "none/clean.mcap", 1, "none/clean.mcap: No such file or directory"),
+        ("run.mcap", "none/clean.mcap", 1, "none/clean.mcap: there is no folder none"),
     ],
 )
 @pytest.mark.no_cover

@@ -191,14 +191,14 @@ def test_what_is_selected_is_compared(record, replay, now, options, compared, di
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--method", "nothing"], "no request could be compared"),
-        (["--from", "99"], "no request could be compared"),
+        (["--method", "nothing"], "there are methods 0x0001 (sum), 0x0002 (five)"),
+        (["--from", "99"], "no trap matches from trap 99; there are traps 1 to 10"),
         (["--ignore", "value9"], "--ignore 'value9' is not a rule of what to ignore"),
         (["--rename", "vm"], "--rename 'vm': is not OLD=NEW"),
         (["--require", "0%"], "--require '0%': is not a share"),
         (["--accept"], "give -o FILE, too"),
         (["-o", "new.mcap"], "give -o FILE, too"),
-        (["--vm", "other"], "there are vm"),
+        (["--vm", "other"], "no trap matches VM other; there are VMs vm"),
     ],
 )
 def test_what_compares_nothing_is_status_2_and_one_line(record, replay, options, told):
@@ -271,7 +271,8 @@ def test_a_module_that_changed_is_told(record, replay, source, now):
     done = replay(record())
     assert done.returncode == 0
     assert done.stderr == (
-        "vmibridge: handler probe: what it imports has changed since (part_of_it)\n"
+        "vmibridge: handler probe: a module that it imports has changed since the recording:"
+        " part_of_it\n"
     )
 
 

@@ -64,8 +64,8 @@ class Listing:
         self._out = out
         self._encode = msgspec.json.Encoder().encode
 
-    def show(self, limit: int | None) -> None:
-        """Write it all, or `limit` traps. Raises `RecordingReadError`."""
+    def show(self, limit: int | None) -> int:
+        """Write it all, or `limit` traps; returns how many. Raises `RecordingReadError`."""
         traps = SelectedTraps(
             self._reader.messages(), self._selection, self._hear, reader=self._reader
         )
@@ -82,6 +82,7 @@ class Listing:
                     self._write_line(_short(line, _MAX_LINE))
             shown += 1
         self._sum_up(stopped=shown == limit)
+        return shown
 
     def _hear(self, message: Session | Note) -> None:
         if isinstance(message, Session):
@@ -169,7 +170,8 @@ def _details(trap: RecordedTrap) -> Iterator[str]:
     yield f"    registers: {' '.join(f'{name}={value:x}' for name, value in registers.items())}"
     for access in trap.accesses:
         what = "wrote" if access.write else "read"
-        yield f"    {what} {access.size} bytes at {access.address:#x}: {access_text(access)}"
+        size = counted(access.size, "byte")
+        yield f"    {what} {size} at {access.address:#x}: {access_text(access)}"
     if trap.left_out:
         yield f"    further accesses, too much to hold: {trap.left_out}"
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from vmibridge.errors import BackendError
-from vmibridge.files import replaceable
+from vmibridge.files import reason, replaceable
 
 __all__ = ["OutcomeFile"]
 
@@ -26,7 +26,7 @@ class OutcomeFile:
             self._path = path if max_size is None else replaceable(path)
             self.fd: int = self._open()
         except OSError as error:
-            raise BackendError(f"{path}: cannot be written: {error.strerror}") from error
+            raise BackendError(f"{path}: cannot be written: {reason(error, path)}") from error
 
     def make_room(self, size: int) -> None:
         """Begin anew where a line of `size` bytes has no room. Raises `OSError`; the next call

@@ -160,7 +160,7 @@ def replay(
     Exit status: 0 when all is the same, or was accepted; 1 when something is different; 2 when
     nothing could be compared, or a recording could not be replayed.
 
-    Example: vmibridge replay run.mcap --handlers handlers/hello.py
+    Example: vmibridge replay run.mcap --handlers vmibridge.handlers.hello
     """
     from vmibridge.cli.event_loop import check_loop, logging_to
     from vmibridge.cli.logs import log_handler

@@ -65,12 +65,14 @@ class ReplayPrinter:
         least: float | None,
         selects: bool,
         accepts: bool,
+        unmatched: str | None = None,
     ) -> int:
         """Tell the sums; returns the exit status.
 
         Raises `NotReplayedError`, after the counts, when there was nothing to compare: a check
         that looks at the status alone must not take that for success. `selects`: a file may have
         nothing to compare. `accepts`: what is different was accepted. `least`: percent.
+        `unmatched`: that the selection takes no trap, and why.
         """
         counts = _counts(results)
         compared, different = counts["compared"], counts["different"]
@@ -97,8 +99,8 @@ class ReplayPrinter:
                 f"{share:.1f} % of {counted(total, 'request')} compared; {least:g} % are required"
             )
         if not compared:
-            what = results[0].path if len(results) == 1 else f"{len(results)} recordings"
-            raise NotReplayedError(f"{what}: no request could be compared")
+            what = results[0].path if len(results) == 1 else counted(len(results), "recording")
+            raise NotReplayedError(f"{what}: {unmatched or 'no request could be compared'}")
         for each in empty if not selects and self._several else ():
             self._warn(f"{each.path}: no request could be compared")
         if (different and not accepts) or too_few or (strict and missing):

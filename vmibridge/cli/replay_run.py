@@ -10,7 +10,7 @@ import msgspec
 from vmibridge.aio.clock import VirtualTime
 from vmibridge.cli.event_loop import run_on
 from vmibridge.cli.options import Loop
-from vmibridge.cli.progress import ReadingBar
+from vmibridge.cli.progress import ReadingBar, with_progress
 from vmibridge.cli.replay_break import Break, Breaks
 from vmibridge.cli.replay_junit import junit_report
 from vmibridge.cli.replay_result import ReplayPrinter
@@ -34,6 +34,7 @@ from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.served import needs_start, serve_recording, sessions_of, vms_asked
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.selection import Selection
+from vmibridge.recording.unmatched import Unmatched
 
 _ALL = Selection()
 _LONG = 86_400.0
@@ -71,6 +72,7 @@ class ReplayRun:
         self._with_pdb = with_pdb
         self._printer = ReplayPrinter(as_json=as_json, several=len(paths) > 1)
         self._has_begun = False
+        self._has_config = False
 
     def run(
         self,
@@ -88,6 +90,7 @@ class ReplayRun:
         that are to be compared, in percent; `junit`: where a report of the result goes.
         """
         config = Config() if config_file is None else Config.read(config_file)
+        self._has_config = config_file is not None
         rules = [IgnoreRule.parse(text, "--ignore ") for text in ignore]
         where = f"{config.source}: replay.ignore: "
         rules += [IgnoreRule.parse(text, where) for text in config.replay_ignore]
@@ -98,6 +101,10 @@ class ReplayRun:
             fail_fast=self._fail_fast,
             count_kinds=junit is not None,
         )
+        for made in (self._target, junit):
+            # Before a replay that may take minutes.
+            if made is not None and not made.parent.is_dir():
+                raise ConfigError(f"{made}: there is no folder {made.parent}")
         if self._target is not None:
             if self._target.exists():
                 raise ConfigError(f"{self._target}: already exists, and is not written over")
@@ -115,6 +122,7 @@ class ReplayRun:
             self._printer.accepted(verdict.accepted.count, self._target or Path())
         return self._printer.end(
             results,
+            unmatched=self._unmatched(results),
             strict=self._options.strict,
             least=least,
             selects=self._selection != _ALL or verdict.is_over,
@@ -132,11 +140,19 @@ class ReplayRun:
         try:
             sessions, start = _sessions_of(path, with_start=needs_start(self._selection))
             verdict.begin_file(start)
-            one = partial(self._compare, path, sessions, sources, config, timeout, verdict)
+            # Before there is a loop, so that Ctrl-C ends a module that takes long. For each file
+            # again: a module may keep something of the one before.
+            make = reload_handlers if self._has_begun else HandlerFactory
+            factory = make(sources, config)
+            self._has_begun = True
+            one = partial(self._compare, path, sessions, factory, timeout, verdict)
             return run_on(self._loop, one, VirtualTime(self._options.speed))
         except (RecordingReadError, BackendSpecError) as error:
             if len(self._paths) == 1:
-                raise
+                unmatched = None if isinstance(error, RecordingReadError) else self._unmatched()
+                if unmatched is None:
+                    raise
+                raise NotReplayedError(f"{path}: {unmatched}") from error
             why = str(error)
         except VmiBridgeError as error:
             if len(self._paths) == 1:
@@ -147,19 +163,26 @@ class ReplayRun:
         self._printer.failed(why)
         return FileResult(path, error=why)
 
+    def _unmatched(self, results: Sequence[FileResult] = ()) -> str | None:
+        """That the selection takes no trap of any recording, where it does not."""
+        if self._selection == _ALL or any(
+            each.compared or each.unchecked or each.error is not None for each in results
+        ):
+            return None
+        unmatched = Unmatched(self._selection)
+        for path in self._paths:
+            with RecordingReader(path) as reader:
+                unmatched.look_at(with_progress(reader.messages(), reader, f"reading {path}"))
+        return None if unmatched.has_some else str(unmatched)
+
     async def _compare(
         self,
         path: Path,
         sessions: dict[str, Session],
-        sources: list[str],
-        config: Config,
+        factory: HandlerFactory,
         timeout: float | None,
         verdict: Verdict,
     ) -> FileResult:
-        # A module may keep something of the file before.
-        make = reload_handlers if self._has_begun else HandlerFactory
-        factory = make(sources, config)
-        self._has_begun = True
         printer, names = self._printer, self._names(sessions, all_of_them=factory.has_shared)
         if not names:
             return FileResult(path)
@@ -183,7 +206,7 @@ class ReplayRun:
                     bar.step()
             if breaks.error is not None:
                 raise breaks.error
-            printer.notes(served.notes(has_config=bool(config.source)))
+            printer.notes(served.notes(has_config=self._has_config))
             result = served.result()
         printer.file(result)
         return result

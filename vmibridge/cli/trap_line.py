@@ -161,12 +161,12 @@ def summary_text(summary: Summary) -> str:
     """One line for people: counts by outcome."""
     counts = [f"{count} {kind.value}" for kind, count in summary.outcomes.items() if count]
     others = [
-        f"{count} {what}"
-        for count, what in (
-            (summary.native, "not ours"),
-            (summary.uncollected, "results not collected"),
-            (summary.abandoned, "handlers abandoned"),
-            (summary.blocked, "times the loop was held up"),
+        text
+        for count, text in (
+            (summary.native, f"{summary.native} not ours"),
+            (summary.uncollected, f"{counted(summary.uncollected, 'result')} not collected"),
+            (summary.abandoned, f"{counted(summary.abandoned, 'handler')} abandoned"),
+            (summary.blocked, f"the loop was held up {counted(summary.blocked, 'time')}"),
         )
         if count
     ]

@@ -198,4 +198,4 @@ class HandlerCalls:
             return Outcome(OutcomeKind.CANCELLED, packet, handler=entry.name, error=CUT_OFF)
         if isinstance(error, KeyboardInterrupt) and self._on_interrupt is not None:
             self._on_interrupt(error)
-        return failure(entry.name, packet, error)
+        return failure(entry, packet, error)

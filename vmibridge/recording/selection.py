@@ -173,9 +173,10 @@ class SelectedTraps:
 
     def takes(self, trap: RecordedTrap) -> bool:
         """Whether a trap of this pass is one of them."""
-        return self._selection.takes(trap, self.start, self._method(trap))
+        return self._selection.takes(trap, self.start, self.method_of(trap))
 
-    def _method(self, trap: RecordedTrap) -> str | None:
+    def method_of(self, trap: RecordedTrap) -> str | None:
+        """The name of its method, where a session has one."""
         packet, reply = trap.packet, trap.reply
         if packet is None or reply is None:
             return None

@@ -24,6 +24,7 @@ from vmibridge.recording.messages import Note, RecordedMessage, Reply, Session
 from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
+from vmibridge.recording.unmatched import Unmatched
 from vmibridge.recording.vm_names import VmNames
 from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
@@ -62,6 +63,10 @@ class Edited(msgspec.Struct, frozen=True):
     """Of each file, its VMs."""
     cut: int
     """Traps that were read and are in no file."""
+    problem_count: int
+    """Places of the sources that could not be read."""
+    problems: tuple[str, ...]
+    """The first 100 of each source."""
 
 
 class _Place(msgspec.Struct):
@@ -138,7 +143,7 @@ class Edit:
             every = options.split if isinstance(options.split, int) else None
             self._keeping = Keeping(merged(self._readers), options.selection, every)
             if not self._keeping.kept:
-                raise ConfigError("no trap is selected; nothing was written")
+                raise ConfigError(f"{self._nothing_kept()}; nothing was written")
         with self._stack:
             for place, timed in enumerate(self._messages()):
                 self._time = timed.time
@@ -152,7 +157,17 @@ class Edit:
             {str(each.path): each.counts for each in self._files.values()},
             {str(self._files[piece].path): names for piece, names in self._names.items()},
             self._cut,
+            sum(reader.problem_count for reader in self._readers),
+            tuple(self._problems()),
         )
+
+    def _nothing_kept(self) -> str:
+        names = ", ".join(str(reader.path) for reader in self._readers)
+        if self._options.selection == Selection():
+            return f"{names}: there is no trap"
+        unmatched = Unmatched(self._options.selection)
+        unmatched.look_at(merged(self._readers))
+        return f"{names}: {unmatched}"
 
     def _messages(self) -> Iterable[TimedMessage]:
         messages = merged(self._readers)
@@ -330,11 +345,14 @@ class Edit:
         for name, vm in self._vms.items():
             if vm.session is not None and not vm.files and not self._is_lazy:
                 self._enter(name, self._piece_at(name, vm.session.time))
-        problems = [
-            f"{reader.path}: {problem}" for reader in self._readers for problem in reader.problems
-        ]
+        problems = self._problems()
         if problems:
             text = "; ".join(problems)[:_MAX_TEXT]
             self._write_everywhere(TimedMessage(self._time, Note("lost", text)))
         if not self._files:
             raise ConfigError("there is no message to write")
+
+    def _problems(self) -> list[str]:
+        return [
+            f"{reader.path}: {problem}" for reader in self._readers for problem in reader.problems
+        ]

@@ -5,13 +5,16 @@ believed if the lengths inside agree with it and a record follows. Otherwise rea
 next place that has the looks and the CRC of a chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 from mcap.opcode import Opcode
 
 from vmibridge.recording.file.unpack import CHUNK, FRAME, MAX_RECORD, lengths_agree, unpack
+from vmibridge.text import counted
 
+_MAX_SHOWN = 10
+"""Problems of a file that are shown to people."""
 _MAX_PROBLEMS = 100
 _MAX_TEXT = 200
 """Characters of a problem, which may quote the file."""
@@ -104,3 +107,11 @@ class ChunkSearch:
         opcode, length = FRAME.unpack(frame)
         fits: bool = 0 < opcode <= Opcode.DATA_END and offset + FRAME.size + length <= file_size
         return fits
+
+
+def problem_lines(problems: Sequence[object], count: int, where: str = "") -> list[str]:
+    """The first ten of `problems`, each behind `where`, and how many more of `count` there are."""
+    lines = [f"{where}{problem}" for problem in problems[:_MAX_SHOWN]]
+    if count > len(lines):
+        lines.append(f"{where}{counted(count - len(lines), 'more problem')}")
+    return lines

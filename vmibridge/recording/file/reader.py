@@ -44,6 +44,7 @@ from vmibridge.recording.messages import (
     architecture_of,
     trap_type,
 )
+from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
 
 MAX_MESSAGE = MAX_CHUNK - (2 << 20)
@@ -176,9 +177,8 @@ class RecordingReader:
                 if self._at(begin, len(MCAP0_MAGIC)) != MCAP0_MAGIC:
                     self.complete = True
                     if begin < self.size:
-                        self._problems.add(
-                            begin, f"{self.size - begin} bytes behind the end are not read"
-                        )
+                        what = ("byte behind the end is", "bytes behind the end are")
+                        self._problems.add(begin, f"{counted(self.size - begin, *what)} not read")
                     break
                 # Recordings that were put together, as by `cat`: the next one follows.
                 self._next = begin + len(MCAP0_MAGIC)
@@ -235,7 +235,7 @@ class RecordingReader:
             found = self._search.next_chunk(at + 1, self.size)
             if found is None:
                 return
-            self._problems.add(at, f"{found - at} bytes are damaged")
+            self._problems.add(at, f"{counted(found - at, 'byte is', 'bytes are')} damaged")
             self._next = found
 
     def _decode(

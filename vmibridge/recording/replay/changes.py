@@ -33,7 +33,8 @@ def handler_changes(
             continue
         known = recorded_handler(handler)
         if known.sha256 != then.sha256:
-            yield f"handler {then.name}: its source has changed since ({then.source})"
+            source = then.source or known.source or "its source"
+            yield f"handler {then.name}: {source} has changed since the recording"
         yield from _module_changes(then, known)
         yield from _setting_changes(then, settings_text(handler), has_config=has_config)
 
@@ -46,7 +47,10 @@ def _module_changes(then: RecordedHandler, now: RecordedHandler) -> Iterator[str
     if changed:
         more = f" and {len(changed) - _MAX_NAMED} more" if len(changed) > _MAX_NAMED else ""
         names = ", ".join(changed[:_MAX_NAMED])
-        yield f"handler {then.name}: what it imports has changed since ({names}{more})"
+        what = (
+            "a module that it imports has" if len(changed) == 1 else "modules that it imports have"
+        )
+        yield f"handler {then.name}: {what} changed since the recording: {names}{more}"
 
 
 def _setting_changes(then: RecordedHandler, now: str | None, *, has_config: bool) -> Iterator[str]:

@@ -127,7 +127,9 @@ def _finding_lines(result: FileResult) -> list[str]:
     shown = result.findings[:_MAX_FINDINGS]
     count = len(result.findings) + result.findings_left_out
     lines = [
-        "1 finding:" if count == 1 else f"{count} findings, the one that began first in front:"
+        "1 finding:"
+        if count == 1
+        else f"{counted(count, 'finding')}, the one that began first in front:"
     ]
     lines += [f"  {finding_line(finding)}" for finding in shown]
     if count > len(shown):

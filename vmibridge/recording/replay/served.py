@@ -16,6 +16,7 @@ from vmibridge.bridge.dispatch import Bridge
 from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
+from vmibridge.recording.file.damage import problem_lines
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, TRAP, Session
 from vmibridge.recording.replay.backend import ReplayBackend
@@ -29,8 +30,6 @@ from vmibridge.recording.replay.walk import Walk
 from vmibridge.recording.selection import Selection
 
 __all__ = ["ServedRecording", "needs_start", "serve_recording", "sessions_of", "vms_asked"]
-
-_MAX_PROBLEMS = 10
 
 
 def needs_start(selection: Selection) -> bool:
@@ -108,8 +107,7 @@ class ServedRecording:
         for backend in self.backends:
             handlers = self.bridges[backend.vm].handlers
             yield from handler_changes(backend.session, handlers, has_config=has_config)
-        for problem in self.reader.problems[:_MAX_PROBLEMS]:
-            yield f"{self._path}: {problem}"
+        yield from problem_lines(self.reader.problems, self.reader.problem_count, f"{self._path}: ")
 
     def result(self) -> FileResult:
         """What came of it so far."""

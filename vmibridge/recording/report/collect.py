@@ -140,7 +140,9 @@ class Collector:
             more = self._session_count - len(self._sessions)
             lines.append(f"not described: {counted(more, 'more VM')}")
         if self.statistics.outcomes["none"]:
-            lines.append(f"without a reply: {counted(self.statistics.outcomes['none'], 'trap')}")
+            lines.append(
+                f"{counted(self.statistics.outcomes['none'], 'trap has', 'traps have')} no reply"
+            )
         return [line[: 2 * _MAX_WORDS] for line in lines + self._notes]
 
 

@@ -50,6 +50,7 @@ from vmibridge.errors import (
     BackendSpecError,
     GuestMemoryError,
 )
+from vmibridge.files import reason
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
@@ -94,7 +95,9 @@ class QemuPluginBackend(Backend):
         self.path = path
         self.options: QemuPluginOptions = options or QemuPluginOptions()
         if not 0 <= self.options.mode <= 0o777:
-            raise BackendSpecError(f"qemu-plugin:unix:{path}: mode={self.options.mode:#o}")
+            raise BackendSpecError(
+                f"qemu-plugin:unix:{path}: mode={self.options.mode:#o} is not the mode of a file"
+            )
         self._listener: sockets.UnixListener
         self._seq = itertools.count(1)
         self._pending: dict[int, Vcpu] = {}
@@ -109,7 +112,7 @@ class QemuPluginBackend(Backend):
         try:
             self._listener = await sockets.listen_unix(self.path, self.options.mode)
         except (OSError, BackendError) as error:
-            why = getattr(error, "strerror", None) or error
+            why = reason(error, self.path) if isinstance(error, OSError) else error
             raise BackendError(f"qemu-plugin:unix:{self.path}: {why}") from error
 
     async def close(self) -> None:
