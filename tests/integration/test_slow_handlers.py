@@ -60,6 +60,7 @@ def answered_during(held, outcomes):
 
 class TestAGate:
     @pytest.mark.parametrize("calls", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+    @pytest.mark.no_cover
     async def test_lets_the_other_vcpu_work_while_a_job_takes_its_2_seconds(
         self, build_guest, calls
     ):
