@@ -170,6 +170,7 @@ class TestImport:
 class TestPipes:
     """In processes of their own: standard input is read once."""
 
+    @pytest.mark.no_cover
     def test_lead_from_command_to_command(self, recorded, tmp_path):
         words = [
             ["edit", str(recorded), "--rename", "red=green", "-o", "-"],
