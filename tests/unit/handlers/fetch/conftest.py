@@ -1,6 +1,5 @@
 """Servers, a guest and a handler for the tests of the fetch handler."""
 
-import gc
 import socket
 from collections.abc import Iterator
 
@@ -11,11 +10,8 @@ from fetch_parts import Site, serving
 
 
 @pytest.fixture(scope="module", autouse=True)
-def what_is_alive_is_no_garbage_later():
-    """Each of these tests collects its garbage (`serving`), which takes 60 ms if all is visited
-    that the thousands of tests before have left alive."""
-    gc.collect()
-    gc.freeze()
+def each_test_collects_its_garbage(only_new_garbage):
+    """See `serving`."""
 
 
 @pytest.fixture
