@@ -100,13 +100,14 @@ def _at_start(environment: Any) -> dict[str, str]:
 @contextmanager
 def fork_server() -> Iterator[ForkServer]:
     """A fork server, which ends with the block. Coverage is gathered in its children alone."""
+    a_day = 86_400  # on a disturbed machine all tests take hours
     environment = {n: text for n, text in os.environ.items() if not n.startswith("COVERAGE_")}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with (
         ours,
         Child(
             [sys.executable, PROGRAM, str(theirs.fileno())],
-            seconds=3600, env=environment, pass_fds=[theirs.fileno()], stdout=None, stderr=None,
+            seconds=a_day, env=environment, pass_fds=[theirs.fileno()], stdout=None, stderr=None,
         ) as process,
     ):  # fmt: skip
         theirs.close()
