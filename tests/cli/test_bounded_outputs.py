@@ -86,6 +86,7 @@ def test_a_run_that_is_killed_has_lost_what_was_not_written_and_no_file(
     assert seqs == list(range(1, len(seqs) + 1))
 
 
+@pytest.mark.no_cover
 def test_the_total_of_a_folder_holds_over_several_runs(vmibridge, image, handlers, tmp_path):
     code = counted(3000)
     (tmp_path / "dear.mcap").write_bytes(b"something dear")
@@ -102,6 +103,7 @@ def test_the_total_of_a_folder_holds_over_several_runs(vmibridge, image, handler
     assert (tmp_path / "dear.mcap").read_bytes() == b"something dear"
 
 
+@pytest.mark.no_cover
 def test_a_folder_of_a_server_is_bounded_for_all_its_vms(
     children, vmibridge, image, tmp_path, handlers
 ):

@@ -379,6 +379,7 @@ async def test_each_of_1000_handlers_answers_its_own_requests():
 
 
 @pytest.mark.parametrize("place", ["first", "last", "none"])
+@pytest.mark.no_cover
 def test_a_match_costs_the_same_among_1_and_among_10_000_handlers(place):
     def comparisons(count):
         bridge = Bridge(

@@ -16,6 +16,9 @@ from vmibridge.engine.summary import Summary
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "guest/linux"
 FOLDER = ROOT / ".linux"
+LIMIT = 900
+"""Seconds within which a guest has come up and gone down, on a machine that is busy with other
+work: on a quiet one it takes ten."""
 
 
 def built_guest() -> Path:

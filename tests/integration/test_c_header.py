@@ -160,6 +160,7 @@ async def test_a_hypercall_has_the_signature_of_xen(build, width, how):
 @pytest.mark.parametrize("bit", [0, 31])
 @pytest.mark.parametrize("value", ["value1", "value2", "value3", "value4"])
 @pytest.mark.parametrize("side", ["request", "answer"])
+@pytest.mark.no_cover
 async def test_the_self_test_finds_a_bit_that_is_wrong(build, width, how, side, value, bit):
     end, _, _ = await run_guest(build(width, how), width, Flips(INFO, side, value, bit))
     assert end == NO_SELF_TEST

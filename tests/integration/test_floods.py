@@ -23,7 +23,7 @@ from vmibridge import (
 )
 from vmibridge.engine.access_policy import Policy, Quota, Rate
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.no_cover]
 
 
 # A proper call of the method FAST, which ends the guest with rax = 0x600d if it is answered.

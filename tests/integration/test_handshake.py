@@ -157,6 +157,7 @@ def values_of(width, how):
         for bit in (0, width - 1)
     ],
 )
+@pytest.mark.no_cover
 async def test_the_self_test_finds_one_wrong_bit(build_guest, width, how, side, value, bit):
     end, _ = await run_guest(build_guest, width, how, Flips(INFO, side, value, bit))
     assert end == NO_SELF_TEST

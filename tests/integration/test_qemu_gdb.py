@@ -58,7 +58,7 @@ async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
 @pytest.mark.no_cover
 # It takes long, and what differs between the loops is tested with less.
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"])
-@pytest.mark.parametrize("count", [1500, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_many_thousand_traps_of_two_vcpus(machine, count):
     work = Work()
     with anyio.fail_after(180):

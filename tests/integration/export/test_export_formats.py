@@ -189,6 +189,7 @@ class TestParquet:
         )
         assert (value1, value3, answer1) == (MAX_U64, MAX_U64 - 1, MAX_U64)
 
+    @pytest.mark.no_cover
     def test_is_written_by_row_groups(self, tmp_path):
         chunks = [range(first, first + 10_000) for first in range(1, 60_000, 10_000)]
         messages = [[(n, each(n)) for n in chunk for each in (trap, reply)] for chunk in chunks]
