@@ -145,14 +145,10 @@ class AgentLinkStage(Stage):
 
     async def __aenter__(self):
         self._tick = anyio.Event()
-        own = SimpleNamespace(
-            Event=anyio.Event, move_on_after=anyio.move_on_after, sleep=self._sleep
-        )
+        self._late = 0.0
         self._patches = [
             patch.object(agent_link, "_clock", self.clock),
-            # Time passes at once here, which is no loop that stands still.
-            patch.object(agent_link, "_loop_clock", lambda: 0.0),
-            patch.object(agent_link, "anyio", own),
+            patch.object(agent_link, "sleep_late", self._sleep_late),
         ]
         for each in self._patches:
             each.start()
@@ -174,9 +170,10 @@ class AgentLinkStage(Stage):
         for each in self._patches:
             each.stop()
 
-    async def _sleep(self, _):
-        """As `anyio.sleep` of the link: until the playbook says that time passes."""
+    async def _sleep_late(self, _):
+        """As that of the link: until the playbook says that time passes."""
         await self._tick.wait()
+        return self._late
 
     async def _receive(self):
         self.tasks.start_soon(self.link.watch)
@@ -238,8 +235,10 @@ class AgentLinkStage(Stage):
     async def when_says_garbage(self, at):
         await self.link._take(message(f"inbox.{at}", b"\7\0\0\0", "srv.stranger"))
 
-    async def when_passes(self, seconds):
+    async def when_passes(self, seconds, late=0):
+        """`late`: for how many of them the loop has not turned."""
         self.clock.now += float(seconds)
+        self._late = float(late)
         tick, self._tick = self._tick, anyio.Event()
         tick.set()
 
