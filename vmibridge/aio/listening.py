@@ -11,10 +11,12 @@ time that has gone by:
 A loop that is always a little late has every wait longer by as much, and no wait without an end.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
+from sniffio import current_async_library
 
 _STEPS = 4
 """A loop that stands still costs a peer at most one of these parts of its time."""
@@ -44,7 +46,45 @@ async def fail_after_listening(seconds: float) -> AsyncIterator[None]:
 
     Time in which the loop stood still does not count.
     """
-    scope = anyio.CancelScope()
+    with anyio.CancelScope() as scope:
+        if current_async_library() == "trio":
+            async with _watched(scope, seconds):
+                yield
+        else:
+            timer = _Timer(scope, seconds / _STEPS)
+            try:
+                yield
+            finally:
+                timer.stop()
+    if scope.cancelled_caught:
+        raise TimeoutError
+
+
+class _Timer:
+    """Cancels a scope on asyncio. A task for it would leave circles, and each connection of a
+    server has one."""
+
+    def __init__(self, scope: anyio.CancelScope, step: float) -> None:
+        self._scope = scope
+        self._step = step
+        self._left = _STEPS
+        self._loop = asyncio.get_running_loop()
+        self._next = self._loop.call_later(step, self._tick)
+
+    def _tick(self) -> None:
+        self._left -= 1
+        if self._left:
+            self._next = self._loop.call_later(self._step, self._tick)
+        else:
+            self._scope.cancel()
+
+    def stop(self) -> None:
+        self._next.cancel()
+
+
+@asynccontextmanager
+async def _watched(scope: anyio.CancelScope, seconds: float) -> AsyncIterator[None]:
+    """A block with a task that cancels `scope`."""
     raised: BaseException | None = None
 
     async def watch() -> None:
@@ -55,12 +95,11 @@ async def fail_after_listening(seconds: float) -> AsyncIterator[None]:
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(watch)
-            with scope:
-                try:
-                    yield
-                except BaseException as error:
-                    raised = error
-                    raise
+            try:
+                yield
+            except BaseException as error:  # raised again, but out of the group
+                raised = error
+                raise
             group.cancel_scope.cancel()
     except BaseExceptionGroup:
         # That task raises nothing but its cancellation: without it there would be no group.
@@ -69,6 +108,8 @@ async def fail_after_listening(seconds: float) -> AsyncIterator[None]:
     else:
         raised = None
     if raised is not None:
-        raise raised
-    if scope.cancelled_caught:
-        raise TimeoutError
+        try:
+            raise raised
+        finally:
+            # Else a circle, which only the garbage collector would end.
+            del raised

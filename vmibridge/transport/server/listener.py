@@ -231,7 +231,11 @@ class Listener:
                 lost = error
             tasks.cancel_scope.cancel()
         assert lost is not None
-        raise lost
+        try:
+            raise lost
+        finally:
+            # Else a circle with all of the connection, which only the garbage collector would end.
+            del lost
 
 
 def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[NatsListener]":
