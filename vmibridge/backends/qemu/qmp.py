@@ -24,6 +24,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from vmibridge.aio import sockets
 from vmibridge.aio.cancellation import UnwrappedExit
+from vmibridge.aio.listening import fail_after_listening
 from vmibridge.errors import QmpError
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class Qmp(UnwrappedExit):
 
     async def _negotiate(self) -> None:
         try:
-            with anyio.fail_after(_TIMEOUT):
+            async with fail_after_listening(_TIMEOUT):
                 while self._lines.version is None:
                     self._lines.feed(await self._receive_some())
                 await self._send(QmpLines.command(0, "qmp_capabilities", {}))
@@ -271,7 +272,7 @@ class Qmp(UnwrappedExit):
                 raise QmpError(f"{command}: {self._why}")
             self._waiting[number] = send
             try:
-                with anyio.fail_after(timeout):
+                async with fail_after_listening(timeout):
                     async with self._sending:
                         await self._send(QmpLines.command(number, command, named))
                     reply = await receive.receive()

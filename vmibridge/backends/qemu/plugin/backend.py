@@ -25,6 +25,7 @@ import anyio
 import msgspec
 
 from vmibridge.aio import sockets
+from vmibridge.aio.listening import fail_after_listening
 from vmibridge.backends.qemu.plugin.protocol import (
     MAX_HELLO,
     MAX_VCPUS,
@@ -148,7 +149,7 @@ class QemuPluginBackend(Backend):
         why = "QEMU has ended"
         self._connected += 1
         try:
-            with anyio.fail_after(_HANDSHAKE):
+            async with fail_after_listening(_HANDSHAKE):
                 hello, ram = await self._shake_hands(connected, frames)
             with ram or nullcontext(), self._place_of(hello) as place:
                 vcpu = Vcpu(connected, frames, place * MAX_VCPUS + hello.vcpu, ram)
