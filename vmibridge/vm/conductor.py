@@ -48,6 +48,10 @@ class Conductor(Protocol):
     def ended(self, event: TrapEvent) -> None:
         """A handler has ended, now."""
 
+    def postpones(self, first: int) -> float:
+        """A deadline has passed of the request that came with trap `first`, and nobody has said
+        so. Returns the seconds after which to ask again; 0: it passes now."""
+
     def is_retry(self, event: TrapEvent) -> bool:
         """Whether a trap asks again for what was told to wait."""
 

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 
-from vmibridge import Bridge, BridgeHandler, BridgeResponse
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+from vmibridge.aio.clock import virtual_time
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import STEP, TRAP, Step
 from vmibridge.recording.replay.walk import Walk
@@ -159,6 +160,49 @@ def test_it_waits_without_spinning(tmp_path, monkeypatch):
         assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), **how) == 3
         assert time.monotonic() - before >= 0.2
     assert len(rounds) < 100
+
+
+class ReadsSlowly(BridgeHandler[object]):
+    """Is told to wait between its reads. `held_up`: whether another one holds up the loop."""
+
+    MAGIC, REQUEST = MAGIC, 1
+
+    def __init__(self, held_up):
+        self.held_up = held_up
+
+    @method(1, soft_timeout=0.002)
+    async def in_pauses(self, vmi, packet):
+        got = 0
+        for number in range(6):
+            await anyio.sleep(0.001)
+            got += (await vmi.memory.read(0x1000 + packet.value1 + number, 1))[0]
+        return BridgeResponse(value1=0x100 + got)
+
+    @method(2)
+    async def holds_up(self, vmi, packet):
+        for _ in range(2):
+            await anyio.sleep(0.0005)
+            if self.held_up:
+                virtual_time().pass_by(1.5)
+        return BridgeResponse(value1=0x100)
+
+
+@pytest.mark.parametrize("order", ["recorded", "vcpu"])
+@pytest.mark.parametrize(("then", "now"), [(True, False), (False, True)])
+def test_deadlines_pass_as_they_did_where_a_loop_stood_still(tmp_path, then, now, order):
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            for vcpu, code in enumerate([1, 2, 1]):
+                tasks.start_soon(call, vm, ask(code, vcpu), vcpu, 0.001)
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(ReadsSlowly(then)), virtual=True)
+    for loop in ("asyncio", "trio"):
+        how = {"loop": loop, "order": order}
+        assert assert_same(path, ["vm"], lambda _: Bridge(ReadsSlowly(now)), **how) == 3
+        if not now:
+            how["virtual"] = False
+            assert assert_same(path, ["vm"], lambda _: Bridge(ReadsSlowly(now)), **how) == 3
 
 
 @pytest.mark.parametrize("now", ["asyncio", "trio"])

@@ -144,7 +144,15 @@ class RecordedOrder(Conductor):
             request.final_wait = request.queued and not request.turns_allowed
             passed = self.engine.tell_to_wait(first)
         # A handler that has just begun is not suspended yet, or it never will be.
-        return passed or request.ended or not self._walk.looks_again(request)
+        return passed or request.ended or not self._walk.looks_again()
+
+    def postpones(self, first: int) -> float:
+        """A deadline has passed that nobody has let pass. As long as the recording says when it
+        did, it passes then: the loop of then, or that of now, may have stood still."""
+        request = self.find(first)
+        if request is None or request.over or not self.has_steps:
+            return 0.0
+        return self._walk.postpones(request)
 
     def is_retry(self, event: TrapEvent) -> bool:
         """Whether a trap asks again for what was told to wait."""
