@@ -39,6 +39,9 @@ class Conductor(Protocol):
         Asked before both, where it does both.
         """
 
+    def lines_up(self, event: TrapEvent) -> bool:
+        """Whether a handler, which nothing of the engine keeps from it, may not begin yet."""
+
     def began(self, event: TrapEvent) -> None:
         """A handler begins, now."""
 

@@ -11,15 +11,10 @@ from determinism_parts import (
     Serial,
     Shared,
     ask,
-    bridges,
+    assert_same,
     call,
-    random_guests,
     record,
-    replay,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from laws import examples
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
 from vmibridge.aio.clock import virtual_time
@@ -34,16 +29,6 @@ HOWS = [
     pytest.param({"virtual": False}, id="real-time"),
     pytest.param({"loop": "trio"}, id="trio"),
 ]
-EVERY_LOOP = frozenset({1, 2, 3, 4, 6, 7})
-"""Methods of `Counts` that no loop does in another order. On trio tasks that are due together run
-in any order, and a scope that is cancelled while a sleep in it ends takes the sleep's place."""
-
-
-def assert_same(path, names, make, **how):
-    results = replay(path, names, make, **how)
-    assert [result.first for result in results] == [None] * len(names)
-    assert [result.unchecked for result in results] == [{}] * len(names)
-    return sum(result.compared for result in results)
 
 
 async def one_that_ends_before_its_retry(vm):
@@ -243,28 +228,3 @@ def test_when_a_handler_went_on_and_ended_is_recorded(tmp_path):
     assert Step("vm", 2, "ended") in steps
     assert [each.kind for each in steps if each.seq == 3] == ["parked", "resumed", "ended"]
     assert all(each.seq != 1 for each in steps), "it never waited"
-
-
-def law(path, seed, then, now):
-    guests = random_guests(seed, None if "trio" not in (then, now) else EVERY_LOOP)
-    record(path, guests, bridges(), then)
-    assert assert_same(path, list(guests), bridges(), loop=now)
-
-
-LOOPS = st.sampled_from(["asyncio", "uvloop", "trio"])
-
-
-@settings(max_examples=examples(6))
-@given(seed=st.integers(0, 1 << 32), then=LOOPS, now=st.sampled_from(["asyncio", "trio"]))
-def test_law_whatever_was_recorded_replays_the_same(tmp_path_factory, seed, then, now):
-    law(tmp_path_factory.mktemp("law") / "run.mcap", seed, then, now)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("then", ["asyncio", "uvloop", "trio"])
-def test_law_a_thousand_recordings(tmp_path, then):
-    for seed in range(334):
-        now = "trio" if seed % 3 == 0 else "asyncio"
-        path = tmp_path / f"{seed}.mcap"
-        law(path, seed, then, now)
-        path.unlink()

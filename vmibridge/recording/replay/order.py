@@ -83,6 +83,13 @@ class RecordedOrder(Conductor):
             return None
         return self._walk.hold(request, lambda: _may_begin(request, number))
 
+    def lines_up(self, event: TrapEvent) -> bool:
+        """Whether a handler may not begin yet."""
+        request = self.find(event.seq)
+        if request is None or not self.has_steps or request.has_turn:
+            return False
+        return not _may_begin(request, request.turns + 1)
+
     def began(self, event: TrapEvent) -> None:
         """A handler begins, now."""
         self._walk.running += 1
