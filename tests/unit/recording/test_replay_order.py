@@ -1,6 +1,7 @@
 """Handlers that wait and have state: unchanged, they replay the same, on virtual time."""
 
 import time
+from functools import partial
 
 import anyio
 import pytest
@@ -21,6 +22,7 @@ from vmibridge.aio.clock import virtual_time
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import STEP, TRAP, Step
 from vmibridge.recording.replay.walk import Walk
+from vmibridge.testing import FakeGuest
 
 HOWS = [
     pytest.param({}, id="default"),
@@ -86,6 +88,23 @@ def test_an_unchanged_handler_replays_the_same(tmp_path, guest, handler):
 
 
 @pytest.mark.parametrize("how", HOWS)
+def test_the_one_place_goes_to_who_had_it_then(tmp_path, how):
+    async def guest(vm):
+        async def first():
+            await vm.call(ask(2, 5))
+            # Nothing keeps it from the place but the one in the line, who is held until his turn.
+            await vm.call(ask(3, 3))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(first)
+            tasks.start_soon(partial(vm.call, ask(2, 5), vcpu=1))
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Counts()), in_flight=1)
+    assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), **how) == 3
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_a_shared_handler_gets_what_all_vms_asked_in_their_order(tmp_path, how):
     async def guest(vm):
         for _ in range(4):
@@ -145,6 +164,35 @@ def test_it_waits_without_spinning(tmp_path, monkeypatch):
         assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), **how) == 3
         assert time.monotonic() - before >= 0.2
     assert len(rounds) < 100
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_reads_of_tasks_beside_a_handler_hide_no_step_of_it(tmp_path, monkeypatch, loop):
+    read_at_once = FakeGuest.read_physical
+
+    async def read_later(vm, *arguments):
+        await anyio.sleep(0.05)
+        return await read_at_once(vm, *arguments)
+
+    class ReadsBeside(BridgeHandler[object]):
+        MAGIC, REQUEST = MAGIC, 1
+
+        async def handle(self, vmi, packet):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(vmi.memory.read, 0x1000, 4)
+                for _ in range(3):
+                    await anyio.sleep(0.001)
+            await vmi.memory.read(0x1000, 4)
+
+    async def guest(vm):
+        await vm.call(ask(1))
+
+    monkeypatch.setattr(FakeGuest, "read_physical", read_later)
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(ReadsBeside()), loop, virtual=True)
+    with RecordingReader(path) as reader:
+        steps = [message.kind for _, message in reader.messages(STEP)]
+    assert steps == ["resumed"] * 4 + ["ended"], "three sleeps, and the end of the task"
 
 
 class ReadsSlowly(BridgeHandler[object]):

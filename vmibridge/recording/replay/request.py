@@ -88,6 +88,8 @@ class ReplayedRequest:
     steps_done = 0
     """How often it went on after it was suspended."""
     steps_allowed = 0
+    last_step: "tuple[float, int] | None" = None
+    """When it was given or went on: by the clock of the loop, and then, in nanoseconds."""
     cut = False
     """Whether its handler was cut off then, by the hard deadline."""
     closes = False

@@ -290,6 +290,24 @@ class Walk:
         self.poke()
         return False
 
+    def mark(self, request: ReplayedRequest, at: int) -> None:
+        """A request is given to the server, or its handler may go on: at that time then."""
+        if self._virtual is None:
+            request.last_step = self._clock(), at
+
+    def is_as_late(self, request: ReplayedRequest, at: int) -> bool:
+        """Whether its handler has had the time that it had then, at `at`; else the walk goes on
+        when it has. What it waited for was there perhaps when it was cut off."""
+        if self._virtual is not None or self._speed or request.last_step is None:
+            return True
+        now, then = request.last_step
+        due = now + (at - then) / 1e9
+        if due <= self._clock():
+            return True
+        self._pause = due
+        self.poke()
+        return False
+
     def looks_again(self) -> bool:
         """Whether to play this message in a moment, when other tasks have run; not for ever."""
         if self._looks_at != (at := self._played + self._place):
