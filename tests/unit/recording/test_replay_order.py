@@ -1,7 +1,6 @@
 """Handlers that wait and have state: unchanged, they replay the same, on virtual time."""
 
 import time
-from functools import partial
 
 import anyio
 import pytest
@@ -85,23 +84,6 @@ def test_an_unchanged_handler_replays_the_same(tmp_path, guest, handler):
     record(path, {"vm": guest}, lambda _: Bridge(handler()))
     for how in HOWS:
         assert assert_same(path, ["vm"], lambda _: Bridge(handler()), **how.values[0])
-
-
-@pytest.mark.parametrize("how", HOWS)
-def test_the_one_place_goes_to_who_had_it_then(tmp_path, how):
-    async def guest(vm):
-        async def first():
-            await vm.call(ask(2, 5))
-            # Nothing keeps it from the place but the one in the line, who is held until his turn.
-            await vm.call(ask(3, 3))
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(first)
-            tasks.start_soon(partial(vm.call, ask(2, 5), vcpu=1))
-
-    path = tmp_path / "run.mcap"
-    record(path, {"vm": guest}, lambda _: Bridge(Counts()), in_flight=1)
-    assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), **how) == 3
 
 
 @pytest.mark.parametrize("how", HOWS)
