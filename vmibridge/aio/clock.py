@@ -11,7 +11,8 @@ an hour that a handler slept takes no time.
 | a thread works, or a socket or a pipe is waited for | passes as it does outside |
 | the replay reads its file (`held`) | stands still |
 
-Time does not pass while code runs. uvloop has a clock of its own, in C: no virtual time there.
+Time does not pass while code runs, but for the last bit of it. uvloop has a clock of its own, in C:
+no virtual time there.
 """
 
 import time

@@ -6,6 +6,7 @@ the loop, `WorkerThread` of anyio. `tests/unit/aio/test_virtual_time.py` fails i
 """
 
 import asyncio
+import math
 import selectors
 import threading
 import time
@@ -75,8 +76,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         virtual.next_timer = self._next_timer
 
     def time(self) -> float:
-        """Virtual seconds."""
-        return self.virtual.now
+        """Virtual seconds, by the last bit later each time: timers that are set one after another
+        are due in that order, as on any loop. Of equal times asyncio has them in any order."""
+        virtual = self.virtual
+        if not virtual.is_held:
+            virtual.now = math.nextafter(virtual.now, math.inf)
+        return virtual.now
 
     # The stubs of the standard library type its arguments together, which a call through cannot.
     def run_in_executor(  # type: ignore[override]

@@ -95,7 +95,12 @@ class HandlerCalls:
             for entry in entries:
                 request.entry = entry
                 try:
-                    if entry.serial or waited or (not entry.instant and self._in_flight.full):
+                    if (
+                        entry.serial
+                        or waited
+                        or (not entry.instant and self._in_flight.full)
+                        or (self._watch is not None and self._watch.lines_up(worker))
+                    ):
                         found = await self._ask_in_turn(worker, request, entry)
                     else:
                         request.state = _INLINE

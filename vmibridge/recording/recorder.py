@@ -368,6 +368,9 @@ class Recorder(ChunkedRecording, Tap):
             or not rotation.is_due(self._chunk.settle(), data)
         ):
             return
+        if self._steps.pending is not None:
+            # It stands behind its trap. The next part begins with its sessions.
+            self._add(STEP, self._steps.flush())
         self._cut()
         self._chunk = self._first_chunk(rotation.next_part())
         for channel, message in rotation.preamble():

@@ -9,7 +9,7 @@ Rules:
   reply holds the walk until the server has answered that trap, too. With `order=vcpu` replies hold
   the traps of their vCPU only, and what handlers do is in the recorded order all the same.
 - Memory is served from the recording, to the request that accessed it (`replayed`).
-- Deadlines pass when they passed then. One that did not pass then has some seconds more.
+- Deadlines pass when they passed then; another one when the walk has been stuck for a while.
 - A request that was told to wait then, and is answered at once now, is done, without its retries.
   One that is told to wait now asks again, with the recorded ones.
 - Left out are later runs of a VM, as when files were put together: each had handlers of its own;
@@ -271,6 +271,7 @@ class ReplayBackend(Backend, Tap):
             self._walk.skip()
             self._feed(request, event, Awaited.ANSWERED)
             return True
+        self._walk.mark(request, time)
         waits = self.conductor.is_asked and not request.queued
         self._feed(request, event, Awaited.BEGUN if waits else Awaited.TAKEN)
         return True
@@ -306,11 +307,15 @@ class ReplayBackend(Backend, Tap):
             return False
         if step.kind in ("parked", "cut off"):
             # It has read by then what was read: without its trap it would wait for the next one.
-            if request.has_pending and self._walk.looks_again(request):
+            if request.has_pending and self._walk.looks_again():
                 return False
             request.cut = step.kind == "cut off"
+            if request.cut and not self._walk.is_as_late(request, time):
+                return False
+            request.parked = True
             kind = OutcomeKind.WAITING if step.kind == "parked" else OutcomeKind.TIMEOUT
             return self.conductor.let_pass(request, kind)
+        self._walk.mark(request, time)
         match step.kind:
             case "began":
                 request.turns_allowed += 1
@@ -372,7 +377,7 @@ class ReplayBackend(Backend, Tap):
     ) -> None:
         self._vcpus.add(event.vcpu)
         self._unanswered[event.seq] = event
-        request.taken = request.told = False
+        request.taken = request.told = request.parked = False
         if self.options.order == "vcpu":
             queue = self._busy.get(event.vcpu)
             if queue is not None:

@@ -72,6 +72,8 @@ class ReplayedRequest:
     """Whether the server has taken its latest trap."""
     told = False
     """Whether that was answered, by WAIT or for good."""
+    parked = False
+    """Whether its soft deadline has passed then, as far as the recording was read."""
     begun = False
     """Whether its handler has begun, or lined up though it did not then."""
     ended = False
@@ -86,8 +88,8 @@ class ReplayedRequest:
     steps_done = 0
     """How often it went on after it was suspended."""
     steps_allowed = 0
-    looks = 0
-    """How often the walk found that it had not gone as far yet."""
+    last_step: "tuple[float, int] | None" = None
+    """When it was given or went on: by the clock of the loop, and then, in nanoseconds."""
     cut = False
     """Whether its handler was cut off then, by the hard deadline."""
     closes = False
@@ -145,6 +147,12 @@ class ReplayedRequest:
         if self._retries is None:
             self._retries = deque()
         return self._retries
+
+    @property
+    def needs_more(self) -> bool:
+        """Whether it cannot go on before more of the recording is read: it is slower than then, and
+        was told to wait before it was then, or it reads what it had not read by then."""
+        return self.blocked or (self.wants_retry and not self.parked)
 
     def gate(self) -> anyio.Event:
         """Set when it may go on, perhaps."""
