@@ -142,31 +142,24 @@ async def forget_cancellation(task: "asyncio.Task[object]") -> None:
 
 
 class _Watched(_Suspended):
-    """The same in the caller's context, with `on_step` before each step."""
+    """The same in the caller's context, each step by `run`."""
 
     __slots__ = ()
 
     def __init__(
-        self, body: Coroutine[Any, Any, Any], wish: object, on_step: Callable[[bool], None]
+        self, body: Coroutine[Any, Any, Any], wish: object, run: Callable[..., object]
     ) -> None:
-        throws = body.throw
-
-        def run(step: Callable[..., object], *arguments: object) -> object:
-            if arguments:
-                on_step(step == throws)
-            return step(*arguments)
-
         self._body = body
         self._run: Callable[..., Any] = run
         self._wish = wish
 
 
 def watched_rest(
-    body: Coroutine[Any, Any, R], wish: object, on_step: Callable[[bool], None]
+    body: Coroutine[Any, Any, R], wish: object, run: Callable[..., object]
 ) -> Generator[Any, Any, R]:
-    """The rest of a suspended body, which waits for `wish`; `on_step` is called before each step,
-    with whether something is thrown in.
+    """The rest of a suspended body, which waits for `wish`. `run` makes each step: it gets
+    `send`, `throw` or `close` of the body, and the argument for it.
 
     Raises what `body` raises.
     """
-    return _Watched(body, wish, on_step)
+    return _Watched(body, wish, run)

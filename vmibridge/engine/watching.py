@@ -5,6 +5,7 @@ test otherwise.
 
 A *step* is what a handler does from one suspension to the next. An access to guest memory that is
 waited for does not count: a VM answers at once or later, and a recording has the access itself.
+Nor does what a handler waits for inside of `vmi.outside`: a replay does not call that function.
 """
 
 import secrets
@@ -15,7 +16,7 @@ from types import coroutine
 from typing import Any
 
 from vmibridge.aio.coroutines import watched_rest
-from vmibridge.bridge.context import Source
+from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.beginnings import Began
 from vmibridge.engine.request import Worker, first_trap
@@ -37,12 +38,15 @@ def watch_for(
     return HandlerWatch(began, taps.handler_stepped, conductor, taps.reading)
 
 
-def source_for(conductor: Conductor | None, clock: Callable[[], float]) -> Source:
+def source_for(
+    conductor: Conductor | None, clock: Callable[[], float], outside: Door | None
+) -> Source:
     """What the times and random numbers of handlers of a VM come from."""
     if conductor is None:
-        return Source(time.time_ns() - round(clock() * 1e9), secrets.randbits(_SEED))
+        epoch = time.time_ns() - round(clock() * 1e9)
+        return Source(epoch, secrets.randbits(_SEED), outside=outside)
     seed = secrets.randbits(_SEED) if conductor.seed is None else conductor.seed
-    return Source(0, seed, conductor.wall_time)
+    return Source(0, seed, conductor.wall_time, outside)
 
 
 class HandlerWatch:
@@ -61,6 +65,12 @@ class HandlerWatch:
         self._reading = reading
         self.lined_up: set[Worker] = set()
         """Who waits to begin; whoever ends its request takes it out."""
+        self.stepping: BridgeContext | None = None
+        """Whose handler runs right now, other than in a task that it has started."""
+        self.suspensions: int = 0
+        """How often any of them was suspended, or has ended."""
+        self.outside: set[BridgeContext] = set()
+        """Those that are inside of `vmi.outside`, other than in a task that they have started."""
 
     def queued(self, worker: Worker) -> None:
         """A handler lines up."""
@@ -92,14 +102,14 @@ class HandlerWatch:
             self._tell(worker, "began")
         body = _coroutine(ask(entry, worker.context, worker.request.packet))
         try:
-            wish = body.send(None)
+            wish = self._run(worker, body.send, None)
         except StopIteration as end:
             answer: Answer = end.value
             return answer
         else:
             try:
                 if conductor is None:
-                    rest = watched_rest(body, wish, partial(self._step, worker))
+                    rest = watched_rest(body, wish, partial(self._step, worker, body.throw))
                 else:
                     rest = self._conducted(worker, body, wish, conductor)
                 last: Answer = yield from rest
@@ -111,11 +121,23 @@ class HandlerWatch:
                 conductor.ended(worker.context.event)
 
     def _is_step(self, worker: Worker) -> bool:
-        return worker.context.event.seq not in self._reading
+        context = worker.context
+        return context.event.seq not in self._reading and context not in self.outside
 
-    def _step(self, worker: Worker, is_thrown: bool) -> None:
-        if self._is_step(worker):
-            self._tell(worker, "thrown" if is_thrown else "resumed")
+    def _step(
+        self, worker: Worker, throws: object, step: Callable[..., object], *arguments: object
+    ) -> object:
+        if arguments and self._is_step(worker):
+            self._tell(worker, "thrown" if step == throws else "resumed")
+        return self._run(worker, step, *arguments)
+
+    def _run(self, worker: Worker, step: Callable[..., object], *arguments: object) -> object:
+        self.stepping = worker.context
+        try:
+            return step(*arguments)
+        finally:
+            self.stepping = None
+            self.suspensions += 1
 
     def _tell(self, worker: Worker, step: Step) -> None:
         if self._stepped is not None:
@@ -143,7 +165,7 @@ class HandlerWatch:
                         step, reply = body.throw, error
                 self._tell(worker, "thrown" if step == body.throw else "resumed")
             try:
-                wish = step(reply)
+                wish = self._run(worker, step, reply)
             except StopIteration as end:
                 answer: Answer = end.value
                 return answer

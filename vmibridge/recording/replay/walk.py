@@ -13,6 +13,7 @@ and goes on when it has happened again:
 | step `began` | the handler's turn, at its time | it has begun |
 | step `resumed` | the handler may go on, at its time | it has |
 | step `ended` | the handler may go on as often as it likes | it has ended |
+| call of `vmi.outside` | its value is given, at its time | the handler has it |
 | memory access | it is kept for its request | at once |
 | reply | deadlines pass that passed then | the trap is answered |
 
@@ -82,6 +83,7 @@ class Awaited(Enum):
     BEGUN = "begun"
     RESUMED = "resumed"
     ENDED = "ended"
+    FETCHED = "given what came from outside"
     TOLD = "told to wait"
     ANSWERED = "answered"
 
@@ -251,6 +253,9 @@ class Walk:
                 return done or not request.begun
             case Awaited.ENDED:
                 return request.ended or not request.begun
+            case Awaited.FETCHED:
+                done = request.outside.awaited is None or request.ended or not request.begun
+                return done or (answered and not request.cut)
             case Awaited.TOLD:
                 return request.told or answered
             case Awaited.ANSWERED:
@@ -308,12 +313,16 @@ class Walk:
             request.loose = False
 
     def _may_loosen(self) -> None:
-        if self._held and self.awaited is not None and self._loosen_at == math.inf:
+        # A changed handler may not ask for what came from outside.
+        may_wait = self._held or self.what is Awaited.FETCHED
+        if may_wait and self.awaited is not None and self._loosen_at == math.inf:
             self._loosen_at = self._clock() + self._patience
             self.poke()
 
     def _loosen(self) -> None:
         """Who is waited for may wait for who is held."""
+        if self.awaited is not None and self.what is Awaited.FETCHED:
+            self.awaited.outside.awaited = None
         self._patience *= 2
         self._loosen_at = math.inf
         for request in self._held:
