@@ -16,6 +16,7 @@ from vmibridge.cli.trap_line import trap_cells
 from vmibridge.recording.export.jsonl import trap_record
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
+from vmibridge.recording.outside_text import outside_line
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import NO_REPLY, OUTCOME_WORDS, RecordedTrap, outcome_word
 from vmibridge.text import printable
@@ -170,6 +171,8 @@ def _details(trap: RecordedTrap) -> Iterator[str]:
             text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
         what = "wrote" if access.write else "read"
         yield f"    {what} {access.size} bytes at {access.address:#x}: {text}"
+    for _, call in trap.outside:
+        yield f"    outside {outside_line(call)}"
     if trap.left_out:
         yield f"    {trap.left_out} further accesses, too much to hold"
 

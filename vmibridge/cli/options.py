@@ -23,7 +23,7 @@ CHECKS = Group("Looking at what happens")
 RECORDING = Group("Recording")
 
 
-def _no_option(_kind: object, given: object) -> None:
+def no_option(_kind: object, given: object) -> None:
     """What begins like an option is none of the files, but for `-`."""
     for each in given if isinstance(given, tuple) else (given,):
         if str(each).startswith("-") and str(each) != "-":
@@ -41,7 +41,7 @@ OUTPUT = Parameter(
     help="The file to make; - is standard output.",
 )
 PIPED = Parameter(
-    allow_leading_hyphen=True, validator=_no_option, help="A recording; - is standard input."
+    allow_leading_hyphen=True, validator=no_option, help="A recording; - is standard input."
 )
 REDACT = Parameter(
     group=RECORDING,

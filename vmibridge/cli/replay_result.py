@@ -68,6 +68,11 @@ class FileResult(msgspec.Struct):
         """Requests that could not be compared, by the reason."""
         return _sum(result.unchecked for result in self.vms.values())
 
+    @property
+    def outside(self) -> dict[str, int]:
+        """How often functions were called that `vmi.outside` found nothing for, by key."""
+        return _sum(result.outside for result in self.vms.values())
+
 
 class ReplayPrinter:
     """Tells what a replay finds."""
@@ -125,6 +130,12 @@ class ReplayPrinter:
         if result.ignored:
             _print(f"ignored by rules: all that differs of {result.ignored} requests")
         _print(*(f"not compared: {count} ({why})" for why, count in result.unchecked.items()))
+        _print(
+            *(
+                f"outside {key!a} was not in the recording; it was called ({count} times)"
+                for key, count in result.outside.items()
+            )
+        )
 
     def end(
         self,
@@ -183,6 +194,7 @@ def _counts(results: Sequence[FileResult]) -> dict[str, Any]:
         "different": sum(each.different for each in results),
         "ignored": sum(each.ignored for each in results),
         "unchecked": _sum(each.unchecked for each in results),
+        "outside": _sum(each.outside for each in results),
         "problems": sum(each.problems for each in results),
         "findings": [finding for each in results for finding in each.findings],
     }

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from vmibridge.errors import (
 )
 from vmibridge.recording.export import new_files
 from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.file.source import readable_again
 from vmibridge.recording.messages import SESSION, TRAP, Session
 from vmibridge.recording.replay.accept import Accepted, write_accepted
 from vmibridge.recording.replay.backend import ReplayBackend
@@ -74,6 +75,8 @@ class Replay:
         self._with_pdb = with_pdb
         self._printer = ReplayPrinter(as_json=as_json, several=len(paths) > 1)
         self._has_begun = False
+        self._files: dict[Path, Path] = {}
+        """What is read for each path."""
 
     def run(
         self,
@@ -106,16 +109,16 @@ class Replay:
                 raise ConfigError(f"{self._target}: already exists, and is not written over")
             verdict.accepted = Accepted(all_handlers=self._selection == _ALL)
         results = []
-        for path in self._paths:
-            if verdict.is_over:
-                break
-            results.append(self._run_file(path, sources, config, timeout, verdict))
+        with ExitStack() as stack:
+            for path in self._paths:
+                if verdict.is_over:
+                    break
+                self._files[path] = stack.enter_context(readable_again(path))
+                results.append(self._run_file(path, sources, config, timeout, verdict))
+            self._write_accepted(results, verdict)
         if junit is not None:
             with new_files([junit], replace=True) as (part,):
                 part.write_bytes(junit_report(results))
-        if verdict.accepted is not None and any(each.compared for each in results):
-            write_accepted(self._paths[0], self._target or Path(), verdict.accepted)
-            self._printer.accepted(verdict.accepted.count, self._target or Path())
         return self._printer.end(
             results,
             strict=self._options.strict,
@@ -123,6 +126,12 @@ class Replay:
             selects=self._selection != _ALL or verdict.is_over,
             accepts=verdict.accepted is not None,
         )
+
+    def _write_accepted(self, results: Sequence[FileResult], verdict: Verdict) -> None:
+        if verdict.accepted is not None and any(each.compared for each in results):
+            source, target = self._files[self._paths[0]], self._target or Path()
+            write_accepted(source, target, verdict.accepted)
+            self._printer.accepted(verdict.accepted.count, target)
 
     def _run_file(
         self,
@@ -133,7 +142,7 @@ class Replay:
         verdict: Verdict,
     ) -> FileResult:
         try:
-            sessions, start = _sessions_of(path, with_start=self._needs_start)
+            sessions, start = _sessions_of(self._files[path], with_start=self._needs_start)
             verdict.begin_file(start)
             one = partial(self._compare, path, sessions, sources, config, timeout, verdict)
             return run_on(self._loop, one, VirtualTime(self._options.speed))
@@ -174,14 +183,15 @@ class Replay:
             bridge = bridges[vm] = factory(vm)
             return bridge
 
-        printer, walk = self._printer, Walk(path)
+        printer, file = self._printer, self._files[path]
+        walk = Walk(file)
         backends = []
         for name in self._names(sessions, all_of_them=factory.has_shared):
             vm = self._renamed.get(name or "", name or "vm")
             options = msgspec.structs.replace(self._options, vm=name)
             backends.append(
                 ReplayBackend(
-                    path,
+                    file,
                     options,
                     vm,
                     partial(printer.difference, path),

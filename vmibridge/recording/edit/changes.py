@@ -71,12 +71,16 @@ class Changes:
             message = self._renamed(message, message.vm)
         return TimedMessage(time, message)
 
+    def name_of(self, vm: str) -> str:
+        """What a VM is called."""
+        return self._rename.get(vm, vm)
+
     def packet(self, packet: BridgePacket, left_out: frozenset[str]) -> BridgePacket:
         """The request of a trap, in the same way."""
         return self._redaction.packet(packet, left_out) if self.redacts else packet
 
     def _renamed(self, message: RecordedMessage, vm: str) -> RecordedMessage:
-        name = self._rename.get(vm, vm)
+        name = self.name_of(vm)
         owner = self._owners.setdefault(name, vm)
         if owner != vm:
             raise ConfigError(f"--rename: both {owner!a} and {vm!a} would be called {name!a}")

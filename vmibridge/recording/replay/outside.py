@@ -112,7 +112,7 @@ class ReplayedOutside:
             if found is not None and found.is_cut_off:
                 with anyio.move_on_after(_PATIENCE):
                     await anyio.sleep_forever()
-        except BaseException:  # a cancellation, most likely
+        except anyio.get_cancelled_exc_class():
             found = calls.recorded.get(call)
             with anyio.move_on_after(_PATIENCE, shield=True):
                 found = await self._reached(request, call)
@@ -125,18 +125,17 @@ class ReplayedOutside:
             message = calls.recorded.pop(call, None)
             if message is not None:
                 self._held -= _size(message)
+                if request.keeps:
+                    calls.made.add(call)
             if calls.awaited == call:
                 calls.awaited = None
                 self._walk.go()
-        if found is None or found.is_cut_off:
+        if found is None or found.is_cut_off or found.left_out:
+            calls.made.discard(call)
+            if found is not None and found.left_out:
+                request.unchecked = _LEFT_OUT
             self._count(request, key)
             return None
-        if found.left_out:
-            request.unchecked = _LEFT_OUT
-            self._count(None, key)
-            return None
-        if request.keeps:
-            calls.made.add(call)
         return OutsideCall(key, number, found.data, found.error, found.types, found.at_once)
 
     def keep(self, event: TrapEvent, call: OutsideCall) -> None:
