@@ -78,8 +78,9 @@ class OutsideRefusedError(OutsideError):
     """A replay that must not call a function has nothing recorded for it."""
 
     def __init__(self, key: str) -> None:
-        name = f"{type(self).__module__}.{type(self).__qualname__}"
-        super().__init__(key, (name,), "it is not in the recording, and is not called")
+        what = "it is not in the recording, and is not called"
+        super().__init__(key, ("vmibridge.errors.OutsideRefusedError",), what)
+        self.args = (f"outside {key!a}: {what}",)
 
 
 class UnsupportedTrapError(VmiBridgeError):

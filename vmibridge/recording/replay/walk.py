@@ -313,16 +313,30 @@ class Walk:
             request.loose = False
 
     def _may_loosen(self) -> None:
-        # A changed handler may not ask for what came from outside.
-        may_wait = self._held or self.what is Awaited.FETCHED
-        if may_wait and self.awaited is not None and self._loosen_at == math.inf:
+        waits = self._held or self._waits_for_outside()
+        if waits and self.awaited is not None and self._loosen_at == math.inf:
             self._loosen_at = self._clock() + self._patience
             self.poke()
 
+    def _waits_for_outside(self) -> bool:
+        """Whether a changed handler may not ask for what the walk has for it, or asks for what
+        comes later."""
+        awaited = self.awaited
+        if awaited is None or not awaited.has_outside:
+            return False
+        return self.what is Awaited.FETCHED or (
+            self.what is Awaited.RESUMED and bool(awaited.outside.waiting)
+        )
+
     def _loosen(self) -> None:
         """Who is waited for may wait for who is held."""
-        if self.awaited is not None and self.what is Awaited.FETCHED:
+        if self.awaited is not None and self._waits_for_outside():
             self.awaited.outside.awaited = None
+            if self.what is Awaited.RESUMED:
+                self.awaited = None
+                self._loosen_at = math.inf
+                self.go()
+                return
         self._patience *= 2
         self._loosen_at = math.inf
         for request in self._held:
