@@ -47,7 +47,7 @@ REDACT = Parameter(
     group=RECORDING,
     negative=(),
     show_default=False,
-    help="Leave out memory, value1 to value4, settings of handlers, or one of them of one"
+    help="Leave out memory, value1 to value4, outside, settings of handlers, or one of them of one"
     " request, as in 0x0002:value3; may be given several times.",
 )
 RENAME = Parameter(
