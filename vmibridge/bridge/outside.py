@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Awaitable, Callable
+from types import CoroutineType
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -61,7 +62,7 @@ async def fetched(key: str, fetch: Fetch) -> object:
         raise TypeError(f"vmi.outside calls an async function, got {type(fetch).__name__}")
     try:
         awaitable = fetch()
-        if not isinstance(awaitable, Awaitable):
+        if type(awaitable) is not CoroutineType and not isinstance(awaitable, Awaitable):
             raise TypeError(
                 "the function of vmi.outside has to be async; run one that blocks in a thread"
             )
@@ -74,8 +75,6 @@ def encoded(key: str, value: object) -> bytes:
     """A value as a recording has it. Raises `OutsideError` for one that it cannot have."""
     try:
         data = _encode(value)
-        # What it cannot give again is found now: such as a map with keys that are lists.
-        _decode(data)
     except _WRONG as error:
         raise _unfit(key, error, "its value cannot be recorded") from error
     if len(data) > MAX_VALUE:

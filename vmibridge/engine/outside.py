@@ -5,14 +5,13 @@ then. One that is cut off by a cancellation is told, too: without that, a replay
 one that is not in the recording.
 """
 
-import msgspec
-
 from vmibridge.bridge.context import BridgeContext, Door
 from vmibridge.bridge.outside import Fetch, encoded, fetched
 from vmibridge.engine.taps import Taps
 from vmibridge.engine.watching import HandlerWatch
 from vmibridge.errors import OutsideError, OutsideRefusedError
 from vmibridge.vm.conductor import Conductor, OutsideCall
+from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["outside_for"]
 
@@ -53,32 +52,32 @@ class _OutsideCalls:
         before = -1 if watch is None else watch.suspensions
         event, first = context.event, context.first_seq
         conductor = self._conductor
-        error: OutsideError | None = None
         call: OutsideCall | None = None
         try:
             if conductor is not None:
                 call = await conductor.outside(event, key, number)
+            is_new = call is None
             if call is None:
-                call, error = await _called(key, number, fetch)
-                if watch is not None and watch.suspensions == before:
-                    call = msgspec.structs.replace(call, at_once=True)
-                if conductor is not None:
-                    conductor.called_outside(event, call)
-        except OutsideRefusedError as refused:
-            call, error = OutsideCall(key, number, None, refused.text, refused.types), refused
+                data = encoded(key, await fetched(key, fetch))
+                at_once = watch is not None and watch.suspensions == before
+                call = OutsideCall(key, number, data, at_once=at_once)
+        except OutsideError as error:
+            at_once = watch is not None and watch.suspensions == before
+            call = OutsideCall(key, number, None, error.text, error.types, at_once)
+            is_new = not isinstance(error, OutsideRefusedError)
+            await self._tell(event, first, call, is_new=is_new)
+            raise
         except BaseException:  # it was cut off: the handler gets that
             self._taps.outside_called(event, first, OutsideCall(key, number))
             raise
-        if self._taps.outside_called(event, first, call):
-            await self._taps.room()
+        await self._tell(event, first, call, is_new=is_new)
         if call.data is None:
-            raise error or OutsideError(key, call.types, call.error or "")
+            raise OutsideError(key, call.types, call.error or "")
         return call.data
 
-
-async def _called(key: str, number: int, fetch: Fetch) -> tuple[OutsideCall, OutsideError | None]:
-    """What the function comes to."""
-    try:
-        return OutsideCall(key, number, encoded(key, await fetched(key, fetch))), None
-    except OutsideError as error:
-        return OutsideCall(key, number, None, error.text, error.types), error
+    async def _tell(self, event: TrapEvent, first: int, call: OutsideCall, *, is_new: bool) -> None:
+        """What a call came to; `is_new`: its function was called."""
+        if is_new and self._conductor is not None:
+            self._conductor.called_outside(event, call)
+        if self._taps.outside_called(event, first, call):
+            await self._taps.room()

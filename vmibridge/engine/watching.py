@@ -68,7 +68,7 @@ class HandlerWatch:
         self.stepping: BridgeContext | None = None
         """Whose handler runs right now, other than in a task that it has started."""
         self.suspensions: int = 0
-        """How often any of them was suspended, or has ended."""
+        """How often any of them was suspended, or has ended after it was."""
         self.outside: set[BridgeContext] = set()
         """Those that are inside of `vmi.outside`, other than in a task that they have started."""
 
@@ -101,12 +101,16 @@ class HandlerWatch:
             self.lined_up.discard(worker)
             self._tell(worker, "began")
         body = _coroutine(ask(entry, worker.context, worker.request.packet))
+        # As `_run` does, without its call.
+        self.stepping = worker.context
         try:
-            wish = self._run(worker, body.send, None)
+            wish = body.send(None)
         except StopIteration as end:
             answer: Answer = end.value
             return answer
         else:
+            self.stepping = None
+            self.suspensions += 1
             try:
                 if conductor is None:
                     rest = watched_rest(body, wish, partial(self._step, worker, body.throw))
@@ -117,6 +121,7 @@ class HandlerWatch:
             finally:
                 self._tell(worker, "ended")
         finally:
+            self.stepping = None
             if conductor is not None:
                 conductor.ended(worker.context.event)
 

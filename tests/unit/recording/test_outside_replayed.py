@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import anyio
 import pytest
-from determinism_parts import ask, loop_of, record
+from determinism_parts import ask, loop_of, record, replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
@@ -72,6 +72,28 @@ class TestAnUnchangedHandler:
     def test_law_over_random_guests(self, tmp_path_factory, seed, loop, other):
         path = recorded(tmp_path_factory.mktemp("law") / "run.mcap", random_guest(seed), loop=loop)
         assert_same(replayed(path, CutOff(), other, outside="refuse"))
+
+    @pytest.mark.parametrize(
+        "how",
+        [{}, {"order": "vcpu"}, {"speed": 50.0}, {"loop": "trio"}],
+        ids=["default", "vcpu", "paced", "trio"],
+    )
+    def test_that_is_shared_by_several_vms_sees_their_order(self, tmp_path, how):
+        class Shared(Outer):
+            shared = True
+
+        class SharedCutOff(CutOff, Shared):
+            shared = True
+
+        def of(kind):
+            handler = kind()
+            return lambda _: Bridge(handler)
+
+        guests = {name: random_guest(seed) for seed, name in enumerate(("one", "two", "three"))}
+        path = tmp_path / "run.mcap"
+        record(path, guests, of(Shared))
+        for result in replay(path, guests, of(SharedCutOff), **how):
+            assert_same(result)
 
     def test_gets_it_in_real_time_too(self, tmp_path):
         path = recorded(tmp_path / "run.mcap", random_guest(5))
