@@ -131,9 +131,10 @@ class TestStandardInput:
         [
             ('echo nonsense | "$@" -', "-: is no MCAP file"),
             ('echo nonsense | "$@" - --break 1', "--break is answered on standard input"),
-            ('"$@" --no-such', "no-such"),
+            ('"$@" --no-such', "Unknown option: --no-such"),
+            ('"$@" --no-such run.mcap', "Unknown option: --no-such"),
         ],
-        ids=["nonsense", "break", "option"],
+        ids=["nonsense", "break", "option", "option-first"],
     )
     def test_that_cannot_be_replayed_is_told(self, source, tmp_path, line, told):
         words = command("replay", "--handlers", str(source))

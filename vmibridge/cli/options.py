@@ -25,7 +25,7 @@ RECORDING = Group("Recording")
 
 def no_option(_kind: object, given: object) -> None:
     """What begins like an option is none of the files, but for `-`."""
-    for each in given if isinstance(given, tuple) else (given,):
+    for each in given if isinstance(given, tuple | list) else (given,):
         if str(each).startswith("-") and str(each) != "-":
             raise CycloptsError(msg=f"Unknown option: {str(each)[:40]}")
 

@@ -112,10 +112,10 @@ class TestAValue:
     @pytest.mark.parametrize("kind", [bytes, str])
     async def test_is_bounded(self, kind, monkeypatch):
         monkeypatch.setattr(outside, "MAX_VALUE", 1000)
-        text = "x" * 990
+        text = "x" * 2000
         most = text.encode() if kind is bytes else text
-        for value, fits in ((most, True), (most + most[:20], False)):
-            alone, heard, _ = await outcomes(Asks(gives(value)))
+        for size, fits in ((997, True), (998, False), (999, False), (1000, False), (2000, False)):
+            alone, heard, _ = await outcomes(Asks(gives(most[:size])))
             assert (alone.error is None, heard.error is None) == (fits, fits)
         assert "bytes, 1000 is the most" in heard.error
 

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 
 import anyio
 import pytest
@@ -94,6 +95,28 @@ class TestAnUnchangedHandler:
         record(path, guests, of(Shared))
         for result in replay(path, guests, of(SharedCutOff), **how):
             assert_same(result)
+
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_that_was_held_up_then_is_cut_off_when_it_was(self, tmp_path, loop):
+        class HeldUp(Outer):
+            @method(1)
+            async def waits(self, vmi, packet):
+                time.sleep(0.7)  # noqa: ASYNC251 - as a handler that blocks
+                return self.answer()
+
+        class NotHeldUp(CutOff):
+            @method(1)
+            async def waits(self, vmi, packet):
+                return self.answer()
+
+        async def guest(vm):
+            async with anyio.create_task_group() as tasks:
+                for vcpu, packet in enumerate((ask(7, 11, 0, 1), ask(7, 11), ask(1), ask(2))):
+                    tasks.start_soon(partial(vm.call, packet, vcpu=vcpu))
+
+        path = recorded(tmp_path / "run.mcap", guest, HeldUp, loop)
+        for other in ("asyncio", "trio"):
+            assert_same(replayed(path, NotHeldUp(), other, outside="refuse"))
 
     def test_gets_it_in_real_time_too(self, tmp_path):
         path = recorded(tmp_path / "run.mcap", random_guest(5))
