@@ -101,7 +101,7 @@ class TestAnUnchangedHandler:
         class HeldUp(Outer):
             @method(1)
             async def waits(self, vmi, packet):
-                time.sleep(0.7)  # noqa: ASYNC251 - as a handler that blocks
+                time.sleep(0.7)
                 return self.answer()
 
         class NotHeldUp(CutOff):
