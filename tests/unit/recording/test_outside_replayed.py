@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 import anyio
+import msgspec
 import pytest
 from determinism_parts import ask, loop_of, record, replay
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from outside_parts import LAST, CutOff, Outer, guest_of, random_guest
 
 from vmibridge import Bridge, BridgeResponse, BridgeServer, method
 from vmibridge.errors import OutsideError
+from vmibridge.recording import NewRecording
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import OUTSIDE, Outside
 from vmibridge.recording.recorder import Recorder
@@ -260,6 +262,28 @@ class TestTheRecording:
         assert result.different == 0
         assert result.unchecked == {"what came from outside was left out of the recording": 2}
         assert replayed(path, CutOff(), outside="refuse").unchecked == result.unchecked
+
+    def test_that_says_anything_is_replayed_to_its_end(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("vmibridge.recording.replay.outside._MAX_HELD", 4000)
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 3), ask(1, 4)))
+        odd = tmp_path / "odd.mcap"
+        with RecordingReader(path) as reader, NewRecording(odd) as made:
+            for time_, message in reader.messages():
+                if isinstance(message, Outside):
+                    for each in (
+                        *(Outside("vm", seq, "one", 0, b"\x09") for seq in (0, 9, 1 << 63)),
+                        *(Outside("vm", message.seq, f"{n}", 0, bytes(90)) for n in range(40)),
+                        Outside("vm", message.seq, "k" * 9999),
+                        msgspec.structs.replace(message, data=b"\xc1"),
+                        message,
+                        Outside("vm", message.seq, "two", -1, None, "e", ("t",) * 50),
+                    ):
+                        made.copy(time_, each)
+                else:
+                    made.copy(time_, message)
+        for loop in ("asyncio", "trio"):
+            result = replayed(odd, Outer(), loop)
+            assert result.compared + sum(result.unchecked.values()) == 2
 
 
 class TestAnAcceptedRecording:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import anyio
 
+from vmibridge.bridge.outside import MAX_KEY
 from vmibridge.errors import OutsideRefusedError
 from vmibridge.recording.messages import Outside
 from vmibridge.recording.replay.options import ReplayOptions
@@ -63,6 +64,8 @@ class ReplayedOutside:
     def play(self, time: int, message: Outside) -> bool:
         """A recorded call. `False`: it is not its time yet."""
         request = self._find(message.seq)
+        if len(message.key) > MAX_KEY:
+            return True  # no handler can ask for it
         if request is None or (request.answered and not request.cut):
             if request is not None and self._strict:
                 request.differ("outside", f"{message.key!a}", NO_CALL)
@@ -73,9 +76,11 @@ class ReplayedOutside:
         if self._held + size > _MAX_HELD:
             request.unchecked = _FULL
             return True
-        self._held += size
         calls = request.outside
         call = (message.key, message.number)
+        if call in calls.recorded:
+            return True
+        self._held += size
         calls.recorded[call] = message
         # Another one that waits does so for what is recorded later, if at all.
         if not message.at_once and (call in calls.waiting or not calls.waiting):
@@ -176,4 +181,5 @@ class ReplayedOutside:
 
 def _size(message: Outside) -> int:
     """Bytes that a call holds, its own fields included."""
-    return 400 + len(message.data or b"") + len(message.error or "") + len(message.key)
+    types = sum(map(len, message.types)) + 64 * len(message.types)
+    return 400 + len(message.data or b"") + len(message.error or "") + types
