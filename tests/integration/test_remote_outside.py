@@ -16,11 +16,16 @@ from vmibridge.testing import FakeGuest
 LOOPS = ["asyncio", "uvloop", "trio"]
 
 
-async def recorded_at_a_server(folder):
-    """The file that the server made of a guest whose agent had another process's part."""
+EACH = range(1, LAST + 1)
+PROMPT = [code for code in EACH if code != 4]
+"""Those that tell no guest to wait, on a machine of any load."""
+
+
+async def recorded_at_a_server(folder, codes=EACH):
+    """The file that the server made."""
     url = f"unix:{folder}/s.sock"
     # Both are told to wait, or cut off, on any machine.
-    packets = [ask(code, 1 if code == 5 else 20, 0, 1) for code in range(1, LAST + 1)]
+    packets = [ask(code, 1 if code == 5 else 20, 0, 1) for code in codes]
     guest = FakeGuest(guest_of(*packets), memory=MEMORY, vm="vm")
     path = folder / "run.mcap"
     with anyio.fail_after(60):
@@ -61,11 +66,12 @@ async def at_another_server(path, folder, handler, options="", refusal=None):
 
 
 def test_a_server_elsewhere_gets_it_from_outside_again(tmp_path):
-    path = anyio.run(recorded_at_a_server, tmp_path)
+    path = anyio.run(recorded_at_a_server, tmp_path, PROMPT)
     handler = Outer()
     result = anyio.run(at_another_server, path, tmp_path, handler)
-    assert result.compared == LAST
-    assert handler.fetched > LAST
+    assert result.compared == len(PROMPT)
+    # Some call more than once.
+    assert handler.fetched > len(PROMPT)
 
 
 def test_an_agent_cannot_promise_that_nothing_is_called(tmp_path):
