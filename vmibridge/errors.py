@@ -20,6 +20,8 @@ __all__ = [
     "MissingExtraError",
     "NatsRefusedError",
     "NotReplayedError",
+    "OutsideError",
+    "OutsideRefusedError",
     "QmpError",
     "RecordingError",
     "RecordingReadError",
@@ -49,6 +51,36 @@ class GuestMemoryError(VmiBridgeError):
         super().__init__(f"guest memory at {address:#x}: {reason}")
         self.address = address
         self.reason = reason
+
+
+class OutsideError(VmiBridgeError):
+    """`vmi.outside` did not get what a handler wants.
+
+    `key` is that of the call. `types` are the names of what the function raised and of the classes
+    that it derives from, such as `httpx.ConnectError`; `text` is what it said. A replay raises the
+    same, without a cause. The function of a handler that cares should return its failures.
+    """
+
+    def __init__(self, key: str, types: tuple[str, ...], text: str) -> None:
+        kind = types[0] if types else "Exception"
+        super().__init__(f"outside {key!a}: {kind}: {text}")
+        self.key = key
+        self.types = types
+        self.text = text
+
+    def is_a(self, *names: str) -> bool:
+        """Whether the function raised one of these, by the name with the module; built-in
+        exceptions are named without one."""
+        return any(name in self.types for name in names)
+
+
+class OutsideRefusedError(OutsideError):
+    """A replay that must not call a function has nothing recorded for it."""
+
+    def __init__(self, key: str) -> None:
+        what = "it is not in the recording, and is not called"
+        super().__init__(key, ("vmibridge.errors.OutsideRefusedError",), what)
+        self.args = (f"outside {key!a}: {what}",)
 
 
 class UnsupportedTrapError(VmiBridgeError):

@@ -85,7 +85,15 @@ def words(hint):
     return set().union(*map(words, inside))
 
 
-@pytest.mark.parametrize("name", ReplayOptions.__struct_fields__)
+def test_no_outside_is_what_the_struct_has_two_words_for():
+    assert default(replay.replay, "no_outside") is False
+    assert ReplayOptions().outside == "call"
+    assert words(get_type_hints(ReplayOptions)["outside"]) == {"call", "refuse"}
+
+
+@pytest.mark.parametrize(
+    "name", [each for each in ReplayOptions.__struct_fields__ if each != "outside"]
+)
 def test_an_option_of_replay_has_words_and_default_of_its_struct(name):
     # Which is not imported for the help, as its extra may be missing.
     hints = get_type_hints(replay.replay, include_extras=True)

@@ -115,6 +115,7 @@ def test_json_has_every_difference_and_the_counts(vmibridge, record, source):
             "different": 40,
             "ignored": 0,
             "unchecked": {},
+            "outside": {},
             "problems": 0,
             "same": False,
         }

@@ -10,6 +10,7 @@ from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import (
     MemoryAccess,
     Note,
+    Outside,
     RecordedHandler,
     RecordedMethod,
     Reply,
@@ -129,6 +130,17 @@ FIELDS = {
         "vm": vm,
         "seq": seq,
         "kind": one_of(["queued", "began", "resumed", "thrown", "ended", "parked", "cut off"]),
+    },
+    Outside: {
+        "vm": vm,
+        "seq": seq,
+        "key": word,
+        "number": number,
+        "data": one_of([None, b"", b"\xc0", b"\x81\xa1a\x01", b"\0\xff"]),
+        "error": maybe(word),
+        "types": some(word),
+        "at_once": flag,
+        "left_out": flag,
     },
 }
 """Of each kind of message, what each field may be."""

@@ -142,34 +142,24 @@ async def forget_cancellation(task: "asyncio.Task[object]") -> None:
 
 
 class _Watched(_Suspended):
-    """The same in the caller's context, each step made by `make`."""
+    """The same in the caller's context, each step by `run`."""
 
     __slots__ = ()
 
     def __init__(
-        self,
-        body: Coroutine[Any, Any, Any],
-        wish: object,
-        make: Callable[[Callable[[Any], object], Any, bool], object],
+        self, body: Coroutine[Any, Any, Any], wish: object, run: Callable[..., object]
     ) -> None:
-        throws = body.throw
-
-        def run(step: Callable[..., object], *arguments: object) -> object:
-            return make(step, arguments[0], step == throws) if arguments else step()
-
         self._body = body
         self._run: Callable[..., Any] = run
         self._wish = wish
 
 
 def watched_rest(
-    body: Coroutine[Any, Any, R],
-    wish: object,
-    make: Callable[[Callable[[Any], object], Any, bool], object],
+    body: Coroutine[Any, Any, R], wish: object, run: Callable[..., object]
 ) -> Generator[Any, Any, R]:
-    """The rest of a suspended body, which waits for `wish`; `make` makes each step: it is called
-    with a function, its argument, and whether something is thrown in.
+    """The rest of a suspended body, which waits for `wish`. `run` makes each step: it gets
+    `send`, `throw` or `close` of the body, and the argument for it.
 
     Raises what `body` raises.
     """
-    return _Watched(body, wish, make)
+    return _Watched(body, wish, run)

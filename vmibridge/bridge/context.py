@@ -4,15 +4,21 @@ A request that outlives its soft deadline loses its trap, and gets another one w
 guest sends it again: `event` is then the new one. Its memory waits in between.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from random import Random
+from typing import Any, TypeAlias, TypeVar, overload
 
 import msgspec
 
+from vmibridge.bridge.outside import Fetch, check_key, fetched, in_plain, value_of
 from vmibridge.vm.memory import GuestMemory, PhysicalMemory
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["BridgeContext", "Source"]
+__all__ = ["BridgeContext", "Door", "Source"]
+
+T = TypeVar("T")
+Door: TypeAlias = Callable[["BridgeContext", str, Fetch], Awaitable[bytes]]
+"""Where a call of `vmi.outside` goes that is recorded or replayed; it gives the encoded value."""
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -24,6 +30,8 @@ class Source(msgspec.Struct, frozen=True):
     """Of all requests; each has random numbers of its own."""
     wall_time: Callable[[TrapEvent], int] | None = None
     """Tells when a trap was taken, in a replay."""
+    outside: Door | None = None
+    """`None`: calls of `vmi.outside` are neither recorded nor replayed."""
 
 
 class BridgeContext:
@@ -33,6 +41,7 @@ class BridgeContext:
         "_closed",
         "_first",
         "_memory",
+        "_outside",
         "_physical",
         "_random",
         "_source",
@@ -44,6 +53,7 @@ class BridgeContext:
     _first: TrapEvent
     """The trap that the request came with, once it has another one."""
     _random: Random
+    _outside: dict[str, int]
 
     def __init__(
         self,
@@ -102,6 +112,50 @@ class BridgeContext:
             seed = 0 if self._source is None else self._source.seed
             self._random = Random(f"{seed}:{self._came_with.seq}")  # noqa: S311 - said above
         return self._random
+
+    @overload
+    async def outside(self, key: str, function: Callable[[], Awaitable[T]]) -> T: ...
+    @overload
+    async def outside(
+        self, key: str, function: Callable[[], Awaitable[object]], *, type: type[T]
+    ) -> T: ...
+    async def outside(
+        self,
+        key: str,
+        function: Callable[[], Awaitable[object]],
+        *,
+        type: Any = None,  # noqa: A002 - as msgspec calls it
+    ) -> Any:
+        """What an async function gets from outside of the host's program: a replay gives the
+        recorded value, and does not call it.
+
+        `key` names the call, by 1 to 256 characters; a recording has it as it is. The function
+        takes no arguments, and leaves the guest alone. Its value is plain (`None`, bool, int of 64
+        bits, float, str, bytes, list, dict), or with `type` whatever msgspec makes of it; it has 8
+        MiB at most. It is given as a recording has it, recorded or not: a tuple becomes a list.
+
+        Raises `OutsideError` for whatever `Exception` the function raises, and for a value that
+        cannot be recorded; `OutsideRefusedError` in a replay that must not call it; `TypeError`
+        and `ValueError` for a wrong key. If cancelled, so is the function.
+        """
+        check_key(key)
+        door = None if self._source is None else self._source.outside
+        if door is None:
+            return in_plain(key, await fetched(key, function), type)
+        return value_of(key, await door(self, key, function), type)
+
+    def count_outside(self, key: str) -> int:
+        """The number of a call with this key, from 0."""
+        if not hasattr(self, "_outside"):
+            self._outside = {}
+        number = self._outside.get(key, 0)
+        self._outside[key] = number + 1
+        return number
+
+    @property
+    def first_seq(self) -> int:
+        """The number of the trap that the request came with."""
+        return self._came_with.seq
 
     @property
     def _came_with(self) -> TrapEvent:

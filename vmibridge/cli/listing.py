@@ -16,6 +16,7 @@ from vmibridge.cli.trap_line import trap_cells
 from vmibridge.recording.export.jsonl import trap_record
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
+from vmibridge.recording.outside_text import outside_line
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import (
     NO_REPLY,
@@ -172,6 +173,8 @@ def _details(trap: RecordedTrap) -> Iterator[str]:
         what = "wrote" if access.write else "read"
         size = counted(access.size, "byte")
         yield f"    {what} {size} at {access.address:#x}: {access_text(access)}"
+    for _, call in trap.outside:
+        yield f"    outside {outside_line(call)}"
     if trap.left_out:
         yield f"    further accesses, too much to hold: {trap.left_out}"
 

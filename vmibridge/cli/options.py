@@ -23,9 +23,9 @@ CHECKS = Group("Looking at what happens")
 RECORDING = Group("Recording")
 
 
-def _no_option(_kind: object, given: object) -> None:
+def no_option(_kind: object, given: object) -> None:
     """What begins like an option is none of the files, but for `-`."""
-    for each in given if isinstance(given, tuple) else (given,):
+    for each in given if isinstance(given, tuple | list) else (given,):
         if str(each).startswith("-") and str(each) != "-":
             raise CycloptsError(msg=f"Unknown option: {str(each)[:40]}")
 
@@ -41,13 +41,13 @@ OUTPUT = Parameter(
     help="The file to make; - is standard output.",
 )
 PIPED = Parameter(
-    allow_leading_hyphen=True, validator=_no_option, help="A recording; - is standard input."
+    allow_leading_hyphen=True, validator=no_option, help="A recording; - is standard input."
 )
 REDACT = Parameter(
     group=RECORDING,
     negative=(),
     show_default=False,
-    help="Leave out memory, value1 to value4, settings of handlers, or one of them of one"
+    help="Leave out memory, value1 to value4, outside, settings of handlers, or one of them of one"
     " request, as in 0x0002:value3; may be given several times.",
 )
 RENAME = Parameter(

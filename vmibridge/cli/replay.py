@@ -14,6 +14,7 @@ from vmibridge.cli.options import (
     LoopOptions,
     OptionalOutput,
     Sources,
+    no_option,
     renamed,
 )
 from vmibridge.cli.selection import RequestOptions
@@ -33,7 +34,14 @@ _COUNT = validators.Number(gte=1, lte=sys.maxsize)
 
 
 def replay(
-    files: Annotated[list[Path], Parameter(help="Recordings, and folders of recordings.")],
+    files: Annotated[
+        list[Path],
+        Parameter(
+            allow_leading_hyphen=True,
+            validator=no_option,
+            help="Recordings, and folders of recordings; - is standard input.",
+        ),
+    ],
     /,
     *,
     handlers: Sources,
@@ -94,6 +102,13 @@ def replay(
             " its vCPU."
         ),
     ] = "recorded",
+    no_outside: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help="Call no function of vmi.outside: what is not in the recording is refused.",
+        ),
+    ] = False,
     loop: LoopOptions | None = None,
     timeout: Annotated[float | None, setting(ServerSettings, "timeout", "as recorded")] = None,
     config: Annotated[
@@ -155,7 +170,8 @@ def replay(
 
     The guest's memory is served from the recording. The first difference is shown with what
     led to it, then all of them in groups, the one that began first in front. Handlers run as they
-    did then: files, databases and networks that they change are changed again.
+    did then: files, databases and networks that they change are changed again, but for what they
+    do by vmi.outside.
 
     Exit status: 0 when all is the same, or was accepted; 1 when something is different; 2 when
     nothing could be compared, or a recording could not be replayed.
@@ -164,6 +180,7 @@ def replay(
     """
     from vmibridge.cli.event_loop import check_loop, logging_to
     from vmibridge.cli.logs import log_handler
+    from vmibridge.cli.pipes import STDOUT
     from vmibridge.cli.replay_break import Break
     from vmibridge.cli.replay_run import ReplayRun, recordings_in
     from vmibridge.recording.replay.options import ReplayOptions
@@ -175,12 +192,14 @@ def replay(
     chosen = (loop or LoopOptions()).loop
     check_loop(chosen)
     paths = recordings_in(files)
+    if breaks and STDOUT in paths:
+        raise ConfigError("--break is answered on standard input, which is the recording here")
     if accept and len(paths) > 1:
         raise ConfigError(f"--accept is for one recording, and there are {len(paths)}")
     vms = [*dict.fromkeys(vm or ())]
     run = ReplayRun(
         paths,
-        ReplayOptions(speed, order, None, strict),
+        ReplayOptions(speed, order, None, strict, "refuse" if no_outside else "call"),
         (requests or RequestOptions()).selection_of(vms, first, last),
         loop=chosen,
         renamed=renamed(rename or []),

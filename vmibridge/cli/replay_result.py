@@ -119,6 +119,7 @@ def _counts(results: Sequence[FileResult]) -> dict[str, Any]:
         "different": sum(each.different for each in results),
         "ignored": sum(each.ignored for each in results),
         "unchecked": counts_of(each.unchecked for each in results),
+        "outside": counts_of(each.outside for each in results),
         "problems": sum(each.problems for each in results),
         "findings": [finding for each in results for finding in each.findings],
     }

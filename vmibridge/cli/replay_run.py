@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from vmibridge.errors import (
 )
 from vmibridge.recording.export import new_files
 from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.file.source import readable_again
 from vmibridge.recording.messages import Session
 from vmibridge.recording.replay.accept import Accepted, write_accepted
 from vmibridge.recording.replay.file_result import FileResult
@@ -73,6 +75,8 @@ class ReplayRun:
         self._printer = ReplayPrinter(as_json=as_json, several=len(paths) > 1)
         self._has_begun = False
         self._has_config = False
+        self._files: dict[Path, Path] = {}
+        """What is read for each path."""
 
     def run(
         self,
@@ -110,24 +114,31 @@ class ReplayRun:
                 raise ConfigError(f"{self._target}: already exists, and is not written over")
             verdict.accepted = Accepted(all_handlers=self._selection == _ALL)
         results = []
-        for path in self._paths:
-            if verdict.is_over:
-                break
-            results.append(self._run_file(path, sources, config, timeout, verdict))
+        with ExitStack() as stack:
+            for path in self._paths:
+                if verdict.is_over:
+                    break
+                self._files[path] = stack.enter_context(readable_again(path))
+                results.append(self._run_file(path, sources, config, timeout, verdict))
+            self._write_accepted(results, verdict)
+            unmatched = self._unmatched(results)
         if junit is not None:
             with new_files([junit], replace=True) as (part,):
                 part.write_bytes(junit_report(results))
-        if verdict.accepted is not None and any(each.compared for each in results):
-            write_accepted(self._paths[0], self._target or Path(), verdict.accepted)
-            self._printer.accepted(verdict.accepted.count, self._target or Path())
         return self._printer.end(
             results,
-            unmatched=self._unmatched(results),
+            unmatched=unmatched,
             strict=self._options.strict,
             least=least,
             selects=self._selection != _ALL or verdict.is_over,
             accepts=verdict.accepted is not None,
         )
+
+    def _write_accepted(self, results: Sequence[FileResult], verdict: Verdict) -> None:
+        if verdict.accepted is not None and any(each.compared for each in results):
+            source, target = self._files[self._paths[0]], self._target or Path()
+            write_accepted(source, target, verdict.accepted)
+            self._printer.accepted(verdict.accepted.count, target)
 
     def _run_file(
         self,
@@ -138,7 +149,9 @@ class ReplayRun:
         verdict: Verdict,
     ) -> FileResult:
         try:
-            sessions, start = _sessions_of(path, with_start=needs_start(self._selection))
+            sessions, start = _sessions_of(
+                self._files[path], with_start=needs_start(self._selection)
+            )
             verdict.begin_file(start)
             # Before there is a loop, so that Ctrl-C ends a module that takes long. For each file
             # again: a module may keep something of the one before.
@@ -170,8 +183,8 @@ class ReplayRun:
         ):
             return None
         unmatched = Unmatched(self._selection)
-        for path in self._paths:
-            with RecordingReader(path) as reader:
+        for path, file in self._files.items():
+            with RecordingReader(file) as reader:
                 unmatched.look_at(with_progress(reader.messages(), reader, f"reading {path}"))
         return None if unmatched.has_some else str(unmatched)
 
@@ -198,6 +211,7 @@ class ReplayRun:
             change=partial(self._settings, timeout),
             taps=[breaks] if self._breaks else [],
             on_difference=partial(printer.difference, path),
+            file=self._files[path],
         ) as served:
             for vm, bridge in served.bridges.items():
                 breaks.hear_handlers(vm, bridge.handlers)

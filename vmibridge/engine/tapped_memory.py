@@ -20,7 +20,7 @@ class TappedMemory:
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """`size` bytes. Raises what the memory behind it raises."""
         taps = self._taps
-        own = taps.stepping
+        own = taps.stepping is not None
         if own:
             taps.reading.add(event.seq)
         try:
@@ -38,7 +38,7 @@ class TappedMemory:
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """All of `data` or nothing. Raises what the memory behind it raises."""
         taps = self._taps
-        own = taps.stepping
+        own = taps.stepping is not None
         if own:
             taps.reading.add(event.seq)
         try:

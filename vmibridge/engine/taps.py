@@ -50,7 +50,7 @@ from typing import Any, Literal, TypeAlias
 import anyio
 import msgspec
 
-from vmibridge.bridge.context import Source
+from vmibridge.bridge.context import BridgeContext, Source
 from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
@@ -60,6 +60,7 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.backend import SessionEvent
+from vmibridge.vm.conductor import OutsideCall
 from vmibridge.vm.trap import TrapEvent, TrapFilter
 
 __all__ = ["HandlerBegan", "NativeReason", "Step", "Tap"]
@@ -71,6 +72,7 @@ _HOOKS = (
     "source",
     "handler_began",
     "handler_stepped",
+    "outside_called",
     "taken_at",
     "ran_natively",
     "session_event",
@@ -160,6 +162,11 @@ class Tap:
         was suspended, or ends after it was; or its soft deadline has passed, and it is parked, or
         its hard one, and it is cut off. `event` is the trap that it has, or had last."""
 
+    def outside_called(self, event: TrapEvent, first: int, call: OutsideCall) -> None:
+        """`vmi.outside` has given a value to a handler of the request that came with trap `first`,
+        or has failed, or was cut off. `event` as above. The next call is after `room`, where the
+        tap is full."""
+
     def machine(self, vm: str, architecture: Architecture[Any]) -> None:
         """What a VM is that is about to run: `begin` follows."""
 
@@ -210,8 +217,8 @@ class Taps:
         # None where no tap has the hook: the caller then pays one test.
         self.handler_began: Callable[[HandlerBegan], None] | None = self._hook("handler_began")
         self.handler_stepped: Stepped | None = self._hook("handler_stepped")
-        self.stepping: bool = False
-        """Whether this is a step of a handler, and no task beside it."""
+        self.stepping: BridgeContext | None = None
+        """Whose handler makes a step right now; `None` in a task beside it."""
         self.reading: set[int] = set()
         """Traps whose handlers wait for guest memory, in their own task."""
         self.session_event: Callable[[SessionEvent], None] | None = self._hook("session_event")
@@ -305,6 +312,24 @@ class Taps:
                 full = full or tap.full
             except Exception as raised:
                 self._drop(tap, "wrote", raised)
+        if self._losses:
+            self._report_losses()
+        return full
+
+    @property
+    def hears_outside(self) -> bool:
+        """Whether a tap wants to know of `vmi.outside`."""
+        return bool(self._hooks["outside_called"])
+
+    def outside_called(self, event: TrapEvent, first: int, call: OutsideCall) -> bool:
+        """`vmi.outside` has come to something. Returns whether to wait for `room`."""
+        full = False
+        for tap, hook in self._hooks["outside_called"]:
+            try:
+                hook(event, first, call)
+                full = full or tap.full
+            except Exception as error:
+                self._drop(tap, "outside_called", error)
         if self._losses:
             self._report_losses()
         return full

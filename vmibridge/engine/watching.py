@@ -5,6 +5,7 @@ one test otherwise.
 
 A *step* is what a handler does from one suspension to the next. An access to guest memory that is
 waited for does not count: a VM answers at once or later, and a recording has the access itself.
+Nor does what a handler waits for inside of `vmi.outside`: a replay does not call that function.
 """
 
 import secrets
@@ -15,7 +16,7 @@ from types import coroutine
 from typing import Any
 
 from vmibridge.aio.coroutines import watched_rest
-from vmibridge.bridge.context import Source
+from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.queue_time import Began
 from vmibridge.engine.request import Worker, first_trap
@@ -37,12 +38,15 @@ def watch_for(
     return HandlerWatch(began, conductor, taps)
 
 
-def source_for(conductor: Conductor | None, clock: Callable[[], float]) -> Source:
+def source_for(
+    conductor: Conductor | None, clock: Callable[[], float], outside: Door | None
+) -> Source:
     """What the times and random numbers of handlers of a VM come from."""
     if conductor is None:
-        return Source(time.time_ns() - round(clock() * 1e9), secrets.randbits(_SEED))
+        epoch = time.time_ns() - round(clock() * 1e9)
+        return Source(epoch, secrets.randbits(_SEED), outside=outside)
     seed = secrets.randbits(_SEED) if conductor.seed is None else conductor.seed
-    return Source(0, seed, conductor.wall_time)
+    return Source(0, seed, conductor.wall_time, outside)
 
 
 class HandlerWatch:
@@ -55,6 +59,15 @@ class HandlerWatch:
         self._taps = taps
         self.lined_up: set[Worker] = set()
         """Who waits to begin; whoever ends its request takes it out."""
+        self.suspensions: int = 0
+        """How often any of them was suspended, or has ended after it was."""
+        self.outside: set[BridgeContext] = set()
+        """Those that are inside of `vmi.outside`, other than in a task that they have started."""
+
+    @property
+    def stepping(self) -> BridgeContext | None:
+        """Whose handler runs right now, other than in a task that it has started."""
+        return self._taps.stepping
 
     def queued(self, worker: Worker) -> None:
         """A handler lines up."""
@@ -90,18 +103,19 @@ class HandlerWatch:
             self.lined_up.discard(worker)
             self._tell(worker, "began")
         body = _coroutine(ask(entry, worker.context, worker.request.packet))
-        # As `_make` does, without its call.
-        self._taps.stepping = True
+        # As `_run` does, without its call.
+        self._taps.stepping = worker.context
         try:
             wish = body.send(None)
         except StopIteration as end:
             answer: Answer = end.value
             return answer
         else:
-            self._taps.stepping = False
+            self._taps.stepping = None
+            self.suspensions += 1
             try:
                 if conductor is None:
-                    rest = watched_rest(body, wish, partial(self._step, worker))
+                    rest = watched_rest(body, wish, partial(self._step, worker, body.throw))
                 else:
                     rest = self._conducted(worker, body, wish, conductor)
                 last: Answer = yield from rest
@@ -109,28 +123,28 @@ class HandlerWatch:
             finally:
                 self._tell(worker, "ended")
         finally:
-            self._taps.stepping = False
+            self._taps.stepping = None
             if conductor is not None:
                 conductor.ended(worker.context.event)
 
     def _is_step(self, worker: Worker) -> bool:
-        return worker.context.event.seq not in self._taps.reading
+        context = worker.context
+        return context.event.seq not in self._taps.reading and context not in self.outside
 
     def _step(
-        self, worker: Worker, step: Callable[[Any], object], reply: object, is_thrown: bool
+        self, worker: Worker, throws: object, step: Callable[..., object], *arguments: object
     ) -> object:
-        if self._is_step(worker):
-            self._tell(worker, "thrown" if is_thrown else "resumed")
-        return self._make(step, reply)
+        if arguments and self._is_step(worker):
+            self._tell(worker, "thrown" if step == throws else "resumed")
+        return self._run(worker, step, *arguments)
 
-    def _make(self, step: Callable[[Any], object], reply: object) -> object:
-        # Memory that the handler itself accesses is told from that of tasks beside it.
-        taps = self._taps
-        taps.stepping = True
+    def _run(self, worker: Worker, step: Callable[..., object], *arguments: object) -> object:
+        self._taps.stepping = worker.context
         try:
-            return step(reply)
+            return step(*arguments)
         finally:
-            taps.stepping = False
+            self._taps.stepping = None
+            self.suspensions += 1
 
     def _tell(self, worker: Worker, step: Step) -> None:
         if self._stepped is not None:
@@ -158,7 +172,7 @@ class HandlerWatch:
                         step, reply = body.throw, error
                 self._tell(worker, "thrown" if step == body.throw else "resumed")
             try:
-                wish = self._make(step, reply)
+                wish = self._run(worker, step, reply)
             except StopIteration as end:
                 answer: Answer = end.value
                 return answer

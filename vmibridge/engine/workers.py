@@ -62,6 +62,7 @@ from vmibridge.engine.handler_calls import CUT_OFF, HandlerCalls
 from vmibridge.engine.interruptions import is_being_cancelled
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomeProducer
+from vmibridge.engine.outside import outside_for
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.queue_time import lanes_for
 from vmibridge.engine.replies import BeforeResume, Replies
@@ -125,17 +126,19 @@ class Workers:
         )
         if conductor is not None:
             conductor.conduct(self.deadlines)
+        watch = watch_for(taps, began, conductor)
         self._calls = HandlerCalls(
             InFlight(settings.in_flight, in_flight),
             turns,
             on_interrupt,
             self._was_blocked,
             backend.vm,
-            watch_for(taps, began, conductor),
+            watch,
         )
         self._patience = min(_PATIENCE, settings.stop_timeout / 4)
         self._handler_scope = handler_scopes(self._patience)
-        self.source: Source = source_for(conductor, clock)
+        outside = outside_for(taps, conductor, watch)
+        self.source: Source = source_for(conductor, clock, outside)
         self._guard: Guard | None = None
         self._memory: PhysicalMemory = backend if taps is None else TappedMemory(backend, taps)
         if settings.policy is not None:

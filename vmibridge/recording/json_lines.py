@@ -3,7 +3,7 @@
 | a line has | it is |
 |---|---|
 | `seq`, and `trap` as a word | a trap with all that belongs to it: the fields of `FullTrapRecord` |
-| `session`, `trap`, `memory`, `reply` or `note`, as an object | one message: its struct |
+| the name of a channel, as `session` or `note`, as an object | one message: its struct |
 | `summary` | of `vmibridge inspect --json --full`: left out |
 
 Lines of `vmibridge run --json`, and of `inspect --json` without `--full`, lack what a recording has
@@ -27,15 +27,23 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import RecordingReadError, UnknownArchitectureError, UnsupportedTrapError
-from vmibridge.recording.export.jsonl import AccessRecord, FullTrapRecord, NoteRecord, TrapRecord
+from vmibridge.recording.export.jsonl import (
+    AccessRecord,
+    FullTrapRecord,
+    NoteRecord,
+    OutsideRecord,
+    TrapRecord,
+)
 from vmibridge.recording.file.reader import MAX_MESSAGE, TimedMessage
 from vmibridge.recording.message_order import MAX_PLACE, MessageOrder
 from vmibridge.recording.messages import (
     CHANNEL_OF_TOPIC,
     FORMATS,
     MEMORY,
+    OUTSIDE,
     TRAP,
     MemoryAccess,
+    Outside,
     RecordedMessage,
     Reply,
     Session,
@@ -102,6 +110,7 @@ class _Trap(msgspec.Struct):
     reply_ns: int | None = None
     reply: dict[str, object] | None = None
     notes: list[NoteRecord] = []
+    outside: list[OutsideRecord] = []
 
 
 class _Line(msgspec.Struct):
@@ -178,8 +187,8 @@ class _Lines:
         if channel is TRAP:
             kind = trap_type(self._architectures.get(fields.get("vm", "vm"), X86))
             message = msgspec.convert(fields, kind)
-        elif channel is MEMORY:
-            message = _access(fields)
+        elif channel in (MEMORY, OUTSIDE):
+            message = _with_data(fields, channel.kind)
         else:
             # Not strict: numbers that are not finite are strings.
             message = msgspec.convert(fields, channel.kind, strict=False)
@@ -220,12 +229,13 @@ class _Lines:
             )
         _refuse_others(parsed, _OWN)
         line = msgspec.convert(parsed, _Trap)
+        parts: list[AccessRecord | OutsideRecord] = [*line.memory, *line.outside]
         if line.place is None:
             # What belongs to it stands behind it.
             line.reply_place = None
-            for access in line.memory:
-                access.place = None
-        elif any(access.place is None for access in line.memory) or (
+            for part in parts:
+                part.place = None
+        elif any(part.place is None for part in parts) or (
             line.outcome is not None and line.reply_place is None
         ):
             raise ValueError("has a place, and something of it has none")
@@ -243,6 +253,23 @@ class _Lines:
                 access.time_ns if access.time_ns is not None else time,
                 MemoryAccess(
                     line.vm, line.seq, access.address, access.size, data, access.write, access.error
+                ),
+            )
+        for call in line.outside:
+            data = None if call.data is None else _bytes(call.data)
+            self._put(
+                call.place,
+                call.time_ns if call.time_ns is not None else time,
+                Outside(
+                    line.vm,
+                    line.seq,
+                    call.key,
+                    call.number,
+                    data,
+                    call.error,
+                    call.types,
+                    call.at_once,
+                    call.left_out,
                 ),
             )
         if line.outcome is None:
@@ -309,14 +336,14 @@ def _packet(line: _Trap) -> BridgePacket:
     return BridgePacket(line.magic or 0, line.request or 0, line.method or 0, *(line.values or ()))
 
 
-def _access(fields: dict[str, object]) -> MemoryAccess:
+def _with_data(fields: dict[str, object], kind: type[Any]) -> Any:
     data = fields.get("data")
     if data is None:
-        return msgspec.convert(fields, MemoryAccess)
+        return msgspec.convert(fields, kind)
     if not isinstance(data, str):
         raise ValueError("data is a string, in hex")  # noqa: TRY004 - it is of a file
-    access = msgspec.convert({**fields, "data": None}, MemoryAccess)
-    return msgspec.structs.replace(access, data=_bytes(data))
+    message = msgspec.convert({**fields, "data": None}, kind)
+    return msgspec.structs.replace(message, data=_bytes(data))
 
 
 def _bytes(text: str) -> bytes:
@@ -325,7 +352,7 @@ def _bytes(text: str) -> bytes:
     except ValueError:
         raise ValueError("data is not in hex") from None
     if len(data) > MAX_MESSAGE:
-        raise ValueError(f"an access has {MAX_MESSAGE} bytes at most")
+        raise ValueError(f"data has {MAX_MESSAGE} bytes at most")
     return data
 
 

@@ -7,6 +7,7 @@
 | `memory` | a `MemoryAccess` | when it was done, or had failed |
 | `reply` | a `Reply` | when the answer was written to the guest |
 | `step` | a `Step` | when a handler was queued, began after that, went on or ended |
+| `outside` | an `Outside` | when `vmi.outside` had come to something |
 | `note` | a `Note` | behind a trap that is a retry, or of the file before; at the end of each VM |
 
 The order in the file is that of the event loop. A trap has one reply; what lies between
@@ -40,7 +41,8 @@ FORMAT_OF_OTHERS = 2
 """The same fields, and registers that are those of `Session.architecture`. In 0.2.1
 that is any VM but those of x86 version 1: 0.2.0 would find registers that are all 0."""
 FORMAT_WITH_STEPS = 3
-"""The same with the channel `step`, and `Session.seed` and `clock`: what is recorded today."""
+"""The same with the channels `step` and `outside`, and `Session.seed` and `clock`: what is recorded
+today."""
 FORMATS = (FORMAT, FORMAT_OF_OTHERS, FORMAT_WITH_STEPS)
 
 
@@ -133,6 +135,39 @@ class MemoryAccess(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Why it failed."""
 
 
+class Outside(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """What came of one call of `vmi.outside`. Without `data`, `error` and `left_out` it was cut
+    off, by a cancellation."""
+
+    vm: str
+    seq: int
+    """Of the trap that the request came with."""
+    key: str
+    number: int = 0
+    """Which call of its request it was with that key, in the order of their beginnings, from 0."""
+    data: bytes | None = None
+    """Its value, as MessagePack."""
+    error: str | None = None
+    """What was raised, as text."""
+    types: tuple[str, ...] = ()
+    """The names of its class and of those that it derives from."""
+    at_once: bool = False
+    """Whether the handler did not have to wait for it."""
+    left_out: bool = False
+    """Whether value or failure was left out."""
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it did not come to an end."""
+        return self.data is None and self.error is None and not self.left_out
+
+    def without_content(self) -> "Outside":
+        """The same with value and failure left out."""
+        if self.is_cut_off:
+            return self
+        return msgspec.structs.replace(self, data=None, error=None, types=(), left_out=True)
+
+
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What became of one trap: its `Outcome`, without the trap itself."""
 
@@ -171,7 +206,7 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     """At the end: how many traps came to each outcome, and how many ran natively."""
 
 
-RecordedMessage: TypeAlias = Session | TrapEvent | MemoryAccess | Reply | Note | Step
+RecordedMessage: TypeAlias = Session | TrapEvent | MemoryAccess | Reply | Note | Step | Outside
 
 
 class ChannelKind(NamedTuple):
@@ -183,13 +218,14 @@ class ChannelKind(NamedTuple):
     kind: type[Any]
 
 
-SESSION, TRAP, MEMORY, REPLY, NOTE, STEP = CHANNELS = (
+SESSION, TRAP, MEMORY, REPLY, NOTE, STEP, OUTSIDE = CHANNELS = (
     ChannelKind(1, "session", Session),
     ChannelKind(2, "trap", TrapEvent),
     ChannelKind(3, "memory", MemoryAccess),
     ChannelKind(4, "reply", Reply),
     ChannelKind(5, "note", Note),
     ChannelKind(6, "step", Step),
+    ChannelKind(7, "outside", Outside),
 )
 
 CHANNEL_OF_TOPIC: Mapping[str, ChannelKind] = MappingProxyType(

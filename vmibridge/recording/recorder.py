@@ -48,6 +48,7 @@ from vmibridge.recording.file.parts import RecordingParts
 from vmibridge.recording.messages import (
     MEMORY,
     NOTE,
+    OUTSIDE,
     REPLY,
     SESSION,
     STEP,
@@ -55,6 +56,7 @@ from vmibridge.recording.messages import (
     ChannelKind,
     MemoryAccess,
     Note,
+    Outside,
     Reply,
 )
 from vmibridge.recording.outputs import OutputText
@@ -65,6 +67,7 @@ from vmibridge.recording.steps import Steps
 from vmibridge.text import counted
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
+from vmibridge.vm.conductor import OutsideCall
 from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -256,6 +259,14 @@ class Recorder(ChunkedRecording, Tap):
             self._split_if_due()
             self._add(STEP, told)
 
+    def outside_called(self, event: TrapEvent, first: int, call: OutsideCall) -> None:
+        outside = Outside(
+            event.vm, first, call.key, call.number, call.data, call.error, call.types, call.at_once
+        )
+        if self._redacts and self._redaction.of(read_packet(event).request):
+            outside = outside.without_content()
+        self._add_large(OUTSIDE, outside, outside.data)
+
     def read(
         self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
     ) -> None:
@@ -336,10 +347,14 @@ class Recorder(ChunkedRecording, Tap):
     def _access(self, event: TrapEvent, access: MemoryAccess) -> None:
         if self._redacts and "memory" in self._left_out.get((event.vm, event.seq), _NOTHING):
             access = msgspec.structs.replace(access, data=None)
+        self._add_large(MEMORY, access, access.data)
+
+    def _add_large(self, channel: ChannelKind, message: Any, data: bytes | None) -> None:
+        """Add a message that may have much data."""
         if self._rotation is not None:
-            self._split_if_due(len(access.data or b""))
-        self._add(MEMORY, access)
-        if access.data is not None and len(access.data) > _HELD_DATA:
+            self._split_if_due(len(data or b""))
+        self._add(channel, message)
+        if data is not None and len(data) > _HELD_DATA:
             self._settle()
         # Not for room for traps: a handler that waits gets a task of its own from then on.
         self.full = self._unwritten >= MAX_UNWRITTEN and self.error is None

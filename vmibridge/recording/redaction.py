@@ -4,11 +4,12 @@
 |---|---|
 | `memory` | the bytes of each access to guest memory; address and size stay |
 | `value1` to `value4` | that value of the request, and of its answer |
+| `outside` | what `vmi.outside` gave: values, and the texts of failures; the keys stay |
 | `settings` | the settings of handlers, in the session |
 | `REQUEST:...` | the same, of one request only |
 
-A trap that a rule is for loses its output and the text of its error, too: they may quote
-what was left out. Magic, request and method always stay.
+A trap that a rule is for loses its output, the text of its error and what `vmi.outside` gave, too:
+they may quote what was left out. Magic, request and method always stay.
 
 A value stays in the guest's registers when its request is over. So as soon as any value is
 left out, every trap loses the general registers in which it asks nothing; but where the
@@ -27,7 +28,7 @@ from vmibridge.errors import ConfigError
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 _RULE = re.compile(
-    r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|[0-9]{1,5}):)?(?P<what>memory|settings|value[1-4])"
+    r"(?:(?P<request>0[xX][0-9a-fA-F]{1,4}|[0-9]{1,5}):)?(?P<what>memory|outside|settings|value[1-4])"
 )
 _VALUES = ("value1", "value2", "value3", "value4")
 _ANSWERS = RegisterWrites.__struct_fields__[1:]
@@ -36,7 +37,7 @@ _ANSWERS = RegisterWrites.__struct_fields__[1:]
 class RedactionRule(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that is left out."""
 
-    what: Literal["memory", "value1", "value2", "value3", "value4", "settings"]
+    what: Literal["memory", "value1", "value2", "value3", "value4", "settings", "outside"]
     request: int | None = None
     """Of this request; `None`: of all."""
 
@@ -49,8 +50,8 @@ class RedactionRule(msgspec.Struct, frozen=True, omit_defaults=True):
         request = None if code is None else int(code, 16 if code[:2] in ("0x", "0X") else 10)
         if found is None or (request or 0) >> 16:
             raise ConfigError(
-                f"{text[:40]!r} is not a redaction: it is memory, settings, value1 to value4,"
-                " or one of them behind a request, as in 0x0002:value3"
+                f"{text[:40]!r} is not a redaction: it is memory, outside, settings, value1 to"
+                " value4, or one of them behind a request, as in 0x0002:value3"
             )
         return msgspec.convert({"what": found["what"], "request": request}, cls)
 
@@ -79,7 +80,7 @@ class Redaction:
         return any(rule.request in (None, request) for rule in settings)
 
     def of(self, request: int) -> frozenset[str]:
-        """What is left out of the traps of a request: `memory`, names of values."""
+        """What is left out of the traps of a request: `memory`, `outside`, names of values."""
         return frozenset(rule.what for rule in self.of_traps if rule.request in (None, request))
 
     def trap(self, event: TrapEvent, left_out: frozenset[str]) -> TrapEvent:

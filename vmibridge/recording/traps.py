@@ -14,7 +14,7 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.recording.file.reader import TimedMessage
-from vmibridge.recording.messages import MemoryAccess, Note, Reply
+from vmibridge.recording.messages import MemoryAccess, Note, Outside, Reply
 from vmibridge.vm.trap import TrapEvent
 
 _MAX_OPEN = 16_384
@@ -54,7 +54,7 @@ class RecordedTrap(msgspec.Struct):
     accesses: list[MemoryAccess] = []
     """In the order that they were made."""
     left_out: int = 0
-    """Further accesses, which were too much to hold."""
+    """Further accesses and calls, which were too much to hold."""
     reply: Reply | None = None
     """`None`: the recording ends before it, or it is among what was lost."""
     reply_time: int | None = None
@@ -65,6 +65,8 @@ class RecordedTrap(msgspec.Struct):
     reply_place: int | None = None
     notes: list[tuple[Mark, Note]] = []
     """Those that name this trap, while it has no reply."""
+    outside: list[tuple[Mark, Outside]] = []
+    """Calls of `vmi.outside` that came to something before the reply."""
 
 
 class FlatTrap(NamedTuple):
@@ -139,7 +141,7 @@ def recorded_traps(
     """The traps among these messages.
 
     `others` gets each message that belongs to none of them, with its place: sessions and other
-    notes, accesses and replies whose trap was lost, and accesses that are too much to hold.
+    notes, what belongs to a trap that was lost or has its reply, and what is too much to hold.
     """
     open_traps = _OpenTraps()
     for place, timed in enumerate(messages):
@@ -152,7 +154,7 @@ def recorded_traps(
                 yield trap
             else:
                 others(place, timed)
-        elif not isinstance(message, (MemoryAccess, Note)) or not open_traps.add(
+        elif not isinstance(message, (MemoryAccess, Note, Outside)) or not open_traps.add(
             Mark(place, time), message
         ):
             others(place, timed)
@@ -179,7 +181,7 @@ class _OpenTraps:
             yield stale
         open_traps[key] = RecordedTrap(mark.time, event, request_in(event), place=mark.place)
 
-    def add(self, mark: Mark, message: MemoryAccess | Note) -> bool:
+    def add(self, mark: Mark, message: MemoryAccess | Note | Outside) -> bool:
         """Something that names a trap. Returns whether it is held with an open one."""
         if message.vm is None or message.seq is None:
             return False
@@ -190,6 +192,12 @@ class _OpenTraps:
             if not self._has_room(_note_size(message)):
                 return False
             trap.notes.append((mark, message))
+            return True
+        if isinstance(message, Outside):
+            if not self._has_room(_outside_size(message)):
+                trap.left_out += 1
+                return False
+            trap.outside.append((mark, message))
             return True
         if not self._has_room(_access_size(message)):
             trap.left_out += 1
@@ -222,11 +230,20 @@ class _OpenTraps:
 
 
 def _size(trap: RecordedTrap) -> int:
-    return sum(map(_access_size, trap.accesses)) + sum(_note_size(note) for _, note in trap.notes)
+    return (
+        sum(map(_access_size, trap.accesses))
+        + sum(_note_size(note) for _, note in trap.notes)
+        + sum(_outside_size(call) for _, call in trap.outside)
+    )
 
 
 def _note_size(note: Note) -> int:
     return 512 + len(note.text) + len(note.vm or "") + 128 * len(note.counts)
+
+
+def _outside_size(call: Outside) -> int:
+    content = len(call.data or b"") + len(call.error or "") + sum(map(len, call.types))
+    return 512 + len(call.vm) + len(call.key) + 64 * len(call.types) + content
 
 
 def _access_size(access: MemoryAccess) -> int:

@@ -8,9 +8,27 @@ The conductor has an `Engine` in turn, by which deadlines pass when they passed 
 from collections.abc import Awaitable
 from typing import Protocol
 
+import msgspec
+
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["ConductedEngine", "Conductor", "with_slack"]
+__all__ = ["ConductedEngine", "Conductor", "OutsideCall", "with_slack"]
+
+
+class OutsideCall(msgspec.Struct, frozen=True):
+    """What came of one call of `vmi.outside`. Without `data` and `error`: it was cut off."""
+
+    key: str
+    number: int
+    """Which call of its request it was with that key, from 0."""
+    data: bytes | None = None
+    """Its value, as MessagePack."""
+    error: str | None = None
+    """What was raised, as text."""
+    types: tuple[str, ...] = ()
+    """The names of its class and of those that it derives from."""
+    at_once: bool = False
+    """Whether the handler did not have to wait for it."""
 
 
 class ConductedEngine(Protocol):
@@ -47,6 +65,14 @@ class Conductor(Protocol):
 
     def step(self, event: TrapEvent) -> Awaitable[None] | None:
         """A handler that was suspended is about to go on; what to await first, if anything."""
+
+    async def outside(self, event: TrapEvent, key: str, number: int) -> OutsideCall | None:
+        """A handler calls `vmi.outside`: what came of that then; `None`: it is to be called.
+
+        Raises `OutsideRefusedError` for one that must not be."""
+
+    def called_outside(self, event: TrapEvent, call: OutsideCall) -> None:
+        """A function was called that there was nothing for, and came to this."""
 
     def ended(self, event: TrapEvent) -> None:
         """A handler has ended, now."""

@@ -9,6 +9,7 @@
 | `value1` to `value4` | what was written to the guest |
 | `output` | as a value of JSON, or as text without addresses of objects |
 | `read`, `write` | accesses to guest memory, in their order |
+| `outside` | what `vmi.outside` gave, by key |
 
 Times are in none of them.
 """
@@ -24,7 +25,8 @@ import msgspec
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.edit.changes import OF_OUTPUT, Changes
 from vmibridge.recording.file.reader import TimedMessage
-from vmibridge.recording.messages import MemoryAccess, Reply
+from vmibridge.recording.messages import MemoryAccess, Outside, Reply
+from vmibridge.recording.outside_text import outside_line
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import NO_REPLY, VALUE_NAMES, RecordedTrap, outcome_word
 from vmibridge.recording.vm_names import VmNames
@@ -35,12 +37,16 @@ __all__ = ["FIELDS", "Request", "fields_of", "requests_of"]
 
 FIELDS: Final = (
     "request", "registers", "outcome", "handler", "rip", *VALUE_NAMES, "error", "output", "read",
-    "write",
+    "write", "outside",
 )  # fmt: skip
 _MAX_WAITING = 4096
 """Requests told to wait that are remembered."""
 _MAX_ACCESSES = 8
 """Of a request that are shown."""
+_MAX_CALLS = 4096
+"""Of `vmi.outside` in a request; further ones are not compared."""
+_OF_CALLS: Final = frozenset(("memory", "outside"))
+"""What may be left out of accesses and calls alone."""
 _MAX_NAME = 100
 """Characters of a handler's name."""
 _MAX_SHOWN = 32
@@ -88,6 +94,9 @@ class Request(msgspec.Struct):
     """Its last one."""
     read: _Accesses
     write: _Accesses
+    outside: list[bytes] = []
+    """Digests of what came from outside."""
+    outside_shown: list[str] = []
     is_partial: bool = False
     """Whether something was left out of it, so that not all of it is compared."""
 
@@ -109,7 +118,16 @@ def requests_of(
     those that were told to wait and never came back, at the end. `changes` are made first."""
     waiting: OrderedDict[tuple[str, int], Request] = OrderedDict()
     names = VmNames()
-    traps = SelectedTraps(messages, selection, lambda _: None)
+
+    def hear_late(_place: int, timed: TimedMessage) -> None:
+        # Of one that was told to wait: its trap has its reply.
+        message = timed.message
+        if isinstance(message, Outside):
+            request = waiting.get((changes.name_of(message.vm), message.seq))
+            if request is not None:
+                _add_outside(request, message, changes)
+
+    traps = SelectedTraps(messages, selection, lambda _: None, hear_late)
     for trap in traps:
         request = _begun(trap, changes)
         reply = trap.reply
@@ -121,6 +139,9 @@ def requests_of(
             before.trap = trap
             request = before
         _add_accesses(request, trap)
+        for _, call in trap.outside:
+            _add_outside(request, call, changes)
+        trap.outside = []
         if reply is not None and reply.kind is OutcomeKind.WAITING:
             vm = names.once(trap.event.vm)
             _shorten(request, trap, reply, vm)
@@ -156,7 +177,25 @@ def _begun(trap: RecordedTrap, changes: Changes) -> Request:
             trap.packet = changes.packet(trap.packet, left_out)
         if "memory" in left_out:
             trap.accesses = [msgspec.structs.replace(each, data=None) for each in trap.accesses]
-    return Request(trap.event, trap, _Accesses(), _Accesses(), bool(left_out - {"memory"}))
+    return Request(
+        trap.event, trap, _Accesses(), _Accesses(), is_partial=bool(left_out - _OF_CALLS)
+    )
+
+
+def _add_outside(request: Request, call: Outside, changes: Changes) -> None:
+    if changes.redacts:
+        left_out = changes.left_out_of(request.event)
+        changed = changes.of(TimedMessage(0, call), left_out).message
+        assert isinstance(changed, Outside)
+        call = changed
+    request.is_partial = request.is_partial or call.left_out
+    if len(request.outside) >= _MAX_CALLS:
+        request.is_partial = True
+        return
+    content = (call.key, call.number, call.data, call.error, call.types, call.left_out)
+    request.outside.append(_digest(_encode(content)))
+    if len(request.outside_shown) < _MAX_ACCESSES:
+        request.outside_shown.append(outside_line(call))
 
 
 def _add_accesses(request: Request, trap: RecordedTrap) -> None:
@@ -182,6 +221,7 @@ def fields_of(request: Request) -> Mapping[str, object]:
         "outcome": outcome_word(request.trap),
         "read": (request.read.count, request.read.places),
         "write": (request.write.count, request.write.places),
+        "outside": sorted(request.outside),
     }
     if reply is None:
         return fields
@@ -205,6 +245,10 @@ def shown_field(request: Request, field: str) -> str:
     """A field for people."""
     if field in ("read", "write"):
         return str(request.write if field == "write" else request.read)
+    if field == "outside":
+        more = len(request.outside) - len(request.outside_shown)
+        lines = [*request.outside_shown, *([f"{more} more"] if more else [])]
+        return "; ".join(lines) or "none"
     value = fields_of(request).get(field)
     packet = request.trap.packet
     if field == "request" and packet is not None:

@@ -10,7 +10,14 @@ from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import ConfigError, UnsupportedTrapError
 from vmibridge.recording.file.reader import TimedMessage
-from vmibridge.recording.messages import MemoryAccess, RecordedMessage, Reply, Session
+from vmibridge.recording.messages import (
+    FORMAT_WITH_STEPS,
+    MemoryAccess,
+    Outside,
+    RecordedMessage,
+    Reply,
+    Session,
+)
 from vmibridge.recording.redaction import Redaction, RedactionRule
 from vmibridge.vm.trap import TrapEvent
 
@@ -64,12 +71,16 @@ class Changes:
             message = self._renamed(message, message.vm)
         return TimedMessage(time, message)
 
+    def name_of(self, vm: str) -> str:
+        """What a VM is called."""
+        return self._rename.get(vm, vm)
+
     def packet(self, packet: BridgePacket, left_out: frozenset[str]) -> BridgePacket:
         """The request of a trap, in the same way."""
         return self._redaction.packet(packet, left_out) if self.redacts else packet
 
     def _renamed(self, message: RecordedMessage, vm: str) -> RecordedMessage:
-        name = self._rename.get(vm, vm)
+        name = self.name_of(vm)
         owner = self._owners.setdefault(name, vm)
         if owner != vm:
             raise ConfigError(f"--rename: both {owner!a} and {vm!a} would be called {name!a}")
@@ -89,7 +100,12 @@ class Changes:
     ) -> RecordedMessage:
         redaction = self._redaction
         if isinstance(message, Session):
-            rules = dict.fromkeys((*message.redaction, *redaction.of_traps))
+            # A format of before has no such messages, and its readers do not know the rule.
+            knows_outside = message.format >= FORMAT_WITH_STEPS
+            further = (
+                each for each in redaction.of_traps if knows_outside or each.what != "outside"
+            )
+            rules = dict.fromkeys((*message.redaction, *further))
             handlers = tuple(
                 msgspec.structs.replace(each, settings=None)
                 if redaction.hides_settings(each.request)
@@ -116,6 +132,8 @@ class Changes:
             self._all if left_out is None else left_out
         ):
             return msgspec.structs.replace(message, data=None)
+        if isinstance(message, Outside) and (self._all if left_out is None else left_out):
+            return message.without_content()
         return message
 
     def _trap(self, event: TrapEvent, left_out: frozenset[str]) -> TrapEvent:
@@ -123,7 +141,7 @@ class Changes:
             return self._redaction.trap(event, left_out)
         except UnsupportedTrapError:
             # It asks nothing, so each general register may repeat what is left out.
-            if self._all == {"memory"}:
+            if self._all <= {"memory", "outside"}:
                 return event
             zeros = dict.fromkeys(event.architecture.values, 0)
             registers = msgspec.structs.replace(event.registers, **zeros)

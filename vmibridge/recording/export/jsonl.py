@@ -52,6 +52,23 @@ class NoteRecord(msgspec.Struct, omit_defaults=True):
     note: Note
 
 
+class OutsideRecord(msgspec.Struct, omit_defaults=True):
+    """One call of `vmi.outside`; its fields are those of the message."""
+
+    key: str
+    number: int = 0
+    data: str | None = None
+    """In hex: the value, as MessagePack."""
+    error: str | None = None
+    types: tuple[str, ...] = ()
+    at_once: bool = False
+    left_out: bool = False
+    place: int | None = None
+    """Among all messages of the recording, from 0."""
+    time_ns: int | None = None
+    """When it had come to something."""
+
+
 class TrapRecord(msgspec.Struct):
     """One trap of a recording."""
 
@@ -109,6 +126,7 @@ class FullTrapRecord(TrapRecord):
     """What the recorded reply has beside the fields above: its exact `duration` in seconds, and
     `packet` and `vcpu` where they are not those of the trap."""
     notes: list[NoteRecord]
+    outside: list[OutsideRecord]
 
 
 def trap_record(trap: RecordedTrap, start: int, *, full: bool = False) -> TrapRecord:
@@ -168,6 +186,19 @@ def trap_record(trap: RecordedTrap, start: int, *, full: bool = False) -> TrapRe
         trap.reply_time,
         None if reply is None else _rest(trap, reply),
         [NoteRecord(*mark, note) for mark, note in trap.notes],
+        [
+            OutsideRecord(
+                call.key,
+                call.number,
+                None if call.data is None else call.data.hex(),
+                call.error,
+                call.types,
+                call.at_once,
+                call.left_out,
+                *mark,
+            )
+            for mark, call in trap.outside
+        ],
     )
 
 

@@ -51,6 +51,7 @@ _NAMES = {
         (
             *("seq", "trap", "magic", "request", "method", *VALUE_NAMES, "outcome", *ANSWER_NAMES),
             *("output", "error", "bytes read", "bytes written", "failed accesses"),
+            "outside calls",
         ),
         1,
     )
@@ -174,6 +175,8 @@ def _facts(trap: RecordedTrap) -> dict[str, int | str]:
         facts["bytes read"] = sum(access.size for access in done if not access.write)
         facts["bytes written"] = sum(access.size for access in done if access.write)
         facts["failed accesses"] = len(trap.accesses) - len(done)
+    if trap.outside:
+        facts["outside calls"] = len(trap.outside)
     return facts
 
 

@@ -14,6 +14,7 @@ from enum import Enum, auto
 
 import msgspec
 
+from vmibridge.recording.outside_text import outside_json
 from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, flattened
 
 Row = tuple[int | float | str | bytes | None, ...]
@@ -59,6 +60,7 @@ TRAP_COLUMNS = {
     "rip": Kind.BITS,  # where the guest went on; null: the instruction ran natively
     **dict.fromkeys(ANSWER_NAMES, Kind.BITS),  # null: the register was left alone
     "accesses": Kind.BITS,
+    "outside": Kind.TEXT,  # what vmi.outside gave, as JSON; null: nothing
     "registers": Kind.TEXT,
 }
 
@@ -103,6 +105,7 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
             for value in (flat.retry_of, flat.rip, *flat.answers)
         ],
         len(trap.accesses) + trap.left_out,
+        outside_json(call for _, call in trap.outside),
         _registers(event.registers).decode(),
     )
 

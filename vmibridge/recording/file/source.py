@@ -8,12 +8,16 @@ import io
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from mcap.writer import MCAP0_MAGIC
 
-__all__ = ["STANDARD_INPUT", "open_recording"]
+from vmibridge.errors import RecordingReadError
+
+__all__ = ["STANDARD_INPUT", "open_recording", "readable_again"]
 
 STANDARD_INPUT = Path("-")
 """Standard input, by the name that commands have for it."""
@@ -33,6 +37,23 @@ def open_recording(path: Path) -> BinaryIO:
         _copied.append(given if given.seekable() else _copy(given))
     # Each reader has a place of its own in it.
     return Path(f"/proc/self/fd/{_copied[0].fileno()}").open("rb")
+
+
+@contextmanager
+def readable_again(path: Path) -> Iterator[Path]:
+    """What can be opened as often as one likes for the block, where `path` may be a pipe.
+
+    Raises `RecordingReadError` for one that cannot be read.
+    """
+    if path == STANDARD_INPUT or not path.is_fifo():
+        yield path
+        return
+    try:
+        copy = open_recording(path)
+    except OSError as error:
+        raise RecordingReadError(f"{path}: {error.strerror}") from error
+    with copy:
+        yield Path(f"/proc/self/fd/{copy.fileno()}")
 
 
 def _copy_and_close(file: BinaryIO) -> BinaryIO:

@@ -8,7 +8,8 @@ What is not replayed, not compared or not different is copied, with its times. O
 is accepted
 
 - the final reply is the new one, in the place and at the time of the recorded one;
-- the memory accesses are the new ones, right behind its first trap;
+- the memory accesses are the new ones, right behind its first trap; so are calls of `vmi.outside`
+  that are not in the recording, while those that are stay where they were, if they were made;
 - nothing is left where it ran natively now: no recording has such traps.
 
 So what was accepted replays without a difference, and to accept it again changes nothing.
@@ -32,6 +33,7 @@ from vmibridge.recording.messages import (
     CHANNELS,
     MemoryAccess,
     Note,
+    Outside,
     RecordedHandler,
     RecordedMessage,
     Reply,
@@ -56,6 +58,10 @@ class _Request(msgspec.Struct):
     reply: Reply | None
     """`None`: it ran natively."""
     accesses: list[MemoryAccess]
+    outside: list[Outside]
+    """Calls of `vmi.outside` that are not in the recording."""
+    made: set[tuple[str, int]]
+    """Those that are, by key and number."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -96,6 +102,8 @@ class Accepted:
                 (first, *request.seqs),
                 now,
                 [msgspec.structs.replace(each, vm=vm, seq=first) for each in accesses],
+                [msgspec.structs.replace(each, vm=vm) for each in request.outside.others],
+                request.outside.made,
             )
         )
         for seq in request.seqs:
@@ -193,14 +201,26 @@ def _accept(
                 change[now.kind.value] += 1
                 hidden = _hidden(redactions.get(message.vm), message)
                 yield time, now if not hidden else _redacted(now, redactions[message.vm], hidden)
-        elif now is not None and not isinstance(message, MemoryAccess):
+        elif now is not None and _is_kept(message, request):
             yield time, message
             if isinstance(message, TrapEvent) and message.seq == request.seqs[0]:
                 hidden = _hidden(redactions.get(message.vm), now)
-                for access in request.accesses:
-                    if "memory" in hidden:
-                        access = msgspec.structs.replace(access, data=None)  # noqa: PLW2901
-                    yield time, access
+                for each in _done_now(request, hidden):
+                    yield time, each
+
+
+def _is_kept(message: RecordedMessage, request: _Request) -> bool:
+    """Whether something of an accepted request, other than its reply, is as it was."""
+    if isinstance(message, Outside):
+        return (message.key, message.number) in request.made
+    return not isinstance(message, MemoryAccess)
+
+
+def _done_now(request: _Request, hidden: frozenset[str]) -> Iterator[MemoryAccess | Outside]:
+    for access in request.accesses:
+        yield msgspec.structs.replace(access, data=None) if "memory" in hidden else access
+    for call in request.outside:
+        yield call.without_content() if hidden else call
 
 
 def _hidden(redaction: Redaction | None, reply: Reply) -> frozenset[str]:

@@ -1,6 +1,6 @@
 """A recording as a backend: the guest is played from the file, with no VM at all.
 
-    replay:FILE.mcap?speed=0&order=recorded&vm=NAME&strict=false
+    replay:FILE.mcap?speed=0&order=recorded&vm=NAME&strict=false&outside=call
 
 Rules:
 
@@ -87,7 +87,8 @@ class ReplayBackend(Backend, Tap):
         self._busy: dict[int, deque[TrapEvent]] = {}
         self._vcpus: set[int] = set()
         self._stopped = False
-        self.conductor: RecordedOrder = RecordedOrder(self._walk, self._open)
+        self.conductor: RecordedOrder = RecordedOrder(self._walk, self._open, options)
+        self._tally.result.outside = self.conductor.fetched.called
         self._memory = ReplayedMemory(self._walk, self._open)
         self._stop_for: Callable[[Exception], None]
         self._sink: TrapSink
@@ -221,7 +222,7 @@ class ReplayBackend(Backend, Tap):
         if isinstance(what, Session):
             self._is_later = self._has_begun
             self._has_begun = True
-        return True
+        return self._is_later or self.conductor.play(time, what)
 
     def _walk_trap(self, time: int, event: TrapEvent, after: object) -> bool:
         self._has_begun = True
@@ -280,7 +281,7 @@ class ReplayBackend(Backend, Tap):
         """Why a trap is not asked; `about`: what was recorded of it next."""
         if isinstance(about, Reply) and about.vm == self._name and about.kind is _DENIED:
             return "the policy denied it"
-        left_out = self._tally.left_out(event) - {"memory"}
+        left_out = self._tally.left_out(event) - {"memory", "outside"}
         if left_out:
             return f"{', '.join(sorted(left_out))} was left out of the recording"
         return None
@@ -449,4 +450,5 @@ class ReplayBackend(Backend, Tap):
             self._open.pop(seq, None)
         self.conductor.unwinds(request)
         self._memory.held -= request.held
+        self.conductor.fetched.close(request)
         self._tally.close(request, why)

@@ -12,6 +12,7 @@ may be given as it is. No handler, VM or file is needed.
 | `error` | as text, without the addresses of objects |
 | `output` | as a value of JSON; what JSON cannot hold, by its `repr` without addresses |
 | `read`, `write` | by a replay alone: accesses to guest memory |
+| `outside` | by a replay alone: calls of `vmi.outside` |
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ __all__ = [
     "reply_of",
 ]
 
-FIELDS = ("outcome", "handler", "rip", *VALUE_NAMES, "error", "output", "read", "write")
+FIELDS = ("outcome", "handler", "rip", *VALUE_NAMES, "error", "output", "read", "write", "outside")
 """All names that a field has."""
 
 
@@ -44,7 +45,8 @@ class FieldDifference(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that is not as it was."""
 
     field: str
-    """`outcome`, `handler`, `value1` to `value4`, `rip`, `output`, `error`, `read`, `write`."""
+    """`outcome`, `handler`, `value1` to `value4`, `rip`, `output`, `error`, `read`, `write`,
+    `outside`."""
     expected: str
     got: str
     paths: tuple[str, ...] = ()

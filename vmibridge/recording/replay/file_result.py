@@ -56,6 +56,11 @@ class FileResult(msgspec.Struct):
         """Requests that could not be compared, by the reason."""
         return counts_of(result.unchecked for result in self.vms.values())
 
+    @property
+    def outside(self) -> dict[str, int]:
+        """How often functions were called that `vmi.outside` found nothing for, by key."""
+        return counts_of(result.outside for result in self.vms.values())
+
 
 def result_lines(result: FileResult) -> list[str]:
     """The first difference with what led to it, then the findings, then the counts."""
@@ -72,6 +77,10 @@ def result_lines(result: FileResult) -> list[str]:
         requests = counted(result.ignored, "request")
         lines.append(f"ignored by rules: all differences of {requests}")
     lines += [f"not compared: {count} ({why})" for why, count in result.unchecked.items()]
+    lines += [
+        f"outside {key!a} was not in the recording; it was called {counted(count, 'time')}"
+        for key, count in result.outside.items()
+    ]
     return lines
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from vmibridge.errors import BackendSpecError
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.options import ReplayOptions
@@ -136,6 +137,11 @@ class LoadBackend(ReplayBackend):
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Play the recording to its end, as often as it is to be."""
+        if self.options.outside == "refuse" and not self._has_server:
+            raise BackendSpecError(
+                f"replay:{self.path}: outside=refuse: the handlers run elsewhere, and call what"
+                " they like"
+            )
         # With a server in this process it has taps, and nobody asks for figures.
         return await super().run(traps, sink if self._has_server else _Measured(sink, self.figures))
 

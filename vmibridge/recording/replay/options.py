@@ -43,6 +43,9 @@ class ReplayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which VM of the recording; `None`: the first."""
     strict: bool = False
     """Whether another order of memory accesses, and a read that is left out, count."""
+    outside: Literal["call", "refuse"] = "call"
+    """What `vmi.outside` does where the recording has nothing for it: call the function, or raise
+    `OutsideRefusedError`."""
 
 
 class ReplayResult(msgspec.Struct):
@@ -56,6 +59,9 @@ class ReplayResult(msgspec.Struct):
     """Requests of which nothing differs but what rules ignore."""
     unchecked: dict[str, int] = {}
     """Requests that could not be compared, by the reason."""
+    outside: dict[str, int] = {}
+    """How often `vmi.outside` called a function, since it was not in the recording: by key, the
+    first 100 of them."""
 
 
 class SettingChanges(TypedDict, total=False):

@@ -5,10 +5,12 @@ from collections.abc import Awaitable
 import anyio.lowlevel
 
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.recording.messages import FORMAT_WITH_STEPS, Session
+from vmibridge.recording.messages import FORMAT_WITH_STEPS, Outside, Session
+from vmibridge.recording.replay.options import ReplayOptions
+from vmibridge.recording.replay.outside import ReplayedOutside
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.walk import Awaited, Walk
-from vmibridge.vm.conductor import ConductedEngine, Conductor
+from vmibridge.vm.conductor import ConductedEngine, Conductor, OutsideCall
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["RecordedOrder"]
@@ -23,7 +25,9 @@ _MAX_UNWINDING = 16_384
 class RecordedOrder(Conductor):
     """See the module. `requests`: those that are open, by the numbers of their traps."""
 
-    def __init__(self, walk: Walk, requests: dict[int, ReplayedRequest]) -> None:
+    def __init__(
+        self, walk: Walk, requests: dict[int, ReplayedRequest], options: ReplayOptions
+    ) -> None:
         self.seed: int | None = None
         self.engine: ConductedEngine | None = None
         """`None`: none is asked what it does, as where an agent carries the traps."""
@@ -33,6 +37,8 @@ class RecordedOrder(Conductor):
         self._walk = walk
         self._requests = requests
         self._unwinding: dict[int, ReplayedRequest] = {}
+        self.fetched: ReplayedOutside = ReplayedOutside(walk, self.find, options)
+        """What handlers got from outside."""
 
     def begin(self, session: Session) -> None:
         """This is what was recorded of the VM."""
@@ -128,6 +134,22 @@ class RecordedOrder(Conductor):
     def _has_gone_on(self, request: ReplayedRequest) -> None:
         request.steps_done += 1
         self._walk.go()
+
+    def play(self, time: int, message: object) -> bool:
+        """Another message than those of traps, memory and steps. `False`: it is not its time yet.
+
+        No handler is asked where an agent carries the traps."""
+        if self.engine is None or not isinstance(message, Outside):
+            return True
+        return self.fetched.play(time, message)
+
+    async def outside(self, event: TrapEvent, key: str, number: int) -> OutsideCall | None:
+        """A handler calls `vmi.outside`."""
+        return await self.fetched.get(event, key, number)
+
+    def called_outside(self, event: TrapEvent, call: OutsideCall) -> None:
+        """A function was called."""
+        self.fetched.keep(event, call)
 
     def ended(self, event: TrapEvent) -> None:
         """A handler has ended, now."""

@@ -23,7 +23,7 @@ import msgspec
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import GuestMemoryError
-from vmibridge.recording.messages import MemoryAccess, Reply
+from vmibridge.recording.messages import MemoryAccess, Outside, Reply
 from vmibridge.recording.replay.compare import (
     Difference,
     FieldDifference,
@@ -46,6 +46,25 @@ _MADE = 40
 has such numbers, too: so the next one follows the latest of its request."""
 _UNKNOWN = "it is not in the recording"
 CUT = "the recording lacks the end of its output"
+NO_CALL = "no call"
+_CALLED = "it is not in the recording, and was called"
+
+
+class RequestOutside(msgspec.Struct):
+    """The calls of `vmi.outside` of one request, by key and number."""
+
+    recorded: dict[tuple[str, int], Outside] = {}
+    """Those that were read, and are not made yet."""
+    waiting: set[tuple[str, int]] = set()
+    """Those that are made, and wait for what is recorded."""
+    awaited: tuple[str, int] | None = None
+    """What the walk waits for."""
+    called: list[str] = []
+    """Keys of those that are not in the recording, and whose functions were called."""
+    made: set[tuple[str, int]] = set()
+    """Those that came to what they came to then, where all are kept."""
+    others: list[Outside] = []
+    """Other ones, where all are kept."""
 
 
 class ReplayedRequest:
@@ -107,6 +126,7 @@ class ReplayedRequest:
     seqs: Sequence[int] = ()
     """Of the traps that asked again."""
     _gate: "anyio.Event | None" = None
+    _outside: "RequestOutside | None" = None
     _pending: "deque[tuple[int, MemoryAccess]] | None" = None
     _past: "deque[MemoryAccess] | None" = None
     _retries: "deque[TrapEvent] | None" = None
@@ -120,7 +140,19 @@ class ReplayedRequest:
         self.event = event
         self.time = time
         self._strict = strict
-        self._keep = keep
+        self.keeps = keep
+
+    @property
+    def outside(self) -> RequestOutside:
+        """Its calls of `vmi.outside`."""
+        if self._outside is None:
+            self._outside = RequestOutside()
+        return self._outside
+
+    @property
+    def has_outside(self) -> bool:
+        """Whether it has, or had, such."""
+        return self._outside is not None
 
     @property
     def pending(self) -> "deque[tuple[int, MemoryAccess]]":
@@ -138,7 +170,7 @@ class ReplayedRequest:
     def past(self) -> "deque[MemoryAccess]":
         """Accesses that were made now."""
         if self._past is None:
-            self._past = deque(maxlen=_MAX_KEPT if self._keep else _MAX_PAST)
+            self._past = deque(maxlen=_MAX_KEPT if self.keeps else _MAX_PAST)
         return self._past
 
     @property
@@ -294,6 +326,11 @@ class ReplayedRequest:
             self.unchecked = self.unchecked or CUT
         for _, access in self._pending or ():
             self.leave_out(access)
+        if self._outside is not None and (self._strict or self._differences):
+            for key in reversed(self._outside.called):
+                # It may be the cause of the others.
+                told = FieldDifference("outside", NO_CALL, f"{key!a}: {_CALLED}")
+                self._differences = (told, *self._differences)
         if not self._differences:
             return None
         event = self.event

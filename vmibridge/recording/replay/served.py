@@ -136,17 +136,20 @@ async def serve_recording(
     taps: Sequence[Tap] = (),
     on_difference: Callable[[Difference], None] | None = None,
     on_request: Callable[[RequestResult], None] | None = None,
+    file: Path | None = None,
 ) -> AsyncIterator[ServedRecording]:
     """Open the VMs of these names, and make their handlers.
 
     `renamed`: from a VM's recorded name to that of now. `change` gets the settings that were
     recorded and returns those of the server. Raises as the backend does, and what `bridge_for`,
-    `change` and `BridgeServer` raise.
+    `change` and `BridgeServer` raise. `file`: what is read in the place of `path`, which is
+    standard input.
     """
-    walk = Walk(path, options.speed)
+    file = path if file is None else file
+    walk = Walk(file, options.speed)
     backends = [
         ReplayBackend(
-            path,
+            file,
             msgspec.structs.replace(options, vm=name),
             renamed.get(name or "", name or "vm"),
             on_difference,

@@ -13,6 +13,7 @@ and goes on when it has happened again:
 | step `began` | the handler's turn, at its time | it has begun |
 | step `resumed` | the handler may go on, at its time | it has |
 | step `ended` | the handler may go on as often as it likes | it has ended |
+| call of `vmi.outside` | its value is given, at its time | the handler has it |
 | memory access | it is kept for its request | at once |
 | reply | deadlines pass that passed then | the trap is answered |
 
@@ -90,6 +91,7 @@ class Awaited(Enum):
     BEGUN = "begun"
     RESUMED = "resumed"
     ENDED = "ended"
+    FETCHED = "given what came from outside"
     TOLD = "told to wait"
     ANSWERED = "answered"
 
@@ -265,6 +267,9 @@ class Walk:
                 return done or not request.begun
             case Awaited.ENDED:
                 return request.ended or not request.begun
+            case Awaited.FETCHED:
+                done = request.outside.awaited is None or request.ended or not request.begun
+                return done or (answered and not request.cut)
             case Awaited.TOLD:
                 # The answer waits for an access that is under way.
                 return request.told or answered or request.blocked
@@ -359,12 +364,29 @@ class Walk:
         awaited = self.awaited
         if awaited is None or self._loosen_at != math.inf:
             return
-        if self._held or awaited.needs_more:
+        if self._held or awaited.needs_more or self._waits_for_outside():
             self._loosen_at = self._clock() + self._patience
             self.poke()
 
+    def _waits_for_outside(self) -> bool:
+        """Whether a changed handler may not ask for what the walk has for it, or asks for what
+        comes later."""
+        awaited = self.awaited
+        if awaited is None or not awaited.has_outside:
+            return False
+        return self.what is Awaited.FETCHED or (
+            self.what is Awaited.RESUMED and bool(awaited.outside.waiting)
+        )
+
     def _loosen(self) -> None:
         """Who is waited for may wait for who is held, or for what comes next in the file."""
+        if self.awaited is not None and self._waits_for_outside():
+            self.awaited.outside.awaited = None
+            if self.what is Awaited.RESUMED:
+                self.awaited = None
+                self._loosen_at = math.inf
+                self.go()
+                return
         self._patience *= 2
         self._loosen_at = math.inf
         if self.awaited is not None and self.awaited.needs_more:

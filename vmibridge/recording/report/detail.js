@@ -7,6 +7,7 @@ const decimal = (digits) => BigInt(`0x${digits}`).toLocaleString("en-GB");
 function detailOf(traps, row, open) {
   const error = traps.text("error", row);
   const output = traps.text("output", row);
+  const outside = traps.text("outside", row);
   return [
     ...part("What", factsOf(whatOf(traps, row))),
     ...requestOf(traps, row, open),
@@ -14,6 +15,7 @@ function detailOf(traps, row, open) {
     ...part("Answer", answerOf(traps, row)),
     ...(error === null ? [] : part("Error", textOf(error, "detail-error"))),
     ...(output === null ? [] : part("Output", textOf(output, "detail-output"))),
+    ...(outside === null ? [] : part("From outside", textOf(outside, "detail-outside"))),
     ...part("Registers", registersOf(traps, row)),
     ...part("Memory", ...memoryOf(traps, row)),
   ];

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from vmibridge.recording.messages import MemoryAccess
+from vmibridge.recording.outside_text import outside_line
 from vmibridge.recording.report.statistics import MAX_EXACT, key_of, label_of, nanoseconds
 from vmibridge.recording.traps import (
     ANSWER_NAMES,
@@ -44,7 +45,7 @@ _HEX = ("ip", *VALUE_NAMES, *ANSWER_NAMES, *(f"reg_{name}" for name in REGISTERS
 _WHOLE = ("seq", "width", "ring", "length", "left_out", "place")
 _SIGNED = (
     *("lane", "run", "trap", "what", "magic", "request", "method", "outcome", "written"),
-    *("error", "output", "duration", "taken", "accesses"),
+    *("error", "output", "outside", "duration", "taken", "accesses"),
 )
 _WRITTEN_AT_ALL = 16
 
@@ -116,6 +117,7 @@ class Rows:
             "written": written | (0 if flat.rip is None else _WRITTEN_AT_ALL),
             "error": texts.number(flat.error),
             "output": texts.number(flat.output),
+            "outside": texts.number(_outside(trap)),
             "duration": -1 if flat.duration is None else nanoseconds(flat.duration),
             "taken": -1 if taken is None else min(max(taken, 0), MAX_EXACT),
             "accesses": len(trap.accesses),
@@ -189,6 +191,12 @@ def clipped(trap: RecordedTrap) -> RecordedTrap:
         accesses=accesses,
         left_out=trap.left_out + len(trap.accesses) - len(accesses),
     )
+
+
+def _outside(trap: RecordedTrap) -> str | None:
+    lines = [outside_line(call) for _, call in trap.outside[:MAX_ACCESSES]]
+    more = len(trap.outside) - len(lines)
+    return "\n".join([*lines, *([f"{more} more"] if more else [])]) or None
 
 
 def _data(access: MemoryAccess) -> str | None:
