@@ -43,7 +43,7 @@ from common import (
 from vmibridge import Bridge, BridgeContext, BridgeResponse, BridgeServer, OutcomeKind, TrapEvent
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.bridge.registers import read_packet, write_response
-from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
 from vmibridge.testing import FakeBackend
 
 VCPUS = 4

@@ -57,7 +57,7 @@ def command(*extra: str) -> list[str]:
     return [
         *(QEMU, *options.split(), *extra),
         *("-kernel", str(LINUX / "vmlinuz"), "-initrd", str(LINUX / "initrd")),
-        *("-append", "console=ttyS0 quiet panic=-1"),
+        *("-append", "console=ttyS0 quiet panic=-1 no_timer_check"),
     ]
 
 

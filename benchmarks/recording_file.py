@@ -6,7 +6,7 @@ from vmibridge import BridgeContext, BridgeHandler, BridgePacket, BridgeResponse
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.registers import read_packet
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
     MEMORY,

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from vmibridge.bridge.response import BridgeResponse
     from vmibridge.bridge.standard import StandardHandler
     from vmibridge.bridge.status import Gate, Status, StatusKind
-    from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+    from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
     from vmibridge.engine.server import BridgeServer
     from vmibridge.errors import Failed, GuestMemoryError, VmiBridgeError
     from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
@@ -131,7 +131,7 @@ _NAMES_OF = {
         "GuestText",
         "Room",
     ),
-    "engine.policy": ("AddressRange", "Policy", "Quota", "Rate"),
+    "engine.access_policy": ("AddressRange", "Policy", "Quota", "Rate"),
     "bridge.response": ("BridgeResponse",),
     "engine.server": ("BridgeServer",),
     "bridge.standard": ("StandardHandler",),

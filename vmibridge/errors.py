@@ -179,7 +179,7 @@ class RecordingError(VmiBridgeError):
 
 
 class RecordingReadError(RecordingError):
-    """A file is no recording, or cannot be read at all."""
+    """A file is not a recording, or cannot be read at all."""
 
 
 class NotReplayedError(VmiBridgeError):

@@ -1,11 +1,18 @@
-"""Files that are put in the place of others."""
+"""Files that are made, and files that are put in the place of others."""
 
 import errno
 import os
 import stat
 from pathlib import Path
 
-__all__ = ["is_own_file", "replaceable"]
+__all__ = ["is_own_file", "reason", "replaceable"]
+
+
+def reason(error: OSError, target: Path) -> str:
+    """Why `target` could not be made: the folder that is missing, or else what the system says."""
+    if error.errno == errno.ENOENT and not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    return error.strerror or str(error)
 
 
 def replaceable(target: Path) -> Path:
@@ -15,7 +22,7 @@ def replaceable(target: Path) -> Path:
     file: a rename would take the place of a device, such as /dev/stdout, for the whole system.
     """
     if target.exists() and not target.is_file():
-        raise OSError(errno.EINVAL, "is no regular file; name another one", str(target))
+        raise OSError(errno.EINVAL, "is not a regular file; name another one", str(target))
     return target.resolve()
 
 

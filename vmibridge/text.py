@@ -1,5 +1,5 @@
 """Text that may come from a guest, made fit for a terminal and a log; and objects of other people
-as text.
+as text; and counts in words.
 
 Nothing that a guest sends may move a cursor, change a colour, reorder a line or
 start a new one. Nothing that an object does when it is asked for its text is raised.
@@ -7,7 +7,19 @@ start a new one. Nothing that an object does when it is asked for its text is ra
 
 from collections.abc import Callable
 
-__all__ = ["printable", "printable_json", "repr_of", "str_of", "type_name"]
+__all__ = ["counted", "printable", "printable_json", "repr_of", "str_of", "type_name"]
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number of things in words: `1 trap`, `2 traps`, `3 replies`, `4 accesses`. `many`: where
+    more than the last word changes, as in `1 trap was cut`, `2 traps were cut`."""
+    if count == 1:
+        return f"1 {one}"
+    if many is not None:
+        return f"{count} {many}"
+    if one.endswith("y"):
+        return f"{count} {one[:-1]}ies"
+    return f"{count} {one}{'es' if one.endswith('s') else 's'}"
 
 
 def printable(text: str) -> str:

@@ -83,7 +83,9 @@ async def show_guest(process: Process) -> bool:
 
 
 async def run(plugin: Path, socket: Path, options: argparse.Namespace) -> bool:
-    kernel = f"console=ttyS0 quiet panic=-1 vmibridge=user,kernel count={options.count}"
+    kernel = (
+        f"console=ttyS0 quiet panic=-1 no_timer_check vmibridge=user,kernel count={options.count}"
+    )
     command = [
         qemu(),
         *f"-accel tcg -M pc -m 256 -smp {options.cpus} -nodefaults -display none".split(),

@@ -1,10 +1,16 @@
-"""The command as users run it: a process of its own, over an image that nasm assembled."""
+"""The command as users run it: a process of its own, over an image that nasm assembled.
+
+A fork server starts the processes (`forked.py`), but for what a test starts without
+`vmibridge` and `children`.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
+from children import Children
 from children import run as run_child
+from forked import fork_server
 from needs import needs
 from probe_guest import HANDLERS, command
 
@@ -28,11 +34,26 @@ def handlers(tmp_path):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def forks():
+    with fork_server() as server:
+        yield server
+
+
 @pytest.fixture
-def vmibridge(tmp_path):
+def children(forks):
+    started = Children(forks.start)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+@pytest.fixture
+def vmibridge(forks, tmp_path):
     def run(*arguments, **options):
-        environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
-        return run_child(command(*arguments), cwd=tmp_path, env=environment, **options)
+        options.setdefault("env", {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"})
+        return run_child(command(*arguments), kind=forks.start, cwd=tmp_path, **options)
 
     return run
 

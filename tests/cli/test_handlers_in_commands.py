@@ -6,6 +6,7 @@ import time
 
 import pytest
 from probe_guest import command
+from recorded_session import reply, session, trap, write_file
 
 LOOPS = [["--async-backend", "asyncio"], ["--async-backend", "trio"], ["--uvloop"]]
 every_loop = pytest.mark.parametrize("loop", LOOPS, ids=["asyncio", "trio", "uvloop"])
@@ -44,6 +45,15 @@ class Blocks(BridgeHandler[str]):
     async def handle(self, vmi, packet):
         while True:
             time.sleep(1)
+"""
+
+TAKES_LONG = """
+import sys
+import time
+
+print("loading", file=sys.stderr, flush=True)
+while True:
+    time.sleep(1)
 """
 
 FAILS = """
@@ -95,3 +105,32 @@ def test_one_that_holds_up_the_loop_is_named_and_a_third_signal_ends_the_process
             run.send_signal(signal.SIGINT)
             time.sleep(0.02)
     assert run.returncode == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--backend", "unicorn:guest.bin", "--handlers"],
+        ["replay", "run.mcap", "--handlers"],
+        ["serve", "--listen", "unix:x.sock", "--handlers"],
+        ["handlers", "list"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_ctrl_c_ends_a_module_that_takes_long_to_load(children, tmp_path, arguments):
+    (tmp_path / "long.py").write_text(TAKES_LONG)
+    (tmp_path / "guest.bin").write_bytes(b"\xf4")
+    write_file(tmp_path / "run.mcap", [(1, session()), (2, trap(1)), (3, reply(1))])
+    child = children.start(command(*arguments, "long.py"), cwd=tmp_path)
+    assert child.stderr.readline() == "loading\n"
+    child.send_signal(signal.SIGINT)
+    child.communicate()
+    assert child.returncode == 130
+
+
+def test_a_reader_of_the_list_may_leave(children, tmp_path):
+    """0, as behind `head`."""
+    child = children.start(command("handlers", "list", "vmibridge.handlers"), cwd=tmp_path)
+    child.stdout.close()
+    assert child.wait() == 0
+    assert child.stderr.read() == ""

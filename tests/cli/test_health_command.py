@@ -109,7 +109,7 @@ def test_a_path_without_a_file_is_not_healthy(folder, health):
 
 def test_a_file_that_is_no_socket_is_not_healthy(folder, health):
     (folder / "vmi.sock").touch()
-    assert health("unix:vmi.sock") == (1, "vmibridge: unix:vmi.sock: is no socket")
+    assert health("unix:vmi.sock") == (1, "vmibridge: unix:vmi.sock: is not a socket")
 
 
 def test_any_other_failure_is_told_as_the_system_tells_it(folder, health):

@@ -184,7 +184,7 @@ class TestDamage:
         assert done.returncode == 0
         told = done.stderr.splitlines()
         assert told[0] == f"21 traps to {hand_made.with_suffix('.sqlite')}"
-        assert told[1].startswith(f"problem at byte {at}")
+        assert told[1].startswith(f"{hand_made}: at byte {at}")
 
 
 class TestExport:
@@ -240,16 +240,16 @@ class TestExitStatus:
         ("arguments", "told"),
         [
             (["inspect", "none.mcap"], "none.mcap: No such file"),
-            (["inspect", "text"], "text: is no MCAP file"),
+            (["inspect", "text"], "text: is not an MCAP file"),
             (["inspect", "empty"], "empty: is empty"),
             (["inspect", "R", "--limit", "0"], "--limit"),
-            (["inspect", "R", "--outcome", "fine"], "'fine' is no outcome"),
-            (["inspect", "R", "--since", "soon"], "'soon' is no time"),
+            (["inspect", "R", "--outcome", "fine"], "'fine' is not an outcome"),
+            (["inspect", "R", "--since", "soon"], "'soon' is not a time"),
             (["export", "R"], "--to"),
             (["export", "R", "--to", "csv"], "csv"),
             (["export", "R", "--to", "sqlite", "-o", "-"], "sqlite needs a file"),
             (["export", "R", "--to", "sqlite", "-o", "text"], "text: already exists"),
-            (["export", "text", "--to", "sqlite"], "text: is no MCAP file"),
+            (["export", "text", "--to", "sqlite"], "text: is not an MCAP file"),
         ],
         ids=str,
     )

@@ -152,7 +152,7 @@ class TestRecordings:
         ("arguments", "status", "says"),
         [
             (["put", "cut.mcap", "URL"], 1, "is not finished"),
-            (["put", "text", "URL"], 1, "is no recording"),
+            (["put", "text", "URL"], 1, "is not a recording"),
             (["put", "nowhere", "URL"], 1, "No such file"),
             (["put", "web-1.mcap", "unix:x"], 2, "recordings are kept at nats://HOST:PORT"),
             (["put", "web-1.mcap", "URL?bucket=a/b"], 1, "a store has letters"),

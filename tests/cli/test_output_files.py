@@ -34,7 +34,7 @@ def test_a_pipe_or_a_device_stays_what_it_is(vmibridge, makers, kind, tmp_path):
     os.mkfifo(fifo)
     done = vmibridge(*makers[kind], fifo)
     assert done.returncode in (1, 2)
-    assert "is no regular file" in done.stderr
+    assert "is not a regular file" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert stat.S_ISFIFO(fifo.stat().st_mode)
     assert not list(tmp_path.glob(".vmibridge-*"))

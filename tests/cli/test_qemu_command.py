@@ -192,7 +192,7 @@ def test_a_qemu_that_fails_before_it_listens_is_told(start, folder):
             "--patience, --compat and --plugin-options go with --via plugin only",
         ),
         (["--handlers", "handlers.py", "--backend-options", "x=1"], MACHINE, "no option 'x'"),
-        (["--handlers", "handlers.py", "--share-memory"], ["-m", "much"], "is no size of memory"),
+        (["--handlers", "handlers.py", "--share-memory"], ["-m", "much"], "is not a memory size"),
     ],
 )
 @pytest.mark.no_cover

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import pytest
 from children import Child
-from probe_guest import calls, command
+from probe_guest import ENDLESS, calls, command, counted
 
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.file.recover import recover
@@ -28,18 +28,6 @@ FLUSH_SECONDS = 0.2
 SLACK = 0.3
 STALL = 0.05
 """Seconds that a busy machine may hold up the thread that writes."""
-
-# Counts in r8, which no answer changes, so that each trap has a number.
-ENDLESS = """
-    xor r8, r8
-again:
-    inc r8
-    mov ecx, 0x42494d56
-    mov edx, 1 << 16 | 0x100
-    vmcall
-    jmp again
-"""
-COUNTED = ENDLESS.replace("jmp again", "cmp r8, {count}\n    jne again\n    hlt")
 
 
 def contents(path):
@@ -122,7 +110,7 @@ def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, 
     for number in (1, 2):
         done = vmibridge(*run(image, handlers, "--record", ".", code=calls(1, value=number)))
         assert done.returncode == 0, done.stderr
-        assert f"run-{number}.mcap: 1 traps were recorded" in done.stderr
+        assert f"run-{number}.mcap: 1 trap was recorded" in done.stderr
         _, (trap,), _ = contents(tmp_path / f"run-{number}.mcap")
         assert trap.packet.value1 == number
 
@@ -133,12 +121,12 @@ def test_in_a_folder_each_run_has_a_file_of_its_own(vmibridge, image, handlers, 
 @pytest.mark.parametrize(
     ("options", "status", "told"),
     [
-        (["--record", "new.mcap", "--redact", "value9"], 2, "'value9' is no redaction"),
-        (["--record", "new.mcap", "--redact", "0x10000:memory"], 2, "is no redaction"),
+        (["--record", "new.mcap", "--redact", "value9"], 2, "'value9' is not a redaction"),
+        (["--record", "new.mcap", "--redact", "0x10000:memory"], 2, "is not a redaction"),
         (["--redact", "memory"], 2, "--redact is about a recording: give --record FILE, too"),
         (["--unrecorded", "stop"], 2, "--unrecorded is about a recording: give --record FILE, too"),
         (["--record", "old.mcap"], 1, "old.mcap: already exists"),
-        (["--record", "none/new.mcap"], 1, "none/new.mcap: No such file or directory"),
+        (["--record", "none/new.mcap"], 1, "none/new.mcap: there is no folder none"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_the_guest_runs(
@@ -185,7 +173,7 @@ def test_a_full_disk_stops_the_run(vmibridge, image, handlers, tmp_path, options
 
 @pytest.mark.no_cover
 def test_or_lets_it_go_on_unrecorded(vmibridge, image, handlers, tmp_path):
-    code = COUNTED.format(count=5000)
+    code = counted(5000)
     arguments = run(image, handlers, "--json", "--record", "run.mcap", code=code)
     done = vmibridge(*arguments, "--unrecorded", "continue", preexec_fn=full_after(90_000))
     assert done.returncode == 0, done.stderr
@@ -225,7 +213,7 @@ def test_recover_tells_what_was_lost_and_what_is_kept(vmibridge, truncated, tmp_
     problem, kept = done.stdout.splitlines()
     assert problem.startswith("run.mcap: at byte ")
     assert problem.endswith(": the file ends here: it is truncated, or was not finished")
-    assert kept == "clean.mcap: 1 session, 4 trap, 4 reply, 2 note, 3 step kept"
+    assert kept == "clean.mcap: 1 session, 4 traps, 4 replies, 2 notes, 3 steps kept"
     sessions, traps, notes = contents(tmp_path / "clean.mcap")
     assert (len(sessions), len(traps), [each.kind for each in notes]) == (1, 4, ["end", "lost"])
 
@@ -242,7 +230,7 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
     done = vmibridge("recover", "run.mcap", "-o", "clean.mcap")
     assert done.stdout.splitlines() == [
         "run.mcap: is whole; there was nothing to recover",
-        "clean.mcap: 1 session, 4 trap, 4 reply, 1 note, 3 step kept",
+        "clean.mcap: 1 session, 4 traps, 4 replies, 1 note, 3 steps kept",
     ]
     assert contents(tmp_path / "clean.mcap") == contents(recorded)
 
@@ -250,12 +238,12 @@ def test_a_whole_file_is_copied(vmibridge, recorded, tmp_path):
 @pytest.mark.parametrize(
     ("source", "target", "status", "told"),
     [
-        ("probe.py", "clean.mcap", 2, "probe.py: is no MCAP file"),
+        ("probe.py", "clean.mcap", 2, "probe.py: is not an MCAP file"),
         ("missing.mcap", "clean.mcap", 2, "missing.mcap: No such file or directory"),
         (".", "clean.mcap", 2, ".: Is a directory"),
         ("run.mcap", "probe.py", 2, "probe.py: already exists"),
         ("run.mcap", "run.mcap", 2, "run.mcap: already exists"),
-        ("run.mcap", "none/clean.mcap", 1, "none/clean.mcap: No such file or directory"),
+        ("run.mcap", "none/clean.mcap", 1, "none/clean.mcap: there is no folder none"),
     ],
 )
 @pytest.mark.no_cover

@@ -168,7 +168,7 @@ class TestTogether:
             options.remove("--json")
             with started(*options) as agent:
                 out, _ = agent.communicate()
-            assert out == "3 traps: 3 answered by the server, 0 here; 1 connections\n"
+            assert out == "3 traps: 3 answered by the server, 0 here; 1 connection\n"
             server.send_signal(signal.SIGTERM)
             out, _ = server.communicate()
         assert "vm web: 3 traps: 3 handled\n" in out

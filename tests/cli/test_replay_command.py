@@ -94,7 +94,7 @@ def test_a_changed_handler_is_caught_at_its_trap(vmibridge, record, source, loop
     assert told[7].startswith("    write of 16 bytes at 0x200000: ")
     assert told[-1] == f"{path}: 40 requests compared, 1 different"
     assert done.stderr == (
-        "vmibridge: handler probe: its source has changed since (probe_memory.py)\n"
+        "vmibridge: handler probe: probe_memory.py has changed since the recording\n"
     )
 
 
@@ -154,10 +154,10 @@ class TestAFileInParts:
     ("options", "told"),
     [
         (["missing.mcap", "--handlers", "{source}"], "missing.mcap: No such file or directory"),
-        (["{source}", "--handlers", "{source}"], "is no MCAP file"),
+        (["{source}", "--handlers", "{source}"], "is not an MCAP file"),
         (["{path}", "--handlers", "none.py"], "there is no such file, folder or module"),
         (["{path}", "--handlers", "{broken}"], "SyntaxError"),
-        (["{path}", "--handlers", "{source}", "--vm", "other"], "there are vm"),
+        (["{path}", "--handlers", "{source}", "--vm", "other"], "there are VMs vm"),
         (["{path}", "--handlers", "{source}", "--speed", "-1"], "speed=-1.0"),
         (["{path}", "--handlers", "{source}", "--timeout", "0"], "timeout"),
     ],

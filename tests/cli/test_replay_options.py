@@ -48,22 +48,23 @@ class Done(NamedTuple):
     stderr: str
 
 
-@pytest.fixture
-def source(tmp_path):
-    """The handlers of then."""
-    path = tmp_path / "then" / "probe_options.py"
-    path.parent.mkdir()
+def write_source(folder):
+    folder.mkdir()
+    path = folder / "probe_options.py"
     path.write_text(SOURCE)
     return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The handlers that are recorded."""
+    return write_source(tmp_path / "then")
 
 
 @pytest.fixture
 def now(tmp_path):
-    """The handlers of now: in another folder, as this process reads each file once."""
-    path = tmp_path / "now" / "probe_options.py"
-    path.parent.mkdir()
-    path.write_text(SOURCE)
-    return path
+    """The handlers that are replayed: in another folder, as this process reads each file once."""
+    return write_source(tmp_path / "now")
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_one_that_cannot_be_read_does_not_hide_the_others(
     now.write_text(text)
     done = replay(bad, good)
     assert done.returncode == status
-    assert "bad.mcap: is no MCAP file" in done.stderr
+    assert "bad.mcap: is not an MCAP file" in done.stderr
     assert f"2 recordings: 10 requests compared, {different} different" in done.stdout
 
 
@@ -190,14 +191,14 @@ def test_what_is_selected_is_compared(record, replay, now, options, compared, di
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--method", "nothing"], "no request could be compared"),
-        (["--from", "99"], "no request could be compared"),
-        (["--ignore", "value9"], "--ignore 'value9' is no rule of what to ignore"),
+        (["--method", "nothing"], "there are methods 0x0001 (sum), 0x0002 (five)"),
+        (["--from", "99"], "no trap matches from trap 99; there are traps 1 to 10"),
+        (["--ignore", "value9"], "--ignore 'value9' is not a rule of what to ignore"),
         (["--rename", "vm"], "--rename 'vm': is not OLD=NEW"),
-        (["--require", "0%"], "--require '0%': is no share"),
+        (["--require", "0%"], "--require '0%': is not a share"),
         (["--accept"], "give -o FILE, too"),
         (["-o", "new.mcap"], "give -o FILE, too"),
-        (["--vm", "other"], "there are vm"),
+        (["--vm", "other"], "no trap matches VM other; there are VMs vm"),
     ],
 )
 def test_what_compares_nothing_is_status_2_and_one_line(record, replay, options, told):
@@ -211,7 +212,7 @@ def test_a_folder_without_a_recording_is_told(replay, tmp_path):
     (tmp_path / "empty").mkdir()
     done = replay(tmp_path / "empty")
     assert done.returncode == 2
-    assert "empty: there is no recording in it (*.mcap)" in done.stderr
+    assert "empty: there is not a recording in it (*.mcap)" in done.stderr
 
 
 def test_a_share_that_is_required_is_told_when_it_is_not_reached(record, replay, tmp_path):
@@ -221,7 +222,7 @@ def test_a_share_that_is_required_is_told_when_it_is_not_reached(record, replay,
     with_twice.write_bytes(one.read_bytes() * 2)
     done = replay(with_twice, "--require", "50.1%")
     assert done.returncode == 1
-    assert "50.0 % of 20 requests were compared; 50.1 % are required" in done.stderr
+    assert "50.0 % of 20 requests compared; 50.1 % are required" in done.stderr
     assert replay(with_twice, "--require", "50%").returncode == 0
 
 
@@ -254,8 +255,8 @@ def test_settings_of_then_that_are_missing_are_told(record, replay, tmp_path):
     done = replay(path)
     assert done.returncode == 1
     assert done.stderr == (
-        "vmibridge: handler probe: its settings are not those of then: step was 2, is 1; give the"
-        " file of then with --config\n"
+        "vmibridge: handler probe: its settings have changed since the recording: step was 2, is 1;"
+        " give the configuration file of the recording with --config\n"
     )
     config = tmp_path / "c.toml"
     config.write_text('[handlers.probe]\nstep = 2\n[replay]\nignore = ["value1"]\n')
@@ -270,7 +271,8 @@ def test_a_module_that_changed_is_told(record, replay, source, now):
     done = replay(record())
     assert done.returncode == 0
     assert done.stderr == (
-        "vmibridge: handler probe: what it imports has changed since (part_of_it)\n"
+        "vmibridge: handler probe: a module that it imports has changed since the recording:"
+        " part_of_it\n"
     )
 
 
@@ -286,7 +288,7 @@ def test_answers_of_now_make_a_new_recording(record, replay, now, tmp_path):
     now.write_text(WRONG)
     done = replay(path, "--accept", "--method", "sum", "-o", new)
     assert done.returncode == 0, done.stderr
-    assert f"{new}: a new recording, with 3 answers of now" in done.stderr
+    assert f"{new}: a new recording, with 3 new answers" in done.stderr
     done = replay(new, "--strict")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{new}: 10 requests compared, 0 different" in done.stdout

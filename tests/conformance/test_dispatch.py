@@ -16,7 +16,7 @@ from dispatch_parts import (
 
 from vmibridge.bridge.contract import BridgeContract
 from vmibridge.bridge.dispatch import Bridge
-from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.bridge.handler import BridgeHandler, method
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.vm.trap import TrapReason
@@ -91,7 +91,7 @@ async def test_a_handler_that_raises_makes_the_outcome_failed(caplog):
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("answer", [0, "text", (1, 2), b"", Outcome(OutcomeKind.HANDLED, None)])
-async def test_a_handler_that_returns_no_response_has_failed(answer):
+async def test_a_handler_that_returns_no_response_has_failed(answer, caplog):
     class Wrong(BridgeHandler):
         MAGIC, REQUEST = MAGIC, 1
 
@@ -101,8 +101,25 @@ async def test_a_handler_that_returns_no_response_has_failed(answer):
     outcome = await Bridge(Wrong()).dispatch(context(), ask())
     assert outcome.kind is OutcomeKind.FAILED
     assert outcome.error == (
-        f"TypeError: handle() returned {type(answer).__name__}, not a BridgeResponse"
+        f"TypeError: Wrong.handle() returned {type(answer).__name__}, not a BridgeResponse"
     )
+    line = Wrong.handle.__code__.co_firstlineno
+    assert f"handler wrong failed on method 0x0001 at {__file__}:{line}: TypeError" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_method_that_returns_no_response_is_named(caplog):
+    class Wrong(BridgeHandler):
+        MAGIC, REQUEST = MAGIC, 1
+
+        @method(7)
+        async def look_up(self, vmi, packet):
+            return 5
+
+    outcome = await Bridge(Wrong()).dispatch(context(), ask(method=7))
+    assert outcome.error == "TypeError: Wrong.look_up() returned int, not a BridgeResponse"
+    line = Wrong.look_up.__code__.co_firstlineno
+    assert f"method 0x0007 at {__file__}:{line}: TypeError" in caplog.text
 
 
 @pytest.mark.anyio
@@ -362,6 +379,7 @@ async def test_each_of_1000_handlers_answers_its_own_requests():
 
 
 @pytest.mark.parametrize("place", ["first", "last", "none"])
+@pytest.mark.no_cover
 def test_a_match_costs_the_same_among_1_and_among_10_000_handlers(place):
     def comparisons(count):
         bridge = Bridge(

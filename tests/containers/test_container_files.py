@@ -9,7 +9,6 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
-import kubernetes_validate
 import pytest
 import yaml
 from children import run
@@ -276,6 +275,8 @@ def documents(path):
 
 @by_name(MANIFESTS)
 def test_manifests_are_of_the_schema(path):
+    import kubernetes_validate  # takes a second, which no other test needs
+
     for document in documents(path):
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 

@@ -15,8 +15,8 @@ from vmibridge.backends.unicorn.backend import UnicornOptions
 from vmibridge.cli.handlers import HandlerLine, MethodLine
 from vmibridge.cli.trap_line import TrapLine, VcpuLine, summary_json
 from vmibridge.config import Config, find_handlers
+from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
 from vmibridge.engine.handshake import VERSION, Feature, Host, Limit
-from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import ConfigError

@@ -1,6 +1,6 @@
 """A recording may hold anything: it is cut short, damaged, or made to hurt who reads it.
 
-What can be read is read, what cannot is told as a problem, and a file that is no recording
+What can be read is read, what cannot is told as a problem, and a file that is not a recording
 is a `RecordingReadError`. Nothing else is raised, and memory and time stay bounded.
 """
 
@@ -23,10 +23,12 @@ from laws import examples
 from recorded_session import reply, session, trap, write_file
 
 from vmibridge.errors import RecordingReadError
+from vmibridge.recording.file import damage as damage_module
 from vmibridge.recording.file import reader as reader_module
 from vmibridge.recording.file import writer
-from vmibridge.recording.file.reader import MAX_CHUNK, RecordingReader
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.file.recover import recover
+from vmibridge.recording.file.unpack import MAX_CHUNK
 from vmibridge.recording.messages import (
     CHANNELS,
     MEMORY,
@@ -372,8 +374,9 @@ def test_many_fake_chunks_are_not_all_tried(tmp_path, monkeypatch, size):
         unpacked += len(body)
         return unpack_it(body)
 
-    unpack_it = reader_module._unpack
-    monkeypatch.setattr(reader_module, "_unpack", unpack)
+    unpack_it = reader_module.unpack
+    for module in (reader_module, damage_module):
+        monkeypatch.setattr(module, "unpack", unpack)
     data = mcap(SOUND, record(UNKNOWN, b"", MAX_U64), *[fake * 1000 + SOUND] * 10, bytes(8 << 20))
     found, problems = read(tmp_path / "fakes.mcap", data)
     assert len(found) >= 2
@@ -394,9 +397,9 @@ def test_channels_may_have_other_numbers(tmp_path):
     ("data", "told"),
     [
         (b"", "is empty"),
-        (b"\x7fELF", "is no MCAP file"),
-        (b"x" * 5000, "is no MCAP file"),
-        (MAGIC[:7], "is no MCAP file"),
+        (b"\x7fELF", "is not an MCAP file"),
+        (b"x" * 5000, "is not an MCAP file"),
+        (MAGIC[:7], "is not an MCAP file"),
         (mcap(SOUND, profile=b"ros2"), "is an MCAP file of profile 'ros2', no recording"),
         (mcap(SOUND, profile=b""), "is an MCAP file of profile '', no recording"),
         (mcap(chunk(message(SESSION.id, LATER))), "has format 4, and this .* reads formats 1 to 3"),

@@ -346,6 +346,7 @@ async def serve(plan, own_task, folder):
     return outcomes, good
 
 
+@pytest.mark.usefixtures("only_new_garbage")
 @pytest.mark.no_cover
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("own_task", [True, False], ids=["own task", "shared task"])

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Container, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -170,14 +170,15 @@ class _Heard:
 
 
 class Children:
-    """The children of one test. It has to end each of them."""
+    """The children of one test. It has to end each of them. `kind` makes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable[..., Child] = Child) -> None:
+        self._kind = kind
         self._started: list[Child] = []
 
     def start(self, command: Command, **options: Any) -> Child:
         """A child that the test waits for, or ends by a `with` block."""
-        child = Child(command, **options)
+        child = self._kind(command, **options)
         self._started.append(child)
         return child
 
@@ -191,14 +192,19 @@ class Children:
 
 
 def run(
-    command: Command, *, seconds: float = SECONDS, check: bool = False, **options: Any
+    command: Command,
+    *,
+    kind: Callable[..., Child] = Child,
+    seconds: float = SECONDS,
+    check: bool = False,
+    **options: Any,
 ) -> subprocess.CompletedProcess[Any]:
     """Run a command to its end: like `subprocess.run`, with output captured as text.
 
     Raises `AssertionError` if it is not done within its limit, or if it fails and `check` is
     set, with what it printed.
     """
-    with Child(command, seconds=seconds, **options) as child:
+    with kind(command, seconds=seconds, **options) as child:
         out, told = child.communicate()
     if check:
         assert child.returncode == 0, f"ended with {child.returncode}: {child.told()}"

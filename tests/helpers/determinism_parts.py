@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 from itertools import count
 
 import anyio
+from vmibridge.engine.policy import Policy, Quota, Rate
 
 from vmibridge import (
     Bridge,
@@ -24,6 +25,7 @@ from vmibridge.testing import FakeGuest
 
 MAGIC = 0x1234_5678
 MEMORY = {0x1000: bytes(range(256))}
+DENIED = 0x99
 
 
 def ask(code, *values, request=1):
@@ -31,8 +33,8 @@ def ask(code, *values, request=1):
 
 
 async def call(vm, packet, vcpu=0, pause=0.004):
-    """Ask, and ask again as long as it is told to wait."""
-    while (answer := await vm.call(packet, vcpu=vcpu)).rax == Gate.WAIT:
+    """Ask, and ask again as long as it is told to wait, or denied."""
+    while (answer := await vm.call(packet, vcpu=vcpu)).rax in (Gate.WAIT, DENIED):
         await anyio.sleep(pause)
     return answer
 
@@ -108,6 +110,40 @@ class Counts(BridgeHandler[object]):
             await anyio.sleep(packet.value1 / 1e3 + (0.005 if packet.value2 & 1 else -0.002))
         return self.answer(scope.cancelled_caught)
 
+    @method(10)
+    async def reads_at_once(self, vmi, packet):
+        got = []
+
+        async def one(at):
+            got.append((await vmi.memory.read(0x1000 + at, 4))[0])
+
+        async with anyio.create_task_group() as tasks:
+            for at in (packet.value1, packet.value2 + 0x40, packet.value1):
+                tasks.start_soon(one, at)
+            await anyio.sleep(packet.value3 / 1e3)
+            number = next(self.count)
+            await anyio.sleep(0)
+        return self.answer(number, *sorted(got))
+
+    @method(11)
+    async def due_together(self, vmi, packet):
+        got = []
+
+        async def one(number):
+            await anyio.sleep(packet.value1 / 1e3)
+            got.append(number)
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(5):
+                tasks.start_soon(one, number)
+        return self.answer(*got)
+
+    @method(12)
+    async def ends_together(self, vmi, packet):
+        with anyio.move_on_after(packet.value1 / 1e3) as scope:
+            await anyio.sleep(packet.value1 / 1e3)
+        return self.answer(scope.cancelled_caught)
+
 
 class Serial(BridgeHandler[object]):
     MAGIC, REQUEST = MAGIC, 2
@@ -160,7 +196,18 @@ def bridges():
     return lambda vm: Bridge(Counts(), Serial(), Pool(), shared)
 
 
-KINDS = [*[(1, code) for code in range(1, 10)], (2, 1), (2, 1), (3, 1), (3, 1), (4, 1), (4, 2)]
+def assert_same(path, names, make, *, unchecked=(), **how):
+    """Replay VMs together, without a difference; returns how many requests were compared.
+
+    `unchecked`: why some may not have been.
+    """
+    results = replay(path, names, make, **how)
+    assert [result.first for result in results] == [None] * len(names)
+    assert {why for result in results for why in result.unchecked} <= {*unchecked}
+    return sum(result.compared for result in results)
+
+
+KINDS = [*[(1, code) for code in range(1, 13)], (2, 1), (2, 1), (3, 1), (3, 1), (4, 1), (4, 2)]
 
 
 def random_guests(seed, codes=None):
@@ -195,6 +242,33 @@ def random_guests(seed, codes=None):
         return guest
 
     return {name: guest_of(plan) for name, plan in plans.items()}
+
+
+def random_settings(seed):
+    """Those of a server: places, and what a guest may use, by the seed."""
+    dice = random.Random(-1 - seed)
+    settings = {"in_flight": dice.choice([1, 2, 3, 64])}
+    if dice.random() < 0.5:
+        quota = Quota(Rate(dice.choice([1, 4]), 400.0), Rate(dice.choice([4, 64]), 4000.0))
+        settings["policy"] = Policy(vm=quota, denied=BridgeResponse(value1=DENIED))
+    return settings
+
+
+def changed_bridges(vm, asked, change):
+    """As `bridges`, but in that VM `change` is called with the answer to what was `asked`."""
+
+    def changed(kind):
+        class Changed(kind):
+            name = kind().name
+
+            async def handle(self, vmi, packet):
+                found = await super().handle(vmi, packet)
+                return change(found) if packet == asked and vmi.vm == vm else found
+
+        return Changed()
+
+    shared = changed(Shared)
+    return lambda _: Bridge(changed(Counts), changed(Serial), changed(Pool), shared)
 
 
 def loop_of(name, *, virtual, speed=0.0):
@@ -236,7 +310,13 @@ def replay(path, names, make, loop="asyncio", *, virtual=True, speed=0.0, order=
                 for name in names
             ]
             settings = replay_settings(vms[0].session.settings)
-            server = BridgeServer(vms, make, timeout=settings.timeout, in_flight=settings.in_flight)
+            server = BridgeServer(
+                vms,
+                make,
+                timeout=settings.timeout,
+                in_flight=settings.in_flight,
+                policy=settings.policy,
+            )
             async for _ in server.run():
                 pass
             return [vm.result for vm in vms]

@@ -4,28 +4,27 @@ import os
 import socket
 import struct
 import subprocess
-from collections import Counter
 from contextlib import asynccontextmanager
 
 import anyio
 import pytest
 from children import opened
 from needs import needs
+from served_machine import ServedMachine
 
-from vmibridge import Bridge, BridgeServer, open_backend
+from vmibridge import open_backend
 from vmibridge.aio import sockets
 from vmibridge.backends.qemu.qmp import Qmp
 
 KVM = "/dev/kvm"
 
 
-class Machine:
+class Machine(ServedMachine):
     """QEMU with one guest, and the host that serves it."""
 
     def __init__(self, qemu, accelerator, build_guest, folder):
+        super().__init__()
         self.stub, self.qmp, self.folder = folder / "s", folder / "q", folder
-        self.outcomes = Counter()
-        self.events = []
         self.status = None
         self._command = [qemu, "-accel", accelerator]
         if accelerator == "kvm":
@@ -66,18 +65,11 @@ class Machine:
     @asynccontextmanager
     async def host(self, handler, *options, **more):
         """A host in a block, which ends when the run does."""
-        async with open_backend(self.spec(*options, **more)) as self.backend:
-            server = BridgeServer(self.backend, Bridge(handler), timeout=60)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._consume, server)
-                yield server
-        self.ends = [(end.vcpu, end.reason) for end in server.summary.guest.vcpus]
-
-    async def _consume(self, server):
-        async for outcome in server.run():
-            self.outcomes[outcome.kind.value] += 1
-            if len(self.events) < 1000:
-                self.events.append(outcome.event)
+        async with (
+            open_backend(self.spec(*options, **more)) as self.backend,
+            self.served(self.backend, handler) as server,
+        ):
+            yield server
 
     async def run(self, handler, *options, ud=False, **defines):
         async with self.guest(**defines), self.host(handler, *options, ud=ud):

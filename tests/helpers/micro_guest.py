@@ -4,9 +4,9 @@ from collections import Counter
 
 import anyio
 import anyio.lowlevel
+from base_handlers import StandardHandler
 
-from vmibridge import BridgeHandler, BridgeResponse, method
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge import BridgeResponse, method
 
 CPUID, VMCALL, VMMCALL, ALL = 1, 2, 3, 4
 """HOW it calls."""
@@ -18,13 +18,8 @@ ENDLESS = 2_000_000_000
 MASK64 = (1 << 64) - 1
 
 
-class Work(BridgeHandler[None]):
+class Work(StandardHandler):
     """Answers as the guest expects, and knows what it was asked."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
 
     def __init__(self):
         self.calls = Counter()

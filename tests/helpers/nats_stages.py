@@ -12,6 +12,7 @@
 | `!! nobody 1.1`, `!! nobody web`, `!! nobody hello` | no responders to what was published |
 | `!! shakes-hands` | then `** welcome 5000`, or `** fails "why"` |
 | `!! passes 1` | seconds go by, and the link looks after its traps |
+| `!! passes 6 late=5` | the loop stood still for some of them |
 | `!! nats-lost`, `!! nats-back`, `!! nats-closed`, `!! denied "why"` | the connection to NATS |
 
 `NatsServerStage` is an `AgentServer` whose handler does what the playbook says. Agents have names,
@@ -26,6 +27,8 @@ which are those of their VMs, unless `!! agent second vm=web` says so:
 | `!! finishes 1 rax=7` | the handler of a trap returns; `** begins 1`, `** cancelled 1` |
 | `!! gone web`, `!! silent web` | whether an agent is there, when it is asked for |
 | `!! missing web` | no responders to what the server has published to it |
+| `!! passes 1`, `!! passes 6 late=5` | as above; the server looks for agents that are silent |
+| `== here=1` | sessions that have an agent |
 """
 
 from types import SimpleNamespace
@@ -42,7 +45,7 @@ from session_stage import AGENT_FRAMES, BEHIND, Clock
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.errors import VmiBridgeError
 from vmibridge.transport.handshake import VERSION, hello
-from vmibridge.transport.nats import agent_link
+from vmibridge.transport.nats import agent_link, listener, server_link
 from vmibridge.transport.nats.agent_link import NatsAgentLink
 from vmibridge.transport.nats.message import (
     FROM_NATS_AGENT,
@@ -145,14 +148,10 @@ class AgentLinkStage(Stage):
 
     async def __aenter__(self):
         self._tick = anyio.Event()
-        own = SimpleNamespace(
-            Event=anyio.Event, move_on_after=anyio.move_on_after, sleep=self._sleep
-        )
+        self._late = 0.0
         self._patches = [
             patch.object(agent_link, "_clock", self.clock),
-            # Time passes at once here, which is no loop that stands still.
-            patch.object(agent_link, "_loop_clock", lambda: 0.0),
-            patch.object(agent_link, "anyio", own),
+            patch.object(agent_link, "sleep_late", self._sleep_late),
         ]
         for each in self._patches:
             each.start()
@@ -174,9 +173,10 @@ class AgentLinkStage(Stage):
         for each in self._patches:
             each.stop()
 
-    async def _sleep(self, _):
-        """As `anyio.sleep` of the link: until the playbook says that time passes."""
+    async def _sleep_late(self, _):
+        """As that of the link: until the playbook says that time passes."""
         await self._tick.wait()
+        return self._late
 
     async def _receive(self):
         self.tasks.start_soon(self.link.watch)
@@ -238,8 +238,9 @@ class AgentLinkStage(Stage):
     async def when_says_garbage(self, at):
         await self.link._take(message(f"inbox.{at}", b"\7\0\0\0", "srv.stranger"))
 
-    async def when_passes(self, seconds):
+    async def when_passes(self, seconds, late=0):
         self.clock.now += float(seconds)
+        self._late = float(late)
         tick, self._tick = self._tick, anyio.Event()
         tick.set()
 
@@ -289,15 +290,40 @@ class NatsServerStage(PlayedServer):
 
     async def __aenter__(self):
         await super().__aenter__()
+        self._tick, self._late = anyio.Event(), 0.0
+        self.clock = Clock()
+        self._patches = [
+            patch.object(listener, "_clock", self.clock),
+            patch.object(server_link, "_clock", self.clock),
+            patch.object(listener, "sleep_late", self._sleep_late),
+        ]
+        for each in self._patches:
+            each.start()
         nats = self.server._listener._nats[0]
         nats._client = self._client(nats.url, "")
         await self.start()
         return self
 
+    async def __aexit__(self, *error):
+        await super().__aexit__(*error)
+        for each in self._patches:
+            each.stop()
+
+    async def _sleep_late(self, _):
+        await self._tick.wait()
+        return self._late
+
+    async def when_passes(self, seconds, late=0):
+        self.clock.now += float(seconds)
+        self._late = float(late)
+        tick, self._tick = self._tick, anyio.Event()
+        tick.set()
+
     def state(self):
         return {
             "vms": len(self.server.vms),
             "refused": self.server.refused,
+            "here": sum(each.link is not None for each in self.server._sessions()),
         }
 
     def _agent(self, name):

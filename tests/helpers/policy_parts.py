@@ -1,6 +1,6 @@
 """A trap for a policy, and a guard that is asked."""
 
-from vmibridge.engine.policy import (
+from vmibridge.engine.access_policy import (
     Guard,
 )
 from vmibridge.vm.trap import Registers, TrapEvent, TrapReason

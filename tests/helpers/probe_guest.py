@@ -52,6 +52,23 @@ def calls(*methods, value="0x41", request="0x100", tail="hlt"):
     return "".join(CALL.format(value=value, method=m, request=request) for m in methods) + tail
 
 
+# Counts in r8, which no answer changes, so that each trap has a number.
+COUNTING = """
+    xor r8, r8
+again:
+    inc r8
+    mov ecx, 0x42494d56
+    mov edx, 1 << 16 | 0x100
+    vmcall
+"""
+ENDLESS = COUNTING + "    jmp again\n"
+
+
+def counted(count):
+    """A guest that makes so many calls."""
+    return f"{COUNTING}    cmp r8, {count}\n    jne again\n    hlt\n"
+
+
 def command(*arguments):
     return [sys.executable, "-m", "vmibridge", *arguments]
 

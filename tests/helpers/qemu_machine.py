@@ -1,21 +1,20 @@
 """The micro guest in QEMU with the plugin, and the hosts that serve it."""
 
-from collections import Counter
 from contextlib import asynccontextmanager
 
-import anyio
 from children import run_beside
+from served_machine import ServedMachine
 
-from vmibridge import Bridge, BridgeServer, open_backend
+from vmibridge import open_backend
 from vmibridge.backends.qemu.process import QemuProcess
 
 
-class Machine:
+class Machine(ServedMachine):
     """QEMU with one guest, and the hosts that serve it."""
 
     def __init__(self, qemu, plugin, build_guest, folder):
+        super().__init__()
         self.socket = folder / "s"
-        self.outcomes = Counter()
         self.qemu, self._plugin, self._build_guest = qemu, plugin, build_guest
 
     def command(self, arguments="", *, guest="micro", options="", **defines):
@@ -41,13 +40,8 @@ class Machine:
     @asynccontextmanager
     async def host(self, handler, **settings):
         """A host in a block, which ends when the run does."""
-        async with open_backend(f"qemu-plugin:unix:{self.socket}") as backend:
-            server = BridgeServer(backend, Bridge(handler), timeout=60, **settings)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._consume, server)
-                yield server
-        self.ends = [(end.vcpu, end.reason) for end in server.summary.guest.vcpus]
-
-    async def _consume(self, server):
-        async for outcome in server.run():
-            self.outcomes[outcome.kind.value] += 1
+        async with (
+            open_backend(f"qemu-plugin:unix:{self.socket}") as backend,
+            self.served(backend, handler, **settings) as server,
+        ):
+            yield server

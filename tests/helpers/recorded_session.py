@@ -12,7 +12,7 @@ from vmibridge import (
     method,
 )
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
     CHANNELS,

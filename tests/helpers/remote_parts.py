@@ -5,9 +5,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 import anyio
+from base_handlers import EchoHandler
 
 from vmibridge import BridgeHandler, BridgeResponse, method
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.errors import ConnectionLostError
 from vmibridge.transport import Agent, AgentServer
 from vmibridge.transport.handshake import VERSION, WORD
@@ -20,13 +21,8 @@ from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 REQUEST = 0x0100
 
 
-class Echo(BridgeHandler[int]):
+class Echo(EchoHandler):
     """What the guests of `calls.asm` expect; counts what it was asked."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = REQUEST
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
 
     def __init__(self):
         self.asked = []
@@ -34,15 +30,7 @@ class Echo(BridgeHandler[int]):
     @method(1)
     async def invert(self, vmi, packet):
         self.asked.append(packet.value1)
-        mask = (1 << 64) - 1
-        total = packet.value2 + packet.value3 + packet.value4 & mask
-        return BridgeResponse(value1=~packet.value1 & mask, value2=total)
-
-    @method(2)
-    async def reverse(self, vmi, packet):
-        data = await vmi.memory.read(packet.value1, packet.value3 or 8)
-        await vmi.memory.write(packet.value2, data[::-1])
-        return BridgeResponse()
+        return await super().invert(vmi, packet)
 
 
 class Steps(BridgeHandler[str]):

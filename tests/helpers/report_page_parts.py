@@ -20,7 +20,7 @@ from vmibridge import (
 )
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.registers import read_packet
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
     MEMORY,

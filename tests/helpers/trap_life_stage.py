@@ -35,7 +35,7 @@ from vmibridge import (
     Outcome,
     OutcomeKind,
 )
-from vmibridge.engine.policy import Policy
+from vmibridge.engine.access_policy import Policy
 from vmibridge.errors import BackendError
 
 # --- all of it together -------------------------------------------------------------

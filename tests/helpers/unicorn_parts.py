@@ -2,6 +2,7 @@
 
 import anyio
 import pytest
+from base_handlers import EchoHandler
 
 from vmibridge import (
     Bridge,
@@ -11,7 +12,7 @@ from vmibridge import (
     method,
     open_backend,
 )
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3
 
 CPUID, VMCALL, VMMCALL = 1, 2, 3
 HOWS = [
@@ -23,24 +24,8 @@ PASSED = 0x600D
 MASK64 = (1 << 64) - 1
 
 
-class Echo(BridgeHandler[int]):
+class Echo(EchoHandler):
     """What the guests of `calls.asm` and `rings.asm` expect."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
-
-    @method(1)
-    async def invert(self, vmi, packet):
-        total = packet.value2 + packet.value3 + packet.value4 & MASK64
-        return BridgeResponse(value1=~packet.value1 & MASK64, value2=total)
-
-    @method(2)
-    async def reverse(self, vmi, packet):
-        data = await vmi.memory.read(packet.value1, packet.value3 or 8)
-        await vmi.memory.write(packet.value2, data[::-1])
-        return BridgeResponse()
 
     @method(3)
     async def ring(self, vmi, packet):

@@ -34,6 +34,7 @@ NEEDS = {
     "vmibridge.aio.clock_trio": "trio",
     "vmibridge.aio.handler_scope_trio": "trio",
     "vmibridge.aio.parking_trio": "trio",
+    "vmibridge.pytest_plugin": "test",  # by pytest, which has itself
     "vmibridge.recording": "recording",
     "vmibridge.recording.export.parquet": "parquet",
     "vmibridge.recording.export.perfetto": "perfetto",
@@ -197,11 +198,17 @@ def recorded(folder: str) -> Path:
 
 
 def recording() -> None:
-    from vmibridge.recording import RecordingReader, recorded_traps
+    from vmibridge.recording import RecordingReader, Replay, recorded_traps
 
-    with tempfile.TemporaryDirectory() as folder, RecordingReader(recorded(folder)) as reader:
-        (trap,) = recorded_traps(reader.messages())
+    with tempfile.TemporaryDirectory() as folder:
+        file = recorded(folder)
+        with RecordingReader(file) as reader:
+            (trap,) = recorded_traps(reader.messages())
         assert trap.reply is not None
+        replay = Replay(file, Double)
+        replay.begin()
+        assert (replay.play().compared, replay.difference) == (1, None)
+        replay.end()
 
 
 def exported(name: str) -> None:

@@ -16,6 +16,17 @@ GUESTS = Path(__file__).parent / "guests"
 Build = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every QEMU is tested on asyncio, and the one of `make qemu` on every loop. The other
+    combinations are slow: what a QEMU does differently does not depend on the loop."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is None or not {"system", "kvm"} & set(call.id.split("-")):
+            continue
+        if {"uvloop", "trio"} & set(call.id.split("-")):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def build_guest(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """`build_guest(NAME, DEFINE=value, ...)` gives the path of the assembled image."""

@@ -8,11 +8,11 @@ from itertools import product
 
 import anyio
 import pytest
-from linux_guest import LinuxGuest, built_guest, exchange
+from base_handlers import StandardHandler
+from linux_guest import LIMIT, LinuxGuest, built_guest, exchange
 
-from vmibridge import BridgeHandler, TrapReason
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
-from vmibridge.engine.policy import Policy
+from vmibridge import TrapReason
+from vmibridge.engine.access_policy import Policy
 
 pytestmark = pytest.mark.anyio
 
@@ -73,7 +73,7 @@ def kinds_by_ring(boot):
     ],
 )
 async def test_programs_and_the_kernel_call_by_each_instruction(linux, cpus):
-    with anyio.fail_after(120):
+    with anyio.fail_after(LIMIT):
         boot = await linux.boot("user,kernel", exchange(), cpus=cpus, count=COUNT)
     assert boot.lines[-1] == "all right", boot.lines
     assert results(boot) == dict.fromkeys(every_place(cpus), "right")
@@ -103,13 +103,10 @@ async def test_programs_and_the_kernel_call_by_each_instruction(linux, cpus):
     }
 
 
-class Liar(BridgeHandler[None]):
+class Liar(StandardHandler):
     """Answers like `exchange`, but one thing is wrong for each instruction."""
 
-    MAGIC = STANDARD_MAGIC
     REQUEST = 0x0200
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
 
     def __init__(self):
         self._honest = exchange()
@@ -125,7 +122,7 @@ class Liar(BridgeHandler[None]):
 
 @on_asyncio
 async def test_a_guest_finds_out_what_is_wrong(linux):
-    with anyio.fail_after(120):
+    with anyio.fail_after(LIMIT):
         boot = await linux.boot("user,kernel", Liar(), count=COUNT)
     assert boot.lines[-1] == "WRONG"
     wrong = {
@@ -142,7 +139,7 @@ async def test_a_guest_finds_out_what_is_wrong(linux):
 @on_asyncio
 async def test_a_policy_that_denies_programs_serves_the_kernel(linux):
     policy = Policy(rings=frozenset({0}))
-    with anyio.fail_after(120):
+    with anyio.fail_after(LIMIT):
         boot = await linux.boot("user,kernel", exchange(), {"policy": policy}, count=COUNT)
     assert boot.lines[-1] == "WRONG"
     natively = {"cpuid": "nobody", "vmcall": "signal 4", "vmmcall": "signal 4"}
@@ -158,7 +155,7 @@ async def test_a_policy_that_denies_programs_serves_the_kernel(linux):
 @on_asyncio
 async def test_a_policy_that_denies_the_kernel_serves_programs(linux):
     policy = Policy(rings=frozenset({3}))
-    with anyio.fail_after(120):
+    with anyio.fail_after(LIMIT):
         boot = await linux.boot("user,kernel", exchange(), {"policy": policy}, count=COUNT)
     assert boot.lines[-1] == "WRONG"
     # Without an answer to CPUID, the module tries no hypercall, and cannot be loaded.
@@ -175,7 +172,7 @@ async def test_the_guest_sees_the_same_cpuid_with_the_plugin_armed(linux):
     and what the kernel turns on (OSXSAVE in leaf 1, sizes in 0xd) does not depend on time. The
     model has all leaves that QEMU emulates.
     """
-    with anyio.fail_after(120):
+    with anyio.fail_after(LIMIT):
         armed = await linux.boot("leaves", exchange(), cpus=2, model="max")
         alone = await linux.boot_alone("leaves", cpus=2, model="max")
     leaves = [line for line in alone.lines if " cpuid " in line]

@@ -21,7 +21,7 @@ import anyio
 import pytest
 from children import run
 from elftools.elf.elffile import ELFFile
-from linux_guest import LinuxGuest, built_guest
+from linux_guest import LIMIT, LinuxGuest, built_guest
 from needs import needs
 
 from vmibridge import BridgeHandler, BridgeResponse
@@ -110,7 +110,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_each_trap_is_of_the_code_that_runs(folder, qemu, plugin, tmp_path, cpus):
     witness = Witness()
-    with anyio.fail_after(300):
+    with anyio.fail_after(LIMIT):
         boot = await LinuxGuest(qemu, plugin, folder, tmp_path).boot("", witness, cpus=cpus)
     assert boot.lines == RIGHT
     assert_where_they_were(witness)
@@ -123,7 +123,7 @@ async def test_each_trap_is_of_the_code_that_runs(folder, qemu, plugin, tmp_path
 async def test_and_by_breakpoints(folder, any_qemu, plugin, tmp_path):
     witness = Witness()
     linux = LinuxGuest(any_qemu, plugin, folder, tmp_path)
-    with anyio.fail_after(300):
+    with anyio.fail_after(LIMIT):
         boot = await linux.boot_with_breakpoints(
             "", witness, [symbol(folder / "fixed", "stepped_cpuid")]
         )

@@ -4,6 +4,7 @@ import signal
 import time
 
 import anyio
+import pytest
 from nats_parts import (
     ON_ASYNCIO,
     Guest,
@@ -94,6 +95,7 @@ class TestFailures:
         assert len(vm.wrong) == (counts.refused if counts else len(vm.wrong)) <= 4
         assert all(answer.rax is None for _, _, answer in vm.wrong)
 
+    @pytest.mark.no_cover
     async def test_nats_that_is_restarted_loses_no_trap_and_no_handler_runs_twice(self, nats):
         # So long that neither server counts as gone because NATS starts slowly.
         url = f"{nats.url}?silence=6"

@@ -18,7 +18,7 @@ from vmibridge import (
     BridgeResponse,
     OutcomeKind,
 )
-from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
 
 pytestmark = pytest.mark.anyio
 

@@ -21,9 +21,9 @@ from micro_guest import (
     OfAnother,
     Work,
 )
+from served_machine import shared_ram_reads
 
 from vmibridge import open_backend
-from vmibridge.backends.qemu.ram import SharedRam
 from vmibridge.errors import BackendError
 
 pytestmark = pytest.mark.anyio
@@ -58,7 +58,7 @@ async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
 @pytest.mark.no_cover
 # It takes long, and what differs between the loops is tested with less.
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"])
-@pytest.mark.parametrize("count", [1500, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_many_thousand_traps_of_two_vcpus(machine, count):
     work = Work()
     with anyio.fail_after(180):
@@ -178,13 +178,7 @@ async def test_without_its_monitor_a_guest_is_served_all_the_same(machine, tmp_p
 async def test_memory_that_qemu_shares_is_read_from_its_file(machine, tmp_path, monkeypatch):
     ram = tmp_path / "ram"
     ram.touch()
-    read, found = SharedRam.read, []
-
-    def reading(self, address, size):
-        found.append(read(self, address, size))
-        return found[-1]
-
-    monkeypatch.setattr(SharedRam, "read", reading)
+    found = shared_ram_reads(monkeypatch)
     backend = f"memory-backend-file,id=ram,size=32M,mem-path={ram},share=on"
     more = ["-object", backend, "-machine", "memory-backend=ram"]
     with anyio.fail_after(60):

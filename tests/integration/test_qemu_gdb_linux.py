@@ -9,7 +9,7 @@ from collections import Counter
 import anyio
 import pytest
 from elftools.elf.elffile import ELFFile
-from linux_guest import LinuxGuest, built_guest, exchange
+from linux_guest import LIMIT, LinuxGuest, built_guest, exchange
 
 pytestmark = [pytest.mark.anyio, pytest.mark.no_cover]
 
@@ -40,7 +40,7 @@ async def test_programs_call_by_each_instruction(any_qemu, plugin, folder, tmp_p
     sites = cpuids(folder / "calls-x64") + cpuids(folder / "calls-x86")
     assert sites
     linux = LinuxGuest(any_qemu, plugin, folder, tmp_path)
-    with anyio.fail_after(300):
+    with anyio.fail_after(LIMIT):
         boot = await linux.boot_with_breakpoints("user", exchange(), sites, count=COUNT)
     assert boot.lines[-1] == "all right", boot.lines
     events = [outcome.event for outcome in boot.outcomes]

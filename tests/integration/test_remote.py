@@ -3,10 +3,11 @@
 import anyio
 import anyio.to_thread
 import pytest
+from base_handlers import StandardHandler
 from remote_parts import Certificates, Echo, carry, served
 
-from vmibridge import BridgeHandler, BridgeResponse, method, open_backend
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, GuestRead
+from vmibridge import BridgeResponse, method, open_backend
+from vmibridge.bridge.contract import GuestRead
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.transport import Agent
@@ -80,10 +81,7 @@ class TestGuests:
         assert (agent.counts.traps, outcomes) == (0, [])
 
 
-class Slow(BridgeHandler[None]):
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
+class Slow(StandardHandler):
     may_wait = True
 
     def __init__(self):

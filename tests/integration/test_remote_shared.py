@@ -2,11 +2,12 @@
 
 import anyio
 import pytest
+from base_handlers import HandlerWithLives
 from nats_parts import ON_ASYNCIO, nats_server
 from remote_parts import carry, served
 from waiting import until
 
-from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, method
+from vmibridge import BridgePacket, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.testing import FakeGuest
@@ -14,7 +15,7 @@ from vmibridge.testing import FakeGuest
 CALLS = 50
 
 
-class Counter(BridgeHandler[None]):
+class Counter(HandlerWithLives):
     """Counts the calls of all VMs; two at a time would spoil that."""
 
     MAGIC = STANDARD_MAGIC
@@ -24,14 +25,7 @@ class Counter(BridgeHandler[None]):
 
     def __init__(self):
         self.count = 0
-        self.lives = []
-
-    async def __aenter__(self):
-        self.lives.append("entered")
-        return self
-
-    async def __aexit__(self, *error):
-        self.lives.append("left")
+        super().__init__()
 
     @method(1)
     async def next(self, vmi, packet):

@@ -1,10 +1,11 @@
 """Code that changes under a Unicorn vCPU: mapped elsewhere, or written by a handler."""
 
 import pytest
+from base_handlers import StandardHandler
 from unicorn_parts import final, serve
 
-from vmibridge import BridgeHandler, BridgeResponse, OutcomeKind, TrapReason, method
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge import BridgeResponse, OutcomeKind, TrapReason, method
+from vmibridge.bridge.contract import STANDARD_MAGIC
 
 pytestmark = pytest.mark.anyio
 
@@ -58,13 +59,8 @@ failed:
 """
 
 
-class Writes(BridgeHandler[None]):
+class Writes(StandardHandler):
     """Writes a byte of value2 at value1."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
 
     @method(1)
     async def nothing(self, vmi, packet):

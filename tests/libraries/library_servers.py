@@ -49,7 +49,7 @@ class Server(ABC):
         """How many requests of clients it is at, but for the one that asks."""
 
     def left_behind(self) -> int:
-        """How many queries ran on, up to now, when their client had gone."""
+        """How many queries ran on, up to now, when nobody waited for them any more."""
         return 0
 
     user: str | None = None
@@ -114,8 +114,10 @@ class Postgres(Server):
             "max_connections=100",
             # A cancellation may reach PostgreSQL before it has begun the query, and is lost then:
             # psycopg waits for some time, in a plain task, too, and closes the connection. Only so
-            # does the query end when nobody waits for it. The log has each: see `left_behind`.
+            # does the query end when nobody waits for it. asyncpg keeps the connection, and waits
+            # for the query to end: an hour, without a limit. The log has each: see `left_behind`.
             "client_connection_check_interval=5s",
+            "statement_timeout=20s",
         ]
         return [
             _of_postgres("postgres"),
@@ -136,8 +138,10 @@ class Postgres(Server):
 
     def left_behind(self):
         # With its statement: else the client was lost while it connected.
+        lost = r"FATAL:  connection to client lost\n.*STATEMENT:"
+        overdue = "ERROR:  canceling statement due to statement timeout"
         log = (self.folder / "log").read_text(errors="replace")
-        return len(re.findall(r"FATAL:  connection to client lost\n.*STATEMENT:", log))
+        return len(re.findall(f"{lost}|{overdue}", log))
 
     def _ask(self, query: str) -> str:
         options = ["-h", self.folder, "-U", "postgres", "-At", "-c", query]

@@ -84,6 +84,15 @@ def test_the_license_is_in_it(built, metadata):
         assert wheel.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
+def test_pytest_finds_its_plugin(built):
+    """Under the name of its module, so that `-p` does not load it a second time."""
+    with zipfile.ZipFile(built.wheel) as wheel:
+        (name,) = (each for each in wheel.namelist() if each.endswith("/entry_points.txt"))
+        assert b"[pytest11]\nvmibridge.pytest_plugin = vmibridge.pytest_plugin\n" in wheel.read(
+            name
+        )
+
+
 class TestUserProgram:
     """A program of a user, against the wheel and not against this checkout."""
 

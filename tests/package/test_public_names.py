@@ -21,7 +21,7 @@ PUBLIC = [
     "vmibridge",
     "vmibridge.bridge",
     "vmibridge.config",
-    "vmibridge.engine.policy",
+    "vmibridge.engine.access_policy",
     "vmibridge.engine.server",
     "vmibridge.engine.settings",
     "vmibridge.engine.summary",

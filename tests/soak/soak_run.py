@@ -53,8 +53,8 @@ from vmibridge import (
     Outcome,
     OutcomeKind,
 )
+from vmibridge.engine.access_policy import Policy, Quota, Rate
 from vmibridge.engine.engine import Engine
-from vmibridge.engine.policy import Policy, Quota, Rate
 from vmibridge.engine.request import Request, Worker
 from vmibridge.engine.workers import Workers
 from vmibridge.vm.memory import GuestMemory

@@ -20,7 +20,6 @@ import os
 import struct
 from contextlib import suppress
 from dataclasses import replace
-from types import TracebackType
 from typing import Self
 
 from transparency import layout
@@ -105,12 +104,7 @@ class KvmMachine:
         fcntl.ioctl(kvm, _GET_CPUID, table)
         fcntl.ioctl(self._vcpu, _SET_CPUID, table)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._close()
 
     def _close(self) -> None:

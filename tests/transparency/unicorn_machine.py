@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import anyio
@@ -42,12 +41,7 @@ class UnicornMachine:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._file.close()
 
     async def run(self, linked: Linked) -> list[str]:

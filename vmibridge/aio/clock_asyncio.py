@@ -6,6 +6,7 @@ the loop, `WorkerThread` of anyio. `tests/unit/aio/test_virtual_time.py` fails i
 """
 
 import asyncio
+import math
 import selectors
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from anyio._backends._asyncio import WorkerThread
 
-from vmibridge.aio.clock import VirtualTime
+from vmibridge.aio.virtual_time import VirtualTime
 
 _real = time.monotonic
 
@@ -75,8 +76,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         virtual.next_timer = self._next_timer
 
     def time(self) -> float:
-        """Virtual seconds."""
-        return self.virtual.now
+        """Virtual seconds, by the last bit later each time: timers that are set one after another
+        are due in that order, as on any loop. Of equal times asyncio has them in any order."""
+        virtual = self.virtual
+        if not virtual.is_held:
+            virtual.now = math.nextafter(virtual.now, math.inf)
+        return virtual.now
 
     # The stubs of the standard library type its arguments together, which a call through cannot.
     def run_in_executor(  # type: ignore[override]

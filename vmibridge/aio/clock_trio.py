@@ -6,7 +6,7 @@ import time
 import trio
 from trio.testing import active_thread_count
 
-from vmibridge.aio.clock import VirtualTime
+from vmibridge.aio.virtual_time import VirtualTime
 
 _real = time.monotonic
 

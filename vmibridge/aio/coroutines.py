@@ -142,19 +142,20 @@ async def forget_cancellation(task: "asyncio.Task[object]") -> None:
 
 
 class _Watched(_Suspended):
-    """The same in the caller's context, with `on_step` before each step."""
+    """The same in the caller's context, each step made by `make`."""
 
     __slots__ = ()
 
     def __init__(
-        self, body: Coroutine[Any, Any, Any], wish: object, on_step: Callable[[bool], None]
+        self,
+        body: Coroutine[Any, Any, Any],
+        wish: object,
+        make: Callable[[Callable[[Any], object], Any, bool], object],
     ) -> None:
         throws = body.throw
 
         def run(step: Callable[..., object], *arguments: object) -> object:
-            if arguments:
-                on_step(step == throws)
-            return step(*arguments)
+            return make(step, arguments[0], step == throws) if arguments else step()
 
         self._body = body
         self._run: Callable[..., Any] = run
@@ -162,11 +163,13 @@ class _Watched(_Suspended):
 
 
 def watched_rest(
-    body: Coroutine[Any, Any, R], wish: object, on_step: Callable[[bool], None]
+    body: Coroutine[Any, Any, R],
+    wish: object,
+    make: Callable[[Callable[[Any], object], Any, bool], object],
 ) -> Generator[Any, Any, R]:
-    """The rest of a suspended body, which waits for `wish`; `on_step` is called before each step,
-    with whether something is thrown in.
+    """The rest of a suspended body, which waits for `wish`; `make` makes each step: it is called
+    with a function, its argument, and whether something is thrown in.
 
     Raises what `body` raises.
     """
-    return _Watched(body, wish, on_step)
+    return _Watched(body, wish, make)

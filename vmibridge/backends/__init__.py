@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -47,9 +48,7 @@ def _qemu_plugin(where: str, options: str, vm: str) -> "Backend":
         raise BackendSpecError(
             "qemu-plugin: needs the path of a socket, as in qemu-plugin:unix:/run/vmibridge.sock"
         )
-    given = parse_options(
-        f"qemu-plugin:{where}", options, QemuPluginOptions, {"mode": "a mode, such as 0o600"}
-    )
+    given = parse_options(f"qemu-plugin:{where}", options, QemuPluginOptions, {})
     return QemuPluginBackend(Path(path), given, vm)
 
 
@@ -77,6 +76,20 @@ BACKENDS: Mapping[str, Callable[[str, str, str], "Backend"]] = MappingProxyType(
 """From a backend's name to what makes it, given path, options and the name of the VM."""
 
 
+def _hint(spec: str, name: str) -> str:
+    """What was meant, perhaps, by a spec that names no backend."""
+    near = get_close_matches(name, BACKENDS, 1)
+    try:
+        if Path(spec.partition("?")[0]).is_file():
+            kind = "replay" if spec.endswith(".mcap") else "unicorn"
+            return f"did you mean {kind}:{spec}?"
+    except (OSError, ValueError):
+        pass  # no name that a file may have
+    if near:
+        return f"did you mean {near[0]}:...?"
+    return f"specs are {', '.join(f'{known}:...' for known in sorted(BACKENDS))}"
+
+
 def open_backend(spec: str, *, vm: str = "vm") -> "Backend":
     """The backend that `spec` names: `NAME:WHERE?OPTION=VALUE&...`.
 
@@ -88,8 +101,7 @@ def open_backend(spec: str, *, vm: str = "vm") -> "Backend":
 
     name, colon, rest = spec.partition(":")
     if not colon or name not in BACKENDS:
-        known = ", ".join(f"{known}:..." for known in sorted(BACKENDS))
-        raise BackendSpecError(f"no backend for {spec!r}: specs are {known}")
+        raise BackendSpecError(f"no backend for {spec!r}: {_hint(spec, name)}")
     where, _, options = rest.partition("?")
     if not where.startswith(("nats:", "tls:")):  # whose options may be secret, and are not shown
         check_text(spec)

@@ -10,6 +10,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Iterable, Sequence
+from inspect import getattr_static, isfunction
 from operator import itemgetter
 from pathlib import Path
 from traceback import walk_tb
@@ -230,7 +231,7 @@ class Bridge(BridgeDispatch):
             try:
                 outcome = outcome_of(entry, packet, await ask(entry, vmi, packet))
             except Exception as error:
-                return failure(entry.name, packet, error)
+                return failure(entry, packet, error)
             if outcome.kind is not OutcomeKind.UNMATCHED:
                 return outcome
         return Outcome(OutcomeKind.UNMATCHED, packet)
@@ -255,10 +256,21 @@ def outcome_of(entry: Entry, packet: BridgePacket, response: Answer) -> Outcome[
     if response is None:
         return Outcome(OutcomeKind.REJECTED, packet, handler=entry.name)
     if type(response) is not BridgeResponse:
-        response = _as_response(response, "handle() returned")
+        response = _as_response(response, f"{_answering(entry.handler, packet)} returned")
     if entry.stamps:
         response = entry.contract.stamp(response)
     return Outcome(_HANDLED, packet, response, entry.name)
+
+
+def _answering(handler: BridgeHandler[Any], packet: BridgePacket) -> str:
+    """What answers a packet, as `Verdict.look_up()`."""
+    return f"{type_name(handler)}.{_method_of(handler, packet)}()"
+
+
+def _method_of(handler: BridgeHandler[Any], packet: BridgePacket) -> str:
+    marked = handler.methods.get(packet.method)
+    overrides = type(handler).handle is not BridgeHandler.handle
+    return "handle" if overrides or marked is None else marked.name
 
 
 def _as_response(given: object, whose: str) -> BridgeResponse[Any]:
@@ -287,10 +299,11 @@ def _checked(given: object) -> Outcome[Any]:
     return outcome
 
 
-def failure(name: str, packet: BridgePacket, error: BaseException) -> Outcome[Any]:
-    """The outcome of a handler that raised; logs the error with its traceback."""
-    text = one_line(error)
-    place = place_of(error)
+def failure(entry: Entry, packet: BridgePacket, error: BaseException) -> Outcome[Any]:
+    """The outcome of a handler that raised, or whose answer is none; logs the error with its
+    traceback."""
+    text, name = one_line(error), entry.name
+    place = place_of(error) or _place_of_method(entry.handler, packet)
     log.error(
         "handler %s failed on method %#06x%s: %s",
         name,
@@ -325,6 +338,15 @@ def place_of(error: BaseException) -> str | None:
         # Python makes another error of a StopIteration, and leaves the place with that.
         return place_of(error.__cause__)
     return place
+
+
+def _place_of_method(handler: BridgeHandler[Any] | None, packet: BridgePacket) -> str | None:
+    """Where the method is that answered; `None` where that is not known."""
+    if handler is None:
+        return None
+    method = getattr_static(type(handler), _method_of(handler, packet), None)
+    code = method.__code__ if isfunction(method) else None
+    return None if code is None else place_in([(code.co_filename, code.co_firstlineno)])
 
 
 def place_in(stack: Iterable[tuple[str, int]]) -> str | None:

@@ -110,7 +110,7 @@ def method(
 
 
 def check_timeout(timeout: float | None, name: str = "timeout") -> None:
-    """Raise `ValueError` for what is no time limit in seconds; `None` is none."""
+    """Raise `ValueError` for what is not a time limit in seconds; `None` is none."""
     check(name, timeout, Seconds)
 
 

@@ -11,8 +11,10 @@ An error is one line on standard error that says what to do.
 """
 
 import errno
+import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmibridge import __version__
 from vmibridge.cli.hangups import note_hangups
@@ -27,6 +29,9 @@ from vmibridge.errors import (
     VmiBridgeError,
 )
 from vmibridge.text import printable
+
+if TYPE_CHECKING:
+    from cyclopts import CycloptsError
 
 _USAGE_ERRORS = (
     BackendSpecError,
@@ -75,10 +80,7 @@ def _run(tokens: list[str]) -> int:
             tokens, exit_on_error=False, print_error=False, result_action="return_value"
         )
     except CycloptsError as error:
-        text = str(error)
-        if not text.endswith("..."):
-            text = text.removesuffix(".")
-        return _fail(f"{text}; see 'vmibridge {_command(tokens)}--help'", 2)
+        return _fail(f"{_wrong_usage(error, tokens)}; see 'vmibridge {_command(tokens)}--help'", 2)
     except _USAGE_ERRORS as error:
         return _fail(str(error), 2)
     except VmiBridgeError as error:
@@ -97,12 +99,30 @@ def _run(tokens: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
+def _wrong_usage(error: "CycloptsError", tokens: list[str]) -> str:
+    """What is wrong with the arguments, where cyclopts has words of its own for it."""
+    from cyclopts import CoercionError, MissingArgumentError, UnusedCliTokensError
+
+    if isinstance(error, UnusedCliTokensError):
+        return f"there is no place for {' '.join(map(repr, error.unused_tokens or ()))}"
+    text = str(error)
+    missing = re.search(r" parameter (\S+) requires an argument", text)
+    if isinstance(error, MissingArgumentError) and missing and missing[1] not in tokens:
+        return f"{missing[1]} is missing"
+    wrong = re.search(r"Invalid value for (\S+): unable to convert \"(.*)\" into (int|float)", text)
+    if isinstance(error, CoercionError) and wrong:
+        return f"{wrong[1]} {wrong[2]!r}: is no {'whole ' if wrong[3] == 'int' else ''}number"
+    return text if text.endswith("...") else text.removesuffix(".")
+
+
 def _command(tokens: list[str]) -> str:
-    """The command that was meant, with a blank behind it; nothing for one that is not there."""
+    """The command that was meant, or the group of commands, with a blank behind it; nothing for one
+    that is not there."""
     from vmibridge.cli.app import COMMANDS
 
-    first = tokens[0] if tokens else ""
-    return f"{first} " if first in {name.partition(" ")[0] for name in COMMANDS} else ""
+    known = {*COMMANDS, *(name.partition(" ")[0] for name in COMMANDS)}
+    named = (" ".join(tokens[:count]) for count in (2, 1))
+    return next((f"{name} " for name in named if name in known), "")
 
 
 def _fail(message: str, status: int) -> int:

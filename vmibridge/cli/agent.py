@@ -21,6 +21,7 @@ from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError
+from vmibridge.text import counted
 from vmibridge.transport import Agent
 from vmibridge.vm.backend import Backend, GuestEnd
 
@@ -138,8 +139,8 @@ def _print_summary(
         lines = [json_line(msgspec.json.encode({"summary": summary})).decode().rstrip("\n")]
     else:
         line = (
-            f"{counts['traps']} traps: {counts['answered']} answered by the server,"
-            f" {counts['own']} here; {counts['connections']} connections"
+            f"{counted(counts['traps'], 'trap')}: {counts['answered']} answered by the server,"
+            f" {counts['own']} here; {counted(counts['connections'], 'connection')}"
         )
         if shares:
             told = ", ".join(f"{name} {count}" for name, count in shares.items())
@@ -151,7 +152,8 @@ def _print_summary(
                 f" {load.p50_ms:g}, 90 % {load.p90_ms:g}, 99 % {load.p99_ms:g}, all {load.max_ms:g}"
             )
             lines.append(
-                f"{load.compared} requests compared with the recording, {load.different} different"
+                f"{counted(load.compared, 'request')} compared with the recording,"
+                f" {load.different} different"
             )
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()

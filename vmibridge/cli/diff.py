@@ -1,6 +1,7 @@
 """`vmibridge diff`: two recordings, compared without handlers."""
 
-import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -9,7 +10,7 @@ from vmibridge.cli.options import RENAME, Json, Recording, renamed
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.errors import ConfigError, NotReplayedError
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 if TYPE_CHECKING:
     from vmibridge.recording.diff.comparison import Comparison, Group
@@ -49,8 +50,11 @@ def diff(
     from msgspec.json import encode
 
     from vmibridge.cli.output import standard_output
+    from vmibridge.cli.pipes import say
+    from vmibridge.cli.problems import unmatched_in
     from vmibridge.recording.diff.comparison import compare
     from vmibridge.recording.diff.requests import FIELDS
+    from vmibridge.recording.file.damage import problem_lines
     from vmibridge.recording.file.reader import RecordingReader
 
     for field in ignore or ():
@@ -63,8 +67,12 @@ def diff(
             one, other, selection=chosen, rename=renamed(rename or []), ignored=ignore or ()
         )
         problems = [
-            f"{reader.path}: {problem}" for reader in (one, other) for problem in reader.problems
+            line
+            for each in (one, other)
+            for line in problem_lines(each.problems, each.problem_count, f"{each.path}: ")
         ]
+        # Behind that: it is one more pass, which may end early.
+        nothing = [] if found.compared else [unmatched_in(each, chosen) for each in (one, other)]
     with standard_output() as out:
         if json:
             told = {"a": str(a), "b": str(b), "same": found.is_same, **to_builtins(found)}
@@ -72,13 +80,10 @@ def diff(
         else:
             for line in _lines(found, str(a), str(b)):
                 out.write(encoded(f"{printable(line)}\n"))
-    for problem in problems[:10]:
-        sys.stderr.write(f"{printable(problem)}\n")
+    for problem in problems:
+        say(problem)
     if not found.compared:
-        raise NotReplayedError(
-            "nothing was compared: no request with a reply is in both; --rename OLD=NEW gives a VM"
-            f" of {a} another name"
-        )
+        raise NotReplayedError(f"nothing was compared: {_why_nothing(found, a, b, nothing)}")
     if found.different or found.only_a or found.only_b:
         return 1
     if found.problems:
@@ -86,12 +91,26 @@ def diff(
     return 0
 
 
+def _why_nothing(found: "Comparison", a: Path, b: Path, unmatched: Sequence[str | None]) -> str:
+    """`unmatched`: that the selection takes nothing of a recording, of each."""
+    told = dict.fromkeys(line for line in unmatched if line is not None)
+    if told:
+        return "; ".join(told)
+    if not found.unanswered:
+        empty = [str(path) for path, only in ((a, found.only_a), (b, found.only_b)) if not only]
+        if empty:
+            return f"there is no request in {' and '.join(dict.fromkeys(empty))}"
+    return f"no request with a reply is in both; --rename OLD=NEW gives a VM of {a} another name"
+
+
 def _lines(found: "Comparison", a: str, b: str) -> list[str]:
     lines = [line for group in found.groups[:_MAX_LINES] for line in _group(group, a, b)]
     if len(found.groups) > _MAX_LINES:
-        lines.append(f"{len(found.groups) - _MAX_LINES} more kinds of differences")
+        lines.append(
+            counted(len(found.groups) - _MAX_LINES, "more kind", "more kinds") + " of differences"
+        )
     counts = [
-        f"{found.compared} requests compared, {found.different} different",
+        f"{counted(found.compared, 'request')} compared, {found.different} different",
         *(
             f"{count} {what}"
             for count, what in (
@@ -112,8 +131,10 @@ def _group(group: "Group", a: str, b: str) -> list[str]:
         for seq, path in ((group.seq_a, a), (group.seq_b, b))
         if seq is not None
     )
-    field = {"only in A": f"only in {a}", "only in B": f"only in {b}"}.get(group.field, group.field)
-    lines = [f"{group.where}: {field}: {group.count}; first {group.vm}, vCPU {group.vcpu}, {first}"]
+    requests = counted(group.count, "request")
+    only = {"only in A": f"only in {a}", "only in B": f"only in {b}"}.get(group.field)
+    what = f"{group.field} differs in {requests}" if only is None else f"{requests} {only}"
+    lines = [f"{group.where}: {what}; the first: VM {group.vm}, vCPU {group.vcpu}, {first}"]
     if group.a or group.b:
         lines += [f"  {a}: {group.a}", f"  {b}: {group.b}"]
     return lines

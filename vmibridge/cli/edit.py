@@ -9,6 +9,7 @@ from vmibridge.cli.options import REDACT, RENAME, Json, Output, Recording, renam
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.cli.streams import json_line
 from vmibridge.errors import ConfigError
+from vmibridge.text import counted
 
 if TYPE_CHECKING:
     from vmibridge.recording.edit.editing import Split
@@ -50,9 +51,11 @@ def edit(
     from msgspec.json import encode
 
     from vmibridge.cli.pipes import STDOUT, clean_up_at_sigterm, output_file, say
+    from vmibridge.cli.problems import counts_text
     from vmibridge.cli.progress import with_progress
     from vmibridge.recording.edit.editing import EditOptions
     from vmibridge.recording.edit.editing import edit as edit_recordings
+    from vmibridge.recording.file.damage import problem_lines
 
     options = EditOptions(
         chosen,
@@ -73,11 +76,14 @@ def edit(
         )
     for name, counts in done.files.items():
         where = "-" if output == STDOUT else name
-        kept = ", ".join(f"{count} {topic}" for topic, count in counts.items() if count)
         vms = ", ".join(done.vms.get(name, []))
-        say(f"{where}: {kept}; VMs: {vms or 'none'}")
+        say(f"{where}: {counts_text(counts)}; VMs: {vms or 'none'}")
+    for line in problem_lines(done.problems, done.problem_count):
+        say(line)
+    if done.problem_count:
+        say("what could not be read is not in what was made; a note in it says so")
     if done.cut:
-        say(f"{done.cut} traps were cut")
+        say(counted(done.cut, "trap was cut", "traps were cut"))
     if json and output != STDOUT:
         sys.stdout.write(json_line(encode(done)).decode())
     return 0
@@ -89,7 +95,7 @@ def _nanoseconds(option: str, text: str) -> int:
     except (ValueError, OverflowError):
         nanoseconds = _MAX_SHIFT
     if abs(nanoseconds) >= _MAX_SHIFT:
-        raise ConfigError(f"{option} {text[:40]!r}: is no number of seconds")
+        raise ConfigError(f"{option} {text[:40]!r}: is not a number of seconds")
     return nanoseconds
 
 

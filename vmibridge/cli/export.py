@@ -1,6 +1,5 @@
 """`vmibridge export`: a recording in the format of another tool."""
 
-import sys
 from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +9,7 @@ from cyclopts import Parameter
 from vmibridge.cli.options import OptionalOutput, Recording
 from vmibridge.cli.selection import SelectionOptions
 from vmibridge.errors import ConfigError
-from vmibridge.text import printable
+from vmibridge.text import counted
 
 if TYPE_CHECKING:
     from vmibridge.recording.file.reader import RecordingReader
@@ -40,7 +39,8 @@ def export(
     """
     chosen = (selection or SelectionOptions()).selection()
     from vmibridge.cli.output import standard_output
-    from vmibridge.cli.pipes import STDOUT, clean_up_at_sigterm, output_file
+    from vmibridge.cli.pipes import STDOUT, clean_up_at_sigterm, output_file, say
+    from vmibridge.cli.problems import say_problems, say_unmatched
     from vmibridge.recording.export import Export, target_of, write_all
     from vmibridge.recording.export.jsonl import JsonLines
     from vmibridge.recording.file.reader import RecordingReader
@@ -50,19 +50,22 @@ def export(
         raise ConfigError("-: name the file to make with -o")
     if output == STDOUT and to not in ("jsonl", "perfetto"):
         raise ConfigError(f"-o -: {to} needs a file; jsonl and perfetto go to standard output")
+    count: int | None = None  # it stays so where the reader of standard output has gone
     with RecordingReader(file) as reader:
         if output == STDOUT and to == "jsonl":
             with standard_output() as out:
-                _count(write_all(JsonLines(out), reader, chosen), reader)
+                count = _count(write_all(JsonLines(out), reader, chosen), reader)
         elif output == STDOUT:
             with output_file(output) as path:
-                _count(Export(reader, to, path, chosen).write(), reader)
+                count = _count(Export(reader, to, path, chosen).write(), reader)
         else:
             made = Export(reader, to, output or target_of(file, to), chosen)
             count = _count(made.write(), reader)
             names = " and ".join(map(str, made.targets))
-            _say(f"{count} traps to {names}")
-        _say_problems(reader)
+            say(f"{counted(count, 'trap')} to {names}")
+        say_problems(reader)
+        if count == 0:
+            say_unmatched(reader, chosen)
     return 0
 
 
@@ -76,14 +79,3 @@ def _count(traps: "Generator[RecordedTrap, None, None]", reader: "RecordingReade
             bar.step()
             count += 1
     return count
-
-
-def _say_problems(reader: "RecordingReader") -> None:
-    for problem in reader.problems:
-        _say(f"problem {problem}")
-    if reader.problem_count > len(reader.problems):
-        _say(f"{reader.problem_count - len(reader.problems)} more problems")
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{printable(line)}\n")

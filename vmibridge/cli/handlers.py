@@ -59,8 +59,11 @@ def list_handlers(
             sys.stdout.write(json_line(msgspec.json.encode(line)).decode())
         return 0
     console = Console()
-    for line in lines:
-        console.print(_table(line))
+    # rich ends the process itself where the reader has gone.
+    with console.capture() as shown:
+        for line in lines:
+            console.print(_table(line))
+    sys.stdout.write(shown.get())
     return 0
 
 

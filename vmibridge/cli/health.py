@@ -43,7 +43,7 @@ def health(
     if where is None:
         raise ConfigError("say where to look: unix:PATH, or VMIBRIDGE_HEALTH")
     if not 0 < within < float("inf"):
-        raise ConfigError(f"--within: {within} is no number of seconds")
+        raise ConfigError(f"--within: {within} is not a number of seconds")
     # Options, as of --listen, may be there: they are of no use here.
     place = where.partition("?")[0]
     if "@" in place and not place.startswith("unix:"):
@@ -110,7 +110,7 @@ def _connect_unix(path: str, within: float) -> socket.socket:
 def _refused(place: str) -> str:
     path = Path(place.removeprefix("unix:"))
     if place.startswith("unix:") and not path.is_socket():
-        return "is no socket"
+        return "is not a socket"
     return "nothing listens here"
 
 

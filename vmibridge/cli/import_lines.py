@@ -24,6 +24,7 @@ def import_lines(
     Example: vmibridge import run.jsonl -o run.mcap
     """
     from vmibridge.cli.pipes import clean_up_at_sigterm, output_file, say, stdin_or
+    from vmibridge.cli.problems import counts_text
     from vmibridge.recording.json_lines import messages_of_lines
     from vmibridge.recording.new_recording import NewRecording
 
@@ -41,6 +42,5 @@ def import_lines(
                 raise RecordingReadError(f"{name}: has no line of a recording")
     except OSError as error:
         raise RecordingReadError(f"{name}: {error.strerror}") from error
-    counts = ", ".join(f"{count} {topic}" for topic, count in recording.counts.items() if count)
-    say(f"{output}: {counts}")
+    say(f"{output}: {counts_text(recording.counts)}")
     return 0

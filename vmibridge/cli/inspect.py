@@ -45,12 +45,14 @@ def inspect(
     from vmibridge.cli.listing import Listing
     from vmibridge.cli.output import standard_output
     from vmibridge.cli.pipes import STDOUT
+    from vmibridge.cli.problems import say_unmatched
     from vmibridge.recording.file.reader import RecordingReader
 
     if follow and (file == STDOUT or (file.exists() and not file.is_file())):
         raise ConfigError(f"--follow {file}: is for a file that is being written")
     with standard_output() as out, RecordingReader(file, wait=_wait(out, follow)) as reader:
-        Listing(reader, chosen, out, as_json=json, full=full).show(limit)
+        if not Listing(reader, chosen, out, as_json=json, full=full).show(limit):
+            say_unmatched(reader, chosen)
     return 0
 
 

@@ -17,8 +17,14 @@ from vmibridge.recording.export.jsonl import trap_record
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.selection import SelectedTraps, Selection
-from vmibridge.recording.traps import NO_REPLY, OUTCOME_WORDS, RecordedTrap, outcome_word
-from vmibridge.text import printable
+from vmibridge.recording.traps import (
+    NO_REPLY,
+    OUTCOME_WORDS,
+    RecordedTrap,
+    access_text,
+    outcome_word,
+)
+from vmibridge.text import counted, printable
 
 _COLUMNS = {
     "time": 12,
@@ -58,8 +64,8 @@ class Listing:
         self._out = out
         self._encode = msgspec.json.Encoder().encode
 
-    def show(self, limit: int | None) -> None:
-        """Write it all, or `limit` traps. Raises `RecordingReadError`."""
+    def show(self, limit: int | None) -> int:
+        """Write it all, or `limit` traps; returns how many. Raises `RecordingReadError`."""
         traps = SelectedTraps(
             self._reader.messages(), self._selection, self._hear, reader=self._reader
         )
@@ -76,6 +82,7 @@ class Listing:
                     self._write_line(_short(line, _MAX_LINE))
             shown += 1
         self._sum_up(stopped=shown == limit)
+        return shown
 
     def _hear(self, message: Session | Note) -> None:
         if isinstance(message, Session):
@@ -106,7 +113,7 @@ class Listing:
             return
         words = {**dict.fromkeys(OUTCOME_WORDS), NO_REPLY: "without a reply"}
         text = [f"{count} {words[word] or word}" for word, count in counts.items() if count]
-        self._write_line(f"{total} traps: {', '.join(text) or 'none'}")
+        self._write_line(f"{counted(total, 'trap')}: {', '.join(text) or 'none'}")
         if stopped:
             self._write_line("stopped at --limit: what is behind was not read")
         if written:
@@ -115,7 +122,7 @@ class Listing:
         for problem in reader.problems[: len(reader.problems) - written]:
             self._write_line(_short(f"problem {problem}", _MAX_LINE))
         if reader.problem_count > len(reader.problems):
-            self._write_line(f"{reader.problem_count - len(reader.problems)} more problems")
+            self._write_line(counted(reader.problem_count - len(reader.problems), "more problem"))
         if truncated or reader.problem_count > written:
             what = "truncated" if truncated else "damaged"
             clean = reader.path.with_name(f"{reader.path.stem}-clean.mcap")
@@ -162,16 +169,11 @@ def _details(trap: RecordedTrap) -> Iterator[str]:
     registers = msgspec.to_builtins(trap.event.registers)
     yield f"    registers: {' '.join(f'{name}={value:x}' for name, value in registers.items())}"
     for access in trap.accesses:
-        if access.error is not None:
-            text = f"failed: {access.error}"
-        elif access.data is None:
-            text = "left out"
-        else:
-            text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
         what = "wrote" if access.write else "read"
-        yield f"    {what} {access.size} bytes at {access.address:#x}: {text}"
+        size = counted(access.size, "byte")
+        yield f"    {what} {size} at {access.address:#x}: {access_text(access)}"
     if trap.left_out:
-        yield f"    {trap.left_out} further accesses, too much to hold"
+        yield f"    further accesses, too much to hold: {trap.left_out}"
 
 
 def _row(cells: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 
 class GuestSafeFormatter(logging.Formatter):
@@ -57,7 +57,8 @@ class _ErrorOutput(logging.StreamHandler[TextIO]):
             return
         dropped, self._dropped = self._dropped, 0
         if dropped:
-            self.stream.write(f"WARNING {__name__}: {dropped} messages were dropped: not read\n")
+            what = counted(dropped, "message was", "messages were")
+            self.stream.write(f"WARNING {__name__}: {what} dropped: not read\n")
         super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging

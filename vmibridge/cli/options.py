@@ -101,7 +101,7 @@ def bytes_of(option: str, text: str | None) -> int | None:
     except ValueError:
         size = 0
     if size <= 0:
-        raise ConfigError(f"{option} {text[:40]}: is no size; give one as in 256MiB")
+        raise ConfigError(f"{option} {text[:40]}: is not a size; give one as in 256MiB")
     return size
 
 

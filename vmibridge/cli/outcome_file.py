@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from vmibridge.errors import BackendError
-from vmibridge.files import replaceable
+from vmibridge.files import reason, replaceable
 
 __all__ = ["OutcomeFile"]
 
@@ -16,7 +16,7 @@ __all__ = ["OutcomeFile"]
 class OutcomeFile:
     """`max_size` bytes are the most that it has; `None`: it has no bound.
 
-    Raises `BackendError` when it cannot be written, or with a bound is no regular file.
+    Raises `BackendError` when it cannot be written, or with a bound is not a regular file.
     """
 
     def __init__(self, path: Path, max_size: int | None) -> None:
@@ -26,7 +26,7 @@ class OutcomeFile:
             self._path = path if max_size is None else replaceable(path)
             self.fd: int = self._open()
         except OSError as error:
-            raise BackendError(f"{path}: cannot be written: {error.strerror}") from error
+            raise BackendError(f"{path}: cannot be written: {reason(error, path)}") from error
 
     def make_room(self, size: int) -> None:
         """Begin anew where a line of `size` bytes has no room. Raises `OSError`; the next call

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from vmibridge.cli.guest_files import guest_file
 from vmibridge.cli.options import Output
 from vmibridge.errors import ConfigError, VmiBridgeError
-from vmibridge.files import replaceable
+from vmibridge.files import reason, replaceable
 from vmibridge.text import printable
 
 
@@ -39,7 +39,8 @@ def make_initramfs(
     try:
         _write(replaceable(output), b"".join(packed(files)))
     except OSError as error:
-        raise VmiBridgeError(f"{output}: cannot be written: {error.strerror}") from error
+        why = reason(error, output)
+        raise VmiBridgeError(f"{output}: cannot be written: {why}") from error
     sys.stdout.write(f"{printable(str(output))}\n")
     return 0
 

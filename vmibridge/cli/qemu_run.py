@@ -97,7 +97,7 @@ def run_qemu(
     compat: Annotated[
         int | None,
         Parameter(
-            help="The selector of 32-bit code, for a QEMU that does not tell the width of code."
+            help="The selector of 32-bit code, for a QEMU that does not report the width of code."
         ),
     ] = None,
     plugin_options: Annotated[
@@ -130,7 +130,7 @@ def run_qemu(
     Exit status: that of QEMU when it ended by itself, 1 when it could not be started or a
     handler module failed, 2 for wrong usage.
 
-    Example: vmibridge qemu run --handlers handlers/hello.py -- -m 512 -kernel vmlinuz -nographic
+    Example: vmibridge qemu run --handlers vmibridge.handlers.hello -- -kernel vmlinuz -nographic
     """
     given = options or ServerOptions()
     if not handlers and socket is None:

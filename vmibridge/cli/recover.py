@@ -10,8 +10,6 @@ from vmibridge.cli.pipes import STDOUT, output_file
 from vmibridge.cli.streams import json_line
 from vmibridge.text import printable
 
-_MAX_PROBLEMS = 10
-
 
 def recover(
     file: Annotated[Recording, Parameter(help="A recording that was cut short or damaged.")],
@@ -28,7 +26,9 @@ def recover(
     """
     from msgspec.json import encode
 
+    from vmibridge.cli.problems import counts_text
     from vmibridge.cli.progress import with_progress
+    from vmibridge.recording.file.damage import problem_lines
     from vmibridge.recording.file.recover import recover as recover_recording
 
     with output_file(output) as path:
@@ -40,12 +40,9 @@ def recover(
     if json:
         out.write(json_line(encode(done)).decode())
         return 0
-    lines = [f"{file}: {problem}" for problem in done.problems[:_MAX_PROBLEMS]]
-    if done.problem_count > _MAX_PROBLEMS:
-        lines.append(f"{file}: {done.problem_count - _MAX_PROBLEMS} problems more")
+    lines = problem_lines(done.problems, done.problem_count, f"{file}: ")
     if done.complete:
         lines.append(f"{file}: is whole; there was nothing to recover")
-    kept = ", ".join(f"{count} {topic}" for topic, count in done.messages.items() if count)
-    lines.append(f"{output}: {kept or 'no message'} kept")
+    lines.append(f"{output}: {counts_text(done.messages)} kept")
     out.write("".join(f"{printable(line)}\n" for line in lines))
     return 0

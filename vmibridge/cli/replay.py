@@ -23,7 +23,8 @@ from vmibridge.errors import ConfigError
 
 _COMPARED = Group(
     "What is compared",
-    help="All requests are asked, so that handlers get to the state of then; these are compared."
+    help="All requests are replayed, so that handlers reach their recorded state; only these are"
+    " compared."
     " What is given twice is an or; different options are an and.",
 )
 _RESULT = Group("What comes of it")
@@ -133,7 +134,7 @@ def replay(
         Parameter(
             group=_RESULT,
             negative=(),
-            help="Make a new recording, with the answers of now for the compared requests that"
+            help="Make a new recording, with the new answers of the compared requests that"
             " are different.",
         ),
     ] = False,
@@ -145,7 +146,7 @@ def replay(
         Literal[Level, "critical"],
         Parameter(
             group=CHECKS,
-            help="What goes to standard error; error tells of handlers that fail, debug shows"
+            help="What goes to standard error; error shows handlers that fail, debug shows"
             " tracebacks.",
         ),
     ] = "critical",
@@ -159,12 +160,12 @@ def replay(
     Exit status: 0 when all is the same, or was accepted; 1 when something is different; 2 when
     nothing could be compared, or a recording could not be replayed.
 
-    Example: vmibridge replay run.mcap --handlers handlers/hello.py
+    Example: vmibridge replay run.mcap --handlers vmibridge.handlers.hello
     """
     from vmibridge.cli.event_loop import check_loop, logging_to
     from vmibridge.cli.logs import log_handler
     from vmibridge.cli.replay_break import Break
-    from vmibridge.cli.replay_run import Replay, recordings_in
+    from vmibridge.cli.replay_run import ReplayRun, recordings_in
     from vmibridge.recording.replay.options import ReplayOptions
 
     if accept != (output is not None):
@@ -177,7 +178,7 @@ def replay(
     if accept and len(paths) > 1:
         raise ConfigError(f"--accept is for one recording, and there are {len(paths)}")
     vms = [*dict.fromkeys(vm or ())]
-    run = Replay(
+    run = ReplayRun(
         paths,
         ReplayOptions(speed, order, None, strict),
         (requests or RequestOptions()).selection_of(vms, first, last),
@@ -201,5 +202,5 @@ def _percent(text: str) -> float:
     except ValueError:
         percent = 0.0
     if not 0 < percent <= 100:
-        raise ConfigError(f"--require {text[:40]!r}: is no share from above 0% to 100%")
+        raise ConfigError(f"--require {text[:40]!r}: is not a share from above 0% to 100%")
     return percent

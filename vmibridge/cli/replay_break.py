@@ -128,7 +128,7 @@ class Breaks(Tap):
         lines += [f"  error     {reply.error}"] if reply.error is not None else []
         lines += [f"  {describe(access)}" for access in then.accesses[:_MAX_SHOWN]]
         more = len(then.accesses) - _MAX_SHOWN + then.left_out
-        return [*lines, f"  {more} further accesses"] if more > 0 else lines
+        return [*lines, f"  further accesses: {more}"] if more > 0 else lines
 
     def _recorded_trap(self, vm: str, seq: int) -> RecordedTrap | None:
         """The trap with its answer, or the last retry of it, which got the answer."""

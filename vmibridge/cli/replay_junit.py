@@ -12,9 +12,9 @@
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from vmibridge.cli.replay_result import FileResult, finding_line
+from vmibridge.recording.replay.file_result import FileResult, finding_line
 from vmibridge.recording.replay.verdict import Finding, RequestKind
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 _MAX_TEXT = 10_000
 
@@ -38,7 +38,7 @@ def _add_suite(suites: Element, result: FileResult) -> None:
         findings.setdefault(RequestKind(finding.handler, finding.method), []).append(finding)
     for kind, count in result.kinds.items():
         case = _add_case(suite, kind.handler or "unmatched", kind.method)
-        SubElement(case, "system-out").text = f"{count} requests compared"
+        SubElement(case, "system-out").text = f"{counted(count, 'request')} compared"
         found = findings.pop(kind, None)
         if found:
             _add_failure(case, found)
@@ -49,7 +49,7 @@ def _add_suite(suites: Element, result: FileResult) -> None:
         failures += 1
     for why, count in result.unchecked.items():
         case = _add_case(suite, "not compared", why)
-        SubElement(case, "skipped", message=_text(f"{count} requests: {why}"))
+        SubElement(case, "skipped", message=_text(f"{counted(count, 'request')}: {why}"))
         skipped += 1
     if result.error is not None or not result.compared:
         why = result.error or "no request could be compared"

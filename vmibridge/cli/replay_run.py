@@ -2,23 +2,20 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from vmibridge.aio.clock import VirtualTime
-from vmibridge.bridge.dispatch import Bridge
 from vmibridge.cli.event_loop import run_on
 from vmibridge.cli.options import Loop
-from vmibridge.cli.progress import ReadingBar
+from vmibridge.cli.progress import ReadingBar, with_progress
 from vmibridge.cli.replay_break import Break, Breaks
 from vmibridge.cli.replay_junit import junit_report
-from vmibridge.cli.replay_result import FileResult, ReplayPrinter
+from vmibridge.cli.replay_result import ReplayPrinter
 from vmibridge.cli.setting_options import with_options
 from vmibridge.config import Config, HandlerFactory, reload_handlers
-from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import (
     BackendSpecError,
@@ -29,21 +26,22 @@ from vmibridge.errors import (
 )
 from vmibridge.recording.export import new_files
 from vmibridge.recording.file.reader import RecordingReader
-from vmibridge.recording.messages import SESSION, TRAP, Session
+from vmibridge.recording.messages import Session
 from vmibridge.recording.replay.accept import Accepted, write_accepted
-from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.file_result import FileResult
 from vmibridge.recording.replay.ignore import IgnoreRule
-from vmibridge.recording.replay.options import ReplayOptions, replay_settings
+from vmibridge.recording.replay.options import ReplayOptions
+from vmibridge.recording.replay.served import needs_start, serve_recording, sessions_of, vms_asked
 from vmibridge.recording.replay.verdict import Verdict
-from vmibridge.recording.replay.walk import Walk
 from vmibridge.recording.selection import Selection
+from vmibridge.recording.unmatched import Unmatched
 
 _ALL = Selection()
 _LONG = 86_400.0
 """Seconds for one request, while somebody may look at it."""
 
 
-class Replay:
+class ReplayRun:
     """Recordings that are replayed, each with new handlers."""
 
     def __init__(
@@ -74,6 +72,7 @@ class Replay:
         self._with_pdb = with_pdb
         self._printer = ReplayPrinter(as_json=as_json, several=len(paths) > 1)
         self._has_begun = False
+        self._has_config = False
 
     def run(
         self,
@@ -91,6 +90,7 @@ class Replay:
         that are to be compared, in percent; `junit`: where a report of the result goes.
         """
         config = Config() if config_file is None else Config.read(config_file)
+        self._has_config = config_file is not None
         rules = [IgnoreRule.parse(text, "--ignore ") for text in ignore]
         where = f"{config.source}: replay.ignore: "
         rules += [IgnoreRule.parse(text, where) for text in config.replay_ignore]
@@ -101,6 +101,10 @@ class Replay:
             fail_fast=self._fail_fast,
             count_kinds=junit is not None,
         )
+        for made in (self._target, junit):
+            # Before a replay that may take minutes.
+            if made is not None and not made.parent.is_dir():
+                raise ConfigError(f"{made}: there is no folder {made.parent}")
         if self._target is not None:
             if self._target.exists():
                 raise ConfigError(f"{self._target}: already exists, and is not written over")
@@ -118,6 +122,7 @@ class Replay:
             self._printer.accepted(verdict.accepted.count, self._target or Path())
         return self._printer.end(
             results,
+            unmatched=self._unmatched(results),
             strict=self._options.strict,
             least=least,
             selects=self._selection != _ALL or verdict.is_over,
@@ -133,13 +138,21 @@ class Replay:
         verdict: Verdict,
     ) -> FileResult:
         try:
-            sessions, start = _sessions_of(path, with_start=self._needs_start)
+            sessions, start = _sessions_of(path, with_start=needs_start(self._selection))
             verdict.begin_file(start)
-            one = partial(self._compare, path, sessions, sources, config, timeout, verdict)
+            # Before there is a loop, so that Ctrl-C ends a module that takes long. For each file
+            # again: a module may keep something of the one before.
+            make = reload_handlers if self._has_begun else HandlerFactory
+            factory = make(sources, config)
+            self._has_begun = True
+            one = partial(self._compare, path, sessions, factory, timeout, verdict)
             return run_on(self._loop, one, VirtualTime(self._options.speed))
         except (RecordingReadError, BackendSpecError) as error:
             if len(self._paths) == 1:
-                raise
+                unmatched = None if isinstance(error, RecordingReadError) else self._unmatched()
+                if unmatched is None:
+                    raise
+                raise NotReplayedError(f"{path}: {unmatched}") from error
             why = str(error)
         except VmiBridgeError as error:
             if len(self._paths) == 1:
@@ -150,99 +163,65 @@ class Replay:
         self._printer.failed(why)
         return FileResult(path, error=why)
 
-    @property
-    def _needs_start(self) -> bool:
-        moments = (self._selection.since, self._selection.until)
-        return any(moment is not None and moment.relative for moment in moments)
+    def _unmatched(self, results: Sequence[FileResult] = ()) -> str | None:
+        """That the selection takes no trap of any recording, where it does not."""
+        if self._selection == _ALL or any(
+            each.compared or each.unchecked or each.error is not None for each in results
+        ):
+            return None
+        unmatched = Unmatched(self._selection)
+        for path in self._paths:
+            with RecordingReader(path) as reader:
+                unmatched.look_at(with_progress(reader.messages(), reader, f"reading {path}"))
+        return None if unmatched.has_some else str(unmatched)
 
     async def _compare(
         self,
         path: Path,
         sessions: dict[str, Session],
-        sources: list[str],
-        config: Config,
+        factory: HandlerFactory,
         timeout: float | None,
         verdict: Verdict,
     ) -> FileResult:
-        # A module may keep something of the file before.
-        make = reload_handlers if self._has_begun else HandlerFactory
-        factory = make(sources, config)
-        self._has_begun = True
-        bridges: dict[str, Bridge] = {}
-
-        def bridge_for(vm: str) -> Bridge:
-            bridge = bridges[vm] = factory(vm)
-            return bridge
-
-        printer, walk = self._printer, Walk(path)
-        backends = []
-        for name in self._names(sessions, all_of_them=factory.has_shared):
-            vm = self._renamed.get(name or "", name or "vm")
-            options = msgspec.structs.replace(self._options, vm=name)
-            backends.append(
-                ReplayBackend(
-                    path,
-                    options,
-                    vm,
-                    partial(printer.difference, path),
-                    walk=walk,
-                    verdict=verdict,
-                )
-            )
-        if not backends:
+        printer, names = self._printer, self._names(sessions, all_of_them=factory.has_shared)
+        if not names:
             return FileResult(path)
-        async with AsyncExitStack() as stack:
-            for backend in backends:
-                await stack.enter_async_context(backend)
-            settings = msgspec.structs.asdict(_settings(backends, timeout))
-            breaks = self._breaks_of(path, backends, verdict)
-            if self._breaks:
-                # Time goes by while somebody looks.
-                settings |= {"timeout": _LONG if timeout is None else timeout}
-                settings |= {"blocked_after": math.inf}
-            server = BridgeServer(
-                backends, bridge_for, taps=[breaks] if self._breaks else [], **settings
-            )
-            for vm, bridge in bridges.items():
+        recorded = {self._renamed.get(name, name): name for name in names if name is not None}
+        breaks = Breaks(path, self._breaks, recorded, verdict.end, with_pdb=self._with_pdb)
+        async with serve_recording(
+            path,
+            names,
+            factory,
+            verdict,
+            self._options,
+            renamed=self._renamed,
+            change=partial(self._settings, timeout),
+            taps=[breaks] if self._breaks else [],
+            on_difference=partial(printer.difference, path),
+        ) as served:
+            for vm, bridge in served.bridges.items():
                 breaks.hear_handlers(vm, bridge.handlers)
-            with ReadingBar(backends[0].reader, f"replaying {path}") as bar:
-                async for _ in server.run():
+            with ReadingBar(served.reader, f"replaying {path}") as bar:
+                async for _ in served.server.run():
                     bar.step()
             if breaks.error is not None:
                 raise breaks.error
-            for backend in backends:
-                printer.changes(
-                    backend.session, bridges[backend.vm].handlers, has_config=bool(config.source)
-                )
-                printer.problems(backend.reader)
-        result = FileResult(
-            path,
-            {backend.vm: backend.result for backend in backends},
-            started=min(backend.started for backend in backends),
-            problems=max(backend.reader.problem_count for backend in backends),
-            findings=verdict.findings.all(),
-            findings_left_out=verdict.findings.left_out,
-            kinds=verdict.compared,
-        )
+            printer.notes(served.notes(has_config=self._has_config))
+            result = served.result()
         printer.file(result)
         return result
 
-    def _breaks_of(self, path: Path, backends: Sequence[ReplayBackend], verdict: Verdict) -> Breaks:
-        names = {backend.vm: backend.options.vm or backend.vm for backend in backends}
-        return Breaks(path, self._breaks, names, verdict.end, with_pdb=self._with_pdb)
+    def _settings(self, timeout: float | None, recorded: ServerSettings) -> ServerSettings:
+        settings = with_options(recorded, {"timeout": timeout})
+        if not self._breaks:
+            return settings
+        # Time goes by while somebody looks.
+        long = _LONG if timeout is None else timeout
+        return msgspec.structs.replace(settings, timeout=long, blocked_after=math.inf)
 
     def _names(self, sessions: dict[str, Session], *, all_of_them: bool) -> list[str | None]:
-        """The VMs of a file that are asked. Those that are not compared are where a handler
-        serves all of them: it had their requests, too."""
-        chosen = self._selection.vms
-        if not chosen:
-            return [*sessions] or [None]
-        there = [name for name in sessions if name in chosen]
-        if not there:
-            # The backend says which there are.
-            return [] if len(self._paths) > 1 else [*sorted(chosen)]
-        missing = [] if len(self._paths) > 1 else sorted(chosen - sessions.keys())
-        return [*(sessions if all_of_them else there), *missing]
+        vms, several = self._selection.vms, len(self._paths) > 1
+        return vms_asked(sessions, vms, all_of_them=all_of_them, may_lack=several)
 
 
 def recordings_in(paths: Iterable[Path]) -> list[Path]:
@@ -257,28 +236,12 @@ def recordings_in(paths: Iterable[Path]) -> list[Path]:
             continue
         inside = sorted(path.rglob("*.mcap"))
         if not inside:
-            raise ConfigError(f"{path}: there is no recording in it (*.mcap)")
+            raise ConfigError(f"{path}: there is not a recording in it (*.mcap)")
         found.update(dict.fromkeys(inside))
     return list(found)
 
 
-def _settings(backends: list[ReplayBackend], timeout: float | None) -> ServerSettings:
-    sessions = (backend.session for backend in backends)
-    session = next((session for session in sessions if session is not None), None)
-    settings = replay_settings(ServerSettings() if session is None else session.settings)
-    return with_options(settings, {"timeout": timeout})
-
-
 def _sessions_of(path: Path, *, with_start: bool) -> tuple[dict[str, Session], int]:
-    """The VMs of a recording, and when its first trap was taken; 0: there is none, or it is not
-    asked for. Raises `RecordingReadError`."""
+    """Raises `RecordingReadError`."""
     with RecordingReader(path) as reader, ReadingBar(reader, f"reading {path}") as bar:
-        found: dict[str, Session] = {}
-        for _, message in reader.messages(SESSION):
-            bar.step()
-            assert isinstance(message, Session)
-            found.setdefault(message.vm, message)
-        start = 0
-        if with_start:
-            start = next((each.time for each in reader.messages(TRAP)), 0)
-        return found, start
+        return sessions_of(reader, with_start=with_start, step=bar.step)

@@ -12,7 +12,7 @@ from cyclopts import Parameter, validators
 from vmibridge.cli.options import OptionalOutput, Recording
 from vmibridge.cli.pipes import STDOUT, output_file, say
 from vmibridge.errors import ConfigError
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 
 
 def report(
@@ -64,10 +64,12 @@ def report(
             path.write_bytes(page)
         problems = reader.problem_count
     shown = len(collector.rows)
-    counts = f"{collector.count} traps" + (f", {shown} shown" if shown < collector.count else "")
+    counts = counted(collector.count, "trap")
+    if shown < collector.count:
+        counts += f", {shown} shown"
     tell(f"{target}: {counts}, {_size(len(page))}")
     if problems:
-        tell(f"the recording has {problems} problems; the report tells them")
+        tell(f"the recording has {counted(problems, 'problem')}; the report lists them")
     return 0
 
 

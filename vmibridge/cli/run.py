@@ -40,7 +40,7 @@ def run(
     Exit status: 0 when the guest ended by itself or at --until, 1 when it, its backend or a
     handler module failed, 2 for wrong usage.
 
-    Example: vmibridge run --backend unicorn:guest.bin --handlers handlers/hello.py
+    Example: vmibridge run --backend unicorn:guest.bin --handlers vmibridge.handlers.hello
     """
     from rich.console import Console
 

@@ -71,7 +71,7 @@ def serve(
 
     Exit status: 1 when it cannot listen or a handler module fails, 2 for wrong usage.
 
-    Example: vmibridge serve --listen unix:/run/vmibridge.sock --handlers handlers/hello.py
+    Example: vmibridge serve --listen unix:/run/vmibridge.sock --handlers vmibridge.handlers.hello
     """
     # Handlers may be reloaded, and a change within a second would go unseen.
     sys.dont_write_bytecode = True

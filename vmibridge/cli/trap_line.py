@@ -9,7 +9,7 @@ from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.output import output_json
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.engine.summary import Summary
-from vmibridge.text import printable, repr_of
+from vmibridge.text import counted, printable, repr_of
 from vmibridge.vm.trap import TrapEvent
 
 if TYPE_CHECKING:  # it needs an extra
@@ -161,13 +161,13 @@ def summary_text(summary: Summary) -> str:
     """One line for people: counts by outcome."""
     counts = [f"{count} {kind.value}" for kind, count in summary.outcomes.items() if count]
     others = [
-        f"{count} {what}"
-        for count, what in (
-            (summary.native, "not ours"),
-            (summary.uncollected, "results not collected"),
-            (summary.abandoned, "handlers abandoned"),
-            (summary.blocked, "times the loop was held up"),
+        text
+        for count, text in (
+            (summary.native, f"{summary.native} not ours"),
+            (summary.uncollected, f"{counted(summary.uncollected, 'result')} not collected"),
+            (summary.abandoned, f"{counted(summary.abandoned, 'handler')} abandoned"),
+            (summary.blocked, f"the loop was held up {counted(summary.blocked, 'time')}"),
         )
         if count
     ]
-    return f"{summary.total} traps: {', '.join([', '.join(counts) or 'none', *others])}"
+    return f"{counted(summary.total, 'trap')}: {', '.join([', '.join(counts) or 'none', *others])}"

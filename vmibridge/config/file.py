@@ -32,7 +32,7 @@ from msgspec import UNSET, UnsetType
 from vmibridge.bridge.bounds import options, plain_type, problem
 from vmibridge.bridge.contract import STANDARD_FALLBACK
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.engine.policy import Policy
+from vmibridge.engine.access_policy import Policy
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
 
@@ -41,6 +41,20 @@ __all__ = ["Config"]
 S = TypeVar("S", bound=msgspec.Struct)
 
 _Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+_MISSING = re.compile(r"missing required field `([^`]+)`")
+_EXPECTED = re.compile(r"Expected `([^`]*)`([^,]*)(?:, got `([^`]*)`)?")
+_TYPES = MappingProxyType(
+    {
+        "object": "a table",
+        "array": "an array",
+        "str": "a string",
+        "int": "an integer",
+        "float": "a number",
+        "bool": "a boolean",
+        "datetime": "a date and time",
+    }
+)
+"""What TOML calls the types of msgspec."""
 _AT = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 
@@ -143,7 +157,10 @@ class Config:
             text = path.read_text("utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
+        except UnicodeDecodeError as error:
+            line = 1 + error.object.count(b"\n", 0, error.start)
+            raise ConfigError(f"{path}:{line}: is no text in UTF-8") from error
+        except ValueError as error:  # a path with a NUL
             raise ConfigError(f"{path}: {error}") from error
         if text.startswith("\ufeff"):
             raise ConfigError(f"{path}:1: begins with a byte order mark; save it as UTF-8 without")
@@ -203,18 +220,41 @@ class Config:
             if unknown:
                 message = f"no such key; there are {', '.join(_keys_at(kind, inside))}"
                 inside.append(unknown[1])
+            elif missing := _MISSING.search(message):
+                raise self._missing((*path, *inside), missing[1]) from error
             elif message.startswith("Invalid enum value") and (known := _words_at(kind, inside)):
                 message = f"no such value; there are {', '.join(known)}"
             else:
                 value = _value_at(tree, inside)
                 found = (problem(value, option) for option in _types_at(kind, inside))
-                message = next((why for why in found if why is not None), message)
+                message = next((why for why in found if why is not None), _in_words(message))
             raise self._error((*path, *inside), _AT.sub("", message)) from error
+
+    def _missing(self, path: tuple[str, ...], key: str) -> ConfigError:
+        table = ".".join(path)
+        if not self._source:
+            return ConfigError(
+                f"{table}: needs the setting {key}: write {key} = ... into [{table}] of a file, and"
+                " give that with --config"
+            )
+        where = "there" if any(part.isdigit() for part in path) else f"into [{table}]"
+        return self._error(path, f"the key {key} is missing; write {key} = ... {where}")
 
     def _error(self, path: tuple[str, ...], message: str) -> ConfigError:
         line = _line_of(self._text, path)
         place = self._source if line is None else f"{self._source}:{line}"
         return ConfigError(f"{place}: {'.'.join(path) or 'the file'}: {message}")
+
+
+def _in_words(message: str) -> str:
+    """What msgspec says of a type, in the words of TOML."""
+    expected = _EXPECTED.match(message)
+    if expected is None:
+        return message
+    kinds = [kind for kind in expected[1].split(" | ") if kind != "null"]
+    wanted = " or ".join(_TYPES.get(kind, kind) for kind in kinds)
+    got = f", got {_TYPES.get(expected[3], expected[3])}" if expected[3] else ""
+    return f"must be {wanted}{expected[2]}{got}"
 
 
 def _keys_at(kind: Any, path: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from vmibridge.text import printable, repr_of, type_name
 
 __all__ = ["Offered", "SourceModule", "SourceReader", "find_handlers", "handlers_of", "offered_by"]
 
+_SOURCES = "name a Python file, a folder or a dotted module"
 _KEPT = 4
 """Generations of a folder, beside the newest, that can still be pickled by name: handlers that
 were reloaded may go on for as long as a result is waited for."""
@@ -69,6 +70,9 @@ class SourceReader:
     def read(self, sources: Iterable[str]) -> list[SourceModule]:
         """The modules, in order. Raises as `find_handlers` does."""
         importlib.invalidate_caches()
+        sources = list(sources)
+        if not sources:
+            raise HandlerSourceError(f"no source of handlers is given: {_SOURCES}")
         try:
             return [module for source in sources for module in self._modules(source)]
         except BaseException:
@@ -89,6 +93,8 @@ class SourceReader:
                 loaded.forget(loaded.package_of(folder, generation - _KEPT - 1))
 
     def _modules(self, source: str) -> list[SourceModule]:
+        if not source.strip():
+            raise HandlerSourceError(f"a source of handlers is empty: {_SOURCES}")
         path = Path(source)
         try:
             is_folder, is_file = path.is_dir(), path.is_file()
@@ -96,6 +102,11 @@ class SourceReader:
             raise HandlerSourceError(f"{source}: {error.strerror}") from error
         if is_folder:
             files = sorted(file for file in path.glob("*.py") if not file.name.startswith("_"))
+            if not files:
+                raise HandlerSourceError(
+                    f"{source}: there is no handler in it, as no file there is a *.py whose name"
+                    " does not begin with _"
+                )
             return [SourceModule(source, str(file), self._import_file(file)) for file in files]
         if is_file:
             return [SourceModule(source, source, self._import_file(path))]

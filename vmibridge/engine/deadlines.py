@@ -147,8 +147,12 @@ class Deadlines:
             # The loop may have been held up: what is due is answered in the order of its deadlines.
             due = [request for request in self._watched if request.deadline <= now]
             for request in sorted(due, key=_deadline):
+                if self._conductor is not None and (
+                    later := self._conductor.postpones(_first_of(request))
+                ):
+                    request.deadline = now + later
                 # The hard one first: where both have passed, there is nothing left to wait for.
-                if request.hard_deadline <= now:
+                elif request.hard_deadline <= now:
                     self._overtake_late(request)
                 elif self._guest_ended:
                     # No retry can come, so the handler would run on for no result.

@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from vmibridge.bridge.dispatch import Bridge
-from vmibridge.engine.lives import CutOffError, Lives
+from vmibridge.engine.handler_lives import CutOffError, Lives
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.replies import BeforeResume
@@ -63,7 +63,7 @@ class Engine:
             in_flight,
             turns,
             self._taps,
-            # Where VMs of others are served, no handler can end one: see `asking`.
+            # Where VMs of others are served, no handler can end one: see `handler_calls`.
             self._stop_for if is_interruptible else None,
             before_resume,
         )

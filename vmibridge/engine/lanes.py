@@ -20,10 +20,11 @@ import anyio
 from vmibridge.aio.loops import parking
 from vmibridge.aio.parking import Parking
 from vmibridge.errors import TrapQueueClosedError
+from vmibridge.vm.bounded_sink import BoundedSink
 from vmibridge.vm.trap import TrapEvent
 
 
-class Lanes:
+class Lanes(BoundedSink):
     """See the module. For one event loop; not for threads."""
 
     def __init__(
@@ -31,6 +32,7 @@ class Lanes:
     ) -> None:
         if capacity < 1:
             raise ValueError(f"a queue holds at least one trap, got {capacity}")
+        super().__init__()
         self._capacity = capacity
         self._on_abandoned = on_abandoned
         self.abandoned: set[int] = set()
@@ -42,7 +44,6 @@ class Lanes:
         self._idle: list[Parking] = []
         self._spare: list[Parking] = []
         self._waking = False
-        self._room: anyio.Event | None = None
         self._closed = False
         self._quiet: anyio.Event | None = None
 
@@ -80,16 +81,6 @@ class Lanes:
         else:
             backlog.append(event)
 
-    async def put(self, event: TrapEvent) -> None:
-        """Wait for room. Raises `TrapQueueClosedError`. If cancelled, nothing was put."""
-        while True:
-            try:
-                return self.put_nowait(event)
-            except anyio.WouldBlock:
-                if self._room is None:
-                    self._room = anyio.Event()
-                await self._room.wait()
-
     def abandon(self, event: TrapEvent) -> None:
         """The answer to this trap is not awaited any more."""
         # By identity, and the latest first: an agent that waits for no answer abandons each trap
@@ -120,8 +111,7 @@ class Lanes:
             return None
         self._queued -= 1
         if self._room is not None and self._queued <= self._capacity // 2:
-            self._room.set()
-            self._room = None
+            self._wake_producers()
         return self._ready.popleft()
 
     async def get(self) -> TrapEvent | None:
@@ -167,6 +157,4 @@ class Lanes:
         for turn in self._idle:
             turn.wake()
         self._idle.clear()
-        if self._room is not None:
-            self._room.set()
-            self._room = None
+        self._wake_producers()

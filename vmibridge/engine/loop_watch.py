@@ -15,7 +15,7 @@ Theory of operation
 | the mark waits, for `after` seconds by now | reports it, and again after twice that time |
 
 Nothing is done for this on the path of a trap. Which handler it is stands in the frame of
-`Asking.ask`, which is on the stack whenever a handler runs: in the task of a worker or in its
+`HandlerCalls.ask`, which is on the stack whenever a handler runs: in the task of a worker or in its
 own. What a handler blocks in another task that it started has no such frame, and is not seen.
 
 Invariants
@@ -24,14 +24,17 @@ Invariants
 - The thread touches nothing of the engine but what it reads from that frame. It logs; everything
   else, such as the summary and the taps, gets it from the mark, on the loop, when that turns again.
 - The thread ends with the block, and does not keep the process alive.
+- No garbage is collected while it looks at the stack: see `_no_collection`.
 """
 
+import gc
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Event, Thread, get_ident
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, FrameType
 from typing import NamedTuple, Self
 
 from vmibridge.aio.loops import Soon, loop_door
@@ -118,29 +121,23 @@ class LoopWatch:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
 
     def _watch(self, thread: int, soon: Soon) -> None:
         while not self._over.wait(self._after / _LOOKS):
-            frame = sys._current_frames().get(thread)  # noqa: SLF001 - the documented way
-            if frame is None:
-                return
+            with _no_collection():
+                seen = _handler_in(thread, self._asks)
             try:
-                self._look(_find(frame, self._asks), soon)
+                self._look(seen, soon)
             except RuntimeError:
                 # The loop is closed.
                 return
             finally:
-                # It holds all that is on the stack.
-                del frame
+                # It holds what the handler was asked.
+                del seen
 
     def _look(self, seen: _Seen | None, soon: Soon) -> None:
         mark = self._mark
@@ -180,10 +177,27 @@ def _log(blocked: Blocked) -> None:
     )
 
 
-def _find(frame: FrameType, asks: CodeType) -> _Seen | None:
-    """The handler on a stack of which `frame` is the top."""
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected in the block.
+
+    Before Python 3.12 a collection begins wherever an object is made, such as that of a frame that
+    is asked for. The clean-up that it runs may let the loop's thread go on, and the frame that was
+    being asked for is gone: that crashed the process.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _handler_in(thread: int, asks: CodeType) -> _Seen | None:
+    """The handler on the stack of a thread."""
     above: list[tuple[str, int]] = []
-    step: FrameType | None = frame
+    step: FrameType | None = sys._current_frames().get(thread)  # noqa: SLF001 - the documented way
     while step is not None:
         if step.f_code is asks:
             names = step.f_locals
@@ -191,9 +205,9 @@ def _find(frame: FrameType, asks: CodeType) -> _Seen | None:
             # Between two handlers of a request none runs.
             if place is None or "entry" not in names:
                 return None
-            asking = names["self"]
+            calls = names["self"]
             request = names["request"]
-            return _Seen(request, request.started, place, asking.vm, asking.on_blocked)
+            return _Seen(request, request.started, place, calls.vm, calls.on_blocked)
         above.append((step.f_code.co_filename, step.f_lineno))
         step = step.f_back
     return None

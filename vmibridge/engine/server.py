@@ -19,7 +19,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from threading import get_ident
-from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
 import anyio
@@ -30,14 +29,14 @@ from vmibridge.bridge.dispatch import Bridge, BridgeDispatch, Target, one_line
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.engine.asking import Asking
+from vmibridge.engine.access_policy import Policy
 from vmibridge.engine.engine import Engine
+from vmibridge.engine.handler_calls import HandlerCalls
+from vmibridge.engine.handler_lives import CutOffError, Lives
 from vmibridge.engine.handshake import Feature, Host, HostInfo
-from vmibridge.engine.lives import CutOffError, Lives
 from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.outcome_queue import OutcomeQueue
 from vmibridge.engine.places import InFlight, Turns
-from vmibridge.engine.policy import Policy
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import DEFAULTS, ServerSettings
 from vmibridge.engine.summary import Summary
@@ -217,7 +216,7 @@ class _Owner:
         taps: tuple[Tap, ...],
         before_resume: BeforeResume | None,
     ) -> None:
-        self._watch = LoopWatch(settings.blocked_after, Asking.ask.__code__)
+        self._watch = LoopWatch(settings.blocked_after, HandlerCalls.ask.__code__)
         self._places = [backend.tasks for backend in backends]
         self.outcomes: OutcomeQueue = OutcomeQueue(OUTCOMES_AHEAD)
         in_flight, turns = InFlight(settings.in_flight_total), Turns()
@@ -338,12 +337,7 @@ class Run(AsyncIterator[Outcome[Any]]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def __del__(self) -> None:

@@ -18,7 +18,7 @@ from vmibridge.bridge.bounds import Count, Seconds, Value, check_fields
 from vmibridge.bridge.contract import STANDARD_WAIT
 from vmibridge.bridge.dispatch import BridgeDispatch, Entry, Target
 from vmibridge.bridge.response import BridgeResponse
-from vmibridge.engine.policy import Policy
+from vmibridge.engine.access_policy import Policy
 
 __all__ = ["ServerSettings"]
 

@@ -210,8 +210,10 @@ class Taps:
         # None where no tap has the hook: the caller then pays one test.
         self.handler_began: Callable[[HandlerBegan], None] | None = self._hook("handler_began")
         self.handler_stepped: Stepped | None = self._hook("handler_stepped")
+        self.stepping: bool = False
+        """Whether this is a step of a handler, and no task beside it."""
         self.reading: set[int] = set()
-        """Traps for which memory is accessed right now."""
+        """Traps whose handlers wait for guest memory, in their own task."""
         self.session_event: Callable[[SessionEvent], None] | None = self._hook("session_event")
         self.ran_natively: Callable[[TrapEvent], None] | None = (
             self._call_native if self._hooks["ran_natively"] else None

@@ -1,7 +1,7 @@
 """What is seen, and conducted, of a handler: when it is queued, begins, goes on and ends.
 
-Only with a tap that wants to know, or a backend that conducts (`vm.conductor`): `Asking` pays one
-test otherwise.
+Only with a tap that wants to know, or a backend that conducts (`vm.conductor`): `HandlerCalls` pays
+one test otherwise.
 
 A *step* is what a handler does from one suspension to the next. An access to guest memory that is
 waited for does not count: a VM answers at once or later, and a recording has the access itself.
@@ -17,9 +17,9 @@ from typing import Any
 from vmibridge.aio.coroutines import watched_rest
 from vmibridge.bridge.context import Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
-from vmibridge.engine.beginnings import Began
+from vmibridge.engine.queue_time import Began
 from vmibridge.engine.request import Worker, first_trap
-from vmibridge.engine.taps import Step, Stepped, Taps
+from vmibridge.engine.taps import Step, Taps
 from vmibridge.vm.conductor import Conductor
 
 __all__ = ["HandlerWatch", "source_for", "watch_for"]
@@ -34,7 +34,7 @@ def watch_for(
     """What watches the handlers of a VM; `None`: nobody wants to know."""
     if taps is None or (began, taps.handler_stepped, conductor) == (None, None, None):
         return None
-    return HandlerWatch(began, taps.handler_stepped, conductor, taps.reading)
+    return HandlerWatch(began, conductor, taps)
 
 
 def source_for(conductor: Conductor | None, clock: Callable[[], float]) -> Source:
@@ -46,19 +46,13 @@ def source_for(conductor: Conductor | None, clock: Callable[[], float]) -> Sourc
 
 
 class HandlerWatch:
-    """See the module. `reading`: the traps whose handlers wait for guest memory."""
+    """See the module."""
 
-    def __init__(
-        self,
-        began: Began | None,
-        stepped: Stepped | None,
-        conductor: Conductor | None,
-        reading: set[int],
-    ) -> None:
+    def __init__(self, began: Began | None, conductor: Conductor | None, taps: Taps) -> None:
         self._began = began
-        self._stepped = stepped
+        self._stepped = taps.handler_stepped
         self._conductor = conductor
-        self._reading = reading
+        self._taps = taps
         self.lined_up: set[Worker] = set()
         """Who waits to begin; whoever ends its request takes it out."""
 
@@ -72,6 +66,11 @@ class HandlerWatch:
         """A handler is about to line up, or to begin; what to await first, if anything."""
         conductor = self._conductor
         return None if conductor is None else conductor.turn(worker.context.event)
+
+    def lines_up(self, worker: Worker) -> bool:
+        """Whether a handler that could begin has to line up: it holds no place till it begins."""
+        conductor = self._conductor
+        return conductor is not None and conductor.lines_up(worker.context.event)
 
     @coroutine
     def ask(self, worker: Worker, entry: Entry) -> Generator[Any, Any, Answer]:
@@ -91,12 +90,15 @@ class HandlerWatch:
             self.lined_up.discard(worker)
             self._tell(worker, "began")
         body = _coroutine(ask(entry, worker.context, worker.request.packet))
+        # As `_make` does, without its call.
+        self._taps.stepping = True
         try:
             wish = body.send(None)
         except StopIteration as end:
             answer: Answer = end.value
             return answer
         else:
+            self._taps.stepping = False
             try:
                 if conductor is None:
                     rest = watched_rest(body, wish, partial(self._step, worker))
@@ -107,15 +109,28 @@ class HandlerWatch:
             finally:
                 self._tell(worker, "ended")
         finally:
+            self._taps.stepping = False
             if conductor is not None:
                 conductor.ended(worker.context.event)
 
     def _is_step(self, worker: Worker) -> bool:
-        return worker.context.event.seq not in self._reading
+        return worker.context.event.seq not in self._taps.reading
 
-    def _step(self, worker: Worker, is_thrown: bool) -> None:
+    def _step(
+        self, worker: Worker, step: Callable[[Any], object], reply: object, is_thrown: bool
+    ) -> object:
         if self._is_step(worker):
             self._tell(worker, "thrown" if is_thrown else "resumed")
+        return self._make(step, reply)
+
+    def _make(self, step: Callable[[Any], object], reply: object) -> object:
+        # Memory that the handler itself accesses is told from that of tasks beside it.
+        taps = self._taps
+        taps.stepping = True
+        try:
+            return step(reply)
+        finally:
+            taps.stepping = False
 
     def _tell(self, worker: Worker, step: Step) -> None:
         if self._stepped is not None:
@@ -143,7 +158,7 @@ class HandlerWatch:
                         step, reply = body.throw, error
                 self._tell(worker, "thrown" if step == body.throw else "resumed")
             try:
-                wish = step(reply)
+                wish = self._make(step, reply)
             except StopIteration as end:
                 answer: Answer = end.value
                 return answer

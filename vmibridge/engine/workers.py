@@ -18,11 +18,11 @@ go over to another task once it is suspended. So:
 | of a handler with `own_task = False` | inline, waiting or not | takes the next trap |
 
 In a task of its own a request is in the queue from the start: `ENTERING` until the task runs, then
-`QUEUED`, and `Asking` lets it in.
+`QUEUED`, and `HandlerCalls` lets it in.
 
-Here are the tasks, and the way of one trap. How handlers are asked is in `asking`, the states of
-a request are in `request`, what may answer in the place of a worker is in `deadlines`, and what a
-retry gets is in `retries`.
+Here are the tasks, and the way of one trap. How handlers are called is in `handler_calls`, the
+states of a request are in `request`, what may answer in the place of a worker is in `deadlines`,
+and what a retry gets is in `retries`.
 
 Invariants
 ----------
@@ -56,14 +56,14 @@ from vmibridge.bridge.dispatch import Bridge, Entry
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import own_request
-from vmibridge.engine.asking import CUT_OFF, Asking
-from vmibridge.engine.beginnings import lanes_for
+from vmibridge.engine.access_policy import Guard, MeteredMemory
 from vmibridge.engine.deadlines import Deadlines
+from vmibridge.engine.handler_calls import CUT_OFF, HandlerCalls
 from vmibridge.engine.interruptions import is_being_cancelled
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.places import InFlight, Turns
-from vmibridge.engine.policy import Guard, MeteredMemory
+from vmibridge.engine.queue_time import lanes_for
 from vmibridge.engine.replies import BeforeResume, Replies
 from vmibridge.engine.request import WATCHED, Cause, Request, State, Worker
 from vmibridge.engine.retries import Retries, as_retry
@@ -125,7 +125,7 @@ class Workers:
         )
         if conductor is not None:
             conductor.conduct(self.deadlines)
-        self._asking = Asking(
+        self._calls = HandlerCalls(
             InFlight(settings.in_flight, in_flight),
             turns,
             on_interrupt,
@@ -248,7 +248,7 @@ class Workers:
             if request.state is _INLINE:
                 request.state = _RUNNING
                 # Not before: a handler that never waits overlaps with no other, and needs none.
-                self._asking.take_place(worker)
+                self._calls.take_place(worker)
             else:
                 request.on(Cause.SUSPEND)
             self.deadlines.arm(request, self._terms.of(request.entry, request.packet.method))
@@ -305,7 +305,7 @@ class Workers:
                     self._hand_over(request, event, entries, name)
                     return True
                 context = worker.context = BridgeContext(event, self._memory, self.source, started)
-                outcome = await self._asking.ask(worker, request, entries)
+                outcome = await self._calls.ask(worker, request, entries)
                 if request.state is not _INLINE:
                     # It has waited: the request may have another trap by now, or none.
                     late = self._end_late(request, context, outcome)
@@ -340,7 +340,7 @@ class Workers:
         own.has_place, own.retires = False, True
         request.entry = entries[0]
         request.on(Cause.QUEUE)
-        self._asking.line_up(own)
+        self._calls.line_up(own)
         assert self._own_tasks is not None
         self._own_tasks.start(scope, self._answer_apart(own, entries), name)
 
@@ -360,7 +360,7 @@ class Workers:
                 if self._cancelling:
                     outcome = Outcome(OutcomeKind.CANCELLED, request.packet, error=STOPPED)
                 else:
-                    outcome = await self._asking.ask(worker, request, entries)
+                    outcome = await self._calls.ask(worker, request, entries)
         except BaseException as error:
             if not await self._is_the_handlers(worker, error):
                 raise

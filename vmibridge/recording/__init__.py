@@ -13,7 +13,7 @@
 | `traps`, `selection` | a recording trap by trap, and which of them |
 | `new_recording` | a recording written message by message |
 | `json_lines`, `message_order` | JSON lines, read back |
-| `replay` | a recording as a backend, and the comparison |
+| `replay` | a recording as a backend, the comparison, and `Replay` for tests |
 | `export`, `report` | for other tools, and for people |
 """
 
@@ -28,7 +28,9 @@ try:
     from vmibridge.recording.redaction import RedactionRule
     from vmibridge.recording.replay.backend import ReplayBackend
     from vmibridge.recording.replay.compare import Difference, FieldDifference
+    from vmibridge.recording.replay.door import Replay
     from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
+    from vmibridge.recording.replay.request_result import RequestResult
     from vmibridge.recording.traps import RecordedTrap, recorded_traps
 except ModuleNotFoundError as _error:
     raise MissingExtraError("a recording", "recording") from _error
@@ -44,10 +46,12 @@ __all__ = [
     "Recorder",
     "RecordingReader",
     "RedactionRule",
+    "Replay",
     "ReplayBackend",
     "ReplayOptions",
     "ReplayResult",
     "Reply",
+    "RequestResult",
     "Session",
     "recorded_traps",
 ]

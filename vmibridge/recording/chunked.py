@@ -17,7 +17,7 @@ import anyio
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.dispatch import one_line
 from vmibridge.errors import RecordingError
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.parts import RecordingParts
 from vmibridge.recording.rotation import Rotation
 

@@ -4,7 +4,10 @@
 |---|---|
 | `seq`, and `trap` as a word | a trap with all that belongs to it: the fields of `FullTrapRecord` |
 | `session`, `trap`, `memory`, `reply` or `note`, as an object | one message: its struct |
-| `summary` | of `vmibridge inspect --json`: left out |
+| `summary` | of `vmibridge inspect --json --full`: left out |
+
+Lines of `vmibridge run --json`, and of `inspect --json` without `--full`, lack what a recording has
+of a trap, and the outputs of the former are other JSON: they are refused.
 
 `place` orders the messages. Where a line has none, it follows the line before. A field that is not
 given has its default: a trap has the time of the line before, registers that follow from `magic`,
@@ -24,7 +27,7 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import RecordingReadError, UnknownArchitectureError, UnsupportedTrapError
-from vmibridge.recording.export.jsonl import AccessRecord, FullTrapRecord, NoteRecord
+from vmibridge.recording.export.jsonl import AccessRecord, FullTrapRecord, NoteRecord, TrapRecord
 from vmibridge.recording.file.reader import MAX_MESSAGE, TimedMessage
 from vmibridge.recording.message_order import MAX_PLACE, MessageOrder
 from vmibridge.recording.messages import (
@@ -55,6 +58,14 @@ _MAX_TIME = (1 << 64) - 1
 _WRONG = (ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
 """What a line raises that is none; msgspec's errors are ValueErrors, but not all."""
 _OWN: Final = frozenset(FullTrapRecord.__struct_fields__)
+_OF_A_RUN: Final = _OWN - {
+    *("time", "time_ns", "ring", "ip", "address_space", "rip", "retry_of", "reads", "writes"),
+    *("registers", "flags_known", "memory", "memory_left_out", "length", "notes"),
+    *("place", "reply_place", "reply_ns", "reply"),
+}
+"""The fields of a line of `vmibridge run --json`, all of which it has."""
+_MAKES_LINES = "'vmibridge export FILE --to jsonl' makes lines that are read"
+_OF_A_LISTING: Final = frozenset(TrapRecord.__struct_fields__)
 _AROUND: Final = frozenset(("place", "time_ns"))
 
 
@@ -145,14 +156,14 @@ class _Lines:
     def add(self, line: bytes) -> None:
         parsed = msgspec.json.decode(line)
         if not isinstance(parsed, dict):
-            raise ValueError("is no JSON object")  # noqa: TRY004 - it is of a file
+            raise ValueError("is not a JSON object")  # noqa: TRY004 - it is of a file
         topics = [topic for topic in CHANNEL_OF_TOPIC if isinstance(parsed.get(topic), dict)]
         if isinstance(parsed.get("trap"), str):
             self._add_trap(parsed)
         elif len(topics) == 1:
             self._add_message(topics[0], parsed)
         elif list(parsed) != ["summary"]:
-            raise ValueError("is neither a trap nor a message of a recording")
+            raise ValueError(f"is neither a trap nor a message of a recording; {_MAKES_LINES}")
 
     # --- one message ------------------------------------------------------------------
 
@@ -197,6 +208,16 @@ class _Lines:
     # --- a trap with all that belongs to it -------------------------------------------
 
     def _add_trap(self, parsed: dict[str, object]) -> None:
+        if parsed.keys() == _OF_A_RUN:
+            raise ValueError(
+                "is of a server's --json, without registers and memory; record with --record FILE:"
+                f" {_MAKES_LINES}"
+            )
+        if parsed.keys() == _OF_A_LISTING:
+            raise ValueError(
+                "is of 'vmibridge inspect --json' without --full, so without registers and memory;"
+                f" {_MAKES_LINES}"
+            )
         _refuse_others(parsed, _OWN)
         line = msgspec.convert(parsed, _Trap)
         if line.place is None:

@@ -6,7 +6,6 @@ for as many lines. They wait in a temporary database on disk, of which few pages
 
 import sqlite3
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -47,12 +46,7 @@ class MessageOrder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._database.close()
 
     def add(self, place: int, time: int, message: RecordedMessage) -> None:

@@ -17,7 +17,6 @@ from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from time import time_ns
-from types import TracebackType
 from typing import Any, Final, Self
 
 import msgspec
@@ -28,7 +27,7 @@ from vmibridge.bridge.registers import form_of, write_response
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import RecordingError, UnknownArchitectureError
 from vmibridge.recording.export import new_files
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.reader import MAX_MESSAGE
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
@@ -62,7 +61,7 @@ def channel_of(message: RecordedMessage) -> ChannelKind:
     found = _CHANNEL_OF.get(type(message))
     if found is None:
         if not isinstance(message, TrapEvent):
-            raise TypeError(f"{type(message).__name__} is no message of a recording")
+            raise TypeError(f"{type(message).__name__} is not a message of a recording")
         # One with the registers of another architecture.
         return TRAP
     return found
@@ -106,12 +105,7 @@ class NewRecording:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             with suppress(_AbandonedError), self._stack:
                 if error is not None:

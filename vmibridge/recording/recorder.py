@@ -62,6 +62,7 @@ from vmibridge.recording.redaction import Redaction, RedactionRule
 from vmibridge.recording.rotation import Rotation, sizes
 from vmibridge.recording.session import session_of
 from vmibridge.recording.steps import Steps
+from vmibridge.text import counted
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import TrapEvent
@@ -177,9 +178,11 @@ class Recorder(ChunkedRecording, Tap):
             except OSError as lost:
                 self._fail(lost)
         if self.error is None:
-            log.info("%s: %d traps were recorded", self.path, self._files.traps)
+            traps = counted(self._files.traps, "trap was", "traps were")
+            log.info("%s: %s recorded", self.path, traps)
         else:
-            log.error("%s; %d traps were not recorded", self.error, self.lost)
+            traps = counted(self.lost, "trap was", "traps were")
+            log.error("%s; %s not recorded", self.error, traps)
             if self._on_error == "stop" and kind is None:
                 raise self.error
 
@@ -317,7 +320,7 @@ class Recorder(ChunkedRecording, Tap):
             return
         if self._rotation is not None:
             self._rotation.end(vm)
-        text = f"{summary.total} traps"
+        text = counted(summary.total, "trap")
         self._add(NOTE, Note("end", text, vm, counts={**counts, "native": summary.native}))
 
     def dropped(self, vm: str, error: Exception) -> None:
@@ -365,6 +368,9 @@ class Recorder(ChunkedRecording, Tap):
             or not rotation.is_due(self._chunk.settle(), data)
         ):
             return
+        if self._steps.pending is not None:
+            # It stands behind its trap. The next part begins with its sessions.
+            self._add(STEP, self._steps.flush())
         self._cut()
         self._chunk = self._first_chunk(rotation.next_part())
         for channel, message in rotation.preamble():

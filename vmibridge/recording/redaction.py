@@ -49,7 +49,7 @@ class RedactionRule(msgspec.Struct, frozen=True, omit_defaults=True):
         request = None if code is None else int(code, 16 if code[:2] in ("0x", "0X") else 10)
         if found is None or (request or 0) >> 16:
             raise ConfigError(
-                f"{text[:40]!r} is no redaction: it is memory, settings, value1 to value4,"
+                f"{text[:40]!r} is not a redaction: it is memory, settings, value1 to value4,"
                 " or one of them behind a request, as in 0x0002:value3"
             )
         return msgspec.convert({"what": found["what"], "request": request}, cls)

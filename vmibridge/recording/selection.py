@@ -52,7 +52,7 @@ class Moment(NamedTuple):
             return cls((time - _EPOCH) // timedelta(microseconds=1) * 1000, relative=False)
         except (ValueError, OverflowError):
             raise ConfigError(
-                f"{text[:40]!r} is no time: it is seconds since the first trap, as in 2.5, or"
+                f"{text[:40]!r} is not a time: it is seconds since the first trap, as in 2.5, or"
                 " ISO 8601, as in 2026-01-31T12:00:00Z"
             ) from None
 
@@ -173,9 +173,10 @@ class SelectedTraps:
 
     def takes(self, trap: RecordedTrap) -> bool:
         """Whether a trap of this pass is one of them."""
-        return self._selection.takes(trap, self.start, self._method(trap))
+        return self._selection.takes(trap, self.start, self.method_of(trap))
 
-    def _method(self, trap: RecordedTrap) -> str | None:
+    def method_of(self, trap: RecordedTrap) -> str | None:
+        """The name of its method, where a session has one."""
         packet, reply = trap.packet, trap.reply
         if packet is None or reply is None:
             return None
@@ -222,4 +223,4 @@ def _outcome(text: str) -> OutcomeKind | None:
         return OutcomeKind(text)
     except ValueError:
         words = ", ".join(kind.value for kind in OutcomeKind)
-        raise ConfigError(f"{text!r} is no outcome: there are {words} and none") from None
+        raise ConfigError(f"{text!r} is not an outcome: there are {words} and none") from None

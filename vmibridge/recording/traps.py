@@ -67,9 +67,65 @@ class RecordedTrap(msgspec.Struct):
     """Those that name this trap, while it has no reply."""
 
 
+class FlatTrap(NamedTuple):
+    """What a trap asked and what came of it, side by side, as each table of traps begins.
+
+    `None` is what a trap without a request, without a reply or without an answer has.
+    """
+
+    magic: int | None
+    request: int | None
+    method: int | None
+    values: tuple[int | None, ...]
+    """As many as `VALUE_NAMES`."""
+    outcome: str | None
+    handler: str | None
+    error: str | None
+    output: str | None
+    duration: float | None
+    """Seconds."""
+    retry_of: int | None
+    rip: int | None
+    """Where the guest went on; `None`: the instruction ran natively."""
+    answers: tuple[int | None, ...]
+    """As many as `ANSWER_NAMES`; `None` where a register was left alone."""
+
+
+_NO_VALUES: tuple[int | None, ...] = (None,) * len(VALUE_NAMES)
+
+
+def flattened(trap: RecordedTrap) -> FlatTrap:
+    """A trap for a table; numbers and texts are as they were recorded."""
+    packet, reply = trap.packet, trap.reply
+    writes = None if reply is None else reply.writes
+    return FlatTrap(
+        None if packet is None else packet.magic,
+        None if packet is None else packet.request,
+        None if packet is None else packet.method,
+        _NO_VALUES if packet is None else packet.values,
+        None if reply is None else reply.kind.value,
+        None if reply is None else reply.handler,
+        None if reply is None else reply.error,
+        None if reply is None else reply.output,
+        None if reply is None else reply.duration,
+        None if reply is None else reply.retry_of,
+        None if writes is None else writes.rip,
+        _NO_VALUES if writes is None else writes.values,
+    )
+
+
 def outcome_word(trap: RecordedTrap) -> str:
     """How a trap ended, in one word; `NO_REPLY` without a reply."""
     return NO_REPLY if trap.reply is None else trap.reply.kind.value
+
+
+def access_text(access: MemoryAccess) -> str:
+    """What was accessed, for people: the first bytes, or why there are none."""
+    if access.error is not None:
+        return f"failed: {access.error}"
+    if access.data is None:
+        return "left out"
+    return access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
 
 
 def ignored(_place: int, _timed: TimedMessage) -> None:

@@ -49,7 +49,7 @@ def hello(
 def check_hello(frame: Hello) -> None:
     """Raises `RefusedError` for an agent that this server does not understand."""
     if frame.word != WORD:
-        raise RefusedError("this is no agent of vmibridge")
+        raise RefusedError("this is not an agent of vmibridge")
     if not frame.oldest <= VERSION <= frame.version:
         raise RefusedError(
             f"the agent speaks versions {frame.oldest} to {frame.version} of the protocol, this"

@@ -254,8 +254,10 @@ class Session:
                 if lane.answer is None and lane.backend is not None:
                     lane.backend.abandon(lane.event)
 
-    def give_up_agent(self, keep: float) -> None:
-        """End the session if its agent has been away for `keep` seconds."""
+    def give_up_agent(self, keep: float, late: float = 0.0) -> None:
+        """End the session if its agent has been away for `keep` seconds, not counting `late` more
+        of them, in which it could not come back: the loop stood still."""
+        self.away_since += late
         if self.link is None and _clock() - self.away_since >= keep:
             self.lose(f"the agent did not come back within {keep:g} s")
 

@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from enum import Enum
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
-from vmibridge.aio.cancellation import exit_unwrapped
+from vmibridge.aio.cancellation import UnwrappedExit
 from vmibridge.errors import ServerStateError, TrapQueueClosedError
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
@@ -139,7 +138,7 @@ class SessionEvent(msgspec.Struct, frozen=True):
     """Why, where it is known; for people."""
 
 
-class Backend(ABC):
+class Backend(UnwrappedExit, ABC):
     """A VM, or a connection to one."""
 
     other_hypercalls: bool = False
@@ -178,18 +177,14 @@ class Backend(ABC):
             stack.push_async_callback(self._close_shielded)
             tasks = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(tasks.cancel_scope.cancel)
+            # The first at the end: nothing is started any more.
+            stack.callback(self._leave)
             self._stack = stack.pop_all()
             self._tasks = tasks
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
+    def _leave(self) -> None:
         self._tasks = None
-        return await exit_unwrapped(self._stack.__aexit__, kind, error, traceback)
 
     async def _close_shielded(self) -> None:
         with anyio.CancelScope(shield=True):

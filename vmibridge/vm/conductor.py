@@ -39,6 +39,9 @@ class Conductor(Protocol):
         Asked before both, where it does both.
         """
 
+    def lines_up(self, event: TrapEvent) -> bool:
+        """Whether a handler, which nothing of the engine keeps from it, may not begin yet."""
+
     def began(self, event: TrapEvent) -> None:
         """A handler begins, now."""
 
@@ -47,6 +50,10 @@ class Conductor(Protocol):
 
     def ended(self, event: TrapEvent) -> None:
         """A handler has ended, now."""
+
+    def postpones(self, first: int) -> float:
+        """A deadline has passed of the request that came with trap `first`, and nobody has said
+        so. Returns the seconds after which to ask again; 0: it passes now."""
 
     def is_retry(self, event: TrapEvent) -> bool:
         """Whether a trap asks again for what was told to wait."""

@@ -6,7 +6,8 @@ the spec as its caller wants it shown.
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -16,6 +17,8 @@ from vmibridge.errors import BackendSpecError
 S = TypeVar("S", bound=msgspec.Struct)
 
 _NEVER = re.compile("[\0\ud800-\udfff]")
+_MODE = re.compile("0o[0-7]{1,3}")
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -25,6 +28,15 @@ def parse_size(text: str) -> int:
         if text.endswith(unit):
             return int(text.removesuffix(unit), 0) * factor
     return int(text, 0)
+
+
+def parse_mode(spec: str, text: str) -> int:
+    """The mode of a socket's file, as in 0o600. Raises `BackendSpecError` for another form: 600 is
+    no octal number in Python, and octal in chmod."""
+    if not _MODE.fullmatch(text):
+        hint = f"0o{text}" if re.fullmatch("[0-7]{3}", text) else "0o600"
+        raise BackendSpecError(f"{spec}: mode={text} is not the mode of a file, such as {hint}")
+    return int(text, 8)
 
 
 def check_text(spec: str, what: str = "") -> None:
@@ -87,16 +99,23 @@ def parse_options(
     numbers: Mapping[str, str],
     lists: Collection[str] = (),
 ) -> S:
-    """Decode `options` into `kind`; `numbers` names the options that are integers.
+    """Decode `options` into `kind`; `numbers` names the options that are integers. One named `mode`
+    is the mode of a file.
 
     Those in `lists` may be given again. Raises `BackendSpecError` for an option that is
     unknown, given twice, or wrong.
     """
     values: dict[str, str | int | list[str | int]] = {}
     for name, value in read_options(spec, options, kind.__struct_encode_fields__, lists):
+        parsed: str | int = value
         try:
-            parsed = parse_size(value) if name in numbers else value
-        except ValueError:
+            if name == "mode":
+                parsed = parse_mode(spec, value)
+            elif name in numbers:
+                parsed = parse_size(value)
+        except ValueError as error:
+            if isinstance(error, BackendSpecError):
+                raise
             raise BackendSpecError(f"{spec}: {name}={value} is not {numbers[name]}") from None
         if name in lists:
             several = values.setdefault(name, [])
@@ -107,4 +126,38 @@ def parse_options(
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise BackendSpecError(f"{spec}: {error}") from None
+        raise BackendSpecError(f"{spec}: {_why(values, kind) or error}") from None
+
+
+def _why(values: Mapping[str, object], kind: type[msgspec.Struct]) -> str | None:
+    """What is wrong with the values of options, in the words of those who write them."""
+    fields = msgspec.structs.fields(kind)
+    missing = [field.encode_name for field in fields if field.required]
+    if missing and not values.keys() >= {*missing}:
+        named = ", ".join(name for name in missing if name not in values)
+        return (
+            f"needs the options {'&'.join(f'{name}=...' for name in missing)}: no {named} is given"
+        )
+    for field in fields:
+        name = field.encode_name
+        try:
+            msgspec.convert(values.get(name, field.default), field.type, strict=False)
+        except msgspec.ValidationError:
+            return f"{name}={values.get(name)} is not {_wanted(field.type)}"
+    return None
+
+
+def _wanted(kind: Any) -> str:
+    """What the value of an option may be, in words."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_wanted(part) for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is Annotated:
+        plain, *metas = get_args(kind)
+        least = next((meta.ge for meta in metas if meta.ge is not None), None)
+        most = next((meta.le for meta in metas if meta.le is not None), None)
+        if least is not None:
+            return f"{_wanted(plain)}, {least} {'or more' if most is None else f'to {most}'}"
+        return _wanted(plain)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return _WANTED.get(kind, "such a value")

@@ -42,7 +42,16 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import HandlerBegan, Tap
 from vmibridge.errors import BackendError, HandlerLoadError
-from vmibridge.recording import RecordedTrap, Recorder, RecordingReader, recorded_traps
+from vmibridge.recording import (
+    Difference,
+    RecordedTrap,
+    Recorder,
+    RecordingReader,
+    Replay,
+    ReplayResult,
+    RequestResult,
+    recorded_traps,
+)
 from vmibridge.testing import FakeBackend, FakeGuest, FakeMemory, drive
 from vmibridge.transport import Agent, AgentLimits, AgentServer, RemoteBackend
 from vmibridge.vm.backend import Backend, SessionEvent, SessionEventKind
@@ -142,6 +151,16 @@ def read_back(file: Path) -> list[RecordedTrap]:
     return found
 
 
+async def asked_again(file: Path) -> ReplayResult:
+    async with Replay(file, Shout, requests=[0x0100, "shout"], vcpus=0, timeout=1.0) as replay:
+        found = await replay.until(handler=Shout)
+        assert_type(found, RequestResult)
+        assert_type(replay.handler(Shout), Shout)
+        async for request in replay:
+            assert_type(request.difference, Difference | None)
+        return await replay.run()
+
+
 def remote_ends(
     url: str, backend: Backend, settings: ServerSettings
 ) -> tuple[Agent, AgentServer, RemoteBackend]:
@@ -173,9 +192,11 @@ async def main() -> None:
         file = Path(folder) / "run.mcap"
         summary = await with_server(file)
         (recorded,) = read_back(file)
+        replayed = await asked_again(file)
         remote_ends(f"unix:{folder}/vmi.sock", backends[0], ServerSettings(grace=0.5))
     assert summary.total == 1
     assert recorded.event.vcpu == 0
+    assert (replayed.compared, replayed.different) == (1, 0)
     errors: list[VmiBridgeError] = []
     try:
         assert_type(open_backend("nothing:at-all"), Backend)

@@ -5,20 +5,17 @@ from contextlib import AsyncExitStack
 import anyio
 import pytest
 
-from vmibridge.aio.cancellation import exit_unwrapped
+from vmibridge.aio.cancellation import UnwrappedExit
 
 pytestmark = pytest.mark.anyio
 
 
-class Holder:
+class Holder(UnwrappedExit):
     async def __aenter__(self):
         async with AsyncExitStack() as stack:
             self.tasks = await stack.enter_async_context(anyio.create_task_group())
             self._stack = stack.pop_all()
         return self
-
-    async def __aexit__(self, kind, error, traceback):
-        return await exit_unwrapped(self._stack.__aexit__, kind, error, traceback)
 
 
 async def test_an_error_of_the_block_is_raised_as_it_was():

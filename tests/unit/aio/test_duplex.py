@@ -1,11 +1,11 @@
 """A socket both ways, on each loop: what is kept, what is received at once, and how it ends."""
 
 import os
-import socket
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from socket_pairs import socket_pair
 
 from vmibridge.aio.duplex import AT_ONCE, Duplex
 
@@ -17,12 +17,8 @@ LARGE = os.urandom(1 << 20)
 
 @pytest.fixture
 def pair():
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        for each in (ours, theirs):
-            each.setblocking(False)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        yield ours, theirs
+    with socket_pair(1 << 16) as ends:
+        yield ends
 
 
 async def read_all(theirs, size):

@@ -41,6 +41,23 @@ def test_timers_go_off_in_their_order_and_at_their_time(loop):
     assert run(loop, main) == [(0.5, 0.5), (7.0, 7.0), (FAR, FAR)]
 
 
+def test_on_asyncio_timers_of_equal_delays_go_off_as_they_were_set():
+    async def main():
+        went = []
+
+        async def one(number):
+            await anyio.sleep(0.1)
+            went.append(number)
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(9):
+                tasks.start_soon(one, number)
+        return went
+
+    # Trio has them in any order.
+    assert run("asyncio", main) == list(range(9))
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("what", ["thread", "process", "socket"])
 def test_nothing_real_is_jumped_over(loop, what):

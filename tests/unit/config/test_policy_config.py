@@ -4,7 +4,7 @@ import pytest
 
 from vmibridge import BridgeResponse
 from vmibridge.config import Config
-from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
 from vmibridge.errors import ConfigError
 
 TOP = (1 << 64) - 1
@@ -82,7 +82,7 @@ def test_empty_lists_are_not_the_same_as_none():
         ("[policy]\nrings = [4]", "2: policy.rings.0: must be 0 to 3, got 4"),
         ("[policy]\nrings = [0, -1]", "2: policy.rings.1: must be 0 to 3, got -1"),
         ("[policy]\n\nrings = []", "3: policy.rings: must have 1 or more, got 0"),
-        ("[policy]\nrings = [true]", "2: policy.rings.0: Expected `int`, got `bool`"),
+        ("[policy]\nrings = [true]", "2: policy.rings.0: must be an integer, got a boolean"),
         (
             "[policy]\naddress_spaces = [0x1000, 0x1005]",
             "2: policy.address_spaces.1: must be a page-table root of 52 bits, the low 5 clear",
@@ -122,7 +122,7 @@ def test_empty_lists_are_not_the_same_as_none():
         ),
         (
             "[policy.vm.bytes]\nrate = 1",
-            "1: policy.vm.bytes: Object missing required field `burst`",
+            "1: policy.vm.bytes: the key burst is missing; write burst = ... into [policy.vm",
         ),
         (
             "[policy.vm.requests]\nburst = 0.5",
@@ -156,9 +156,9 @@ def test_empty_lists_are_not_the_same_as_none():
         ),
         (
             "[policy]\ninstructions = [{ start = 0 }]",
-            "2: policy.instructions.0: Object missing required field `end`",
+            "2: policy.instructions.0: the key end is missing; write end = ... there",
         ),
-        ("policy = 3", "1: policy: Expected `object | null`, got `int`"),
+        ("policy = 3", "1: policy: must be a table, got an integer"),
     ],
 )
 def test_what_is_wrong_is_named_with_key_and_line(text, told):

@@ -124,7 +124,9 @@ def test_the_settings_of_a_handler_have_the_same_messages():
 
     with pytest.raises(ConfigError, match=r"^c.toml:2: handlers.x.most: must be 1 to 9, got 10$"):
         Config("c.toml", "[handlers.x]\nmost = 10").settings_of("x", Settings)
-    with pytest.raises(ConfigError, match=r"^c.toml:2: handlers.x.name: Expected `str` of length"):
+    with pytest.raises(
+        ConfigError, match=r"^c.toml:2: handlers.x.name: must be a string of length"
+    ):
         Config("c.toml", "[handlers.x]\nname = 'a'").settings_of("x", Settings)
 
 

@@ -4,6 +4,7 @@ import math
 
 import msgspec
 import pytest
+from flipping_host import INFO
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from laws import examples
@@ -11,7 +12,7 @@ from laws import examples
 from vmibridge import Bridge, BridgePacket, BridgeServer, OutcomeKind
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 from vmibridge.bridge.registers import form_of, read_packet, write_response
-from vmibridge.engine.handshake import Feature, Host, HostInfo, Limit
+from vmibridge.engine.handshake import Feature, Host, Limit
 from vmibridge.testing import FakeBackend, drive
 from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
@@ -28,14 +29,6 @@ FORMS = [
 ]
 every_form = pytest.mark.parametrize(
     ("reason", "width"), FORMS, ids=[f"{reason.value}-{width}" for reason, width in FORMS]
-)
-
-INFO = HostInfo(
-    features=Feature.WAIT | Feature.QUOTA,
-    soft_timeout=0.25,
-    timeout=60.0,
-    result_timeout=30.0,
-    in_flight=17,
 )
 
 

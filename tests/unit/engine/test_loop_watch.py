@@ -1,7 +1,9 @@
 """A handler that holds up the event loop is reported while it does."""
 
+import gc
 import logging
 import math
+import sys
 import threading
 import time
 
@@ -129,3 +131,30 @@ async def test_the_thread_ends_with_the_server(told):
     assert await run_guest(Blocks(told), scenario) == 1
     assert await run_guest(Blocks(told), scenario, blocked_after=math.inf) == 0
     assert watches() == []
+
+
+async def test_no_garbage_is_collected_while_it_looks_at_the_stack(told):
+    """Before Python 3.12 the clean-up could let the loop go on in the midst of a look, and the
+    process crashed."""
+    began = set()
+
+    def note(phase, info):
+        if threading.current_thread().name == "vmibridge loop watch":
+            began.add(sys._getframe(1).f_code.co_name)
+
+    async def scenario(caller):
+        return (await caller.call(1)).kind
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(note)
+    # At each object that is made, or nearly so.
+    gc.set_threshold(1, 1, 1)
+    try:
+        assert await run_guest(Blocks(told), scenario, blocked_after=SOON) is OutcomeKind.HANDLED
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(note)
+    assert told.times
+    assert began
+    assert not began & {"_handler_in", "place_in"}
+    assert gc.isenabled()

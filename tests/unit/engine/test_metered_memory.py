@@ -6,7 +6,7 @@ import pytest
 from policy_parts import SPACE_BYTES, VM_BYTES, trap
 
 from vmibridge.bridge.context import BridgeContext
-from vmibridge.engine.policy import (
+from vmibridge.engine.access_policy import (
     Guard,
     MeteredMemory,
     Policy,

@@ -14,7 +14,7 @@ from vmibridge import BridgePacket, BridgeResponse, BridgeServer, OutcomeKind, m
 from vmibridge.engine.taps import Tap
 from vmibridge.testing import FakeGuest
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("only_new_garbage")]
 
 VAR = ContextVar("var", default="unset")
 

@@ -178,7 +178,8 @@ async def test_an_instant_handler_is_not_held_up_by_others():
         REQUEST = 2
         instant = True
 
-    slow, instant = Counted(), Instant()
+    # The slow one waits for another, which does not come.
+    slow, instant = Counted(together=2), Instant()
 
     async def guest(vm):
         async with anyio.create_task_group() as tasks:
@@ -187,6 +188,7 @@ async def test_an_instant_handler_is_not_held_up_by_others():
                 await anyio.sleep(0.001)
             assert (await vm.call(BridgePacket(MAGIC, 2, 2), vcpu=1)).rax == 0
             assert slow.running
+            slow.are_together.set()
 
     await serve([guest], slow, instant, in_flight=1)
 

@@ -3,7 +3,7 @@
 import pytest
 from policy_parts import SPACE_BYTES, TOO_MANY, let_through, trap
 
-from vmibridge.engine.policy import (
+from vmibridge.engine.access_policy import (
     Guard,
     Policy,
     Quota,

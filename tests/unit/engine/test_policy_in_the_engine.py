@@ -13,7 +13,7 @@ from vmibridge import (
     OutcomeKind,
     method,
 )
-from vmibridge.engine.policy import AddressRange, Policy, Quota, Rate
+from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
 from vmibridge.testing import FakeGuest
 
 pytestmark = pytest.mark.anyio

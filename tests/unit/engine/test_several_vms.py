@@ -4,10 +4,10 @@ from contextlib import AsyncExitStack
 
 import anyio
 import pytest
+from base_handlers import HandlerWithLives
 
 from vmibridge import (
     Bridge,
-    BridgeHandler,
     BridgePacket,
     BridgeResponse,
     BridgeServer,
@@ -23,7 +23,7 @@ MAGIC = 0x1234_5678
 COUNT, HANG = (BridgePacket(MAGIC, 1, code) for code in (1, 2))
 
 
-class Counter(BridgeHandler[int]):
+class Counter(HandlerWithLives):
     """Counts its requests, which is a state that guests may not share."""
 
     MAGIC = MAGIC
@@ -32,14 +32,7 @@ class Counter(BridgeHandler[int]):
     def __init__(self, vm=""):
         self.vm = vm
         self.count = 0
-        self.lives = []
-
-    async def __aenter__(self):
-        self.lives.append("entered")
-        return self
-
-    async def __aexit__(self, *error):
-        self.lives.append("left")
+        super().__init__()
 
     @method(1)
     async def next(self, vmi, packet):

@@ -32,7 +32,7 @@ from vmibridge import (
     Policy,
     method,
 )
-from vmibridge.engine import beginnings, workers
+from vmibridge.engine import queue_time, workers
 from vmibridge.testing import FakeBackend, FakeGuest
 
 pytestmark = pytest.mark.anyio
@@ -286,7 +286,7 @@ class TestTheTimeInTheQueue:
         ]
 
     async def test_is_forgotten_with_a_put_that_is_given_up(self, clock):
-        lanes = beginnings.TimedLanes(1, lambda _: None, lambda: clock.now / 1e9)
+        lanes = queue_time.TimedLanes(1, lambda _: None, lambda: clock.now / 1e9)
         lanes.put_nowait(vmcall(1))
         with pytest.raises(anyio.WouldBlock):
             lanes.put_nowait(vmcall(2, 1))

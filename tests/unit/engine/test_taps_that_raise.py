@@ -7,7 +7,7 @@ from vmibridge import (
     BridgePacket,
     OutcomeKind,
 )
-from vmibridge.engine import beginnings
+from vmibridge.engine import queue_time
 from vmibridge.engine.taps import Tap
 from vmibridge.testing import FakeGuest
 from vmibridge.vm.backend import SessionEventKind
@@ -200,8 +200,8 @@ async def test_where_no_tap_has_a_hook_nothing_is_called_and_no_clock_is_read(ta
         raise AssertionError("it costs something")
 
     for place, name in (
-        (beginnings, "TimedLanes"),
-        (beginnings, "Beginnings"),
+        (queue_time, "TimedLanes"),
+        (queue_time, "Beginnings"),
     ):
         monkeypatch.setattr(place, name, never)
     vm = FakeGuest(every_hook, memory=MEMORY)
@@ -220,7 +220,7 @@ async def test_a_tap_with_another_hook_does_not_time_the_queue(monkeypatch):
     def never(*_):
         raise AssertionError("it costs something")
 
-    monkeypatch.setattr(beginnings, "TimedLanes", never)
+    monkeypatch.setattr(queue_time, "TimedLanes", never)
     tap = Natives()
     await serve(FakeGuest(every_hook, memory=MEMORY), Steps(), tap)
     assert tap.seen == 1

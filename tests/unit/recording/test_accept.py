@@ -1,4 +1,4 @@
-"""A new recording with the traps of then and the answers of now."""
+"""A new recording with the recorded traps and the new answers."""
 
 import anyio
 import pytest
@@ -48,7 +48,7 @@ class Changed(Probe):
 
 
 def accepted(source, target, *handlers, loop=LOOPS[0], selection=ALL, **options):
-    """Accept the answers of now; returns how many."""
+    """Accept the new answers; returns how many."""
     verdict = Verdict(selection)
     verdict.accepted = Accepted(all_handlers=selection == ALL)
     replay(source, *handlers, loop=loop, verdict=verdict, **options)

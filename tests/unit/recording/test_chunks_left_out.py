@@ -6,6 +6,7 @@ import pytest
 from recorded_session import MAX_U64, reply, session, trap, write_file
 
 from vmibridge.cli import main
+from vmibridge.recording.file import damage
 from vmibridge.recording.file import reader as reader_module
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note
@@ -30,13 +31,14 @@ def write(path, extra=(), library="vmibridge tests"):
 def unpacked(monkeypatch):
     """How many chunks were."""
     count = []
-    unpack = reader_module._unpack
+    unpack = reader_module.unpack
 
     def counted(body):
         count.append(len(body))
         return unpack(body)
 
-    monkeypatch.setattr(reader_module, "_unpack", counted)
+    for module in (reader_module, damage):
+        monkeypatch.setattr(module, "unpack", counted)
     return count
 
 

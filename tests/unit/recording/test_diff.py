@@ -118,7 +118,13 @@ class TestFields:
         event = msgspec.structs.replace(trap(1), ip=7)
         found = diff(request(1), [event, reply(1)])
         assert told(found) == [("registers", 1, 1, 1)]
+        assert (found.groups[0].a, found.groups[0].b) == ("ip=0x1000", "ip=0x7")
         assert diff(request(1), [event, reply(1)], ignored=["registers"]).is_same
+
+    def test_are_told_alike_where_a_reply_has_none(self, diff):
+        found = diff(request(1, writes=RegisterWrites(0x1003, 1)), request(1))
+        shown = {group.field: (group.a, group.b) for group in found.groups}
+        assert shown == {"rip": ("0x3", "left alone"), "value1": ("0x1", "left alone")}
 
     def test_are_outputs_by_value(self, diff):
         same = [('{"a":1,"b":2}', '{ "b": 2, "a": 1 }'), ("<A at 0x7f01>", "<A at 0x7f02>")]

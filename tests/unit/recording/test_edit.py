@@ -107,7 +107,7 @@ def test_whole_requests_are_kept_as_they_were_and_cut_again_the_same(tmp_path):
             if any(selection.takes(each, SECOND) for each in traps)
         }
         if not wanted:
-            with pytest.raises(ConfigError, match="no trap is selected"):
+            with pytest.raises(ConfigError, match="no trap matches"):
                 edited(tmp_path, path, selection=selection)
             continue
         found = edited(tmp_path, path, selection=selection)
@@ -294,7 +294,7 @@ class TestCounts:
                     (6, trap(3)), (7, reply(3, OutcomeKind.FAILED)), (8, end)]  # fmt: skip
         path = write_file(tmp_path / "run.mcap", messages)
         (_, note) = edited(tmp_path, path, selection=select(outcomes=["failed"]))[-1]
-        assert note.text == "1 traps"
+        assert note.text == "1 trap"
         assert {word: count for word, count in note.counts.items() if count} == {
             "failed": 1, "native": 7
         }  # fmt: skip

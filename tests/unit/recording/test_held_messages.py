@@ -11,7 +11,7 @@ from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import RecordingError
 from vmibridge.recording import Recorder, RecordingReader
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.messages import CHANNELS, NOTE, REPLY, SESSION, TRAP, MemoryAccess, Note
 from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 

@@ -78,7 +78,7 @@ class TestASelection:
         path = write_file(
             tmp_path / "run.mcap",
             [(0, session("a")), (0, session("b")), (1, trap(1, vm="a")), (2, trap(1, vm="b"))],
-            [(3, Note("end", "1 traps", "a")), (4, Note("end", "1 traps", "b"))],
+            [(3, Note("end", "1 trap", "a")), (4, Note("end", "1 traps", "b"))],
             [(5, reply(9, vm=vm)) for vm in "ab"],
         )
         found = imported(export(path, tmp_path / "run.jsonl", vms=["b"]))
@@ -123,7 +123,7 @@ class TestLinesByHand:
 
 
 WRONG = {
-    b"[]": "is no JSON object",
+    b"[]": "is not a JSON object",
     b"{}": "is neither a trap nor a message",
     b'{"session":{"vm":"a"},"note":{}}': "is neither a trap nor a message",
     b"{": "truncated",

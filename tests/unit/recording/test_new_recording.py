@@ -22,7 +22,7 @@ def path(tmp_path):
 
 
 def test_has_what_was_added(path):
-    messages = [(5, session()), (6, trap(1)), (7, reply(1)), (7, Note("end", "1 traps", "vm"))]
+    messages = [(5, session()), (6, trap(1)), (7, reply(1)), (7, Note("end", "1 trap", "vm"))]
     with NewRecording(path) as recording:
         for time, message in messages:
             recording.add(message, time)

@@ -100,6 +100,6 @@ class TestRedaction:
         ["", "value5", "value0", "magic", "Memory", "memory ", "0x10000:memory", "2:", "-1:memory"],
     )
     def test_by_a_rule_that_makes_no_sense_is_refused(self, path, rule):
-        with pytest.raises(ConfigError, match="is no redaction"):
+        with pytest.raises(ConfigError, match="is not a redaction"):
             Recorder(path, redact=[rule])
         assert not path.exists()

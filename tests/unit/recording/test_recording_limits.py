@@ -14,7 +14,7 @@ from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, BridgeServer
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import RecordingError
 from vmibridge.recording.file import writer as writer_module
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.reader import MAX_MESSAGE, RecordingReader
 from vmibridge.recording.file.recover import recover
 from vmibridge.recording.file.writer import RecordingWriter

@@ -56,5 +56,5 @@ def test_a_rule_for_memory_leaves_registers_alone():
     "rule", ["", "value5", "0x10000:memory", "memory:1", "65536:value1", "all"]
 )
 def test_what_is_no_rule_is_refused(rule):
-    with pytest.raises(ConfigError, match="is no redaction"):
+    with pytest.raises(ConfigError, match="is not a redaction"):
         Redaction([rule])

@@ -121,7 +121,7 @@ class TestTheBackend:
 
     @pytest.mark.parametrize(
         ("content", "told"),
-        [(b"", "is empty"), (b"no recording", "no MCAP file"), (None, "No such file")],
+        [(b"", "is empty"), (b"no recording", "is not an MCAP file"), (None, "No such file")],
     )
     def test_refuses_a_file_that_is_no_recording(self, path, content, told):
         if content is not None:

@@ -11,20 +11,17 @@ from determinism_parts import (
     Serial,
     Shared,
     ask,
-    bridges,
+    assert_same,
     call,
-    random_guests,
     record,
-    replay,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from laws import examples
 
-from vmibridge import Bridge, BridgeHandler, BridgeResponse
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+from vmibridge.aio.clock import virtual_time
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import STEP, TRAP, Step
 from vmibridge.recording.replay.walk import Walk
+from vmibridge.testing import FakeGuest
 
 HOWS = [
     pytest.param({}, id="default"),
@@ -33,16 +30,6 @@ HOWS = [
     pytest.param({"virtual": False}, id="real-time"),
     pytest.param({"loop": "trio"}, id="trio"),
 ]
-EVERY_LOOP = frozenset({1, 2, 3, 4, 6, 7})
-"""Methods of `Counts` that no loop does in another order. On trio tasks that are due together run
-in any order, and a scope that is cancelled while a sleep in it ends takes the sleep's place."""
-
-
-def assert_same(path, names, make, **how):
-    results = replay(path, names, make, **how)
-    assert [result.first for result in results] == [None] * len(names)
-    assert [result.unchecked for result in results] == [{}] * len(names)
-    return sum(result.compared for result in results)
 
 
 async def one_that_ends_before_its_retry(vm):
@@ -161,6 +148,78 @@ def test_it_waits_without_spinning(tmp_path, monkeypatch):
     assert len(rounds) < 100
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_reads_of_tasks_beside_a_handler_hide_no_step_of_it(tmp_path, monkeypatch, loop):
+    read_at_once = FakeGuest.read_physical
+
+    async def read_later(vm, *arguments):
+        await anyio.sleep(0.05)
+        return await read_at_once(vm, *arguments)
+
+    class ReadsBeside(BridgeHandler[object]):
+        MAGIC, REQUEST = MAGIC, 1
+
+        async def handle(self, vmi, packet):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(vmi.memory.read, 0x1000, 4)
+                for _ in range(3):
+                    await anyio.sleep(0.001)
+            await vmi.memory.read(0x1000, 4)
+
+    async def guest(vm):
+        await vm.call(ask(1))
+
+    monkeypatch.setattr(FakeGuest, "read_physical", read_later)
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(ReadsBeside()), loop, virtual=True)
+    with RecordingReader(path) as reader:
+        steps = [message.kind for _, message in reader.messages(STEP)]
+    assert steps == ["resumed"] * 4 + ["ended"], "three sleeps, and the end of the task"
+
+
+class ReadsSlowly(BridgeHandler[object]):
+    """Is told to wait between its reads. `held_up`: whether another one holds up the loop."""
+
+    MAGIC, REQUEST = MAGIC, 1
+
+    def __init__(self, held_up):
+        self.held_up = held_up
+
+    @method(1, soft_timeout=0.002)
+    async def in_pauses(self, vmi, packet):
+        got = 0
+        for number in range(6):
+            await anyio.sleep(0.001)
+            got += (await vmi.memory.read(0x1000 + packet.value1 + number, 1))[0]
+        return BridgeResponse(value1=0x100 + got)
+
+    @method(2)
+    async def holds_up(self, vmi, packet):
+        for _ in range(2):
+            await anyio.sleep(0.0005)
+            if self.held_up:
+                virtual_time().pass_by(1.5)
+        return BridgeResponse(value1=0x100)
+
+
+@pytest.mark.parametrize("order", ["recorded", "vcpu"])
+@pytest.mark.parametrize(("then", "now"), [(True, False), (False, True)])
+def test_deadlines_pass_as_they_did_where_a_loop_stood_still(tmp_path, then, now, order):
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            for vcpu, code in enumerate([1, 2, 1]):
+                tasks.start_soon(call, vm, ask(code, vcpu), vcpu, 0.001)
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(ReadsSlowly(then)), virtual=True)
+    for loop in ("asyncio", "trio"):
+        how = {"loop": loop, "order": order}
+        assert assert_same(path, ["vm"], lambda _: Bridge(ReadsSlowly(now)), **how) == 3
+        if not now:
+            how["virtual"] = False
+            assert assert_same(path, ["vm"], lambda _: Bridge(ReadsSlowly(now)), **how) == 3
+
+
 @pytest.mark.parametrize("now", ["asyncio", "trio"])
 def test_handlers_get_the_time_and_the_random_numbers_of_then(tmp_path, now):
     async def guest(vm):
@@ -199,28 +258,3 @@ def test_when_a_handler_went_on_and_ended_is_recorded(tmp_path):
     assert Step("vm", 2, "ended") in steps
     assert [each.kind for each in steps if each.seq == 3] == ["parked", "resumed", "ended"]
     assert all(each.seq != 1 for each in steps), "it never waited"
-
-
-def law(path, seed, then, now):
-    guests = random_guests(seed, None if "trio" not in (then, now) else EVERY_LOOP)
-    record(path, guests, bridges(), then)
-    assert assert_same(path, list(guests), bridges(), loop=now)
-
-
-LOOPS = st.sampled_from(["asyncio", "uvloop", "trio"])
-
-
-@settings(max_examples=examples(6))
-@given(seed=st.integers(0, 1 << 32), then=LOOPS, now=st.sampled_from(["asyncio", "trio"]))
-def test_law_whatever_was_recorded_replays_the_same(tmp_path_factory, seed, then, now):
-    law(tmp_path_factory.mktemp("law") / "run.mcap", seed, then, now)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("then", ["asyncio", "uvloop", "trio"])
-def test_law_a_thousand_recordings(tmp_path, then):
-    for seed in range(334):
-        now = "trio" if seed % 3 == 0 else "asyncio"
-        path = tmp_path / f"{seed}.mcap"
-        law(path, seed, then, now)
-        path.unlink()

@@ -156,7 +156,7 @@ def test_a_wrong_rule_of_a_handler_is_told_with_its_name(counted):
         name = "probe"
         replay_ignore = ("value9",)
 
-    with pytest.raises(VmiBridgeError, match=r"probe\.replay_ignore: 'value9' is no rule"):
+    with pytest.raises(VmiBridgeError, match=r"probe\.replay_ignore: 'value9' is not a rule"):
         judged(counted, Says())
 
 

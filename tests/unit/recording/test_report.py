@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vmibridge import OutcomeKind, Registers, RegisterWrites, TrapEvent, TrapReason
 from vmibridge.bridge.registers import read_packet
 from vmibridge.cli import main
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import REPLY, SESSION, TRAP, Reply, Session
 from vmibridge.recording.report.statistics import MAX_EXACT, Latency, Statistics
@@ -124,11 +124,11 @@ class TestTheCommand:
     def test_tells_of_a_file_in_parts(self, recording, capsys):
         recording.write_bytes(recording.read_bytes()[:-100])
         assert main(["report", str(recording)]) == 0
-        assert "problems" in capsys.readouterr().out
+        assert "has 1 problem; the report lists them" in capsys.readouterr().out
 
     def test_refuses_what_is_no_recording(self, tmp_path, capsys):
         path = tmp_path / "run.mcap"
         path.write_bytes(b"nothing of the kind")
         assert main(["report", str(path)]) == 2
-        assert "no MCAP file" in capsys.readouterr().err
+        assert "is not an MCAP file" in capsys.readouterr().err
         assert not path.with_suffix(".html").exists()

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections import Counter
+from functools import partial
 
 import anyio
 import pytest
@@ -22,6 +23,7 @@ from vmibridge.recording import (
     rotation,
 )
 from vmibridge.recording.file.writer import RecordingWriter
+from vmibridge.recording.messages import Step
 from vmibridge.recording.replay.options import BEFORE
 from vmibridge.recording.rotation import MIN_SIZE
 from vmibridge.recording.traps import recorded_traps
@@ -110,6 +112,42 @@ async def replayed(path, handler=None, **options):
         async for _ in BridgeServer(backend, Bridge(handler), timeout=60, **options).run():
             pass
     return backend.result
+
+
+class Beside(Answers):
+    @method(6)
+    async def reads_beside(self, vmi, packet):
+        async def read():
+            await self.go_on.wait()
+            await vmi.memory.read(0x10_0000, MIN_SIZE)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+        return BridgeResponse(6)
+
+
+async def test_a_part_begins_with_its_session_also_where_a_handler_has_just_lined_up(path):
+    handler = Beside()
+
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(vm.call, ask(6))
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(partial(vm.call, ask(1), vcpu=1))
+            await anyio.wait_all_tasks_blocked()
+            # Nothing is recorded since the second one was queued.
+            handler.go_on.set()
+
+    async with (
+        Recorder(path, max_size=MIN_SIZE) as recorder,
+        FakeGuest(guest, memory=MEMORY) as backend,
+    ):
+        server = BridgeServer(backend, Bridge(handler), taps=[recorder], in_flight=1)
+        async for _ in server.run():
+            pass
+    first, second, *_ = [read(part) for part in parts_of(path.parent)]
+    assert first[-1] == Step("fake", 2, "queued")
+    assert isinstance(second[0], Session)
 
 
 class TestEachPart:

@@ -70,9 +70,6 @@ def test_parts_have_all_that_happened(vcpus, loop, tmp_path_factory):
     hold(vcpus, loop, tmp_path_factory, replays=False)
 
 
-# A known fault: a part that ends or begins in a request that was told to wait is now and then
-# called different (in 5 of some 25 runs of 60 examples), since replays follow the recorded steps.
-@pytest.mark.slow
 @settings(max_examples=examples(60), deadline=None)
 @given(**ANY)
 def test_parts_are_replayed_without_a_difference(vcpus, loop, tmp_path_factory):

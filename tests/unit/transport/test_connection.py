@@ -1,10 +1,9 @@
 """Frames over one connection whose peer reads slowly, or not at all."""
 
-import socket
-
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from socket_pairs import socket_pair
 
 from vmibridge.errors import ConnectionLostError
 from vmibridge.transport.sockets.connection import Connection
@@ -15,12 +14,8 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def pair():
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        for each in (ours, theirs):
-            each.setblocking(False)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
-        yield ours, theirs
+    with socket_pair(1 << 14) as ends:
+        yield ends
 
 
 async def frames(connection, count):

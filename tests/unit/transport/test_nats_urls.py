@@ -68,7 +68,7 @@ class TestUrls:
             ("nats://a?nkey=nowhere", "there is no such file"),
             ("nats://a?partitions=x", "partitions is a number"),
             ("nats://a?partition=-1", "partition is a number"),
-            ("nats://a?subject=a..b", "is no subject"),
+            ("nats://a?subject=a..b", "is not a subject"),
             ("nats://a?inbox=a.>", "inbox is the beginning"),
             ("nats://a?inbox=vmibridge", "inbox is the beginning"),
             ("nats://a?silence=0", "silence is 0.05 to 3600"),
@@ -87,7 +87,7 @@ class TestUrls:
 
     def test_a_file_that_is_no_text_holds_no_secret(self, tmp_path):
         (tmp_path / "secret").write_bytes(b"\xff\xfe")
-        with pytest.raises(BackendSpecError, match="is no text"):
+        with pytest.raises(BackendSpecError, match="is not text"):
             parse_url(f"nats://a?token-file={tmp_path / 'secret'}")
 
     def test_without_nats_py_the_extra_is_named(self, monkeypatch):

@@ -41,7 +41,7 @@ class TestHandshake:
     @pytest.mark.parametrize(
         ("fields", "why"),
         [
-            ({"word": "other"}, "no agent"),
+            ({"word": "other"}, "not an agent"),
             ({"version": 9, "oldest": 2}, "versions 2 to 9"),
             ({"vm": "a\x1b[2J"}, "printable"),
         ],

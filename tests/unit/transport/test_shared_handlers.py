@@ -4,6 +4,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 import pytest
+from base_handlers import HandlerWithLives
 from remote_parts import FakeAgent, frame_of, served, trap
 from waiting import until
 
@@ -22,7 +23,7 @@ def url(tmp_path):
     return f"unix:{tmp_path / 'serve.sock'}"
 
 
-class Shared(BridgeHandler[None]):
+class Shared(HandlerWithLives):
     """Counts its requests, which of them are under way, and its lives."""
 
     MAGIC = STANDARD_MAGIC
@@ -30,17 +31,10 @@ class Shared(BridgeHandler[None]):
     shared = True
 
     def __init__(self):
-        self.lives = []
+        super().__init__()
         self.count = self.under_way = self.most = 0
         self.began = anyio.Event()
         self.go_on = anyio.Event()
-
-    async def __aenter__(self):
-        self.lives.append("entered")
-        return self
-
-    async def __aexit__(self, *error):
-        self.lives.append("left")
 
     @method(1)
     async def tell(self, vmi, packet):

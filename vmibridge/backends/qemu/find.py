@@ -117,7 +117,7 @@ def memory_size(arguments: Sequence[str]) -> int:
         count = Fraction(match[1] + (match[2] or "")) * unit
         if count > 0 and (unit > 1 or match[2] is None):
             return -(-int(count) // _RAM_PAGE) * _RAM_PAGE
-    raise BackendError(f"-m {size[:40]}: is no size of memory")
+    raise BackendError(f"-m {size[:40]}: is not a memory size")
 
 
 def has_memory_backend(arguments: Sequence[str]) -> bool:

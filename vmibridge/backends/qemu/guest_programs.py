@@ -50,10 +50,10 @@ def _loader_of(path: Path, data: bytes) -> str | None:
         raise ConfigError(f"{path}: is a script; a guest runs programs alone")
     try:
         if data[:4] != b"\x7fELF" or data[4] not in (1, 2) or data[5] != 1:
-            raise ConfigError(f"{path}: is no ELF program for x86")
+            raise ConfigError(f"{path}: is not an ELF program for x86")
         kind, machine = struct.unpack_from("<HH", data, 16)
         if machine not in _MACHINES or kind not in _EXECUTABLE:
-            raise ConfigError(f"{path}: is no program for x86")
+            raise ConfigError(f"{path}: is not a program for x86")
         is_wide = data[4] == 2
         (table,) = struct.unpack_from("<Q" if is_wide else "<I", data, 32 if is_wide else 28)
         size, count = struct.unpack_from("<HH", data, 54 if is_wide else 42)

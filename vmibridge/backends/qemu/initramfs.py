@@ -48,7 +48,7 @@ def files_to_run(programs: Iterable[Path], init: Path) -> dict[str, Path | bytes
     """The files of a guest that runs `programs`, by their order, and powers off.
 
     A program is at /bin with its own name; libraries of a dynamic one, as this machine has them,
-    are in /lib. `init` is guest/init/init. Raises `ConfigError` for what is no program for Linux
+    are in /lib. `init` is guest/init/init. Raises `ConfigError` for what is not a program for Linux
     on x86, whose libraries are not all there, or that goes by the name of another one.
     """
     files: dict[str, Path] = {"init": init}

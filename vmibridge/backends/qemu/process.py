@@ -11,12 +11,12 @@ import logging
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from types import TracebackType
 from typing import Self
 
 import anyio
 from anyio.abc import Process
 
+from vmibridge.aio.cancellation import UnwrappedExit
 from vmibridge.backends.qemu.qmp import Qmp
 from vmibridge.errors import BackendError, QmpError
 
@@ -25,7 +25,7 @@ log: logging.Logger = logging.getLogger(__name__)
 _PATIENCE = 5.0
 
 
-class QemuProcess:
+class QemuProcess(UnwrappedExit):
     """QEMU, with standard input, output and error of this process, or as given.
 
     Entering raises `BackendError` when it cannot be started.
@@ -67,14 +67,6 @@ class QemuProcess:
                     raise BackendError(f"{self.command[0]}: {error}") from error
             self._stack = stack.pop_all()
         return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return await self._stack.__aexit__(kind, error, traceback)
 
     async def _start(self, monitor: int) -> None:
         chardev = f"socket,id=vmibridge-monitor,fd={monitor}"

@@ -16,7 +16,6 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from types import TracebackType
 from typing import Self, TypeVar, overload
 
 import anyio
@@ -24,7 +23,8 @@ import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from vmibridge.aio import sockets
-from vmibridge.aio.cancellation import exit_unwrapped
+from vmibridge.aio.cancellation import UnwrappedExit
+from vmibridge.aio.listening import fail_after_listening
 from vmibridge.errors import QmpError
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class QmpLines:
         return msgspec.json.encode(message) + b"\n"
 
 
-class Qmp:
+class Qmp(UnwrappedExit):
     """One connection to a monitor, used in `async with`, which also does the greeting.
 
     Entering raises `QmpError` when there is no QMP at the other end, or nothing for 10 seconds.
@@ -170,17 +170,9 @@ class Qmp:
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return await exit_unwrapped(self._stack.__aexit__, kind, error, traceback)
-
     async def _negotiate(self) -> None:
         try:
-            with anyio.fail_after(_TIMEOUT):
+            async with fail_after_listening(_TIMEOUT):
                 while self._lines.version is None:
                     self._lines.feed(await self._receive_some())
                 await self._send(QmpLines.command(0, "qmp_capabilities", {}))
@@ -280,7 +272,7 @@ class Qmp:
                 raise QmpError(f"{command}: {self._why}")
             self._waiting[number] = send
             try:
-                with anyio.fail_after(timeout):
+                async with fail_after_listening(timeout):
                     async with self._sending:
                         await self._send(QmpLines.command(number, command, named))
                     reply = await receive.receive()

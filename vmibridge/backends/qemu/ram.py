@@ -40,7 +40,7 @@ class SharedRam:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode) or not about.st_size:
             os.close(descriptor)
-            raise ValueError("the memory that a QEMU shares is no regular file with bytes in it")
+            raise ValueError("the memory that a QEMU shares is not a regular file with bytes in it")
         self._descriptor = descriptor
         self._end = min(about.st_size, _SPLIT)
 

@@ -27,6 +27,7 @@ import msgspec
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.threads import Handover, VcpuSlot
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, MissingExtraError
+from vmibridge.text import counted
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
 from vmibridge.vm.spec import parse_options
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
@@ -103,30 +104,39 @@ class UnicornBackend(Backend):
     async def open(self) -> None:
         """Load the image and make the vCPUs.
 
-        Raises `BackendSpecError` without such a file and for an ELF file, whose header would be
-        run as code, `BackendError` when it does not fit.
+        Raises `BackendSpecError` without such a file, for an empty one and for an ELF file, whose
+        header would be run as code, `BackendError` when it does not fit.
         """
         options = self.options
         try:
+            if await in_own_thread(self.path.is_dir):
+                raise BackendSpecError(f"unicorn:{self.path}: is a folder, and no image")
             if not await in_own_thread(self.path.is_file):
-                raise BackendSpecError(f"unicorn:{self.path}: there is no such file")
+                is_there = await in_own_thread(self.path.exists)
+                what = "is no regular file" if is_there else "there is no such file"
+                raise BackendSpecError(f"unicorn:{self.path}: {what}")
             image = await in_own_thread(self.path.read_bytes)
             self._ram = mmap.mmap(-1, options.memory)
         except BackendSpecError:
             raise
         except (OSError, ValueError, OverflowError) as error:
-            raise BackendError(f"unicorn:{self.path}: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            where = "" if getattr(error, "filename", None) else f"memory={options.memory}: "
+            raise BackendError(f"unicorn:{self.path}: {where}{why}") from error
         if image.startswith(_ELF):
             self._ram.close()
             raise BackendSpecError(
                 f"unicorn:{self.path}: is an ELF file, and this loads raw images:"
                 " `objcopy -O binary` makes one, which has to be linked for base"
             )
-        if not image or options.base + len(image) > options.memory:
+        if not image:
+            self._ram.close()
+            raise BackendSpecError(f"unicorn:{self.path}: is empty, and no image")
+        if options.base + len(image) > options.memory:
             self._ram.close()
             raise BackendError(
-                f"unicorn:{self.path}: {len(image)} bytes at {options.base:#x} do not fit into"
-                f" {options.memory} bytes of memory"
+                f"unicorn:{self.path}: {counted(len(image), 'byte does', 'bytes do')} not fit at"
+                f" base={options.base:#x} into {options.memory} bytes of memory"
             )
         self._ram[options.base : options.base + len(image)] = image
         self._ram_start = ctypes.c_char.from_buffer(self._ram)

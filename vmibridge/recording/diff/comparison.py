@@ -30,6 +30,7 @@ from vmibridge.recording.vm_names import VmNames
 
 __all__ = ["Comparison", "Group", "compare"]
 
+REGISTERS = "registers"
 ONLY_IN_A, ONLY_IN_B = "only in A", "only in B"
 MAX_REQUESTS = 1 << 23
 """Of one recording: some 40 bytes are held for each."""
@@ -283,7 +284,7 @@ class _Differences:
                 continue
             pair.digests = self._one.digests(request, pair.flags)
             if number < _MAX_REMEMBERED:
-                pair.shown = [_short(shown_field(request, name)) for name in FIELDS]
+                pair.shown = [_shown(request, name) for name in FIELDS]
         for number, request in self._other.chosen(self._wanted[1]):
             pair = self._pairs[number]
             pair.seq_b = request.event.seq
@@ -303,7 +304,7 @@ class _Differences:
             for place, name in enumerate(FIELDS)
             if name not in self._ignored and one[place] != other[place]
         ]
-        asked, registers = FIELDS.index("request"), FIELDS.index("registers")
+        asked, registers = FIELDS.index("request"), FIELDS.index(REGISTERS)
         for place in differing:
             # What is asked is in the registers.
             if place == registers and asked in differing:
@@ -319,6 +320,9 @@ class _Differences:
                 return
         elif len(self._groups) >= _MAX_GROUPS:
             return
+        a, b = shown, _shown(request, field) if shown else ""
+        if field == REGISTERS:
+            a, b = _differing_words(a, b)
         group = Group(
             pair.where,
             field,
@@ -327,8 +331,8 @@ class _Differences:
             request.event.vcpu,
             pair.seq_a,
             pair.seq_b,
-            shown,
-            _short(shown_field(request, field)) if shown else "",
+            a,
+            b,
         )
         self._groups[pair.where, field] = pair.time, group
 
@@ -362,6 +366,18 @@ def compare(
     differences.result.problems = one.problem_count + other.problem_count
     differences.group()
     return differences.result
+
+
+def _shown(request: Request, field: str) -> str:
+    text = shown_field(request, field)
+    # Registers are as many as the architecture has.
+    return text if field == REGISTERS else _short(text)
+
+
+def _differing_words(a: str, b: str) -> tuple[str, str]:
+    """What differs of two texts with the same number of words, as those of registers."""
+    pairs = [pair for pair in zip(a.split(), b.split(), strict=False) if pair[0] != pair[1]]
+    return " ".join(one for one, _ in pairs), " ".join(other for _, other in pairs)
 
 
 def _short(text: str) -> str:

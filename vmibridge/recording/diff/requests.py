@@ -28,6 +28,7 @@ from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.recording.selection import SelectedTraps, Selection
 from vmibridge.recording.traps import NO_REPLY, VALUE_NAMES, RecordedTrap, outcome_word
 from vmibridge.recording.vm_names import VmNames
+from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["FIELDS", "Request", "fields_of", "requests_of"]
@@ -44,6 +45,8 @@ _MAX_NAME = 100
 """Characters of a handler's name."""
 _MAX_SHOWN = 32
 """Bytes of an access that are shown."""
+_ABOUT = ("ip", "length", "ring", "flags_known")
+"""What is compared of a trap beside its registers."""
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _MASK = (1 << 64) - 1
 _encode = msgspec.msgpack.Encoder().encode
@@ -173,10 +176,7 @@ def fields_of(request: Request) -> Mapping[str, object]:
     fields: dict[str, object] = {
         "request": (event.reason.value, event.width, asked),
         "registers": (
-            event.ip,
-            event.length,
-            event.ring,
-            event.flags_known,
+            *(getattr(event, name) for name in _ABOUT),
             msgspec.to_builtins(event.registers),
         ),
         "outcome": outcome_word(request.trap),
@@ -215,10 +215,13 @@ def shown_field(request: Request, field: str) -> str:
         )
     if field == "registers":
         registers = msgspec.to_builtins(request.event.registers)
-        named = {"ip": request.event.ip, "ring": request.event.ring, **registers}
-        return " ".join(f"{name}={each:x}" for name, each in named.items())
+        about = {name: getattr(request.event, name) for name in _ABOUT}
+        named = {**{name.replace("_", "-"): int(each) for name, each in about.items()}, **registers}
+        return " ".join(f"{name}={each:#x}" for name, each in named.items())
     if isinstance(value, int):
         return f"{value:#x}"
+    if value is None and field in ("rip", *VALUE_NAMES):
+        return "left alone"
     return "none" if value is None else str(value)
 
 
@@ -241,4 +244,4 @@ def _shown(access: MemoryAccess) -> str:
         what = "left out"
     else:
         what = access.data[:_MAX_SHOWN].hex() + ("..." if len(access.data) > _MAX_SHOWN else "")
-    return f"{access.size} bytes at {access.address & _MASK:#x}: {what}"
+    return f"{counted(access.size, 'byte')} at {access.address & _MASK:#x}: {what}"

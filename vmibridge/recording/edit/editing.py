@@ -24,7 +24,9 @@ from vmibridge.recording.messages import Note, RecordedMessage, Reply, Session
 from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
+from vmibridge.recording.unmatched import Unmatched
 from vmibridge.recording.vm_names import VmNames
+from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Edit", "EditOptions", "Edited", "Split", "edit"]
@@ -61,6 +63,10 @@ class Edited(msgspec.Struct, frozen=True):
     """Of each file, its VMs."""
     cut: int
     """Traps that were read and are in no file."""
+    problem_count: int
+    """Places of the sources that could not be read."""
+    problems: tuple[str, ...]
+    """The first 100 of each source."""
 
 
 class _Place(msgspec.Struct):
@@ -92,7 +98,7 @@ def edit(
     """Make new recordings of these. `target` is the file to make; where it is split, files are
     numbered after it: `run-1.mcap`, `run-2.mcap`. `watch` sees the messages go by.
 
-    Raises `RecordingReadError` for a source that is no recording, `ConfigError` for options that
+    Raises `RecordingReadError` for a source that is not a recording, `ConfigError` for options that
     do not fit the recordings or a file that is there already, `RecordingError` for one that cannot
     be written. Then no file is made.
     """
@@ -137,7 +143,7 @@ class Edit:
             every = options.split if isinstance(options.split, int) else None
             self._keeping = Keeping(merged(self._readers), options.selection, every)
             if not self._keeping.kept:
-                raise ConfigError("no trap is selected; nothing was written")
+                raise ConfigError(f"{self._nothing_kept()}; nothing was written")
         with self._stack:
             for place, timed in enumerate(self._messages()):
                 self._time = timed.time
@@ -151,7 +157,17 @@ class Edit:
             {str(each.path): each.counts for each in self._files.values()},
             {str(self._files[piece].path): names for piece, names in self._names.items()},
             self._cut,
+            sum(reader.problem_count for reader in self._readers),
+            tuple(self._problems()),
         )
+
+    def _nothing_kept(self) -> str:
+        names = ", ".join(str(reader.path) for reader in self._readers)
+        if self._options.selection == Selection():
+            return f"{names}: there is no trap"
+        unmatched = Unmatched(self._options.selection)
+        unmatched.look_at(merged(self._readers))
+        return f"{names}: {unmatched}"
 
     def _messages(self) -> Iterable[TimedMessage]:
         messages = merged(self._readers)
@@ -248,8 +264,8 @@ class Edit:
             here.has_gaps = True
             text = "from here on, traps of this VM between those that are here are missing, too"
         else:
-            what = "1 trap" if before == 1 else f"{before} traps"
-            text = f"missing before this: {what} of this VM, and what handlers kept of that"
+            traps = counted(before, "trap")
+            text = f"missing before this: {traps} of this VM, and what handlers kept of that"
         self._write(piece, TimedMessage(time, Note("lost", text, event.vm)), None)
 
     def _take_part(self, timed: TimedMessage, vm: str, seq: int) -> None:
@@ -278,7 +294,7 @@ class Edit:
         if isinstance(message, Note) and message.kind == "end" and vm.cut:
             counts = {word: count for word, count in message.counts.items() if word == "native"}
             outcomes = {kind.value: vm.outcomes[kind] for kind in OutcomeKind}
-            text = f"{vm.read - vm.cut} traps"
+            text = f"{vm.read - vm.cut} traps"  # as a recorder has it
             message = msgspec.structs.replace(message, text=text, counts={**outcomes, **counts})
         # In the last of its files, as the end is.
         piece = max(vm.files, default=0) or self._piece_at(name, timed.time)
@@ -329,11 +345,14 @@ class Edit:
         for name, vm in self._vms.items():
             if vm.session is not None and not vm.files and not self._is_lazy:
                 self._enter(name, self._piece_at(name, vm.session.time))
-        problems = [
-            f"{reader.path}: {problem}" for reader in self._readers for problem in reader.problems
-        ]
+        problems = self._problems()
         if problems:
             text = "; ".join(problems)[:_MAX_TEXT]
             self._write_everywhere(TimedMessage(self._time, Note("lost", text)))
         if not self._files:
             raise ConfigError("there is no message to write")
+
+    def _problems(self) -> list[str]:
+        return [
+            f"{reader.path}: {problem}" for reader in self._readers for problem in reader.problems
+        ]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from vmibridge.errors import ConfigError, MissingExtraError, RecordingError
-from vmibridge.files import replaceable
+from vmibridge.files import reason, replaceable
 from vmibridge.recording.export.exporter import Exporter
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.selection import SelectedTraps, Selection
@@ -106,8 +106,8 @@ def new_files(targets: Sequence[Path], *, replace: bool = False) -> Iterator[tup
         else:
             _give_names(made)
     except OSError as error:
-        why = error.strerror or str(error)
-        raise RecordingError(f"{' and '.join(map(str, targets))}: {why}") from error
+        named = " and ".join(map(str, targets))
+        raise RecordingError(f"{named}: {reason(error, targets[0])}") from error
     finally:
         for path, _ in made:
             path.unlink(missing_ok=True)

@@ -3,8 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import ClassVar, Self
+from typing import BinaryIO, ClassVar, Self
 
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import Note, Session
@@ -31,12 +30,7 @@ class Exporter(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @abstractmethod
@@ -56,6 +50,21 @@ class Exporter(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Write what is held."""
+
+
+class OneFileExporter(Exporter):
+    """Writes one binary file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    @classmethod
+    def open(cls, paths: Sequence[Path]) -> Self:
+        """As of `Exporter`."""
+        return cls(paths[0].open("wb"))
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def unsigned(value: int) -> int:

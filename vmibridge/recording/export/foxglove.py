@@ -10,14 +10,12 @@ Of JSON Schema, Foxglove knows objects, arrays and plain types, and no choice be
 field that may be null has the schema of what it is otherwise.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import msgspec
 from mcap.writer import CompressionType, Writer
 
-from vmibridge.recording.export.exporter import Exporter
+from vmibridge.recording.export.exporter import OneFileExporter
 from vmibridge.recording.export.jsonl import FullTrapRecord, trap_record
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.traps import RecordedTrap
@@ -27,13 +25,13 @@ _MAX_EARLY = 1000
 """Messages before the first trap that are held; further ones get the time 0."""
 
 
-class Foxglove(Exporter):
+class Foxglove(OneFileExporter):
     """Writes one file."""
 
     suffix = ".foxglove.mcap"
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        super().__init__(file)
         self._encode = msgspec.json.Encoder().encode
         self._writer = Writer(file, compression=CompressionType.ZSTD)
         self._writer.start(profile="", library="vmibridge export")
@@ -44,14 +42,6 @@ class Foxglove(Exporter):
             self._channels[topic] = self._writer.register_channel(topic, "json", number)
         self._early: list[Session | Note] = []
         self._time = 0
-
-    @classmethod
-    def open(cls, paths: Sequence[Path]) -> Self:
-        """As of `Exporter`."""
-        return cls(paths[0].open("wb"))
-
-    def close(self) -> None:
-        self._file.close()
 
     def hear(self, message: Session | Note) -> None:
         if not self._time and len(self._early) < _MAX_EARLY:

@@ -10,13 +10,11 @@ finite, is the string `inf`, `-inf` or `nan`.
 """
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import BinaryIO, Final, Self
+from typing import BinaryIO, Final
 
 import msgspec
 
-from vmibridge.recording.export.exporter import Exporter
+from vmibridge.recording.export.exporter import OneFileExporter
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import (
     CHANNELS,
@@ -24,7 +22,7 @@ from vmibridge.recording.messages import (
     RecordedMessage,
     Reply,
 )
-from vmibridge.recording.traps import RecordedTrap
+from vmibridge.recording.traps import RecordedTrap, flattened
 from vmibridge.text import printable_json
 from vmibridge.vm.trap import Registers
 
@@ -115,8 +113,7 @@ class FullTrapRecord(TrapRecord):
 
 def trap_record(trap: RecordedTrap, start: int, *, full: bool = False) -> TrapRecord:
     """What JSON tells of one trap."""
-    event, packet, reply = trap.event, trap.packet, trap.reply
-    answer = None if reply is None else reply.writes
+    event, reply, flat = trap.event, trap.reply, flattened(trap)
     writes = sum(access.write for access in trap.accesses)
     fields = (
         event.seq,
@@ -129,18 +126,18 @@ def trap_record(trap: RecordedTrap, start: int, *, full: bool = False) -> TrapRe
         event.ring,
         event.ip,
         event.address_space,
-        None if packet is None else packet.magic,
-        None if packet is None else packet.request,
-        None if packet is None else packet.method,
-        None if packet is None else list(packet.values),
-        None if reply is None else reply.kind.value,
-        None if answer is None else list(answer.values),
-        None if answer is None else answer.rip,
-        None if reply is None else reply.output,
-        None if reply is None else round(reply.duration * 1e6, 1),
-        None if reply is None else reply.handler,
-        None if reply is None else reply.error,
-        None if reply is None else reply.retry_of,
+        flat.magic,
+        flat.request,
+        flat.method,
+        None if trap.packet is None else list(trap.packet.values),
+        flat.outcome,
+        None if flat.rip is None else list(flat.answers),
+        flat.rip,
+        flat.output,
+        None if flat.duration is None else round(flat.duration * 1e6, 1),
+        flat.handler,
+        flat.error,
+        flat.retry_of,
         len(trap.accesses) - writes,
         writes,
     )
@@ -218,22 +215,14 @@ def message_record(place: int, time: int, message: RecordedMessage) -> dict[str,
     return {"place": place, "time_ns": time, _TOPICS[type(message)]: fields}
 
 
-class JsonLines(Exporter):
+class JsonLines(OneFileExporter):
     """Writes them to a binary file."""
 
     suffix = ".jsonl"
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        super().__init__(file)
         self._encode = msgspec.json.Encoder().encode
-
-    @classmethod
-    def open(cls, paths: Sequence[Path]) -> Self:
-        """As of `Exporter`."""
-        return cls(paths[0].open("wb"))
-
-    def close(self) -> None:
-        self._file.close()
 
     def other(self, place: int, timed: TimedMessage) -> None:
         """A line for each message that belongs to no trap."""

@@ -18,9 +18,8 @@ Rules:
 - Each packet is written by itself: field 1 of the message `Trace`, with its length before it.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import BinaryIO, Self
+from collections.abc import Mapping
+from typing import BinaryIO
 
 from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (  # type: ignore[import-untyped]
     TracePacket,
@@ -28,10 +27,16 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (  # type: ignore[
 )
 
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.recording.export.exporter import Exporter, unsigned
+from vmibridge.recording.export.exporter import OneFileExporter, unsigned
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.method_names import MethodNames
-from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, outcome_word
+from vmibridge.recording.traps import (
+    ANSWER_NAMES,
+    VALUE_NAMES,
+    RecordedTrap,
+    flattened,
+    outcome_word,
+)
 
 _REALTIME, _BOOTTIME = 1, 6
 _SEQUENCE = 1
@@ -52,26 +57,18 @@ _NAMES = {
 }
 
 
-class Perfetto(Exporter):
+class Perfetto(OneFileExporter):
     """Writes the trace to a binary file."""
 
     suffix = ".perfetto-trace"
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        super().__init__(file)
         self._names = MethodNames()
         self._processes: dict[str, int] = {}
         self._tracks: dict[tuple[str, int], int] = {}
         self._last: dict[int, int] = {}
         self._begun = False
-
-    @classmethod
-    def open(cls, paths: Sequence[Path]) -> Self:
-        """As of `Exporter`."""
-        return cls(paths[0].open("wb"))
-
-    def close(self) -> None:
-        self._file.close()
 
     def hear(self, message: Session | Note) -> None:
         if isinstance(message, Session):
@@ -158,17 +155,20 @@ def _packet(time: int) -> TracePacket:
 
 
 def _facts(trap: RecordedTrap) -> dict[str, int | str]:
-    event, packet, reply = trap.event, trap.packet, trap.reply
-    facts: dict[str, int | str] = {"seq": event.seq, "trap": f"{event.reason.value}{event.width}"}
-    if packet is not None:
-        facts |= {"magic": packet.magic, "request": packet.request, "method": packet.method}
-        facts |= zip(VALUE_NAMES, packet.values, strict=True)
-    if reply is not None:
-        facts["outcome"] = reply.kind.value
-        answer = () if reply.writes is None else zip(ANSWER_NAMES, reply.writes.values, strict=True)
-        facts |= {name: value for name, value in answer if value is not None}
-        texts = (("output", reply.output), ("error", reply.error))
-        facts |= {name: text for name, text in texts if text is not None}
+    event, flat = trap.event, flattened(trap)
+    known: dict[str, int | str | None] = {
+        "seq": event.seq,
+        "trap": f"{event.reason.value}{event.width}",
+        "magic": flat.magic,
+        "request": flat.request,
+        "method": flat.method,
+        **dict(zip(VALUE_NAMES, flat.values, strict=True)),
+        "outcome": flat.outcome,
+        **dict(zip(ANSWER_NAMES, flat.answers, strict=True)),
+        "output": flat.output,
+        "error": flat.error,
+    }
+    facts = {name: value for name, value in known.items() if value is not None}
     if trap.accesses:
         done = [access for access in trap.accesses if access.error is None]
         facts["bytes read"] = sum(access.size for access in done if not access.write)

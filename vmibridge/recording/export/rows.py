@@ -14,7 +14,7 @@ from enum import Enum, auto
 
 import msgspec
 
-from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap
+from vmibridge.recording.traps import ANSWER_NAMES, VALUE_NAMES, RecordedTrap, flattened
 
 Row = tuple[int | float | str | bytes | None, ...]
 
@@ -75,32 +75,7 @@ ACCESS_COLUMNS = {
 
 def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], int]) -> Row:
     """One row of `TRAP_COLUMNS`; `bits` makes 64 bits fit the table."""
-    event, packet, reply = trap.event, trap.packet, trap.reply
-    request: Row = (None,) * 7
-    if packet is not None:
-        request = (
-            packet.magic,
-            packet.request,
-            packet.method,
-            *[bits(value) for value in packet.values],
-        )
-    replied: Row = (None,) * 11
-    if reply is not None:
-        answer: Row = (None,) * 5
-        if reply.writes is not None:
-            answer = tuple(
-                None if value is None else bits(value)
-                for value in (reply.writes.rip, *reply.writes.values)
-            )
-        replied = (
-            reply.kind.value,
-            reply.handler,
-            reply.error,
-            reply.output,
-            reply.duration * 1e6,
-            None if reply.retry_of is None else bits(reply.retry_of),
-            *answer,
-        )
+    event, flat = trap.event, flattened(trap)
     return (
         number,
         event.vm,
@@ -114,8 +89,19 @@ def trap_row(number: int, trap: RecordedTrap, start: int, bits: Callable[[int], 
         bits(event.ring),
         bits(event.ip),
         bits(event.address_space),
-        *request,
-        *replied,
+        flat.magic,
+        flat.request,
+        flat.method,
+        *[None if value is None else bits(value) for value in flat.values],
+        flat.outcome,
+        flat.handler,
+        flat.error,
+        flat.output,
+        None if flat.duration is None else flat.duration * 1e6,
+        *[
+            None if value is None else bits(value)
+            for value in (flat.retry_of, flat.rip, *flat.answers)
+        ],
         len(trap.accesses) + trap.left_out,
         _registers(event.registers).decode(),
     )

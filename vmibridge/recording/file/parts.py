@@ -13,10 +13,11 @@ import logging
 from pathlib import Path
 
 from vmibridge.errors import RecordingError
-from vmibridge.recording.file.chunk import PackedChunk
+from vmibridge.recording.file.chunk_builder import PackedChunk
 from vmibridge.recording.file.folder import make_room
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import TRAP
+from vmibridge.text import counted
 
 __all__ = ["RecordingParts"]
 
@@ -103,7 +104,8 @@ class RecordingParts:
         )
         self._part = part
         self._number = _number(self.path)
-        told = f"{before}: {traps} traps were recorded; it goes on in {self.path}"
+        count = counted(traps, "trap was", "traps were")
+        told = f"{before}: {count} recorded; it goes on in {self.path}"
         self.news.append((logging.INFO, told))
         self._make_room()
 

@@ -11,8 +11,9 @@ from typing import TypeAlias
 import msgspec
 
 from vmibridge.recording.export import new_files
-from vmibridge.recording.file.chunk import ChunkBuilder
-from vmibridge.recording.file.reader import Problem, RecordingReader, TimedMessage
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
+from vmibridge.recording.file.damage import Problem
+from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import CHANNELS, NOTE, Note
 from vmibridge.recording.new_recording import channel_of
@@ -38,7 +39,7 @@ class Recovered(msgspec.Struct, frozen=True):
 def recover(source: Path, target: Path, watch: Watch | None = None) -> Recovered:
     """Write what can be read of `source` into a new file. `watch` sees it go by.
 
-    Raises `RecordingReadError` when `source` is no recording, `ConfigError` when `target` is
+    Raises `RecordingReadError` when `source` is not a recording, `ConfigError` when `target` is
     there already, `RecordingError` when it cannot be written. Then there is no `target`.
     """
     with RecordingReader(source) as reader, new_files([target]) as (path,):

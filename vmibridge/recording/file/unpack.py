@@ -8,6 +8,10 @@ import zstandard
 
 MAX_CHUNK = 32 << 20
 """Bytes of a chunk, unpacked."""
+MAX_RECORD = MAX_CHUNK + (1 << 20)
+"""Bytes of a record in the file."""
+FRAME = struct.Struct("<BQ")
+"""What a record begins with: its opcode, and the length of what follows."""
 CHUNK = struct.Struct("<QQQI")
 """What a chunk begins with: its first and last time, its size, its CRC."""
 

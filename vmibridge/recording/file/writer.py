@@ -23,7 +23,8 @@ from mcap.records import (
 from mcap.writer import MCAP0_MAGIC
 
 from vmibridge.errors import RecordingError
-from vmibridge.recording.file.chunk import (
+from vmibridge.files import reason
+from vmibridge.recording.file.chunk_builder import (
     PackedChunk,
     built,
     write_channels,
@@ -66,7 +67,7 @@ class RecordingWriter:
                 " move it away or name another file"
             ) from None
         except OSError as error:
-            raise RecordingError(f"{path}: {error.strerror}") from error
+            raise RecordingError(f"{path}: {reason(error, path)}") from error
         self.path = path
         self._at = 0
         """Bytes of the file that are whole."""

@@ -1,4 +1,4 @@
-"""A new recording of an old one: the traps of then, with the answers of now where they differ.
+"""A new recording of an old one: the recorded traps, with the new answers where they differ.
 
     accepted = Accepted()
     ...                                  # a replay whose verdict has it
@@ -7,8 +7,8 @@
 What is not replayed, not compared or not different is copied, with its times. Of a request that
 is accepted
 
-- the final reply is that of now, in the place and at the time of the one of then;
-- the memory accesses are those of now, right behind its first trap;
+- the final reply is the new one, in the place and at the time of the recorded one;
+- the memory accesses are the new ones, right behind its first trap;
 - nothing is left where it ran natively now: no recording has such traps.
 
 So what was accepted replays without a difference, and to accept it again changes nothing.
@@ -18,13 +18,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from stat import S_IMODE
 
 import msgspec
 
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import NotReplayedError
 from vmibridge.recording.export import new_files
-from vmibridge.recording.file.chunk import ChunkBuilder
+from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
@@ -62,7 +63,7 @@ _decode = msgspec.msgpack.Decoder(_Request).decode
 
 
 class Accepted:
-    """The answers of now that are to be in the new recording."""
+    """The new answers that are to be in the new recording."""
 
     def __init__(self, *, all_handlers: bool = True) -> None:
         """`all_handlers`: the sessions get those of now; else those that were accepted alone."""
@@ -123,13 +124,19 @@ class Accepted:
         return msgspec.structs.replace(then, handlers=tuple(kept.values()))
 
 
-def write_accepted(source: Path, target: Path, accepted: Accepted) -> None:
+def write_accepted(
+    source: Path, target: Path, accepted: Accepted, *, replace: bool = False
+) -> None:
     """Write the new recording. Blocking; one chunk in memory at a time.
 
-    Raises `RecordingReadError` when `source` cannot be read, `ConfigError` when `target` is there
-    already, `RecordingError` when it cannot be written. Then there is no `target`.
+    With `replace` it takes the place of a `target` that is there, such as `source`, and its mode,
+    once it is whole. Raises `RecordingReadError` when `source` cannot be read, `ConfigError` when
+    `target` is there already, `RecordingError` when it cannot be written. Then `target` is as it
+    was.
     """
-    with RecordingReader(source) as reader, new_files([target]) as (path,):
+    with RecordingReader(source) as reader, new_files([target], replace=replace) as (path,):
+        if replace and target.exists():
+            path.chmod(S_IMODE(target.stat().st_mode))
         writer = RecordingWriter(path, f"vmibridge {version('vmibridge')}", overwrite=True)
         try:
             _write(_accept(reader.messages(), accepted), writer)
@@ -211,4 +218,5 @@ def _redacted(reply: Reply, redaction: Redaction, hidden: frozenset[str]) -> Rep
 def _total(counts: dict[str, int], note: Note) -> str:
     if not counts:
         return note.text
+    # As a recorder has it.
     return f"{sum(counts.values()) - counts.get('native', 0)} traps"

@@ -9,7 +9,7 @@ Rules:
   reply holds the walk until the server has answered that trap, too. With `order=vcpu` replies hold
   the traps of their vCPU only, and what handlers do is in the recorded order all the same.
 - Memory is served from the recording, to the request that accessed it (`replayed`).
-- Deadlines pass when they passed then. One that did not pass then has some seconds more.
+- Deadlines pass when they passed then; another one when the walk has been stuck for a while.
 - A request that was told to wait then, and is answered at once now, is done, without its retries.
   One that is told to wait now asks again, with the recorded ones.
 - Left out are later runs of a VM, as when files were put together: each had handlers of its own;
@@ -40,6 +40,7 @@ from vmibridge.recording.replay.memory import ReplayedMemory
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.order import RecordedOrder
 from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.tally import Tally
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.replay.walk import Awaited, Walk
@@ -64,18 +65,19 @@ class ReplayBackend(Backend, Tap):
         *,
         walk: Walk | None = None,
         verdict: Verdict | None = None,
+        on_request: Callable[[RequestResult], None] | None = None,
     ) -> None:
         """VMs of one file that are replayed together have a `walk` in common."""
         super().__init__(vm)
         options = options or ReplayOptions()
         if not 0 <= options.speed < math.inf:
-            raise BackendSpecError(f"replay:{path}: speed={options.speed} is no number from 0")
+            raise BackendSpecError(f"replay:{path}: speed={options.speed} is not a number from 0")
         self.path = path
         self.options = options
         self.session: Session | None = None
         """What served this VM then; known once the backend is open, if the file tells."""
         self._walk = walk or Walk(path, options.speed)
-        self._tally = Tally(verdict or Verdict(), on_difference)
+        self._tally = Tally(vm, verdict or Verdict(), on_difference, on_request)
         self._name = vm
         self._wait = ServerSettings().wait.value1
         self._has_begun = self._is_later = False
@@ -105,7 +107,7 @@ class ReplayBackend(Backend, Tap):
     async def open(self) -> None:
         """Open the file and find the VM.
 
-        Raises `RecordingReadError` for a file that is no recording, `BackendSpecError` for a
+        Raises `RecordingReadError` for a file that is not a recording, `BackendSpecError` for a
         VM that is not in it.
         """
         self._name, self.session = await self._walk.join(self, self.options.vm)
@@ -269,6 +271,7 @@ class ReplayBackend(Backend, Tap):
             self._walk.skip()
             self._feed(request, event, Awaited.ANSWERED)
             return True
+        self._walk.mark(request, time)
         waits = self.conductor.is_asked and not request.queued
         self._feed(request, event, Awaited.BEGUN if waits else Awaited.TAKEN)
         return True
@@ -304,11 +307,15 @@ class ReplayBackend(Backend, Tap):
             return False
         if step.kind in ("parked", "cut off"):
             # It has read by then what was read: without its trap it would wait for the next one.
-            if request.has_pending and self._walk.looks_again(request):
+            if request.has_pending and self._walk.looks_again():
                 return False
             request.cut = step.kind == "cut off"
+            if request.cut and not self._walk.is_as_late(request, time):
+                return False
+            request.parked = True
             kind = OutcomeKind.WAITING if step.kind == "parked" else OutcomeKind.TIMEOUT
             return self.conductor.let_pass(request, kind)
+        self._walk.mark(request, time)
         match step.kind:
             case "began":
                 request.turns_allowed += 1
@@ -370,7 +377,7 @@ class ReplayBackend(Backend, Tap):
     ) -> None:
         self._vcpus.add(event.vcpu)
         self._unanswered[event.seq] = event
-        request.taken = request.told = False
+        request.taken = request.told = request.parked = False
         if self.options.order == "vcpu":
             queue = self._busy.get(event.vcpu)
             if queue is not None:

@@ -22,7 +22,8 @@ from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.recording.outputs import MAX_TEXT, Leaf, OutputText, leaves_of, output_text, stable
-from vmibridge.recording.traps import VALUE_NAMES
+from vmibridge.recording.traps import VALUE_NAMES, access_text
+from vmibridge.text import counted
 
 __all__ = [
     "FIELDS",
@@ -112,7 +113,7 @@ def differing_fields(
             found.append(FieldDifference(field, expected, got))
 
     differ("outcome", then.kind.value, now.kind.value)
-    differ("handler", str(then.handler), str(now.handler))
+    differ("handler", then.handler or "none", now.handler or "none")
     for name, one, other in zip(("rip", *VALUE_NAMES), _numbers(then), _numbers(now), strict=True):
         differ(name, _number(one), _number(other))
     if whole:
@@ -137,13 +138,7 @@ def is_cut(reply: Reply) -> bool:
 def describe(access: MemoryAccess) -> str:
     """One access, in one line."""
     what = "write" if access.write else "read"
-    if access.error is not None:
-        text = f"failed: {access.error}"
-    elif access.data is None:
-        text = "left out"
-    else:
-        text = access.data[:32].hex(" ") + (" ..." if len(access.data) > 32 else "")
-    return f"{what} of {access.size} bytes at {access.address:#x}: {text}"
+    return f"{what} of {counted(access.size, 'byte')} at {access.address:#x}: {access_text(access)}"
 
 
 def _differing_output(then: Reply, now: Reply, output: object) -> FieldDifference | None:

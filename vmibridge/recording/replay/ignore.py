@@ -59,7 +59,7 @@ class IgnoreRule(msgspec.Struct, frozen=True):
                 pattern = re.compile(rest[1:-1])
             except (re.error, OverflowError, RecursionError) as error:
                 raise ConfigError(
-                    f"{where}{text[:80]!r}: is no regular expression: {error}"
+                    f"{where}{text[:80]!r}: is not a regular expression: {error}"
                 ) from None
             return cls(text, pattern, pattern, request)
         field = next((name for name in FIELDS if rest.startswith(name)), None)
@@ -140,7 +140,7 @@ def _request(text: str) -> int | str:
 
 def _no_rule(text: str, where: str) -> ConfigError:
     return ConfigError(
-        f"{where}{text[:80]!r} is no rule of what to ignore: it is a field ({', '.join(FIELDS)}), a"
-        " place in an output, as in output.items[*].id, or a /REGEX/; or one of them behind a"
-        " request, as in 0x0300:value2"
+        f"{where}{text[:80]!r} is not a rule of what to ignore: it is a field"
+        f" ({', '.join(FIELDS)}), a place in an output, as in output.items[*].id, or a /REGEX/;"
+        " or one of them behind a request, as in 0x0300:value2"
     )

@@ -2,7 +2,7 @@
 
     vmibridge agent --backend "web=replay:run.mcap?copies=8&loop=100" --connect unix:s.sock
 
-Each copy is a VM of its own, and asks what was asked then: at the pace of then with `speed=1`, or
+Each copy is a VM of its own, and asks what was asked then: at the recorded pace with `speed=1`, or
 as soon as what it waits for is answered. A time is from when a trap is put into the sink of the
 agent until its answer is written to the guest.
 """

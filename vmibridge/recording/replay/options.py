@@ -1,10 +1,11 @@
 """What a replay is asked for, the settings that it runs with, and what came of it."""
 
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import msgspec
 
-from vmibridge.engine.policy import Quota, Rate
+from vmibridge.bridge.response import BridgeResponse
+from vmibridge.engine.access_policy import Policy, Quota, Rate
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.replay.compare import Difference
 
@@ -16,6 +17,7 @@ __all__ = [
     "TWICE",
     "ReplayOptions",
     "ReplayResult",
+    "SettingChanges",
     "replay_settings",
 ]
 
@@ -54,6 +56,25 @@ class ReplayResult(msgspec.Struct):
     """Requests of which nothing differs but what rules ignore."""
     unchecked: dict[str, int] = {}
     """Requests that could not be compared, by the reason."""
+
+
+class SettingChanges(TypedDict, total=False):
+    """The fields of `ServerSettings`; each may be left out."""
+
+    timeout: float
+    soft_timeout: float | None
+    wait: BridgeResponse[Any]
+    retry_values: tuple[int, ...]
+    result_timeout: float
+    fallback: BridgeResponse[Any]
+    queue: int
+    in_flight: int
+    in_flight_total: int
+    grace: float
+    stop_timeout: float
+    policy: Policy | None
+    handshake: bool
+    blocked_after: float
 
 
 def replay_settings(recorded: ServerSettings) -> ServerSettings:

@@ -83,6 +83,13 @@ class RecordedOrder(Conductor):
             return None
         return self._walk.hold(request, lambda: _may_begin(request, number))
 
+    def lines_up(self, event: TrapEvent) -> bool:
+        """Whether a handler may not begin yet."""
+        request = self.find(event.seq)
+        if request is None or not self.has_steps or request.has_turn:
+            return False
+        return not _may_begin(request, request.turns + 1)
+
     def began(self, event: TrapEvent) -> None:
         """A handler begins, now."""
         self._walk.running += 1
@@ -144,7 +151,15 @@ class RecordedOrder(Conductor):
             request.final_wait = request.queued and not request.turns_allowed
             passed = self.engine.tell_to_wait(first)
         # A handler that has just begun is not suspended yet, or it never will be.
-        return passed or request.ended or not self._walk.looks_again(request)
+        return passed or request.ended or not self._walk.looks_again()
+
+    def postpones(self, first: int) -> float:
+        """A deadline has passed that nobody has let pass. As long as the recording says when it
+        did, it passes then: the loop of then, or that of now, may have stood still."""
+        request = self.find(first)
+        if request is None or request.over or not self.has_steps:
+            return 0.0
+        return self._walk.postpones(request)
 
     def is_retry(self, event: TrapEvent) -> bool:
         """Whether a trap asks again for what was told to wait."""

@@ -72,6 +72,8 @@ class ReplayedRequest:
     """Whether the server has taken its latest trap."""
     told = False
     """Whether that was answered, by WAIT or for good."""
+    parked = False
+    """Whether its soft deadline has passed then, as far as the recording was read."""
     begun = False
     """Whether its handler has begun, or lined up though it did not then."""
     ended = False
@@ -86,8 +88,8 @@ class ReplayedRequest:
     steps_done = 0
     """How often it went on after it was suspended."""
     steps_allowed = 0
-    looks = 0
-    """How often the walk found that it had not gone as far yet."""
+    last_step: "tuple[float, int] | None" = None
+    """When it was given or went on: by the clock of the loop, and then, in nanoseconds."""
     cut = False
     """Whether its handler was cut off then, by the hard deadline."""
     closes = False
@@ -146,6 +148,12 @@ class ReplayedRequest:
             self._retries = deque()
         return self._retries
 
+    @property
+    def needs_more(self) -> bool:
+        """Whether it cannot go on before more of the recording is read: it is slower than then, and
+        was told to wait before it was then, or it reads what it had not read by then."""
+        return self.blocked or (self.wants_retry and not self.parked)
+
     def gate(self) -> anyio.Event:
         """Set when it may go on, perhaps."""
         if self._gate is None:
@@ -203,6 +211,11 @@ class ReplayedRequest:
         """Those that were made now, where all are kept; `None`: they are more than that."""
         past = self.past
         return None if len(past) == past.maxlen else list(past)
+
+    @property
+    def latest_accesses(self) -> tuple[MemoryAccess, ...]:
+        """The last ones that were made now."""
+        return tuple(self._past or ())[-_SHOWN:]
 
     def take_write(self, address: int, data: bytes) -> bool | None:
         """`True`: this was written then; `None`: it was not, as far as is known yet.
@@ -291,7 +304,7 @@ class ReplayedRequest:
             self.time,
             request_in(event),
             tuple(self._differences),
-            tuple(self.past)[-_SHOWN:],
+            self.latest_accesses,
             reply.handler or (None if outcome is None else outcome.handler),
         )
 

@@ -32,7 +32,7 @@ class RecordedVms:
     """The messages of some VMs of a recording, in the order of the file. `close` frees it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `RecordingReadError` for a file that is no recording."""
+        """Raises `RecordingReadError` for a file that is not a recording."""
         self.reader: RecordingReader = RecordingReader(path)
         self._path = path
         self._names: set[str] = set()

@@ -9,6 +9,7 @@ from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.options import NO_REPLY, ReplayResult
 from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.request_result import NOT_SELECTED, RequestResult
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.vm.trap import TrapEvent
 
@@ -22,13 +23,21 @@ class Tally:
     """Compares requests that are done, and counts those that cannot be."""
 
     def __init__(
-        self, verdict: Verdict, on_difference: Callable[[Difference], None] | None
+        self,
+        vm: str,
+        verdict: Verdict,
+        on_difference: Callable[[Difference], None] | None,
+        on_request: Callable[[RequestResult], None] | None = None,
     ) -> None:
+        """`vm`: its name now. `on_difference` gets what counts of each difference, `on_request`
+        each request."""
+        self._now = vm
         self.verdict: Verdict = verdict
         self.result: ReplayResult = ReplayResult()
         self.started: int = 0
         """When the first trap was taken then, in nanoseconds since the Unix epoch."""
         self._on_difference = on_difference
+        self._on_request = on_request
         self._vm = ""
         self._redaction = Redaction()
         self._redacts = False
@@ -55,6 +64,15 @@ class Tally:
 
     def close(self, request: ReplayedRequest, why: str | None) -> None:
         """A request is done; `why`: it cannot be compared."""
+        difference, unchecked = self._compare(request, why)
+        if difference is not None and self._on_difference is not None:
+            self._on_difference(difference)
+        self._tell(request.event, request.time, request.reply, request, difference, unchecked)
+
+    def _compare(
+        self, request: ReplayedRequest, why: str | None
+    ) -> tuple[Difference | None, str | None]:
+        """What counts of what differs, and why it was not compared."""
         reply = request.reply
         if reply is None:
             why = why or NO_REPLY
@@ -62,35 +80,74 @@ class Tally:
             why = "the server stopped before its answer"
         why = request.unchecked or why
         if reply is None or why is not None:
-            self.leave_unchecked(why or NO_REPLY, request.event, request.time, reply)
-            return
+            return None, self._leave_out(why or NO_REPLY, request.event, request.time, reply)
         verdict = self.verdict
         if verdict.selects and not self._is_selected(request.event, request.time, reply):
-            return
+            return None, NOT_SELECTED
         whole = not (self._redacts and self.left_out(request.event))
         difference = request.compare(whole=whole)
         if difference is None and request.unchecked is not None:
             self._count_unchecked(request.unchecked)
-            return
+            return None, request.unchecked
         result = self.result
         result.compared += 1
         if difference is None and not verdict.counts:
-            return
+            return None, None
         counts = verdict.judge(self._vm, request, difference)
         if counts is None:
             result.ignored += difference is not None
-            return
+            return None, None
         result.different += 1
         result.first = result.first or counts
-        if self._on_difference is not None:
-            self._on_difference(counts)
+        return counts, None
+
+    def _tell(
+        self,
+        event: TrapEvent,
+        time: int,
+        reply: Reply | None,
+        request: ReplayedRequest | None = None,
+        difference: Difference | None = None,
+        unchecked: str | None = None,
+    ) -> None:
+        """Tell of one request; `request`: it was asked."""
+        if self._on_request is None:
+            return
+        outcome = None if request is None else request.outcome
+        handler = None if reply is None else reply.handler
+        if handler is None and outcome is not None:
+            handler = outcome.handler
+        packet = request_in(event)
+        self._on_request(
+            RequestResult(
+                self._now,
+                event.vcpu,
+                event.seq,
+                time,
+                event,
+                packet,
+                handler,
+                self.verdict.method_name(self._vm, handler, packet),
+                reply,
+                outcome,
+                () if request is None else tuple(request.seqs),
+                () if request is None else request.latest_accesses,
+                difference,
+                unchecked,
+            )
+        )
 
     def leave_unchecked(
         self, why: str, event: TrapEvent, time: int, reply: Reply | None = None
     ) -> None:
-        """A request cannot be compared."""
-        if self._is_selected(event, time, reply):
-            self._count_unchecked(why)
+        """A request is not asked, and so not compared."""
+        self._tell(event, time, reply, unchecked=self._leave_out(why, event, time, reply))
+
+    def _leave_out(self, why: str, event: TrapEvent, time: int, reply: Reply | None) -> str:
+        if not self._is_selected(event, time, reply):
+            return NOT_SELECTED
+        self._count_unchecked(why)
+        return why
 
     def _count_unchecked(self, why: str) -> None:
         unchecked = self.result.unchecked

@@ -137,7 +137,7 @@ class Verdict:
         self.start: int = 0
         """When the first trap of the file was taken; 0: when that of each VM was."""
         self.accepted: Accepted | None = None
-        """Where the answers of now are kept that differ; `None`: they are not."""
+        """Where new answers that differ are kept; `None`: they are not."""
         self._selection = selection
         self.selects: bool = selection != _ALL
         """Whether some requests may not be compared."""
@@ -208,14 +208,14 @@ class Verdict:
         reply = request.reply
         assert reply is not None
         if self._count_kinds:
-            kind = RequestKind(reply.handler, self._method(vm, reply.handler, reply.packet))
+            kind = RequestKind(reply.handler, self.method_name(vm, reply.handler, reply.packet))
             if kind in self.compared or len(self.compared) < _MAX_KINDS:
                 self.compared[kind] += 1
         self._count += 1
         if difference is not None and self._rules:
             difference = self._ignored.without(difference)
         if difference is not None:
-            method = self._method(vm, difference.handler, difference.packet)
+            method = self.method_name(vm, difference.handler, difference.packet)
             self.findings.add(difference, method)
             if self.accepted is not None:
                 self.accepted.keep(vm, request)
@@ -239,7 +239,8 @@ class Verdict:
         self._names = MethodNames()
         self._stops.clear()
 
-    def _method(self, vm: str, handler: str | None, packet: BridgePacket | None) -> str:
+    def method_name(self, vm: str, handler: str | None, packet: BridgePacket | None) -> str:
+        """Its name, or else its code. `vm` is its VM as recorded."""
         if packet is None:
             return ""
         return self._names.name(vm, handler, packet.method) or f"{packet.method:#06x}"

@@ -23,7 +23,8 @@ those of the loop, where it has `VirtualTime`; else they matter with a `speed` o
 A changed handler may have other steps than the recorded one, and so may the same one on another
 loop. Steps that are not made are left out when it has ended; further ones are made when it is to
 end. Where the walk waits for a handler that waits for one that is held, those that are held go on
-after a while (`_PATIENCE`): nothing waits for ever.
+after a while (`_PATIENCE`); where it waits for one that needs what is behind in the file, the walk
+does. Nothing waits for ever.
 
 A recording of format 1 or 2 has no steps: there traps wait for the replies before them, and no
 handler is held.
@@ -55,6 +56,13 @@ _PATIENCE = 0.5
 """Seconds that the walk waits for a handler while others are held."""
 _TINY = 1e-9
 _MAX_LOOKS = 100
+"""How often a message is looked at again in other turns of the loop."""
+_CHECK = 0.1
+"""Seconds between two looks whether the walk has gone on."""
+_STUCK = 10
+_STUCK_ELSEWHERE = 100
+"""How many in vain mean that it is stuck: by the handler in question, or by another one. Looks and
+not seconds, as the process may stand still meanwhile."""
 
 
 class Player(Protocol):
@@ -99,6 +107,11 @@ class Walk:
         """VMs that do not run yet."""
         self._batch: list[TimedMessage] = []
         self._place = 0
+        self._played = 0
+        """Messages of the batches before."""
+        self._looks = self._looks_at = 0
+        self._checks = self._checks_at = 0
+        self._check_from = -math.inf
         self._at_end = False
         self.awaited: ReplayedRequest | None = None
         self.what = Awaited.TAKEN
@@ -191,6 +204,7 @@ class Walk:
     async def _read_on(self) -> None:
         with nullcontext() if self._virtual is None else self._virtual.held():
             self._batch = await self.source.read_on()
+        self._played += self._place
         self._place = 0
         if not self._batch:
             self._at_end = True
@@ -252,7 +266,8 @@ class Walk:
             case Awaited.ENDED:
                 return request.ended or not request.begun
             case Awaited.TOLD:
-                return request.told or answered
+                # The answer waits for an access that is under way.
+                return request.told or answered or request.blocked
             case Awaited.ANSWERED:
                 return answered
 
@@ -275,10 +290,30 @@ class Walk:
         self.poke()
         return False
 
-    def looks_again(self, request: ReplayedRequest) -> bool:
-        """Whether to go on in a moment, when other tasks have run; not for ever."""
-        request.looks += 1
-        if request.looks > _MAX_LOOKS:
+    def mark(self, request: ReplayedRequest, at: int) -> None:
+        """A request is given to the server, or its handler may go on: at that time then."""
+        if self._virtual is None:
+            request.last_step = self._clock(), at
+
+    def is_as_late(self, request: ReplayedRequest, at: int) -> bool:
+        """Whether its handler has had the time that it had then, at `at`; else the walk goes on
+        when it has. What it waited for was there perhaps when it was cut off."""
+        if self._virtual is not None or self._speed or request.last_step is None:
+            return True
+        now, then = request.last_step
+        due = now + (at - then) / 1e9
+        if due <= self._clock():
+            return True
+        self._pause = due
+        self.poke()
+        return False
+
+    def looks_again(self) -> bool:
+        """Whether to play this message in a moment, when other tasks have run; not for ever."""
+        if self._looks_at != (at := self._played + self._place):
+            self._looks, self._looks_at = 0, at
+        self._looks += 1
+        if self._looks > _MAX_LOOKS:
             return False
         self._pause = self._clock()
         self.poke()
@@ -290,6 +325,19 @@ class Walk:
         """The queue of a VM is full: give it this trap when it has room."""
         self._full.append((sink, event, refuse))
         self.poke()
+
+    def postpones(self, request: ReplayedRequest) -> float:
+        """Seconds until a deadline may pass that did not pass then; 0: the walk is stuck."""
+        now = self._clock()
+        if now < self._pause < math.inf:
+            return self._pause - now + _CHECK
+        if self._checks_at != (at := self._played + self._place):
+            self._checks, self._checks_at = 0, at
+        if now >= self._check_from:
+            self._checks += 1
+            self._check_from = now + _CHECK
+        most = _STUCK if self.awaited in (None, request) else _STUCK_ELSEWHERE
+        return 0.0 if self._checks > most else _CHECK
 
     # --- handlers that are held -----------------------------------------------------
 
@@ -308,14 +356,20 @@ class Walk:
             request.loose = False
 
     def _may_loosen(self) -> None:
-        if self._held and self.awaited is not None and self._loosen_at == math.inf:
+        awaited = self.awaited
+        if awaited is None or self._loosen_at != math.inf:
+            return
+        if self._held or awaited.needs_more:
             self._loosen_at = self._clock() + self._patience
             self.poke()
 
     def _loosen(self) -> None:
-        """Who is waited for may wait for who is held."""
+        """Who is waited for may wait for who is held, or for what comes next in the file."""
         self._patience *= 2
         self._loosen_at = math.inf
+        if self.awaited is not None and self.awaited.needs_more:
+            self.awaited = None
+            return
         for request in self._held:
             request.loose = True
             request.go_on()

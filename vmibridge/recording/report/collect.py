@@ -18,6 +18,7 @@ from vmibridge.recording.report.rows import (
 )
 from vmibridge.recording.report.statistics import Statistics, nanoseconds
 from vmibridge.recording.traps import OUTCOME_WORDS, RecordedTrap, outcome_word
+from vmibridge.text import counted
 
 SLOWEST = 50
 MAX_FAILED = 1000
@@ -127,7 +128,7 @@ class Collector:
     def _problems(self, reader: RecordingReader) -> list[str]:
         lines = [str(problem) for problem in reader.problems]
         if reader.problem_count > len(lines):
-            lines.append(f"{reader.problem_count - len(lines)} more problems")
+            lines.append(counted(reader.problem_count - len(lines), "more problem"))
         if not reader.complete:
             lines.insert(0, "the file is truncated: what was recorded last may be missing")
         lines += [
@@ -136,9 +137,12 @@ class Collector:
             if self._ended.get(vm, 0) < runs
         ]
         if self._session_count > len(self._sessions):
-            lines.append(f"{self._session_count - len(self._sessions)} more VMs are not described")
+            more = self._session_count - len(self._sessions)
+            lines.append(f"not described: {counted(more, 'more VM')}")
         if self.statistics.outcomes["none"]:
-            lines.append(f"{self.statistics.outcomes['none']} traps have no reply")
+            lines.append(
+                f"{counted(self.statistics.outcomes['none'], 'trap has', 'traps have')} no reply"
+            )
         return [line[: 2 * _MAX_WORDS] for line in lines + self._notes]
 
 

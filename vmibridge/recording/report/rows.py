@@ -18,6 +18,7 @@ from vmibridge.recording.traps import (
     OUTCOME_WORDS,
     VALUE_NAMES,
     RecordedTrap,
+    flattened,
     outcome_word,
 )
 from vmibridge.vm.arch import ARCHITECTURES
@@ -92,11 +93,9 @@ class Rows:
 
     def add(self, trap: RecordedTrap, place: int, run: int) -> None:
         """Add a trap, clipped. `place`: in the recording, from 1; `run`: of its VM."""
-        event, packet, reply, texts = trap.event, trap.packet, trap.reply, self.texts
-        writes = None if reply is None else reply.writes
+        event, flat, texts = trap.event, flattened(trap), self.texts
         lane = (texts.number(event.vm, _MAX_NAME), event.vcpu)
-        answers = (None,) * 4 if writes is None else writes.values
-        written = sum(1 << at for at, value in enumerate(answers) if value is not None)
+        written = sum(1 << at for at, value in enumerate(flat.answers) if value is not None)
         taken = None if trap.reply_time is None else trap.reply_time - trap.time
         values = {
             "ip": event.ip,
@@ -110,24 +109,24 @@ class Rows:
             "run": run,
             "trap": texts.number(event.reason.value),
             "what": texts.number(label_of(key_of(trap))),
-            "magic": -1 if packet is None else packet.magic,
-            "request": -1 if packet is None else packet.request,
-            "method": -1 if packet is None else packet.method,
+            "magic": -1 if flat.magic is None else flat.magic,
+            "request": -1 if flat.request is None else flat.request,
+            "method": -1 if flat.method is None else flat.method,
             "outcome": _NUMBER_OF_OUTCOME[outcome_word(trap)],
-            "written": written | (0 if writes is None else _WRITTEN_AT_ALL),
-            "error": -1 if reply is None else texts.number(reply.error),
-            "output": -1 if reply is None else texts.number(reply.output),
-            "duration": -1 if reply is None else nanoseconds(reply.duration),
+            "written": written | (0 if flat.rip is None else _WRITTEN_AT_ALL),
+            "error": texts.number(flat.error),
+            "output": texts.number(flat.output),
+            "duration": -1 if flat.duration is None else nanoseconds(flat.duration),
             "taken": -1 if taken is None else min(max(taken, 0), MAX_EXACT),
             "accesses": len(trap.accesses),
-            **dict(zip(VALUE_NAMES, (0,) * 4 if packet is None else packet.values, strict=True)),
-            **dict(zip(ANSWER_NAMES, (value or 0 for value in answers), strict=True)),
+            **dict(zip(VALUE_NAMES, (value or 0 for value in flat.values), strict=True)),
+            **dict(zip(ANSWER_NAMES, (value or 0 for value in flat.answers), strict=True)),
         }
         for name, column in self._columns.items():
             value = values[name] if name in values else getattr(event.registers, name[4:], 0)
             column.append(value if column.typecode == "q" else value & _MASK)
-        if reply is not None and reply.retry_of is not None:
-            self._retries.append((len(self), reply.retry_of))
+        if flat.retry_of is not None:
+            self._retries.append((len(self), flat.retry_of))
         self._times.append(trap.time & _MASK)
         for access in trap.accesses:
             self._memory -= len(access.data or b"")

@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
-import anyio
-
+from vmibridge.aio.listening import fail_after_listening
 from vmibridge.transport.handshake import WELCOME_SECONDS, check_welcome, hello
 from vmibridge.transport.links import Dialled
 from vmibridge.transport.sockets.connection import Connection, keep_alive
@@ -40,7 +39,7 @@ async def dial(url: Url, session: bytes, vm: str, backend: Backend) -> AsyncIter
             yield dialled
         return
     context = tls_context(url, server_side=False) if isinstance(url, TlsUrl) else None
-    with anyio.fail_after(WELCOME_SECONDS):
+    async with fail_after_listening(WELCOME_SECONDS):
         connection: Connection[FromServer] = Connection(await connect(url), FROM_SERVER)
         try:
             if context is not None:

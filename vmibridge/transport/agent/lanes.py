@@ -14,6 +14,7 @@ from collections.abc import Callable
 import anyio
 
 from vmibridge.errors import TrapQueueClosedError
+from vmibridge.vm.bounded_sink import BoundedSink
 from vmibridge.vm.trap import TrapEvent
 
 
@@ -37,13 +38,14 @@ class AgentLane:
         self.backlog: deque[TrapEvent] = deque()
 
 
-class AgentLanes:
+class AgentLanes(BoundedSink):
     """See the module; the sink of a backend. `send` is called with a lane whose next trap is
     in flight from now on, `give_up` with the number of a trap whose vCPU is gone."""
 
     def __init__(
         self, most: int, send: Callable[[AgentLane], None], give_up: Callable[[int], None]
     ) -> None:
+        super().__init__()
         self.in_flight: dict[int, AgentLane] = {}
         """By the sequence number of the trap, in the order of sending."""
         self._by_vcpu: dict[int, AgentLane] = {}
@@ -51,7 +53,6 @@ class AgentLanes:
         self._give_up = give_up
         self._max_queued = most
         self._queued = 0
-        self._room: anyio.Event | None = None
         self._quiet: anyio.Event | None = None
         self._answering = 0
         self._closed = False
@@ -70,16 +71,6 @@ class AgentLanes:
             lane.backlog.append(event)
             return
         self._begin(lane, event)
-
-    async def put(self, event: TrapEvent) -> None:
-        """Wait for room. Raises `TrapQueueClosedError`. If cancelled, nothing was put."""
-        while True:
-            try:
-                return self.put_nowait(event)
-            except anyio.WouldBlock:
-                if self._room is None:
-                    self._room = anyio.Event()
-                await self._room.wait()
 
     def abandon(self, event: TrapEvent) -> None:
         """The vCPU of a trap is gone: the trap is answered here, and the answer is not read."""
@@ -115,8 +106,7 @@ class AgentLanes:
             self._queued -= 1
             # Room comes in batches, so that a vCPU that waits costs a task switch once a batch.
             if self._room is not None and self._queued <= self._max_queued // 2:
-                self._room.set()
-                self._room = None
+                self._wake_producers()
             self._begin(lane, lane.backlog.popleft())
         elif self._quiet is not None and not self.in_flight and not self._answering:
             self._quiet.set()
@@ -131,6 +121,4 @@ class AgentLanes:
     def close(self) -> None:
         """Take no more traps."""
         self._closed = True
-        if self._room is not None:
-            self._room.set()
-            self._room = None
+        self._wake_producers()

@@ -11,11 +11,13 @@ import logging
 import secrets
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
 import msgspec
 
+from vmibridge.aio.listening import fail_after_listening, sleep_late
 from vmibridge.bridge.request import request_in, retry_key
 from vmibridge.bridge.status import Gate
 from vmibridge.errors import (
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_clock = _loop_clock = time.monotonic
+_clock = time.monotonic
 
 _TROUBLE = 20
 """Times the silence that traps go straight to servers that are heard, after one was silent."""
@@ -112,10 +114,11 @@ class NatsAgentLink:
         """
         await self._client.subscribe(f"{self._inbox}.>", self._take)
         self._say_hello()
-        with anyio.move_on_after(WELCOME_SECONDS):
-            while self._welcome is None and not self._no_responders and not self._client.denied:
-                self._look_whether_closed()
-                await self._wait()
+        with suppress(TimeoutError):
+            async with fail_after_listening(WELCOME_SECONDS):
+                while not (self._welcome or self._no_responders or self._client.denied):
+                    self._look_whether_closed()
+                    await self._wait()
         first = self._welcome
         if first is None:
             if self._no_responders:
@@ -341,15 +344,14 @@ class NatsAgentLink:
         """Ask about traps, and send those again that no server has."""
         step = max(0.01, self._sent.silence / 60)
         while True:
-            before = _loop_clock()
-            await anyio.sleep(step)
-            late = _loop_clock() - before - step
+            # What came while the loop stood still is taken behind this.
+            late = await sleep_late(step)
+            self._sent.excuse(late)
+            self._peers.excuse(late)
+            self._ended_at += late
             self._look_for_end()
             if self._client.nats.is_connected:
                 now = self._client.uptime()
-                if late > step:
-                    # This loop stood still: what came meanwhile is taken behind this.
-                    self._sent.excuse(late)
                 if self._client.has_backlog:
                     # Memory that a handler reads, on its way to the server that is silent.
                     self._sent.hear_all(now)
@@ -386,10 +388,11 @@ class NatsAgentLink:
     async def keep_alive(self, silence: float) -> None:
         """Let servers know that the VM is there; forget those that are gone."""
         while True:
-            await anyio.sleep(silence / 3)
+            late = await sleep_late(silence / 3)
             now = self._client.uptime()
+            # `watch` may excuse them behind this.
             for peer in self._peers.forget_silent(
-                now, 4 * silence, {sent.holder for sent in self._sent}
+                now - late, 4 * silence, {sent.holder for sent in self._sent}
             ):
                 self._waiting.drop_peer(peer)
             self._ping(now)

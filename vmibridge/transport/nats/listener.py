@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from vmibridge.aio.listening import sleep_late
 from vmibridge.errors import BackendError, NatsRefusedError, RefusedError, WireError
 from vmibridge.text import printable
 from vmibridge.transport.handshake import check_hello, refused
@@ -168,9 +169,11 @@ class NatsListener:
     async def _watch(self) -> None:
         """Agents that say nothing are away; sessions that are over are forgotten."""
         while True:
-            await anyio.sleep(min(1.0, self._limits.silence / 4))
+            # What came while the loop stood still is taken behind this.
+            late = await sleep_late(min(1.0, self._limits.silence / 4))
             now = _clock()
             for link in list(self._by_hello.values()):
+                link.heard += late
                 session, quiet = link.session, now - link.heard
                 if session.link is link and quiet >= self._limits.silence:
                     log.info("vm %s: nothing came from its agent for %g s", session.vm, quiet)

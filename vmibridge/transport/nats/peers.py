@@ -80,6 +80,11 @@ class Peers:
         self._turn += 1
         return heard[self._turn % len(heard)] if heard else None
 
+    def excuse(self, seconds: float) -> None:
+        """None was listened to for so long: that is no silence of theirs."""
+        for peer in self._by_subject.values():
+            peer.heard += seconds
+
     def forget_silent(
         self, now: float, silence: float, holders: Container[Peer | None]
     ) -> list[Peer]:

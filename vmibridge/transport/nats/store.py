@@ -15,6 +15,7 @@ import msgspec
 
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.errors import BackendError, NatsRefusedError, RecordingError
+from vmibridge.files import reason
 from vmibridge.text import printable
 from vmibridge.transport.nats.client import NatsClient
 from vmibridge.transport.urls.nats import NatsUrl
@@ -79,7 +80,7 @@ async def get_recording(url: NatsUrl, name: str, target: Path) -> StoredRecordin
                 await store.get(name, sink)
         os.link(partial, target)
     except OSError as error:
-        raise RecordingError(f"{target}: {error.strerror}") from error
+        raise RecordingError(f"{target}: {reason(error, target)}") from error
     finally:
         partial.unlink(missing_ok=True)
     return StoredRecording(name, info.size or 0, info.digest or "")
@@ -137,7 +138,9 @@ async def _store(
             raise RecordingError(f"{url}: JetStream does not answer") from error
         if at_work and isinstance(error, OSError):
             raise RecordingError(f"{error.filename}: {error.strerror}") from error
-        why = getattr(error, "strerror", None) or str(error)
+        # The text of asyncio has the address in it once more, as a tuple.
+        refused = isinstance(error, ConnectionRefusedError)
+        why = "connection refused" if refused else getattr(error, "strerror", None) or str(error)
         raise BackendError(f"{url}: {why}") from error
     except ObjectNotFoundError:
         raise RecordingError(f"{url}: no recording of that name in {url.bucket}") from None
@@ -175,7 +178,7 @@ def _finished(file: Path) -> int:
     except OSError as error:
         raise RecordingError(f"{file}: {error.strerror}") from error
     if start != _MAGIC:
-        raise RecordingError(f"{file}: is no recording")
+        raise RecordingError(f"{file}: is not a recording")
     if end != _MAGIC or size < 2 * len(_MAGIC):
         raise RecordingError(f"{file}: is not finished: vmibridge recover makes a whole one of it")
     return size

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-import anyio
-
+from vmibridge.aio.listening import sleep_late
 from vmibridge.transport.session import Session
 
 
@@ -13,7 +12,7 @@ async def give_up_agents(sessions: Callable[[], Iterable[Session]], keep: float)
     Nothing wakes this when a connection is lost: it looks every second, or four times in `keep`.
     """
     while True:
-        await anyio.sleep(min(keep / 4, 1.0))
+        late = await sleep_late(min(keep / 4, 1.0))
         # A copy: to give one up may change what the caller has.
         for session in list(sessions()):
-            session.give_up_agent(keep)
+            session.give_up_agent(keep, late)

@@ -20,6 +20,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
+from vmibridge.aio.listening import fail_after_listening
 from vmibridge.errors import ConnectionLostError, RefusedError, WireError
 from vmibridge.text import printable
 from vmibridge.transport.handshake import check_hello, refused
@@ -167,7 +168,7 @@ class Listener:
     ) -> Session | None:
         url = listening.url
         try:
-            with anyio.fail_after(self._limits.handshake):
+            async with fail_after_listening(self._limits.handshake):
                 connection.peer = await self._identify(listening, accepted, connection)
                 frames = await connection.receive()
                 hello, *others = frames
@@ -230,7 +231,11 @@ class Listener:
                 lost = error
             tasks.cancel_scope.cancel()
         assert lost is not None
-        raise lost
+        try:
+            raise lost
+        finally:
+            # Else a circle with all of the connection, which only the garbage collector would end.
+            del lost
 
 
 def _on_nats(urls: list[NatsUrl], limits: AgentLimits, admit: Admit) -> "list[NatsListener]":

@@ -29,7 +29,7 @@ from anyio.abc import TaskGroup
 from vmibridge.aio.lost_exceptions import lost_exceptions
 from vmibridge.bridge.dispatch import Bridge, Target, one_line
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.engine.asking import Asking
+from vmibridge.engine.handler_calls import HandlerCalls
 from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
@@ -154,7 +154,8 @@ class AgentServer:
             lost.append(error)
             self.stop()
 
-        with LoopWatch(self._settings.blocked_after, Asking.ask.__code__), lost_exceptions(stop):
+        watch = LoopWatch(self._settings.blocked_after, HandlerCalls.ask.__code__)
+        with watch, lost_exceptions(stop):
             await self._serve()
         for error in lost:
             raise error

@@ -21,7 +21,7 @@ from anyio.abc import TaskGroup
 
 from vmibridge.bridge.dispatch import one_line
 from vmibridge.bridge.handler import BridgeHandler
-from vmibridge.engine.lives import Lives
+from vmibridge.engine.handler_lives import Lives
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.settings import DEFAULTS
 from vmibridge.errors import HandlerLifeError

@@ -29,6 +29,8 @@ _MAX_UNSENT = 64 << 20
 """Bytes that are kept for a peer that does not read; beyond it the connection is lost."""
 _MAX_CORKED = 1 << 20
 """Bytes that are kept for `uncork`; beyond it they go out before, or count as unsent."""
+_STEPS = 3
+"""How often `keep_alive` looks within the time that a peer may be silent."""
 
 
 class Connection(Generic[F]):
@@ -220,15 +222,19 @@ class Connection(Generic[F]):
 
 
 async def keep_alive(connection: Connection[F], ping: "Frame | None", silence: float) -> None:
-    """Hang up when nothing came for `silence` seconds; `ping` asks for something now and then."""
-    step = silence / 3
-    heard, since = connection.received, anyio.current_time()
+    """Hang up when nothing came for `silence` seconds; `ping` asks for something now and then.
+
+    Time in which the loop stood still does not count.
+    """
+    heard, silent_steps = connection.received, 0
     while not connection.closed:
-        await anyio.sleep(step)
-        now = anyio.current_time()
+        # A step, however late its end comes: what has come by then may not be received yet.
+        await anyio.sleep(silence / _STEPS)
         if connection.received != heard:
-            heard, since = connection.received, now
-        elif now - since >= silence:
+            heard, silent_steps = connection.received, 0
+        elif silent_steps == _STEPS - 1:
             connection.close()
-        elif ping is not None:
-            connection.post(ping)
+        else:
+            silent_steps += 1
+            if ping is not None:
+                connection.post(ping)

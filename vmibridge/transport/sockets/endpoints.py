@@ -9,6 +9,7 @@ import msgspec
 
 from vmibridge.aio import sockets
 from vmibridge.errors import BackendError
+from vmibridge.files import reason
 from vmibridge.transport.urls import SocketUrl, UnixUrl
 
 _BACKLOG = 128
@@ -64,7 +65,8 @@ async def listen(url: SocketUrl) -> ListeningSockets:
             return ListeningSockets(url, [file.socket], file)
         found = await sockets.addresses(url.host, url.port, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise BackendError(f"{url}: {error.strerror or error}") from error
+        why = reason(error, url.path) if isinstance(url, UnixUrl) else error.strerror or error
+        raise BackendError(f"{url}: {why}") from error
     except BackendError as error:
         raise BackendError(f"{url}: {error}") from error
     made: list[socket.socket] = []

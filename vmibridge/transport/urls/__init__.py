@@ -72,7 +72,7 @@ Url: TypeAlias = SocketUrl | NatsUrl
 
 
 class _UnixOptions(msgspec.Struct, forbid_unknown_fields=True):
-    mode: str = "0o600"
+    mode: int = 0o600
     uid: str = ""
 
 
@@ -101,13 +101,12 @@ def parse_url(text: str) -> Url:
             raise BackendSpecError(f"{text}: the path of a socket is missing")
         unix = parse_options(text, query, _UnixOptions, numbers={})
         try:
-            mode = int(unix.mode, 0)
             uids = tuple(int(uid) for uid in unix.uid.split(",") if uid)
         except ValueError:
-            mode, uids = -1, ()
-        if not 0 <= mode <= 0o777 or any(uid < 0 for uid in uids):
-            raise BackendSpecError(f"{text}: mode is one such as 0o600, uid numbers as in 0,1000")
-        return UnixUrl(Path(where), mode, uids)
+            uids = (-1,)
+        if any(uid < 0 for uid in uids):
+            raise BackendSpecError(f"{text}: uid={unix.uid} is not numbers, as in 0,1000")
+        return UnixUrl(Path(where), unix.mode, uids)
     if scheme == "tcp":
         host, port = _host_and_port(text, where)
         tcp = parse_options(text, query, _TcpOptions, numbers={})
@@ -136,10 +135,12 @@ def _host_and_port(text: str, where: str) -> tuple[str, int]:
     elif ":" in host:
         raise BackendSpecError(f"{text}: an IPv6 address is in brackets, as in tcp:[::1]:7000")
     number = port_number(port)
+    if host and port.isdecimal() and number < 0:
+        raise BackendSpecError(f"{text}: a port is a number up to 65535")
     if not colon or not host or number < 0:
         raise BackendSpecError(f"{text}: HOST:PORT is missing, as in tcp:127.0.0.1:7000")
     if not is_host(host):
-        raise BackendSpecError(f"{text}: {host} is no name of a host, and no address")
+        raise BackendSpecError(f"{text}: {host} is neither a host name nor an address")
     return host, number
 
 

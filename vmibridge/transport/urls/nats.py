@@ -164,7 +164,7 @@ def _host(shown: str, text: str) -> str:
     if number <= 0:
         raise BackendSpecError(f"{shown}: a port is a number up to 65535")
     if not is_host(known):
-        raise BackendSpecError(f"{shown}: {known} is no name of a host, and no address")
+        raise BackendSpecError(f"{shown}: {known} is neither a host name nor an address")
     return f"{host}:{number}"
 
 
@@ -172,7 +172,7 @@ def _secret(shown: str, file: str) -> str:
     try:
         return Path(file).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "is no text"
+        why = error.strerror if isinstance(error, OSError) else "is not text"
         raise BackendSpecError(f"{shown}: {file}: {why}") from None
 
 
@@ -197,7 +197,7 @@ def _subjects(shown: str, options: dict[str, str]) -> tuple[str, ...]:
     found = [each for each in options.pop("subject", "").split(",") if each]
     for each in found:
         if not is_pattern(each):
-            raise BackendSpecError(f"{shown}: {each!r} is no subject")
+            raise BackendSpecError(f"{shown}: {each!r} is not a subject")
     found += [
         f"vmibridge-pinned.{_number(shown, 'partition', each)}.>"
         for each in options.pop("partition", "").split(",")

@@ -135,5 +135,5 @@ def test_the_memory_that_arguments_ask_for(arguments, size):
     "given", ["much", "0", "-1", "1.5b", "0.0G", "1.", "9" * 5000, "\u0663", ""]
 )
 def test_a_size_that_is_none(given):
-    with pytest.raises(BackendError, match="is no size of memory"):
+    with pytest.raises(BackendError, match="is not a memory size"):
         memory_size(["-m", given])

@@ -64,11 +64,11 @@ def test_symbols_of_an_elf_file_are_found(elves, kind):
 @pytest.mark.parametrize(
     ("kind", "symbols", "why"),
     [
-        ("wide", ["other"], "c3 at other .* is no CPUID, VMCALL or VMMCALL"),
+        ("wide", ["other"], "c3 at other .* is not CPUID, VMCALL or VMMCALL"),
         ("wide", ["missing"], "symbol=missing: the ELF file has no such symbol"),
         ("wide", ["nowhere"], "symbol=nowhere: .* has no code there"),
         ("anywhere", ["call_host"], "loaded at another address each time"),
-        ("a.s", ["call_host"], "is no ELF file"),
+        ("a.s", ["call_host"], "is not an ELF file"),
         ("none", ["call_host"], "No such file"),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_symbol_that_is_no_site_is_told(elves, kind, symbols, why):
 
 def test_an_address_that_the_file_has_is_checked(elves):
     start = address_of(elves / "wide", "_start")
-    with pytest.raises(BackendSpecError, match=r"90 0f 01 at 0x[0-9a-f]+ of .* is no CPUID"):
+    with pytest.raises(BackendSpecError, match=r"90 0f 01 at 0x[0-9a-f]+ of .* is not CPUID"):
         sites_of("spec", [start], elves / "wide", [])
 
 
@@ -126,8 +126,8 @@ def test_the_options_of_a_spec(elves):
         ("tcp:localhost:x?site=1", "needs a socket"),
         ("unix:/s", "needs a site"),
         ("unix:/s?site=x", "site=x is not an address"),
-        ("unix:/s?site=-1", "is no address"),
-        ("unix:/s?ud-handler=-1", "is no address"),
+        ("unix:/s?site=-1", "is not an address"),
+        ("unix:/s?ud-handler=-1", "is not an address"),
         ("unix:/s?ud-handler=1&ud-handler=2", "ud-handler is given twice"),
         ("unix:/s?symbol=a", "symbol=a needs elf=PATH"),
         ("unix:/s?site=1&breakpoints=soft", "breakpoints"),

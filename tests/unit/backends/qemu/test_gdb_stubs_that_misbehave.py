@@ -100,7 +100,7 @@ async def test_a_stub_that_goes_silent_is_lost(stage, begin, when, monkeypatch):
     [
         ({b"Qqemu": b""}, "", "not QEMU's"),
         ({b"qSupported": b"PacketSize=1"}, "", "packets of 1 bytes"),
-        ({b"qfThread": b"x"}, "", "no list of threads"),
+        ({b"qfThread": b"x"}, "", "not a list of threads"),
         ({b"qfThread": b"E01"}, "", "error 01"),
         ({b"qSupported": HANG_UP}, "", "closed the connection"),
         ({b"qSupported": b"qXfer:features:read+", b"qXfer": b"E00"}, "", "error 00"),

@@ -70,11 +70,11 @@ def test_what_is_no_file_is_refused_and_closed(tmp_path):
     empty = tmp_path / "ram"
     empty.touch()
     for descriptor in (os.open(tmp_path, os.O_RDONLY), os.open(empty, os.O_RDONLY)):
-        with pytest.raises(ValueError, match="no regular file with bytes in it"):
+        with pytest.raises(ValueError, match="not a regular file with bytes in it"):
             SharedRam(descriptor)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
     read, write = os.pipe()
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         SharedRam(read)
     os.close(write)

@@ -9,6 +9,11 @@ import trustme
 from fetch_parts import Site, serving
 
 
+@pytest.fixture(scope="module", autouse=True)
+def each_test_collects_its_garbage(only_new_garbage):
+    """See `serving`."""
+
+
 @pytest.fixture
 def site() -> Iterator[Site]:
     with serving(Site()) as site:

@@ -12,12 +12,14 @@
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Self
 
 import anyio
 import msgspec
 
 from vmibridge.aio import sockets
+from vmibridge.aio.listening import fail_after_listening
 from vmibridge.backends.qemu.gdb import commands
 from vmibridge.backends.qemu.gdb.client import (
     CLOSED,
@@ -95,7 +97,7 @@ class QemuGdbBackend(Backend):
         """Connect, which pauses a VM that runs. Raises `BackendError`."""
         spec = f"qemu-gdb:{self.where}"
         try:
-            with anyio.fail_after(_CONNECT):
+            async with fail_after_listening(_CONNECT):
                 # Connecting pauses the VM, so who has paused it is not to be seen afterwards.
                 self._theirs = await self._was_paused()
                 connection = await self._connect()
@@ -209,8 +211,8 @@ class QemuGdbBackend(Backend):
         if self._stop_log is not None:
             self._stop_log.close()
         if not self._started and self._client.why_lost is None:
-            with anyio.move_on_after(_DETACH):
-                async with reading(self._client):
+            with suppress(TimeoutError):
+                async with fail_after_listening(_DETACH), reading(self._client):
                     if self.options.leave == "wait":
                         await self._set_breakpoints()
                     self._stops.paused = self._theirs or self._prelaunch
@@ -256,8 +258,9 @@ class QemuGdbBackend(Backend):
             finally:
                 self._stops.end()
                 self._watching.cancel()
-                with anyio.CancelScope(shield=True), anyio.move_on_after(_DETACH):
-                    await self._detach()
+                with anyio.CancelScope(shield=True), suppress(TimeoutError):
+                    async with fail_after_listening(_DETACH):
+                        await self._detach()
                 shield.cancel()
         if refused is not None:
             raise BackendError(f"qemu-gdb:{self.where}: {refused}")

@@ -76,7 +76,7 @@ def is_probed(data: bytes) -> bool:
 
 
 def parse_stop(data: bytes) -> Stop | Exit:
-    """Raises `ReplyError` for what is no stop reply."""
+    """Raises `ReplyError` for what is not a stop reply."""
     kind = data[:1]
     code = _number(data[1:3], data)
     if kind in (b"W", b"X"):
@@ -84,7 +84,7 @@ def parse_stop(data: bytes) -> Stop | Exit:
     if kind == b"S":
         return Stop(code)
     if kind != b"T":
-        raise ReplyError(f"{_shown(data)} is no stop reply")
+        raise ReplyError(f"{_shown(data)} is not a stop reply")
     for pair in data[3:].split(b";"):
         name, _, value = pair.partition(b":")
         if name == b"thread":
@@ -100,7 +100,7 @@ def parse_threads(data: bytes) -> list[str]:
     if check(data) == b"l":
         return []
     if not data.startswith(b"m"):
-        raise ReplyError(f"{_shown(data)} is no list of threads")
+        raise ReplyError(f"{_shown(data)} is not a list of threads")
     threads = [_thread(name) for name in data[1:].split(b",")]
     if len(threads) > _MAX_THREADS:
         raise ReplyError(f"{len(threads)} threads")
@@ -141,7 +141,7 @@ def parse_part(data: bytes) -> tuple[bytes, bool]:
     """A part of an object, and whether it is the last one. Raises `ReplyError`, `StubError`."""
     check(data)
     if data[:1] not in (b"l", b"m"):
-        raise ReplyError(f"{_shown(data)} is no part of an object")
+        raise ReplyError(f"{_shown(data)} is not part of an object")
     return data[1:], data[:1] == b"l"
 
 
@@ -190,7 +190,7 @@ def parse_output(data: bytes) -> str | None:
     if check(data) == OK:
         return None
     if not data.startswith(b"O"):
-        raise ReplyError(f"{_shown(data)} is no text of the monitor")
+        raise ReplyError(f"{_shown(data)} is not text of the monitor")
     return parse_hex(data[1:]).decode("utf-8", "replace")
 
 
@@ -214,7 +214,7 @@ def parse_hex(data: bytes, size: int | None = None) -> bytes:
     try:
         found = bytes.fromhex(data.decode("ascii"))
     except ValueError:
-        raise ReplyError(f"{_shown(data)} is no hex") from None
+        raise ReplyError(f"{_shown(data)} is not hexadecimal") from None
     if size is not None and len(found) != size:
         raise ReplyError(f"{len(found)} bytes, and {size} were asked for")
     return found
@@ -228,7 +228,7 @@ def parse_memory(data: bytes, size: int) -> bytes:
 def _thread(name: bytes) -> str:
     process, dot, number = name.rpartition(b".")
     if dot and not process.startswith(b"p"):
-        raise ReplyError(f"{_shown(name)} is no thread")
+        raise ReplyError(f"{_shown(name)} is not a thread")
     for part in (process[1:], number) if dot else (number,):
         _number(part, name)
     return name.decode("ascii")

@@ -51,7 +51,7 @@ def parse_spec(where: str, options: str) -> tuple[QemuGdbOptions, list[int]]:
     elf = Path(given.elf) if given.elf else None
     sites = sites_of(spec, list(given.site), elf, list(given.symbol))
     if given.ud_handler is not None and not 0 <= given.ud_handler < 1 << 64:
-        raise BackendSpecError(f"{spec}: ud-handler={given.ud_handler:#x} is no address")
+        raise BackendSpecError(f"{spec}: ud-handler={given.ud_handler:#x} is not an address")
     if given.leave == "skip" and not sites:
         raise BackendSpecError(f"{spec}: leave=skip needs sites: without them no code is known")
     if not sites and given.ud_handler is None:

@@ -24,7 +24,7 @@ def sites_of(spec: str, addresses: list[int], elf: Path | None, symbols: list[st
     """
     for address in addresses:
         if not 0 <= address < 1 << 64:
-            raise BackendSpecError(f"{spec}: site={address:#x} is no address")
+            raise BackendSpecError(f"{spec}: site={address:#x} is not an address")
     if elf is None:
         if symbols:
             raise BackendSpecError(f"{spec}: symbol={symbols[0]} needs elf=PATH")
@@ -63,14 +63,14 @@ def _sites_in(
                 raise BackendSpecError(f"{spec}: symbol={name}: elf={path} has no code there")
             if code is not None and decode_trap(code, elf.elfclass) is None:
                 raise BackendSpecError(
-                    f"{spec}: {code[:3].hex(' ')} at {name} of {path} is no CPUID, VMCALL or"
+                    f"{spec}: {code[:3].hex(' ')} at {name} of {path} is not CPUID, VMCALL or"
                     " VMMCALL"
                 )
     except (ELFError, ConstructError, ValueError, KeyError, AttributeError) as error:
         # Its parser raises whatever a broken file makes it stumble over.
         if isinstance(error, BackendSpecError):
             raise
-        raise BackendSpecError(f"{spec}: elf={path} is no ELF file: {error}") from error
+        raise BackendSpecError(f"{spec}: elf={path} is not an ELF file: {error}") from error
     return [*addresses, *(address for _, address in named)]
 
 

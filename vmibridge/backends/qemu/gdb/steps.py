@@ -9,6 +9,7 @@ from enum import Enum
 
 import anyio
 
+from vmibridge.aio.listening import wait_listening
 from vmibridge.backends.qemu.gdb import commands
 from vmibridge.backends.qemu.gdb.client import ClientLostError, GdbClient
 from vmibridge.backends.qemu.gdb.commands import Stop, StubError
@@ -73,13 +74,11 @@ class Stepper:
         try:
             step = encode(commands.step(thread))
             replies = await client.ask_all(before, probe=True, tail=step)
-            with anyio.move_on_after(_STEP):
-                await arrived.wait()
+            await wait_listening(arrived, _STEP)
             if not arrived.is_set():
                 interrupted = True
                 client.send(commands.INTERRUPT)
-                with anyio.move_on_after(_STOP):
-                    await arrived.wait()
+                await wait_listening(arrived, _STOP)
             if not arrived.is_set():
                 client.lose(f"the VM does not stop within {_STOP:g} s")
             if client.why_lost is not None:

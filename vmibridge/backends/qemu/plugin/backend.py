@@ -25,6 +25,7 @@ import anyio
 import msgspec
 
 from vmibridge.aio import sockets
+from vmibridge.aio.listening import fail_after_listening
 from vmibridge.backends.qemu.plugin.protocol import (
     MAX_HELLO,
     MAX_VCPUS,
@@ -50,6 +51,7 @@ from vmibridge.errors import (
     BackendSpecError,
     GuestMemoryError,
 )
+from vmibridge.files import reason
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
@@ -94,7 +96,9 @@ class QemuPluginBackend(Backend):
         self.path = path
         self.options: QemuPluginOptions = options or QemuPluginOptions()
         if not 0 <= self.options.mode <= 0o777:
-            raise BackendSpecError(f"qemu-plugin:unix:{path}: mode={self.options.mode:#o}")
+            raise BackendSpecError(
+                f"qemu-plugin:unix:{path}: mode={self.options.mode:#o} is not the mode of a file"
+            )
         self._listener: sockets.UnixListener
         self._seq = itertools.count(1)
         self._pending: dict[int, Vcpu] = {}
@@ -109,7 +113,7 @@ class QemuPluginBackend(Backend):
         try:
             self._listener = await sockets.listen_unix(self.path, self.options.mode)
         except (OSError, BackendError) as error:
-            why = getattr(error, "strerror", None) or error
+            why = reason(error, self.path) if isinstance(error, OSError) else error
             raise BackendError(f"qemu-plugin:unix:{self.path}: {why}") from error
 
     async def close(self) -> None:
@@ -145,7 +149,7 @@ class QemuPluginBackend(Backend):
         why = "QEMU has ended"
         self._connected += 1
         try:
-            with anyio.fail_after(_HANDSHAKE):
+            async with fail_after_listening(_HANDSHAKE):
                 hello, ram = await self._shake_hands(connected, frames)
             with ram or nullcontext(), self._place_of(hello) as place:
                 vcpu = Vcpu(connected, frames, place * MAX_VCPUS + hello.vcpu, ram)

@@ -17,7 +17,7 @@ def handler_changes(
 ) -> Iterator[str]:
     """One line for each thing that has changed. `has_config`: handlers have settings of a file."""
     if session is None:
-        yield "the recording does not tell what served it then"
+        yield "the recording does not say which handlers were recorded"
         return
     if session.part > 1:
         yield (
@@ -29,11 +29,12 @@ def handler_changes(
         if handler is None:
             # The server adds the handshake by itself.
             if then.name != "host":
-                yield f"handler {then.name}: served then, is not there now"
+                yield f"handler {then.name}: was recorded, and is not loaded now"
             continue
         known = recorded_handler(handler)
         if known.sha256 != then.sha256:
-            yield f"handler {then.name}: its source has changed since ({then.source})"
+            source = then.source or known.source or "its source"
+            yield f"handler {then.name}: {source} has changed since the recording"
         yield from _module_changes(then, known)
         yield from _setting_changes(then, settings_text(handler), has_config=has_config)
 
@@ -46,7 +47,10 @@ def _module_changes(then: RecordedHandler, now: RecordedHandler) -> Iterator[str
     if changed:
         more = f" and {len(changed) - _MAX_NAMED} more" if len(changed) > _MAX_NAMED else ""
         names = ", ".join(changed[:_MAX_NAMED])
-        yield f"handler {then.name}: what it imports has changed since ({names}{more})"
+        what = (
+            "a module that it imports has" if len(changed) == 1 else "modules that it imports have"
+        )
+        yield f"handler {then.name}: {what} changed since the recording: {names}{more}"
 
 
 def _setting_changes(then: RecordedHandler, now: str | None, *, has_config: bool) -> Iterator[str]:
@@ -66,8 +70,8 @@ def _setting_changes(then: RecordedHandler, now: str | None, *, has_config: bool
     ]
     if changed:
         what = "; ".join(changed[:_MAX_NAMED])
-        hint = "" if has_config else "; give the file of then with --config"
-        yield f"handler {then.name}: its settings are not those of then: {what}{hint}"
+        hint = "" if has_config else "; give the configuration file of the recording with --config"
+        yield f"handler {then.name}: its settings have changed since the recording: {what}{hint}"
 
 
 def _shown(value: msgspec.Raw | None) -> str:

@@ -9,7 +9,7 @@ from laws import examples
 from policy_parts import SPACE_BYTES, TOO_MANY, VM_BYTES, let_through, trap
 
 from vmibridge import BridgeResponse
-from vmibridge.engine.policy import (
+from vmibridge.engine.access_policy import (
     AddressRange,
     Guard,
     Policy,

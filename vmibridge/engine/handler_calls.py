@@ -1,4 +1,4 @@
-"""Asking: the handlers of one request, one after the other, each in its turn and its place.
+"""The handlers of one request, one after the other, each in its turn and its place.
 
 Handlers are other people's code. They may return what is no answer, raise anything, cancel the task
 that they run in, or take no notice of being cancelled. Here each of that becomes an outcome.
@@ -9,14 +9,14 @@ Invariants
 - A handler that is suspended has a place in flight, and keeps it until it has unwound, also when
   the watchdog or a stop answers its trap before that. So handlers that do not end are bounded, too.
 - Whether there is a place is tested before a handler is asked. It is taken when the handler is
-  suspended (`Asking.take_place`), so one that never waits takes none. Between the two nothing else
-  runs, so the place is still there.
+  suspended (`HandlerCalls.take_place`), so one that never waits takes none. Between the two nothing
+  else runs, so the place is still there.
 - Nothing is begun for a request that was overtaken.
 - Whatever a handler raises fails its trap, `SystemExit` and other exceptions that are no
   `Exception` included: a handler cannot end the server. `KeyboardInterrupt` fails its trap, too;
   it may be the user's, who pressed Ctrl-C while the handler ran, so the server is stopped
   (`on_interrupt`).
-- When `Asking.ask` returns, the task of the worker has no cancellation left that is not its
+- When `HandlerCalls.ask` returns, the task of the worker has no cancellation left that is not its
   scope's, and no scope open that is the handler's; the async generators that it left are closed.
 """
 
@@ -43,8 +43,8 @@ _INLINE, _ENTERING, _QUEUED = State.INLINE, State.ENTERING, State.QUEUED
 _QUEUE, _BEGIN = Cause.QUEUE, Cause.BEGIN
 
 
-class Asking:
-    """Asks handlers, and makes an outcome of whatever they do. See the module."""
+class HandlerCalls:
+    """Calls handlers, and makes an outcome of whatever they do. See the module."""
 
     def __init__(
         self,
@@ -95,7 +95,12 @@ class Asking:
             for entry in entries:
                 request.entry = entry
                 try:
-                    if entry.serial or waited or (not entry.instant and self._in_flight.full):
+                    if (
+                        entry.serial
+                        or waited
+                        or (not entry.instant and self._in_flight.full)
+                        or (self._watch is not None and self._watch.lines_up(worker))
+                    ):
                         found = await self._ask_in_turn(worker, request, entry)
                     else:
                         request.state = _INLINE
@@ -198,4 +203,4 @@ class Asking:
             return Outcome(OutcomeKind.CANCELLED, packet, handler=entry.name, error=CUT_OFF)
         if isinstance(error, KeyboardInterrupt) and self._on_interrupt is not None:
             self._on_interrupt(error)
-        return failure(entry.name, packet, error)
+        return failure(entry, packet, error)

@@ -1,0 +1,191 @@
+"""A plugin of pytest: tests that replay a recording.
+
+    @pytest.mark.recording("run.mcap", Verdict)
+    async def test_verdict(replay):
+        await replay.until(17)
+        ...
+
+The fixture `replay` is a `Replay` that is entered: of the file, from the folder of the test, with
+the further arguments and the keywords of the mark. When the test has passed, the rest is played,
+and the test fails if something is different, with what `vmibridge replay` prints. With
+`--recording-update` the answers of now are accepted: the file is rewritten.
+
+Rules:
+
+- pytest imports this module at each start, for whoever has vmibridge: it imports nothing but pytest
+  until a test asks for `replay`. A mark of the same name that names no handler is left alone.
+- A file is updated by one test at a time, in all workers of xdist: a test has its lock from before
+  it is read until it is written. Nothing is written for a test that fails.
+"""
+
+import fcntl
+import os
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from vmibridge.recording.replay.door import Replay
+
+_MARK = "recording"
+_UPDATED = "recording_updated"
+"""The property of a test that says which recording it has updated."""
+_replay: pytest.StashKey["Replay"] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--recording-update`."""
+    parser.getgroup("vmibridge").addoption(
+        "--recording-update",
+        action="store_true",
+        help="accept what handlers answer now, in the recordings that tests replay",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the mark."""
+    config.addinivalue_line(
+        "markers",
+        f"{_MARK}(path, *handlers, **options): the recording of the fixture `replay`, from the"
+        " folder of the test; vmibridge.recording.Replay says what it takes",
+    )
+    if config.getoption("recording_update"):
+        config.pluginmanager.register(_Updates())
+
+
+@pytest.fixture
+def replay_handlers() -> list[Any]:
+    """Handlers of `replay` beside those of the mark: for those that are made of fixtures."""
+    return []
+
+
+@pytest.fixture
+def replay(request: pytest.FixtureRequest, replay_handlers: list[Any]) -> Iterator["Replay"]:
+    """The recording of the mark `recording`, ready to be played. The rest of it is played after the
+    test."""
+    node = request.node
+    mark = node.get_closest_marker(_MARK)
+    if mark is None or not mark.args:
+        pytest.fail(
+            f"`replay` is of a test with @pytest.mark.{_MARK}(PATH, HANDLER)", pytrace=False
+        )
+    path, *handlers = mark.args
+    file = request.path.parent / path
+    updates = bool(request.config.getoption("recording_update"))
+    with _lock(file) if updates else nullcontext():
+        made = _begin(
+            file, [*handlers, *replay_handlers], {**mark.kwargs, "accept": updates}, _loop(request)
+        )
+        node.stash[_replay] = made
+        try:
+            yield made
+        finally:
+            made.end()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A mark without the fixture would compare nothing."""
+    mark = item.get_closest_marker(_MARK)
+    names = getattr(item, "fixturenames", ())
+    if mark is not None and "replay" not in names and any(map(_is_handler, mark.args)):
+        pytest.fail(f"a test with @pytest.mark.{_MARK} has the fixture `replay`", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Play the rest, and say what is different."""
+    try:
+        yield
+    except Exception:
+        if _replay in item.stash:
+            item.add_report_section("call", "replay", item.stash[_replay].report())
+        raise
+    if _replay in item.stash:
+        _check(item, item.stash[_replay])
+
+
+class _Updates:
+    """Tells which recordings were updated, by all workers."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """One phase of a test is done."""
+        if report.when == "call":
+            self._lines += [
+                str(value) for name, value in report.user_properties if name == _UPDATED
+            ]
+
+    def pytest_terminal_summary(self, terminalreporter: "pytest.TerminalReporter") -> None:
+        """One line for each update."""
+        terminalreporter.section("recordings")
+        for line in self._lines or ["none was updated"]:
+            terminalreporter.write_line(line)
+
+
+def _begin(file: Path, handlers: list[Any], options: dict[str, Any], loop: Any) -> "Replay":
+    from vmibridge.errors import VmiBridgeError
+
+    try:
+        from vmibridge.recording import Replay
+
+        made = Replay(file, *handlers, **options)
+        made.begin(loop)
+    except VmiBridgeError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    return made
+
+
+def _check(item: pytest.Item, replay: "Replay") -> None:
+    from vmibridge.errors import VmiBridgeError
+
+    try:
+        result = replay.play()
+        if result.different:
+            pytest.fail(replay.report(), pytrace=False)
+        updated = replay.accept() if item.config.getoption("recording_update") else 0
+    except VmiBridgeError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    if updated:
+        answers = "1 answer" if updated == 1 else f"{updated} answers"
+        file = os.path.relpath(replay.path, item.config.rootpath)
+        item.user_properties.append((_UPDATED, f"{file}: updated, with {answers} of now"))
+
+
+def _loop(request: pytest.FixtureRequest) -> str:
+    """The loop that the test runs on, as far as its plugin tells."""
+    if "anyio_backend" in request.fixturenames:
+        return str(request.getfixturevalue("anyio_backend_name"))
+    return "trio" if request.node.get_closest_marker("trio") else "asyncio"
+
+
+def _is_handler(thing: object) -> bool:
+    # Where it was not imported, nothing is one.
+    module = sys.modules.get("vmibridge.bridge.handler")
+    kind = thing if isinstance(thing, type) else type(thing)
+    return module is not None and issubclass(kind, module.BridgeHandler)
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """For the block, be the only one who updates this file."""
+    lock = None
+    # What cannot be read is said by who replays it.
+    with suppress(OSError):
+        while lock is None:
+            lock = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(lock), file.stat()):
+                # The one before has put another file in its place.
+                os.close(lock)
+                lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -1,0 +1,176 @@
+"""One recording, served by handlers on the running loop: what the command and `Replay` share.
+
+async with serve_recording(path, names, bridge_for, verdict, ReplayOptions()) as served:
+    async for _ in served.server.run():
+        ...
+served.result()
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from vmibridge.bridge.dispatch import Bridge
+from vmibridge.engine.server import BridgeServer
+from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.taps import Tap
+from vmibridge.recording.file.damage import problem_lines
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.messages import SESSION, TRAP, Session
+from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.changes import handler_changes
+from vmibridge.recording.replay.compare import Difference
+from vmibridge.recording.replay.file_result import FileResult
+from vmibridge.recording.replay.options import ReplayOptions, replay_settings
+from vmibridge.recording.replay.request_result import RequestResult
+from vmibridge.recording.replay.verdict import Verdict
+from vmibridge.recording.replay.walk import Walk
+from vmibridge.recording.selection import Selection
+
+__all__ = ["ServedRecording", "needs_start", "serve_recording", "sessions_of", "vms_asked"]
+
+
+def needs_start(selection: Selection) -> bool:
+    """Whether it tells times since the first trap of the recording."""
+    moments = (selection.since, selection.until)
+    return any(moment is not None and moment.relative for moment in moments)
+
+
+def sessions_of(
+    reader: RecordingReader, *, with_start: bool, step: Callable[[], object] = bool
+) -> tuple[dict[str, Session], int]:
+    """The VMs of a recording, and when its first trap was taken; 0: there is none, or it is not
+    asked for. Calls `step` after each session. Blocking."""
+    found: dict[str, Session] = {}
+    for _, message in reader.messages(SESSION):
+        step()
+        assert isinstance(message, Session)
+        found.setdefault(message.vm, message)
+    start = 0
+    if with_start:
+        start = next((each.time for each in reader.messages(TRAP)), 0)
+    return found, start
+
+
+def vms_asked(
+    sessions: Mapping[str, Session],
+    chosen: frozenset[str],
+    *,
+    all_of_them: bool,
+    may_lack: bool = False,
+) -> list[str | None]:
+    """The VMs of a file that are asked, where these are chosen; none: all are.
+
+    `all_of_them`: those that are not compared, too, as where a handler serves all of them: it had
+    their requests. `may_lack`: the file need not have those that are chosen; else the backend says
+    which there are.
+    """
+    if not chosen:
+        return [*sessions] or [None]
+    there = [name for name in sessions if name in chosen]
+    if not there:
+        return [] if may_lack else [*sorted(chosen)]
+    missing = [] if may_lack else sorted(chosen - sessions.keys())
+    return [*(sessions if all_of_them else there), *missing]
+
+
+class ServedRecording:
+    """A recording that is open, and the server that asks handlers; run it once."""
+
+    def __init__(
+        self,
+        path: Path,
+        backends: Sequence[ReplayBackend],
+        bridges: Mapping[str, Bridge],
+        server: BridgeServer,
+        verdict: Verdict,
+    ) -> None:
+        self.backends: Sequence[ReplayBackend] = backends
+        """One for each VM that is asked."""
+        self.bridges: Mapping[str, Bridge] = bridges
+        """By the names of VMs."""
+        self.server: BridgeServer = server
+        self._path = path
+        self._verdict = verdict
+
+    @property
+    def reader(self) -> RecordingReader:
+        """What reads the file."""
+        return self.backends[0].reader
+
+    def notes(self, *, has_config: bool) -> Iterator[str]:
+        """Which handlers are not the ones that were recorded, and what could not be read.
+
+        `has_config`: handlers have settings of a file."""
+        for backend in self.backends:
+            handlers = self.bridges[backend.vm].handlers
+            yield from handler_changes(backend.session, handlers, has_config=has_config)
+        yield from problem_lines(self.reader.problems, self.reader.problem_count, f"{self._path}: ")
+
+    def result(self) -> FileResult:
+        """What came of it so far."""
+        verdict = self._verdict
+        return FileResult(
+            self._path,
+            {backend.vm: backend.result for backend in self.backends},
+            started=min(backend.started for backend in self.backends),
+            problems=self.reader.problem_count,
+            findings=verdict.findings.all(),
+            findings_left_out=verdict.findings.left_out,
+            kinds=verdict.compared,
+        )
+
+
+@asynccontextmanager
+async def serve_recording(
+    path: Path,
+    names: Iterable[str | None],
+    bridge_for: Callable[[str], Bridge],
+    verdict: Verdict,
+    options: ReplayOptions,
+    *,
+    renamed: Mapping[str, str],
+    change: Callable[[ServerSettings], ServerSettings],
+    taps: Sequence[Tap] = (),
+    on_difference: Callable[[Difference], None] | None = None,
+    on_request: Callable[[RequestResult], None] | None = None,
+) -> AsyncIterator[ServedRecording]:
+    """Open the VMs of these names, and make their handlers.
+
+    `renamed`: from a VM's recorded name to that of now. `change` gets the settings that were
+    recorded and returns those of the server. Raises as the backend does, and what `bridge_for`,
+    `change` and `BridgeServer` raise.
+    """
+    walk = Walk(path, options.speed)
+    backends = [
+        ReplayBackend(
+            path,
+            msgspec.structs.replace(options, vm=name),
+            renamed.get(name or "", name or "vm"),
+            on_difference,
+            walk=walk,
+            verdict=verdict,
+            on_request=on_request,
+        )
+        for name in names
+    ]
+    bridges: dict[str, Bridge] = {}
+
+    def make(vm: str) -> Bridge:
+        bridge = bridges[vm] = bridge_for(vm)
+        return bridge
+
+    async with AsyncExitStack() as stack:
+        for backend in backends:
+            await stack.enter_async_context(backend)
+        settings = change(_recorded_settings(backends))
+        server = BridgeServer(backends, make, taps=taps, **msgspec.structs.asdict(settings))
+        yield ServedRecording(path, backends, bridges, server, verdict)
+
+
+def _recorded_settings(backends: Iterable[ReplayBackend]) -> ServerSettings:
+    sessions = (backend.session for backend in backends)
+    session = next((session for session in sessions if session is not None), None)
+    return replay_settings(ServerSettings() if session is None else session.settings)
