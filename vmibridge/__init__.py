@@ -23,22 +23,46 @@ if TYPE_CHECKING:
     from vmibridge.bridge.handler import BridgeHandler, method
     from vmibridge.bridge.outcome import Outcome, OutcomeKind
     from vmibridge.bridge.packet import BridgePacket
+    from vmibridge.bridge.parameters import (
+        I8,
+        I16,
+        I32,
+        I64,
+        U8,
+        U16,
+        U32,
+        U64,
+        GuestBytes,
+        GuestInt,
+        GuestRoom,
+        GuestText,
+        Room,
+    )
     from vmibridge.bridge.response import BridgeResponse
+    from vmibridge.bridge.standard import StandardHandler
     from vmibridge.bridge.status import Gate, Status, StatusKind
     from vmibridge.engine.access_policy import AddressRange, Policy, Quota, Rate
     from vmibridge.engine.server import BridgeServer
-    from vmibridge.errors import GuestMemoryError, VmiBridgeError
+    from vmibridge.errors import Failed, GuestMemoryError, VmiBridgeError
     from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapReason
 
 __version__ = "0.2.0"
 """That of the newest dated section of CHANGELOG.md."""
 
 __all__ = [
+    "I8",
+    "I16",
+    "I32",
+    "I64",
     "STANDARD_FALLBACK",
     "STANDARD_MAGIC",
     "STANDARD_VERIFY_VALUE3",
     "STANDARD_VERIFY_VALUE4",
     "STANDARD_WAIT",
+    "U8",
+    "U16",
+    "U32",
+    "U64",
     "AddressRange",
     "Bridge",
     "BridgeContext",
@@ -48,8 +72,13 @@ __all__ = [
     "BridgePacket",
     "BridgeResponse",
     "BridgeServer",
+    "Failed",
     "Gate",
+    "GuestBytes",
+    "GuestInt",
     "GuestMemoryError",
+    "GuestRoom",
+    "GuestText",
     "Outcome",
     "OutcomeKind",
     "Policy",
@@ -57,6 +86,8 @@ __all__ = [
     "Rate",
     "RegisterWrites",
     "Registers",
+    "Room",
+    "StandardHandler",
     "Status",
     "StatusKind",
     "TrapEvent",
@@ -80,14 +111,30 @@ _NAMES_OF = {
         "BridgeContract",
     ),
     "bridge.dispatch": ("Bridge", "BridgeDispatch"),
-    "errors": ("GuestMemoryError", "VmiBridgeError"),
+    "errors": ("Failed", "GuestMemoryError", "VmiBridgeError"),
     "vm.trap": ("RegisterWrites", "Registers", "TrapEvent", "TrapReason"),
     "bridge.handler": ("BridgeHandler", "method"),
     "bridge.outcome": ("Outcome", "OutcomeKind"),
     "bridge.packet": ("BridgePacket",),
+    "bridge.parameters": (
+        "I8",
+        "I16",
+        "I32",
+        "I64",
+        "U8",
+        "U16",
+        "U32",
+        "U64",
+        "GuestBytes",
+        "GuestInt",
+        "GuestRoom",
+        "GuestText",
+        "Room",
+    ),
     "engine.access_policy": ("AddressRange", "Policy", "Quota", "Rate"),
     "bridge.response": ("BridgeResponse",),
     "engine.server": ("BridgeServer",),
+    "bridge.standard": ("StandardHandler",),
     "bridge.status": ("Gate", "Status", "StatusKind"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}

@@ -13,7 +13,9 @@ __all__ = [
     "BackendSpecError",
     "ConfigError",
     "ConnectionLostError",
+    "Failed",
     "GuestMemoryError",
+    "GuestPageFaultError",
     "HandlerLifeError",
     "HandlerLoadError",
     "HandlerSourceError",
@@ -81,6 +83,29 @@ class OutsideRefusedError(OutsideError):
         what = "it is not in the recording, and is not called"
         super().__init__(key, ("vmibridge.errors.OutsideRefusedError",), what)
         self.args = (f"outside {key!a}: {what}",)
+
+
+class GuestPageFaultError(GuestMemoryError):
+    """The guest itself would get a page fault there, which its kernel may mend.
+
+    The page is not present, or it is read-only until it is written for the first time. The guest
+    mends it by touching the address.
+    """
+
+
+class Failed(VmiBridgeError):  # noqa: N818 - what a method says: raise Failed(...)
+    """Raised by a typed method: the guest gets the status *failed*, and nothing else happens.
+
+    `code` has 8 bits and is the method's own. `native` has 32 bits, as an errno, an HRESULT or an
+    NTSTATUS; an x86 guest does not see it. Raises `ValueError` for one out of range.
+    """
+
+    def __init__(self, code: int = 0, *, native: int = 0) -> None:
+        super().__init__(f"code {code:#x}, native {native:#x}")
+        if code >> 8 or native >> 32:
+            raise ValueError(f"code has 8 bits and native 32, got {code!r} and {native!r}")
+        self.code: int = code
+        self.native: int = native
 
 
 class UnsupportedTrapError(VmiBridgeError):

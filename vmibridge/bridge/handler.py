@@ -46,11 +46,13 @@ from vmibridge.bridge.contract import BridgeContract, GuestRead
 from vmibridge.bridge.numbers import unsigned
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse, T
+from vmibridge.bridge.signatures import compile_method
+from vmibridge.bridge.typed_method import TypedMethod
 from vmibridge.text import repr_of
 
 __all__ = ["BridgeHandler", "Method", "contract_of", "method"]
 
-_F = TypeVar("_F", bound=Callable[..., Awaitable[BridgeResponse[Any] | None]])
+_F = TypeVar("_F", bound=Callable[..., Awaitable[object]])
 
 
 class Method(NamedTuple):
@@ -68,6 +70,8 @@ class Method(NamedTuple):
     wait: BridgeResponse[Any] | None = None
     retry_values: tuple[int, ...] | None = None
     may_wait: bool | None = None
+    typed: TypedMethod | None = None
+    """How its words become parameters; `None`: it takes the packet."""
 
 
 def method(
@@ -180,8 +184,10 @@ class BridgeHandler(Generic[T]):
         check_timeout(cls.soft_timeout, "soft_timeout")
         check_retry_values(cls.retry_values)
         cls.methods = MappingProxyType(_collect_methods(cls))
-        for name in ("handle", *(marked.name for marked in cls.methods.values())):
+        plain = (marked.name for marked in cls.methods.values() if marked.typed is None)
+        for name in ("handle", *plain):
             _check_answer(cls, name)
+        _add_reads(cls)
 
     @classmethod
     def is_concrete(cls) -> bool:
@@ -209,7 +215,10 @@ class BridgeHandler(Generic[T]):
         marked = self.methods.get(packet.method)
         if marked is None:
             return None
-        response: BridgeResponse[T] | None = await getattr(self, marked.name)(vmi, packet)
+        body = getattr(self, marked.name)
+        if marked.typed is not None:
+            return await marked.typed.answer(body, vmi, packet)
+        response: BridgeResponse[T] | None = await body(vmi, packet)
         return response
 
     async def __aenter__(self) -> Self:
@@ -329,6 +338,19 @@ def _check_answer(cls: type[BridgeHandler[Any]], name: str) -> None:
         ) from None
 
 
+def _add_reads(cls: type[BridgeHandler[Any]]) -> None:
+    """What typed methods are known to read, to what the class says itself."""
+    found = [
+        read
+        for marked in cls.methods.values()
+        if marked.typed is not None
+        for read in marked.typed.reads(marked.code)
+        if read not in cls.reads
+    ]
+    if found:
+        cls.reads = (*cls.reads, *found)
+
+
 def _shown(value: object) -> str:
     return repr_of(value)[:80]
 
@@ -371,5 +393,5 @@ def _collect_methods(cls: type[BridgeHandler[Any]]) -> dict[int, Method]:
                 f"{cls.__name__}: {methods[marked.code].name} and {attribute}"
                 f" both answer method {marked.code:#06x}"
             )
-        methods[marked.code] = marked
+        methods[marked.code] = marked._replace(typed=compile_method(cls, attribute, marked.code))
     return methods

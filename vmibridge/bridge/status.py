@@ -24,6 +24,8 @@ class StatusKind(IntEnum):
 
     SUCCESS = 0x00
     WAITING = 0x01
+    TOUCH = 0x02
+    """Ours: a page is not present. The guest touches the address in value2, and asks again."""
     INVALID_PARAMETERS = 0xFD
     FAILED = 0xFE
     ABORTED = 0xFF

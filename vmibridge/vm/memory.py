@@ -107,6 +107,14 @@ class GuestMemory:
         _bound(address, len(data))
         await self._in_one_trap(self._write, address, data)
 
+    async def check_writable(self, address: int, size: int) -> None:
+        """Raise as `write` would for `size` bytes at a virtual address, and write nothing.
+
+        The guest may change its page tables when it runs again, so it holds for this trap.
+        """
+        _bound(address, size)
+        await self._in_one_trap(self._check_writable, address, size)
+
     async def read_string(self, address: int, limit: int = 4096, encoding: str = "utf-8") -> str:
         """Text that ends at a NUL byte, or after `limit` bytes.
 
@@ -130,6 +138,14 @@ class GuestMemory:
         `read_string` does.
         """
         found = await self._read_text(address, limit + 1, b"\0")
+        if len(found) > limit:
+            raise GuestMemoryError(address, f"no NUL within {limit} bytes")
+        return found
+
+    async def read_c_utf16(self, address: int, limit: int) -> bytes:
+        """The same for UTF-16: the bytes before a NUL character, at most `limit` of them."""
+        limit &= ~1
+        found = await self._read_text(address, limit + 2, b"\0\0")
         if len(found) > limit:
             raise GuestMemoryError(address, f"no NUL within {limit} bytes")
         return found
@@ -187,6 +203,12 @@ class GuestMemory:
                 await self._put(event, physical, part)
             except GuestMemoryError as error:
                 raise GuestMemoryError(start, error.reason) from error
+
+    async def _check_writable(self, event: TrapEvent, address: int, size: int) -> None:
+        while size > 0:
+            page = await self._translate(event, address, write=True)
+            address += page.left
+            size -= page.left
 
     async def _read_text(self, address: int, limit: int, end: bytes) -> bytes:
         _bound(address, 0)

@@ -17,7 +17,7 @@ write needs writable pages (in rings 0 to 2: where CR0.WP asks for it). Otherwis
 guest's user process could have its kernel's memory read or written by a handler.
 """
 
-from vmibridge.errors import GuestMemoryError
+from vmibridge.errors import GuestMemoryError, GuestPageFaultError
 from vmibridge.vm.arch.architecture import Page, Walk
 from vmibridge.vm.arch.x86.registers import (
     CR0_PG,
@@ -61,7 +61,7 @@ def walk(registers: Registers, address: int, *, write: bool = False, ring: int =
         # The four pointers of PAE carry neither rights nor large pages.
         pointer = yield (registers.cr3 & 0xFFFF_FFE0) + 8 * (address >> 30), 8
         if not pointer & _PRESENT:
-            raise GuestMemoryError(address, "not mapped")
+            raise GuestPageFaultError(address, "not mapped")
         table, levels = pointer & _ADDRESS, 2
     level = levels
     while True:
@@ -69,7 +69,7 @@ def walk(registers: Registers, address: int, *, write: bool = False, ring: int =
         shift = 12 + 9 * level
         entry = yield table + 8 * (address >> shift & 0x1FF), 8
         if not entry & _PRESENT:
-            raise GuestMemoryError(address, "not mapped")
+            raise GuestPageFaultError(address, "not mapped")
         # A right is one of the page only if the entry of every level has it.
         rights &= entry
         # Bit 7 is PAT in an entry of level 0, and reserved above level 2.
@@ -83,7 +83,7 @@ def _walk_32bit(registers: Registers, address: int, write: bool, ring: int) -> W
     rights = _WRITABLE | _USER
     entry = yield (registers.cr3 & 0xFFFF_F000) + 4 * (address >> 22), 4
     if not entry & _PRESENT:
-        raise GuestMemoryError(address, "not mapped")
+        raise GuestPageFaultError(address, "not mapped")
     rights &= entry
     if entry & _LARGE and registers.cr4 & CR4_PSE:
         _check(registers, address, rights, write, ring)
@@ -91,7 +91,7 @@ def _walk_32bit(registers: Registers, address: int, write: bool, ring: int) -> W
         return _page(entry & 0xFFC0_0000 | (entry >> 13 & 0xFF) << 32, address, 22)
     entry = yield (entry & 0xFFFF_F000) + 4 * (address >> 12 & 0x3FF), 4
     if not entry & _PRESENT:
-        raise GuestMemoryError(address, "not mapped")
+        raise GuestPageFaultError(address, "not mapped")
     _check(registers, address, rights & entry, write, ring)
     return _page(entry & 0xFFFF_F000, address, 12)
 
@@ -106,4 +106,4 @@ def _check(registers: Registers, address: int, rights: int, write: bool, ring: i
     if ring == 3 and not rights & _USER:
         raise GuestMemoryError(address, "a supervisor page, asked for in ring 3")
     if write and not rights & _WRITABLE and (ring == 3 or registers.cr0 & CR0_WP):
-        raise GuestMemoryError(address, "a read-only page")
+        raise GuestPageFaultError(address, "a read-only page")

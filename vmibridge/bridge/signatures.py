@@ -1,0 +1,164 @@
+"""From the signature of a method to what takes its words: once, when the class is made.
+
+What cannot be served is refused there, by name: a type that is none of `bridge/parameters.py`, more
+words than a request has, a parameter without a type.
+"""
+
+import enum
+import typing
+from collections.abc import Callable, Mapping
+from inspect import Parameter as Declared
+from inspect import isfunction, signature
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union
+
+import msgspec
+
+from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.parameters import (
+    GuestBytes,
+    GuestInt,
+    GuestRoom,
+    GuestText,
+    Parameter,
+    Room,
+    word_of,
+)
+from vmibridge.bridge.typed_method import TypedMethod
+
+MAX_WORDS = 4
+"""Of a request."""
+_TYPE_OF: Mapping[type[msgspec.Struct], type] = {
+    GuestInt: int,
+    GuestText: str,
+    GuestBytes: bytes,
+    GuestRoom: Room,
+}
+
+
+def is_plain(function: Callable[..., object]) -> bool:
+    """Whether a method takes `(self, vmi, packet)`, and decodes its packet itself."""
+    # Of what wraps it: that is what is called.
+    declared = list(signature(function, follow_wrapped=False).parameters.values())
+    if any(each.kind in (Declared.VAR_POSITIONAL, Declared.VAR_KEYWORD) for each in declared):
+        return True
+    names = [each.name for each in declared]
+    if names[1:] == ["vmi", "packet"]:
+        return True
+    hints = [each.annotation for each in declared[1:]]
+    if not hints:
+        return False
+    # As a text, too: its name may be there for type checkers alone.
+    return all(hint is Declared.empty for hint in hints) or any(
+        hint is BridgePacket or str(hint).rpartition(".")[2] == "BridgePacket" for hint in hints
+    )
+
+
+def compile_method(cls: type, name: str, code: int) -> TypedMethod | None:
+    """The typed method of a class with this name; `None`: it takes a packet.
+
+    Raises `TypeError`, with the name of the parameter, for a signature that cannot be served.
+    """
+    function = getattr(cls, name)
+    if not isfunction(function) or is_plain(function):
+        return None
+    where = f"{cls.__name__}.{name}"
+    try:
+        hints = typing.get_type_hints(function, localns=dict(vars(cls)), include_extras=True)
+    except Exception as error:
+        # An annotation is any expression.
+        raise TypeError(f"{where}: a type cannot be found: {error}") from error
+    parameters: list[Parameter] = []
+    context_at: int | None = None
+    declared = list(signature(function, follow_wrapped=False).parameters.values())[1:]
+    for place, each in enumerate(declared):
+        if each.name not in hints:
+            raise TypeError(
+                f"{where} does not take what it is given: {each.name} has no type; write"
+                " (self, vmi, packet), or parameters with types"
+            )
+        if each.kind is Declared.KEYWORD_ONLY:
+            raise TypeError(f"{where}: {each.name} is for keywords alone, which no guest has")
+        if hints[each.name] is BridgeContext:
+            if context_at is not None:
+                raise TypeError(f"{where}: {each.name} is a second BridgeContext")
+            context_at = place
+        else:
+            parameters.append(_parameter(where, each.name, hints[each.name]))
+    words = sum(parameter.words for parameter in parameters)
+    if words > MAX_WORDS:
+        raise TypeError(
+            f"{where} takes {words} words, a request has {MAX_WORDS}: two for bytes and for a"
+            " room, one for all else"
+        )
+    if "return" not in hints:
+        raise TypeError(f"{where} does not say what it gives: '-> None', or '-> U32'")
+    result: Parameter | None = None
+    if hints["return"] is not NoneType:
+        result = _parameter(where, "what it gives", hints["return"])
+        if not isinstance(result.spec, GuestInt):
+            raise TypeError(f"{where}: what it gives is a number or None; a Room takes more")
+    return TypedMethod(code, tuple(parameters), result, context_at)
+
+
+def _parameter(where: str, name: str, hint: Any) -> Parameter:
+    optional = False
+    if typing.get_origin(hint) in (Union, UnionType):
+        inner = [each for each in typing.get_args(hint) if each is not NoneType]
+        optional = len(inner) == 1 and len(typing.get_args(hint)) == 2
+        if optional:
+            hint = inner[0]
+    found = _plain_parameter(name, hint)
+    if found is None:
+        shown = getattr(hint, "__name__", None) or str(hint)
+        raise TypeError(
+            f"{where}: {name} is of type {shown}: take U8 to U64, I8 to I64, bool, an IntEnum, an"
+            " IntFlag, Annotated[str, GuestText(LIMIT)], Annotated[bytes, GuestBytes(LIMIT)] or"
+            " Annotated[Room, GuestRoom(LIMIT)]"
+        )
+    if optional:
+        if isinstance(found.spec, GuestInt):
+            raise TypeError(f"{where}: {name} is a number, which cannot be None")
+        return msgspec.structs.replace(found, optional=True)
+    return found
+
+
+def _plain_parameter(name: str, hint: Any) -> Parameter | None:
+    if typing.get_origin(hint) is Annotated:
+        kind, *extras = typing.get_args(hint)
+        specs = [each for each in extras if type(each) in _TYPE_OF]
+        if not specs:
+            return _plain_parameter(name, kind)
+        if len(specs) > 1:
+            return None
+        spec = specs[0]
+        if (
+            isinstance(spec, GuestInt)
+            and isinstance(kind, type)
+            and issubclass(kind, enum.IntEnum | enum.IntFlag)
+        ):
+            return _members(name, kind, spec)
+        return Parameter(name, spec) if kind is _TYPE_OF[type(spec)] else None
+    if hint is bool:
+        return Parameter(name, GuestInt(8), bool)
+    if hint is int:
+        return Parameter(name, GuestInt(64))
+    if isinstance(hint, type) and issubclass(hint, enum.IntEnum | enum.IntFlag):
+        return _members(name, hint, None)
+    return None
+
+
+def _members(
+    name: str, kind: type[enum.IntEnum] | type[enum.IntFlag], spec: GuestInt | None
+) -> Parameter:
+    values = [each.value for each in kind]
+    if spec is None:
+        # What a C compiler takes for an enum, where it is enough.
+        signed = any(value < 0 for value in values)
+        fits = all(-(1 << 31) <= value < 1 << (32 - signed) for value in values)
+        spec = GuestInt(32 if fits else 64, signed=signed)
+    parameter = Parameter(name, spec, kind)
+    for value in values:
+        word_of(parameter, value)
+    return parameter
