@@ -56,7 +56,7 @@ class TestEdit:
         assert run("edit", "part-1.mcap", "part-2.mcap", "-o", "whole.mcap")[0] == 0
         assert read(tmp_path / "whole.mcap") == read(tmp_path / "run.mcap")
         status, out, told = run("edit", "run.mcap", "--vcpu", "1", "--json", "-o", "cut.mcap")
-        assert (status, told[-1]) == (0, "9 traps cut")
+        assert (status, told[-1]) == (0, "9 traps were cut")
         assert json.loads(out[0])["files"]["cut.mcap"]["trap"] == 12
         assert any(
             "is missing" in line or "missing" in line for line in run("inspect", "cut.mcap")[1]

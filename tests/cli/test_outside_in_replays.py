@@ -129,7 +129,7 @@ class TestStandardInput:
     @pytest.mark.parametrize(
         ("line", "told"),
         [
-            ('echo nonsense | "$@" -', "-: is no MCAP file"),
+            ('echo nonsense | "$@" -', "-: is not an MCAP file"),
             ('echo nonsense | "$@" - --break 1', "--break is answered on standard input"),
             ('"$@" --no-such', "Unknown option: --no-such"),
             ('"$@" --no-such run.mcap', "Unknown option: --no-such"),

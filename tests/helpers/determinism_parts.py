@@ -5,7 +5,6 @@ from contextlib import AsyncExitStack
 from itertools import count
 
 import anyio
-from vmibridge.engine.policy import Policy, Quota, Rate
 
 from vmibridge import (
     Bridge,
@@ -17,6 +16,7 @@ from vmibridge import (
     method,
 )
 from vmibridge.aio.clock import VirtualTime, virtual_loop
+from vmibridge.engine.access_policy import Policy, Quota, Rate
 from vmibridge.recording.recorder import Recorder
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.options import ReplayOptions, replay_settings

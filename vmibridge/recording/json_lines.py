@@ -69,7 +69,7 @@ _OWN: Final = frozenset(FullTrapRecord.__struct_fields__)
 _OF_A_RUN: Final = _OWN - {
     *("time", "time_ns", "ring", "ip", "address_space", "rip", "retry_of", "reads", "writes"),
     *("registers", "flags_known", "memory", "memory_left_out", "length", "notes"),
-    *("place", "reply_place", "reply_ns", "reply"),
+    *("place", "reply_place", "reply_ns", "reply", "outside"),
 }
 """The fields of a line of `vmibridge run --json`, all of which it has."""
 _MAKES_LINES = "'vmibridge export FILE --to jsonl' makes lines that are read"

@@ -110,7 +110,7 @@ class TestTheBackend:
         [
             ("replay:", "needs the path"),
             ("replay:x?speed=-1", "speed=-1"),
-            ("replay:x?speed=fast", "float"),
+            ("replay:x?speed=fast", "speed=fast is not a number"),
             ("replay:x?order=random", "order"),
             ("replay:x?pace=1", "no option 'pace'"),
         ],

@@ -294,7 +294,7 @@ class Edit:
         if isinstance(message, Note) and message.kind == "end" and vm.cut:
             counts = {word: count for word, count in message.counts.items() if word == "native"}
             outcomes = {kind.value: vm.outcomes[kind] for kind in OutcomeKind}
-            text = f"{vm.read - vm.cut} traps"  # as a recorder has it
+            text = counted(vm.read - vm.cut, "trap")
             message = msgspec.structs.replace(message, text=text, counts={**outcomes, **counts})
         # In the last of its files, as the end is.
         piece = max(vm.files, default=0) or self._piece_at(name, timed.time)

@@ -42,6 +42,7 @@ from vmibridge.recording.messages import (
 from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.compare import reply_of
 from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.text import counted
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Accepted", "write_accepted"]
@@ -238,5 +239,4 @@ def _redacted(reply: Reply, redaction: Redaction, hidden: frozenset[str]) -> Rep
 def _total(counts: dict[str, int], note: Note) -> str:
     if not counts:
         return note.text
-    # As a recorder has it.
-    return f"{sum(counts.values()) - counts.get('native', 0)} traps"
+    return counted(sum(counts.values()) - counts.get("native", 0), "trap")
