@@ -2,8 +2,8 @@
 
 What is real is seen so: a thread of anyio that is not idle, a call in an executor, a child that is
 waited for, a file descriptor that the loop watches. This takes what is not public: `_scheduled` and
-`_clock_resolution` of the loop, `WorkerThread` of anyio. `tests/unit/aio/test_virtual_time.py` fails
-if one goes.
+`_clock_resolution` of the loop, `WorkerThread` of anyio. `tests/unit/aio/test_virtual_time.py`
+fails if one goes.
 """
 
 import asyncio
