@@ -1,8 +1,9 @@
 """A loop of asyncio with virtual time.
 
 What is real is seen so: a thread of anyio that is not idle, a call in an executor, a child that is
-waited for, a file descriptor that the loop watches. This takes what is not public: `_scheduled` of
-the loop, `WorkerThread` of anyio. `tests/unit/aio/test_virtual_time.py` fails if one goes.
+waited for, a file descriptor that the loop watches. This takes what is not public: `_scheduled` and
+`_clock_resolution` of the loop, `WorkerThread` of anyio. `tests/unit/aio/test_virtual_time.py`
+fails if one goes.
 """
 
 import asyncio
@@ -73,6 +74,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Calls in executors."""
         super().__init__(VirtualSelector(self, virtual))
         self._scheduled: list[asyncio.TimerHandle]
+        # No timer goes off a nanosecond before its time: anyio would put off a deadline then, and a
+        # sleep of the same length came first.
+        self._clock_resolution = 0.0
         virtual.next_timer = self._next_timer
 
     def time(self) -> float:

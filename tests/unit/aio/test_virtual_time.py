@@ -9,6 +9,7 @@ import time
 
 import anyio
 import anyio.from_thread
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -39,6 +40,28 @@ def test_timers_go_off_in_their_order_and_at_their_time(loop):
         return went
 
     assert run(loop, main) == [(0.5, 0.5), (7.0, 7.0), (FAR, FAR)]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_deadline_comes_before_a_sleep_of_its_length_also_after_a_jump_that_is_short(loop):
+    async def main():
+        caught = []
+
+        async def ends():
+            with anyio.move_on_after(0.1) as scope:
+                await anyio.sleep(0.1)
+            caught.append(scope.cancelled_caught)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ends)
+            await anyio.sleep(0.05)
+            # By less than a nanosecond, as a time that is rounded to them.
+            assert virtual_time().jump(virtual_time().next_timer() - 5e-10)
+            # What can run does, before time goes on.
+            await anyio.lowlevel.checkpoint()
+        return caught
+
+    assert run(loop, main) == [True]
 
 
 def test_on_asyncio_timers_of_equal_delays_go_off_as_they_were_set():

@@ -142,7 +142,7 @@ async def test_a_part_begins_with_its_session_also_where_a_handler_has_just_line
         Recorder(path, max_size=MIN_SIZE) as recorder,
         FakeGuest(guest, memory=MEMORY) as backend,
     ):
-        server = BridgeServer(backend, Bridge(handler), taps=[recorder], in_flight=1)
+        server = BridgeServer(backend, Bridge(handler), taps=[recorder], in_flight=1, timeout=60)
         async for _ in server.run():
             pass
     first, second, *_ = [read(part) for part in parts_of(path.parent)]
