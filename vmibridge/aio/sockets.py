@@ -171,7 +171,8 @@ def close(open_one: socket.socket) -> None:
 async def receive(connected: socket.socket, size: int) -> bytes:
     """What comes, at most `size` bytes. Raises `anyio.EndOfStream` at the end, and `OSError`.
 
-    `anyio.ClosedResourceError`, when `close` closes it, or has closed it. If cancelled, nothing was received.
+    `anyio.ClosedResourceError`, when `close` closes it, or has done so. If cancelled, nothing was
+    received.
     """
     data, _ = await receive_fds(connected, size, 0)
     return data
