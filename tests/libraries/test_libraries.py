@@ -39,8 +39,6 @@ from vmibridge import OutcomeKind
 pytestmark = [
     pytest.mark.libraries,
     pytest.mark.no_cover,
-    # SQLAlchemy leaves its cursor over psycopg so when a stream is left early.
-    pytest.mark.filterwarnings("ignore:<psycopg.AsyncServerCursor:ResourceWarning"),
 ]
 
 REQUESTS = int(os.environ.get("VMIBRIDGE_LIBRARY_REQUESTS", "500"))

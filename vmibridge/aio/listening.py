@@ -12,8 +12,8 @@ A loop that is always a little late has every wait longer by as much, and no wai
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import anyio
 from sniffio import current_async_library
@@ -40,29 +40,45 @@ async def wait_listening(event: anyio.Event, seconds: float) -> None:
             return
 
 
-@asynccontextmanager
-async def fail_after_listening(seconds: float) -> AsyncIterator[None]:
+@contextmanager
+def fail_after_listening(seconds: float) -> Iterator[None]:
     """Cancel the block after `seconds`, and raise `TimeoutError` if it was cut off.
 
-    Time in which the loop stood still does not count.
+    Time in which the loop stood still does not count. As in `anyio.fail_after`, nothing is awaited
+    on the way out: what the block has come to is not lost.
     """
     with anyio.CancelScope() as scope:
-        if current_async_library() == "trio":
-            async with _watched(scope, seconds):
-                yield
-        else:
-            timer = _Timer(scope, seconds / _STEPS)
-            try:
-                yield
-            finally:
-                timer.stop()
+        stop = _cancel_later(scope, seconds / _STEPS)
+        try:
+            yield
+        finally:
+            stop()
     if scope.cancelled_caught:
         raise TimeoutError
 
 
+def _cancel_later(scope: anyio.CancelScope, step: float) -> Callable[[], object]:
+    """Cancel `scope` after `_STEPS` steps; returns what stops that."""
+    if current_async_library() != "trio":
+        return _Timer(scope, step).stop
+    # Only here: trio is an extra.
+    import trio
+
+    own = trio.CancelScope()
+
+    async def watch() -> None:
+        with own:
+            for _ in range(_STEPS):
+                await trio.sleep(step)
+            scope.cancel()
+
+    # Trio has no timers without a task. One in a nursery would be waited for on the way out.
+    trio.lowlevel.spawn_system_task(watch)
+    return own.cancel
+
+
 class _Timer:
-    """Cancels a scope on asyncio. A task for it would leave circles, and each connection of a
-    server has one."""
+    """Cancels a scope on asyncio."""
 
     def __init__(self, scope: anyio.CancelScope, step: float) -> None:
         self._scope = scope
@@ -80,36 +96,3 @@ class _Timer:
 
     def stop(self) -> None:
         self._next.cancel()
-
-
-@asynccontextmanager
-async def _watched(scope: anyio.CancelScope, seconds: float) -> AsyncIterator[None]:
-    """A block with a task that cancels `scope`."""
-    raised: BaseException | None = None
-
-    async def watch() -> None:
-        for _ in range(_STEPS):
-            await anyio.sleep(seconds / _STEPS)
-        scope.cancel()
-
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch)
-            try:
-                yield
-            except BaseException as error:  # raised again, but out of the group
-                raised = error
-                raise
-            group.cancel_scope.cancel()
-    except BaseExceptionGroup:
-        # That task raises nothing but its cancellation: without it there would be no group.
-        if raised is None:
-            raise
-    else:
-        raised = None
-    if raised is not None:
-        try:
-            raise raised
-        finally:
-            # Else a circle, which only the garbage collector would end.
-            del raised

@@ -171,7 +171,8 @@ def close(open_one: socket.socket) -> None:
 async def receive(connected: socket.socket, size: int) -> bytes:
     """What comes, at most `size` bytes. Raises `anyio.EndOfStream` at the end, and `OSError`.
 
-    `anyio.ClosedResourceError`, when `close` closes it. If cancelled, nothing was received.
+    `anyio.ClosedResourceError`, when `close` closes it, or has done so. If cancelled, nothing was
+    received.
     """
     data, _ = await receive_fds(connected, size, 0)
     return data
@@ -180,6 +181,9 @@ async def receive(connected: socket.socket, size: int) -> bytes:
 async def receive_fds(connected: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
     """The same of a unix socket, with at most `most` file descriptors that come along."""
     while True:
+        if connected.fileno() < 0:
+            # Closed before this: loops raise `ValueError` for it, which is what bad bytes raise.
+            raise anyio.ClosedResourceError
         await anyio.wait_readable(connected)
         try:
             data, passed, _, _ = socket.recv_fds(connected, size, most)

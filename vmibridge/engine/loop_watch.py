@@ -33,9 +33,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event, Thread, get_ident
+from threading import Event, Lock, Thread, get_ident
 from types import CodeType, FrameType
-from typing import NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from vmibridge.aio.loops import Soon, loop_door
 from vmibridge.bridge.dispatch import place_in
@@ -43,6 +43,8 @@ from vmibridge.engine.request import Request
 
 log: logging.Logger = logging.getLogger(__name__)
 
+_LOOKS_AT_ONCE: Final = Lock()
+"""The collector is that of the process: one watch would turn it on while another looks."""
 _LOOKS = 4
 """Looks at the stack in the time after which a handler is reported."""
 
@@ -185,13 +187,14 @@ def _no_collection() -> Iterator[None]:
     is asked for. The clean-up that it runs may let the loop's thread go on, and the frame that was
     being asked for is gone: that crashed the process.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    with _LOOKS_AT_ONCE:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def _handler_in(thread: int, asks: CodeType) -> _Seen | None:

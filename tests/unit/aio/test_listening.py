@@ -83,44 +83,53 @@ class TestABlock:
             event = anyio.Event()
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(receives, ours, event)
-                async with fail_after_listening(PATIENCE):
+                with fail_after_listening(PATIENCE):
                     await anyio.lowlevel.checkpoint()
                     theirs.send(b"here")
                     stand_still()
                     await event.wait()
 
     async def test_it_is_cut_off_when_nothing_comes(self):
-        with pytest.raises(TimeoutError):
-            async with fail_after_listening(PATIENCE):
-                await anyio.sleep_forever()
+        with pytest.raises(TimeoutError), fail_after_listening(PATIENCE):
+            await anyio.sleep_forever()
 
     async def test_it_returns_at_once(self):
-        async with fail_after_listening(3600):
+        with fail_after_listening(3600):
             pass
 
     async def test_what_it_raises_comes_out_as_it_is(self):
-        with pytest.raises(OSError, match=r"^3$") as raised:
-            async with fail_after_listening(3600):
-                raise OSError(3)
+        with pytest.raises(OSError, match=r"^3$") as raised, fail_after_listening(3600):
+            raise OSError(3)
         assert raised.value.__context__ is None
 
     async def test_and_out_of_a_block_that_is_cancelled(self):
-        with anyio.CancelScope() as scope, pytest.raises(OSError, match=r"^3$"):
-            async with fail_after_listening(3600):
+        async def raises():
+            try:
+                await anyio.sleep_forever()
+            finally:
+                raise OSError(3)
+
+        with anyio.CancelScope() as scope, pytest.raises(OSError, match=r"^3$"):  # noqa: SIM117
+            with fail_after_listening(3600):
                 scope.cancel()
-                try:
-                    await anyio.sleep_forever()
-                finally:
-                    raise OSError(3)
+                await raises()
+
+    async def test_nothing_is_awaited_on_the_way_out(self):
+        """What the block has come to, such as a connection, would be lost."""
+        came_to = None
+        with anyio.CancelScope() as scope:
+            with fail_after_listening(3600):
+                scope.cancel()
+            came_to = "a connection"
+        assert came_to
 
     async def test_a_cancellation_is_that_of_its_scope(self):
         with anyio.CancelScope() as scope:
-            async with fail_after_listening(3600):
+            with fail_after_listening(3600):
                 scope.cancel()
                 await anyio.sleep_forever()
         assert scope.cancelled_caught
 
     async def test_a_group_of_its_own_stays_one(self):
-        with pytest.raises(ExceptionGroup, match="two"):
-            async with fail_after_listening(3600):
-                raise ExceptionGroup("two", [OSError(1), OSError(2)])
+        with pytest.raises(ExceptionGroup, match="two"), fail_after_listening(3600):
+            raise ExceptionGroup("two", [OSError(1), OSError(2)])

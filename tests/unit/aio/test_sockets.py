@@ -94,6 +94,13 @@ async def test_whoever_waits_for_a_socket_is_told_when_it_is_closed(pair):
         sockets.close(ours)
 
 
+async def test_who_comes_to_a_socket_that_is_closed_is_told_so_too(pair):
+    ours, _ = pair
+    sockets.close(ours)
+    with pytest.raises(anyio.ClosedResourceError):
+        await sockets.receive(ours, 1)
+
+
 async def test_a_listener_has_its_mode_takes_connections_and_ends_when_it_is_closed(tmp_path):
     path, taken = tmp_path / "s", []
     listener = await sockets.listen_unix(path, 0o640)

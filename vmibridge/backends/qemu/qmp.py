@@ -172,7 +172,7 @@ class Qmp(UnwrappedExit):
 
     async def _negotiate(self) -> None:
         try:
-            async with fail_after_listening(_TIMEOUT):
+            with fail_after_listening(_TIMEOUT):
                 while self._lines.version is None:
                     self._lines.feed(await self._receive_some())
                 await self._send(QmpLines.command(0, "qmp_capabilities", {}))
@@ -272,7 +272,7 @@ class Qmp(UnwrappedExit):
                 raise QmpError(f"{command}: {self._why}")
             self._waiting[number] = send
             try:
-                async with fail_after_listening(timeout):
+                with fail_after_listening(timeout):
                     async with self._sending:
                         await self._send(QmpLines.command(number, command, named))
                     reply = await receive.receive()

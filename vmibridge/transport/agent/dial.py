@@ -39,7 +39,7 @@ async def dial(url: Url, session: bytes, vm: str, backend: Backend) -> AsyncIter
             yield dialled
         return
     context = tls_context(url, server_side=False) if isinstance(url, TlsUrl) else None
-    async with fail_after_listening(WELCOME_SECONDS):
+    with fail_after_listening(WELCOME_SECONDS):
         connection: Connection[FromServer] = Connection(await connect(url), FROM_SERVER)
         try:
             if context is not None:

@@ -114,11 +114,10 @@ class NatsAgentLink:
         """
         await self._client.subscribe(f"{self._inbox}.>", self._take)
         self._say_hello()
-        with suppress(TimeoutError):
-            async with fail_after_listening(WELCOME_SECONDS):
-                while not (self._welcome or self._no_responders or self._client.denied):
-                    self._look_whether_closed()
-                    await self._wait()
+        with suppress(TimeoutError), fail_after_listening(WELCOME_SECONDS):
+            while not (self._welcome or self._no_responders or self._client.denied):
+                self._look_whether_closed()
+                await self._wait()
         first = self._welcome
         if first is None:
             if self._no_responders:

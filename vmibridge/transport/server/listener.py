@@ -168,7 +168,7 @@ class Listener:
     ) -> Session | None:
         url = listening.url
         try:
-            async with fail_after_listening(self._limits.handshake):
+            with fail_after_listening(self._limits.handshake):
                 connection.peer = await self._identify(listening, accepted, connection)
                 frames = await connection.receive()
                 hello, *others = frames

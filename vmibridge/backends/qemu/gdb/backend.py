@@ -97,7 +97,7 @@ class QemuGdbBackend(Backend):
         """Connect, which pauses a VM that runs. Raises `BackendError`."""
         spec = f"qemu-gdb:{self.where}"
         try:
-            async with fail_after_listening(_CONNECT):
+            with fail_after_listening(_CONNECT):
                 # Connecting pauses the VM, so who has paused it is not to be seen afterwards.
                 self._theirs = await self._was_paused()
                 connection = await self._connect()
@@ -211,8 +211,8 @@ class QemuGdbBackend(Backend):
         if self._stop_log is not None:
             self._stop_log.close()
         if not self._started and self._client.why_lost is None:
-            with suppress(TimeoutError):
-                async with fail_after_listening(_DETACH), reading(self._client):
+            with suppress(TimeoutError), fail_after_listening(_DETACH):
+                async with reading(self._client):
                     if self.options.leave == "wait":
                         await self._set_breakpoints()
                     self._stops.paused = self._theirs or self._prelaunch
@@ -258,9 +258,12 @@ class QemuGdbBackend(Backend):
             finally:
                 self._stops.end()
                 self._watching.cancel()
-                with anyio.CancelScope(shield=True), suppress(TimeoutError):
-                    async with fail_after_listening(_DETACH):
-                        await self._detach()
+                with (
+                    anyio.CancelScope(shield=True),
+                    suppress(TimeoutError),
+                    fail_after_listening(_DETACH),
+                ):
+                    await self._detach()
                 shield.cancel()
         if refused is not None:
             raise BackendError(f"qemu-gdb:{self.where}: {refused}")

@@ -149,7 +149,7 @@ class QemuPluginBackend(Backend):
         why = "QEMU has ended"
         self._connected += 1
         try:
-            async with fail_after_listening(_HANDSHAKE):
+            with fail_after_listening(_HANDSHAKE):
                 hello, ram = await self._shake_hands(connected, frames)
             with ram or nullcontext(), self._place_of(hello) as place:
                 vcpu = Vcpu(connected, frames, place * MAX_VCPUS + hello.vcpu, ram)
