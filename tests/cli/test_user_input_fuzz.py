@@ -233,7 +233,7 @@ def test_urls_that_nothing_can_come_of_are_refused(url):
         (b"[server]\ntimeout = " + b"9" * 5000, "has a value that cannot be read"),
         (b"a = " + b"[" * 5000 + b"]" * 5000, "is nested too deeply"),
         (b"\xef\xbb\xbf[server]\n", "begins with a byte order mark"),
-        (b"\xff\xfe", "can't decode"),
+        (b"\xff\xfe", "is not text in UTF-8"),
     ],
 )
 def test_files_that_are_no_configuration_are_one_line(capsys, tmp_path, text, told):

@@ -72,7 +72,7 @@ class TestHandlers:
         ([*RUN, "run.mcap"], 2, "no backend for 'run.mcap': did you mean replay:run.mcap?"),
         ([*RUN, "unicron:x"], 2, "no backend for 'unicron:x': did you mean unicorn:...?"),
         ([*RUN, "unicorn:guest.bin", "--config", "binary.toml"], 2,
-         "binary.toml:2: is no text in UTF-8"),
+         "binary.toml:2: is not text in UTF-8"),
         (["qemu", "build-plugin", "--foo"], 2,
          "Unknown option: --foo; see 'vmibridge qemu build-plugin --help'"),
         (["recordings", "get"], 2, "NAME is missing; see 'vmibridge recordings get --help'"),

@@ -115,7 +115,7 @@ def test_a_failing_replay_is_reported_as_the_command_does(folder):
         "            got       0x2",
         "  probe/add value1: 3 requests, from trap 1 of vm vm: expected 0x1, got 0x2; +1 in each",
         "run.mcap: 3 requests compared, 3 different",
-        "handler probe: its source has changed since",
+        "handler probe: replay_parts.py has changed since the recording",
     ):
         assert line in done.stdout, done.stdout
     assert "Traceback" not in done.stdout
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_told_in_a_line(folder):
         f'"none.mcap", Probe, {ADDS}': "none.mcap: ",
         '"run.mcap", Probe, requests=0x55': "run.mcap: no request could be compared",
         '"run.mcap", Probe, vms="web"': "has no VM 'web'",
-        '"run.mcap", Probe, ignore="nonsense"': "is no rule of what to ignore",
+        '"run.mcap", Probe, ignore="nonsense"': "is not a rule of what to ignore",
         '"run.mcap"': "a replay has at least one handler",
         "": "`replay` is of a test with @pytest.mark.recording",
     }

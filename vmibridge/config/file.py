@@ -159,7 +159,7 @@ class Config:
             raise ConfigError(f"{path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             line = 1 + error.object.count(b"\n", 0, error.start)
-            raise ConfigError(f"{path}:{line}: is no text in UTF-8") from error
+            raise ConfigError(f"{path}:{line}: is not text in UTF-8") from error
         except ValueError as error:  # a path with a NUL
             raise ConfigError(f"{path}: {error}") from error
         if text.startswith("\ufeff"):

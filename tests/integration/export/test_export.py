@@ -103,7 +103,7 @@ class TestAnyFormat:
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_tells_that_it_cannot_be_written(self, run, name, tmp_path):
-        with pytest.raises(RecordingError, match=r"none/x.*: No such file"):
+        with pytest.raises(RecordingError, match=r"none/x.*: there is no folder"):
             export(run[0], name, tmp_path / "none" / "x")
 
     @pytest.mark.parametrize(

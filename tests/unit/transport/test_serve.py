@@ -178,7 +178,7 @@ class TestStop:
                 await AgentServer([url], lambda _: Echo()).run()
 
     async def test_and_a_folder_that_is_not_there(self, tmp_path):
-        with pytest.raises(BackendError, match="No such file"):
+        with pytest.raises(BackendError, match="there is no folder"):
             await AgentServer([f"unix:{tmp_path}/no/x.sock"], lambda _: Echo()).run()
 
     async def test_of_several_places_none_is_left_when_one_cannot_be_had(self, url):
