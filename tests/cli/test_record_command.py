@@ -221,7 +221,7 @@ def test_recover_tells_what_was_lost_and_what_is_kept(vmibridge, truncated, tmp_
 def test_recover_as_json(vmibridge, truncated):
     done = vmibridge("recover", "run.mcap", "--output", "clean.mcap", "--json")
     told = json.loads(done.stdout)
-    kinds = {"session": 1, "trap": 4, "memory": 0, "reply": 4, "note": 2, "step": 3}
+    kinds = {"session": 1, "trap": 4, "memory": 0, "outside": 0, "reply": 4, "note": 2, "step": 3}
     assert told["messages"] == kinds
     assert (told["complete"], told["problem_count"], len(told["problems"])) == (False, 1, 1)
 

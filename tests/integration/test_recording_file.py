@@ -20,7 +20,7 @@ from vmibridge import Bridge, BridgeServer, open_backend
 from vmibridge.recording.file.recover import recover
 from vmibridge.recording.recorder import Recorder
 
-TOPICS = ["session", "trap", "memory", "reply", "note", "step"]
+TOPICS = ["session", "trap", "memory", "reply", "note", "step", "outside"]
 COUNT = 30
 """Calls of the guest, each with a trap and a reply; it then has memory reversed, once."""
 
@@ -29,13 +29,18 @@ INDEXED = "recorded with message indexes"
 HOW = ["recorded", INDEXED, "recovered", "recovered from a damaged one"]
 
 
+async def fetch():
+    return {"known": True}
+
+
 class Waits(Echo):
-    """Is suspended, so that what it does then is in the recording."""
+    """Is suspended, and asks somebody else: that is in the recording."""
 
     name = "echo"
 
     async def handle(self, vmi, packet):
         await anyio.sleep(0)
+        await vmi.outside("verdict", fetch)
         return await super().handle(vmi, packet)
 
 
@@ -111,7 +116,7 @@ def fits(value, schema, whole):
 
 
 @READERS
-def test_has_six_channels_that_say_what_they_hold(content, reader):
+def test_has_seven_channels_that_say_what_they_hold(content, reader):
     assert reader(content).get_header().profile == "vmibridge"
     summary = reader(content).get_summary()
     assert [channel.topic for channel in summary.channels.values()] == TOPICS
@@ -146,7 +151,7 @@ def test_the_statistics_and_the_chunk_indexes_are_right(content, reader):
         counts[channel.id] = counts.get(channel.id, 0) + 1
     assert statistics.channel_message_counts == counts
     assert (statistics.message_count, statistics.chunk_count) == (len(found), len(chunks))
-    assert (statistics.channel_count, statistics.schema_count) == (6, 6)
+    assert (statistics.channel_count, statistics.schema_count) == (7, 7)
     assert (statistics.message_start_time, statistics.message_end_time) == (times[0], times[-1])
     assert times == sorted(times)
     assert [chunk.compression for chunk in chunks] == ["zstd"] * len(chunks)

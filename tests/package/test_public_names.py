@@ -97,8 +97,9 @@ def test_what_the_package_offers_is_public_where_it_is_made() -> None:
 
 
 def kind_and_name(name: str) -> tuple[int, str]:
-    """The order of an import list: CONSTANTS, Classes, functions."""
-    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+    """The order of an import list: CONSTANTS, Classes, functions; I8 before I16."""
+    kind = 0 if name.isupper() else 1 if name[0].isupper() else 2
+    return kind, re.sub(r"\d+", lambda number: number[0].zfill(9), name)
 
 
 def has_docstring(thing: object) -> bool:
