@@ -142,6 +142,38 @@ async def test_one_that_is_told_to_wait_asks_again(path, tmp_path):
     assert (backend.result.compared, backend.result.different) == (41, 0)
 
 
+async def test_what_comes_behind_a_retry_that_was_made_up_is_answered(tmp_path):
+    path, handler = tmp_path / "run.mcap", Probe()
+    handler.let_go.set()
+
+    async def guest(vm):
+        await vm.call(ask(3))
+        for value in range(20):
+            await vm.call(ask(1, value))
+
+    async with Recorder(path) as recorder, FakeGuest(guest) as vm:
+        async for _ in BridgeServer([vm], lambda _: Bridge(handler), taps=[recorder]).run():
+            pass
+    # Slower now: it is told to wait, as it was not when it was recorded.
+    slower = Probe()
+    waits = 0
+
+    async def on_outcome(outcome):
+        nonlocal waits
+        waits += outcome.kind is OutcomeKind.WAITING
+        if waits == 3:
+            slower.let_go.set()
+
+    backend = open_backend(f"replay:{path}?loop=2")
+    url = f"unix:{tmp_path}/s.sock"
+    with anyio.fail_after(60):
+        async with served(url, slower, on_outcome=on_outcome):
+            agent, _ = await carry(backend, url)
+    assert waits >= 3
+    assert (backend.result.compared, backend.result.different) == (42, 0)
+    assert agent.counts.answered == agent.counts.traps == 42 + waits
+
+
 async def test_a_load_is_played_again_and_again_with_figures(path, tmp_path):
     handler = Prompt()
     backend = open_backend(f"replay:{path}?loop=3")

@@ -35,11 +35,12 @@ from vmibridge.errors import BackendError, BackendSpecError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, Step, architecture_of
 from vmibridge.recording.replay import options as reasons
+from vmibridge.recording.replay.carried import CarriedTraps
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.memory import ReplayedMemory
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.order import RecordedOrder
-from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.request import MADE, ReplayedRequest
 from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.tally import Tally
 from vmibridge.recording.replay.verdict import Verdict
@@ -49,7 +50,6 @@ from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 _MAX_OPEN = 16_384
 """Requests that may be open at a time."""
-_DENIED = OutcomeKind.DENIED
 _DEADLINES = (OutcomeKind.WAITING, OutcomeKind.TIMEOUT, OutcomeKind.CANCELLED)
 
 
@@ -90,6 +90,7 @@ class ReplayBackend(Backend, Tap):
         self.conductor: RecordedOrder = RecordedOrder(self._walk, self._open, options)
         self._tally.result.outside = self.conductor.fetched.called
         self._memory = ReplayedMemory(self._walk, self._open)
+        self._carried = CarriedTraps()
         self._stop_for: Callable[[Exception], None]
         self._sink: TrapSink
 
@@ -153,6 +154,7 @@ class ReplayBackend(Backend, Tap):
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Take the answer. Raises `BackendError` for a trap that waits for none."""
+        event = self._carried.end(event)
         if event.seq not in self._unanswered:
             raise BackendError(f"trap {event.seq} was answered before, or never played")
         if writes is None or not self._has_server:
@@ -161,11 +163,11 @@ class ReplayBackend(Backend, Tap):
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """The recorded bytes. Waits where the recording was not read as far."""
-        return await self._memory.read(event, address, size)
+        return await self._memory.read(self._carried.played(event), address, size)
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """As it went then. Waits where the recording was not read as far."""
-        await self._memory.write(event, address, data)
+        await self._memory.write(self._carried.played(event), address, data)
 
     def begin(
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
@@ -251,7 +253,7 @@ class ReplayBackend(Backend, Tap):
                 # What it did before is in another file, or lost.
                 self._tally.leave_unchecked(reasons.BEFORE, event, time)
             return True
-        if (why := self._why_not(event, about)) is not None:
+        if (why := self._tally.why_not(event, about)) is not None:
             denial = about if isinstance(about, Reply) else None
             self._tally.leave_unchecked(why, event, time, denial)
             return True
@@ -276,15 +278,6 @@ class ReplayBackend(Backend, Tap):
         waits = self.conductor.is_asked and not request.queued
         self._feed(request, event, Awaited.BEGUN if waits else Awaited.TAKEN)
         return True
-
-    def _why_not(self, event: TrapEvent, about: object) -> str | None:
-        """Why a trap is not asked; `about`: what was recorded of it next."""
-        if isinstance(about, Reply) and about.vm == self._name and about.kind is _DENIED:
-            return "the policy denied it"
-        left_out = self._tally.left_out(event) - {"memory", "outside"}
-        if left_out:
-            return f"{', '.join(sorted(left_out))} was left out of the recording"
-        return None
 
     def _walk_retry(self, request: ReplayedRequest, event: TrapEvent) -> None:
         request.seqs = (*request.seqs, event.seq)
@@ -364,7 +357,7 @@ class ReplayBackend(Backend, Tap):
             return True
         if reply.kind is OutcomeKind.CANCELLED:
             if reply.error == GONE:
-                self._sink.abandon(self._unanswered[reply.seq])
+                self._sink.abandon(self._carried.carried(self._unanswered[reply.seq]))
         elif not self.conductor.has_steps:
             return self._walk.is_due(time) and self.conductor.let_pass(request, reply.kind)
         elif reply.kind is OutcomeKind.WAITING and not request.final_wait:
@@ -391,13 +384,15 @@ class ReplayBackend(Backend, Tap):
         self._put(event)
 
     def _put(self, event: TrapEvent) -> None:
+        if not self._has_server:
+            event = self._carried.carry(event, made_up=event.seq >> MADE != 0)
         feed(self._sink, event, self._hold, self._refuse)
 
     def _hold(self, event: TrapEvent) -> None:
         self._walk.feed_later(self._sink, event, self._refuse)
 
     def _refuse(self, event: TrapEvent) -> None:
-        self._unanswered.pop(event.seq, None)
+        self._unanswered.pop(self._carried.end(event).seq, None)
         self.stop()
 
     def _answer(

@@ -41,7 +41,7 @@ _MAX_KEPT = 100_000
 """The same, where all of them are to be accepted."""
 _MAX_FIELDS = 64
 _SHOWN = 16
-_MADE = 40
+MADE = 40
 """Bits of a number above which is how many retries of it were made up. A recording of a replay
 has such numbers, too: so the next one follows the latest of its request."""
 _UNKNOWN = "it is not in the recording"
@@ -291,9 +291,9 @@ class ReplayedRequest:
         """One more retry, which the recording does not have, and the number of the one before it
         that was made up, too: it is answered."""
         latest = self.seqs[-1] if self.seqs else self.event.seq
-        round_ = (latest >> _MADE) + 1
+        round_ = (latest >> MADE) + 1
         before = self._made
-        number = self._made = (self.event.seq & ((1 << _MADE) - 1)) | round_ << _MADE
+        number = self._made = (self.event.seq & ((1 << MADE) - 1)) | round_ << MADE
         self.seqs = (*(seq for seq in self.seqs if seq != before), number)
         return msgspec.structs.replace(self.event, seq=number), before
 

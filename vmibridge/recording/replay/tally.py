@@ -17,6 +17,7 @@ __all__ = ["Tally"]
 
 
 _NOTHING: frozenset[str] = frozenset()
+_DENIED = OutcomeKind.DENIED
 
 
 class Tally:
@@ -56,6 +57,15 @@ class Tally:
         self.started = self.started or time
         verdict = self.verdict
         return verdict.selects and verdict.is_behind(event.seq, time, self.started)
+
+    def why_not(self, event: TrapEvent, about: object) -> str | None:
+        """Why a trap is not asked; `about`: what was recorded of it next."""
+        if isinstance(about, Reply) and about.vm == self._vm and about.kind is _DENIED:
+            return "the policy denied it"
+        left_out = self.left_out(event) - {"memory", "outside"}
+        if left_out:
+            return f"{', '.join(sorted(left_out))} was left out of the recording"
+        return None
 
     def left_out(self, event: TrapEvent) -> frozenset[str]:
         """What the recording lacks of a request: `memory`, names of values."""
