@@ -16,8 +16,8 @@ from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.made_with import remember_settings
 from vmibridge.config import foreign
-from vmibridge.config.checks import Checks
 from vmibridge.config.file import Config
+from vmibridge.config.handler_checks import Checks
 from vmibridge.config.sources import Offered, SourceReader, find_handlers, offered_by
 from vmibridge.errors import HandlerLoadError, MissingExtraError, VmiBridgeError
 from vmibridge.text import type_name
