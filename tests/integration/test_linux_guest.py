@@ -13,6 +13,7 @@ from linux_guest import LIMIT, LinuxGuest, built_guest, exchange
 
 from vmibridge import TrapReason
 from vmibridge.engine.access_policy import Policy
+from vmibridge.recording import Recorder, Replay
 
 pytestmark = pytest.mark.anyio
 
@@ -101,6 +102,22 @@ async def test_programs_and_the_kernel_call_by_each_instruction(linux, cpus):
         (ring, width, reason, cpu)
         for (ring, width), reason, cpu in product(CALLERS.values(), reasons, range(cpus))
     }
+
+
+@on_asyncio
+@pytest.mark.parametrize("now", ["asyncio", "trio"])
+async def test_two_vcpus_with_slow_jobs_replay_without_a_difference(linux, tmp_path, now):
+    path = tmp_path / "run.mcap"
+    with anyio.fail_after(LIMIT):
+        async with Recorder(path) as recorder:
+            settings = {"taps": [recorder]}
+            boot = await linux.boot("user,kernel", exchange(), settings, cpus=2, count=COUNT)
+        assert boot.lines[-1] == "all right", boot.lines
+        async with Replay(path, exchange(), loop=now) as replay:
+            result = await replay.run()
+    kinds = Counter(outcome.kind.value for outcome in boot.outcomes)
+    assert kinds["waiting"] > 0, "the jobs were slow"
+    assert (result.compared, result.different) == (kinds["handled"], 0)
 
 
 class Liar(StandardHandler):
