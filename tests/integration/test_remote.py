@@ -148,7 +148,8 @@ class TestTime:
                 while not outcomes:
                     await anyio.sleep(0.001)
         assert end.vcpus[0].registers["rax"] == 0xBAD
-        assert agent.counts.own == 1
+        # What the server says to the CANCEL may come before the agent has answered itself.
+        assert agent.counts.own + agent.counts.answered == 1
         assert outcomes[0].kind is OutcomeKind.CANCELLED
 
 
