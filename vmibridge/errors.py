@@ -6,6 +6,7 @@ it ends in an `Outcome`.
 """
 
 import sys
+from operator import index
 from types import MappingProxyType
 
 __all__ = [
@@ -97,13 +98,19 @@ class Failed(VmiBridgeError):  # noqa: N818 - what a method says: raise Failed(.
     """Raised by a typed method: the guest gets the status *failed*, and nothing else happens.
 
     `code` has 8 bits and is the method's own. `native` has 32 bits, as an errno, an HRESULT or an
-    NTSTATUS; an x86 guest does not see it. Raises `ValueError` for one out of range.
+    NTSTATUS; an x86 guest does not see it. Raises `ValueError` for one out of range, `TypeError`
+    for one that is not a whole number.
     """
 
     def __init__(self, code: int = 0, *, native: int = 0) -> None:
-        super().__init__(f"code {code:#x}, native {native:#x}")
+        try:
+            code, native = index(code), index(native)
+        except TypeError:
+            told = f"code and native are whole numbers, got {code!r} and {native!r}"
+            raise TypeError(told) from None
         if code >> 8 or native >> 32:
             raise ValueError(f"code has 8 bits and native 32, got {code!r} and {native!r}")
+        super().__init__(f"code {code:#x}, native {native:#x}")
         self.code: int = code
         self.native: int = native
 

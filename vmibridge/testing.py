@@ -16,6 +16,7 @@ from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.dispatch import Bridge, Target
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.parameters import Room
 from vmibridge.errors import BackendError, GuestMemoryError, TrapQueueClosedError
 from vmibridge.vm.backend import (
     Backend,
@@ -25,9 +26,10 @@ from vmibridge.vm.backend import (
     TrapSink,
     VcpuEnd,
 )
+from vmibridge.vm.memory import GuestMemory
 from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
-__all__ = ["FakeBackend", "FakeGuest", "FakeMemory", "drive"]
+__all__ = ["FakeBackend", "FakeGuest", "FakeMemory", "FakeRoom", "drive"]
 
 _PAGE = 4096
 
@@ -73,6 +75,22 @@ class FakeMemory:
 
 def _pages(address: int, size: int) -> set[int]:
     return set(range(address // _PAGE, -(-(address + size) // _PAGE)))
+
+
+class FakeRoom(Room):
+    """A buffer for a typed method that a test calls itself; `data` is what it has put there."""
+
+    def __init__(self, capacity: int) -> None:
+        """So many bytes, all of them zeros."""
+        memory = FakeBackend(memory={0: bytes(capacity)})
+        event = TrapEvent(1, TrapReason.VMCALL, Registers())
+        super().__init__(GuestMemory(memory, event), 0, capacity)
+        self._backend = memory
+
+    @property
+    def data(self) -> bytes:
+        """All of it, as it is now."""
+        return self._backend.memory[0]
 
 
 class FakeBackend(Backend):

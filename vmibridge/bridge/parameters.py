@@ -81,6 +81,8 @@ class GuestText(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
+        if self.encoding == "utf-16-le" and self.limit % 2:
+            raise ValueError(f"a limit of UTF-16 is even, not {self.limit}")
         if self.encoding not in ("utf-8", "utf-16-le"):
             raise ValueError(f"text is 'utf-8' or 'utf-16-le', not {self.encoding!r}")
 

@@ -37,22 +37,31 @@ _TYPE_OF: Mapping[type[msgspec.Struct], type] = {
 }
 
 
-def is_plain(function: Callable[..., object]) -> bool:
-    """Whether a method takes `(self, vmi, packet)`, and decodes its packet itself."""
+def _is_plain(where: str, function: Callable[..., object]) -> bool:
+    """Whether a method takes `(self, vmi, packet)`, and decodes its packet itself.
+
+    Raises `TypeError` for what is nearly that: it would be called with the wrong things.
+    """
     # Of what wraps it: that is what is called.
     declared = list(signature(function, follow_wrapped=False).parameters.values())
-    if any(each.kind in (Declared.VAR_POSITIONAL, Declared.VAR_KEYWORD) for each in declared):
-        return True
-    names = [each.name for each in declared]
-    if names[1:] == ["vmi", "packet"]:
-        return True
     hints = [each.annotation for each in declared[1:]]
-    if not hints:
-        return False
+    if hints and all(hint is Declared.empty for hint in hints):
+        return True
+    if not declared or (
+        declared[0].name != "self" and declared[0].annotation is not Declared.empty
+    ):
+        raise TypeError(f"{where} takes no self")
+    if [each.name for each in declared[1:]] == ["vmi", "packet"]:
+        return not (typing.get_origin(hints[1]) is Annotated or hints[1] in _TYPE_OF.values())
+    packets = [_is_packet(hint) for hint in hints]
+    if any(packets) and packets != [False, True]:
+        raise TypeError(f"{where}: write (self, vmi, packet), or parameters with types")
+    return any(packets)
+
+
+def _is_packet(hint: object) -> bool:
     # As a text, too: its name may be there for type checkers alone.
-    return all(hint is Declared.empty for hint in hints) or any(
-        hint is BridgePacket or str(hint).rpartition(".")[2] == "BridgePacket" for hint in hints
-    )
+    return hint is BridgePacket or str(hint).rpartition(".")[2] == "BridgePacket"
 
 
 def compile_method(cls: type, name: str, code: int) -> TypedMethod | None:
@@ -61,9 +70,9 @@ def compile_method(cls: type, name: str, code: int) -> TypedMethod | None:
     Raises `TypeError`, with the name of the parameter, for a signature that cannot be served.
     """
     function = getattr(cls, name)
-    if not isfunction(function) or is_plain(function):
-        return None
     where = f"{cls.__name__}.{name}"
+    if not isfunction(function) or _is_plain(where, function):
+        return None
     try:
         hints = typing.get_type_hints(function, localns=dict(vars(cls)), include_extras=True)
     except Exception as error:
@@ -80,6 +89,8 @@ def compile_method(cls: type, name: str, code: int) -> TypedMethod | None:
             )
         if each.kind is Declared.KEYWORD_ONLY:
             raise TypeError(f"{where}: {each.name} is for keywords alone, which no guest has")
+        if each.kind is not Declared.POSITIONAL_OR_KEYWORD or each.default is not Declared.empty:
+            raise TypeError(f"{where}: a guest gives all words: {each} may be left out")
         if hints[each.name] is BridgeContext:
             if context_at is not None:
                 raise TypeError(f"{where}: {each.name} is a second BridgeContext")
@@ -92,31 +103,41 @@ def compile_method(cls: type, name: str, code: int) -> TypedMethod | None:
             f"{where} takes {words} words, a request has {MAX_WORDS}: two for bytes and for a"
             " room, one for all else"
         )
+    return TypedMethod(code, tuple(parameters), _result(where, hints), context_at)
+
+
+def _result(where: str, hints: Mapping[str, Any]) -> Parameter | None:
     if "return" not in hints:
         raise TypeError(f"{where} does not say what it gives: '-> None', or '-> U32'")
-    result: Parameter | None = None
-    if hints["return"] is not NoneType:
-        result = _parameter(where, "what it gives", hints["return"])
-        if not isinstance(result.spec, GuestInt):
-            raise TypeError(f"{where}: what it gives is a number or None; a Room takes more")
-    return TypedMethod(code, tuple(parameters), result, context_at)
+    if hints["return"] is NoneType:
+        return None
+    result = _parameter(where, "what it gives", hints["return"], takes=_NUMBERS)
+    if not isinstance(result.spec, GuestInt):
+        raise TypeError(f"{where}: what it gives is a number or None; a Room takes more")
+    return result
 
 
-def _parameter(where: str, name: str, hint: Any) -> Parameter:
+_NUMBERS = "U8 to U64, I8 to I64, bool, an IntEnum, an IntFlag"
+_TEXTS = (
+    ", Annotated[str, GuestText(LIMIT)], Annotated[bytes, GuestBytes(LIMIT)],"
+    " Annotated[Room, GuestRoom(LIMIT)]"
+)
+
+
+def _parameter(where: str, name: str, hint: Any, takes: str = _NUMBERS + _TEXTS) -> Parameter:
     optional = False
     if typing.get_origin(hint) in (Union, UnionType):
         inner = [each for each in typing.get_args(hint) if each is not NoneType]
         optional = len(inner) == 1 and len(typing.get_args(hint)) == 2
         if optional:
             hint = inner[0]
-    found = _plain_parameter(name, hint)
+    try:
+        found = _plain_parameter(name, hint)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if found is None:
-        shown = getattr(hint, "__name__", None) or str(hint)
-        raise TypeError(
-            f"{where}: {name} is of type {shown}: take U8 to U64, I8 to I64, bool, an IntEnum, an"
-            " IntFlag, Annotated[str, GuestText(LIMIT)], Annotated[bytes, GuestBytes(LIMIT)] or"
-            " Annotated[Room, GuestRoom(LIMIT)]"
-        )
+        shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise TypeError(f"{where}: {name} is of type {shown}, not one of: {takes}")
     if optional:
         if isinstance(found.spec, GuestInt):
             raise TypeError(f"{where}: {name} is a number, which cannot be None")
@@ -153,6 +174,8 @@ def _members(
     name: str, kind: type[enum.IntEnum] | type[enum.IntFlag], spec: GuestInt | None
 ) -> Parameter:
     values = [each.value for each in kind]
+    if not values:
+        raise ValueError(f"{name} is of type {kind.__name__}, which has no member")
     if spec is None:
         # What a C compiler takes for an enum, where it is enough.
         signed = any(value < 0 for value in values)

@@ -4,7 +4,8 @@
 - Everything is checked before the body runs: widths, members, lengths, addresses, encodings, and
   that each room can be written. So a body that ran was asked for something whole.
 - value1 of the answer is a status (`bridge/status.py`) whose stage is the low byte of the method
-  code; value2 is what the method gave. Of a parameter that is wrong the code is its number, from 1.
+  code; value2 is what the method gave. Of a parameter that is wrong the code is its number, from 1;
+  0 is the block of a 32-bit guest.
 
 | status | value2 | when |
 |---|---|---|
@@ -47,6 +48,8 @@ from vmibridge.errors import Failed, GuestMemoryError, GuestPageFaultError
 from vmibridge.text import repr_of
 from vmibridge.vm.memory import GuestMemory
 
+_BLOCK = 0
+"""The number of the block of a 32-bit guest, where a parameter that is wrong is told."""
 _FIXED_FIELDS = 2
 """Of a register form: magic, and request with method."""
 _UPPER_HALF = 0xFFFF_FFFF << 32
@@ -121,7 +124,7 @@ class TypedMethod:
         Raises what the method raises, but for `Failed`; `TypeError` and `ValueError` when it gives
         something else than it says.
         """
-        rooms: list[Room] = []
+        rooms: dict[int, Room] = {}
         block: int | None = None
         try:
             # Mostly numbers in registers: nothing is awaited on the way to the body.
@@ -141,9 +144,10 @@ class TypedMethod:
         except Failed as failed:
             return self._told(StatusKind.FAILED, failed.code, failed.native)
         except GuestMemoryError as error:
-            if not any(room.fault is error for room in rooms):
-                raise
-            return self._of_memory(error)
+            for number, room in rooms.items():
+                if room.fault is error:
+                    return self._of_memory(error, number)
+            raise
         word = 0
         if self.result is not None:
             word = word_of(self.result, given)
@@ -153,10 +157,10 @@ class TypedMethod:
             raise TypeError(f"the method gave {repr_of(given)[:80]}, and says that it gives None")
         return BridgeResponse(self._success, word, output=given)
 
-    def _of_memory(self, error: GuestMemoryError) -> BridgeResponse[Any]:
+    def _of_memory(self, error: GuestMemoryError, number: int = _BLOCK) -> BridgeResponse[Any]:
         if isinstance(error, GuestPageFaultError):
             return self._told(StatusKind.TOUCH, value2=error.address)
-        return self._told(StatusKind.INVALID_PARAMETERS)
+        return self._told(StatusKind.INVALID_PARAMETERS, number)
 
     def _told(
         self, kind: StatusKind, code: int = 0, native: int = 0, value2: int = 0
@@ -199,7 +203,7 @@ class TypedMethod:
         return signs
 
     async def _arguments(
-        self, memory: GuestMemory, words: tuple[int, ...], rooms: list[Room]
+        self, memory: GuestMemory, words: tuple[int, ...], rooms: dict[int, Room]
     ) -> list[Any]:
         arguments: list[Any] = []
         at = 0
@@ -215,7 +219,7 @@ class TypedMethod:
                 # `UnicodeDecodeError` is a ValueError.
                 raise _WrongParameterError(number) from None
             if isinstance(argument, Room):
-                rooms.append(argument)
+                rooms[number] = argument
             arguments.append(argument)
         return arguments
 

@@ -207,8 +207,14 @@ class GuestMemory:
     async def _check_writable(self, event: TrapEvent, address: int, size: int) -> None:
         while size > 0:
             page = await self._translate(event, address, write=True)
-            address += page.left
-            size -= page.left
+            count = min(size, page.left)
+            # Page tables may lead to where there is no memory, and without paging nothing else says
+            # so. Both ends are looked at: memory has no holes of less than a page.
+            await self._fetch(event, address, page.physical, 1)
+            if count > 1:
+                await self._fetch(event, address + count - 1, page.physical + count - 1, 1)
+            address += count
+            size -= count
 
     async def _read_text(self, address: int, limit: int, end: bytes) -> bytes:
         _bound(address, 0)

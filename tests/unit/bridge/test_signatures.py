@@ -114,6 +114,49 @@ class TestRefused:
         with pytest.raises(TypeError, match=r"^Files\.ask takes 5 words, a request has 4"):
             made(ask)
 
+    def test_what_is_nearly_a_context_and_a_packet(self):
+        async def turned(self, packet: BridgePacket, vmi: BridgeContext): ...
+
+        async def with_more(self, packet: BridgePacket, size: U8): ...
+
+        async def behind(self, size: U8, other: U8, packet: BridgePacket): ...
+
+        for wrong in (turned, with_more, behind):
+            with pytest.raises(TypeError, match=r"^Files\.ask: write \(self, vmi, packet\), or"):
+                made(wrong)
+
+        async def number(self, vmi, packet: U8) -> U8: ...
+
+        with pytest.raises(TypeError, match=r"^Files\.ask does not take .*: vmi has no type"):
+            made(number)
+
+    def test_one_without_self(self):
+        async def nothing() -> U8: ...
+
+        async def size(size: U8) -> U8: ...
+
+        for wrong in (nothing, size):
+            with pytest.raises(TypeError, match=r"^Files\.ask takes no self"):
+                made(wrong)
+
+    def test_what_a_guest_cannot_leave_out(self):
+        async def some(self, *sizes: U32) -> U32: ...
+
+        async def default(self, size: U32 = 3) -> U32: ...
+
+        for wrong in (some, default):
+            with pytest.raises(TypeError, match=r"^Files\.ask: a guest gives all words"):
+                made(wrong)
+
+    def test_an_enum_without_members(self):
+        class Empty(IntEnum):
+            pass
+
+        async def ask(self, mode: Empty) -> None: ...
+
+        with pytest.raises(ValueError, match=r"^Files\.ask: mode is of type Empty, which has no"):
+            made(ask)
+
     def test_a_parameter_without_a_type(self):
         async def ask(self, size: U32, other) -> None: ...
 
@@ -171,11 +214,14 @@ class TestRefused:
     def test_an_encoding_that_is_not_served(self):
         with pytest.raises(ValueError, match="'utf-8' or 'utf-16-le', not 'latin-1'"):
             GuestText(4, "latin-1")
+        with pytest.raises(ValueError, match="a limit of UTF-16 is even, not 3"):
+            GuestText(3, "utf-16-le")
 
     def test_a_member_that_the_width_does_not_hold(self):
         async def ask(self, flags: Annotated[Flags, GuestInt(32)]) -> None: ...
 
-        with pytest.raises(ValueError, match="flags is 0x10000000000, which 32 bits do not hold"):
+        told = r"^Files\.ask: flags is 0x10000000000, which 32 bits do not hold"
+        with pytest.raises(ValueError, match=told):
             made(ask)
 
 

@@ -42,7 +42,7 @@ from vmibridge.bridge.contract import (
     STANDARD_VERIFY_VALUE4,
 )
 from vmibridge.bridge.dispatch import Bridge
-from vmibridge.testing import FakeMemory, drive
+from vmibridge.testing import FakeMemory, FakeRoom, drive
 
 pytestmark = pytest.mark.anyio
 
@@ -235,10 +235,21 @@ class TestBuffers:
         status, value, _ = await ask(6, 3, 0x1000, 8, memory=memory)
         assert (status, value, memory[0x1000]) == (Status(6), 3, b"xxx" + bytes(5))
 
+    async def test_a_room_where_no_memory_is_is_told_before_the_body_runs(self):
+        assert await ask(12, 1, 0xDEAD_0000, 8, memory={0x1000: b"x"}) == (invalid(12, 2), 0, [])
+
     async def test_what_does_not_fit_into_a_room_is_a_fault_of_the_method(self):
         outcome = await drive(Asked(), packet(6, 9, 0x1000, 8), {0x1000: bytes(8)})
         assert outcome.kind is OutcomeKind.FAILED
         assert outcome.error == "ValueError: 9 bytes at 0 do not fit into a room of 8"
+
+    async def test_a_test_fills_a_room_of_its_own(self):
+        room = FakeRoom(4)
+        assert await Asked().fill(1, room) == 4
+        assert await room.fill(b"ab", 1) == 2
+        assert room.data == b"\0ab\0"
+        with pytest.raises(ValueError, match="do not fit into a room of 4"):
+            await room.fill(b"12345")
 
 
 class TestPagesThatAreNotPresent:
@@ -302,6 +313,11 @@ class TestFailures:
         told = await ask(7, 9)
         assert told == (Status(7, StatusKind.FAILED, 9, 0xC000_0034), 0, [])
         assert not caplog.records
+
+    @pytest.mark.parametrize(("code", "native"), [("no such note", 0), (1.5, 0), (0, "x")])
+    def test_one_of_another_type_is_refused_where_it_is_raised(self, code, native):
+        with pytest.raises(TypeError, match="code and native are whole numbers"):
+            raise Failed(code, native=native)
 
     @pytest.mark.parametrize(("code", "native"), [(256, 0), (-1, 0), (0, 1 << 32), (0, -1)])
     def test_one_out_of_range_is_refused_where_it_is_raised(self, code, native):
@@ -369,5 +385,4 @@ def test_whatever_a_guest_gives_is_answered_with_a_status(code, values, width):
         assert len(calls) == 1
     else:
         assert told.kind == StatusKind.INVALID_PARAMETERS
-        # Without page tables a room is found to be none when it is filled.
-        assert calls == [] or code == 12
+        assert calls == []
