@@ -13,7 +13,7 @@ and the test fails if something is different, with what `vmibridge replay` print
 Rules:
 
 - pytest imports this module at each start, for whoever has vmibridge: it imports nothing but pytest
-  until a test asks for `replay`. A mark of the same name without a path and a handler is left alone.
+  until a test asks for `replay`. A mark of the same name without path and handler is left alone.
 - A file is updated by one test at a time, in all workers of xdist: a test has its lock from before
   it is read until it is written. Nothing is written for a test that fails.
 """

@@ -170,7 +170,7 @@ def test_what_is_wrong_is_told_in_a_line(folder):
         for number, each in enumerate(asked)
     ]
     done = run_pytest(folder, test="\n".join([*tests, *alone]))
-    assert outcome(done) == f"{len(wrong) + len(alone)} errors", done.stdout
+    assert outcome(done) == f"1 failed, {len(wrong) - 1 + len(alone)} errors", done.stdout
     assert done.stdout.count("has the fixture `replay`") == len(alone), done.stdout
     for why in wrong.values():
         assert why in done.stdout, done.stdout

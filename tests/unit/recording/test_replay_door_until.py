@@ -78,9 +78,9 @@ async def test_what_never_came_is_named(path):
         ):
             with pytest.raises(NotReplayedError, match=f"is waited for: {name}$"):
                 await replay.until(**asked)
-        with pytest.raises(NotReplayedError, match="is waited for: trap 999, vm 'a'$"):
+        with pytest.raises(NotReplayedError, match=r"is waited for: trap 999, vm 'a'$"):
             await replay.until(999, vm="a")
-        with pytest.raises(NotReplayedError, match="is waited for: one as the function says$"):
+        with pytest.raises(NotReplayedError, match=r"is waited for: one as the function says$"):
             await replay.until(lambda each: each.seq > 999)
-        with pytest.raises(NotReplayedError, match="is waited for: any$"):
+        with pytest.raises(NotReplayedError, match=r"is waited for: any$"):
             await replay.until()

@@ -27,13 +27,11 @@ def check_asked(handlers: Iterable[object]) -> None:
                 " of the name of a VM"
             )
         if isinstance(each, type) and issubclass(each, BridgeHandler):
-            takes, given = "no arguments", ()
-            if each.Settings is not None:
-                takes, given = "its Settings alone", (None,)
+            takes, count = ("no arguments", 0) if each.Settings is None else ("its Settings", 1)
         else:
-            takes, given = "the name of a VM", ("vm",)
+            takes, count = "the name of a VM", 1
         try:
-            inspect.signature(each).bind(*given)
+            inspect.signature(each).bind(*[None] * count)
         except TypeError as error:
             name = getattr(each, "__qualname__", type_name(each))
             raise ConfigError(f"{name} is called with {takes}: {error}") from None
@@ -59,7 +57,7 @@ def _made(asked: Asked, vm: str) -> Target:
     make: Callable[..., Target] = asked
     kind = _kind_of(asked)
     if kind is None:
-        made = make(vm)
+        made: object = make(vm)
         if not isinstance(made, BridgeHandler | BridgeDispatch):
             name = getattr(make, "__qualname__", type_name(make))
             raise ConfigError(f"{name} made no handler for vm {vm}, but {type_name(made)}")

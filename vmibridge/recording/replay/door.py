@@ -87,10 +87,10 @@ class Replay:
     nothing, leaving raises `NotReplayedError` when nothing was compared.
 
     Raises `ConfigError` for values that are none, and for a class or a function that cannot be
-    called so. Entering raises `ConfigError` for a function that makes no handler, `RecordingReadError` for a file
-    that is no recording, `BackendSpecError` for a VM that is not in it, `ValueError` for a setting
-    that is out of bounds and for an instance that would serve two VMs, and what making a handler
-    raises.
+    called so. Entering raises `ConfigError` for a function that makes no handler,
+    `RecordingReadError` for a file that is no recording, `BackendSpecError` for a VM that is not in
+    it, `ValueError` for a setting that is out of bounds and for an instance that would serve two
+    VMs, and what making a handler raises.
     """
 
     def __init__(
