@@ -13,7 +13,7 @@ and the test fails if something is different, with what `vmibridge replay` print
 Rules:
 
 - pytest imports this module at each start, for whoever has vmibridge: it imports nothing but pytest
-  until a test asks for `replay`. A mark of the same name that names no handler is left alone.
+  until a test asks for `replay`. A mark of the same name without path and handler is left alone.
 - A file is updated by one test at a time, in all workers of xdist: a test has its lock from before
   it is read until it is written. Nothing is written for a test that fails.
 """
@@ -68,11 +68,18 @@ def replay(request: pytest.FixtureRequest, replay_handlers: list[Any]) -> Iterat
     """The recording of the mark `recording`, ready to be played. The rest of it is played after the
     test."""
     node = request.node
-    mark = node.get_closest_marker(_MARK)
-    if mark is None or not mark.args:
+    marks = list(node.iter_markers(_MARK))
+    if len(marks) > 1:
+        pytest.fail(
+            f"a test replays one recording, and this one has {len(marks)} marks `{_MARK}`: for"
+            " several, parametrize it or use vmibridge.recording.Replay",
+            pytrace=False,
+        )
+    if not marks or not _has_path(marks[0]):
         pytest.fail(
             f"`replay` is of a test with @pytest.mark.{_MARK}(PATH, HANDLER)", pytrace=False
         )
+    mark = marks[0]
     path, *handlers = mark.args
     file = request.path.parent / path
     updates = bool(request.config.getoption("recording_update"))
@@ -89,9 +96,8 @@ def replay(request: pytest.FixtureRequest, replay_handlers: list[Any]) -> Iterat
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A mark without the fixture would compare nothing."""
-    mark = item.get_closest_marker(_MARK)
     names = getattr(item, "fixturenames", ())
-    if mark is not None and "replay" not in names and any(map(_is_handler, mark.args)):
+    if "replay" not in names and any(map(_has_handler, item.iter_markers(_MARK))):
         pytest.fail(f"a test with @pytest.mark.{_MARK} has the fixture `replay`", pytrace=False)
 
 
@@ -134,7 +140,10 @@ def _begin(file: Path, handlers: list[Any], options: dict[str, Any], loop: Any) 
     try:
         from vmibridge.recording import Replay
 
-        made = Replay(file, *handlers, **options)
+        try:
+            made = Replay(file, *handlers, **options)
+        except TypeError as error:  # a keyword, or the type of a value
+            raise pytest.fail.Exception(str(error), pytrace=False) from None
         made.begin(loop)
     except VmiBridgeError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
@@ -164,11 +173,19 @@ def _loop(request: pytest.FixtureRequest) -> str:
     return "trio" if request.node.get_closest_marker("trio") else "asyncio"
 
 
+def _has_path(mark: pytest.Mark) -> bool:
+    return bool(mark.args) and isinstance(mark.args[0], str | Path)
+
+
+def _has_handler(mark: pytest.Mark) -> bool:
+    """Whether it is ours, and not that of another plugin."""
+    return _has_path(mark) and any(callable(each) or _is_handler(each) for each in mark.args[1:])
+
+
 def _is_handler(thing: object) -> bool:
     # Where it was not imported, nothing is one.
-    module = sys.modules.get("vmibridge.bridge.handler")
-    kind = thing if isinstance(thing, type) else type(thing)
-    return module is not None and issubclass(kind, module.BridgeHandler)
+    module = sys.modules.get("vmibridge.bridge.dispatch")
+    return module is not None and isinstance(thing, module.BridgeHandler | module.BridgeDispatch)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from replay_parts import everything, record
 
 PLUGINS = ("-p", "vmibridge.pytest_plugin", "-p", "anyio", "-p", "no:cacheprovider")
 HANDLERS = """
-from vmibridge import BridgeHandler, BridgeResponse, method
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
 
 class Probe(BridgeHandler):
     MAGIC, REQUEST, VERIFY_VALUE4, name = 0x1234_5678, 1, 0x5747, "probe"
@@ -27,6 +27,12 @@ class Probe(BridgeHandler):
 
 class Changed(Probe):
     MORE, name = 1, "probe"
+
+class Needy(Probe):
+    name = "probe"
+
+    def __init__(self, table):
+        super().__init__()
 
 class Loud(Probe):
     name = "probe"
@@ -146,19 +152,51 @@ def test_what_is_wrong_is_told_in_a_line(folder):
         '"run.mcap", Probe, ignore="nonsense"': "is not a rule of what to ignore",
         '"run.mcap"': "a replay has at least one handler",
         "": "`replay` is of a test with @pytest.mark.recording",
+        "5, Probe": "`replay` is of a test with @pytest.mark.recording",
+        '"run.mcap", "b.mcap", lambda vm: Probe()': "'b.mcap' is no handler: a replay takes",
+        '"run.mcap", lambda: Probe()': "is called with the name of a VM: too many positional",
+        '"run.mcap", Needy': "Needy is called with no arguments: missing a required",
+        '"run.mcap", lambda vm: 5': "made no handler for vm vm, but int",
+        '"run.mcap", Probe, nosuch=1': "Replay() has no keyword 'nosuch'",
     }
     tests = [
         f"@pytest.mark.recording({mark})\ndef test_{number}(replay): pass\n"
         for number, mark in enumerate(wrong)
     ]
-    # It has the mark alone, and would compare nothing.
-    alone = '@pytest.mark.recording("run.mcap", Probe)\ndef test_alone(): pass\n'
-    done = run_pytest(folder, test="\n".join([*tests, alone]))
-    assert outcome(done) == "1 failed, 6 errors", done.stdout
-    for why in (*wrong.values(), "has the fixture `replay`"):
+    # These have the mark alone, and would compare nothing.
+    asked = ("Probe", "Probe()", "lambda vm: Probe()", "Bridge(Probe())")
+    alone = [
+        f'@pytest.mark.recording("run.mcap", {each})\ndef test_alone_{number}(): pass\n'
+        for number, each in enumerate(asked)
+    ]
+    done = run_pytest(folder, test="\n".join([*tests, *alone]))
+    assert outcome(done) == f"1 failed, {len(wrong) - 1 + len(alone)} errors", done.stdout
+    assert done.stdout.count("has the fixture `replay`") == len(alone), done.stdout
+    for why in wrong.values():
         assert why in done.stdout, done.stdout
     assert "The above exception" not in done.stdout
     assert "Traceback" not in done.stdout
+    assert "pytest_plugin.py" not in done.stdout
+
+
+def test_a_test_has_one_recording(folder):
+    done = run_pytest(
+        folder,
+        test="""
+        @pytest.mark.recording("run.mcap", Probe)
+        @pytest.mark.recording("none.mcap", Probe)
+        def test_two(replay):
+            pass
+
+        @pytest.mark.recording("none.mcap", Probe)
+        class TestIt:
+            @pytest.mark.recording("run.mcap", Probe)
+            def test_of_its_class_too(self, replay):
+                pass
+        """,
+    )
+    assert outcome(done) == "2 errors", done.stdout
+    assert done.stdout.count("a test replays one recording, and this one has 2 marks") == 2
     assert "pytest_plugin.py" not in done.stdout
 
 
@@ -276,12 +314,17 @@ class TestOthers:
             def test_mark():
                 pass
 
+            @pytest.mark.recording(lambda: None, "tape.wav")
+            @pytest.mark.recording("tape.wav", "other.wav", 2)
+            def test_marks():
+                pass
+
             @pytest.mark.recording("tape.wav", speed=2)
             def test_fixture(replay):
                 assert replay == "ours"
             """,
         )
-        assert outcome(done) == "2 passed", done.stdout
+        assert outcome(done) == "3 passed", done.stdout
 
     def test_the_mark_is_told(self, folder):
         assert "@pytest.mark.recording(path, *handlers" in run_pytest(folder, "--markers").stdout

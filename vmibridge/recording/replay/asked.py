@@ -1,16 +1,43 @@
 """The handlers that a replay in a program is given, and what each VM gets of them."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from vmibridge.bridge.dispatch import Bridge, BridgeDispatch, Target
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.made_with import remember_settings
+from vmibridge.errors import ConfigError
+from vmibridge.text import repr_of, type_name
 
-__all__ = ["Asked", "make_bridge", "may_share"]
+__all__ = ["Asked", "check_asked", "make_bridge", "may_share"]
 
 Asked: TypeAlias = Target | type[BridgeHandler[Any]] | Callable[[str], Target]
 """An instance, a class, or a function that makes one for the VM that it is given the name of."""
+
+
+def check_asked(handlers: Iterable[object]) -> None:
+    """Raise `ConfigError` for what is no handler, and cannot be called to make one."""
+    for each in handlers:
+        if isinstance(each, BridgeHandler | BridgeDispatch):
+            continue
+        if not callable(each):
+            raise ConfigError(
+                f"{repr_of(each)} is no handler: a replay takes instances, classes, and functions"
+                " of the name of a VM"
+            )
+        if isinstance(each, type) and issubclass(each, BridgeHandler):
+            takes, count = ("no arguments", 0) if each.Settings is None else ("its Settings", 1)
+        else:
+            takes, count = "the name of a VM", 1
+        try:
+            inspect.signature(each).bind(*[None] * count)
+        except TypeError as error:
+            name = getattr(each, "__qualname__", type_name(each))
+            raise ConfigError(f"{name} is called with {takes}: {error}") from None
+        except ValueError:
+            # One of C that does not tell what it takes.
+            continue
 
 
 def make_bridge(handlers: Iterable[Asked], vm: str) -> Bridge:
@@ -30,7 +57,11 @@ def _made(asked: Asked, vm: str) -> Target:
     make: Callable[..., Target] = asked
     kind = _kind_of(asked)
     if kind is None:
-        return make(vm)
+        made: object = make(vm)
+        if not isinstance(made, BridgeHandler | BridgeDispatch):
+            name = getattr(make, "__qualname__", type_name(make))
+            raise ConfigError(f"{name} made no handler for vm {vm}, but {type_name(made)}")
+        return made
     if kind.Settings is None:
         return make()
     settings = kind.Settings()

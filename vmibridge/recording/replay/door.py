@@ -28,7 +28,7 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError, NotReplayedError, ServerStateError
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.replay.accept import Accepted, write_accepted
-from vmibridge.recording.replay.asked import Asked, make_bridge, may_share
+from vmibridge.recording.replay.asked import Asked, check_asked, make_bridge, may_share
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.file_result import FileResult, result_lines
 from vmibridge.recording.replay.ignore import IgnoreRule
@@ -42,6 +42,7 @@ from vmibridge.recording.replay.served import (
     sessions_of,
     vms_asked,
 )
+from vmibridge.recording.replay.sought import Played, Sought, What
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.selection import Selection
 from vmibridge.text import printable
@@ -85,10 +86,11 @@ class Replay:
     it is, and waits for the end; handlers are cancelled then, and left. Where the block raises
     nothing, leaving raises `NotReplayedError` when nothing was compared.
 
-    Raises `ConfigError` for values that are none. Entering raises `RecordingReadError` for a file
-    that is no recording, `BackendSpecError` for a VM that is not in it, `ValueError` for a setting
-    that is out of bounds and for an instance that would serve two VMs, and what making a handler
-    raises.
+    Raises `ConfigError` for values that are none, and for a class or a function that cannot be
+    called so. Entering raises `ConfigError` for a function that makes no handler,
+    `RecordingReadError` for a file that is no recording, `BackendSpecError` for a VM that is not in
+    it, `ValueError` for a setting that is out of bounds and for an instance that would serve two
+    VMs, and what making a handler raises.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Replay:
             raise TypeError(f"Replay() has no keyword {min(unknown)!r}")
         if not handlers:
             raise ConfigError("a replay has at least one handler to ask")
+        check_asked(handlers)
         self.path: Path = Path(path)
         self._handlers = handlers
         self._selection = Selection.parse(
@@ -142,6 +145,7 @@ class Replay:
         self._served: ServedRecording | None = None
         self._differences: list[Difference] = []
         self._notes: list[str] = []
+        self._played = Played()
         self._has_failed = False
         self._own: OwnLoop | None = None
 
@@ -218,7 +222,7 @@ class Replay:
 
     async def until(
         self,
-        what: int | Callable[[RequestResult], bool] | None = None,
+        what: What | None = None,
         /,
         *,
         vm: str | None = None,
@@ -233,28 +237,21 @@ class Replay:
         `what`: the number of a trap of it, or a function. `handler`: its class or its name.
         `method`: its code or its name. Requests are done in the order of their answers.
 
-        Raises `NotReplayedError` when the recording ends before, what the function raises, and as
-        `run` does. If cancelled, ends the replay.
+        Raises `NotReplayedError` when the recording ends before; `ValueError` for a trap that has
+        been played already, in each of the VMs: then nothing is played; `TypeError` and
+        `ValueError` for what is no number, name or class; what the function raises, and as `run`
+        does. If cancelled, ends the replay.
         """
-        name = handler.name if isinstance(handler, type) else handler
-
-        def is_there(result: RequestResult) -> bool:
-            packet = result.packet
-            return (
-                vm in (None, result.vm)
-                and vcpu in (None, result.vcpu)
-                and name in (None, result.handler)
-                and (request is None or (packet is not None and packet.request == request))
-                and (
-                    method in (None, result.method)
-                    or (packet is not None and packet.method == method)
-                )
-                and (what is None or _is(what, result))
-            )
-
-        found = await self._play(is_there)
+        sought = Sought.of(what, vm, vcpu, handler, request, method)
+        if isinstance(what, int):
+            vms = self._is_served().bridges if vm is None else (vm,)
+            if self._played.has(what, vms):
+                raise ValueError(f"{self.path}: trap {what} has been played already")
+        found = await self._play(sought.is_in)
         if found is None:
-            raise NotReplayedError(f"{self.path}: ends before the request that is waited for")
+            raise NotReplayedError(
+                f"{self.path}: ends before the request that is waited for: {sought}"
+            )
         return found
 
     def __aiter__(self) -> Self:
@@ -386,6 +383,7 @@ class Replay:
             self._notes = list(served.notes(has_config=True))
 
     def _hear(self, request: RequestResult) -> None:
+        self._played.add(request)
         difference = request.difference
         if difference is not None:
             if self._verdict.accepted is not None:
@@ -406,12 +404,6 @@ class Replay:
 
 def _several(given: Any) -> Iterator[Any]:
     return iter((given,) if isinstance(given, int | str) else given)
-
-
-def _is(what: int | Callable[[RequestResult], bool], result: RequestResult) -> bool:
-    if callable(what):
-        return bool(what(result))
-    return what == result.seq or what in result.retries
 
 
 def _never(_: RequestResult) -> bool:
