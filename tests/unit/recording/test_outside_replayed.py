@@ -120,6 +120,27 @@ class TestAnUnchangedHandler:
         for other in ("asyncio", "trio"):
             assert_same(replayed(path, NotHeldUp(), other, outside="refuse"))
 
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_that_gives_no_function_gets_the_same_error(self, tmp_path, loop):
+        class Misuses(Outer):
+            @method(1)
+            async def waits(self, vmi, packet):
+                errors = []
+                for wrong in (None, self.fetch(1)):
+                    try:
+                        await vmi.outside("one", wrong)
+                    except TypeError as error:
+                        errors.append(str(error))
+                return self.answer(errors, await vmi.outside("one", lambda: self.fetch(2)))
+
+        class MisusesCutOff(CutOff, Misuses):
+            pass
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 5), ask(2, 5)), Misuses, loop)
+        assert [(each.key, each.number) for each in calls_of(path)] == 2 * [("one", 0)]
+        for other in ("asyncio", "trio"):
+            assert_same(replayed(path, MisusesCutOff(), other, outside="refuse", strict=True))
+
     def test_gets_it_in_real_time_too(self, tmp_path):
         path = recorded(tmp_path / "run.mcap", random_guest(5))
         assert_same(replayed(path, CutOff(), "uvloop", virtual=False))
