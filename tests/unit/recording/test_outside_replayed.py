@@ -195,6 +195,7 @@ class TestAChangedHandler:
         assert handler.fetched == 0
         fields = {each.field: each.got for each in result.first.fields}
         assert "another" in fields["outside"]
+        assert result.first.fields[0].expected == "'one': in the recording, and not called"
         assert "OutsideRefusedError" in fields["error"]
 
     def test_that_catches_the_refusal_differs_all_the_same(self, tmp_path):
@@ -219,6 +220,7 @@ class TestAChangedHandler:
         result = replayed(path, Other())
         assert [each.field for each in result.first.fields] == ["outside", "output"]
         assert "another" in result.first.fields[0].got
+        assert "'one': in the recording" in result.first.fields[0].expected
 
     @pytest.mark.parametrize("loop", ["asyncio", "trio"])
     def test_that_does_not_call_any_more_is_the_same_but_in_a_strict_replay(self, tmp_path, loop):
