@@ -10,7 +10,14 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 import msgspec
 
-from vmibridge.bridge.outside import Fetch, check_key, fetched, in_plain, value_of
+from vmibridge.bridge.outside import (
+    Fetch,
+    check_function,
+    check_key,
+    fetched,
+    in_plain,
+    value_of,
+)
 from vmibridge.vm.memory import GuestMemory, PhysicalMemory
 from vmibridge.vm.trap import TrapEvent
 
@@ -136,9 +143,11 @@ class BridgeContext:
 
         Raises `OutsideError` for whatever `Exception` the function raises, and for a value that
         cannot be recorded; `OutsideRefusedError` in a replay that must not call it; `TypeError`
-        and `ValueError` for a wrong key. If cancelled, so is the function.
+        and `ValueError` for a wrong key; `TypeError` for what is known not to be an async function
+        before it is called. If cancelled, so is the function.
         """
         check_key(key)
+        check_function(function)
         door = None if self._source is None else self._source.outside
         if door is None:
             return in_plain(key, await fetched(key, function), type)

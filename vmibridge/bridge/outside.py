@@ -5,6 +5,7 @@
 - Key, value and text have bounds, which hold in each run, too.
 """
 
+import inspect
 from collections.abc import Awaitable, Callable
 from types import CoroutineType
 from typing import Any, Final, TypeAlias
@@ -18,6 +19,7 @@ __all__ = [
     "MAX_KEY",
     "MAX_VALUE",
     "Fetch",
+    "check_function",
     "check_key",
     "encoded",
     "fetched",
@@ -56,10 +58,21 @@ def check_key(key: object) -> None:
         key.encode()
 
 
+def check_function(function: object) -> None:
+    """Raises `TypeError` for what is known to be no async function before it is called.
+
+    A coroutine that was given instead is closed, unless it has begun.
+    """
+    if not callable(function):
+        if inspect.iscoroutine(function) and inspect.getcoroutinestate(function) == "CORO_CREATED":
+            function.close()  # else Python would warn that it was never awaited
+        raise TypeError(f"vmi.outside calls an async function, got {type(function).__name__}")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError("vmi.outside calls an async function, got one that yields")
+
+
 async def fetched(key: str, fetch: Fetch) -> object:
     """What the function gives. Raises `OutsideError` for an exception of it, whose cause it is."""
-    if not callable(fetch):
-        raise TypeError(f"vmi.outside calls an async function, got {type(fetch).__name__}")
     try:
         awaitable = fetch()
         if type(awaitable) is not CoroutineType and not isinstance(awaitable, Awaitable):

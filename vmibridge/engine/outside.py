@@ -2,7 +2,7 @@
 
 A call is told when it has come to something, so its place among what else is told is that of
 then. One that is cut off by a cancellation is told, too: without that, a replay would take it for
-one that is not in the recording.
+one that is not in the recording. One with a wrong key or function comes not here: it is no call.
 """
 
 from vmibridge.bridge.context import BridgeContext, Door

@@ -1,6 +1,8 @@
 """`vmi.outside`: what a handler gets is the same, whether it is recorded or not."""
 
+import gc
 import math
+from functools import partial
 
 import anyio
 import msgspec
@@ -63,6 +65,42 @@ def gives(value):
         return value
 
     return function
+
+
+async def suspended():
+    """Gives what it is sent."""
+    return await Sent()
+
+
+class Sent:
+    def __await__(self):
+        return (yield)
+
+
+def nothing():
+    return None
+
+
+def coroutine():
+    return suspended()
+
+
+def generator_function():
+    def function():
+        yield 1
+
+    return function
+
+
+def async_generator_function():
+    async def function():
+        yield 1
+
+    return partial(function)
+
+
+WRONG = [nothing, coroutine, generator_function, async_generator_function]
+"""Each gives what is no async function."""
 
 
 class TestAValue:
@@ -168,11 +206,33 @@ class TestAFailure:
         assert "Odd" in heard.error
         assert calls[0].types[0].endswith("Odd")
 
-    async def test_may_be_a_function_that_is_not_async(self):
-        for function in (lambda: 1, 5, None):
-            alone, heard, _ = await outcomes(Asks(function))
-            assert "async" in alone.error
-            assert heard.error == alone.error
+    async def test_may_be_a_function_whose_call_gives_nothing_to_await(self):
+        alone, heard, calls = await outcomes(Asks(lambda: 1))
+        assert "'key': TypeError: the function of vmi.outside has to be async" in alone.error
+        assert heard.error == alone.error
+        assert calls[0].types[0] == "TypeError"
+
+    @pytest.mark.parametrize("wrong", WRONG, ids=[each.__name__ for each in WRONG])
+    @pytest.mark.filterwarnings("error")
+    async def test_of_what_is_no_async_function_is_not_recorded(self, wrong):
+        class AsksAnew(Asks):
+            async def handle(self, vmi, packet):
+                with pytest.raises(TypeError, match=r"vmi\.outside calls an async function, got"):
+                    await vmi.outside(self.key, wrong())
+                return await super().handle(vmi, packet)
+
+        alone, heard, calls = await outcomes(AsksAnew(gives(1)))
+        gc.collect()
+        assert (alone.output, heard.output) == (1, 1)
+        assert [(call.key, call.number) for call in calls] == [("key", 0)]
+
+    async def test_leaves_a_coroutine_alone_that_has_begun(self):
+        begun = suspended()
+        begun.send(None)
+        with pytest.raises(TypeError, match="got coroutine"):
+            outside.check_function(begun)
+        with pytest.raises(StopIteration, match="5"):
+            begun.send(5)
 
     @pytest.mark.parametrize("key", ["", "x" * 257, b"key", None, "\ud800"], ids=repr)
     async def test_may_be_a_wrong_key(self, key):

@@ -120,6 +120,27 @@ class TestAnUnchangedHandler:
         for other in ("asyncio", "trio"):
             assert_same(replayed(path, NotHeldUp(), other, outside="refuse"))
 
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_that_gives_no_function_gets_the_same_error(self, tmp_path, loop):
+        class Misuses(Outer):
+            @method(1)
+            async def waits(self, vmi, packet):
+                errors = []
+                for wrong in (None, self.fetch(1)):
+                    try:
+                        await vmi.outside("one", wrong)
+                    except TypeError as error:
+                        errors.append(str(error))
+                return self.answer(errors, await vmi.outside("one", lambda: self.fetch(2)))
+
+        class MisusesCutOff(CutOff, Misuses):
+            pass
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 5), ask(2, 5)), Misuses, loop)
+        assert [(each.key, each.number) for each in calls_of(path)] == 2 * [("one", 0)]
+        for other in ("asyncio", "trio"):
+            assert_same(replayed(path, MisusesCutOff(), other, outside="refuse", strict=True))
+
     def test_gets_it_in_real_time_too(self, tmp_path):
         path = recorded(tmp_path / "run.mcap", random_guest(5))
         assert_same(replayed(path, CutOff(), "uvloop", virtual=False))
@@ -174,6 +195,7 @@ class TestAChangedHandler:
         assert handler.fetched == 0
         fields = {each.field: each.got for each in result.first.fields}
         assert "another" in fields["outside"]
+        assert result.first.fields[0].expected == "'one': in the recording, and not called"
         assert "OutsideRefusedError" in fields["error"]
 
     def test_that_catches_the_refusal_differs_all_the_same(self, tmp_path):
@@ -198,6 +220,7 @@ class TestAChangedHandler:
         result = replayed(path, Other())
         assert [each.field for each in result.first.fields] == ["outside", "output"]
         assert "another" in result.first.fields[0].got
+        assert "'one': in the recording" in result.first.fields[0].expected
 
     @pytest.mark.parametrize("loop", ["asyncio", "trio"])
     def test_that_does_not_call_any_more_is_the_same_but_in_a_strict_replay(self, tmp_path, loop):

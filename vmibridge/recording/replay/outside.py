@@ -10,7 +10,7 @@ A call is found by its key, and its number among those of its request with that 
 | makes one that was left out of the recording | the same, and is not compared |
 
 Another call is a difference where it is refused, and in a strict replay; so is one of then that is
-not made, in a strict replay.
+not made, in a strict replay; else it is named where another one is a difference.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ _FULL = "it has more from outside than a replay holds"
 _LEFT_OUT = "what came from outside was left out of the recording"
 _REFUSED = "it is not in the recording, and was refused"
 _MAX_TOLD = 16
-"""Keys that were called, of one request."""
+"""Keys that were called, or were not any more, of one request."""
 
 
 class ReplayedOutside:
@@ -67,8 +67,8 @@ class ReplayedOutside:
         if len(message.key) > MAX_KEY:
             return True  # no handler can ask for it
         if request is None or (request.answered and not request.cut):
-            if request is not None and self._strict:
-                request.differ("outside", f"{message.key!a}", NO_CALL)
+            if request is not None:
+                self._leave(request, message)
             return True
         if not message.at_once and not self._walk.is_due(time):
             return False
@@ -95,10 +95,16 @@ class ReplayedOutside:
             return
         left = request.outside.recorded
         self._held -= sum(map(_size, left.values()))
-        if self._strict:
-            for message in left.values():
-                request.differ("outside", f"{message.key!a}", NO_CALL)
+        for message in left.values():
+            self._leave(request, message)
         left.clear()
+
+    def _leave(self, request: ReplayedRequest, message: Outside) -> None:
+        """A recorded call is not made."""
+        if self._strict:
+            request.differ("outside", f"{message.key!a}", NO_CALL)
+        elif len(request.outside.left) < _MAX_TOLD:
+            request.outside.left.append(message.key)
 
     # --- what handlers ask ----------------------------------------------------------
 

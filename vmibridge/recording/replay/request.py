@@ -48,6 +48,7 @@ _UNKNOWN = "it is not in the recording"
 CUT = "the recording lacks the end of its output"
 NO_CALL = "no call"
 _CALLED = "it is not in the recording, and was called"
+_NOT_MADE = "in the recording, and not called"
 
 
 class RequestOutside(msgspec.Struct):
@@ -61,6 +62,8 @@ class RequestOutside(msgspec.Struct):
     """What the walk waits for."""
     called: list[str] = []
     """Keys of those that are not in the recording, and whose functions were called."""
+    left: list[str] = []
+    """Keys of those that were recorded and are not made, unless that is a difference by itself."""
     made: set[tuple[str, int]] = set()
     """Those that came to what they came to then, where all are kept."""
     others: list[Outside] = []
@@ -305,6 +308,17 @@ class ReplayedRequest:
         then = None if self.reply is None else self.reply.writes
         return then is None or then.values[0] != wait
 
+    def _name_left(self) -> None:
+        """The first call that is not in the recording is told with those that it may stand for."""
+        keys = () if self._outside is None else self._outside.left
+        for place, each in enumerate(self._differences if keys else ()):
+            if each.field == "outside":
+                expected = f"{', '.join(map(ascii, keys))}: {_NOT_MADE}"
+                told = msgspec.structs.replace(each, expected=expected)
+                before, after = self._differences[:place], self._differences[place + 1 :]
+                self._differences = (*before, told, *after)
+                return
+
     def compare(self, *, whole: bool) -> Difference | None:
         """What is not as it was, when both replies are known; `None`: nothing.
 
@@ -331,6 +345,7 @@ class ReplayedRequest:
                 # It may be the cause of the others.
                 told = FieldDifference("outside", NO_CALL, f"{key!a}: {_CALLED}")
                 self._differences = (told, *self._differences)
+        self._name_left()
         if not self._differences:
             return None
         event = self.event
