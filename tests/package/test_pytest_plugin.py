@@ -144,6 +144,10 @@ def test_a_test_that_fails_by_itself_shows_the_report_too(folder):
     assert "run.mcap: 3 requests compared, 0 different" in done.stdout
 
 
+# At the start of a line: in CI pytest's summary has the whole of it once more.
+WITHOUT = "a test with @pytest.mark.recording has the fixture `replay`"
+
+
 def test_what_is_wrong_is_told_in_a_line(folder):
     wrong = {
         f'"none.mcap", Probe, {ADDS}': "none.mcap: ",
@@ -171,7 +175,7 @@ def test_what_is_wrong_is_told_in_a_line(folder):
     ]
     done = run_pytest(folder, test="\n".join([*tests, *alone]))
     assert outcome(done) == f"1 failed, {len(wrong) - 1 + len(alone)} errors", done.stdout
-    assert done.stdout.count("has the fixture `replay`") == len(alone), done.stdout
+    assert done.stdout.count(f"\n{WITHOUT}") == len(alone), done.stdout
     for why in wrong.values():
         assert why in done.stdout, done.stdout
     assert "The above exception" not in done.stdout
@@ -196,7 +200,7 @@ def test_a_test_has_one_recording(folder):
         """,
     )
     assert outcome(done) == "2 errors", done.stdout
-    assert done.stdout.count("a test replays one recording, and this one has 2 marks") == 2
+    assert done.stdout.count("\na test replays one recording, and this one has 2 marks") == 2
     assert "pytest_plugin.py" not in done.stdout
 
 
