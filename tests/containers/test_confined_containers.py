@@ -118,6 +118,4 @@ def test_a_socket_that_cannot_be_made_ends_the_bridge_with_one_line(engine, star
     name = start_bridge("qemu-plugin:unix:/nowhere/vmi.sock")
     assert engine.run("wait", name, capture_output=True, text=True).stdout.strip() == "1"
     logs = engine.run("logs", name, capture_output=True, text=True)
-    assert (
-        "vmibridge: qemu-plugin:unix:/nowhere/vmi.sock: there is no folder" in logs.stderr
-    )
+    assert "vmibridge: qemu-plugin:unix:/nowhere/vmi.sock: there is no folder" in logs.stderr
