@@ -106,7 +106,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Play the rest, and say what is different."""
     try:
         yield
-    except Exception:
+    except Exception:  # of the test, which goes on to pytest
         if _replay in item.stash:
             item.add_report_section("call", "replay", item.stash[_replay].report())
         raise

@@ -1,6 +1,6 @@
 """A recording may hold anything: it is cut short, damaged, or made to hurt who reads it.
 
-What can be read is read, what cannot is told as a problem, and a file that is not a recording
+What can be read is read, what cannot is reported as a problem, and a file that is not a recording
 is a `RecordingReadError`. Nothing else is raised, and memory and time stay bounded.
 """
 

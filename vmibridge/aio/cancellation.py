@@ -25,7 +25,7 @@ class UnwrappedExit:
     ) -> bool | None:
         try:
             return await self._stack.__aexit__(kind, error, traceback)
-        except BaseExceptionGroup as group:
+        except BaseExceptionGroup as group:  # of a task group: a cancellation may be in it
             if group.exceptions == (error,):
                 return False
             raise

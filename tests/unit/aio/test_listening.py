@@ -109,7 +109,7 @@ class TestABlock:
             finally:
                 raise OSError(3)
 
-        with anyio.CancelScope() as scope, pytest.raises(OSError, match=r"^3$"):  # noqa: SIM117
+        with anyio.CancelScope() as scope, pytest.raises(OSError, match=r"^3$"):  # noqa: SIM117 - what raises is the inner one
             with fail_after_listening(3600):
                 scope.cancel()
                 await raises()

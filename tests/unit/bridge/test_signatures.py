@@ -61,7 +61,7 @@ class TestWhichAreTyped:
             self, guest: BridgeContext, request: BridgePacket
         ) -> BridgeResponse[int] | None: ...
 
-        async def quoted(self, guest: "Unknown", request: "vmibridge.BridgePacket"): ...  # noqa: F821
+        async def quoted(self, guest: "Unknown", request: "vmibridge.BridgePacket"): ...  # noqa: F821 - no such
 
         assert typed(made(ask)) is None
         assert typed(made(quoted)) is None
@@ -170,7 +170,7 @@ class TestRefused:
             made(ask)
 
     def test_a_type_that_cannot_be_found(self):
-        async def ask(self, size: "Missing") -> None: ...  # noqa: F821
+        async def ask(self, size: "Missing") -> None: ...  # noqa: F821 - no such
 
         with pytest.raises(TypeError, match=r"^Files\.ask: a type cannot be found: .*Missing"):
             made(ask)

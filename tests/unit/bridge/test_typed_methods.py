@@ -1,4 +1,4 @@
-"""A typed method: what a guest gives is checked before the body runs; what that gives is told."""
+"""A typed method: what a guest gives is checked before its body runs; its result is the answer."""
 
 import struct
 from enum import IntEnum, IntFlag
@@ -253,7 +253,7 @@ class TestBuffers:
 
 
 class TestPagesThatAreNotPresent:
-    """The guest is told which address to touch; nothing has run then."""
+    """The answer names the address to touch; nothing has run then."""
 
     async def asked(self, pages, code, *values, ring=3):
         handler = Asked()

@@ -186,7 +186,7 @@ class Replay:
 
     def report(self) -> str:
         """What `vmibridge replay` prints: the first difference, findings in groups, counts; then
-        which handlers are not those of then, and what could not be read of the file."""
+        which handlers are not the recorded ones, and what could not be read of the file."""
         lines = chain(result_lines(self._file_result()), self._notes)
         return "\n".join(map(printable, lines))
 

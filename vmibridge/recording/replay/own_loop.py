@@ -126,7 +126,7 @@ class OwnLoop:
         begin(partial(_post, loop_door(), arrived.set))
         try:
             await arrived.wait()
-        except BaseException:
+        except BaseException:  # a cancellation: the thread has to end first
             self.end()
             with anyio.CancelScope(shield=True):
                 await arrived.wait()
@@ -140,7 +140,7 @@ class OwnLoop:
         begin(arrived.set)
         try:
             arrived.wait()
-        except BaseException:  # in the main thread
+        except BaseException:  # Ctrl-C in the main thread: the other one has to end first
             self.end()
             arrived.wait()
             raise
