@@ -19,7 +19,6 @@ from trio.lowlevel import current_task
 
 from vmibridge.aio.generators import LEFT, NONE_BEGUN, NONE_LEFT, OWNER, Generator
 
-
 _MAX_UNUSED = 1024
 _UNUSED: Final[list[CancelStatus]] = []
 """Those of scopes that were left as they were entered, each with its scope: to make both costs as
