@@ -205,9 +205,12 @@ async def test_a_cancellation_that_comes_late_is_not_that_of_the_next_scope():
         with second:
             first.cancel()
             await anyio.sleep(0.01)
+            went_on.set()
 
+    went_on = anyio.Event()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(body)
+    assert went_on.is_set()
 
 
 @pytest.mark.parametrize("cancels_the_outer", [False, True])
@@ -218,9 +221,12 @@ async def test_nothing_of_a_scope_that_was_cancelled_is_in_the_next(cancels_the_
                 (outer if cancels_the_outer else scope).cancel()
         with handler_scope(60):
             await anyio.sleep(0.01)
+            went_on.set()
 
+    went_on = anyio.Event()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(body)
+    assert went_on.is_set()
 
 
 async def test_a_task_that_is_left_under_one_is_not_under_the_next():
@@ -243,6 +249,9 @@ async def test_a_task_that_is_left_under_one_is_not_under_the_next():
         with handler_scope(60):
             await ended.wait()
             await anyio.sleep(0.01)
+            went_on.set()
 
+    went_on = anyio.Event()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(body)
+    assert went_on.is_set()
