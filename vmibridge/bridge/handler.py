@@ -95,6 +95,7 @@ def method(
     check_timeout(timeout)
     check_timeout(soft_timeout, "soft_timeout")
     check_retry_values(retry_values)
+    check("may_wait", may_wait, bool | None)
 
     def mark(function: _F) -> _F:
         is_async = iscoroutinefunction(function)
@@ -114,13 +115,13 @@ def method(
 
 
 def check_timeout(timeout: float | None, name: str = "timeout") -> None:
-    """Raise `ValueError` for what is not a time limit in seconds; `None` is none."""
-    check(name, timeout, Seconds)
+    """Raise `ValueError` or `TypeError` for what is not a time limit in seconds; `None` is none."""
+    check(name, timeout, Seconds | None)
 
 
 def check_retry_values(values: tuple[int, ...] | None) -> None:
-    """Raise `ValueError` for what are no numbers of values, 1 to 4; `None` is none."""
-    check("retry_values", values, tuple[Value, ...])
+    """Raise `ValueError` or `TypeError` for what are no numbers, 1 to 4; `None` is none."""
+    check("retry_values", values, tuple[Value, ...] | None)
 
 
 class BridgeHandler(Generic[T]):
