@@ -88,7 +88,8 @@ def replay(
         Parameter(
             group=_COMPARED,
             negative=(),
-            help="The same memory accesses in the same order, and nothing missing in the file.",
+            help="The same memory accesses in the same order, no further call of vmi.outside, and"
+            " nothing missing in the file.",
         ),
     ] = False,
     rename: Annotated[list[str] | None, RENAME] = None,

@@ -21,6 +21,7 @@ from vmibridge.recording.messages import OUTSIDE, Outside
 from vmibridge.recording.recorder import Recorder
 from vmibridge.recording.replay.accept import Accepted, write_accepted
 from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.ignore import IgnoreRule
 from vmibridge.recording.replay.options import ReplayOptions, replay_settings
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.testing import FakeGuest
@@ -184,8 +185,24 @@ class TestAChangedHandler:
         path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 5), ask(2, 6), ask(1, 7)))
         handler = OtherKey()
         result = replayed(path, handler)
-        assert (result.compared, result.different, result.outside) == (3, 0, {"another": 2})
+        assert (result.compared, result.different, result.outside) == (3, 2, {"another": 2})
         assert handler.fetched == 2
+        (field,) = result.first.fields
+        assert field.expected == "'one': in the recording, and not called"
+        assert field.got == "'another': it is not in the recording, and was called"
+
+    def test_that_makes_further_calls_is_the_same_but_in_a_strict_replay(self, tmp_path):
+        class More(Outer):
+            @method(1)
+            async def waits(self, vmi, packet):
+                got = await vmi.outside("one", lambda: self.fetch(0))
+                await vmi.outside("more", lambda: self.fetch(0))
+                return self.answer(got)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 5)))
+        result = replayed(path, More())
+        assert (result.different, result.outside) == (0, {"more": 1})
+        assert replayed(path, More(), strict=True).different == 1
 
     def test_is_refused_that_where_nothing_is_to_be_called(self, tmp_path):
         path = recorded(tmp_path / "run.mcap", guest_of(ask(2, 6), ask(1, 5)))
@@ -223,17 +240,53 @@ class TestAChangedHandler:
         assert "'one': in the recording" in result.first.fields[0].expected
 
     @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-    def test_that_does_not_call_any_more_is_the_same_but_in_a_strict_replay(self, tmp_path, loop):
+    def test_that_does_not_call_any_more_differs_whatever_it_answers(self, tmp_path, loop):
         class Knows(Outer):
             @method(8)
             async def among_steps(self, vmi, packet):
                 return self.answer(1, 2, 3)
 
         path = recorded(tmp_path / "run.mcap", guest_of(ask(8, 5), ask(1, 2)))
-        assert_same(replayed(path, Knows(), loop))
-        result = replayed(path, Knows(), loop, strict=True)
-        assert result.different == 1
-        assert {each.field for each in result.first.fields} >= {"outside"}
+        for strict in (False, True):
+            result = replayed(path, Knows(), loop, strict=strict)
+            assert (result.compared, result.different, result.first.seq) == (2, 1, 1)
+            field = result.first.fields[0]
+            assert (field.field, field.got) == ("outside", "no call")
+            assert field.expected == "'step' (3 times): in the recording, and not called"
+
+    @pytest.mark.parametrize("loop", ["asyncio", "trio"])
+    def test_that_calls_less_often_differs(self, tmp_path, loop):
+        class Once(Outer):
+            @method(8)
+            async def among_steps(self, vmi, packet):
+                one = await vmi.outside("step", lambda: self.fetch(1))
+                return self.answer(one, 2, 3)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(8, 5)))
+        (field,) = replayed(path, Once(), loop).first.fields
+        assert field.expected == "'step' (2 times): in the recording, and not called"
+
+    def test_that_leaves_out_what_was_cut_off_then_differs(self, tmp_path):
+        class Sleeps(CutOff):
+            @method(7)
+            async def no_longer_than(self, vmi, packet):
+                with anyio.move_on_after(packet.value1 / 1e3) as scope:
+                    await anyio.sleep(60)
+                return self.answer(scope.cancelled_caught)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(7, 9, 1)))
+        assert [each.is_cut_off for each in calls_of(path)] == [True]
+        assert [each.field for each in replayed(path, Sleeps()).first.fields] == ["outside"]
+
+    def test_rules_may_leave_that_out(self, tmp_path):
+        class Knows(Outer):
+            @method(1)
+            async def waits(self, vmi, packet):
+                return self.answer(packet.value1)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 5)))
+        result = replayed(path, Knows(), verdict=Verdict(ignore=[IgnoreRule.parse("outside")]))
+        assert (result.different, result.ignored) == (0, 1)
 
     def test_that_calls_oftener_is_called_for_the_further_calls(self, tmp_path):
         class Twice(Outer):
@@ -310,6 +363,23 @@ class TestTheRecording:
 
 
 class TestAnAcceptedRecording:
+    def test_of_a_handler_that_does_not_call_any_more_has_no_calls(self, tmp_path):
+        class Knows(Outer):
+            @method(8)
+            async def among_steps(self, vmi, packet):
+                await anyio.sleep(packet.value1 / 1e3)
+                return self.answer(1, 2, 3)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 2), ask(8, 4), ask(2, 1)))
+        target = tmp_path / "new.mcap"
+        verdict = Verdict()
+        verdict.accepted = Accepted()
+        assert replayed(path, Knows(), verdict=verdict).different == 1
+        write_accepted(path, target, verdict.accepted)
+        assert [(each.seq, each.key) for each in calls_of(target)] == [(1, "one"), (3, "one")]
+        for loop in ("asyncio", "trio"):
+            assert_same(replayed(target, Knows(), loop, outside="refuse", strict=True))
+
     def test_has_the_calls_of_now(self, tmp_path):
         class Other(Outer):
             @method(8)

@@ -9,8 +9,8 @@ A call is found by its key, and its number among those of its request with that 
 | makes another one | what the function gives, which is called; where it must not be, an error |
 | makes one that was left out of the recording | the same, and is not compared |
 
-Another call is a difference where it is refused, and in a strict replay; so is one of then that is
-not made, in a strict replay; else it is named where another one is a difference.
+A call of then that is not made is a difference. Another call is one where it is refused, and in a
+strict replay; else it is named where something else differs, and in the result.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ _FULL = "it has more from outside than a replay holds"
 _LEFT_OUT = "what came from outside was left out of the recording"
 _REFUSED = "it is not in the recording, and was refused"
 _MAX_TOLD = 16
-"""Keys that were called, or were not any more, of one request."""
+"""Calls that were made, or were not any more, of one request."""
 
 
 class ReplayedOutside:
@@ -56,7 +56,6 @@ class ReplayedOutside:
         self._walk = walk
         self._find = find
         self._refuse = options.outside == "refuse"
-        self._strict = options.strict
         self._held = 0
 
     # --- what the walk plays --------------------------------------------------------
@@ -100,11 +99,11 @@ class ReplayedOutside:
         left.clear()
 
     def _leave(self, request: ReplayedRequest, message: Outside) -> None:
-        """A recorded call is not made."""
-        if self._strict:
-            request.differ("outside", f"{message.key!a}", NO_CALL)
-        elif len(request.outside.left) < _MAX_TOLD:
-            request.outside.left.append(message.key)
+        """A recorded call is not made, unless it was before its time came."""
+        calls = request.outside
+        is_made = message.number < calls.asked.get(message.key, 0)
+        if not is_made and len(calls.left) < _MAX_TOLD:
+            calls.left.append(message.key)
 
     # --- what handlers ask ----------------------------------------------------------
 
@@ -119,6 +118,7 @@ class ReplayedOutside:
             return None
         call = (key, number)
         calls = request.outside
+        calls.asked[key] = number + 1
         calls.waiting.add(call)
         try:
             found = await self._reached(request, call)
