@@ -312,7 +312,7 @@ class TestSeveralVms:
             assert replay.result.compared == TRAPS
 
     async def test_an_instance_is_for_one(self, merged):
-        with pytest.raises(ValueError, match="would serve several VMs"):
+        with pytest.raises(ConfigError, match="would serve several VMs"):
             async with Replay(merged, Probe(), Shared):
                 raise AssertionError("not entered")
 
@@ -382,7 +382,7 @@ class TestWhatIsWrong:
             (Replay(bad, Probe), RecordingReadError),
             (Replay(tmp_path / "none.mcap", Probe), RecordingReadError),
             (Replay(path, Probe, vms="web"), BackendSpecError),
-            (Replay(path, Probe, timeout=-1.0), ValueError),
+            (Replay(path, Probe, rename={"web": "b"}), ConfigError),
             (Replay(path, lambda _: 1 / 0), ZeroDivisionError),
             (Replay(path, Unwilling), HandlerLifeError),
         ):

@@ -10,12 +10,12 @@ It replays as `vmibridge replay` does, on virtual time: on an event loop of its 
 (`own_loop`), whatever the loop of the test is.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack
+from typing import Any, Self, TypeAlias, TypeVar, Unpack
 
 import anyio
 import anyio.lowlevel
@@ -32,11 +32,13 @@ from vmibridge.recording.replay.asked import Asked, check_asked, make_bridge, ma
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.file_result import FileResult, result_lines
 from vmibridge.recording.replay.ignore import IgnoreRule
+from vmibridge.recording.replay.keywords import Order, check_keywords, check_settings
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult, SettingChanges
 from vmibridge.recording.replay.own_loop import LoopName, OwnLoop
 from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.served import (
     ServedRecording,
+    check_renamed,
     needs_start,
     serve_recording,
     sessions_of,
@@ -86,11 +88,11 @@ class Replay:
     it is, and waits for the end; handlers are cancelled then, and left. Where the block raises
     nothing, leaving raises `NotReplayedError` when nothing was compared.
 
-    Raises `ConfigError` for values that are none, and for a class or a function that cannot be
-    called so. Entering raises `ConfigError` for a function that makes no handler,
-    `RecordingReadError` for a file that is no recording, `BackendSpecError` for a VM that is not in
-    it, `ValueError` for a setting that is out of bounds and for an instance that would serve two
-    VMs, and what making a handler raises.
+    Raises `ConfigError` for values that are none, settings that are out of bounds, and for a class
+    or a function that cannot be called so; `TypeError` for another keyword. Entering raises
+    `ConfigError` for a function that makes no handler, an instance that would serve two VMs, and a
+    VM to rename that is not in the recording; `RecordingReadError` for a file that is no recording,
+    `BackendSpecError` for a VM that is not in it, and what making a handler raises.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Replay:
         ignore: Names = (),
         strict: bool = False,
         speed: float = 0.0,
-        order: Literal["recorded", "vcpu"] = "recorded",
+        order: Order = "recorded",
         rename: Mapping[str, str] | None = None,
         accept: bool = False,
         loop: LoopName | None = None,
@@ -122,30 +124,56 @@ class Replay:
         if not handlers:
             raise ConfigError("a replay has at least one handler to ask")
         check_asked(handlers)
+        checked = check_keywords(
+            {
+                "requests": requests,
+                "methods": methods,
+                "outcomes": outcomes,
+                "vms": vms,
+                "vcpus": vcpus,
+                "first": first,
+                "last": last,
+                "since": since,
+                "until": until,
+                "ignore": ignore,
+                "strict": strict,
+                "speed": speed,
+                "order": order,
+                "rename": rename,
+                "accept": accept,
+                "loop": loop,
+            }
+        )
+        check_settings(settings)
         self.path: Path = Path(path)
         self._handlers = handlers
         self._selection = Selection.parse(
-            requests=map(str, _several(requests)),
-            methods=map(str, _several(methods)),
-            outcomes=_several(outcomes),
-            vms=_several(vms),
-            vcpus=_several(vcpus),
+            requests=map(str, checked["requests"]),
+            methods=map(str, checked["methods"]),
+            outcomes=checked["outcomes"],
+            vms=checked["vms"],
+            vcpus=checked["vcpus"],
             since=None if since is None else str(since),
             until=None if until is None else str(until),
             first=first,
             last=last,
         )
-        self._verdict = Verdict(self._selection, map(IgnoreRule.parse, _several(ignore)))
+        self._verdict = Verdict(self._selection, map(IgnoreRule.parse, checked["ignore"]))
         if accept:
             self._verdict.accepted = Accepted(all_handlers=self._selection == _ALL)
         self._options = ReplayOptions(speed, order, None, strict)
         self._renamed = dict(rename or {})
+        self._recorded = {new: old for old, new in self._renamed.items()}
         self._settings = settings
         self._loop = loop
         self._served: ServedRecording | None = None
         self._differences: list[Difference] = []
         self._notes: list[str] = []
         self._played = Played()
+        self.compared: Played = Played()
+        """With `accept`, the requests that were compared, by their recorded VMs and numbers."""
+        self.changed: Played = Played()
+        """With `accept`, those of them whose answers of now are accepted."""
         self._has_failed = False
         self._own: OwnLoop | None = None
 
@@ -364,6 +392,7 @@ class Replay:
         with RecordingReader(self.path) as reader:
             sessions, start = sessions_of(reader, with_start=needs_start(self._selection))
         verdict.begin_file(start)
+        check_renamed(self.path, sessions, self._renamed)
         names = vms_asked(sessions, self._selection.vms, all_of_them=may_share(self._handlers))
         async with serve_recording(
             self.path,
@@ -385,11 +414,14 @@ class Replay:
     def _hear(self, request: RequestResult) -> None:
         self._played.add(request)
         difference = request.difference
-        if difference is not None:
-            if self._verdict.accepted is not None:
+        if self._verdict.accepted is not None and request.unchecked is None:
+            vm = self._recorded.get(request.vm, request.vm)
+            self.compared.add_trap(vm, request.seq)
+            if difference is not None:
+                self.changed.add_trap(vm, request.seq)
                 request = msgspec.structs.replace(request, difference=None)
-            elif len(self._differences) < _MAX_DIFFERENCES:
-                self._differences.append(difference)
+        elif difference is not None and len(self._differences) < _MAX_DIFFERENCES:
+            self._differences.append(difference)
         self._is_begun().hear(request)
 
     def _bridge_for(self, vm: str) -> Bridge:
@@ -400,10 +432,6 @@ class Replay:
         return msgspec.structs.replace(
             recorded, **{"blocked_after": float("inf"), **self._settings}
         )
-
-
-def _several(given: Any) -> Iterator[Any]:
-    return iter((given,) if isinstance(given, int | str) else given)
 
 
 def _never(_: RequestResult) -> bool:

@@ -16,6 +16,7 @@ from vmibridge.bridge.dispatch import Bridge
 from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
+from vmibridge.errors import ConfigError
 from vmibridge.recording.file.damage import problem_lines
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, TRAP, Session
@@ -29,7 +30,14 @@ from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.replay.walk import Walk
 from vmibridge.recording.selection import Selection
 
-__all__ = ["ServedRecording", "needs_start", "serve_recording", "sessions_of", "vms_asked"]
+__all__ = [
+    "ServedRecording",
+    "check_renamed",
+    "needs_start",
+    "serve_recording",
+    "sessions_of",
+    "vms_asked",
+]
 
 
 def needs_start(selection: Selection) -> bool:
@@ -52,6 +60,15 @@ def sessions_of(
     if with_start:
         start = next((each.time for each in reader.messages(TRAP)), 0)
     return found, start
+
+
+def check_renamed(
+    path: Path, sessions: Mapping[str, Session], renamed: Mapping[str, str]
+) -> None:
+    """Raise `ConfigError` for a VM to rename that is not in a file, as far as it tells."""
+    for name in renamed if sessions else ():
+        if name not in sessions:
+            raise ConfigError(f"{path}: has no VM {name!r} to rename; there are {', '.join(sessions)}")
 
 
 def vms_asked(
@@ -141,8 +158,8 @@ async def serve_recording(
     """Open the VMs of these names, and make their handlers.
 
     `renamed`: from a VM's recorded name to that of now. `change` gets the settings that were
-    recorded and returns those of the server. Raises as the backend does, and what `bridge_for`,
-    `change` and `BridgeServer` raise. `file`: what is read in the place of `path`, which is
+    recorded and returns those of the server. Raises as the backend does, what `bridge_for` and
+    `change` raise, and `ConfigError` for what `BridgeServer` does not take. `file`: what is read in the place of `path`, which is
     standard input.
     """
     file = path if file is None else file
@@ -161,15 +178,26 @@ async def serve_recording(
     ]
     bridges: dict[str, Bridge] = {}
 
+    failed: list[ValueError] = []
+
     def make(vm: str) -> Bridge:
-        bridge = bridges[vm] = bridge_for(vm)
+        try:
+            bridge = bridges[vm] = bridge_for(vm)
+        except ValueError as error:  # of a handler
+            failed.append(error)
+            raise
         return bridge
 
     async with AsyncExitStack() as stack:
         for backend in backends:
             await stack.enter_async_context(backend)
         settings = change(_recorded_settings(backends))
-        server = BridgeServer(backends, make, taps=taps, **msgspec.structs.asdict(settings))
+        try:
+            server = BridgeServer(backends, make, taps=taps, **msgspec.structs.asdict(settings))
+        except ValueError as error:
+            if failed:
+                raise
+            raise ConfigError(f"{path}: {error}") from error
         yield ServedRecording(path, backends, bridges, server, verdict)
 
 

@@ -81,7 +81,7 @@ class Sought(msgspec.Struct, frozen=True):
 
 
 class Played:
-    """The numbers of the traps whose requests are done; some bits each."""
+    """The numbers of traps of VMs, such as those whose requests are done; a bit each."""
 
     def __init__(self) -> None:
         self._groups: defaultdict[tuple[str, int], int] = defaultdict(int)
@@ -89,11 +89,21 @@ class Played:
     def add(self, result: RequestResult) -> None:
         """A request is done, and so are its retries."""
         for seq in (result.seq, *result.retries):
-            self._groups[result.vm, seq >> _GROUP] |= _bit(seq)
+            self.add_trap(result.vm, seq)
+
+    def add_trap(self, vm: str, seq: int) -> None:
+        """The number of one trap."""
+        self._groups[vm, seq >> _GROUP] |= _bit(seq)
 
     def has(self, seq: int, vms: Iterable[str]) -> bool:
         """Whether it is done in all of these VMs."""
         return all(self._groups.get((vm, seq >> _GROUP), 0) & _bit(seq) for vm in vms)
+
+
+    def bits(self) -> dict[str, str]:
+        """All of them, to be compared elsewhere: hex digits, by what two have in common where they
+        have the same numbers."""
+        return {f"{group} {vm}": f"{bits:x}" for (vm, group), bits in self._groups.items()}
 
 
 def _bit(seq: int) -> int:
