@@ -124,7 +124,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 class _Updates:
-    """Tells which recordings were updated, and which tests contradict each other, by all workers."""
+    """Tells which recordings all workers have updated, and which tests contradict each other."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []

@@ -104,7 +104,9 @@ class TestWhatIsNotInTheRecording:
 
 
 def test_what_is_not_called_any_more_is_a_difference(vmibridge, recording, source):
-    source.write_text(source.read_text().replace('await vmi.outside("number", look)', "await look()"))
+    source.write_text(
+        source.read_text().replace('await vmi.outside("number", look)', "await look()")
+    )
     done = vmibridge("replay", str(recording), "--handlers", source)
     assert done.returncode == 1
     assert "3 requests, from trap 1 of vm vm: expected 'number': in the" in done.stdout

@@ -343,11 +343,11 @@ class TestUpdate:
         )
         assert outcome(done) == "3 passed", done.stdout
         told = [line for line in done.stdout.splitlines() if "has other answers" in line]
+        of = "tests/run.mcap: tests/test_it.py::"
+        than = "than tests/test_it.py::test_as_it_was"
         assert [line.split(", which")[0] for line in told] == [
-            "tests/run.mcap: tests/test_it.py::test_one_is_changed has other answers to 1 request"
-            " than tests/test_it.py::test_as_it_was",
-            "tests/run.mcap: tests/test_it.py::test_others_are_changed has other answers to"
-            " 2 requests than tests/test_it.py::test_as_it_was",
+            f"{of}test_one_is_changed has other answers to 1 request {than}",
+            f"{of}test_others_are_changed has other answers to 2 requests {than}",
         ]
 
     def test_workers_update_one_file_one_after_another(self, folder):

@@ -27,13 +27,12 @@ from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError, NotReplayedError, ServerStateError
 from vmibridge.recording.file.reader import RecordingReader
-from vmibridge.recording.replay.accept import Accepted, write_accepted
+from vmibridge.recording.replay.accept import write_accepted
 from vmibridge.recording.replay.asked import Asked, check_asked, make_bridge, may_share
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.file_result import FileResult, result_lines
-from vmibridge.recording.replay.ignore import IgnoreRule
-from vmibridge.recording.replay.keywords import Order, check_keywords, check_settings
-from vmibridge.recording.replay.options import ReplayOptions, ReplayResult, SettingChanges
+from vmibridge.recording.replay.keywords import Keywords, Order, check_settings
+from vmibridge.recording.replay.options import ReplayResult, SettingChanges
 from vmibridge.recording.replay.own_loop import LoopName, OwnLoop
 from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.served import (
@@ -45,13 +44,10 @@ from vmibridge.recording.replay.served import (
     vms_asked,
 )
 from vmibridge.recording.replay.sought import Played, Sought, What
-from vmibridge.recording.replay.verdict import Verdict
-from vmibridge.recording.selection import Selection
 from vmibridge.text import printable
 
 __all__ = ["Replay"]
 
-_ALL = Selection()
 _MAX_DIFFERENCES = 1000
 """That are kept."""
 
@@ -78,11 +74,12 @@ class Replay:
     - `since`, `until`: seconds since the first trap, or ISO 8601
 
     `ignore`: rules of what does not count, as `output.id`. `strict`: the order of memory accesses
-    counts, too. `speed`: 1: as fast as it was; 0: without waiting. `order`: what a trap waits for,
-    as `ReplayOptions` says. `rename`: from the recorded name of a VM to that of now. `accept`: what
-    differs is accepted, see `accept()`; then it does not count as a difference. `loop`: asyncio or
-    trio; by default the one that the test runs on. Further keywords are fields of `ServerSettings`,
-    in place of the recorded ones.
+    counts, too. `no_outside`: `vmi.outside` calls nothing that is not recorded. `speed`: 1: as fast
+    as it was; 0: without waiting. `order`: what a trap waits for, as `ReplayOptions` says.
+    `rename`: from the recorded name of a VM to that of now. `accept`: what differs is accepted, see
+    `accept()`; then it does not count as a difference. `loop`: asyncio or trio; by default the one
+    that the test runs on. Further keywords are fields of `ServerSettings`, in place of the recorded
+    ones.
 
     Enter it once: that opens the file and makes the handlers. Leaving it ends the replay, wherever
     it is, and waits for the end; handlers are cancelled then, and left. Where the block raises
@@ -111,6 +108,7 @@ class Replay:
         until: float | str | None = None,
         ignore: Names = (),
         strict: bool = False,
+        no_outside: bool = False,
         speed: float = 0.0,
         order: Order = "recorded",
         rename: Mapping[str, str] | None = None,
@@ -124,44 +122,31 @@ class Replay:
         if not handlers:
             raise ConfigError("a replay has at least one handler to ask")
         check_asked(handlers)
-        checked = check_keywords(
-            {
-                "requests": requests,
-                "methods": methods,
-                "outcomes": outcomes,
-                "vms": vms,
-                "vcpus": vcpus,
-                "first": first,
-                "last": last,
-                "since": since,
-                "until": until,
-                "ignore": ignore,
-                "strict": strict,
-                "speed": speed,
-                "order": order,
-                "rename": rename,
-                "accept": accept,
-                "loop": loop,
-            }
+        asked = Keywords.checked(
+            requests=requests,
+            methods=methods,
+            outcomes=outcomes,
+            vms=vms,
+            vcpus=vcpus,
+            first=first,
+            last=last,
+            since=since,
+            until=until,
+            ignore=ignore,
+            strict=strict,
+            no_outside=no_outside,
+            speed=speed,
+            order=order,
+            rename=rename,
+            accept=accept,
+            loop=loop,
         )
         check_settings(settings)
         self.path: Path = Path(path)
         self._handlers = handlers
-        self._selection = Selection.parse(
-            requests=map(str, checked["requests"]),
-            methods=map(str, checked["methods"]),
-            outcomes=checked["outcomes"],
-            vms=checked["vms"],
-            vcpus=checked["vcpus"],
-            since=None if since is None else str(since),
-            until=None if until is None else str(until),
-            first=first,
-            last=last,
-        )
-        self._verdict = Verdict(self._selection, map(IgnoreRule.parse, checked["ignore"]))
-        if accept:
-            self._verdict.accepted = Accepted(all_handlers=self._selection == _ALL)
-        self._options = ReplayOptions(speed, order, None, strict)
+        self._selection = asked.selection()
+        self._verdict = asked.verdict(self._selection)
+        self._options = asked.options()
         self._renamed = dict(rename or {})
         self._recorded = {new: old for old, new in self._renamed.items()}
         self._settings = settings
@@ -262,18 +247,19 @@ class Replay:
         """Play to the first request for which all of this is true, and stand still behind its
         answer. Nothing of the replay goes on then, nor does its time, until it is played on.
 
-        `what`: the number of a trap of it, or a function. `handler`: its class or its name.
-        `method`: its code or its name. Requests are done in the order of their answers.
+        `what`: the number of a trap of it, or a function; each VM has numbers of its own, so where
+        there are several a number needs `vm`, too. `handler`: its class or its name. `method`: its
+        code or its name. Requests are done in the order of their answers.
 
         Raises `NotReplayedError` when the recording ends before; `ValueError` for a trap that has
-        been played already, in each of the VMs: then nothing is played; `TypeError` and
+        been played already, and for one of several VMs: then nothing is played; `TypeError` and
         `ValueError` for what is no number, name or class; what the function raises, and as `run`
         does. If cancelled, ends the replay.
         """
         sought = Sought.of(what, vm, vcpu, handler, request, method)
         if isinstance(what, int):
-            vms = self._is_served().bridges if vm is None else (vm,)
-            if self._played.has(what, vms):
+            sought = sought.of_one(self._vms())
+            if self._played.has(what, sought.vm):
                 raise ValueError(f"{self.path}: trap {what} has been played already")
         found = await self._play(sought.is_in)
         if found is None:
@@ -376,6 +362,11 @@ class Replay:
         if self._own is None:
             raise ServerStateError("a replay is played in its `async with`")
         return self._own
+
+    def _vms(self) -> list[str]:
+        """The names of the VMs that are compared."""
+        served, chosen = [*self._is_served().bridges], self._selection.vms
+        return [vm for vm in served if self._recorded.get(vm, vm) in chosen] or served
 
     def _is_served(self) -> ServedRecording:
         if self._served is None:

@@ -4,6 +4,7 @@ They come of a mark of pytest, too: so what is wrong with one is a `ConfigError`
 names it.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
@@ -13,18 +14,24 @@ import msgspec
 from vmibridge.bridge.bounds import problem_of
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
+from vmibridge.recording.replay.accept import Accepted
+from vmibridge.recording.replay.ignore import IgnoreRule
+from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.own_loop import LoopName
+from vmibridge.recording.replay.verdict import Verdict
+from vmibridge.recording.selection import Selection
 from vmibridge.text import repr_of, type_name
 
-__all__ = ["Order", "check_keywords", "check_settings", "is_name"]
+__all__ = ["Keywords", "Order", "check_settings", "is_name"]
 
 Order: TypeAlias = Literal["recorded", "vcpu"]
 _MAX_NAME = 64
 """Characters of the name of a VM."""
 
 
-class _Keywords(msgspec.Struct, frozen=True):
-    """Their types. What may be given several times is a tuple here."""
+class Keywords(msgspec.Struct, frozen=True):
+    """Those of a replay, but for the settings of its server. What may be given several times is a
+    tuple here."""
 
     requests: tuple[int | str, ...]
     methods: tuple[int | str, ...]
@@ -37,35 +44,64 @@ class _Keywords(msgspec.Struct, frozen=True):
     since: int | float | str | None
     until: int | float | str | None
     strict: bool
+    no_outside: bool
     speed: int | float
-    accept: bool
+    order: Order
     rename: dict[str, str] | None
+    accept: bool
+    loop: LoopName | None
+
+    @classmethod
+    def checked(cls, **given: object) -> "Keywords":
+        """Raises `ConfigError`."""
+        found: dict[str, Any] = {}
+        for name, value in given.items():
+            if name in _CHOICES:
+                found[name] = _chosen(name, value)
+            else:
+                found[name] = _converted(cls, name, _tuple(name, value))
+        keywords = cls(**found)
+        for name in ("first", "last"):
+            number = found[name]
+            if number is not None and number < 0:
+                raise ConfigError(f"{name} is the number of a trap, from 0, not {number}")
+        if not 0 <= keywords.speed < math.inf:
+            raise ConfigError(f"speed is a number from 0, not {keywords.speed}")
+        for old, new in (keywords.rename or {}).items():
+            if not (old and is_name(new)):
+                raise ConfigError(f"rename: {old!r} to {new!r}: is not two names of a VM")
+        return keywords
+
+    def selection(self) -> Selection:
+        """What is compared. Raises `ConfigError` for a value that is out of range."""
+        return Selection.parse(
+            requests=map(str, self.requests),
+            methods=map(str, self.methods),
+            outcomes=self.outcomes,
+            vms=self.vms,
+            vcpus=self.vcpus,
+            since=None if self.since is None else str(self.since),
+            until=None if self.until is None else str(self.until),
+            first=self.first,
+            last=self.last,
+        )
+
+    def verdict(self, selection: Selection) -> Verdict:
+        """What counts of that. Raises `ConfigError` for what is no rule."""
+        verdict = Verdict(selection, map(IgnoreRule.parse, self.ignore))
+        if self.accept:
+            verdict.accepted = Accepted(all_handlers=selection == _ALL)
+        return verdict
+
+    def options(self) -> ReplayOptions:
+        """How it is replayed."""
+        outside: Literal["call", "refuse"] = "refuse" if self.no_outside else "call"
+        return ReplayOptions(self.speed, self.order, None, self.strict, outside)
 
 
+_ALL = Selection()
 _LISTS = frozenset(("requests", "methods", "outcomes", "vms", "vcpus", "ignore"))
 _CHOICES: Mapping[str, Any] = {"order": Order, "loop": LoopName | None}
-
-
-def check_keywords(given: Mapping[str, object]) -> dict[str, Any]:
-    """The same, with a tuple for what may be several. Raises `ConfigError`."""
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in _CHOICES:
-            found[name] = _chosen(name, value)
-            continue
-        if name in _LISTS:
-            value = _several(name, value)
-        found[name] = _converted(_Keywords, name, value)
-    for name in ("first", "last"):
-        number = found[name]
-        if number is not None and number < 0:
-            raise ConfigError(f"{name} is the number of a trap, from 0, not {number}")
-    if not found["speed"] >= 0:
-        raise ConfigError(f"speed is a number from 0, not {found['speed']}")
-    for old, new in (found["rename"] or {}).items():
-        if not (old and is_name(new)):
-            raise ConfigError(f"rename: {old!r} to {new!r}: is not two names of a VM")
-    return found
 
 
 def check_settings(given: Mapping[str, object]) -> None:
@@ -82,7 +118,9 @@ def is_name(name: str) -> bool:
     return 0 < len(name) <= _MAX_NAME and name.isprintable()
 
 
-def _several(name: str, value: object) -> tuple[object, ...]:
+def _tuple(name: str, value: object) -> object:
+    if name not in _LISTS:
+        return value
     if isinstance(value, int | str):
         return (value,)
     if not isinstance(value, Iterable):

@@ -42,8 +42,8 @@ class ReplayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vm: str | None = None
     """Which VM of the recording; `None`: the first."""
     strict: bool = False
-    """Whether another order of memory accesses, a read that is left out, and a call of `vmi.outside`
-    that is not in the recording count."""
+    """Whether another order of memory accesses, a read that is left out, and a call of
+    `vmi.outside` that is not in the recording count."""
     outside: Literal["call", "refuse"] = "call"
     """What `vmi.outside` does where the recording has nothing for it: call the function, or raise
     `OutsideRefusedError`."""

@@ -62,13 +62,13 @@ def sessions_of(
     return found, start
 
 
-def check_renamed(
-    path: Path, sessions: Mapping[str, Session], renamed: Mapping[str, str]
-) -> None:
+def check_renamed(path: Path, sessions: Mapping[str, Session], renamed: Mapping[str, str]) -> None:
     """Raise `ConfigError` for a VM to rename that is not in a file, as far as it tells."""
     for name in renamed if sessions else ():
         if name not in sessions:
-            raise ConfigError(f"{path}: has no VM {name!r} to rename; there are {', '.join(sessions)}")
+            raise ConfigError(
+                f"{path}: has no VM {name!r} to rename; there are {', '.join(sessions)}"
+            )
 
 
 def vms_asked(
@@ -159,8 +159,8 @@ async def serve_recording(
 
     `renamed`: from a VM's recorded name to that of now. `change` gets the settings that were
     recorded and returns those of the server. Raises as the backend does, what `bridge_for` and
-    `change` raise, and `ConfigError` for what `BridgeServer` does not take. `file`: what is read in the place of `path`, which is
-    standard input.
+    `change` raise, and `ConfigError` for what `BridgeServer` does not take. `file`: what is read in
+    the place of `path`, which is standard input.
     """
     file = path if file is None else file
     walk = Walk(file, options.speed)
