@@ -117,7 +117,7 @@ class ReplayBackend(Backend, Tap):
             self.architecture = architecture_of(self.session)
             self._wait = self.session.settings.wait.value1
             self.conductor.begin(self.session)
-        self._tally.begin(self._name, self.session, self.stop)
+        self._tally.begin(self._name, self.session, self.stop, self._open.values)
 
     @property
     def reader(self) -> RecordingReader:

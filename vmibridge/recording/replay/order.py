@@ -59,7 +59,8 @@ class RecordedOrder(Conductor):
             request.go_on()
 
     def let_go(self) -> None:
-        """No handler is held any more."""
+        """The replay has ended: no handler is held any more."""
+        self.fetched.is_over = True
         for request in [*self._requests.values(), *self._unwinding.values()]:
             request.over = request.free = True
             request.go_on()

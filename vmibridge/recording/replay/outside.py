@@ -8,6 +8,7 @@ A call is found by its key, and its number among those of its request with that 
 | makes one that was cut off then | nothing until it is cut off; after a while, the next line |
 | makes another one | what the function gives, which is called; where it must not be, an error |
 | makes one that was left out of the recording | the same, and is not compared |
+| makes one that a part of the file may have that is not read | an error; it is not compared |
 
 A call of then that is not made is a difference. Another call is one where it is refused, and in a
 strict replay; else it is named where something else differs, and in the result.
@@ -56,6 +57,9 @@ class ReplayedOutside:
         self._walk = walk
         self._find = find
         self._refuse = options.outside == "refuse"
+        self.is_over: bool = False
+        """Whether the replay has ended: what handlers still do is of no interest, and calls
+        nothing."""
         self._held = 0
 
     # --- what the walk plays --------------------------------------------------------
@@ -175,6 +179,9 @@ class ReplayedOutside:
 
     def _count(self, request: ReplayedRequest | None, key: str) -> None:
         """There is nothing for a call, and it is made. Raises `OutsideRefusedError`."""
+        if self.is_over or (request is not None and request.over and request.reply is None):
+            # It may be in what was not read, or was lost; and nothing is compared with it.
+            raise OutsideRefusedError(key)
         if self._refuse:
             if request is not None:
                 request.differ("outside", NO_CALL, f"{key!a}: {_REFUSED}")

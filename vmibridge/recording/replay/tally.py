@@ -1,6 +1,6 @@
 """What came of the requests of one VM of a recording, counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from vmibridge.bridge.outcome import STOPPED, OutcomeKind
 from vmibridge.bridge.request import request_in
@@ -45,18 +45,25 @@ class Tally:
         self.keeps: bool = verdict.accepted is not None
         """Whether all accesses of a request are kept."""
 
-    def begin(self, vm: str, session: Session | None, stop: Callable[[], None]) -> None:
-        """The VM is found: its recorded name, what served it, and how its replay is ended."""
+    def begin(
+        self,
+        vm: str,
+        session: Session | None,
+        stop: Callable[[], None],
+        requests: Callable[[], Iterable[ReplayedRequest]],
+    ) -> None:
+        """The VM is found: its recorded name, what served it, how its replay is ended, and what
+        gives its open requests."""
         self._vm = vm
         self._redaction = Redaction(() if session is None else session.redaction)
         self._redacts = bool(self._redaction.rules)
-        self.verdict.begin_vm(session, stop)
+        self.verdict.begin_vm(vm, session, stop, requests)
 
     def is_behind(self, event: TrapEvent, time: int) -> bool:
-        """Whether a trap was taken after all that are compared."""
+        """Whether a trap was taken after all that are compared had been answered."""
         self.started = self.started or time
         verdict = self.verdict
-        return verdict.selects and verdict.is_behind(event.seq, time, self.started)
+        return verdict.selects and verdict.is_behind(self._vm, event.seq, time, self.started)
 
     def why_not(self, event: TrapEvent, about: object) -> str | None:
         """Why a trap is not asked; `about`: what was recorded of it next."""
