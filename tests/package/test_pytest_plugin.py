@@ -213,7 +213,7 @@ def test_what_is_wrong_is_told_in_a_line(folder):
         '"run.mcap", Probe, order="wild"': "order is recorded or vcpu, not 'wild'",
         '"run.mcap", Probe, loop="uvloop"': "loop is asyncio or trio, not 'uvloop'",
         '"run.mcap", Probe, first="2"': "first: expected `int | None`, got `str`",
-        '"run.mcap", Probe, rename={"web": "b"}': "has no VM 'web' to rename; there are vm",
+        '"run.mcap", Probe, rename={"web": "b"}': "rename: there is no VM 'web'; there are 'vm'",
         '"run.mcap", Probe, since="tomorrow"': "'tomorrow' is not a time",
     }
     tests = [

@@ -7,13 +7,13 @@ from functools import partial
 import anyio
 import msgspec
 import pytest
-from determinism_parts import ask, loop_of, record, replay
+from determinism_parts import ask, call, loop_of, record, replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 from outside_parts import LAST, CutOff, Outer, guest_of, random_guest
 
-from vmibridge import Bridge, BridgeResponse, BridgeServer, method
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, method
 from vmibridge.errors import OutsideError
 from vmibridge.recording import NewRecording
 from vmibridge.recording.file.reader import RecordingReader
@@ -362,7 +362,53 @@ class TestTheRecording:
             assert result.compared + sum(result.unchecked.values()) == 2
 
 
+class OtherKeys(BridgeHandler[object]):
+    """A handler that asks for the same by other keys."""
+
+    MAGIC, REQUEST, name = Outer.MAGIC, Outer.REQUEST, "outer"
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    async def handle(self, vmi, packet):
+        return await self.handler.handle(WithOtherKeys(vmi), packet)
+
+
+class WithOtherKeys:
+    """A context, but for `outside`."""
+
+    def __init__(self, vmi):
+        self.vmi = vmi
+        self.memory = vmi.memory
+
+    async def outside(self, key, function):
+        return await self.vmi.outside(f"new {key}", function)
+
+
 class TestAnAcceptedRecording:
+    @pytest.mark.parametrize("loop", ["asyncio", "trio"])
+    def test_has_new_calls_where_they_came_to_something(self, tmp_path, loop):
+        """One is slow, and others count meanwhile; one is cut off."""
+
+        async def guest(vm):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(call, vm, ask(1, 20), 0)
+                tasks.start_soon(call, vm, ask(7, 9, 1), 1)
+                for _ in range(4):
+                    await anyio.sleep(0.004)
+                    await call(vm, ask(2), 2)
+
+        path, target = tmp_path / "run.mcap", tmp_path / "new.mcap"
+        recorded(path, guest, virtual=True)
+        verdict = Verdict()
+        verdict.accepted = Accepted()
+        assert replayed(path, OtherKeys(Outer()), loop, verdict=verdict).different == 6
+        write_accepted(path, target, verdict.accepted)
+        assert [each.key for each in calls_of(target)].index("new one") < 5
+        assert [each.key for each in calls_of(target) if each.is_cut_off] == ["new timed"]
+        for other in ("asyncio", "trio"):
+            assert_same(replayed(target, OtherKeys(CutOff()), other, outside="refuse"))
+
     def test_of_a_handler_that_does_not_call_any_more_has_no_calls(self, tmp_path):
         class Knows(Outer):
             @method(8)
@@ -403,8 +449,8 @@ class TestAnAcceptedRecording:
         write_accepted(path, target, verdict.accepted)
         assert [(each.key, each.number) for each in calls_of(target)] == [
             ("one", 0),
-            ("new", 0),
             ("step", 0),
+            ("new", 0),
         ]
         for loop in ("asyncio", "trio"):
             assert_same(replayed(target, OtherCutOff(), loop, outside="refuse"))

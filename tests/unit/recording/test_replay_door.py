@@ -329,7 +329,7 @@ class TestSeveralVms:
 
     async def test_several_replays_at_a_time(self, merged, path):
         async with Replay(merged, Probe, Shared) as one, Replay(path, Probe, Shared) as other:
-            await one.until(3)
+            await one.until(3, vm="a")
             await other.until(5)
             assert (await one.run()).compared == 2 * TRAPS
             assert (await other.run()).compared == TRAPS

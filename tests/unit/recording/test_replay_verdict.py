@@ -193,3 +193,23 @@ def test_findings_have_the_cause_in_front_whatever_its_name(tmp_path):
     assert found[0].field == "outcome"
     assert {each.handler for each in found[-3:]} == {"shared"}
     assert sum(each.count for each in found if each.field == "outcome") == result.different
+
+
+def test_a_finding_counts_requests_and_not_their_accesses(tmp_path):
+    class Backwards(Probe):
+        name = "probe"
+
+        @method(2)
+        async def copy(self, vmi, packet):
+            await vmi.memory.write(0x3000, b"something else")
+            return BridgeResponse()
+
+    async def guest(vm):
+        for _ in range(3):
+            await vm.call(ask(2))
+
+    path = tmp_path / "run.mcap"
+    record(path, guest, bridge=Bridge(Probe()))
+    verdict, _ = judged(path, Backwards())
+    writes = [each for each in verdict.findings.all() if each.field == "write"]
+    assert [each.count for each in writes] == [3]

@@ -383,7 +383,7 @@ class Replay:
         with RecordingReader(self.path) as reader:
             sessions, start = sessions_of(reader, with_start=needs_start(self._selection))
         verdict.begin_file(start)
-        check_renamed(self.path, sessions, self._renamed)
+        check_renamed(sessions, self._renamed, "rename")
         names = vms_asked(sessions, self._selection.vms, all_of_them=may_share(self._handlers))
         async with serve_recording(
             self.path,

@@ -136,6 +136,8 @@ class ReplayedOutside:
             found = calls.recorded.get(call)
             # Or it had come by then: a handler begins a little sooner in a replay, and so do its
             # timeouts.
+            if found is None:
+                self.keep(event, OutsideCall(key, number))
             if found is None or found.is_cut_off or anyio.current_time() > at + _SLACK:
                 raise
         finally:
@@ -157,15 +159,24 @@ class ReplayedOutside:
         return OutsideCall(key, number, found.data, found.error, found.types, found.at_once)
 
     def keep(self, event: TrapEvent, call: OutsideCall) -> None:
-        """A function was called: what it came to may be wanted for another recording."""
+        """A function was called: what it came to, and when, is for the recording of new answers.
+
+        It has its place among what else was recorded, since the handler went on then.
+        """
         request = self._find(event.seq)
         if request is not None and request.keeps:
-            first = request.event.seq
-            request.outside.others.append(
-                Outside(
-                    event.vm, first, call.key, call.number, call.data, call.error, call.types, True
-                )
+            at = 0 if call.at_once else self._walk.time_of_now() or 0
+            message = Outside(
+                event.vm,
+                request.event.seq,
+                call.key,
+                call.number,
+                call.data,
+                call.error,
+                call.types,
+                at == 0,
             )
+            request.outside.others.append((at, message))
 
     async def _reached(self, request: ReplayedRequest, call: tuple[str, int]) -> Outside | None:
         """What is recorded of a call, when the walk is there; `None`: nothing."""

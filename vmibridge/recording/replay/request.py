@@ -69,8 +69,9 @@ class RequestOutside(msgspec.Struct):
     """How many were made, by key: they are numbered from 0."""
     made: set[tuple[str, int]] = set()
     """Those that came to what they came to then, where all are kept."""
-    others: list[Outside] = []
-    """Other ones, where all are kept."""
+    others: list[tuple[int, Outside]] = []
+    """Other ones, where all are kept, and when each had come to something by the clock of the
+    recording; 0: with its trap."""
 
 
 class ReplayedRequest:

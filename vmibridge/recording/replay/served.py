@@ -40,6 +40,9 @@ __all__ = [
 ]
 
 
+_MAX_NAMED = 10
+
+
 def needs_start(selection: Selection) -> bool:
     """Whether it tells times since the first trap of the recording."""
     moments = (selection.since, selection.until)
@@ -62,13 +65,21 @@ def sessions_of(
     return found, start
 
 
-def check_renamed(path: Path, sessions: Mapping[str, Session], renamed: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for a VM to rename that is not in a file, as far as it tells."""
-    for name in renamed if sessions else ():
-        if name not in sessions:
-            raise ConfigError(
-                f"{path}: has no VM {name!r} to rename; there are {', '.join(sessions)}"
-            )
+def check_renamed(
+    sessions: Mapping[str, Session], renamed: Mapping[str, str], option: str = "--rename"
+) -> None:
+    """Raise `ConfigError` for a VM to rename that is not in a file, as far as it tells, and for two
+    that would have one name."""
+    names: dict[str, str] = {}
+    for old in renamed if sessions else ():
+        if old not in sessions:
+            there = ", ".join(f"{name!a}" for name in [*sessions][:_MAX_NAMED])
+            raise ConfigError(f"{option}: there is no VM {old!a}; there are {there}")
+    for old in sessions:
+        new = renamed.get(old, old)
+        other = names.setdefault(new, old)
+        if other != old:
+            raise ConfigError(f"{option}: both {other!a} and {old!a} would be called {new!a}")
 
 
 def vms_asked(
@@ -124,6 +135,9 @@ class ServedRecording:
         for backend in self.backends:
             handlers = self.bridges[backend.vm].handlers
             yield from handler_changes(backend.session, handlers, has_config=has_config)
+            yield from (
+                f"vm {backend.vm}: the recording says: {gap}" for gap in backend.conductor.gaps
+            )
         yield from problem_lines(self.reader.problems, self.reader.problem_count, f"{self._path}: ")
 
     def result(self) -> FileResult:

@@ -65,9 +65,14 @@ class Tally:
         verdict = self.verdict
         return verdict.selects and verdict.is_behind(self._vm, event.seq, time, self.started)
 
+    def next_of(self, event: TrapEvent, after: object) -> object:
+        """What was recorded of a trap next, if that is the message behind it; else `None`."""
+        is_of_it = getattr(after, "seq", None) == event.seq
+        return after if is_of_it and getattr(after, "vm", None) == self._vm else None
+
     def why_not(self, event: TrapEvent, about: object) -> str | None:
         """Why a trap is not asked; `about`: what was recorded of it next."""
-        if isinstance(about, Reply) and about.vm == self._vm and about.kind is _DENIED:
+        if isinstance(about, Reply) and about.kind is _DENIED:
             return "the policy denied it"
         left_out = self.left_out(event) - {"memory", "outside"}
         if left_out:

@@ -78,9 +78,13 @@ class Findings:
 
     def add(self, difference: Difference, method: str) -> None:
         """One more difference; `method` is the name of its method, or else its code."""
+        # Several fields of one request may have one name, as those of its accesses.
+        first: dict[str, FieldDifference] = {}
         for each in difference.fields:
-            for name in dict.fromkeys(_places(each)):
-                self._add(difference, each, method, name)
+            for name in _places(each):
+                first.setdefault(name, each)
+        for name, each in first.items():
+            self._add(difference, each, method, name)
 
     def all(self) -> list[Finding]:
         """The one that began first in front."""
@@ -262,10 +266,10 @@ class Verdict:
         return self._names.name(vm, handler, packet.method) or f"{packet.method:#06x}"
 
 
-def _places(field: FieldDifference) -> Iterable[str]:
+def _places(field: FieldDifference) -> Sequence[str]:
     if not field.paths:
         return (field.field,)
-    return map(_without_numbers, field.paths)
+    return list(map(_without_numbers, field.paths))
 
 
 def _without_numbers(path: str) -> str:
