@@ -44,6 +44,7 @@ from vmibridge.recording.replay.served import (
     vms_asked,
 )
 from vmibridge.recording.replay.sought import Played, Sought, What
+from vmibridge.recording.unmatched import Unmatched
 from vmibridge.text import printable
 
 __all__ = ["Replay"]
@@ -159,6 +160,7 @@ class Replay:
         """With `accept`, the requests that were compared, by their recorded VMs and numbers."""
         self.changed: Played = Played()
         """With `accept`, those of them whose answers of now are accepted."""
+        self._nothing = "no request could be compared"
         self._has_failed = False
         self._own: OwnLoop | None = None
 
@@ -342,7 +344,7 @@ class Replay:
         self._raise_error()
         if not self._file_result().compared:
             self._has_failed = True
-            raise NotReplayedError(f"{self.path}: no request could be compared")
+            raise NotReplayedError(f"{self.path}: {self._nothing}")
         return None
 
     def _raise_error(self) -> None:
@@ -401,6 +403,10 @@ class Replay:
             async for _ in served.server.run():
                 pass
             self._notes = list(served.notes(has_config=True))
+            if self._verdict.selects and not served.result().compared:
+                unmatched = Unmatched(self._selection)
+                unmatched.look_at(served.reader.messages())
+                self._nothing = self._nothing if unmatched.has_some else str(unmatched)
 
     def _hear(self, request: RequestResult) -> None:
         self._played.add(request)
