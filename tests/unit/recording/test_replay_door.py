@@ -327,6 +327,22 @@ class TestSeveralVms:
             assert sorted(made) == ["a", "b"]
             assert (await replay.run()).different == 0
 
+    async def test_a_class_that_is_shared_is_made_once(self, merged):
+        made = []
+
+        class Counted(Shared):
+            name = "shared"
+            shared = True
+
+            def __init__(self):
+                super().__init__()
+                made.append(self)
+
+        async with Replay(merged, Probe, Counted) as replay:
+            await replay.run()
+            assert replay.handler(Counted, "a") is replay.handler(Counted, "b") is made[0]
+        assert len(made) == 1
+
     async def test_several_replays_at_a_time(self, merged, path):
         async with Replay(merged, Probe, Shared) as one, Replay(path, Probe, Shared) as other:
             await one.until(3, vm="a")

@@ -69,7 +69,7 @@ def test_of_several_vms_that_share_a_handler(tmp_path_factory, seed, data):
     shared = Shared()
     record(path, guests, lambda _: Bridge(Counts(), Serial(), Pool(), shared), virtual=True)
     part = data.draw(parts([*guests]))
-    played(path, Counts, Serial, Pool, Shared(), **part)
+    played(path, Counts, Serial, Pool, data.draw(st.sampled_from([Shared, Shared()])), **part)
 
 
 @settings(max_examples=examples(15), deadline=None)

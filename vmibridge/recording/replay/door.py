@@ -22,7 +22,7 @@ import anyio.lowlevel
 import msgspec
 from sniffio import current_async_library
 
-from vmibridge.bridge.dispatch import Bridge
+from vmibridge.bridge.dispatch import Bridge, Target
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError, NotReplayedError, ServerStateError
@@ -61,11 +61,12 @@ Codes: TypeAlias = int | str | Iterable[int | str]
 class Replay:
     """A recording, whose requests handlers are asked again.
 
-    `handlers` are instances; classes, of which each VM gets an instance of its own, made without
-    arguments, or with their `Settings` where all of these have defaults; and functions that make
-    something for the VM that they are given the name of. Instances serve several VMs only if they
-    say `shared`. They run in another thread and on another loop than the test: what they take of
-    the test must not be bound to its loop, such as a connection that is open.
+    `handlers` are instances; classes, of which each VM gets an instance of its own, or all get one
+    if they say `shared`, made without arguments, or with their `Settings` where all of these have
+    defaults; and functions that make something for the VM that they are given the name of.
+    Instances serve several VMs only if they say `shared`. They run in another thread and on another
+    loop than the test: what they take of the test must not be bound to its loop, such as a
+    connection that is open.
 
     What is compared, as of `vmibridge replay`; what is given for different keywords is an and:
 
@@ -151,6 +152,7 @@ class Replay:
         self._renamed = dict(rename or {})
         self._recorded = {new: old for old, new in self._renamed.items()}
         self._settings = settings
+        self._shared: dict[type[BridgeHandler[Any]], Target] = {}
         self._loop = loop
         self._served: ServedRecording | None = None
         self._differences: list[Difference] = []
@@ -422,7 +424,7 @@ class Replay:
         self._is_begun().hear(request)
 
     def _bridge_for(self, vm: str) -> Bridge:
-        return make_bridge(self._handlers, vm)
+        return make_bridge(self._handlers, vm, self._shared)
 
     def _changed(self, recorded: ServerSettings) -> ServerSettings:
         # To stand still is not to hold up the loop.
