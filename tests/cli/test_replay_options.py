@@ -335,9 +335,10 @@ def test_what_an_edited_recording_lacks_is_told(record, replay, vmibridge, tmp_p
 def test_answers_of_now_make_a_new_recording(record, replay, now, tmp_path):
     path, new = record(), tmp_path / "new.mcap"
     now.write_text(WRONG)
-    done = replay(path, "--accept", "--method", "sum", "-o", new)
+    done = replay(path, "--accept", "--method", "sum", "-o", new, "--junit", tmp_path / "x.xml")
     assert done.returncode == 0, done.stderr
     assert f"{new}: a new recording, with 3 new answers" in done.stderr
+    assert ElementTree.parse(tmp_path / "x.xml").getroot().get("failures") == "0"
     done = replay(new, "--strict")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{new}: 10 requests compared, 0 different" in done.stdout

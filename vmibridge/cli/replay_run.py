@@ -139,7 +139,7 @@ class ReplayRun:
         )
         if junit is not None:
             with new_files([junit], replace=True) as (part,):
-                part.write_bytes(junit_report(results))
+                part.write_bytes(junit_report(results, accepts=verdict.accepted is not None))
         return self._printer.end(
             results,
             unmatched=unmatched,
