@@ -56,6 +56,7 @@ class ReplayResult(msgspec.Struct):
     """Requests of which both the recorded and the new answer are known."""
     different: int = 0
     first: Difference | None = None
+    """The one whose request came first."""
     ignored: int = 0
     """Requests of which nothing differs but what rules ignore."""
     unchecked: dict[str, int] = {}

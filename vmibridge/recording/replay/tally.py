@@ -120,7 +120,9 @@ class Tally:
             result.ignored += difference is not None
             return None, None
         result.different += 1
-        result.first = result.first or counts
+        if result.first is None or counts.time < result.first.time:
+            # It may have been answered later: what began first is told with its cause.
+            result.first = counts
         return counts, None
 
     def _tell(

@@ -97,7 +97,13 @@ class Findings:
         step = _step(each)
         if known is not None:
             known.count += 1
-            known.last_seq = difference.seq
+            if difference.time < known.time:
+                # It came before the others, and was answered later.
+                known.vm, known.vcpu = difference.vm, difference.vcpu
+                known.seq, known.time = difference.seq, difference.time
+                known.expected, known.got = _values(each, name)
+            else:
+                known.last_seq = difference.seq
             if step != known.step:
                 known.step = None
         elif len(self._groups) >= _MAX_FINDINGS:
