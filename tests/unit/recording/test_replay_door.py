@@ -96,7 +96,7 @@ class TestRun:
 
     async def test_nothing_compared_is_an_error(self, path):
         async with Replay(path, Probe, Shared, requests=0x55) as replay:
-            with pytest.raises(NotReplayedError, match="no request could be compared"):
+            with pytest.raises(NotReplayedError, match="no trap matches request 0x0055; there"):
                 await replay.run()
         with pytest.raises(NotReplayedError, match="no request was compared"):
             async with Replay(path, Probe, Shared):
