@@ -39,7 +39,7 @@ class TrioHandlerScope:
         self.begun: dict[int, object] = NONE_BEGUN
         self.left: list[Generator] = NONE_LEFT
         self.holder: Any = None
-        self.mark: CancelStatus | None = None
+        self.mark: Any = None
 
     def __enter__(self) -> Self:
         self.task = self.holder = task = current_task()
@@ -64,7 +64,6 @@ class TrioHandlerScope:
         traceback: TracebackType | None,
     ) -> bool:
         task, status = self.task, self.mark
-        assert status is not None
         if task._child_nurseries or task._cancel_status is not status:
             self.close_left()
         # Else circles, which only the garbage collector would end: a task has a context, and that
