@@ -5,8 +5,9 @@
 | 0x0001 REAL | nanoseconds since the Unix epoch |
 | 0x0002 MONOTONIC | nanoseconds, never fewer than this VM was told before |
 
-Only differences of the second one mean something. Neither takes anything, and the status is success. Both are `vmi.time`: when the request came, so a
-guest that was told to wait gets a time that has passed by then. A replay tells the recorded time.
+Neither takes anything, and the status is success; of MONOTONIC only differences mean something.
+Both are `vmi.time`: when the request came, so a guest that was told to wait gets a time that has
+passed by then. A replay tells the recorded time.
 
 The host reads its clock when the run begins, and counts on by one that is never set. So a clock
 that is set meanwhile, or a host that sleeps, shows in no answer before the next run.

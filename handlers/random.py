@@ -11,9 +11,9 @@
 | invalid parameters, code 1 | a capacity of more than 1 MiB, or a buffer that is not writable |
 | touch | a page of the buffer is not present |
 
-They are `vmi.random`, and no secret: the seed of a VM has 48 bits, which can be guessed from some of
-the bytes, and is in the recording. Keys are for RDRAND. In return the bytes cost a recording nothing,
-and each replay has them again.
+They are `vmi.random`, and no secret: the seed of a VM has 48 bits, which can be guessed from some
+of the bytes, and is in the recording. Keys are for RDRAND. In return the bytes cost a recording
+nothing, and each replay has them again.
 """
 
 from typing import Annotated
