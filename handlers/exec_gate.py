@@ -10,8 +10,8 @@
 | value2 | | why: 0 decided, 1 nobody answered, 2 too many questions, 3 no command |
 
 A code is `Gate.CONTINUE` (0) or `Gate.ABORT` (0xffffffff). While the host is asked, the guest gets
-`Gate.WAIT` (1), and sends its request again. What is wrong with a request is an ABORT. A guest looks
-at the stamps before anything else: without them there was no host.
+`Gate.WAIT` (1), and sends its request again. What is wrong with a request is an ABORT. A guest
+looks at the stamps before anything else: without them there was no host.
 
 Invariants:
 
