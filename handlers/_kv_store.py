@@ -10,7 +10,9 @@
 
 import logging
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
@@ -154,7 +156,10 @@ class Store:
 
 def _make_private(path: str) -> None:
     """SQLite would make it for all to read."""
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    # Not opened: a process that closes a file loses all locks that it has on it (POSIX), those of
+    # the connections of other VMs, too.
+    with suppress(FileExistsError):
+        os.mknod(path, stat.S_IFREG | 0o600)
 
 
 # --- in the thread of the connection ------------------------------------------------------
@@ -163,8 +168,7 @@ def _make_private(path: str) -> None:
 def _prepare(db: "apsw.Connection", patience: int) -> None:
     """Make the tables of a file that is empty. `patience` in milliseconds."""
     db.set_busy_timeout(patience)
-    db.transaction_mode = "IMMEDIATE"
-    with db:
+    with _transaction(db):
         found = (db.pragma("application_id"), db.pragma("user_version"))
         if found == (0, 0) and not db.pragma("schema_version"):
             db.execute(_SCHEMA)
@@ -172,6 +176,20 @@ def _prepare(db: "apsw.Connection", patience: int) -> None:
             db.pragma("user_version", _FORMAT)
         elif found != (_APPLICATION, _FORMAT):
             raise _ForeignFileError("it is a database of another program")
+
+
+@contextmanager
+def _transaction(db: "apsw.Connection") -> Iterator[None]:
+    """All of the block, or nothing. Not `with db`: that would hold all threads of Python, while
+    it waits for a lock and for the disk."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def _row(db: "apsw.Connection", statement: str, *values: str | bytes | int) -> tuple[Any, ...]:
@@ -220,7 +238,7 @@ def put(scope: str, name: str, value: bytes, limits: Limits, wanted: int | None)
 
     def work(db: "apsw.Connection") -> Reply:
         own = len(name.encode()) + len(value)
-        with db:
+        with _transaction(db):
             before = _row(
                 db,
                 "SELECT version, size FROM entries WHERE scope = ? AND name = ?",

@@ -93,8 +93,8 @@ class Kv(StandardHandler[int]):
             ):
                 if not 1 <= getattr(self, name) <= most:
                     raise ValueError(f"{name} is 1 to {most}, got {getattr(self, name)!r}")
-            if not 0 <= self.patience <= 60:
-                raise ValueError(f"patience is 0 to 60 seconds, got {self.patience!r}")
+            if not 0 <= self.patience <= 10:
+                raise ValueError(f"patience is 0 to 10 seconds, got {self.patience!r}")
             if "\0" in self.path:
                 raise ValueError("path holds a NUL")
 
