@@ -37,11 +37,11 @@ __all__ = [
     "Store",
     "Work",
     "apsw",
-    "delete",
-    "get",
-    "put",
-    "succ",
-    "version",
+    "delete_entry",
+    "get_value",
+    "next_name",
+    "put_value",
+    "version_of",
 ]
 
 log: logging.Logger = logging.getLogger("vmibridge.kv")
@@ -197,7 +197,7 @@ def _row(db: "apsw.Connection", statement: str, *values: str | bytes | int) -> t
     return cast("tuple[Any, ...] | None", db.execute(statement, values).fetchone()) or ()
 
 
-def get(scope: str, name: str) -> Work:
+def get_value(scope: str, name: str) -> Work:
     """The value of an entry."""
 
     def work(db: "apsw.Connection") -> Reply:
@@ -207,7 +207,7 @@ def get(scope: str, name: str) -> Work:
     return work
 
 
-def version(scope: str, name: str) -> Work:
+def version_of(scope: str, name: str) -> Work:
     """The version of an entry; 0 where there is none."""
 
     def work(db: "apsw.Connection") -> Reply:
@@ -217,7 +217,7 @@ def version(scope: str, name: str) -> Work:
     return work
 
 
-def succ(scope: str, name: str) -> Work:
+def next_name(scope: str, name: str) -> Work:
     """The name that follows `name`, in the order of bytes; empty behind the last."""
 
     def work(db: "apsw.Connection") -> Reply:
@@ -231,7 +231,7 @@ def succ(scope: str, name: str) -> Work:
     return work
 
 
-def put(scope: str, name: str, value: bytes, limits: Limits, wanted: int | None) -> Work:
+def put_value(scope: str, name: str, value: bytes, limits: Limits, wanted: int | None) -> Work:
     """Make or replace an entry; gives its version. `wanted`: the version that it has to have
     before, 0 where there may be none.
     """
@@ -265,7 +265,7 @@ def put(scope: str, name: str, value: bytes, limits: Limits, wanted: int | None)
     return work
 
 
-def delete(scope: str, name: str) -> Work:
+def delete_entry(scope: str, name: str) -> Work:
     """Take an entry away; 1 if there was one."""
 
     def work(db: "apsw.Connection") -> Reply:
