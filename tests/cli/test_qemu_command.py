@@ -95,7 +95,7 @@ def test_a_signal_ends_qemu_through_its_monitor(start, guest, folder):
 
 @pytest.mark.no_cover
 def test_a_guest_that_exits_ends_qemu(start, guest, folder):
-    """Its status counts, and not that of QEMU: a guest without a host finds no stamps, and fails."""
+    """Its status counts, not that of QEMU: a guest without a host finds no stamps, and fails."""
     source = HANDLERS.replace("import BridgeHandler", "import GuestExit, BridgeHandler")
     gives = "return BridgeResponse(0).with_output(GuestExit(0))  # "
     (folder / "exits.py").write_text(source.replace("return BridgeResponse", gives))
