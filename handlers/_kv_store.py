@@ -124,7 +124,7 @@ class Store:
         """Close the connection, when its thread has done what it is at."""
         db, self._db = self._db, None
         if db is not None:
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True), suppress(apsw.Error):
                 await db.aclose(force=True)
 
     async def _open(self) -> "apsw.AsyncConnection":
