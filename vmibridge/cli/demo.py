@@ -40,7 +40,8 @@ def demo(
     """Run a guest that calls the ready-made handlers and checks every answer.
 
     It calls hello, log, environment, clock, random, exec_gate and fetch by VMCALL, CPUID and
-    VMMCALL, on the Unicorn backend. With nasm its source is assembled; without, an image of it is there.
+    VMMCALL, on the Unicorn backend. With nasm its source is assembled; without, an image of it is
+    there.
 
     Exit status: 0 when every answer was right, 1 when one was not or the guest could not run.
 
