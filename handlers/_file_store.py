@@ -28,6 +28,7 @@ from threading import Lock
 
 import msgspec
 
+from vmibridge import BridgeContext
 from vmibridge.handlers._file_budget import Budget, Limits, failure
 from vmibridge.handlers._file_folder import Entry, Folder, IfTaken, Temporary
 from vmibridge.handlers._file_names import parse_name
@@ -47,6 +48,15 @@ class Caller(msgspec.Struct, frozen=True):
     address_space: int
     is_kernel: bool = False
     """It may use the transfers of all address spaces, and may run in any of them."""
+
+    @classmethod
+    def of(cls, vmi: BridgeContext) -> "Caller":
+        """Who made the request."""
+        return cls(vmi.event.address_space, vmi.event.ring == 0)
+
+    def may_use(self, owner: "Caller") -> bool:
+        """Whether what the other one has begun is its own."""
+        return self.is_kernel or self.address_space == owner.address_space
 
 
 class _Transfer:
@@ -356,7 +366,7 @@ class Store:
         """The transfer of a handle, under its lock. Raises EBADF, ESTALE, by `_GoneError`."""
         with self._lock:
             transfer = self._by_handle.get(handle)
-        if transfer is None or not _may_use(caller, transfer.owner):
+        if transfer is None or not caller.may_use(transfer.owner):
             raise _GoneError(self._why_gone(caller, handle))
         with transfer.lock:
             # It may have been handed over, or have ended, until now.
@@ -369,7 +379,7 @@ class Store:
     def _why_gone(self, caller: Caller, handle: int) -> int:
         with self._lock:
             end = self._ended.get(handle)
-        if end is not None and end.by == "taken" and _may_use(caller, end.owner):
+        if end is not None and end.by == "taken" and caller.may_use(end.owner):
             return errno.ESTALE
         return errno.EBADF
 
@@ -377,7 +387,7 @@ class Store:
         """Raise as this call did before; as for an unknown handle, if it was not made before."""
         with self._lock:
             end = self._ended.get(handle)
-        if end is None or end.by != by or end.digest != digest or not _may_use(caller, end.owner):
+        if end is None or end.by != by or end.digest != digest or not caller.may_use(end.owner):
             raise failure(self._why_gone(caller, handle))
         if end.error:
             raise failure(end.error)
@@ -452,10 +462,6 @@ def _hash_on(transfer: _Transfer) -> None:
         while transfer.hash.go_on(transfer.pieces.first):
             pass
     transfer.is_hashing = False
-
-
-def _may_use(caller: Caller, owner: Caller) -> bool:
-    return caller.is_kernel or caller.address_space == owner.address_space
 
 
 def _parse(name: str) -> tuple[str, ...]:

@@ -23,16 +23,11 @@ what is left behind by a guest, a program or a host that ends in the middle: not
 """
 
 import errno
-import os
 import struct
 from collections.abc import Callable
 from enum import IntFlag
 from types import TracebackType
 from typing import Annotated, Self, TypeVar
-
-import anyio
-import anyio.to_thread
-import msgspec
 
 from vmibridge import (
     U32,
@@ -46,16 +41,14 @@ from vmibridge import (
     StandardHandler,
     method,
 )
-from vmibridge.errors import ConfigError, ServerStateError
-from vmibridge.handlers._file_budget import Limits
+from vmibridge.handlers._file_budget import failure
 from vmibridge.handlers._file_folder import Entry, IfTaken
 from vmibridge.handlers._file_names import MAX_NAME
-from vmibridge.handlers._file_store import MAX_OPEN, Caller, Store
+from vmibridge.handlers._file_settings import FolderSettings, OpenFolder
+from vmibridge.handlers._file_store import Caller, Store
 
 MAX_PIECE = 1 << 20
 """Bytes that one PUT or GET carries, at most."""
-_THREADS = 4
-"""That are at the files of one guest at a time; not those of the other handlers."""
 _END_TIMEOUT = 120.0
 """Seconds for an END, which may hash a whole file and wait until it is on the disk."""
 _END_SOFT_TIMEOUT = 1.0
@@ -84,74 +77,24 @@ class Files(StandardHandler[int]):
 
     REQUEST = 0x0110
 
-    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """Which folder, and how much. Raises `ValueError` if a value is out of range."""
+    class Settings(FolderSettings, frozen=True, forbid_unknown_fields=True):
+        """Which folder, and what a guest may do there."""
 
-        folder: str | None = None
-        """The folder, which exists. Without one, each method fails with EACCES."""
         put: bool = True
         """Whether the guest may put files there."""
         get: bool = True
         """Whether it may get, list and look up files."""
         replace: bool = False
         """Whether it may put a file in the place of another one."""
-        max_file: int = 1 << 30
-        """Bytes of one file, at most, in either direction."""
-        max_bytes: int = 4 << 30
-        """Bytes of all files that the guest has put since the server was started, at most; what the
-        host has taken out of the folder does not count."""
-        max_files: int = 10_000
-        """Files and folders of the same kind, at most."""
-        max_open: int = 64
-        """Handles that may be open at a time."""
-        idle_timeout: float = 600.0
-        """Seconds after which an unused handle is taken back when another one is opened."""
-        sync: bool = True
-        """Whether END waits until the file is on the disk."""
-
-        def __post_init__(self) -> None:
-            if self.folder is not None and (not self.folder or "\0" in self.folder):
-                raise ValueError(f"folder is the path of a folder, got {self.folder!r}")
-            for name in ("max_file", "max_bytes", "max_files"):
-                if not 1 <= getattr(self, name) < 1 << 63:
-                    raise ValueError(f"{name} is 1 or more, got {getattr(self, name)!r}")
-            if not 1 <= self.max_open <= MAX_OPEN:
-                raise ValueError(f"max_open is 1 to {MAX_OPEN}, got {self.max_open!r}")
-            if not self.idle_timeout > 0:
-                raise ValueError(
-                    f"idle_timeout is a positive number of seconds, got {self.idle_timeout!r}"
-                )
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or self.Settings()
-        self._store: Store | None = None
-        self._is_entered = False
-        self._limiter = anyio.CapacityLimiter(_THREADS)
+        self._folder = OpenFolder(self.name, self._settings)
 
     async def __aenter__(self) -> Self:
-        """Open the folder, and remove what a host that was killed has left there.
-
-        Raises `ConfigError` where it cannot be opened.
-        """
-        folder = self._settings.folder
-        if folder is not None:
-            try:
-                self._store = await anyio.to_thread.run_sync(self._open, folder)
-            except OSError as error:
-                raise ConfigError(f"files: folder {folder!r}: {error.strerror}") from error
-        self._is_entered = True
+        """Open the folder. Raises `ConfigError` where it cannot be opened."""
+        await self._folder.open()
         return self
-
-    def _open(self, folder: str) -> Store:
-        settings = self._settings
-        limits = Limits(
-            settings.max_file,
-            settings.max_bytes,
-            settings.max_files,
-            settings.max_open,
-            settings.idle_timeout,
-        )
-        return Store(folder, limits, sync=settings.sync)
 
     async def __aexit__(
         self,
@@ -160,11 +103,7 @@ class Files(StandardHandler[int]):
         traceback: TracebackType | None,
     ) -> None:
         """Remove what is under way, also while being cancelled."""
-        self._is_entered = False
-        store, self._store = self._store, None
-        if store is not None:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(store.close)
+        await self._folder.close()
 
     @method(0x0001)
     async def begin(
@@ -190,7 +129,7 @@ class Files(StandardHandler[int]):
 
     async def _begin(self, vmi: BridgeContext, name: str, size: int, mode: Mode) -> int:
         hashes = bool(mode & Mode.HASH)
-        caller = _caller(vmi)
+        caller = Caller.of(vmi)
         random = vmi.random
 
         def make_handle() -> int:
@@ -223,7 +162,7 @@ class Files(StandardHandler[int]):
         vmi: BridgeContext,
     ) -> U32:
         """Write bytes at an offset; gives how many."""
-        caller = _caller(vmi)
+        caller = Caller.of(vmi)
         return await self._run(lambda store: store.put(caller, handle, offset, data))
 
     @method(0x0003)
@@ -235,7 +174,7 @@ class Files(StandardHandler[int]):
         vmi: BridgeContext,
     ) -> U32:
         """Read bytes at an offset; gives how many, 0 at the end."""
-        caller, size = _caller(vmi), into.capacity
+        caller, size = Caller.of(vmi), into.capacity
         return await into.fill(
             await self._run(lambda store: store.get(caller, handle, offset, size))
         )
@@ -248,7 +187,7 @@ class Files(StandardHandler[int]):
         vmi: BridgeContext,
     ) -> None:
         """Check a file, and give it its name if it was put."""
-        caller = _caller(vmi)
+        caller = Caller.of(vmi)
         if sha256 is not None and len(sha256) != 32:
             raise _failed(errno.EINVAL)
         await self._run(lambda store: store.end(caller, handle, sha256))
@@ -256,7 +195,7 @@ class Files(StandardHandler[int]):
     @method(0x0005)
     async def abort(self, handle: U32, vmi: BridgeContext) -> None:
         """End a transfer; nothing is left of a file that was put."""
-        caller = _caller(vmi)
+        caller = Caller.of(vmi)
         await self._run(lambda store: store.abort(caller, handle))
 
     @method(0x0006)
@@ -319,7 +258,7 @@ class Files(StandardHandler[int]):
                 record += bytes(8 - len(record) % 8)
                 if len(found) + len(record) > capacity:
                     if not found:
-                        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+                        raise failure(errno.ERANGE)
                     break
                 found += record
             return bytes(found)
@@ -329,7 +268,7 @@ class Files(StandardHandler[int]):
     @method(0x0008)
     async def length(self, handle: U32, vmi: BridgeContext) -> U64:
         """Bytes of a file that are there from its beginning on: go on putting from here."""
-        caller = _caller(vmi)
+        caller = Caller.of(vmi)
         return await self._run(lambda store: store.length(caller, handle))
 
     def _check_allowed(self, is_allowed: bool) -> None:
@@ -337,20 +276,10 @@ class Files(StandardHandler[int]):
             raise _failed(errno.EACCES)
 
     async def _run(self, operation: Callable[[Store], R]) -> R:
-        """Do it in a thread: as a whole, also where the request is cancelled meanwhile."""
-        store = self._store
-        if store is None:
-            if not self._is_entered:
-                raise ServerStateError("the files handler answers between __aenter__ and __aexit__")
-            raise _failed(errno.EACCES)
         try:
-            return await anyio.to_thread.run_sync(operation, store, limiter=self._limiter)
+            return await self._folder.run(operation)
         except OSError as error:
             raise _failed(error.errno or errno.EIO) from error
-
-
-def _caller(vmi: BridgeContext) -> Caller:
-    return Caller(vmi.event.address_space, vmi.event.ring == 0)
 
 
 def _failed(number: int) -> Failed:
