@@ -5,7 +5,7 @@
 
 | method | value1 | value2 | value3 | value4 | value1 out |
 |---|---|---|---|---|---|
-| 0x0001 BEGIN | the guest's own handle | size, signed | address of the name | its bytes | transfer |
+| 0x0001 BEGIN | its own handle | size, signed | address of a name | its bytes | a transfer |
 | 0x0002 SET_BUFFER | handle | address | | | a gate |
 | 0x0003 CHUNK | handle | bytes in the buffer | | | a gate |
 | 0x0004 CLOSE | handle | 0 for success | | | a gate |
