@@ -118,6 +118,8 @@ class Store:
         self._clock = clock
         self._lock = Lock()
         self._is_closed = False
+        self._reads_now = True
+        """Whether the file system reads without waiting, as far as is known."""
         self._by_handle: dict[int, _Transfer] = {}
         self._by_key: dict[object, _Transfer] = {}
         self._beginning = 0
@@ -297,24 +299,43 @@ class Store:
             self._hash_meanwhile(transfer)
         return len(data)
 
-    def get(self, caller: Caller, handle: int, offset: int, size: int) -> bytes:
+    def get(
+        self, caller: Caller, handle: int, offset: int, size: int, *, waits: bool = True
+    ) -> bytes:
         """Read bytes at an offset: less at the end of the file, none behind it.
 
-        Raises EBADF, and what the system says.
+        Raises EBADF, and what the system says; `BlockingIOError` if it would have to wait for a
+        disk or another thread, and is not to.
         """
-        with self._using(caller, handle) as transfer:
+        with self._using(caller, handle, waits) as transfer:
             if transfer.put is not None:
                 raise failure(errno.EBADF)
             left = transfer.size - offset
             if left <= 0:
                 return b""
-            data = os.pread(transfer.descriptor, min(size, left), offset)
+            read = os.pread if waits else self._read_now
+            data = read(transfer.descriptor, min(size, left), offset)
             if transfer.hashes:
                 with suppress(OSError):
                     transfer.pieces.check(offset, offset + len(data))
                     transfer.pieces.add(offset, offset + len(data))
                 self._hash_meanwhile(transfer)
         return data
+
+    def _read_now(self, descriptor: int, size: int, offset: int) -> bytes:
+        """What the system has in memory. Raises `BlockingIOError` unless that is all of it."""
+        if not self._reads_now:
+            raise failure(errno.EAGAIN)
+        data = bytearray(size)
+        try:
+            count = os.preadv(descriptor, [data], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            # Not every file system tells; it is not asked again.
+            self._reads_now = error.errno != errno.EOPNOTSUPP
+            raise failure(errno.EAGAIN) from error
+        if count < size:
+            raise failure(errno.EAGAIN)
+        return bytes(data)
 
     def length(self, caller: Caller, handle: int) -> int:
         """Bytes of a file to get; of one that is put those that are there from its beginning on,
@@ -362,19 +383,26 @@ class Store:
         return self._folder.list(_parse(name) if name else (), after)
 
     @contextmanager
-    def _using(self, caller: Caller, handle: int) -> Iterator[_Transfer]:
-        """The transfer of a handle, under its lock. Raises EBADF, ESTALE, by `_GoneError`."""
+    def _using(self, caller: Caller, handle: int, waits: bool = True) -> Iterator[_Transfer]:
+        """The transfer of a handle, under its lock.
+
+        Raises EBADF, ESTALE, by `_GoneError`; `BlockingIOError` if it does not wait for the lock.
+        """
         with self._lock:
             transfer = self._by_handle.get(handle)
         if transfer is None or not caller.may_use(transfer.owner):
             raise _GoneError(self._why_gone(caller, handle))
-        with transfer.lock:
+        if not transfer.lock.acquire(blocking=waits):
+            raise failure(errno.EAGAIN)
+        try:
             # It may have been handed over, or have ended, until now.
             if not transfer.is_open or transfer.handle != handle:
                 raise _GoneError(self._why_gone(caller, handle))
             transfer.used = self._clock()
             yield transfer
             transfer.used = self._clock()
+        finally:
+            transfer.lock.release()
 
     def _why_gone(self, caller: Caller, handle: int) -> int:
         with self._lock:

@@ -175,9 +175,14 @@ class Files(StandardHandler[int]):
     ) -> U32:
         """Read bytes at an offset; gives how many, 0 at the end."""
         caller, size = Caller.of(vmi), into.capacity
-        return await into.fill(
-            await self._run(lambda store: store.get(caller, handle, offset, size))
-        )
+        try:
+            # Mostly the system has it in memory, and a thread would take longer.
+            data = self._folder.run_now(
+                lambda store: store.get(caller, handle, offset, size, waits=False)
+            )
+        except OSError:
+            data = await self._run(lambda store: store.get(caller, handle, offset, size))
+        return await into.fill(data)
 
     @method(0x0004, timeout=_END_TIMEOUT, soft_timeout=_END_SOFT_TIMEOUT)
     async def end(
