@@ -42,10 +42,11 @@ from vmibridge import (
     method,
 )
 from vmibridge.handlers._file_budget import failure
+from vmibridge.handlers._file_ends import Caller
 from vmibridge.handlers._file_folder import Entry, IfTaken
 from vmibridge.handlers._file_names import MAX_NAME
 from vmibridge.handlers._file_settings import FolderSettings, OpenFolder
-from vmibridge.handlers._file_store import Caller, Store
+from vmibridge.handlers._file_store import Store
 
 MAX_PIECE = 1 << 20
 """Bytes that one PUT or GET carries, at most."""
