@@ -33,6 +33,8 @@ class Vcpu:
         self.pending: TrapEvent | None = None
         self.gone: bool = False
         self.is_let_go: bool = False
+        # As much as the system allows: each time that it is full costs a turn of the loop.
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_ACCESS)
         self._duplex = Duplex(connected, _MAX_UNSENT)
         self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
         """Take what has come already: the next trap often comes while its answer is being sent."""
