@@ -1,0 +1,73 @@
+"""Guests that call handlers by generated headers, built by the compilers that guests are built by."""
+
+from pathlib import Path
+
+from children import run
+from needs import missing, needs
+
+from vmibridge.bridge.handler import BridgeHandler
+from vmibridge.guest_header import Language, header_text, models_of
+
+INCLUDE = Path(__file__).parents[2] / "guest/include"
+GUESTS = Path(__file__).parents[1] / "integration/guests"
+STRICT = "-Wall -Wextra -Wpedantic -Wshadow -Werror -ffreestanding".split()
+BARE = (
+    "-mgeneral-regs-only -fno-stack-protector -fno-asynchronous-unwind-tables -nostdlib -static"
+).split()
+
+
+def write_header(file: Path, handler: type[BridgeHandler], language: Language) -> Path:
+    """The header of a handler."""
+    file.write_text(header_text(models_of([handler]), language))
+    return file
+
+
+def done(*command: str | Path) -> None:
+    """Run a compiler, which has nothing to say."""
+    ended = run([str(each) for each in command])
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+
+
+def flat(linked: Path) -> Path:
+    """The image of a linked guest."""
+    done(needs("objcopy"), "-O", "binary", linked, linked.with_suffix(".bin"))
+    return linked.with_suffix(".bin")
+
+
+def build_c(folder: Path, source: Path, width: int, how: int, *flags: str, compiler: str) -> Path:
+    """A guest in C or C++, for the backend Unicorn."""
+    linked = folder / f"{compiler}.elf"
+    done(
+        needs(compiler), *flags, *STRICT, *BARE, f"-I{INCLUDE}", f"-I{folder}",
+        f"-m{width}", f"-DHOW={how}", f"-Wl,-T,{INCLUDE}/flat.ld", "-o", linked, source,
+    )  # fmt: skip
+    return flat(linked)
+
+
+def build_asm(folder: Path, source: Path, width: int, how: int) -> Path:
+    """A guest for nasm."""
+    image = folder / "asm.bin"
+    done(
+        needs("nasm"), "-Wall", "-Werror", "-f", "bin", f"-I{INCLUDE}/", f"-I{folder}/",
+        f"-DWIDTH={width}", f"-DHOW={how}", "-o", image, source,
+    )  # fmt: skip
+    return image
+
+
+def build_rust(folder: Path, source: Path, width: int, how: int, level: str) -> Path:
+    """A guest in Rust. The crate `core` for 32 bits is in the package of another architecture."""
+    main, linked = folder / "main.rs", folder / "rust.elf"
+    main.write_text(source.read_text().replace("match HOW", f"match {how}"))
+    target = {64: "x86_64-unknown-linux-gnu", 32: "i686-unknown-linux-gnu"}[width]
+    compiler = needs("rustc", "/usr/bin")
+    found = run([compiler, "--print", "target-libdir", "--target", target]).stdout.strip()
+    if not list(Path(found).glob("libcore-*.rlib")):
+        missing(f"no crate core for {target}: install libstd-rust-dev of that architecture")
+    done(
+        compiler, "--edition", "2021", "-D", "warnings", "--target", target,
+        *("-C", f"opt-level={level}", "-C", "panic=abort", "-C", "relocation-model=static"),
+        *("-C", "linker=ld", "-C", "linker-flavor=ld", "-C", "link-arg=-static"),
+        *("-C", "link-arg=-m", "-C", f"link-arg={'elf_x86_64' if width == 64 else 'elf_i386'}"),
+        *("-C", f"link-arg=-T{INCLUDE}/flat.ld", "--crate-type", "bin", "-o", linked, main),
+    )  # fmt: skip
+    return flat(linked)
