@@ -126,7 +126,8 @@ class Called(StandardHandler[int]):
 
     @method(0x000C)
     async def fails(self, code: U8) -> U32:
-        """Always."""
+        """Always. From now on, `slow` is stuck again."""
+        self._opened = anyio.Event()
         raise Failed(code, native=0xC000_0034)
 
     @method(0x000D)
@@ -136,7 +137,7 @@ class Called(StandardHandler[int]):
 
     @method(0x000E, soft_timeout=0.002)
     async def slow(self, value: U64) -> U64:
-        """The value, inverted, after a while. It is stuck at 77 until `nothing` was called."""
+        """The value, inverted, after a while. It is stuck at 77 until `nothing` is called."""
         if value == STUCK:
             await self._opened.wait()
         else:

@@ -1,4 +1,4 @@
-"""Guests that call handlers by generated headers, built by the compilers that guests are built by."""
+"""Guests that call handlers by generated headers, and the compilers that build them."""
 
 from pathlib import Path
 
@@ -10,10 +10,11 @@ from vmibridge.guest_header import Language, header_text, models_of
 
 INCLUDE = Path(__file__).parents[2] / "guest/include"
 GUESTS = Path(__file__).parents[1] / "integration/guests"
-STRICT = "-Wall -Wextra -Wpedantic -Wshadow -Werror -ffreestanding".split()
-BARE = (
-    "-mgeneral-regs-only -fno-stack-protector -fno-asynchronous-unwind-tables -nostdlib -static"
-).split()
+STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", "-ffreestanding"]
+BARE = [
+    *("-mgeneral-regs-only", "-fno-stack-protector", "-fno-asynchronous-unwind-tables"),
+    *("-nostdlib", "-static"),
+]
 
 
 def write_header(file: Path, handler: type[BridgeHandler], language: Language) -> Path:
@@ -59,7 +60,7 @@ def build_rust(folder: Path, source: Path, width: int, how: int, level: str) -> 
     main, linked = folder / "main.rs", folder / "rust.elf"
     main.write_text(source.read_text().replace("match HOW", f"match {how}"))
     target = {64: "x86_64-unknown-linux-gnu", 32: "i686-unknown-linux-gnu"}[width]
-    compiler = needs("rustc", "/usr/bin")
+    compiler = needs("rustc")
     found = run([compiler, "--print", "target-libdir", "--target", target]).stdout.strip()
     if not list(Path(found).glob("libcore-*.rlib")):
         missing(f"no crate core for {target}: install libstd-rust-dev of that architecture")

@@ -1,4 +1,4 @@
-"""Guests in C, C++, assembly and Rust call methods of every kind by the headers made of a handler."""
+"""Guests in C, C++, assembly and Rust call methods of every kind by headers made of a handler."""
 
 from itertools import product
 
@@ -6,6 +6,7 @@ import pytest
 from called_methods import Called
 from guest_builds import GUESTS, INCLUDE, STRICT, build_asm, build_c, build_rust, done, write_header
 from needs import needs
+from remote_parts import carry, served
 
 from vmibridge import (
     Bridge,
@@ -17,6 +18,7 @@ from vmibridge import (
     TrapReason,
     open_backend,
 )
+from vmibridge.engine.settings import ServerSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
 
@@ -65,6 +67,17 @@ async def test_a_guest_in_c(folder, width, how):
 @every_form
 async def test_a_guest_in_assembly(folder, width, how):
     await passes(build_asm(folder, GUESTS / "called_methods.asm", width, how), width, how)
+
+
+async def test_a_guest_whose_handlers_are_elsewhere(folder):
+    image = build_asm(folder, GUESTS / "called_methods.asm", 64, 2)
+    settings = ServerSettings(timeout=600)
+    async with served("tcp:127.0.0.1:0", Called(), settings=settings) as server:
+        backend = open_backend(f"unicorn:{image}")
+        agent, end = await carry(backend, f"tcp:127.0.0.1:{server.ports[0]}", deadline=600)
+    (vcpu,) = end.vcpus
+    assert vcpu.registers["rax"] == PASSED, vcpu
+    assert agent.counts.traps == agent.counts.answered
 
 
 @pytest.mark.slow
@@ -143,8 +156,9 @@ async def test_a_guest_touches_its_pages_and_asks_again(folder, language, width)
     touchy = Touchy(3)
     ended, outcomes = await run_guest(BUILD[language](folder, width), width, touchy)
     assert ended == PASSED, f"the check of line {ended}"
-    assert {outcome.kind for outcome in outcomes} <= {OutcomeKind.HANDLED, OutcomeKind.WAITING}
-    methods = [outcome.packet.method for outcome in outcomes]
+    called = [outcome for outcome in outcomes if outcome.packet.request == Called.REQUEST]
+    assert {outcome.kind for outcome in called} <= {OutcomeKind.HANDLED, OutcomeKind.WAITING}
+    methods = [outcome.packet.method for outcome in called]
     for method in (TEXTS, TOTAL, FILL, REVERSE):
         again = [at for at, each in enumerate(methods) if each == method][:4]
         assert again == list(range(again[0], again[0] + 4))

@@ -86,6 +86,8 @@ static unsigned called_by_buffers(const struct vmibridge_caller *caller,
     uint64_t total, sum = 5;
     uint32_t size, i;
 
+    /* Pages that nobody has touched: those of `ours` are read, and those of `theirs` filled. */
+    CHECK(!vmibridge_called_total(caller, 5, buffers->ours, ROOM, &total));
     CHECK(!vmibridge_called_fill(caller, 0xa5, buffers->theirs, ROOM, &size) && size == ROOM);
     for (i = 0; i < ROOM; i++) {
         CHECK(buffers->theirs[i] == 0xa5);
