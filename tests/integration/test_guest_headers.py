@@ -4,7 +4,17 @@ from itertools import product
 
 import pytest
 from called_methods import Called
-from guest_builds import GUESTS, INCLUDE, STRICT, build_asm, build_c, build_rust, done, write_header
+from guest_builds import (
+    GUESTS,
+    INCLUDE,
+    RUST_WIDTHS,
+    STRICT,
+    build_asm,
+    build_c,
+    build_rust,
+    done,
+    write_header,
+)
 from needs import needs
 from remote_parts import carry, served
 
@@ -102,7 +112,8 @@ async def test_a_guest_in_cpp(folder, compiler, standard, width, how):
 
 
 @pytest.mark.slow
-@every_form
+@pytest.mark.parametrize("width", RUST_WIDTHS)
+@pytest.mark.parametrize("how", REASONS)
 @pytest.mark.parametrize("level", ["0", "2", "s"])
 async def test_a_guest_in_rust(folder, level, width, how):
     await passes(build_rust(folder, GUESTS / "called_methods.rs", width, how, level), width, how)
@@ -146,12 +157,15 @@ BUILD = {
     "rust": lambda folder, width: build_rust(folder, GUESTS / "called_methods.rs", width, 1, "2"),
 }
 every_language = pytest.mark.parametrize(
-    "language", ["c", "asm", pytest.param("rust", marks=pytest.mark.slow)]
+    ("language", "width"),
+    [
+        *product(("c", "asm"), (64, 32)),
+        *(pytest.param("rust", width, marks=pytest.mark.slow) for width in RUST_WIDTHS),
+    ],
 )
 
 
 @every_language
-@pytest.mark.parametrize("width", [64, 32])
 async def test_a_guest_touches_its_pages_and_asks_again(folder, language, width):
     touchy = Touchy(3)
     ended, outcomes = await run_guest(BUILD[language](folder, width), width, touchy)
@@ -165,7 +179,6 @@ async def test_a_guest_touches_its_pages_and_asks_again(folder, language, width)
 
 
 @every_language
-@pytest.mark.parametrize("width", [64, 32])
 async def test_a_guest_gives_up_when_touching_is_of_no_use(folder, language, width):
     touchy = Touchy(1_000_000)
     ended, outcomes = await run_guest(BUILD[language](folder, width), width, touchy)

@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 import pytest
 from called_methods import Called
 from children import run
-from guest_builds import INCLUDE, STRICT, done
+from guest_builds import INCLUDE, STRICT, done, rust_compiler
 from needs import needs
 
 from vmibridge import U8, U32, BridgeHandler, GuestBytes, StandardHandler, method
@@ -123,7 +123,7 @@ def test_hostile_names_and_docs_compile_in_rust(tmp_path):
     (tmp_path / "lib.rs").write_text("#![no_std]\npub mod hostile;\n")
     for edition in ("2018", "2021"):
         done(
-            needs("rustc"), "--edition", edition, "-D", "warnings", "-A", "uncommon_codepoints",
+            rust_compiler(), "--edition", edition, "-D", "warnings", "-A", "uncommon_codepoints",
             "--crate-type", "rlib", "-o", tmp_path / "lib.rlib", tmp_path / "lib.rs",
         )  # fmt: skip
 
