@@ -29,6 +29,7 @@ PACKAGES = {
     "postgres": "postgresql",
     "psql": "postgresql-client",
     "qemu-system-x86_64": "qemu-system-x86 seabios",
+    "readelf": "binutils",
     "redis-server": "redis-server",
     "rustc": "rustc",
     "systemd-analyze": "systemd",
