@@ -6,7 +6,9 @@
 //!
 //! CPUID does no harm where there is no host. VMCALL and VMMCALL may be undefined there. So begin
 //! with `handshake(&Way::Cpuid)`.
-#![allow(dead_code, unused_unsafe, unsafe_op_in_unsafe_fn, clippy::all)]
+#![allow(dead_code, unused_imports, unused_unsafe, unsafe_op_in_unsafe_fn, clippy::all)]
+// Names are those that the handlers have.
+#![allow(non_camel_case_types, non_snake_case, non_upper_case_globals)]
 
 use core::arch::asm;
 
@@ -375,10 +377,7 @@ fn text_size<T: Copy + Into<u32>>(text: &[T]) -> Result<usize, Error> {
 /// The native code is in the upper half of the status, which an x86 guest does not see; it
 /// can tell the two failures by value2, which is 0 for the first.
 pub mod environment {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0022;
     pub const MAGIC: u32 = 0x42494d56;
@@ -391,7 +390,6 @@ pub mod environment {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn get<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -404,7 +402,7 @@ pub mod environment {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 }
 
@@ -452,10 +450,7 @@ pub mod environment {
 ///   with invalid parameters nothing is lost, and it can be repeated.
 /// - A handle that was not used for a while is taken back when the next one is opened.
 pub mod fetch {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0023;
     pub const MAGIC: u32 = 0x42494d56;
@@ -471,7 +466,6 @@ pub mod fetch {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn open<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -484,7 +478,7 @@ pub mod fetch {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Write the next piece of the content into a buffer of the guest.
@@ -494,7 +488,6 @@ pub mod fetch {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn read<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -507,7 +500,7 @@ pub mod fetch {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// End a transfer and free its handle.
@@ -517,7 +510,6 @@ pub mod fetch {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn close<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -530,7 +522,7 @@ pub mod fetch {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Tell the length of the content; an x86 guest gets the low 32 bits.
@@ -540,7 +532,6 @@ pub mod fetch {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn length<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -553,7 +544,7 @@ pub mod fetch {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 }
 
@@ -579,10 +570,7 @@ pub mod fetch {
 ///
 /// The native code is in the upper half of the status, which an x86 guest does not see.
 pub mod hello {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0001;
     pub const MAGIC: u32 = 0x42494d56;
@@ -594,7 +582,6 @@ pub mod hello {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn call_method<C: Caller + ?Sized>(
         caller: &C,
         code: u16,
@@ -608,7 +595,7 @@ pub mod hello {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 }
 
@@ -633,10 +620,7 @@ pub mod hello {
 /// every byte that is not UTF-8, becomes a backslash escape, so that it can neither begin a
 /// line of its own nor steer the terminal that shows it.
 pub mod log {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0021;
     pub const MAGIC: u32 = 0x42494d56;
@@ -652,7 +636,6 @@ pub mod log {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn debug<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -665,7 +648,7 @@ pub mod log {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Log a text as info.
@@ -675,7 +658,6 @@ pub mod log {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn info<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -688,7 +670,7 @@ pub mod log {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Log a text as a warning.
@@ -698,7 +680,6 @@ pub mod log {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn warning<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -711,7 +692,7 @@ pub mod log {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Log a text as an error.
@@ -721,7 +702,6 @@ pub mod log {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn error<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -734,6 +714,6 @@ pub mod log {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 }
