@@ -53,6 +53,12 @@
  * - A READ that fails, or that its deadline cuts off, ends the transfer and frees its handle;
  *   with invalid parameters nothing is lost, and it can be repeated.
  * - A handle that was not used for a while is taken back when the next one is opened.
+ *
+ * Its methods take the packet, and not typed parameters, since guests rely on what is answered. A
+ * typed method would have the number of the wrong parameter in the code of *invalid parameters*, and
+ * would answer *touch* where a page is not present. READ has three words, which VMCALL of 32-bit code
+ * would have to put into a block of memory, and a default for the third; and a handle that is not open
+ * is *invalid parameters* here, which the body of a typed method cannot answer.
  */
 #define VMIBRIDGE_FETCH_REQUEST 0x0023u
 #define VMIBRIDGE_FETCH_METHOD_OPEN 0x0001u

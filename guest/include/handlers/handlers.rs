@@ -350,6 +350,60 @@ fn text_size<T: Copy + Into<u32>>(text: &[T]) -> Result<usize, Error> {
     end.map(|end| (end + 1) * core::mem::size_of::<T>()).ok_or(Error::NotTerminated)
 }
 
+/// clock: request 0x0114.
+///
+/// Tells the time; the nanoseconds are its output.
+pub mod clock {
+    use super::{Caller, Error, Method, Named, Response, Word};
+
+    pub const REQUEST: u16 = 0x0114;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_REAL: u16 = 0x0001;
+    pub const METHOD_MONOTONIC: u16 = 0x0002;
+
+    /// The time of day, in nanoseconds since the Unix epoch.
+    ///
+    /// * gives a number, 64 bits.
+    pub fn real<C: Caller + ?Sized>(
+        caller: &C,
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_REAL,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: true,
+        };
+        let words = [0, 0, 0, 0];
+        let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// A time that never goes back, in nanoseconds.
+    ///
+    /// * gives a number, 64 bits.
+    pub fn monotonic<C: Caller + ?Sized>(
+        caller: &C,
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_MONOTONIC,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: true,
+        };
+        let words = [0, 0, 0, 0];
+        let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+}
+
 /// environment: request 0x0022.
 ///
 /// Hands out the values that its settings list, and no others.
@@ -406,6 +460,96 @@ pub mod environment {
     }
 }
 
+/// exec_gate: request 0x0113.
+///
+/// Asks a service or a person. Raises `MissingExtraError` for a webhook without httpcore.
+///
+/// Let the host decide whether the guest may go on with what it is about to run.
+///
+///     [handlers.exec_gate]
+///     folder = "questions"     # or webhook = "https://policy.example/ask"
+///     default = "abort"        # where nobody answers
+///
+/// | 0x0001 ASK | in | out |
+/// |---|---|---|
+/// | value1 | address of the command: UTF-8, at most 4096 bytes, then a NUL | a code of the gate |
+/// | value2 | | why: 0 decided, 1 nobody answered, 2 too many questions, 3 no command |
+///
+/// A code is `Gate.CONTINUE` (0) or `Gate.ABORT` (0xffffffff). While the host is asked, the guest gets
+/// `Gate.WAIT` (1), and sends its request again. What is wrong with a request is an ABORT. A guest
+/// looks at the stamps before anything else: without them there was no host.
+///
+/// Invariants:
+///
+/// - Nobody answers in time, or in a form that is known: the default.
+/// - The questions under way are bounded: a guest floods neither a service nor a person.
+/// - Who is asked is asked by `vmi.outside`: a replay gives the recorded answer.
+pub mod exec_gate {
+    use super::{Caller, Error, Method, Named, Response, Word};
+
+    pub const REQUEST: u16 = 0x0113;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_ASK: u16 = 0x0001;
+
+    /// Ask whether a command may run.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    pub unsafe fn ask<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_ASK,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
+    }
+}
+
+/// exit: request 0x0111.
+///
+/// Gives what the guest exits with to the consumer of the outcomes.
+pub mod exit {
+    use super::{Caller, Error, Method, Named, Response, Word};
+
+    pub const REQUEST: u16 = 0x0111;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_EXIT: u16 = 0xffff;
+    pub const EXIT_REASON_LIMIT: usize = 1024;
+
+    /// End the run with a status, and a reason in words.
+    ///
+    /// * `status`: a number, 32 bits.
+    /// * `reason`: UTF-8, at most 1024 bytes, then a NUL. Or none, at address 0.
+    pub fn exit<C: Caller + ?Sized>(
+        caller: &C,
+        status: u32,
+        reason: Option<&[u8]>,
+    ) -> Result<(), Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_EXIT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 2,
+            is_wide: false,
+        };
+        let reason_size = reason.map_or(Ok(0), super::text_size)?;
+        let words = [status as u64, reason.map_or(core::ptr::null::<u8>(), |data| data.as_ptr()) as usize as u64, 0, 0];
+        let named = [Named::Nothing, Named::Read(reason_size), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        unsafe { super::call(caller, &method, words, named) }.map(|_| ())
+    }
+}
+
 /// fetch: request 0x0023.
 ///
 /// Streams allowed URLs into the guest. The output of READ is the bytes written.
@@ -449,6 +593,12 @@ pub mod environment {
 /// - A READ that fails, or that its deadline cuts off, ends the transfer and frees its handle;
 ///   with invalid parameters nothing is lost, and it can be repeated.
 /// - A handle that was not used for a while is taken back when the next one is opened.
+///
+/// Its methods take the packet, and not typed parameters, since guests rely on what is answered. A
+/// typed method would have the number of the wrong parameter in the code of *invalid parameters*, and
+/// would answer *touch* where a page is not present. READ has three words, which VMCALL of 32-bit code
+/// would have to put into a block of memory, and a default for the third; and a handle that is not open
+/// is *invalid parameters* here, which the body of a typed method cannot answer.
 pub mod fetch {
     use super::{Caller, Error, Method, Named, Response, Word};
 
@@ -599,6 +749,186 @@ pub mod hello {
     }
 }
 
+/// kv: request 0x0112.
+///
+/// Keeps values by name. Raises `MissingExtraError` without APSW.
+pub mod kv {
+    use super::{Caller, Error, Method, Named, Response, Word};
+
+    pub const REQUEST: u16 = 0x0112;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_GET: u16 = 0x0001;
+    pub const GET_NAME_LIMIT: usize = 256;
+    pub const GET_INTO_LIMIT: usize = 1048576;
+    pub const METHOD_PUT: u16 = 0x0002;
+    pub const PUT_NAME_LIMIT: usize = 256;
+    pub const PUT_VALUE_LIMIT: usize = 1048576;
+    pub const METHOD_DELETE: u16 = 0x0003;
+    pub const DELETE_NAME_LIMIT: usize = 256;
+    pub const METHOD_NEXT: u16 = 0x0004;
+    pub const NEXT_NAME_LIMIT: usize = 256;
+    pub const NEXT_INTO_LIMIT: usize = 1048576;
+    pub const METHOD_VERSION: u16 = 0x0005;
+    pub const VERSION_NAME_LIMIT: usize = 256;
+    pub const METHOD_PUT_IF: u16 = 0x0006;
+    pub const PUT_IF_NAME_LIMIT: usize = 256;
+    pub const PUT_IF_VALUE_LIMIT: usize = 1048576;
+
+    /// Fill a buffer with a value; gives the length of the value in bytes.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    pub fn get<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_GET,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: false,
+        };
+        let name_size = super::text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64, 0];
+        let named = [Named::Read(name_size), Named::Fill(into.len()), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// Keep a value; gives its version.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * `value`: its length in bytes of it, at most 1048576.
+    /// * gives a number, 64 bits.
+    pub fn put<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        value: &[u8],
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_PUT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: true,
+        };
+        let name_size = super::text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, value.as_ptr() as usize as u64, value.len() as u64, 0];
+        let named = [Named::Read(name_size), Named::Read(value.len()), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// Take an entry away; gives whether there was one.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * gives true or false.
+    pub fn delete<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+    ) -> Result<bool, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_DELETE,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 1,
+            is_wide: false,
+        };
+        let name_size = super::text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, 0, 0, 0];
+        let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given & 1 != 0)
+    }
+
+    /// Fill a buffer with the name that follows; gives its length in bytes, 0 at the end.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    pub fn next<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_NEXT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: false,
+        };
+        let name_size = super::text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64, 0];
+        let named = [Named::Read(name_size), Named::Fill(into.len()), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// The version of an entry; 0 where there is none.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * gives a number, 64 bits.
+    pub fn version<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_VERSION,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 1,
+            is_wide: true,
+        };
+        let name_size = super::text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, 0, 0, 0];
+        let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// Keep a value where the entry still has this version; gives its new one.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * `version`: a number, 64 bits.
+    /// * `value`: its length in bytes of it, at most 1048576.
+    /// * gives a number, 64 bits.
+    pub fn put_if<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        version: u64,
+        value: &[u8],
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_PUT_IF,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 4,
+            is_wide: true,
+        };
+        let name_size = super::text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, version as u64, value.as_ptr() as usize as u64, value.len() as u64];
+        let named = [Named::Read(name_size), Named::Nothing, Named::Read(value.len()), Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+}
+
 /// log: request 0x0021.
 ///
 /// Writes the guest's text to the log; the escaped text is its output.
@@ -715,5 +1045,40 @@ pub mod log {
             is_wide: false,
         };
         unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
+    }
+}
+
+/// random: request 0x0115.
+///
+/// Fills buffers with random bytes; how many is its output.
+pub mod random {
+    use super::{Caller, Error, Method, Named, Response, Word};
+
+    pub const REQUEST: u16 = 0x0115;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_FILL: u16 = 0x0001;
+    pub const FILL_INTO_LIMIT: usize = 1048576;
+
+    /// Fill a buffer with random bytes; gives how many.
+    ///
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    pub fn fill<C: Caller + ?Sized>(
+        caller: &C,
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_FILL,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 2,
+            is_wide: false,
+        };
+        let words = [into.as_mut_ptr() as usize as u64, into.len() as u64, 0, 0];
+        let named = [Named::Fill(into.len()), Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { super::call(caller, &method, words, named) }?;
+        Ok(given as u32)
     }
 }
