@@ -268,7 +268,7 @@ def _serve(
             socket = Path(backend.where.removeprefix("unix:"))
             contexts = [qemu, _listening(qemu, socket), *contexts]
             beside = partial(_watch_gdb, qemu, server, backend)
-        life = Life(contexts, server, writer, beside)
+        life = Life(contexts, server, writer, beside, reloader=prepared.reloader(server))
         status = run_on(options.loop, partial(run_server, life))
     ended = qemu.process.returncode
     return status or _exit_status(0 if ended is None else ended)

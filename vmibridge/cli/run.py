@@ -35,7 +35,8 @@ def run(
 
     On a terminal a table shows the latest traps and the counts; otherwise each trap
     is a line. Ctrl-C takes no more traps, answers what is pending, and lets the guest go;
-    a second one leaves handlers no time to end, a third ends the process at once.
+    a second one leaves handlers no time to end, a third ends the process at once. SIGHUP, and
+    with --reload a change of their files, loads the handlers again, without dropping a trap.
 
     Exit status: 0 when the guest ended by itself or at --until, 1 when it, its backend or a
     handler module failed, 2 for wrong usage.
@@ -65,5 +66,11 @@ def run(
         logging_to(log_handler(given.log_level, console), given.log_level),
     ):
         server = prepared.server(backends)
-        life = Life([*prepared.taps, *backends, writer], server, writer, until=until)
+        life = Life(
+            [*prepared.taps, *backends, writer],
+            server,
+            writer,
+            until=until,
+            reloader=prepared.reloader(server),
+        )
         return run_on(given.loop, partial(run_server, life))

@@ -12,6 +12,7 @@ import msgspec
 
 from vmibridge.cli.event_loop import check_loop
 from vmibridge.cli.output import Writer
+from vmibridge.cli.reloading import Reloader, hangup_is_ignored, has_terminal
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.setting_options import with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
@@ -46,6 +47,7 @@ class Prepared:
     config: Config
     settings: ServerSettings
     taps: "list[Recorder]"
+    options: ServerOptions
 
     @classmethod
     def of(cls, handlers: list[str], options: ServerOptions) -> Self:
@@ -53,7 +55,8 @@ class Prepared:
         config = Config() if options.config is None else Config.read(options.config)
         settings = with_options(config.server, options.settings)
         check_loop(options.loop)
-        return cls(handlers, config, settings, [options.recorder()] if options.records() else [])
+        taps = [options.recorder()] if options.records() else []
+        return cls(handlers, config, settings, taps, options)
 
     def server(self, backends: list[Backend]) -> BridgeServer:
         """Raises `HandlerLoadError` and `ConfigError`."""
@@ -64,6 +67,10 @@ class Prepared:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def reloader(self, server: BridgeServer) -> Reloader:
+        """What loads the handlers of `server` again."""
+        return Reloader(self.handlers, self.options, server.reload)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class Life:
     """Runs beside the server, cancelled at its end; where it fails, the server stops."""
     until: Until | None = None
     """When the run ends, other than with its guest."""
+    reloader: Reloader | None = None
+    """What loads handlers again."""
 
 
 async def run_server(life: Life) -> int:
@@ -87,14 +96,28 @@ async def run_server(life: Life) -> int:
     run = anyio.CancelScope()
 
     def stop(number: signal.Signals, now: bool) -> None:
-        log.info("%s: stopping; %s", number.name, _MORE[len(received)])
+        log.info("%s: stopping; %s", number.name, _MORE[min(len(received), 2)])
         server.stop(now=now)
         if now:
             # The reader of standard output may have stopped reading.
             run.deadline = anyio.current_time() + LAST_LINES
 
+    at_terminal = has_terminal()
+
+    def hang_up() -> None:
+        if at_terminal and not has_terminal():
+            if not received:
+                received.append(signal.SIGHUP)
+                log.info("SIGHUP: the terminal was closed: stopping")
+                server.stop()
+        elif life.reloader is not None:
+            life.reloader.note_hangup()
+
+    also = {} if hangup_is_ignored() else {signal.SIGHUP: hang_up}
     async with anyio.create_task_group() as tasks:
-        await tasks.start(stop_on_signals, stop, received)
+        await tasks.start(stop_on_signals, stop, received, also)
+        if life.reloader is not None:
+            tasks.start_soon(life.reloader.run)
         try:
             with run:
                 async with AsyncExitStack() as stack:

@@ -65,6 +65,7 @@ from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.outside import outside_for
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.queue_time import lanes_for
+from vmibridge.engine.reloading import StillRunning
 from vmibridge.engine.replies import BeforeResume, Replies
 from vmibridge.engine.request import WATCHED, Cause, Request, State, Worker
 from vmibridge.engine.retries import Retries, as_retry
@@ -147,11 +148,11 @@ class Workers:
                 self._memory = MeteredMemory(self._memory, self._guard, clock)
         # Not asked for when something was raised: a task may be closed when its loop is gone.
         self._cancelled = anyio.get_cancelled_exc_class()
-        self._stopping = self._cancelling = False
+        self._stopping = self._cancelling = self._logged_narrow = False
         self._narrowest = backend.architecture.narrowest
-        self._logged_narrow = False
-        self._start: Start | None = None
+        self._start: Start
         self._own_tasks: OwnTasks | None = None
+        self._all: set[Worker] = set()
 
     def start(self, tasks: TaskGroup) -> None:
         """Answer traps, in tasks of this group, until the lanes are closed and empty.
@@ -172,6 +173,7 @@ class Workers:
         worker.task = None if self._own_tasks is None else asyncio_task()
         worker.has_place = worker.retires = False
         worker.on_wait = partial(self._suspended, worker)
+        self._all.add(worker)
         try:
             while not worker.retires:
                 try:
@@ -186,6 +188,7 @@ class Workers:
                     if not await self._is_the_handlers(worker, error):
                         raise
         finally:
+            self._all.discard(worker)
             # Else circles, which only the garbage collector would end.
             del worker.on_wait
             worker.request.worker = None
@@ -260,7 +263,6 @@ class Workers:
     def _promote(self) -> None:
         """See to it that a worker will take the next ready trap."""
         if not (self.lanes.wake() if self.lanes.has_ready else self.lanes.attended):
-            assert self._start is not None
             self._start(self._work)
 
     # --- one trap -------------------------------------------------------------------
@@ -341,6 +343,7 @@ class Workers:
         own.context = BridgeContext(event, self._memory, self.source, request.started)
         own.scope = scope = AsyncioHandlerScope(self._patience)
         own.has_place, own.retires = False, True
+        self._all.add(own)
         request.entry = entries[0]
         request.on(Cause.QUEUE)
         self._calls.line_up(own)
@@ -375,6 +378,7 @@ class Workers:
             worker.context.close()
             request.state = _ANSWERED
             await self._replies.finish(request.event, request.started, late)
+        self._all.discard(worker)
         # Else a circle, which only the garbage collector would end.
         request.worker = None
         if self.lanes.has_ready:
@@ -413,6 +417,12 @@ class Workers:
         self.summary.blocked += 1
         if self._taps is not None:
             self._taps.blocked(blocked)
+
+    def replace(self, bridge: Bridge) -> StillRunning:
+        """Ask `bridge` for each trap that is taken from here on. Returns who still runs."""
+        self._bridge, self.filter = bridge, bridge.trap_filter
+        self._terms.clear()
+        return StillRunning(self._all)
 
     # --- the end --------------------------------------------------------------------
 
