@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmibridge.config import loaded
 
-__all__ = ["source_files"]
+__all__ = ["plain_modules", "source_files"]
 
 _MAX_FILES = 4096
 
@@ -20,13 +20,32 @@ def source_files(sources: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(islice(found, _MAX_FILES)))
 
 
-def _files_of(source: str) -> Iterator[Path]:
-    path = Path(source)
+def plain_modules(sources: Iterable[str]) -> list[str]:
+    """The names of loaded modules whose files stand beside a source that is a file, or in one that
+    is a folder, and which `sys.path` leads to."""
+    beside = {path.resolve() for source in sources for path in _beside(Path(source))[1]}
+    return [
+        name
+        for name, module in list(sys.modules.items())
+        if name != "__main__"
+        and not name.startswith("vmibridge.")
+        and isinstance(file := getattr(module, "__file__", None), str)
+        and Path(file).resolve() in beside
+    ]
+
+
+def _beside(path: Path) -> tuple[Path | None, list[Path]]:
+    """The folder of a source, and the Python files in it."""
     try:
         folder = path if path.is_dir() else path.parent if path.is_file() else None
-        beside = [] if folder is None else sorted(islice(folder.glob("*.py"), _MAX_FILES))
+        return folder, [] if folder is None else sorted(islice(folder.glob("*.py"), _MAX_FILES))
     except OSError:
-        folder, beside = None, []
+        return None, []
+
+
+def _files_of(source: str) -> Iterator[Path]:
+    path = Path(source)
+    folder, beside = _beside(path)
     if folder is None and path.suffix == ".py":
         # It is gone; it may come back.
         folder, beside = path.parent, [path]
