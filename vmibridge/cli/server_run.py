@@ -22,12 +22,15 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import (
     BackendError,
     ConfigError,
+    RecordingError,
     VmiBridgeError,
 )
+from vmibridge.text import counted
 from vmibridge.vm.backend import Backend, GuestEnd
 
 if TYPE_CHECKING:
     from vmibridge.recording import Recorder
+    from vmibridge.recording.answers import RecordedAnswers
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -58,13 +61,17 @@ class Prepared:
         taps = [options.recorder()] if options.records() else []
         return cls(handlers, config, settings, taps, options)
 
-    def server(self, backends: list[Backend]) -> BridgeServer:
-        """Raises `HandlerLoadError` and `ConfigError`."""
-        factory = HandlerFactory(self.handlers, self.config)
+    def server(
+        self, backends: list[Backend], answers: "RecordedAnswers | None" = None
+    ) -> BridgeServer:
+        """Raises `HandlerLoadError` and `ConfigError`. `answers` stand in for the handlers."""
+        settings = msgspec.structs.asdict(self.settings)
+        if answers is not None:
+            # Who was asked then, answers now: the recording.
+            settings["handshake"] = False
+        factory = answers or HandlerFactory(self.handlers, self.config)
         try:
-            return BridgeServer(
-                backends, factory, **msgspec.structs.asdict(self.settings), taps=self.taps
-            )
+            return BridgeServer(backends, factory, **settings, taps=self.taps)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -86,6 +93,8 @@ class Life:
     """When the run ends, other than with its guest."""
     reloader: Reloader | None = None
     """What loads handlers again."""
+    answers: "RecordedAnswers | None" = None
+    """What answers in the place of handlers."""
 
 
 async def run_server(life: Life) -> int:
@@ -133,6 +142,9 @@ async def run_server(life: Life) -> int:
         except VmiBridgeError as error:
             failures.append(error)
         tasks.cancel_scope.cancel()
+    if life.answers is not None:
+        for line in life.answers.lines():
+            log.info("%s", line)
     if failures:
         raise failures[0]
     if (stopped := exit_status(received)) is not None:
@@ -145,6 +157,9 @@ async def run_server(life: Life) -> int:
     ]
     if failed:
         raise BackendError("; ".join(failed))
+    if life.answers is not None and life.answers.fails and life.answers.missing:
+        told = counted(life.answers.missing, "request was", "requests were")
+        raise RecordingError(f"{told} not in the recording; --missing refuse lets that pass")
     return 0
 
 
