@@ -14,8 +14,10 @@ tables the bits which the processor sets by itself (accessed, dirty).
 """
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -27,7 +29,7 @@ from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.errors import BackendSpecError, GuestMemoryError
-from vmibridge.recording.answers.load import Answer, Loaded, VmAnswers
+from vmibridge.recording.answers.load import Answer, Loaded, RequestKey, VmAnswers
 from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.text import counted, printable
 
@@ -86,14 +88,11 @@ class RecordedAnswers:
         """What came of it."""
         path, vms = self._loaded.path, self._loaded.vms.values()
         answered = sum(each.answered for each in self._made)
-        usable = sum(vm.count for vm in vms)
-        used = sum(
-            answer.is_used for vm in vms for all_ in vm.by_request.values() for answer in all_
-        )
+        unused = sum(vm.count for vm in vms) - answered
         line = (
             f"{path}: {counted(answered, 'request was', 'requests were')} answered from it, and"
-            f" {self.missing} not in it; of {usable} that it has, {usable - used}"
-            f" {'was' if usable - used == 1 else 'were'} not used"
+            f" {self.missing} not in it; of {answered + unused} that it has, {unused}"
+            f" {'was' if unused == 1 else 'were'} not used"
         )
         unusable: dict[str, int] = {}
         for vm in vms:
@@ -119,6 +118,7 @@ class AnsweredFromRecording(BridgeDispatch):
         self._path = path
         self._answers = answers
         self._policy: Missing = missing
+        self._unused: dict[RequestKey, deque[Answer]] = {}
         # By request, magic and codes alone: to say what is different.
         self._near: dict[tuple[int, int, int], int] = {}
         for _, packet in answers.by_request:
@@ -136,13 +136,17 @@ class AnsweredFromRecording(BridgeDispatch):
 
     async def dispatch(self, vmi: BridgeContext, packet: BridgePacket) -> Outcome[Any]:
         """The answer of then."""
-        several = self._answers.by_request.get((vmi.vcpu, packet), ())
-        unused = [answer for answer in several if not answer.is_used][:_MAX_COMPARED]
+        key = vmi.vcpu, packet
+        several = self._answers.by_request.get(key, ())
+        unused = self._unused.get(key)
+        if unused is None and several:
+            unused = self._unused[key] = deque(several)
         differs: MemoryAccess | None = None
-        for answer in unused:
+        for answer in list(islice(unused or (), _MAX_COMPARED)):
             found = await _different_read(vmi, answer.reads)
-            if found is None and not answer.is_used:
-                answer.is_used = True
+            if found is None:
+                assert unused is not None
+                unused.remove(answer)
                 return await self._give(vmi, packet, answer)
             differs = differs or found
         return self._miss(vmi, packet, len(several), differs)

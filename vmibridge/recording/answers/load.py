@@ -44,7 +44,7 @@ _CUT_OFF = (GONE, STOPPED)
 _VALUES = frozenset({"value1", "value2", "value3", "value4"})
 
 
-class Answer(msgspec.Struct):
+class Answer(msgspec.Struct, eq=False):
     """One request of then, and what came of it."""
 
     seq: int
@@ -53,7 +53,6 @@ class Answer(msgspec.Struct):
     reads: tuple[MemoryAccess, ...] = ()
     """What it read of the guest, before it wrote there itself; without what was left out."""
     writes: tuple[MemoryAccess, ...] = ()
-    is_used: bool = False
 
 
 class VmAnswers(msgspec.Struct):
