@@ -55,11 +55,8 @@ def test_a_guest_that_is_answered_wrongly_fails(vmibridge, tmp_path, environment
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        (
-            "MyNotes",
-            "'MyNotes' is no name of a handler: give a word of a-z, 0-9 and _, of at most"
-            " 40 characters, such as my_notes",
-        ),
+        ("MyNotes", "'MyNotes' is no name of a handler: give a word of a-z, 0-9 and _"),
+        ("MyNotes", "of at most 40 characters, such as my_notes"),
         ("my-notes", "such as my_notes"),
         ("../away", "such as away"),
         ("n" * 41, "of at most 40 characters\n"),
