@@ -43,7 +43,7 @@ def test_the_guest_runs_and_the_tests_pass(vmibridge, tmp_path, environment, nam
 
 def test_a_guest_that_is_answered_wrongly_fails(vmibridge, tmp_path, environment):
     needs("gcc")
-    vmibridge("new", "handler", "wrong", "--into", ".")
+    vmibridge("new", "handler", "wrong", "--folder", ".")
     handler = tmp_path / "wrong/wrong.py"
     handler.write_text(handler.read_text().replace("one + other", "one - other"))
     make = [needs("make"), "-C", tmp_path / "wrong", f"PYTHON={sys.executable}"]
@@ -65,7 +65,7 @@ def test_a_guest_that_is_answered_wrongly_fails(vmibridge, tmp_path, environment
         ("json", "json is a module that is installed"),
         ("msgspec", "msgspec is a module that is installed"),
         ("start", "start is the name of another file of a handler"),
-        ("there", "there: is there already: choose another name, or --into"),
+        ("there", "there: is there already: choose another name, or --folder"),
     ],
 )
 def test_a_name_that_would_not_work_is_refused(vmibridge, tmp_path, name, why):

@@ -43,7 +43,7 @@ def new_handler(
     name: Annotated[str, Parameter(help="Its name, in snake case, as in file_verdicts.")],
     /,
     *,
-    into: Annotated[
+    folder: Annotated[
         Path | None, Parameter(help="The folder to make it in; the current one by default.")
     ] = None,
 ) -> int:
@@ -52,7 +52,7 @@ def new_handler(
     Example: vmibridge new handler greeter && make -C greeter
     """
     _check(name)
-    folder = (into or Path()) / name
+    target = (folder or Path()) / name
     kind = "".join(part.capitalize() for part in name.split("_"))
     words = {
         "NAME": name,
@@ -60,10 +60,10 @@ def new_handler(
         "PYTHON": _python(),
         "LINES": "" if _snake(kind) == name else f'    name = "{name}"\n',
     }
-    made = _make(folder, words)
-    commands = f"cd {printable(str(folder))} && make"
+    made = _make(target, words)
+    commands = f"cd {printable(str(target))} && make"
     sys.stdout.write(
-        f"{printable(str(folder))}: {', '.join(made)}\n"
+        f"{printable(str(target))}: {', '.join(made)}\n"
         f"run the guest: {commands}\n"
         f"run the tests: {commands} test\n"
     )
@@ -133,7 +133,9 @@ def _make(folder: Path, words: dict[str, str]) -> list[str]:
     try:
         folder.mkdir()
     except FileExistsError as error:
-        raise ConfigError(f"{folder}: is there already: choose another name, or --into") from error
+        raise ConfigError(
+            f"{folder}: is there already: choose another name, or --folder"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{folder}: {reason(error, folder)}") from error
     try:
