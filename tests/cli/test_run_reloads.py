@@ -94,6 +94,23 @@ def test_sighup_reloads_without_the_option(started, tmp_path, loop):
     assert run.returncode == 0
 
 
+def test_sighup_while_it_starts_is_made_good_by_a_reload(children, image, tmp_path):
+    told = "import sys\nprint('imported', VALUE, file=sys.stderr, flush=True)\n"
+    waits = "import os, time\nwhile os.path.exists('wait'): time.sleep(0.001)\n"
+    (tmp_path / "asked.py").write_text(HANDLERS + told + waits)
+    (tmp_path / "shown.py").write_text("VALUE = 1")
+    (tmp_path / "wait").touch()
+    line = command("run", "--backend", f"unicorn:{image(GUEST)}", "--handlers", "asked.py")
+    with children.start(line, cwd=tmp_path) as run:
+        wait_for("imported 1", run)
+        (tmp_path / "shown.py").write_text("VALUE = 9")
+        run.send_signal(signal.SIGHUP)
+        (tmp_path / "wait").unlink()
+        wait_for("SIGHUP: handlers reloaded, for 1 running VM", run)
+        run.communicate()
+    assert run.returncode == 0
+
+
 def test_a_terminal_that_is_closed_stops_it(started):
     ours, its = os.openpty()
     with started(before=[sys.executable, "-c", AT_A_TERMINAL], stdin=its) as run:

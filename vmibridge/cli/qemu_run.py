@@ -135,6 +135,8 @@ def run_qemu(
     given = options or ServerOptions()
     if not handlers and socket is None:
         raise ConfigError("give --handlers that answer, or the --socket where a host listens")
+    if not handlers and given.reload:
+        raise ConfigError("--reload is about handlers: give --handlers, too")
     if via == "plugin" and "kvm" in (accel, *accelerators(arguments)):
         raise ConfigError(
             "with KVM the plugin is loaded and never trapped to: use TCG, or --via gdb"

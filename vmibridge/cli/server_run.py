@@ -125,8 +125,6 @@ async def run_server(life: Life) -> int:
     also = {} if hangup_is_ignored() else {signal.SIGHUP: hang_up}
     async with anyio.create_task_group() as tasks:
         await tasks.start(stop_on_signals, stop, received, also)
-        if life.reloader is not None:
-            tasks.start_soon(life.reloader.run)
         try:
             with run:
                 async with AsyncExitStack() as stack:
@@ -134,7 +132,10 @@ async def run_server(life: Life) -> int:
                         await stack.enter_async_context(context)
                     if life.beside is not None:
                         tasks.start_soon(_run_beside, life.beside, server, failures)
-                    async for outcome in server.run(life.until):
+                    outcomes = server.run(life.until)
+                    if life.reloader is not None:
+                        tasks.start_soon(life.reloader.run)
+                    async for outcome in outcomes:
                         await life.writer.show(outcome)
                     await life.writer.end(server.summaries)
         except BrokenPipeError:

@@ -10,6 +10,7 @@ from vmibridge.config import loaded
 __all__ = ["plain_modules", "source_files"]
 
 _MAX_FILES = 4096
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 def source_files(sources: Iterable[str]) -> list[Path]:
@@ -24,14 +25,22 @@ def plain_modules(sources: Iterable[str]) -> list[str]:
     """The names of loaded modules whose files stand beside a source that is a file, or in one that
     is a folder, and which `sys.path` leads to."""
     beside = {path.resolve() for source in sources for path in _beside(Path(source))[1]}
+    names = {path.name for path in beside if _INSTALLED.isdisjoint(path.parts)}
     return [
         name
         for name, module in list(sys.modules.items())
         if name != "__main__"
         and not name.startswith("vmibridge.")
-        and isinstance(file := getattr(module, "__file__", None), str)
-        and Path(file).resolve() in beside
+        and (file := _file_of(module)) is not None
+        and file.name in names
+        and file.resolve() in beside
     ]
+
+
+def _file_of(module: object) -> Path | None:
+    # Not by `getattr`, by which a module may import what it stands for.
+    name = getattr(module, "__dict__", {}).get("__file__")
+    return Path(name) if isinstance(name, str) else None
 
 
 def _beside(path: Path) -> tuple[Path | None, list[Path]]:
@@ -65,9 +74,9 @@ def _files_of(source: str) -> Iterator[Path]:
 
 def _loaded(is_one: Callable[[str], bool]) -> Iterator[Path]:
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) if is_one(name) else None
-        if isinstance(file, str):
-            yield Path(file)
+        file = _file_of(module) if is_one(name) else None
+        if file is not None:
+            yield file
 
 
 def _is_test(path: Path) -> bool:
