@@ -133,10 +133,9 @@ def run_qemu(
     Example: vmibridge qemu run --handlers vmibridge.handlers.hello -- -kernel vmlinuz -nographic
     """
     given = options or ServerOptions()
-    if not handlers and socket is None:
-        raise ConfigError("give --handlers that answer, or the --socket where a host listens")
-    if not handlers and given.reload:
-        raise ConfigError("--reload is about handlers: give --handlers, too")
+    if not handlers and (socket is None or given.reload):
+        other = "" if given.reload else ", or the --socket where a host listens"
+        raise ConfigError(f"give --handlers that answer{other}")
     if via == "plugin" and "kvm" in (accel, *accelerators(arguments)):
         raise ConfigError(
             "with KVM the plugin is loaded and never trapped to: use TCG, or --via gdb"

@@ -143,6 +143,11 @@ async def run_server(life: Life) -> int:
         except VmiBridgeError as error:
             failures.append(error)
         tasks.cancel_scope.cancel()
+    return _status(life, received, failures)
+
+
+def _status(life: Life, received: list[int], failures: list[VmiBridgeError]) -> int:
+    """The exit status of a run that has ended. Raises what it failed by."""
     if life.answers is not None:
         for line in life.answers.lines():
             log.info("%s", line)
@@ -150,7 +155,7 @@ async def run_server(life: Life) -> int:
         raise failures[0]
     if (stopped := exit_status(received)) is not None:
         return stopped
-    ends = {vm: summary.guest for vm, summary in server.summaries.items()}
+    ends = {vm: summary.guest for vm, summary in life.server.summaries.items()}
     failed = [
         f"vm {vm}: {_diagnosis(guest)}" if len(ends) > 1 else _diagnosis(guest)
         for vm, guest in ends.items()
