@@ -3,7 +3,15 @@
 import anyio
 import pytest
 
-from vmibridge import Bridge, BridgeHandler, BridgePacket, BridgeResponse, BridgeServer, OutcomeKind
+from vmibridge import (
+    Bridge,
+    BridgeHandler,
+    BridgePacket,
+    BridgeResponse,
+    BridgeServer,
+    Gate,
+    OutcomeKind,
+)
 from vmibridge.errors import HandlerLifeError, ServerStateError
 from vmibridge.recording import Recorder
 from vmibridge.recording.file.reader import RecordingReader
@@ -82,6 +90,27 @@ async def test_new_traps_go_to_the_new_and_what_was_begun_stays():
     assert told == [
         *("1 entered", "1 waits", "2 entered", "3 entered", "2 left", "3 left", "1 left"),
     ]
+
+
+async def test_a_request_that_was_told_to_wait_gets_its_result_of_the_old_one():
+    told, may, got = [], anyio.Event(), []
+
+    class Slow(Numbered):
+        soft_timeout = 0.01
+
+    async def guest(vm):
+        packet = BridgePacket(0x1234, 1, 1, 1)
+        assert (await vm.call(packet)).rax == Gate.WAIT
+        await server.reload(Numbered(5, told))
+        may.set()
+        while (answer := (await vm.call(packet)).rax) == Gate.WAIT:
+            await anyio.lowlevel.checkpoint()
+        got.extend((answer, (await vm.call(packet)).rax))
+
+    async with FakeGuest(guest) as backend:
+        server = BridgeServer(backend, Slow(4, told, may))
+        await outcomes_of(server)
+    assert got == [4, 5]
 
 
 async def test_one_that_cannot_be_entered_changes_nothing(caplog):
