@@ -1,7 +1,7 @@
 /*
  * The start of a C guest that has nothing below it: a flat image, linked by flat.ld and run in
  * Unicorn. It calls `int main(void)`. 0 ends the guest; any other number makes it fail, with the
- * number in eax: vmibridge then tells of an undefined instruction, behind which "status" stands.
+ * number in eax: `vmibridge run` then tells it, and ends with status 1.
  */
 #ifndef VMIBRIDGE_START_H
 #define VMIBRIDGE_START_H

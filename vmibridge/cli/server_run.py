@@ -26,7 +26,8 @@ from vmibridge.errors import (
     VmiBridgeError,
 )
 from vmibridge.text import counted
-from vmibridge.vm.backend import Backend, GuestEnd
+from vmibridge.vm.backend import Backend, GuestEnd, VcpuEnd
+from vmibridge.vm.main_status import status_of_main
 
 if TYPE_CHECKING:
     from vmibridge.recording import Recorder
@@ -185,4 +186,11 @@ def _diagnosis(guest: GuestEnd | None) -> str:
     if guest is None:
         return "the guest did not run"
     failed = [end for end in guest.vcpus if end.reason in ("crashed", "lost")]
-    return "; ".join(f"vcpu {end.vcpu} {end.reason}: {end.detail}" for end in failed)
+    return "; ".join(map(_told, failed))
+
+
+def _told(end: VcpuEnd) -> str:
+    status = status_of_main(end)
+    if status is not None:
+        return f"vcpu {end.vcpu}: main returned {status}"
+    return f"vcpu {end.vcpu} {end.reason}: {end.detail}"
