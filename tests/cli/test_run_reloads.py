@@ -121,6 +121,18 @@ def test_a_terminal_that_is_closed_stops_it(started):
     assert run.returncode == 128 + signal.SIGHUP
 
 
+def test_sighup_stops_an_agent_in_good_order(children, image, tmp_path):
+    """It has nothing to reload."""
+    line = command("agent", "--backend", f"unicorn:{image(GUEST)}", "--connect", "unix:none.sock")
+    with children.start(line, cwd=tmp_path) as agent:
+        wait_for("trying again", agent)
+        agent.send_signal(signal.SIGHUP)
+        out, err = agent.communicate()
+    assert agent.returncode == 128 + signal.SIGHUP
+    assert "SIGHUP: stopping the guest" in err
+    assert "0 traps" in out
+
+
 def test_each_set_of_handlers_has_a_recording_of_its_own(started, tmp_path, vmibridge):
     with started("--reload", "--record", "run.mcap") as run:
         (tmp_path / "shown.py").write_text("VALUE = 9")

@@ -5,7 +5,7 @@
 | 0 | the guest ended by itself, or the command did what it says |
 | 1 | the guest, its backend, or a handler module failed |
 | 2 | wrong usage: an option, a spec, a source or the configuration; a recording that is none |
-| 130, 143 | ended by SIGINT, SIGTERM, after answering what was pending |
+| 129, 130, 143 | ended by SIGHUP, SIGINT, SIGTERM, after answering what was pending |
 
 An error is one line on standard error that says what to do.
 """

@@ -39,7 +39,7 @@ from vmibridge.cli.outcome_file import OutcomeFile
 from vmibridge.cli.output import Writer, stream_writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
-from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
 from vmibridge.engine.server import BridgeServer
 from vmibridge.errors import BackendError, ConfigError
 from vmibridge.text import printable
@@ -238,7 +238,8 @@ async def _run_alone(qemu: QemuProcess) -> int:
     status, received = 0, list[int]()
     async with anyio.create_task_group() as tasks:
         cancel = partial(_cancel, tasks.cancel_scope)
-        await tasks.start(partial(stop_on_signals, exits=False), cancel, received)
+        also = stop_at_hangup(cancel, received)
+        await tasks.start(partial(stop_on_signals, exits=False), cancel, received, also)
         async with qemu:
             status = await qemu.wait()
         tasks.cancel_scope.cancel()

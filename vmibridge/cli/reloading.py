@@ -9,7 +9,6 @@ same, so that a file is not read while an editor writes it.
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -133,11 +132,6 @@ def has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-def hangup_is_ignored() -> bool:
-    """Whether SIGHUP is ignored, as under `nohup`."""
-    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def _state(path: Path) -> _State:

@@ -12,10 +12,10 @@ import msgspec
 
 from vmibridge.cli.event_loop import check_loop
 from vmibridge.cli.output import Writer
-from vmibridge.cli.reloading import Reloader, hangup_is_ignored, has_terminal
+from vmibridge.cli.reloading import Reloader, has_terminal
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.setting_options import with_options
-from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.signals import exit_status, hangup_is_ignored, stop_on_signals
 from vmibridge.config import Config, HandlerFactory
 from vmibridge.engine.server import BridgeServer, Until
 from vmibridge.engine.settings import ServerSettings
