@@ -62,6 +62,22 @@ def test_what_is_not_in_it_is_told(run, missing, status, outcome):
     assert ("1 request was not in the recording" in done.stderr) == bool(status)
 
 
+def test_a_guest_that_exits_does_so_again(image, vmibridge):
+    code = """
+    mov ecx, 0x42494d56
+    mov edx, 0xffff0111
+    mov r8d, 7
+    xor r9d, r9d
+    vmcall
+    jmp $
+    """
+    line = ["run", "--backend", f"unicorn:{image(code)}"]
+    recorded = vmibridge(*line, "--handlers", "vmibridge.handlers.exit", "--record", "exit.mcap")
+    assert recorded.returncode == 7, recorded.stderr
+    again = vmibridge(*line, "--answers", "exit.mcap")
+    assert again.returncode == 7, again.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

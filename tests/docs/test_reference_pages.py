@@ -220,7 +220,7 @@ def test_every_method_and_setting_of_a_handler_is_there(handler):
         if told == "none":
             assert not field.default_factory()
         else:
-            assert ast.literal_eval(told) == field.default
+            assert ast.literal_eval(told.capitalize()) == field.default
 
 
 def rows_of_overview():

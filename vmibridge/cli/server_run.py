@@ -4,13 +4,14 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import anyio
 import msgspec
 
 from vmibridge.cli.event_loop import check_loop
+from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.output import Writer
 from vmibridge.cli.reloading import Reloader, has_terminal
 from vmibridge.cli.server_options import ServerOptions
@@ -96,11 +97,16 @@ class Life:
     """What loads handlers again."""
     answers: "RecordedAnswers | None" = None
     """What answers in the place of handlers."""
+    exits: GuestExits = field(default_factory=GuestExits)
+    """Of its guests, by now."""
 
 
 async def run_server(life: Life) -> int:
-    """Run a server to its end, or that of the user's patience; returns the exit status."""
-    server = life.server
+    """Run a server to its end, or that of the user's patience; returns the exit status.
+
+    A VM whose guest has exited is stopped; the others run on.
+    """
+    server, exits = life.server, life.exits
     received: list[int] = []
     failures: list[VmiBridgeError] = []
     run = anyio.CancelScope()
@@ -137,8 +143,10 @@ async def run_server(life: Life) -> int:
                     if life.reloader is not None:
                         tasks.start_soon(life.reloader.run)
                     async for outcome in outcomes:
+                        if (exited := exits.take(outcome)) is not None:
+                            server.stop(vm=exited)
                         await life.writer.show(outcome)
-                    await life.writer.end(server.summaries)
+                    await life.writer.end(server.summaries, exits.of)
         except BrokenPipeError:
             failures.append(BackendError("standard output was closed: no outcome can be shown"))
         except VmiBridgeError as error:
@@ -160,14 +168,14 @@ def _status(life: Life, received: list[int], failures: list[VmiBridgeError]) -> 
     failed = [
         f"vm {vm}: {_diagnosis(guest)}" if len(ends) > 1 else _diagnosis(guest)
         for vm, guest in ends.items()
-        if guest is None or guest.failed
+        if vm not in life.exits.of and (guest is None or guest.failed)
     ]
     if failed:
         raise BackendError("; ".join(failed))
     if life.answers is not None and life.answers.fails and life.answers.missing:
         told = counted(life.answers.missing, "request was", "requests were")
         raise RecordingError(f"{told} not in the recording; --missing refuse lets that pass")
-    return 0
+    return life.exits.status(ends)
 
 
 async def _run_beside(

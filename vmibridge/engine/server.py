@@ -188,31 +188,36 @@ class BridgeServer:
     async def reload(self, bridge: Target | BridgeFactory) -> int:
         """Give each VM other handlers while it runs; returns how many have them.
 
-        `bridge` is what the constructor takes. The new handlers are entered first; each trap that
-        is taken from then on is asked of them. Those of before end what they have begun, and are
-        left when none of them runs; those of the start are left at the end. A VM whose handlers
-        cannot be entered keeps those that it has, with a line in the log. The settings stay.
+        `bridge` is what the constructor takes. Its handlers are entered, and asked of each trap
+        from then on. Those of before end what they have begun, and are left; those of the start at
+        the end. A VM whose handlers cannot be entered keeps what it has, with a line in the log.
 
-        Raises `ServerStateError` before `run`, `HandlerLifeError` for a shared handler that cannot
-        be entered, and `ValueError` and what `bridge` raises as the constructor does: then nothing
-        is changed. If cancelled, some VMs may have the new handlers.
+        Raises `ServerStateError` before `run`, `HandlerLifeError` for a shared handler, and what
+        the constructor does: nothing is changed then. If cancelled, some VMs may have new ones.
         """
         if self._owner is None:
             raise ServerStateError("the server has not run yet: iterate over server.run()")
+        bridges = [self._bridge_for(each.vm, bridge) for each in self._backends]
+        _check_shared(bridges)
         async with self._reloading:
-            bridges = [self._bridge_for(each.vm, bridge) for each in self._backends]
-            _check_shared(bridges)
             return await self._owner.reload(bridges)
 
-    def stop(self, *, now: bool = False) -> None:
+    def stop(self, *, now: bool = False, vm: str | None = None) -> None:
         """End the run in good order: take no more traps, answer those that are there, and
-        let the guests go.
+        let the guests go. With `vm`, that of the VM of this name alone: the others run on.
 
         Returns at once. Handlers that a trap waits for have the grace period to end by
         themselves; with `now`, also in a second call, they are cancelled. All is answered within
         `stop_timeout`; the iteration ends when every handler has unwound, which one that
         shields itself puts off. Before `run`, it makes that run end before it begins.
+
+        Raises `ValueError` for the name of no VM, and `ServerStateError` for one before `run`.
         """
+        if vm is not None:
+            if self._owner is None:
+                raise ServerStateError("the server has not run yet: iterate over server.run()")
+            self._owner.stop_vm(vm, now=now)
+            return
         self._stopped = True
         if self._owner is not None:
             self._owner.stop(now=now)
@@ -274,6 +279,12 @@ class _Owner:
         self._later.stop(0 if now else self._grace)
         for engine in self.engines.values():
             engine.stop(now=now)
+
+    def stop_vm(self, vm: str, *, now: bool) -> None:
+        """Stop one engine. Raises `ValueError` where there is none."""
+        if vm not in self.engines:
+            raise ValueError(f"no VM is named {vm!r}: there are {', '.join(self.engines)}")
+        self.engines[vm].stop(now=now)
 
     async def ended(self) -> None:
         """Wait until nothing is left of the run."""
