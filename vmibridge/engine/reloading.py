@@ -81,18 +81,20 @@ class StillRunning:
 
 async def reload_each(
     engines: "Mapping[str, Engine]", bridges: Iterable[Bridge]
-) -> list[StillRunning]:
-    """Give each engine its bridge. Returns what still runs of those that have it; the others keep
-    theirs, with a line in the log."""
+) -> tuple[list[StillRunning], bool]:
+    """Give each engine its bridge. Returns what still runs of those that have it, and whether
+    others keep theirs, with a line in the log; one that ends does neither."""
     left: list[StillRunning] = []
+    is_kept = False
     for (vm, engine), bridge in zip(engines.items(), bridges, strict=True):
         try:
             running = await engine.reload(bridge)
         except HandlerLifeError as error:
             log.error("vm %s: keeps its current handlers: %s", vm, error)  # noqa: TRY400
+            is_kept = True
             continue
         left += [] if running is None else [running]
-    return left
+    return left, is_kept
 
 
 class _Life:

@@ -323,8 +323,8 @@ class _Owner:
         before = self._shared
         shared = {each for bridge in bridges for each in bridge.handlers if each.shared}
         await self._later.enter(shared - before)
-        left = await reload_each(self.engines, bridges)
-        self._shared = shared if len(left) == len(bridges) else shared | before
+        left, is_kept = await reload_each(self.engines, bridges)
+        self._shared = shared | before if is_kept else shared
         self._places[0].start_soon(self._later.leave_after, left, before - self._shared)
         return len(left)
 
