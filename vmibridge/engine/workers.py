@@ -46,7 +46,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.clock import loop_clock
-from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
+from vmibridge.aio.coroutines import asyncio_task, run_inline
 from vmibridge.aio.generators import watch_generators
 from vmibridge.aio.handler_scope import AsyncioHandlerScope
 from vmibridge.aio.loops import handler_scopes
@@ -59,7 +59,7 @@ from vmibridge.bridge.request import own_request
 from vmibridge.engine.access_policy import Guard, MeteredMemory
 from vmibridge.engine.deadlines import Deadlines
 from vmibridge.engine.handler_calls import CUT_OFF, HandlerCalls
-from vmibridge.engine.interruptions import is_being_cancelled
+from vmibridge.engine.interruptions import is_the_handlers
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.outside import outside_for
@@ -83,6 +83,8 @@ log: logging.Logger = logging.getLogger(__name__)
 _PATIENCE = 1.0
 """Seconds that a handler has to unwind after it was cancelled, on asyncio; at most a quarter of
 `stop_timeout`. Then it is cancelled once more, and after as long again at each await."""
+_AT_ONCE = 16
+"""Workers that are started together on trio, where as many traps are ready."""
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
 
@@ -151,6 +153,7 @@ class Workers:
         self._stopping = self._cancelling = self._logged_narrow = False
         self._narrowest = backend.architecture.narrowest
         self._start: Start
+        self._starting = 0  # workers of trio that have not run yet
         self._own_tasks: OwnTasks | None = None
         self._all: set[Worker] = set()
 
@@ -162,12 +165,13 @@ class Workers:
         self._start, self._own_tasks = starter(tasks), own_tasks(tasks)
         watch_generators()
         self.deadlines.start(tasks)
-        self._start(self._work)
+        self._promote()
 
     # --- the tasks ------------------------------------------------------------------
 
     async def _work(self) -> None:
         """One worker. Ends when no trap is left, or when there are idle ones enough."""
+        self._starting = max(0, self._starting - 1)
         worker = Worker()
         # On trio it is asked for in vain, at the price of an error.
         worker.task = None if self._own_tasks is None else asyncio_task()
@@ -185,7 +189,7 @@ class Workers:
                         if not await self._answer_traps(worker):
                             return
                 except BaseException as error:
-                    if not await self._is_the_handlers(worker, error):
+                    if not await is_the_handlers(worker, error, self._cancelled):
                         raise
         finally:
             self._all.discard(worker)
@@ -194,23 +198,6 @@ class Workers:
             worker.request.worker = None
         if self.lanes.has_ready:
             self._promote()
-
-    async def _is_the_handlers(self, worker: Worker, error: BaseException) -> bool:
-        """Whether an error that came out of the scope of a handler ends with it."""
-        if isinstance(error, self._cancelled):
-            # On asyncio a handler can raise this without any scope that was cancelled.
-            if worker.task is None or is_being_cancelled():
-                return False
-            await forget_cancellation(worker.task)
-            return True
-        # A handler that was overtaken may end as it likes: its trap is answered. The scope has
-        # taken its cancellations out of a group by now. Others are not its to take.
-        if not worker.request.is_overtaken or not isinstance(error, Exception | BaseExceptionGroup):
-            return False
-        if not isinstance(error, Exception) and is_being_cancelled():
-            return False
-        log.debug("a handler raised while it was being cancelled", exc_info=error)
-        return True
 
     async def _answer_traps(self, worker: Worker) -> bool:
         """Answer traps while there are any; returns whether to go on with a new scope."""
@@ -262,7 +249,15 @@ class Workers:
 
     def _promote(self) -> None:
         """See to it that a worker will take the next ready trap."""
-        if not (self.lanes.wake() if self.lanes.has_ready else self.lanes.attended):
+        lanes = self.lanes
+        if self._starting or (lanes.wake() if lanes.has_ready else lanes.attended):
+            return
+        count = 1
+        if self._own_tasks is None:
+            # Each trap whose handler waits needs one, and each start takes a turn of trio's loop.
+            # Whichever of them runs first takes the first trap.
+            count = self._starting = min(max(1, lanes.ready), _AT_ONCE)
+        for _ in range(count):
             self._start(self._work)
 
     # --- one trap -------------------------------------------------------------------
@@ -368,7 +363,7 @@ class Workers:
                 else:
                     outcome = await self._calls.ask(worker, request, entries)
         except BaseException as error:
-            if not await self._is_the_handlers(worker, error):
+            if not await is_the_handlers(worker, error, self._cancelled):
                 raise
         if outcome is None:
             outcome = Outcome(OutcomeKind.CANCELLED, request.packet, error=CUT_OFF)
