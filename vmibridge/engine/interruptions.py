@@ -53,7 +53,8 @@ async def is_the_handlers(
 ) -> bool:
     """Whether an error that came out of the scope of a handler ends with it.
 
-    `cancelled` is the exception of a cancellation, which was asked for while there was a loop.
+    `cancelled` is the cancellation of the loop. It is not asked for here: a task may be closed when
+    its loop is gone.
     """
     if isinstance(error, cancelled):
         # On asyncio a handler can raise this without any scope that was cancelled.
