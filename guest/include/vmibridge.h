@@ -7,6 +7,8 @@
  *   vmibridge_ask         a request that is sent again while the host tells to wait
  *   vmibridge_handshake   what is there on the host; vmibridge_deadlines, vmibridge_limit
  *   vmibridge_self_test   whether every register of a call gets through
+ *   vmibridge_caller      how the methods of handlers are called, by headers that
+ *                         `vmibridge guest-header` makes of the handlers
  *
  * The registers of a call:
  *
@@ -27,7 +29,8 @@
  * gets SIGILL, and a kernel an exception. So begin with vmibridge_handshake by VMIBRIDGE_CPUID.
  *
  * The host reads and writes memory by the addresses that a call has among its values. It brings
- * no page in, so touch a buffer before you name it.
+ * no page in, so touch a buffer before you name it. The functions of a generated header do so
+ * when the host tells them to.
  */
 #ifndef VMIBRIDGE_H
 #define VMIBRIDGE_H
@@ -421,6 +424,277 @@ static inline bool vmibridge_self_test(enum vmibridge_how how)
            vmibridge_echo(how, VMIBRIDGE_HOST_ECHO_HIGH, 0) &&
            vmibridge_echo(how, VMIBRIDGE_HOST_ECHO_LOW, ones) &&
            vmibridge_echo(how, VMIBRIDGE_HOST_ECHO_HIGH, ones);
+}
+
+/* --- methods: what generated headers call -------------------------------------------------- */
+
+/*
+ * How the methods of handlers are called: the first argument of every function of a header that
+ * `vmibridge guest-header` has made. `vmibridge_by` makes one; it may be kept and shared.
+ */
+struct vmibridge_caller {
+    enum vmibridge_how how;     /* the instruction, which also says where the words are */
+    uint32_t attempts;          /* how often a request is sent at the most while the host tells to
+                                   wait; 0: without end */
+    void (*sleep)(void *state); /* what to do before each further time, as in vmibridge_retry */
+    /* Send one request in another way than by an instruction, such as through a driver; NULL: by
+       the instruction. It fills all of the response. */
+    void (*send)(void *state, const struct vmibridge_packet *packet,
+                 struct vmibridge_response *response);
+    void *state;                /* what `sleep` and `send` are called with */
+};
+
+/* Call by this instruction, and wait as long as the host tells to, without a system to sleep by. */
+static inline struct vmibridge_caller vmibridge_by(enum vmibridge_how how)
+{
+    struct vmibridge_caller caller;
+
+    caller.how = how;
+    caller.attempts = 0;
+    caller.sleep = 0;
+    caller.send = 0;
+    caller.state = 0;
+    return caller;
+}
+
+/*
+ * What a function of a generated header returns: 0, or why it gave nothing. The fields are those of
+ * an encoded status, without its stage. In 32-bit code the native code is not there, but 0.
+ */
+typedef uint64_t vmibridge_status;
+
+/* Ours: an answer lacks the stamps, so the request was not answered: see vmibridge_stamped. */
+#define VMIBRIDGE_NOT_ANSWERED 0x01000000u
+
+/* The kind of a status. A newer host may have others. */
+enum vmibridge_kind {
+    VMIBRIDGE_KIND_SUCCESS = 0x00,
+    VMIBRIDGE_KIND_WAITING = 0x01,            /* the last attempt, too, was told to wait */
+    VMIBRIDGE_KIND_TOUCH = 0x02,              /* a page is not present however often it is touched */
+    VMIBRIDGE_KIND_INVALID_PARAMETERS = 0xfd, /* the code is the number of the parameter, from 1 */
+    VMIBRIDGE_KIND_FAILED = 0xfe,             /* the code is the method's own */
+    VMIBRIDGE_KIND_ABORTED = 0xff
+};
+
+/* The kind of a status that is not VMIBRIDGE_NOT_ANSWERED: a `vmibridge_kind`, or a newer one. */
+static inline unsigned vmibridge_kind_of(vmibridge_status status)
+{
+    return (unsigned)(status >> 8) & 0xffu;
+}
+
+/* Its code, which is specific to its kind. */
+static inline unsigned vmibridge_code_of(vmibridge_status status)
+{
+    return (unsigned)(status >> 16) & 0xffu;
+}
+
+/* Its native code: an NTSTATUS, an HRESULT or an errno; 0 in 32-bit code. */
+static inline uint32_t vmibridge_native_of(vmibridge_status status)
+{
+    return (uint32_t)(status >> 32);
+}
+
+/* A unit of UTF-16, for texts that are encoded so: in C, u"text" is of these, and L"text" is on
+   Windows. */
+#if defined(__cplusplus) && defined(_WIN32)
+typedef wchar_t vmibridge_char16;
+#elif defined(__cplusplus)
+typedef char16_t vmibridge_char16;
+#else
+typedef uint16_t vmibridge_char16;
+#endif
+
+/* In C++, a value without a name is undefined in an enum without a type. */
+#ifdef __cplusplus
+#define VMIBRIDGE_ENUM(type) : type
+#else
+#define VMIBRIDGE_ENUM(type)
+#endif
+
+/* What a word is: 4 bits for each. The word behind BYTES and ROOM is their size. */
+#define VMIBRIDGE_WORD_NUMBER 0u
+#define VMIBRIDGE_WORD_TEXT 1u
+#define VMIBRIDGE_WORD_TEXT16 2u
+#define VMIBRIDGE_WORD_BYTES 3u
+#define VMIBRIDGE_WORD_ROOM 4u
+
+/* One call of a method. Generated functions fill it. */
+struct vmibridge_method_call {
+    struct vmibridge_packet packet;
+    struct vmibridge_response response; /* the last one */
+    uint64_t block[5];      /* the result, then the words: for a 32-bit form, memory of the host's */
+    uint64_t stamps[4];     /* of value1 to value4 of an answer */
+    uint32_t limits[4];     /* of the buffer that begins with this word, in bytes */
+    uint32_t kinds;         /* of the words */
+    uint32_t wait, waiting; /* which bits of value1 tell to wait, and how */
+    uint8_t stamped;        /* which of the stamps there are, a bit for each */
+    uint8_t words;
+    bool is_typed, is_wide;
+};
+
+/* A call of a method of the standard contract. `words`: how many it has; for a method that is not
+   typed, they are the values as they are. */
+static inline void vmibridge_begin_call(struct vmibridge_method_call *call, uint16_t request,
+                                        uint16_t method, unsigned words, bool is_typed)
+{
+    call->packet.magic = VMIBRIDGE_MAGIC;
+    call->packet.request = request;
+    call->packet.method = method;
+    call->block[0] = call->block[1] = call->block[2] = call->block[3] = call->block[4] = 0;
+    call->stamps[2] = VMIBRIDGE_STAMP3;
+    call->stamps[3] = VMIBRIDGE_STAMP4;
+    call->stamped = 1u << 2 | 1u << 3;
+    call->kinds = 0;
+    call->wait = is_typed ? 0xff00u : 0;
+    call->waiting = VMIBRIDGE_STATUS_WAITING;
+    call->words = (uint8_t)words;
+    call->is_typed = is_typed;
+    call->is_wide = false;
+}
+
+/* Whether the stamps are there. */
+static inline bool vmibridge_call_stamped(const struct vmibridge_method_call *call)
+{
+    const struct vmibridge_response *response = &call->response;
+
+    return (!(call->stamped & 1u << 0) || response->value1 == (vmibridge_word)call->stamps[0]) &&
+           (!(call->stamped & 1u << 1) || response->value2 == (vmibridge_word)call->stamps[1]) &&
+           (!(call->stamped & 1u << 2) || response->value3 == (vmibridge_word)call->stamps[2]) &&
+           (!(call->stamped & 1u << 3) || response->value4 == (vmibridge_word)call->stamps[3]);
+}
+
+/* Bring one page in; for writing by a write that changes nothing, also when others write there. */
+static inline void vmibridge_touch(uintptr_t address, bool for_writing)
+{
+    volatile char *at = (volatile char *)address;
+
+    if (for_writing) {
+        __asm__ volatile("lock; orb $0, %0" : "+m"(*at));
+    } else {
+        (void)*at;
+    }
+}
+
+/* Touch every page of memory, and return how many that are. */
+static inline uint32_t vmibridge_touch_pages(uintptr_t address, size_t size, bool for_writing)
+{
+    uint32_t pages = 0;
+    size_t left;
+
+    while (size) {
+        vmibridge_touch(address, for_writing);
+        pages++;
+        left = 4096 - (address & 4095);
+        left = left < size ? left : size;
+        address += left;
+        size -= left;
+    }
+    return pages;
+}
+
+/* Touch every page of a text with units of this many bytes, up to its end or its limit. */
+static inline uint32_t vmibridge_touch_text(uintptr_t address, size_t limit, unsigned unit)
+{
+    const volatile char *at = (const volatile char *)address;
+    size_t done;
+
+    /* One unit is behind the limit: the NUL. */
+    for (done = 0; done <= limit; done += unit) {
+        if (!at[done] && (unit == 1 || !at[done + 1])) {
+            break;
+        }
+    }
+    return (uint32_t)(((address & 4095) + done) / 4096 + 1);
+}
+
+/* Touch every page of every buffer of a call, and return how many they are. A buffer over its
+   limit is left alone: the host will say so. */
+static inline uint32_t vmibridge_touch_buffers(const struct vmibridge_method_call *call)
+{
+    uint32_t pages = 0;
+    uintptr_t address;
+    unsigned word, kind;
+
+    for (word = 0; word < 4; word++) {
+        kind = call->kinds >> 4 * word & 15u;
+        address = (uintptr_t)call->block[word + 1];
+        if (kind == VMIBRIDGE_WORD_NUMBER || !address) {
+            continue;
+        }
+        if (kind == VMIBRIDGE_WORD_TEXT || kind == VMIBRIDGE_WORD_TEXT16) {
+            pages += vmibridge_touch_text(address, call->limits[word], kind);
+        } else if (call->block[word + 2] <= call->limits[word]) {
+            pages += vmibridge_touch_pages(address, (size_t)call->block[word + 2],
+                                           kind == VMIBRIDGE_WORD_ROOM);
+        }
+    }
+    return pages + vmibridge_touch_pages((uintptr_t)call->block, sizeof call->block, true);
+}
+
+/*
+ * Send a request until it is answered: again while the host tells to wait, and again, a bounded
+ * number of times, when it finds a page that is not present. Of a typed method, block[0] is then
+ * what it gave, 0 where it gave nothing; of another, `response` is the answer.
+ */
+static inline vmibridge_status vmibridge_call_method(const struct vmibridge_caller *caller,
+                                                     struct vmibridge_method_call *call)
+{
+    bool in_block = false;
+    uint32_t attempts = 0, touches = 0, pages;
+    vmibridge_status status;
+
+#ifdef __i386__
+    in_block = call->is_typed &&
+               (call->is_wide || call->words > (caller->how == VMIBRIDGE_CPUID ? 4 : 2));
+#endif
+    call->packet.value1 = in_block ? VMIBRIDGE_ADDRESS(call->block) : (vmibridge_word)call->block[1];
+    call->packet.value2 = in_block ? 0 : (vmibridge_word)call->block[2];
+    call->packet.value3 = in_block ? 0 : (vmibridge_word)call->block[3];
+    call->packet.value4 = in_block ? 0 : (vmibridge_word)call->block[4];
+    for (;;) {
+        if (caller->send) {
+            caller->send(caller->state, &call->packet, &call->response);
+        } else {
+            call->response = vmibridge_call(caller->how, &call->packet);
+        }
+        if (!vmibridge_call_stamped(call)) {
+            status = VMIBRIDGE_NOT_ANSWERED;
+            break;
+        }
+        status = call->response.value1;
+        if (call->wait && ((uint32_t)status & call->wait) == call->waiting) {
+            status = VMIBRIDGE_STATUS_WAITING;
+            attempts++;
+            if (caller->attempts && attempts >= caller->attempts) {
+                break;
+            }
+            if (caller->sleep) {
+                caller->sleep(caller->state);
+            } else {
+                vmibridge_pause();
+            }
+            continue;
+        }
+        if (!call->is_typed) {
+            return 0;
+        }
+        status &= ~(uint64_t)0xff0000ffu;
+        if (vmibridge_kind_of(status) != VMIBRIDGE_KIND_TOUCH) {
+            break;
+        }
+        /* Once is enough, but where the system takes pages away in the meantime. */
+        pages = vmibridge_touch_buffers(call);
+        if (touches >= pages + 8) {
+            break;
+        }
+        touches++;
+    }
+    if (status) {
+        call->block[0] = 0;
+    } else if (!in_block) {
+        call->block[0] = call->response.value2;
+    }
+    return status;
 }
 
 #undef VMIBRIDGE_TRAP

@@ -12,11 +12,17 @@ import pytest
 PACKAGES = {
     "cc": "gcc libc6-dev",
     "chromium": "chromium",
+    "clang": "clang",
+    "clang++": "clang",
     "debootstrap": "debootstrap",
+    "g++": "g++",
     "gcc": "gcc libc6-dev",
     "gdb": "gdb",
     "gdbserver": "gdbserver",
+    "i686-w64-mingw32-gcc": "gcc-mingw-w64-i686",
     "initdb": "postgresql",
+    "ld": "binutils",
+    "make": "make",
     "nasm": "nasm",
     "nm": "binutils",
     "objcopy": "binutils",
@@ -25,8 +31,11 @@ PACKAGES = {
     "postgres": "postgresql",
     "psql": "postgresql-client",
     "qemu-system-x86_64": "qemu-system-x86 seabios",
+    "readelf": "binutils",
     "redis-server": "redis-server",
+    "rustc": "rustc",
     "systemd-analyze": "systemd",
+    "x86_64-w64-mingw32-gcc": "gcc-mingw-w64-x86-64",
 }
 """Debian's packages that have them."""
 

@@ -15,6 +15,7 @@ from vmibridge.cli.help import HelpFormatter
 _GROUPS = {
     "guest": "What guests are made of.",
     "handlers": "Look at handlers.",
+    "new": "Begin something of your own.",
     "qemu": "What QEMU needs to be a backend.",
     "recordings": "Recordings kept in NATS (JetStream).",
 }
@@ -48,6 +49,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "guest:include_path",
             "Print the folder of the headers: bridge.inc for nasm, vmibridge.h for C.",
         ),
+        "guest-header": (
+            "guest_header:guest_header",
+            "Make the header by which a guest calls handlers: one function a method.",
+        ),
         "handlers list": (
             "handlers:list_handlers",
             "Show each handler's contract and methods, without making any.",
@@ -63,6 +68,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "inspect": (
             "inspect:inspect",
             "List the traps of a recording, in the order of their replies.",
+        ),
+        "new handler": (
+            "new_handler:new_handler",
+            "Make a folder with a handler of your own, its test, and a guest in C that asks it.",
         ),
         "qemu build-plugin": (
             "qemu_plugin:build_qemu_plugin",

@@ -65,6 +65,7 @@ from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.outside import outside_for
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.queue_time import lanes_for
+from vmibridge.engine.reloading import StillRunning
 from vmibridge.engine.replies import BeforeResume, Replies
 from vmibridge.engine.request import WATCHED, Cause, Request, State, Worker
 from vmibridge.engine.retries import Retries, as_retry
@@ -82,6 +83,8 @@ log: logging.Logger = logging.getLogger(__name__)
 _PATIENCE = 1.0
 """Seconds that a handler has to unwind after it was cancelled, on asyncio; at most a quarter of
 `stop_timeout`. Then it is cancelled once more, and after as long again at each await."""
+_AT_ONCE = 16
+"""Workers that are started together on trio, where as many traps are ready."""
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
 
@@ -147,11 +150,12 @@ class Workers:
                 self._memory = MeteredMemory(self._memory, self._guard, clock)
         # Not asked for when something was raised: a task may be closed when its loop is gone.
         self._cancelled = anyio.get_cancelled_exc_class()
-        self._stopping = self._cancelling = False
+        self._stopping = self._cancelling = self._logged_narrow = False
         self._narrowest = backend.architecture.narrowest
-        self._logged_narrow = False
-        self._start: Start | None = None
+        self._start: Start
+        self._starting = 0  # workers of trio that have not run yet
         self._own_tasks: OwnTasks | None = None
+        self._all: set[Worker] = set()
 
     def start(self, tasks: TaskGroup) -> None:
         """Answer traps, in tasks of this group, until the lanes are closed and empty.
@@ -161,17 +165,19 @@ class Workers:
         self._start, self._own_tasks = starter(tasks), own_tasks(tasks)
         watch_generators()
         self.deadlines.start(tasks)
-        self._start(self._work)
+        self._promote()
 
     # --- the tasks ------------------------------------------------------------------
 
     async def _work(self) -> None:
         """One worker. Ends when no trap is left, or when there are idle ones enough."""
+        self._starting = max(0, self._starting - 1)
         worker = Worker()
         # On trio it is asked for in vain, at the price of an error.
         worker.task = None if self._own_tasks is None else asyncio_task()
         worker.has_place = worker.retires = False
         worker.on_wait = partial(self._suspended, worker)
+        self._all.add(worker)
         try:
             while not worker.retires:
                 try:
@@ -186,6 +192,7 @@ class Workers:
                     if not await self._is_the_handlers(worker, error):
                         raise
         finally:
+            self._all.discard(worker)
             # Else circles, which only the garbage collector would end.
             del worker.on_wait
             worker.request.worker = None
@@ -259,8 +266,15 @@ class Workers:
 
     def _promote(self) -> None:
         """See to it that a worker will take the next ready trap."""
-        if not (self.lanes.wake() if self.lanes.has_ready else self.lanes.attended):
-            assert self._start is not None
+        lanes = self.lanes
+        if self._starting or (lanes.wake() if lanes.has_ready else lanes.attended):
+            return
+        count = 1
+        if self._own_tasks is None:
+            # Each trap whose handler waits needs one, and each start takes a turn of trio's loop.
+            # Whichever of them runs first takes the first trap.
+            count = self._starting = min(max(1, lanes.ready), _AT_ONCE)
+        for _ in range(count):
             self._start(self._work)
 
     # --- one trap -------------------------------------------------------------------
@@ -341,6 +355,7 @@ class Workers:
         own.context = BridgeContext(event, self._memory, self.source, request.started)
         own.scope = scope = AsyncioHandlerScope(self._patience)
         own.has_place, own.retires = False, True
+        self._all.add(own)
         request.entry = entries[0]
         request.on(Cause.QUEUE)
         self._calls.line_up(own)
@@ -375,6 +390,7 @@ class Workers:
             worker.context.close()
             request.state = _ANSWERED
             await self._replies.finish(request.event, request.started, late)
+        self._all.discard(worker)
         # Else a circle, which only the garbage collector would end.
         request.worker = None
         if self.lanes.has_ready:
@@ -413,6 +429,12 @@ class Workers:
         self.summary.blocked += 1
         if self._taps is not None:
             self._taps.blocked(blocked)
+
+    def replace(self, bridge: Bridge) -> StillRunning:
+        """Ask `bridge` for each trap that is taken from here on. Returns who still runs."""
+        self._bridge, self.filter = bridge, bridge.trap_filter
+        self._terms.clear()
+        return StillRunning(self._all)
 
     # --- the end --------------------------------------------------------------------
 

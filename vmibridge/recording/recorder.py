@@ -37,15 +37,14 @@ from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.context import Source
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.registers import read_packet
-from vmibridge.bridge.request import request_in
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Step as StepKind
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import ServerStateError
 from vmibridge.recording.chunked import MAX_UNWRITTEN, ChunkedRecording
+from vmibridge.recording.file.chunk_builder import other_packet
 from vmibridge.recording.file.parts import RecordingParts
 from vmibridge.recording.messages import (
     MEMORY,
@@ -60,6 +59,7 @@ from vmibridge.recording.messages import (
     Note,
     Outside,
     Reply,
+    Session,
 )
 from vmibridge.recording.outputs import OutputText
 from vmibridge.recording.redaction import Redaction, RedactionRule
@@ -218,20 +218,27 @@ class Recorder(ChunkedRecording, Tap):
             stop(self.error)
         # A dispatcher of one's own may tell of another packet than that of the trap.
         self._looks_at_packets |= not all(entry.handler for entry in bridge.entries)
-        architecture = self._architectures.pop(vm, X86)
-        session = session_of(
-            vm,
-            bridge,
-            settings,
-            self._redaction,
-            architecture,
-            self._sources.pop(vm, None),
-            self._epoch,
-        )
+        session = self._session_of(vm, bridge, settings)
         if self._rotation is not None:
             session = self._rotation.begin(session)
         self._add(SESSION, session)
         self._cut()
+
+    def handlers_reloaded(self, vm: str, bridge: Bridge, settings: ServerSettings) -> None:
+        if vm not in self._stops:
+            return
+        self._looks_at_packets |= not all(entry.handler for entry in bridge.entries)
+        if self._rotation is None:
+            text = f"{vm}: its handlers were reloaded: from here on others answer than it names"
+            self._add(NOTE, Note("lost", text, vm))
+            return
+        self._rotation.begin(self._session_of(vm, bridge, settings))
+        if self.error is None:
+            self._split(self._rotation)
+
+    def _session_of(self, vm: str, bridge: Bridge, settings: ServerSettings) -> Session:
+        architecture, source = self._architectures.get(vm, X86), self._sources.get(vm)
+        return session_of(vm, bridge, settings, self._redaction, architecture, source, self._epoch)
 
     def trap(self, event: TrapEvent) -> None:
         chunk, taken = self._chunk, self._taken
@@ -321,7 +328,7 @@ class Recorder(ChunkedRecording, Tap):
                     text,
                     duration,
                     digest,
-                    self._packet_of(outcome) if self._looks_at_packets else None,
+                    other_packet(outcome) if self._looks_at_packets else None,
                 )
             )
             if len(plain) >= _HELD:
@@ -330,11 +337,6 @@ class Recorder(ChunkedRecording, Tap):
             self._answer(outcome, text, digest)
         if self._unwritten:
             self._hold_guests()
-
-    def _packet_of(self, outcome: Outcome[Any]) -> BridgePacket | None:
-        """What a dispatcher says that was asked, if its trap does not say that."""
-        assert outcome.event is not None
-        return None if outcome.packet == request_in(outcome.event) else outcome.packet
 
     def _answer(self, outcome: Outcome[Any], text: str | None, digest: str | None) -> None:
         event, packet, writes, error = outcome.event, outcome.packet, outcome.writes, outcome.error
@@ -365,26 +367,16 @@ class Recorder(ChunkedRecording, Tap):
         if self._rotation is not None:
             self._rotation.answered(event, outcome)
 
-    def _hold_guests(self) -> None:
-        # One that is collected alone has less than half of what it may.
-        self.full = (
-            self._unwritten_traps + self._chunk.traps >= self._max_traps
-            or self._unwritten >= MAX_UNWRITTEN
-        ) and self.error is None
-
     def end(self, vm: str, summary: Summary) -> None:
         counts = {kind.value: count for kind, count in summary.outcomes.items()}
         if self._stops.pop(vm, None) is None:
             return
+        self._architectures.pop(vm, None)
+        self._sources.pop(vm, None)
         if self._rotation is not None:
             self._rotation.end(vm)
         text = counted(summary.total, "trap")
         self._add(NOTE, Note("end", text, vm, counts={**counts, "native": summary.native}))
-
-    def _fail(self, error: Exception) -> None:
-        # What is not written any more is counted.
-        self._joins = False
-        super()._fail(error)
 
     def dropped(self, vm: str, error: Exception) -> None:
         """What must not happen: it could not take an event. The recording ends here, and
@@ -438,6 +430,9 @@ class Recorder(ChunkedRecording, Tap):
             or not rotation.is_due(self._chunk.settle(), data)
         ):
             return
+        self._split(rotation)
+
+    def _split(self, rotation: Rotation) -> None:
         if self._steps.pending is not None:
             # It stands behind its trap. The next part begins with its sessions.
             self._add(STEP, self._steps.flush())

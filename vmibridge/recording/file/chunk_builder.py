@@ -27,8 +27,9 @@ from mcap.data_stream import RecordBuilder
 from mcap.opcode import Opcode
 from mcap.records import Channel, Chunk, Schema
 
-from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.request import request_in
 from vmibridge.recording.messages import (
     FILE_CHANNELS,
     NOTE,
@@ -86,6 +87,12 @@ PlainTuple: TypeAlias = tuple[
     BridgePacket | None,
 ]
 """The fields of a `PlainTrap`, which take a third of the time that the struct takes."""
+
+
+def other_packet(outcome: Outcome[Any]) -> BridgePacket | None:
+    """What an outcome says that was asked; `None`: that is what its trap says."""
+    assert outcome.event is not None
+    return None if outcome.packet == request_in(outcome.event) else outcome.packet
 
 
 @cache
