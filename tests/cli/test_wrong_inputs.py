@@ -54,6 +54,7 @@ class TestHandlers:
         assert (status, line) in [
             (2, f"vmibridge: {NONE}"),
             (2, "vmibridge: SOURCES is missing; see 'vmibridge handlers list --help'"),
+            (2, "vmibridge: give --handlers that answer, or a recording with --answers"),
         ]
 
 

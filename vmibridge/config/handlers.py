@@ -18,7 +18,7 @@ from vmibridge.bridge.made_with import remember_settings
 from vmibridge.config import foreign
 from vmibridge.config.file import Config
 from vmibridge.config.handler_checks import Checks
-from vmibridge.config.source_files import plain_modules
+from vmibridge.config.source_files import forget_compiled, plain_modules
 from vmibridge.config.sources import Offered, SourceReader, find_handlers, offered_by
 from vmibridge.errors import HandlerLoadError, MissingExtraError, VmiBridgeError
 from vmibridge.text import type_name
@@ -113,6 +113,7 @@ def reload_handlers(sources: Iterable[str], config: Config | None = None) -> Han
     Raises `VmiBridgeError`; then the modules of before are as they were.
     """
     sources = list(sources)
+    forget_compiled(sources)
     before = {name: sys.modules.pop(name) for name in _modules_of(sources)}
     reader = SourceReader(again=True)
     try:

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from importlib.util import cache_from_source
 from itertools import islice
 from pathlib import Path
 
 from vmibridge.config import loaded
 
-__all__ = ["plain_modules", "source_files"]
+__all__ = ["forget_compiled", "plain_modules", "source_files"]
 
 _MAX_FILES = 4096
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
@@ -35,6 +37,17 @@ def plain_modules(sources: Iterable[str]) -> list[str]:
         and file.name in names
         and file.resolve() in beside
     ]
+
+
+def forget_compiled(sources: Iterable[str]) -> None:
+    """Remove the compiled form of what a reload reads again: it is made of the source anew.
+
+    Python takes it for current where the source has the size that it had, and was changed in the
+    same second. Raises nothing.
+    """
+    for path in source_files(sources):
+        with suppress(OSError, NotImplementedError):
+            Path(cache_from_source(str(path))).unlink(missing_ok=True)
 
 
 def _file_of(module: object) -> Path | None:

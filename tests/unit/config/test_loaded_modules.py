@@ -229,6 +229,21 @@ class TestReadOnce:
         ]
         assert len(loaded) == 5
 
+    def test_a_reload_trusts_no_compiled_module(self, folder, monkeypatch):
+        """Python would: each source has the size of the one before, and is of the same second."""
+        monkeypatch.setattr(sys, "dont_write_bytecode", False)
+        monkeypatch.syspath_prepend(folder.path)
+        folder("shown_beside.py", "VALUE = 1")
+        file = folder(
+            "plain.py", f"import shown_beside\n{PLAIN.format(value='shown_beside.VALUE')}"
+        )
+        factories = [HandlerFactory([file])]
+        for value in range(2, 5):
+            folder("shown_beside.py", f"VALUE = {value}")
+            factories.append(reload_handlers([file]))
+        values = [anyio.run(answered, factory.make()[0]) for factory in factories]
+        assert values == [1, 2, 3, 4]
+
     def test_a_reload_that_fails_leaves_what_was_there(self, folder):
         folder("common.py", "VALUE = 1")
         folder("plain.py", f"import common\n{PLAIN.format(value='common.VALUE')}")
