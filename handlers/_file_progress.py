@@ -1,0 +1,88 @@
+"""What is there of a file under way: its bytes, and its SHA-256."""
+
+import errno
+import hashlib
+import os
+from bisect import bisect_left, bisect_right
+from threading import Lock
+
+from vmibridge.handlers._file_budget import failure
+
+__all__ = ["Pieces", "RunningHash"]
+
+MAX_PIECES = 1024
+"""Pieces with gaps between them: a guest that wants more fills a gap first."""
+_STEP = 1 << 20
+"""Bytes that are hashed at a time."""
+
+
+class Pieces:
+    """Which bytes of a file are there."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    @property
+    def first(self) -> int:
+        """Bytes that are there from the beginning, without a gap."""
+        return self._ends[0] if self._starts[:1] == [0] else 0
+
+    def check(self, start: int, end: int) -> None:
+        """Raise `OSError` (ENOBUFS) where this would be one piece too many."""
+        low, high = self._touched(start, end)
+        if low == high and len(self._starts) >= MAX_PIECES:
+            raise failure(errno.ENOBUFS)
+
+    def add(self, start: int, end: int) -> None:
+        """These bytes are there now."""
+        low, high = self._touched(start, end)
+        if low < high:
+            start = min(start, self._starts[low])
+            end = max(end, self._ends[high - 1])
+        self._starts[low:high] = [start]
+        self._ends[low:high] = [end]
+
+    def _touched(self, start: int, end: int) -> tuple[int, int]:
+        """The pieces that these bytes overlap or lengthen: from one number to before another."""
+        return bisect_left(self._ends, start), bisect_right(self._starts, end)
+
+
+class RunningHash:
+    """SHA-256 of a file, as far as it is there. May be used in any thread."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._lock = Lock()
+        self._descriptor: int | None = descriptor
+        self._at = 0
+        self._digest = hashlib.sha256()
+
+    def forget(self) -> None:
+        """Begin again: what was hashed is no longer what is there."""
+        with self._lock:
+            self._at = 0
+            self._digest = hashlib.sha256()
+
+    def go_on(self, end: int) -> bool:
+        """Take some more bytes, up to this offset; returns whether any are left to take."""
+        with self._lock:
+            if self._descriptor is None or self._at >= end:
+                return False
+            data = os.pread(self._descriptor, min(_STEP, end - self._at), self._at)
+            self._digest.update(data)
+            self._at += len(data)
+            return bool(data) and self._at < end
+
+    def finish(self, end: int) -> bytes:
+        """The hash of so many bytes. Raises `OSError` (EIO) where the file is shorter by now."""
+        while self.go_on(end):
+            pass
+        with self._lock:
+            if self._at != end:
+                raise failure(errno.EIO)
+            return self._digest.digest()
+
+    def close(self) -> None:
+        """The file is about to be closed."""
+        with self._lock:
+            self._descriptor = None
