@@ -8,14 +8,17 @@ import errno
 import socket
 import ssl
 from collections.abc import Iterable
-from contextlib import suppress
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from vmibridge import __version__
-from vmibridge.handlers._fetch_urls import Url
+from vmibridge.handlers._fetch_addresses import (
+    Address,
+    Network,
+    is_public,
+    literal_address,
+    parse_address,
+)
 
 if TYPE_CHECKING:
     import httpcore
@@ -28,33 +31,12 @@ else:
         # An optional dependency: the constructor of the handler says what is missing.
         httpcore, AsyncNetworkBackend, AsyncNetworkStream = None, object, object
 
-__all__ = [
-    "CLOSE_TIMEOUT",
-    "CONNECT_TIMEOUT",
-    "Address",
-    "CheckedBackend",
-    "FetchError",
-    "Network",
-    "close",
-    "content_length",
-    "get_request",
-    "header",
-    "httpcore",
-    "literal_address",
-    "network_errors",
-]
+__all__ = ["CLOSE_TIMEOUT", "CONNECT_TIMEOUT", "CheckedBackend", "FetchError", "httpcore"]
 
 CONNECT_TIMEOUT = 30.0
 """Seconds for the look-up of a host and all attempts to reach it."""
 CLOSE_TIMEOUT = 5.0
 """Seconds after which a connection that does not close is left to the system."""
-
-Address: TypeAlias = IPv4Address | IPv6Address
-Network: TypeAlias = IPv4Network | IPv6Network
-
-_GLOBAL_UNICAST = IPv6Network("2000::/3")
-_NAT64 = IPv6Network("64:ff9b::/96")
-"""RFC 6052: the last 32 bits are the IPv4 address that a gateway forwards to."""
 
 
 class FetchError(Exception):
@@ -64,32 +46,6 @@ class FetchError(Exception):
         super().__init__(native, code)
         self.native = native
         self.code = code
-
-
-def parse_address(text: str) -> Address:
-    """An address; an IPv4 address that is mapped into IPv6 is the IPv4 address."""
-    address = ip_address(text)
-    if isinstance(address, IPv6Address):
-        return address.ipv4_mapped or address
-    return address
-
-
-def _is_public(address: Address) -> bool:
-    """Whether an address is a host's on the Internet, and leads to no other address."""
-    if isinstance(address, IPv4Address):
-        return address.is_global and not address.is_multicast and not address.is_reserved
-    if address in _NAT64:
-        return _is_public(IPv4Address(int(address) & 0xFFFF_FFFF))
-    if address.sixtofour is not None:
-        return _is_public(address.sixtofour)
-    return address in _GLOBAL_UNICAST and address.is_global
-
-
-def literal_address(host: str) -> Address | None:
-    try:
-        return parse_address(host)
-    except ValueError:
-        return None
 
 
 class _Stream(AsyncNetworkStream):
@@ -185,50 +141,5 @@ class CheckedBackend(AsyncNetworkBackend):
         return addresses
 
     def _check(self, address: Address) -> None:
-        if not _is_public(address) and not any(address in network for network in self._private):
+        if not is_public(address) and not any(address in network for network in self._private):
             raise FetchError(errno.EACCES)
-
-
-async def close(response: "httpcore.Response") -> None:
-    """Give the connection back, or close it when the body was not read to its end."""
-    with anyio.move_on_after(CLOSE_TIMEOUT, shield=True), suppress(*network_errors()):
-        await response.aclose()
-
-
-def network_errors() -> tuple[type[Exception], ...]:
-    """What a fetch may meet on the network; httpcore's errors have no base of their own."""
-    return (
-        httpcore.NetworkError,
-        httpcore.ProtocolError,
-        httpcore.TimeoutException,
-        OSError,
-    )
-
-
-def get_request(url: Url) -> "httpcore.Request":
-    """A GET of this URL, whose content comes as it is."""
-    return httpcore.Request(
-        "GET",
-        httpcore.URL(scheme=url.scheme, host=url.host, port=url.port, target=url.target),
-        headers={
-            "Host": url.authority,
-            "User-Agent": f"vmibridge/{__version__}",
-            "Accept": "*/*",
-            # The guest is to get the bytes as they are, and their number beforehand.
-            "Accept-Encoding": "identity",
-        },
-        extensions={"timeout": {"connect": CONNECT_TIMEOUT}},
-    )
-
-
-def header(response: "httpcore.Response", name: bytes) -> bytes | None:
-    """The first header of this name, which is in lower case."""
-    return next((value for key, value in response.headers if key.lower() == name), None)
-
-
-def content_length(response: "httpcore.Response") -> int | None:
-    """Bytes of the content; `None` where the server does not say."""
-    if header(response, b"transfer-encoding") is not None:
-        return None
-    value = header(response, b"content-length")
-    return int(value) if value is not None and value.isdigit() else None

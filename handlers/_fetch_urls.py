@@ -9,7 +9,10 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 from urllib.parse import unquote
 
-__all__ = ["Url", "parse_prefix", "parse_url"]
+__all__ = ["MAX_URL", "Url", "parse_prefix", "parse_url"]
+
+MAX_URL = 2048
+"""Bytes of a URL, without its NUL."""
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 

@@ -34,16 +34,18 @@ Invariants:
 - A READ that fails, or that its deadline cuts off, ends the transfer and frees its handle;
   with invalid parameters nothing is lost, and it can be repeated.
 - A handle that was not used for a while is taken back when the next one is opened.
+
+Its methods take the packet, and not typed parameters, since guests rely on what is answered. A
+typed method would have the number of the wrong parameter in the code of *invalid parameters*, and
+would answer *touch* where a page is not present. READ has three words, which VMCALL of 32-bit code
+would have to put into a block of memory, and a default for the third; and a handle that is not open
+is *invalid parameters* here, which the body of a typed method cannot answer.
 """
 
 import errno
-import ssl
-from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import suppress
 from ipaddress import ip_network
 from types import TracebackType
 from typing import Self
-from urllib.parse import urljoin
 
 import anyio
 import msgspec
@@ -61,108 +63,17 @@ from vmibridge import (
     StatusKind,
     method,
 )
-from vmibridge.errors import MissingExtraError, ServerStateError
-from vmibridge.handlers._fetch_network import (
-    CLOSE_TIMEOUT,
-    CheckedBackend,
-    FetchError,
-    close,
-    content_length,
-    get_request,
-    header,
-    httpcore,
-    literal_address,
-    network_errors,
-)
-from vmibridge.handlers._fetch_urls import Url, parse_prefix, parse_url
+from vmibridge.errors import MissingExtraError
+from vmibridge.handlers._fetch_network import FetchError, httpcore
+from vmibridge.handlers._fetch_requests import Client, close, content_length, network_errors
+from vmibridge.handlers._fetch_transfers import MAX_HANDLE, Transfer, Transfers
+from vmibridge.handlers._fetch_urls import MAX_URL, parse_prefix
 
-MAX_URL = 2048
-"""Bytes of a URL, without its NUL."""
-MAX_HANDLE = 4095
 MAX_CAPACITY = 64 << 10
 """Bytes that one READ may ask for."""
 DEFAULT_CAPACITY = 4096
 """Bytes of a buffer whose capacity is given as 0, as by every x86 VMCALL."""
 UNKNOWN_LENGTH = (1 << 64) - 1
-
-_KEEP_ALIVE = 2.0
-"""Seconds for which a connection waits for a next request: shorter than servers wait, so
-that a request does not meet a connection that is just being closed."""
-
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
-
-
-class _Transfer:
-    """One response on its way into the guest."""
-
-    __slots__ = (
-        "_chunks",
-        "_ended",
-        "_left",
-        "_rest",
-        "busy",
-        "length",
-        "owner",
-        "response",
-        "used",
-    )
-
-    def __init__(
-        self, response: "httpcore.Response", length: int | None, limit: int, owner: int
-    ) -> None:
-        self.response = response
-        self.length = length
-        """Bytes of the content; `None` where the server did not say."""
-        self.owner = owner
-        """The address space that opened it."""
-        self.busy = False
-        """A READ is under way."""
-        self.used = anyio.current_time()
-        """When it was last used, in seconds of the loop's clock."""
-        self._left = limit
-        self._rest = memoryview(b"")
-        self._ended = False
-        self._chunks: AsyncIterator[bytes] | None = None
-
-    async def peek(self, size: int) -> bytes:
-        """The next bytes, at most `size`; none at the end. `skip` takes them.
-
-        Waits for the network only when nothing is left of the last piece. Raises
-        `FetchError` when the content is longer than allowed, and the network's errors;
-        the transfer is then to be closed, as it is after a cancellation.
-        """
-        if self._chunks is None:
-            assert isinstance(self.response.stream, AsyncIterable)
-            self._chunks = aiter(self.response.stream)
-        while not self._rest and not self._ended:
-            try:
-                chunk = await anext(self._chunks)
-            except StopAsyncIteration:
-                self._ended = True
-                await close(self.response)
-                break
-            self._left -= len(chunk)
-            if self._left < 0:
-                raise FetchError(errno.EFBIG)
-            self._rest = memoryview(chunk)
-        return bytes(self._rest[:size])
-
-    def skip(self, size: int) -> None:
-        """Take bytes that `peek` gave."""
-        self._rest = self._rest[size:]
-
-    async def aclose(self) -> None:
-        """Close the connection, unless the end was reached. Never raises, never hangs."""
-        await close(self.response)
-        if self._chunks is None or self.busy:
-            # Nothing to end, or a READ that ends with an error now.
-            return
-        # The body is a chain of generators that are held in the middle: with their
-        # connection closed they end by themselves, at the latest by an error, while a
-        # generator that is dropped would be left to the garbage collector.
-        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True), suppress(*network_errors()):
-            async for _ in self._chunks:
-                pass
 
 
 class Fetch(BridgeHandler[int]):
@@ -224,28 +135,18 @@ class Fetch(BridgeHandler[int]):
         if httpcore is None:
             raise MissingExtraError("the fetch handler", "fetch")
         self._settings = settings or self.Settings()
-        self._allow = [parse_prefix(entry) for entry in self._settings.allow]
-        self._pool: httpcore.AsyncConnectionPool | None = None
-        self._transfers: dict[int, _Transfer] = {}
+        self._client = Client(
+            [parse_prefix(entry) for entry in self._settings.allow],
+            [ip_network(entry) for entry in self._settings.private],
+            self._settings.redirects,
+        )
+        self._transfers = Transfers(self._settings.idle_timeout)
         self._opening = 0
-        self._last_handle = 0
         self._network_errors = network_errors()
 
     async def __aenter__(self) -> Self:
-        """Make the pool; connections are made when a guest asks for them."""
-        secure = any(url.scheme == "https" for url in self._allow)
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context() if secure else None,
-            # Each open handle holds one connection; an OPEN is never to wait for another's.
-            max_connections=None,
-            max_keepalive_connections=self._settings.max_open,
-            keepalive_expiry=_KEEP_ALIVE,
-            network_backend=CheckedBackend(
-                httpcore.AnyIOBackend(),
-                [ip_network(entry) for entry in self._settings.private],
-                [literal for url in self._allow if (literal := literal_address(url.host))],
-            ),
-        )
+        """Make the pool of connections."""
+        self._client.open(keep=self._settings.max_open)
         return self
 
     async def __aexit__(
@@ -255,13 +156,8 @@ class Fetch(BridgeHandler[int]):
         traceback: TracebackType | None,
     ) -> None:
         """Close all transfers and connections, also while being cancelled."""
-        while self._transfers:
-            _, transfer = self._transfers.popitem()
-            await transfer.aclose()
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            with anyio.move_on_after(CLOSE_TIMEOUT, shield=True), suppress(*self._network_errors):
-                await pool.aclose()
+        await self._transfers.end_all()
+        await self._client.aclose()
 
     @method(0x0001)
     async def open(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[int]:
@@ -271,7 +167,7 @@ class Fetch(BridgeHandler[int]):
             url = (await vmi.memory.read_c_string(packet.value1, MAX_URL)).decode("latin-1")
         except GuestMemoryError:
             return _invalid(packet)
-        await self._reclaim()
+        await self._transfers.reclaim()
         if len(self._transfers) + self._opening >= self._settings.max_open:
             return _failed(packet, errno.EMFILE)
         self._opening += 1
@@ -283,9 +179,7 @@ class Fetch(BridgeHandler[int]):
             return _failed(packet, errno.EIO)
         finally:
             self._opening -= 1
-        handle = self._next_handle()
-        self._transfers[handle] = transfer
-        return _success(packet, handle)
+        return _success(packet, self._transfers.add(transfer))
 
     @method(0x0002)
     async def read(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[int]:
@@ -317,9 +211,7 @@ class Fetch(BridgeHandler[int]):
             transfer.busy = False
             transfer.used = anyio.current_time()
             if not intact:
-                if self._transfers.get(packet.value1) is transfer:
-                    del self._transfers[packet.value1]
-                await transfer.aclose()
+                await self._transfers.end(packet.value1, transfer)
 
     @method(0x0003)
     async def close(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[int]:
@@ -329,8 +221,7 @@ class Fetch(BridgeHandler[int]):
             return _invalid(packet)
         if transfer.busy:
             return _failed(packet, errno.EBUSY)
-        del self._transfers[packet.value1]
-        await transfer.aclose()
+        await self._transfers.end(packet.value1, transfer)
         return _success(packet, 0)
 
     @method(0x0004)
@@ -341,65 +232,20 @@ class Fetch(BridgeHandler[int]):
             return _invalid(packet)
         return _success(packet, UNKNOWN_LENGTH if transfer.length is None else transfer.length)
 
-    def _find(self, vmi: BridgeContext, packet: BridgePacket) -> _Transfer | None:
-        transfer = self._transfers.get(packet.value1)
-        if transfer is None or transfer.owner != vmi.event.address_space:
-            return None
-        return transfer
+    def _find(self, vmi: BridgeContext, packet: BridgePacket) -> Transfer | None:
+        return self._transfers.find(packet.value1, vmi.event.address_space)
 
-    def _next_handle(self) -> int:
-        # In turn, so that a handle that was closed is not soon another transfer's.
-        handle = self._last_handle
-        while True:
-            handle = handle % MAX_HANDLE + 1
-            if handle not in self._transfers:
-                self._last_handle = handle
-                return handle
-
-    async def _reclaim(self) -> None:
-        oldest = anyio.current_time() - self._settings.idle_timeout
-        idle = [
-            handle
-            for handle, transfer in self._transfers.items()
-            if not transfer.busy and transfer.used < oldest
-        ]
-        for transfer in [self._transfers.pop(handle) for handle in idle]:
-            await transfer.aclose()
-
-    async def _start(self, text: str, owner: int) -> _Transfer:
+    async def _start(self, text: str, owner: int) -> Transfer:
         """Request a URL and what it redirects to. Raises `FetchError` and network errors."""
-        response = await self._request(self._check(text))
+        response = await self._client.get(text)
         limit = self._settings.max_bytes
         length = content_length(response)
         if response.status == 200 and (length is None or length <= limit):
-            return _Transfer(response, length, limit, owner)
+            return Transfer(response, length, limit, owner)
         await close(response)
         if response.status != 200:
             raise FetchError(response.status, code=1)
         raise FetchError(errno.EFBIG)
-
-    async def _request(self, url: Url) -> "httpcore.Response":
-        if self._pool is None:
-            raise ServerStateError("the fetch handler answers between __aenter__ and __aexit__")
-        left = self._settings.redirects
-        while True:
-            response = await self._pool.handle_async_request(get_request(url))
-            location = header(response, b"location")
-            if response.status not in _REDIRECTS or location is None or not left:
-                return response
-            await close(response)
-            left -= 1
-            url = self._check(_resolve_location(url, location))
-
-    def _check(self, text: str) -> Url:
-        """Parse a URL and hold it against the list. Raises `FetchError`."""
-        try:
-            url = parse_url(text)
-        except ValueError:
-            raise FetchError(errno.EACCES) from None
-        if not any(url.is_under(prefix) for prefix in self._allow):
-            raise FetchError(errno.EACCES)
-        return url
 
 
 def _success(packet: BridgePacket, value2: int) -> BridgeResponse[int]:
@@ -414,15 +260,3 @@ def _invalid(packet: BridgePacket) -> BridgeResponse[int]:
 def _failed(packet: BridgePacket, native: int, code: int = 0) -> BridgeResponse[int]:
     status = Status(packet.method & 0xFF, StatusKind.FAILED, code, native)
     return BridgeResponse(status.encode(), 0)
-
-
-def _resolve_location(base: Url, location: bytes) -> str:
-    """The URL that a redirect leads to, yet to be checked. Raises `FetchError`."""
-    text = location.decode("latin-1")
-    # Checked before it is joined as well: joining drops what it does not like.
-    if len(text) > MAX_URL or not all("!" <= char <= "~" for char in text):
-        raise FetchError(errno.EACCES)
-    try:
-        return urljoin(f"{base.scheme}://{base.authority}{base.target}", text)
-    except ValueError:
-        raise FetchError(errno.EACCES) from None

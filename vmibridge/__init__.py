@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         BridgeContract,
     )
     from vmibridge.bridge.dispatch import Bridge, BridgeDispatch
+    from vmibridge.bridge.guest_exit import GuestExit
     from vmibridge.bridge.handler import BridgeHandler, method
     from vmibridge.bridge.outcome import Outcome, OutcomeKind
     from vmibridge.bridge.packet import BridgePacket
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         GuestInt,
         GuestRoom,
         GuestText,
+        HostOutput,
         Room,
     )
     from vmibridge.bridge.response import BridgeResponse
@@ -75,10 +77,12 @@ __all__ = [
     "Failed",
     "Gate",
     "GuestBytes",
+    "GuestExit",
     "GuestInt",
     "GuestMemoryError",
     "GuestRoom",
     "GuestText",
+    "HostOutput",
     "Outcome",
     "OutcomeKind",
     "Policy",
@@ -113,6 +117,7 @@ _NAMES_OF = {
     "bridge.dispatch": ("Bridge", "BridgeDispatch"),
     "errors": ("Failed", "GuestMemoryError", "VmiBridgeError"),
     "vm.trap": ("RegisterWrites", "Registers", "TrapEvent", "TrapReason"),
+    "bridge.guest_exit": ("GuestExit",),
     "bridge.handler": ("BridgeHandler", "method"),
     "bridge.outcome": ("Outcome", "OutcomeKind"),
     "bridge.packet": ("BridgePacket",),
@@ -129,6 +134,7 @@ _NAMES_OF = {
         "GuestInt",
         "GuestRoom",
         "GuestText",
+        "HostOutput",
         "Room",
     ),
     "engine.access_policy": ("AddressRange", "Policy", "Quota", "Rate"),

@@ -141,8 +141,10 @@ class QmpError(BackendError):
 EXTRAS = MappingProxyType(
     {
         "cli": ("cyclopts", "rich"),
+        "exec_gate": ("httpcore",),
         "fetch": ("httpcore",),
         "gdb": ("pyelftools",),
+        "kv": ("apsw",),
         "nats": ("nats-py", "nkeys"),
         "parquet": ("pyarrow",),
         "perfetto": ("perfetto",),

@@ -9,6 +9,7 @@
 | `dispatch`, `outcome` | from a packet to its handler; what became of a trap |
 | `registers` | the forms in which registers carry packets and responses |
 | `numbers`, `output` | what handlers give, made fit for registers, files and frames |
+| `guest_exit` | the output by which a guest says that it is done |
 """
 
 from vmibridge.bridge.context import BridgeContext
@@ -22,6 +23,7 @@ from vmibridge.bridge.contract import (
     GuestRead,
 )
 from vmibridge.bridge.dispatch import Bridge, BridgeDispatch
+from vmibridge.bridge.guest_exit import GuestExit
 from vmibridge.bridge.handler import BridgeHandler, method
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
@@ -38,6 +40,7 @@ from vmibridge.bridge.parameters import (
     GuestInt,
     GuestRoom,
     GuestText,
+    HostOutput,
     Room,
 )
 from vmibridge.bridge.response import BridgeResponse
@@ -67,10 +70,12 @@ __all__ = [
     "BridgeResponse",
     "Gate",
     "GuestBytes",
+    "GuestExit",
     "GuestInt",
     "GuestRead",
     "GuestRoom",
     "GuestText",
+    "HostOutput",
     "Outcome",
     "OutcomeKind",
     "Room",

@@ -14,7 +14,7 @@ To a type checker these are `int`, `str` and `bytes`. A word is one value of a r
 | `Annotated[Room, GuestRoom(LIMIT)]` | 2 | the same, of memory that the method fills |
 
 `... | None` after one of the last three: address 0 is `None`. A method gives a number, a member, or
-`None`, which is 0.
+`None`, which is 0; or `Annotated[TYPE, HostOutput()]`, which is for the host alone.
 """
 
 import enum
@@ -39,6 +39,7 @@ __all__ = [
     "GuestInt",
     "GuestRoom",
     "GuestText",
+    "HostOutput",
     "Room",
 ]
 
@@ -105,6 +106,14 @@ class GuestRoom(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
+
+
+class HostOutput(msgspec.Struct, frozen=True):
+    """What a method gives is its output, of whatever type, and stays on the host: the guest gets 0
+    in value2.
+
+        async def exit(self, status: U32) -> Annotated[GuestExit, HostOutput()]: ...
+    """
 
 
 class Room:

@@ -21,6 +21,7 @@ from vmibridge.bridge.parameters import (
     GuestInt,
     GuestRoom,
     GuestText,
+    HostOutput,
     Parameter,
     Room,
     word_of,
@@ -103,7 +104,15 @@ def compile_method(cls: type, name: str, code: int) -> TypedMethod | None:
             f"{where} takes {words} words, a request has {MAX_WORDS}: two for bytes and for a"
             " room, one for all else"
         )
-    return TypedMethod(code, tuple(parameters), _result(where, hints), context_at)
+    is_for_host = _is_for_host(hints.get("return"))
+    result = None if is_for_host else _result(where, hints)
+    return TypedMethod(code, tuple(parameters), result, context_at, is_for_host=is_for_host)
+
+
+def _is_for_host(hint: Any) -> bool:
+    return typing.get_origin(hint) is Annotated and any(
+        type(each) is HostOutput for each in typing.get_args(hint)[1:]
+    )
 
 
 def _result(where: str, hints: Mapping[str, Any]) -> Parameter | None:
@@ -113,7 +122,10 @@ def _result(where: str, hints: Mapping[str, Any]) -> Parameter | None:
         return None
     result = _parameter(where, "what it gives", hints["return"], takes=_NUMBERS)
     if not isinstance(result.spec, GuestInt):
-        raise TypeError(f"{where}: what it gives is a number or None; a Room takes more")
+        raise TypeError(
+            f"{where}: what it gives is a number or None, where it is no HostOutput; a Room takes"
+            " more"
+        )
     return result
 
 

@@ -68,6 +68,7 @@ class TypedMethod:
     __slots__ = (
         "_context_at",
         "_count",
+        "_is_for_host",
         "_is_wide",
         "_readers",
         "_stage",
@@ -82,11 +83,14 @@ class TypedMethod:
         parameters: tuple[Parameter, ...],
         result: Parameter | None,
         context_at: int | None,
+        *,
+        is_for_host: bool = False,
     ) -> None:
         self.parameters: tuple[Parameter, ...] = parameters
         """In their order, without the context."""
         self.result: Parameter | None = result
-        """What it gives; `None`: nothing."""
+        """What it gives the guest; `None`: nothing."""
+        self._is_for_host = is_for_host
         self._count = sum(parameter.words for parameter in parameters)
         self._is_wide = any(
             parameter.is_wide for parameter in (*parameters, *([result] if result else []))
@@ -153,7 +157,7 @@ class TypedMethod:
             word = word_of(self.result, given)
             if block is not None:
                 await vmi.memory.write(block, word.to_bytes(8, "little"))
-        elif given is not None:
+        elif given is not None and not self._is_for_host:
             raise TypeError(f"the method gave {repr_of(given)[:80]}, and says that it gives None")
         return BridgeResponse(self._success, word, output=given)
 

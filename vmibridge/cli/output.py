@@ -31,7 +31,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from vmibridge.bridge.guest_exit import GuestExit
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.cli.guest_exits import NO_EXITS
 from vmibridge.cli.outcome_file import OutcomeFile
 from vmibridge.cli.streams import encoded, json_line, quiet_stdout
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
@@ -88,8 +90,8 @@ class Writer(ABC):
         """Show one outcome. Cancelled, a line may be left in part."""
 
     @abstractmethod
-    async def end(self, summaries: Mapping[str, Summary]) -> None:
-        """Show the counts of the VMs, by their names."""
+    async def end(self, summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit]) -> None:
+        """Show the counts of the VMs and what their guests exited with, by their names."""
 
 
 class _StreamWriter(Writer):
@@ -165,8 +167,8 @@ class JsonWriter(_StreamWriter):
     async def show(self, outcome: Outcome[Any]) -> None:
         await self.write(json_line(trap_json(outcome)))
 
-    async def end(self, summaries: Mapping[str, Summary]) -> None:
-        await self.write(json_line(summary_json(summaries, self.dropped)))
+    async def end(self, summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit]) -> None:
+        await self.write(json_line(summary_json(summaries, exits, self.dropped)))
 
 
 class LineWriter(_StreamWriter):
@@ -179,8 +181,9 @@ class LineWriter(_StreamWriter):
     async def show(self, outcome: Outcome[Any]) -> None:
         await self._line(trap_columns(outcome))
 
-    async def end(self, summaries: Mapping[str, Summary]) -> None:
-        await self.write(encoded(f"{summary_text(Summary.of_all(summaries.values()))}\n"))
+    async def end(self, summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit]) -> None:
+        whole = Summary.of_all(summaries.values())
+        await self.write(encoded(f"{summary_text(whole, exits)}\n"))
 
     async def _line(self, columns: list[str]) -> None:
         cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
@@ -199,6 +202,7 @@ class TableWriter(Writer):
         self._console = console
         self._latest: deque[Outcome[Any]] = deque(maxlen=max(4, min(20, console.height - 8)))
         self._summary = Summary()
+        self._exits = NO_EXITS
         self._live = Live(
             get_renderable=self._render, console=console, refresh_per_second=8, transient=False
         )
@@ -214,8 +218,9 @@ class TableWriter(Writer):
         self._latest.append(outcome)
         self._summary.outcomes[outcome.kind] += 1
 
-    async def end(self, summaries: Mapping[str, Summary]) -> None:
+    async def end(self, summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit]) -> None:
         self._summary = Summary.of_all(summaries.values())
+        self._exits = exits
         self._live.refresh()
 
     def _render(self) -> Group:
@@ -235,4 +240,4 @@ class TableWriter(Writer):
             cells = [Text(cell) for cell in trap_columns(outcome)]
             cells[COLUMNS.index("outcome")].stylize(_STYLES.get(outcome.kind, "red"))
             table.add_row(*[cells[at] for at in shown])
-        return Group(table, Text(summary_text(self._summary)))
+        return Group(table, Text(summary_text(self._summary, self._exits)))

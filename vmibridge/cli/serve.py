@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
+from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.hangups import early_hangups
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Sources
@@ -137,6 +138,7 @@ class _Command:
         self._scope: anyio.CancelScope | None = None
         self._writing = anyio.Lock()
         self._hangup = anyio.Event()
+        self._exits = GuestExits()
 
     async def run(self) -> int:
         """Serve until a signal."""
@@ -162,7 +164,9 @@ class _Command:
         return exit_status(self._received) or 0
 
     async def show(self, outcome: Outcome[Any]) -> None:
-        """A trap was answered."""
+        """A trap was answered. A guest that has exited ends its session, and no other."""
+        if (exited := self._exits.take(outcome)) is not None:
+            self.server.end(exited, "its guest has exited")
         try:
             async with self._writing:
                 await self._writer.show(outcome)
@@ -171,12 +175,13 @@ class _Command:
 
     async def show_end(self, vm: str, summary: Summary, counts: dict[str, int]) -> None:
         """A VM has ended."""
+        exits = self._exits.leave(vm)
         if self._options.json:
-            line = msgspec.json.decode(summary_json({vm: summary}))
+            line = msgspec.json.decode(summary_json({vm: summary}, exits))
             line["summary"] |= {"vm": vm, "agent": counts}
             data = json_line(msgspec.json.encode(line))
         else:
-            data = encoded(f"vm {printable(vm)}: {summary_text(summary)}\n")
+            data = encoded(f"vm {printable(vm)}: {summary_text(summary, exits)}\n")
         try:
             async with self._writing:
                 await self._writer.write(data)

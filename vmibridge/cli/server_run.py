@@ -11,6 +11,7 @@ import anyio
 import msgspec
 
 from vmibridge.cli.event_loop import check_loop
+from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.output import Writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.setting_options import with_options
@@ -80,8 +81,12 @@ class Life:
 
 
 async def run_server(life: Life) -> int:
-    """Run a server to its end, or that of the user's patience; returns the exit status."""
+    """Run a server to its end, or that of the user's patience; returns the exit status.
+
+    A VM whose guest has exited is stopped; the others run on.
+    """
     server = life.server
+    exits = GuestExits()
     received: list[int] = []
     failures: list[VmiBridgeError] = []
     run = anyio.CancelScope()
@@ -103,8 +108,10 @@ async def run_server(life: Life) -> int:
                     if life.beside is not None:
                         tasks.start_soon(_run_beside, life.beside, server, failures)
                     async for outcome in server.run(life.until):
+                        if (exited := exits.take(outcome)) is not None:
+                            server.stop(vm=exited)
                         await life.writer.show(outcome)
-                    await life.writer.end(server.summaries)
+                    await life.writer.end(server.summaries, exits.of)
         except BrokenPipeError:
             failures.append(BackendError("standard output was closed: no outcome can be shown"))
         except VmiBridgeError as error:
@@ -118,11 +125,11 @@ async def run_server(life: Life) -> int:
     failed = [
         f"vm {vm}: {_diagnosis(guest)}" if len(ends) > 1 else _diagnosis(guest)
         for vm, guest in ends.items()
-        if guest is None or guest.failed
+        if vm not in exits.of and (guest is None or guest.failed)
     ]
     if failed:
         raise BackendError("; ".join(failed))
-    return 0
+    return exits.status(ends)
 
 
 async def _run_beside(

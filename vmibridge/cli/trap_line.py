@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vmibridge.bridge.guest_exit import GuestExit
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.output import output_json
 from vmibridge.bridge.packet import BridgePacket
+from vmibridge.cli.guest_exits import NO_EXITS, exit_lines, exits_text
 from vmibridge.engine.summary import Summary
 from vmibridge.text import counted, printable, repr_of
 from vmibridge.vm.trap import TrapEvent
@@ -75,8 +77,10 @@ def trap_json(outcome: Outcome[Any]) -> bytes:
     return msgspec.json.encode(trap_line(outcome))
 
 
-def summary_json(summaries: Mapping[str, Summary], dropped: int = 0) -> bytes:
-    """The last line of `--json`: counts by outcome, and how each vCPU ended.
+def summary_json(
+    summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit] = NO_EXITS, dropped: int = 0
+) -> bytes:
+    """The last line of `--json`: counts by outcome, exits of guests, how each vCPU ended.
 
     `dropped`: lines before it that could not be written; shown where there are any.
     """
@@ -89,6 +93,7 @@ def summary_json(summaries: Mapping[str, Summary], dropped: int = 0) -> bytes:
         "uncollected": whole.uncollected,
         "abandoned": whole.abandoned,
         "blocked": whole.blocked,
+        "exits": exit_lines(exits),
         "guest": [
             VcpuLine(vm, end.vcpu, end.reason, end.detail, end.registers)
             for vm, summary in summaries.items()
@@ -157,8 +162,8 @@ def trap_columns(outcome: Outcome[Any]) -> list[str]:
     return [cells[name] for name in COLUMNS]
 
 
-def summary_text(summary: Summary) -> str:
-    """One line for people: counts by outcome."""
+def summary_text(summary: Summary, exits: Mapping[str, GuestExit] = NO_EXITS) -> str:
+    """One line for people: counts by outcome, and what guests exited with."""
     counts = [f"{count} {kind.value}" for kind, count in summary.outcomes.items() if count]
     others = [
         text
@@ -170,4 +175,5 @@ def summary_text(summary: Summary) -> str:
         )
         if count
     ]
-    return f"{counted(summary.total, 'trap')}: {', '.join([', '.join(counts) or 'none', *others])}"
+    told = ", ".join([", ".join(counts) or "none", *others])
+    return f"{counted(summary.total, 'trap')}: {told}{exits_text(exits)}"

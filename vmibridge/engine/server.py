@@ -183,15 +183,22 @@ class BridgeServer:
             self._owner.stop()
         return Run(self._owner, is_last)
 
-    def stop(self, *, now: bool = False) -> None:
+    def stop(self, *, now: bool = False, vm: str | None = None) -> None:
         """End the run in good order: take no more traps, answer those that are there, and
-        let the guests go.
+        let the guests go. With `vm`, that of the VM of this name alone: the others run on.
 
         Returns at once. Handlers that a trap waits for have the grace period to end by
         themselves; with `now`, also in a second call, they are cancelled. All is answered within
         `stop_timeout`; the iteration ends when every handler has unwound, which one that
         shields itself puts off. Before `run`, it makes that run end before it begins.
+
+        Raises `ValueError` for the name of no VM, and `ServerStateError` for one before `run`.
         """
+        if vm is not None:
+            if self._owner is None:
+                raise ServerStateError("the server has not run yet: iterate over server.run()")
+            self._owner.stop_vm(vm, now=now)
+            return
         self._stopped = True
         if self._owner is not None:
             self._owner.stop(now=now)
@@ -250,6 +257,12 @@ class _Owner:
         self._lives.stop(0 if now else self._grace)
         for engine in self.engines.values():
             engine.stop(now=now)
+
+    def stop_vm(self, vm: str, *, now: bool) -> None:
+        """Stop one engine. Raises `ValueError` where there is none."""
+        if vm not in self.engines:
+            raise ValueError(f"no VM is named {vm!r}: there are {', '.join(self.engines)}")
+        self.engines[vm].stop(now=now)
 
     async def ended(self) -> None:
         """Wait until nothing is left of the run."""

@@ -68,6 +68,8 @@ class _Vm:
         self.session = session
         self.current = current
         self.retired: list[HandlerSet] = []
+        self.ended_because = ""
+        """Why the host has ended it, if it has."""
         self.summaries: list[Summary] = []
 
     def route(self, event: TrapEvent) -> SessionBackend:
@@ -199,6 +201,20 @@ class AgentServer:
         for handler_set in self._handler_sets:
             handler_set.stop(now=now)
 
+    def end(self, vm: str, why: str) -> bool:
+        """End the session of one VM in good order, and take no other one of it: its agent is
+        refused, and its guest goes on without a host. Returns whether a VM of this name is served.
+        """
+        for each in list(self._vms.values()):
+            if each.session.vm == vm and not each.session.over.is_set():
+                log.info("vm %s: its session ends: %s", vm, why)
+                each.ended_because = why
+                self._ended.append(each.session.id)
+                for handler_set in (each.current, *each.retired):
+                    handler_set.stop()
+                return True
+        return False
+
     async def reload(self, handlers: BridgeFactory) -> int:
         """Give every VM new handlers; returns how many have them. No trap is dropped.
 
@@ -211,7 +227,7 @@ class AgentServer:
         self._shared.supersede()
         done = 0
         for vm in list(self._vms.values()):
-            if vm.session.over.is_set() or self._stop.is_set():
+            if vm.session.over.is_set() or vm.ended_because or self._stop.is_set():
                 continue
             try:
                 handler_set = await self._make(vm.session)
@@ -331,7 +347,7 @@ class AgentServer:
                 if handler_set in vm.retired:
                     vm.retired.remove(handler_set)
                 elif handler_set is vm.current:
-                    self._forget_vm(vm.session)
+                    self._forget_vm(vm)
             if handler_set is vm.current and self._on_end is not None:
                 summary = Summary.of_all(vm.summaries)
                 summary.guest = vm.session.guest
@@ -371,15 +387,16 @@ class AgentServer:
             why = _text_of(error)
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
 
-    def _forget_vm(self, session: Session) -> None:
-        """Its handlers have ended: with the guest, by a stop, or by themselves."""
+    def _forget_vm(self, vm: _Vm) -> None:
+        """Its handlers have ended: with the guest, by `end`, by a stop, or by themselves."""
+        session = vm.session
         self._vms.pop(session.id, None)
         if session.ended_by_itself:
             self._ended.append(session.id)
         elif not self._stop.is_set() and session.link is not None:
             session.link.close()
         if not self._stop.is_set():
-            session.lose("its handlers have ended")
+            session.lose(vm.ended_because or "its handlers have ended")
 
 
 def _text_of(error: BaseException) -> str:

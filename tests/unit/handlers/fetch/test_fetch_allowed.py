@@ -20,6 +20,8 @@ from vmibridge import (
     OutcomeKind,
     Status,
 )
+from vmibridge.handlers._fetch_network import CheckedBackend
+from vmibridge.handlers._fetch_urls import parse_url
 
 # --- what is allowed -------------------------------------------------------------------
 
@@ -165,10 +167,10 @@ PIECES = [
     )
 )
 @settings(max_examples=500)
-def test_no_url_with_another_host_or_port_is_taken_for_the_prefix(fetch, text):
-    prefix = fetch.parse_url("http://good.test:8080/files")
+def test_no_url_with_another_host_or_port_is_taken_for_the_prefix(text):
+    prefix = parse_url("http://good.test:8080/files")
     try:
-        url = fetch.parse_url(text)
+        url = parse_url(text)
     except ValueError:
         return
     if url.is_under(prefix):
@@ -189,9 +191,9 @@ def test_no_url_with_another_host_or_port_is_taken_for_the_prefix(fetch, text):
     other=st.from_regex(r"[a-z0-9]{1,5}(\.[a-z]{1,5}){1,2}", fullmatch=True),
     other_port=st.integers(1, 65535),
 )
-def test_a_prefix_takes_its_own_host_and_port_only(fetch, host, port, other, other_port):
-    prefix = fetch.parse_url(f"http://{host}:{port}")
-    url = fetch.parse_url(f"http://{other}:{other_port}/x")
+def test_a_prefix_takes_its_own_host_and_port_only(host, port, other, other_port):
+    prefix = parse_url(f"http://{host}:{port}")
+    url = parse_url(f"http://{other}:{other_port}/x")
     assert url.is_under(prefix) == (host == other and port == other_port)
 
 
@@ -222,9 +224,9 @@ class Recorder(httpcore.AsyncNetworkBackend):
         raise httpcore.ConnectError(f"{host} is out of reach")
 
 
-def checked(fetch, *, private=(), literals=()):
+def checked(*, private=(), literals=()):
     recorder = Recorder()
-    backend = fetch.CheckedBackend(
+    backend = CheckedBackend(
         recorder, [ip_network(n) for n in private], [ip_address(a) for a in literals]
     )
     return backend, recorder
@@ -236,7 +238,7 @@ async def test_a_host_at_an_address_that_is_not_public_is_not_connected_to(
     fetch, resolve, anyio_backend, address
 ):
     resolve(address)
-    backend, recorder = checked(fetch, literals=["127.0.0.1", "10.0.0.1"])
+    backend, recorder = checked(literals=["127.0.0.1", "10.0.0.1"])
     with pytest.raises(fetch.FetchError) as caught:
         await backend.connect_tcp("files.test", 80)
     assert caught.value.native == errno.EACCES
@@ -246,10 +248,10 @@ async def test_a_host_at_an_address_that_is_not_public_is_not_connected_to(
 @pytest.mark.anyio
 @pytest.mark.parametrize("address", PUBLIC)
 async def test_a_host_at_a_public_address_is_connected_to_at_that_address(
-    fetch, resolve, anyio_backend, address
+    resolve, anyio_backend, address
 ):
     asked = resolve(address)
-    backend, recorder = checked(fetch)
+    backend, recorder = checked()
     with pytest.raises(httpcore.ConnectError):
         await backend.connect_tcp("files.test", 80)
     assert asked == ["files.test"]
@@ -262,7 +264,7 @@ async def test_one_address_that_is_not_allowed_spoils_the_host(
     fetch, resolve, anyio_backend, private
 ):
     resolve("8.8.8.8", private, "8.8.4.4")
-    backend, recorder = checked(fetch, private=["10.0.0.1/32"])
+    backend, recorder = checked(private=["10.0.0.1/32"])
     with pytest.raises(fetch.FetchError):
         await backend.connect_tcp("files.test", 80)
     assert recorder.tried == []
@@ -277,7 +279,7 @@ async def test_an_address_as_host_is_not_looked_up_but_checked_as_well(
     fetch, resolve, anyio_backend, host, allowed
 ):
     asked = resolve("8.8.8.8")
-    backend, recorder = checked(fetch, literals=["127.0.0.1"])
+    backend, recorder = checked(literals=["127.0.0.1"])
     with pytest.raises(httpcore.ConnectError if allowed else fetch.FetchError):
         await backend.connect_tcp(host, 80)
     assert recorder.tried == [host] * allowed
@@ -285,18 +287,18 @@ async def test_an_address_as_host_is_not_looked_up_but_checked_as_well(
 
 
 @pytest.mark.anyio
-async def test_all_addresses_of_a_host_are_tried_in_order(fetch, resolve, anyio_backend):
+async def test_all_addresses_of_a_host_are_tried_in_order(resolve, anyio_backend):
     resolve("8.8.8.8", "2606:4700::1111", "8.8.8.8", "10.0.0.1")
-    backend, recorder = checked(fetch, private=["10.0.0.0/8"])
+    backend, recorder = checked(private=["10.0.0.0/8"])
     with pytest.raises(httpcore.ConnectError, match=r"10\.0\.0\.1 is out of reach"):
         await backend.connect_tcp("files.test", 80)
     assert recorder.tried == ["8.8.8.8", "2606:4700::1111", "10.0.0.1"]
 
 
 @pytest.mark.anyio
-async def test_a_host_without_addresses_is_a_network_error(fetch, resolve, anyio_backend):
+async def test_a_host_without_addresses_is_a_network_error(resolve, anyio_backend):
     resolve()
-    backend, recorder = checked(fetch)
+    backend, recorder = checked()
     with pytest.raises(httpcore.ConnectError, match="no address"):
         await backend.connect_tcp("files.test", 80)
     assert recorder.tried == []

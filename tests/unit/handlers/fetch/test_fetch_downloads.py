@@ -239,7 +239,7 @@ async def test_handles_never_run_out(make, site, anyio_backend):
     async with make(allow=[site.root], max_open=2) as handler:
         guest = Guest(handler)
         kept = await guest.handle(f"{site.root}/stall")
-        handler._last_handle = 4093
+        handler._transfers._last_handle = 4093
         found = []
         for _ in range(4):
             found.append(await guest.handle(f"{site.root}/a"))

@@ -26,6 +26,7 @@ from vmibridge import (
 )
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.errors import MissingExtraError, ServerStateError
+from vmibridge.handlers._fetch_urls import parse_url
 from vmibridge.testing import FakeBackend
 
 # --- cancellation and shutdown ---------------------------------------------------------
@@ -239,8 +240,8 @@ def test_an_idle_timeout_that_is_no_number_is_refused(fetch):
         ("http://under_score.test", "under_score.test"),
     ],
 )
-def test_a_host_is_named_to_the_server_in_its_plain_form(fetch, text, authority):
-    assert fetch.parse_url(text).authority == authority
+def test_a_host_is_named_to_the_server_in_its_plain_form(text, authority):
+    assert parse_url(text).authority == authority
 
 
 def test_without_httpcore_the_handler_says_what_to_install(load_handler, monkeypatch):
