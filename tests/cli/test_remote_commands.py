@@ -6,7 +6,7 @@ import threading
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from probe_guest import command
+from probe_guest import calls, command
 
 PASSED = 0x600D
 
@@ -172,6 +172,26 @@ class TestTogether:
             server.send_signal(signal.SIGTERM)
             out, _ = server.communicate()
         assert "vm web: 3 traps: 3 handled\n" in out
+
+    def test_a_guest_that_exits_ends_its_session_and_not_the_server(
+        self, started, image, serve_options
+    ):
+        source = calls("0xffff", value=3, request="0x111")
+        guest = image(source)
+        served = [*serve_options, "vmibridge.handlers.exit", "--json"]
+        with started(*served, wait_for=LISTENS) as server:
+            for vm in ("red", "blue"):
+                with started(*agent_options(guest, vm=vm)) as agent:
+                    status, _, told = ended(agent)
+                    assert status == 0, told
+            server.send_signal(signal.SIGTERM)
+            status, lines, told = ended(server)
+        assert status == 143
+        assert [line["summary"]["exits"] for line in lines if "summary" in line] == [
+            [{"vm": vm, "status": 3, "reason": None}] for vm in ("red", "blue")
+        ]
+        for vm in ("red", "blue"):
+            assert f"vm {vm}: exited with status 3" in told
 
     def test_each_vm_is_recorded_in_a_file_of_its_own(
         self, started, image, serve_options, tmp_path, vmibridge

@@ -11,7 +11,7 @@ from vmibridge import BridgeResponse, method
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import BackendError, BackendSpecError, ServerStateError
 from vmibridge.transport import AgentLimits, AgentServer
-from vmibridge.transport.wire import End, Ended, Welcome, WireEnd
+from vmibridge.transport.wire import End, Ended, Refused, Welcome, WireEnd
 
 pytestmark = pytest.mark.anyio
 FALLBACK = ServerSettings(fallback=BridgeResponse(value1=0xBAD))
@@ -64,6 +64,42 @@ class TestTheEnd:
                 <- answer 1 rax=0xbad
                 ** ended vm 1 halted ""
             """)
+
+    async def test_the_host_may_end_one_vm_and_no_other(self, url):
+        ended = []
+
+        async def on_end(vm, summary, counts):
+            ended.append((vm, summary.guest and summary.guest.vcpus[0].detail))
+
+        async with (
+            talking_to(url, Echo(), on_end=on_end) as (server, agent),
+            FakeAgent.connected(url) as other,
+        ):
+            await other.hello(session=b"o" * 16, vm="other")
+            agent.post(frame_of(trap(1)))
+            await agent.next()
+            assert server.end("vm", "its guest has exited")
+            assert await agent.is_hung_up_on()
+            while "vm" in server.vms:
+                await anyio.sleep(0.001)
+            assert ended == [("vm", "its guest has exited")]
+            assert not server.end("vm", "it has gone")
+            # Its agent comes back in vain, and the other one is answered.
+            async with FakeAgent.connected(url) as again:
+                assert await again.hello() == Refused("this VM has ended")
+            other.post(frame_of(trap(1)))
+            assert (await other.next()).seq == 1
+            assert server.vms == ["other"]
+
+    async def test_a_handler_that_is_at_work_when_the_host_ends_its_vm_may_finish(self, url):
+        steps = Steps()
+        async with talking_to(url, steps) as (server, agent):
+            agent.post(frame_of(trap(1)))
+            await steps.began.wait()
+            assert server.end("vm", "enough")
+            steps.go_on.set()
+            assert (await agent.next()).seq == 1
+            assert await agent.is_hung_up_on()
 
     async def test_a_vm_whose_agent_stays_away_is_given_up(self, url):
         async with welcome(url, limits=AgentLimits(keep=0.05)) as stage:
