@@ -27,8 +27,7 @@ SIZES = (0, 1, (64 << 10) - 1, 64 << 10, (64 << 10) + 1)
 DONE, FAILED, USAGE, NO_HOST, NO_ANSWER, WAITING, LOCAL = range(7)
 HOSTILE = ("../up", "/etc/hosts", "a//b", "a/./b", "nul", "COM1.txt", "a:b", ".vmibridge-x", "a.")
 """None of them is a name."""
-KILLS = [3, pytest.param(100, marks=pytest.mark.slow)]
-LARGE = 4 << 20
+LARGE = 2 << 20
 """Bytes of a file that a program is killed over."""
 
 
@@ -133,11 +132,83 @@ for each in x64:vmib x86:vmib-x86; do
     told $w-option $vmib --nope ping
 done
 told null test -c /dev/null
+"""
+AT_ONCE = r"""
+for n in 1 2 3 4 5 6 7 8; do head -c $((n * STEP)) /dev/urandom >at-once-$n; done
+pids=
+for n in 1 2 3 4 5 6 7 8; do
+    { vmib --quiet put at-once-$n && vmib-x86 --quiet get at-once-$n got-$n; } &
+    pids="$pids $!"
+done
+failed=0
+for each in $pids; do wait $each || failed=$((failed + 1)); done
+told failed echo $failed
+for n in 1 2 3 4 5 6 7 8; do told at-once-$n hash got-$n; done
+"""
+STEP = 50_001
+"""Bytes; the sizes of files that are under way at once are multiples of it."""
+PARTS = r"""
 told parts sh -c 'ls *.vmib-part *-hostile none it'
 """
 
 
-async def test_every_command_in_both_widths(guest, shared, caplog):
+def assert_eight_at_once(told: dict[str, Told], there: dict[str, bytes]) -> None:
+    assert told["failed"] == Told(DONE, "0")
+    for number in range(1, 9):
+        data = there[f"at-once-{number}"]
+        assert len(data) == number * STEP
+        assert told[f"at-once-{number}"] == hashed(data)
+
+
+def assert_no_parts(told: dict[str, Told]) -> None:
+    assert all("No such file" in line for line in told["parts"].text.split(";"))
+
+
+KILLED = r"""
+head -c SIZE /dev/urandom >large
+told killed-hash hash large
+n=0
+while [ $n -lt TIMES ]; do
+    vmib --quiet put large large --replace &
+    usleep $((RANDOM % 200 * 1000))
+    kill -9 $! 2>/dev/null && n=$((n + 1))
+    wait $!
+done
+told killed-put vmib put large large --replace
+n=0
+while [ $n -lt TIMES ]; do
+    vmib --quiet get large got &
+    usleep $((RANDOM % 200 * 1000))
+    kill -9 $! 2>/dev/null && n=$((n + 1))
+    wait $!
+done
+told killed-get vmib get large got
+told killed-got hash got
+# Part of another file, of the same size and of a longer one.
+head -c 70000 /dev/zero >other.vmib-part
+told killed-other vmib get large other
+told killed-other-hash hash other
+head -c $((SIZE + 1)) /dev/zero >longer.vmib-part
+told killed-longer vmib get large longer
+told killed-longer-hash hash longer
+"""
+
+
+def killed_script(times: int) -> str:
+    return KILLED.replace("SIZE", str(LARGE)).replace("TIMES", str(times))
+
+
+def assert_goes_on_after_kills(told: dict[str, Told], there: dict[str, bytes]) -> None:
+    large = there["large"]
+    assert len(large) == LARGE
+    assert {each for label, each in told.items() if label.startswith("killed-")} == {
+        Told(DONE, ""),
+        hashed(large),
+    }
+
+
+async def test_every_command_in_both_widths_kills_and_eight_at_once(guest, shared, caplog):
+    """One test, since a boot takes longer than all of it."""
     for size in SIZES:
         (shared / f"host-{size}").write_bytes(noise(size))
     values = {"token": "s3cret", "long": "x" * 100_000}
@@ -149,10 +220,13 @@ async def test_every_command_in_both_widths(guest, shared, caplog):
             Fetch(Fetch.Settings(allow=[site.root])),
             Exit(),
         )
-        script = EVERY_COMMAND.replace("SITE", site.root).replace("SIZES", " ".join(map(str, SIZES)))
+        script = EVERY_COMMAND.replace("SITE", site.root).replace(
+            "SIZES", " ".join(map(str, SIZES))
+        )
         script = script.replace("HOSTILE", " ".join(f"'{name}'" for name in HOSTILE))
         with caplog.at_level(logging.DEBUG, "vmibridge.guest"):
-            told = await guest.boot(script, bridge)
+            script += killed_script(3) + AT_ONCE.replace("STEP", str(STEP)) + PARTS
+            told = await guest.boot(script, bridge, cpus=2)
     there = contents(shared)
     logged = [
         record.getMessage().partition(": ")[2]
@@ -168,12 +242,14 @@ async def test_every_command_in_both_widths(guest, shared, caplog):
         assert_transfers(of_width, width, there)
         assert_refusals(of_width)
         assert_requests(of_width, width)
+    assert_goes_on_after_kills(told, there)
+    assert_eight_at_once(told, there)
     # Nothing else was made, on either side: neither by hostile names, nor of what was refused.
-    names = {f"host-{size}" for size in SIZES}
+    names = {"large"} | {f"host-{size}" for size in SIZES} | {f"at-once-{n}" for n in range(1, 9)}
     for width in WIDTHS:
         names |= {f"{width}-{each}" for each in (*SIZES, "piped", "version", "inner")}
     assert {*there} == names
-    assert told["parts"].status != DONE and ".vmib-part" not in told["parts"].text.replace("*.", "")
+    assert_no_parts(told)
     assert told["null"].status == DONE
     for width in WIDTHS:
         lines = ("one two  three", "first", "second", "last")
@@ -247,73 +323,13 @@ def assert_requests(told: dict[str, Told], width: str) -> None:
     assert told["usage"].status == told["option"].status == USAGE
 
 
-KILLED = r"""
-head -c SIZE /dev/urandom >large
-told hash hash large
-n=0
-while [ $n -lt KILLS ]; do
-    vmib --quiet put large large --replace &
-    usleep $((RANDOM % 400 * 1000))
-    kill -9 $! 2>/dev/null && n=$((n + 1))
-    wait $!
-done
-told put vmib put large large --replace
-n=0
-while [ $n -lt KILLS ]; do
-    vmib --quiet get large got &
-    usleep $((RANDOM % 400 * 1000))
-    kill -9 $! 2>/dev/null && n=$((n + 1))
-    wait $!
-done
-told get vmib get large got
-told got hash got
-# Part of another file, of the same size and of a longer one.
-head -c 70000 /dev/zero >other.vmib-part
-told other vmib get large other
-told other-hash hash other
-head -c $((SIZE + 1)) /dev/zero >longer.vmib-part
-told longer vmib get large longer
-told longer-hash hash longer
-told left sh -c 'ls *.vmib-part'
-"""
-
-
-@pytest.mark.parametrize("times", KILLS)
-async def test_what_was_killed_goes_on_and_leaves_nothing(guest, shared, times):
-    script = KILLED.replace("SIZE", str(LARGE)).replace("KILLS", str(times))
+@pytest.mark.slow
+async def test_a_hundred_kills_leave_nothing(guest, shared):
+    script = f"{killed_script(100)}{PARTS}"
     told = await guest.boot(script, Bridge(files_in(shared, replace=True)), cpus=2)
     assert [*contents(shared)] == ["large"]
-    assert (shared / "large").stat().st_size == LARGE
-    digest = hashed((shared / "large").read_bytes())
-    assert told["put"] == told["get"] == told["other"] == told["longer"] == Told(DONE, "")
-    assert told["hash"] == told["got"] == told["other-hash"] == told["longer-hash"] == digest
-    assert told["left"].status != DONE
-
-
-AT_ONCE = r"""
-for n in 1 2 3 4 5 6 7 8; do head -c $((n * SIZE)) /dev/urandom >$n; done
-pids=
-for n in 1 2 3 4 5 6 7 8; do
-    { vmib --quiet put $n && vmib-x86 --quiet get $n got-$n; } &
-    pids="$pids $!"
-done
-failed=0
-for each in $pids; do wait $each || failed=$((failed + 1)); done
-told failed echo $failed
-for n in 1 2 3 4 5 6 7 8; do told $n sh -c "cmp $n got-$n && sha256sum <$n"; done
-"""
-
-
-async def test_eight_at_once_over_two_vcpus(guest, shared):
-    told = await guest.boot(
-        AT_ONCE.replace("SIZE", "100001"), Bridge(files_in(shared)), cpus=2
-    )
-    there = contents(shared)
-    assert told.pop("failed") == Told(DONE, "0")
-    assert told == {name: hashed(data) for name, data in there.items()}
-    assert {name: len(data) for name, data in there.items()} == {
-        f"{n}": n * 100_001 for n in range(1, 9)
-    }
+    assert_goes_on_after_kills(told, contents(shared))
+    assert_no_parts(told)
 
 
 @pytest.mark.slow
