@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 SAY := @printf 'make: %s\n'
 
-.PHONY: help setup system system-light check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux guest-tools plugin images test-containers lock clean
+.PHONY: help setup system system-light system-guests check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux guest-tools plugin guest-headers images test-containers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -103,7 +103,23 @@ test-guests: setup
 	@guest/qemu/fetch-qemu || echo "make: tests that need QEMU 11.1 cannot run" >&2
 	@{ guest/linux/fetch-linux && guest/linux/build-guest; } || echo "make: tests that need a Linux guest cannot run" >&2
 
-test-slow: setup  ## the tests that take long, and every law with all of its examples
+# The compilers of guests: clang, g++, mingw and Debian's Rust.
+system-guests:
+	@missing=; \
+	command -v clang++ >/dev/null || missing="$$missing clang"; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	command -v rustc >/dev/null || missing="$$missing rustc"; \
+	command -v x86_64-w64-mingw32-gcc >/dev/null || missing="$$missing gcc-mingw-w64-x86-64"; \
+	command -v i686-w64-mingw32-gcc >/dev/null || missing="$$missing gcc-mingw-w64-i686"; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then \
+		echo "make: installs$$missing"; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y $$missing; \
+	else \
+		echo "make: tests that need these packages are skipped:$$missing; as root: apt-get install$$missing" >&2; \
+	fi
+
+test-slow: setup system-guests  ## the tests that take long, and every law with all of its examples
 	$(PYTEST) -q -m slow
 	VMIBRIDGE_LAWS=long $(PYTEST) -q -m 'hypothesis and not slow'
 
@@ -153,6 +169,15 @@ guest-tools: setup  ## vmib, a program for guests, in build/guest-tools: for Lin
 
 plugin: setup  ## the QEMU plugin, .qemu/vmibridge-plugin.so
 	@$(BIN)/vmibridge qemu build-plugin -o .qemu/vmibridge-plugin.so
+
+# One file a module for C and for nasm; for Rust, where each file stands alone, one of all.
+guest-headers: setup  ## guest/include/handlers, made of the ready-made handlers
+	@for file in handlers/[a-z]*.py; do \
+		name=$$(basename $$file .py); \
+		$(BIN)/vmibridge guest-header vmibridge.handlers.$$name --lang c -o guest/include/handlers/$$name.h && \
+		$(BIN)/vmibridge guest-header vmibridge.handlers.$$name --lang asm -o guest/include/handlers/$$name.inc || exit 1; \
+	done
+	@$(BIN)/vmibridge guest-header vmibridge.handlers --lang rust -o guest/include/handlers/handlers.rs
 
 images: setup  ## the images of docker/, with podman or docker
 	@$(BIN)/python docker/build_images.py

@@ -26,6 +26,7 @@ from vmibridge import (
     method,
 )
 
+STUCK = 77
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -48,6 +49,9 @@ class Called(StandardHandler[int]):
 
     REQUEST = 0x0120
     ANSWER = 42
+
+    def __init__(self) -> None:
+        self._opened = anyio.Event()
 
     class Problem(IntEnum):
         """Why `fails` fails."""
@@ -122,17 +126,22 @@ class Called(StandardHandler[int]):
 
     @method(0x000C)
     async def fails(self, code: U8) -> U32:
-        """Always."""
+        """Always. From now on, `slow` is stuck again."""
+        self._opened = anyio.Event()
         raise Failed(code, native=0xC000_0034)
 
     @method(0x000D)
     async def nothing(self) -> None:
-        """Nothing at all."""
+        """Lets `slow` go on with what it is stuck at."""
+        self._opened.set()
 
     @method(0x000E, soft_timeout=0.002)
     async def slow(self, value: U64) -> U64:
-        """The value, inverted, after a while."""
-        await anyio.sleep(0.02)
+        """The value, inverted, after a while. It is stuck at 77 until `nothing` is called."""
+        if value == STUCK:
+            await self._opened.wait()
+        else:
+            await anyio.sleep(0.02)
         return ~value & MASK64
 
     @method(0x000F)

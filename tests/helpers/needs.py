@@ -12,10 +12,14 @@ import pytest
 PACKAGES = {
     "cc": "gcc libc6-dev",
     "chromium": "chromium",
+    "clang": "clang",
+    "clang++": "clang",
     "debootstrap": "debootstrap",
+    "g++": "g++",
     "gcc": "gcc libc6-dev",
     "gdb": "gdb",
     "gdbserver": "gdbserver",
+    "i686-w64-mingw32-gcc": "gcc-mingw-w64-i686",
     "initdb": "postgresql",
     "nasm": "nasm",
     "nm": "binutils",
@@ -26,7 +30,9 @@ PACKAGES = {
     "psql": "postgresql-client",
     "qemu-system-x86_64": "qemu-system-x86 seabios",
     "redis-server": "redis-server",
+    "rustc": "rustc",
     "systemd-analyze": "systemd",
+    "x86_64-w64-mingw32-gcc": "gcc-mingw-w64-x86-64",
 }
 """Debian's packages that have them."""
 

@@ -9,8 +9,9 @@ import msgspec
 from cyclopts import Parameter
 
 from vmibridge.cli.options import Json, OptionalOutput, Sources
+from vmibridge.cli.output import standard_output
 from vmibridge.cli.pipes import STDOUT, say
-from vmibridge.cli.streams import encoded, json_line
+from vmibridge.cli.streams import json_line
 from vmibridge.config import find_handlers
 from vmibridge.errors import ConfigError, VmiBridgeError
 from vmibridge.files import reason
@@ -53,8 +54,8 @@ def guest_header(
             raise ConfigError("--check: name the file to compare with by -o")
         return _compare(output, text, [*sources, "--lang", lang, "-o", str(output)])
     if output is None or to_stdout:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(encoded(text))
+        with standard_output() as out:
+            out.write(text.encode())
         return 0
     _write(output, text)
     return 0

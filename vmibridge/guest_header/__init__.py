@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
+from vmibridge.guest_header.asm import write_asm
 from vmibridge.guest_header.c import write_c
 from vmibridge.guest_header.model import (
     EnumModel,
@@ -20,6 +21,7 @@ from vmibridge.guest_header.model import (
     model_of,
     models_of,
 )
+from vmibridge.guest_header.rust import write_rust
 
 __all__ = [
     "LANGUAGES",
@@ -33,10 +35,10 @@ __all__ = [
     "models_of",
 ]
 
-Language: TypeAlias = Literal["c"]
+Language: TypeAlias = Literal["c", "asm", "rust"]
 
 LANGUAGES: Mapping[Language, Callable[[Iterable[HandlerModel]], str]] = MappingProxyType(
-    {"c": write_c}
+    {"c": write_c, "asm": write_asm, "rust": write_rust}
 )
 """The emitters."""
 

@@ -151,17 +151,17 @@ def model_of(handler: BridgeHandler[Any] | type[BridgeHandler[Any]]) -> HandlerM
     """
     kind = handler if isinstance(handler, type) else type(handler)
     contract = contract_of(handler)
-    methods = [_method(handler, kind, each) for _, each in sorted(kind.methods.items())]
-    if not methods:
-        wait = _wait(handler, None)
-        methods = [MethodModel("", None, typed=False, wait=wait, doc=_doc(kind.handle))]
-    if any(method.typed for method in methods):
+    if any(method.typed is not None for method in kind.methods.values()):
         for slot in (1, 2):
             if contract.verify_values[slot - 1] is not None:
                 raise HandlerLoadError(
                     f"{printable(handler.name)}: VERIFY_VALUE{slot} is stamped over what its typed"
                     " methods answer; remove it"
                 )
+    methods = [_method(handler, kind, each) for _, each in sorted(kind.methods.items())]
+    if not methods:
+        wait = _wait(handler, None)
+        methods = [MethodModel("", None, typed=False, wait=wait, doc=_doc(kind.handle))]
     docs = [_doc(kind)]
     if not all(method.typed for method in methods):
         # What the four values are stands in the table of the module.

@@ -1,6 +1,13 @@
 """Names that mean something already, in the languages of the emitters."""
 
-__all__ = ["C_LOCALS", "C_WORDS", "HEADER_NAMES"]
+__all__ = [
+    "C_LOCALS",
+    "C_WORDS",
+    "HEADER_NAMES",
+    "INCLUDE_NAMES",
+    "RUST_LOCALS",
+    "RUST_WORDS",
+]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -30,6 +37,25 @@ and of Windows (`small`); the types that a function names."""
 C_LOCALS: frozenset[str] = frozenset({"call", "caller", "result", "status"})
 """What a function calls its own."""
 
+RUST_WORDS: frozenset[str] = _words(
+    """
+    abstract as async await become box break const continue crate do dyn else enum extern false
+    final fn for gen if impl in let loop macro match mod move mut override priv pub ref return self
+    Self static struct super trait true try type typeof union unsafe unsized use virtual where
+    while yield _
+    """
+)
+"""Keywords of every edition, also those that are kept for later."""
+
+RUST_LOCALS: frozenset[str] = _words(
+    """
+    C Caller Err Error Method Named None Ok Option Response Result Some Word asm call call_plain
+    caller code core given i8 i16 i32 i64 method named room super text_size touch trap u8 u16 u32
+    u64 usize values words
+    """
+)
+"""What every module and every function has already."""
+
 HEADER_NAMES: frozenset[str] = _words(
     """
     VMIBRIDGE_ABORT VMIBRIDGE_ADDRESS VMIBRIDGE_ANSWERED VMIBRIDGE_ASM_CPUID
@@ -55,3 +81,21 @@ HEADER_NAMES: frozenset[str] = _words(
     """
 )
 """What `vmibridge.h` defines: a test holds it to that."""
+
+INCLUDE_NAMES: frozenset[str] = _words(
+    """
+    BRIDGE_ABORT BRIDGE_ASK_METHOD BRIDGE_ASK_PLAIN BRIDGE_CALL BRIDGE_CHECK_STAMPS
+    BRIDGE_CONTINUE BRIDGE_CPUID BRIDGE_ECHO_ BRIDGE_FEATURE_POLICY BRIDGE_FEATURE_QUOTA
+    BRIDGE_FEATURE_WAIT BRIDGE_GATE BRIDGE_GATE_INC BRIDGE_HANDSHAKE BRIDGE_HOST
+    BRIDGE_HOST_DEADLINES BRIDGE_HOST_ECHO_HIGH BRIDGE_HOST_ECHO_LOW BRIDGE_HOST_LIMITS
+    BRIDGE_HOST_VERSION BRIDGE_INC BRIDGE_KIND_ABORTED BRIDGE_KIND_FAILED
+    BRIDGE_KIND_INVALID_PARAMETERS BRIDGE_KIND_SUCCESS BRIDGE_KIND_TOUCH BRIDGE_KIND_WAITING
+    BRIDGE_LIMIT BRIDGE_LIMIT_ACCESS BRIDGE_LIMIT_IN_FLIGHT BRIDGE_LIMIT_RESULT_TIMEOUT
+    BRIDGE_MAGIC BRIDGE_METHODS_INC BRIDGE_NOT_ANSWERED BRIDGE_NO_END
+    BRIDGE_PATTERN1 BRIDGE_PATTERN2 BRIDGE_PATTERN3 BRIDGE_PATTERN4 BRIDGE_PAUSE
+    BRIDGE_PUSH_WORD BRIDGE_SELF_TEST BRIDGE_SLEEP BRIDGE_STAMP3 BRIDGE_STAMP4 BRIDGE_TOUCH_WORD
+    BRIDGE_VERSION_MAJOR BRIDGE_VMCALL BRIDGE_VMMCALL BRIDGE_WAIT BRIDGE_WORD_BYTES
+    BRIDGE_WORD_NUMBER BRIDGE_WORD_ROOM BRIDGE_WORD_TEXT BRIDGE_WORD_TEXT16
+    """
+)
+"""What the includes for nasm define: a test holds it to those."""

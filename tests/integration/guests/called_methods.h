@@ -86,6 +86,8 @@ static unsigned called_by_buffers(const struct vmibridge_caller *caller,
     uint64_t total, sum = 5;
     uint32_t size, i;
 
+    /* Pages that nobody has touched: those of `ours` are read, and those of `theirs` filled. */
+    CHECK(!vmibridge_called_total(caller, 5, buffers->ours, ROOM, &total));
     CHECK(!vmibridge_called_fill(caller, 0xa5, buffers->theirs, ROOM, &size) && size == ROOM);
     for (i = 0; i < ROOM; i++) {
         CHECK(buffers->theirs[i] == 0xa5);
@@ -120,11 +122,11 @@ static unsigned called_the_rest(const struct vmibridge_caller *caller)
     CHECK(vmibridge_kind_of(status) == VMIBRIDGE_KIND_FAILED && nothing == 0);
     CHECK(vmibridge_code_of(status) == VMIBRIDGE_CALLED_PROBLEM_NOT_THERE);
     CHECK(vmibridge_native_of(status) == (sizeof(void *) == 8 ? 0xc0000034u : 0));
-    CHECK(!vmibridge_called_nothing(caller));
     CHECK(!vmibridge_called_slow(caller, 1ull << 40 | (uint64_t)caller->how, &inverted));
     CHECK(inverted == ~(1ull << 40 | (uint64_t)caller->how));
     impatient.attempts = 1;
     CHECK(vmibridge_called_slow(&impatient, 77, &inverted) == VMIBRIDGE_STATUS_WAITING);
+    CHECK(!vmibridge_called_nothing(caller));
     CHECK(!vmibridge_called_slow(caller, 77, &inverted) && inverted == ~(uint64_t)77);
     CHECK(!vmibridge_called_plain(caller, 5, 6, 0, 0, &response));
     CHECK(response.value1 == ~(vmibridge_word)5 && response.value2 == 11);
