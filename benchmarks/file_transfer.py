@@ -72,7 +72,7 @@ class Stage:
         command += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
         command += ["-kernel", str(self.image(small)), "-plugin", plugin]
         done = await anyio.run_process(command, check=False)
-        assert (done.returncode, done.stdout) == (ALL_RIGHT, b"ok\n"), done
+        assert done.returncode == ALL_RIGHT, done
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""What is there of a file under way: its bytes, and its SHA-256."""
+"""A file under way: what is there of its bytes, and of its SHA-256."""
 
 import errno
 import hashlib
@@ -6,9 +6,13 @@ import os
 from bisect import bisect_left, bisect_right
 from threading import Lock
 
-from vmibridge.handlers._file_budget import failure
+import msgspec
 
-__all__ = ["Pieces", "RunningHash"]
+from vmibridge.handlers._file_budget import failure
+from vmibridge.handlers._file_ends import Caller
+from vmibridge.handlers._file_folder import IfTaken, Temporary
+
+__all__ = ["Pieces", "Put", "RunningHash", "Transfer"]
 
 MAX_PIECES = 1024
 """Pieces with gaps between them: a guest that wants more fills a gap first."""
@@ -86,3 +90,34 @@ class RunningHash:
         """The file is about to be closed."""
         with self._lock:
             self._descriptor = None
+
+
+class Put(msgspec.Struct, frozen=True):
+    """What is known of a file that a guest puts."""
+
+    temporary: Temporary
+    parts: tuple[str, ...]
+    if_taken: IfTaken
+
+
+class Transfer:
+    """A file under way. What is below `lock` belongs to who holds it."""
+
+    def __init__(self, key: object, size: int, descriptor: int, hashes: bool) -> None:
+        self.key = key
+        self.size = size
+        """Bytes."""
+        self.hashes = hashes
+        """A hash is expected at its end, so it is hashed meanwhile."""
+        self.handle = 0
+        self.owner = Caller(0)
+        self.used = 0.0
+        self.is_hashing = False
+
+        self.lock = Lock()
+        self.is_open = True
+        self.descriptor = descriptor
+        self.hash = RunningHash(descriptor)
+        self.pieces = Pieces()
+        self.put: Put | None = None
+        """`None`: the guest gets it."""

@@ -102,10 +102,17 @@ class OpenFolder:
 
         Raises `OSError` with the number that the guest is told, EACCES where there is no folder.
         """
+        return await anyio.to_thread.run_sync(operation, self._opened(), limiter=self._limiter)
+
+    def run_now(self, operation: Callable[[Store], R]) -> R:
+        """Do it here: it is not to wait for anything. Raises as `run`."""
+        return operation(self._opened())
+
+    def _opened(self) -> Store:
         if not self._is_open:
             raise ServerStateError(
                 f"the handler {self._handler} answers between __aenter__ and __aexit__"
             )
         if self._store is None:
             raise failure(errno.EACCES)
-        return await anyio.to_thread.run_sync(operation, self._store, limiter=self._limiter)
+        return self._store

@@ -9,7 +9,7 @@ Every operation blocks, may be called in any thread, and is done as a whole or n
 request that is cancelled while a thread is at it leaves nothing half done. Each raises `OSError`
 with the number that the guest is told.
 
-- `_Transfer.lock` is held for whatever touches its file. `Store._lock` guards the tables, is held
+- `Transfer.lock` is held for whatever touches its file. `Store._lock` guards the tables, is held
   for no I/O, and is taken behind the other.
 - A BEGIN may be repeated since a transfer is found by what was asked: an address space that asks
   for the same again gets the handle that it has. Another one takes a file that is put over, with a
@@ -20,86 +20,21 @@ with the number that the guest is told.
 import errno
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from threading import Lock
 
-import msgspec
-
-from vmibridge import BridgeContext
 from vmibridge.handlers._file_budget import Budget, Limits, failure
-from vmibridge.handlers._file_folder import Entry, Folder, IfTaken, Temporary
+from vmibridge.handlers._file_ends import Caller, End, Ends, GoneError
+from vmibridge.handlers._file_folder import Entry, Folder, IfTaken
 from vmibridge.handlers._file_names import parse_name
-from vmibridge.handlers._file_progress import Pieces, RunningHash
+from vmibridge.handlers._file_progress import Put, Transfer
 
-__all__ = ["MAX_OPEN", "Caller", "Store"]
+__all__ = ["MAX_OPEN", "Store"]
 
 MAX_OPEN = 1024
 """Transfers that may be under way."""
-MAX_ENDED = 1024
-"""Ends of transfers that are remembered."""
-
-
-class Caller(msgspec.Struct, frozen=True):
-    """Who asks."""
-
-    address_space: int
-    is_kernel: bool = False
-    """It may use the transfers of all address spaces, and may run in any of them."""
-
-    @classmethod
-    def of(cls, vmi: BridgeContext) -> "Caller":
-        """Who made the request."""
-        return cls(vmi.event.address_space, vmi.event.ring == 0)
-
-    def may_use(self, owner: "Caller") -> bool:
-        """Whether what the other one has begun is its own."""
-        return self.is_kernel or self.address_space == owner.address_space
-
-
-class _Transfer:
-    """A file under way. What is below `lock` belongs to who holds it."""
-
-    def __init__(self, key: object, size: int, descriptor: int, hashes: bool) -> None:
-        self.key = key
-        self.size = size
-        """Bytes."""
-        self.hashes = hashes
-        """A hash is expected at its end, so it is hashed meanwhile."""
-        self.handle = 0
-        self.owner = Caller(0)
-        self.used = 0.0
-        self.is_hashing = False
-
-        self.lock = Lock()
-        self.is_open = True
-        self.descriptor = descriptor
-        self.hash = RunningHash(descriptor)
-        self.pieces = Pieces()
-        self.put: _Put | None = None
-        """`None`: the guest gets it."""
-
-
-class _Put(msgspec.Struct, frozen=True):
-    """What is known of a file that a guest puts."""
-
-    temporary: Temporary
-    parts: tuple[str, ...]
-    if_taken: IfTaken
-
-
-class _End(msgspec.Struct, frozen=True):
-    """How a transfer ended."""
-
-    owner: Caller
-    by: str
-    """`end`, `abort`, `taken` or `lost`."""
-    digest: bytes | None = None
-    """Of an END."""
-    error: int = 0
-    """0: none."""
 
 
 class Store:
@@ -118,10 +53,12 @@ class Store:
         self._clock = clock
         self._lock = Lock()
         self._is_closed = False
-        self._by_handle: dict[int, _Transfer] = {}
-        self._by_key: dict[object, _Transfer] = {}
+        self._reads_now = True
+        """Whether the file system reads without waiting, as far as is known."""
+        self._by_handle: dict[int, Transfer] = {}
+        self._by_key: dict[object, Transfer] = {}
         self._beginning = 0
-        self._ended: OrderedDict[int, _End] = OrderedDict()
+        self._ends = Ends()
         self._folder = Folder(path)
         self._folder.sweep()
         self._budget = Budget(limits, self._folder, clock)
@@ -160,7 +97,7 @@ class Store:
         parts = _parse(name)
         key = key or ("put", parts, size, if_taken)
 
-        def make() -> _Transfer:
+        def make() -> Transfer:
             self._check_free(parts, if_taken)
             self._budget.reserve(size, self._folder.missing_folders(parts))
             try:
@@ -168,8 +105,8 @@ class Store:
             except BaseException:
                 self._budget.release(size)
                 raise
-            transfer = _Transfer(key, size, temporary.descriptor, hashes)
-            transfer.put = _Put(temporary, parts, if_taken)
+            transfer = Transfer(key, size, temporary.descriptor, hashes)
+            transfer.put = Put(temporary, parts, if_taken)
             return transfer
 
         return self._begin(caller, key, make, make_handle)
@@ -200,13 +137,13 @@ class Store:
         # Nothing is lost if two address spaces have a handle each.
         key = ("get", parts, caller.address_space)
 
-        def make() -> _Transfer:
+        def make() -> Transfer:
             descriptor = self._folder.open_file(parts)
             size = os.fstat(descriptor).st_size
             if size > self._limits.max_file:
                 os.close(descriptor)
                 raise failure(errno.EFBIG)
-            return _Transfer(key, size, descriptor, hashes)
+            return Transfer(key, size, descriptor, hashes)
 
         return self._begin(caller, key, make, make_handle)
 
@@ -214,7 +151,7 @@ class Store:
         self,
         caller: Caller,
         key: object,
-        make: Callable[[], _Transfer],
+        make: Callable[[], Transfer],
         make_handle: Callable[[], int],
     ) -> int:
         self._drop_idle()
@@ -252,9 +189,7 @@ class Store:
         if len(self._by_key) + self._beginning >= self._limits.max_open:
             raise failure(errno.EMFILE)
 
-    def _hand_over(
-        self, transfer: _Transfer, caller: Caller, make_handle: Callable[[], int]
-    ) -> int:
+    def _hand_over(self, transfer: Transfer, caller: Caller, make_handle: Callable[[], int]) -> int:
         """The handle by which the caller has it, under its lock."""
         transfer.used = self._clock()
         if transfer.handle and transfer.owner == caller:
@@ -262,9 +197,11 @@ class Store:
         with self._lock:
             if transfer.handle:
                 del self._by_handle[transfer.handle]
-                self._remember(transfer.handle, _End(transfer.owner, "taken", error=errno.ESTALE))
+                self._ends.remember(
+                    transfer.handle, End(transfer.owner, "taken", error=errno.ESTALE)
+                )
             handle = make_handle()
-            while not handle or handle in self._by_handle or handle in self._ended:
+            while not handle or handle in self._by_handle or handle in self._ends:
                 handle = make_handle()
             transfer.handle, transfer.owner = handle, caller
             self._by_handle[handle] = transfer
@@ -297,24 +234,43 @@ class Store:
             self._hash_meanwhile(transfer)
         return len(data)
 
-    def get(self, caller: Caller, handle: int, offset: int, size: int) -> bytes:
+    def get(
+        self, caller: Caller, handle: int, offset: int, size: int, *, waits: bool = True
+    ) -> bytes:
         """Read bytes at an offset: less at the end of the file, none behind it.
 
-        Raises EBADF, and what the system says.
+        Raises EBADF, and what the system says; `BlockingIOError` if it would have to wait for a
+        disk or another thread, and is not to.
         """
-        with self._using(caller, handle) as transfer:
+        with self._using(caller, handle, waits) as transfer:
             if transfer.put is not None:
                 raise failure(errno.EBADF)
             left = transfer.size - offset
             if left <= 0:
                 return b""
-            data = os.pread(transfer.descriptor, min(size, left), offset)
+            read = os.pread if waits else self._read_now
+            data = read(transfer.descriptor, min(size, left), offset)
             if transfer.hashes:
                 with suppress(OSError):
                     transfer.pieces.check(offset, offset + len(data))
                     transfer.pieces.add(offset, offset + len(data))
                 self._hash_meanwhile(transfer)
         return data
+
+    def _read_now(self, descriptor: int, size: int, offset: int) -> bytes:
+        """What the system has in memory. Raises `BlockingIOError` unless that is all of it."""
+        if not self._reads_now:
+            raise failure(errno.EAGAIN)
+        data = bytearray(size)
+        try:
+            count = os.preadv(descriptor, [data], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            # Not every file system tells; it is not asked again.
+            self._reads_now = error.errno != errno.EOPNOTSUPP
+            raise failure(errno.EAGAIN) from error
+        if count < size:
+            raise failure(errno.EAGAIN)
+        return bytes(data)
 
     def length(self, caller: Caller, handle: int) -> int:
         """Bytes of a file to get; of one that is put those that are there from its beginning on,
@@ -328,7 +284,7 @@ class Store:
         Raises EBADF, ESTALE; ENODATA while bytes are missing, and then it may go on. Raises EBADMSG
         if its SHA-256 is another one, EEXIST, EISDIR, what the system says: then nothing is left.
         """
-        with suppress(_GoneError), self._using(caller, handle) as transfer:
+        with suppress(GoneError), self._using(caller, handle) as transfer:
             put = transfer.put
             if put is not None and transfer.pieces.first != transfer.size:
                 raise failure(errno.ENODATA)
@@ -343,15 +299,15 @@ class Store:
                 raise
             self._drop(transfer, "end", 0, digest)
             return name
-        self._check_repeated(caller, handle, "end", digest)
+        self._ends.check_repeated(caller, handle, "end", digest)
         return ""
 
     def abort(self, caller: Caller, handle: int) -> None:
         """End a transfer; nothing is left of it. Raises EBADF, ESTALE."""
-        with suppress(_GoneError), self._using(caller, handle) as transfer:
+        with suppress(GoneError), self._using(caller, handle) as transfer:
             self._drop(transfer, "abort")
             return
-        self._check_repeated(caller, handle, "abort", None)
+        self._ends.check_repeated(caller, handle, "abort", None)
 
     def look_up(self, name: str) -> Entry:
         """The file or folder of this name; the folder itself has none. Raises EINVAL, ENOENT."""
@@ -362,37 +318,28 @@ class Store:
         return self._folder.list(_parse(name) if name else (), after)
 
     @contextmanager
-    def _using(self, caller: Caller, handle: int) -> Iterator[_Transfer]:
-        """The transfer of a handle, under its lock. Raises EBADF, ESTALE, by `_GoneError`."""
+    def _using(self, caller: Caller, handle: int, waits: bool = True) -> Iterator[Transfer]:
+        """The transfer of a handle, under its lock.
+
+        Raises EBADF, ESTALE, by `GoneError`; `BlockingIOError` if it does not wait for the lock.
+        """
         with self._lock:
             transfer = self._by_handle.get(handle)
         if transfer is None or not caller.may_use(transfer.owner):
-            raise _GoneError(self._why_gone(caller, handle))
-        with transfer.lock:
+            raise GoneError(self._ends.why_gone(caller, handle))
+        if not transfer.lock.acquire(blocking=waits):
+            raise failure(errno.EAGAIN)
+        try:
             # It may have been handed over, or have ended, until now.
             if not transfer.is_open or transfer.handle != handle:
-                raise _GoneError(self._why_gone(caller, handle))
+                raise GoneError(self._ends.why_gone(caller, handle))
             transfer.used = self._clock()
             yield transfer
             transfer.used = self._clock()
+        finally:
+            transfer.lock.release()
 
-    def _why_gone(self, caller: Caller, handle: int) -> int:
-        with self._lock:
-            end = self._ended.get(handle)
-        if end is not None and end.by == "taken" and caller.may_use(end.owner):
-            return errno.ESTALE
-        return errno.EBADF
-
-    def _check_repeated(self, caller: Caller, handle: int, by: str, digest: bytes | None) -> None:
-        """Raise as this call did before; as for an unknown handle, if it was not made before."""
-        with self._lock:
-            end = self._ended.get(handle)
-        if end is None or end.by != by or end.digest != digest or not caller.may_use(end.owner):
-            raise failure(self._why_gone(caller, handle))
-        if end.error:
-            raise failure(end.error)
-
-    def _publish(self, transfer: _Transfer, put: _Put) -> str:
+    def _publish(self, transfer: Transfer, put: Put) -> str:
         transfer.hash.close()
         # Whatever becomes of it, its temporary file is no more.
         transfer.put = None
@@ -406,16 +353,16 @@ class Store:
         return "/".join(parts)
 
     def _drop(
-        self, transfer: _Transfer, by: str, error: int = 0, digest: bytes | None = None
+        self, transfer: Transfer, by: str, error: int = 0, digest: bytes | None = None
     ) -> None:
         """End a transfer, under its lock."""
         self._close_file(transfer)
         with self._lock:
             del self._by_key[transfer.key]
             del self._by_handle[transfer.handle]
-            self._remember(transfer.handle, _End(transfer.owner, by, digest, error))
+            self._ends.remember(transfer.handle, End(transfer.owner, by, digest, error))
 
-    def _close_file(self, transfer: _Transfer) -> None:
+    def _close_file(self, transfer: Transfer) -> None:
         transfer.is_open = False
         transfer.hash.close()
         if transfer.put is not None:
@@ -424,11 +371,6 @@ class Store:
         elif transfer.descriptor >= 0:
             os.close(transfer.descriptor)
         transfer.descriptor = -1
-
-    def _remember(self, handle: int, end: _End) -> None:
-        self._ended[handle] = end
-        if len(self._ended) > MAX_ENDED:
-            self._ended.popitem(last=False)
 
     def _drop_idle(self) -> None:
         before = self._clock() - self._limits.idle_timeout
@@ -443,20 +385,13 @@ class Store:
                 finally:
                     transfer.lock.release()
 
-    def _hash_meanwhile(self, transfer: _Transfer) -> None:
+    def _hash_meanwhile(self, transfer: Transfer) -> None:
         if transfer.hashes and not transfer.is_hashing:
             transfer.is_hashing = True
             self._hasher.submit(_hash_on, transfer)
 
 
-class _GoneError(OSError):
-    """A handle that is none, or none any more."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number, os.strerror(number))
-
-
-def _hash_on(transfer: _Transfer) -> None:
+def _hash_on(transfer: Transfer) -> None:
     # An error of the disk is met again by the END.
     with suppress(OSError):
         while transfer.hash.go_on(transfer.pieces.first):

@@ -38,10 +38,10 @@ from vmibridge import (
     method,
 )
 from vmibridge.handlers._file_budget import failure
+from vmibridge.handlers._file_ends import Caller
 from vmibridge.handlers._file_folder import IfTaken
 from vmibridge.handlers._file_names import MAX_NAME
 from vmibridge.handlers._file_settings import FolderSettings, OpenFolder
-from vmibridge.handlers._file_store import Caller
 from vmibridge.handlers._upstream_exit import EXIT, exit_status
 from vmibridge.text import printable
 

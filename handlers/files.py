@@ -42,10 +42,11 @@ from vmibridge import (
     method,
 )
 from vmibridge.handlers._file_budget import failure
+from vmibridge.handlers._file_ends import Caller
 from vmibridge.handlers._file_folder import Entry, IfTaken
 from vmibridge.handlers._file_names import MAX_NAME
 from vmibridge.handlers._file_settings import FolderSettings, OpenFolder
-from vmibridge.handlers._file_store import Caller, Store
+from vmibridge.handlers._file_store import Store
 
 MAX_PIECE = 1 << 20
 """Bytes that one PUT or GET carries, at most."""
@@ -175,9 +176,14 @@ class Files(StandardHandler[int]):
     ) -> U32:
         """Read bytes at an offset; gives how many, 0 at the end."""
         caller, size = Caller.of(vmi), into.capacity
-        return await into.fill(
-            await self._run(lambda store: store.get(caller, handle, offset, size))
-        )
+        try:
+            # Mostly the system has it in memory, and a thread would take longer.
+            data = self._folder.run_now(
+                lambda store: store.get(caller, handle, offset, size, waits=False)
+            )
+        except OSError:
+            data = await self._run(lambda store: store.get(caller, handle, offset, size))
+        return await into.fill(data)
 
     @method(0x0004, timeout=_END_TIMEOUT, soft_timeout=_END_SOFT_TIMEOUT)
     async def end(

@@ -82,7 +82,7 @@ class Duplex:
         if not self.has_room(len(data) - sent):
             self.hang_up()
             raise OSError(errno.ENOBUFS, "the other end does not read what it is sent")
-        self.unsent += data[sent:]
+        self.unsent += memoryview(data)[sent:]
         return False
 
     def has_room(self, size: int) -> bool:

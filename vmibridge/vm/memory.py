@@ -17,13 +17,22 @@ had translated may no longer be true. So nothing is ever read from, or written i
 guest that runs.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 import anyio
 
 from vmibridge.errors import GuestMemoryError
 from vmibridge.vm.arch.architecture import Page
+from vmibridge.vm.many_pages import (
+    MANY,
+    ManyAtOnce,
+    Pages,
+    check_pages,
+    part_of,
+    read_pages,
+    write_pages,
+)
 from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["MAX_ACCESS", "GuestMemory", "PhysicalMemory"]
@@ -52,7 +61,15 @@ class _TrapLeftError(Exception):
 class GuestMemory:
     """Memory of the guest, for the time of one request."""
 
-    __slots__ = ("_accesses", "_attached", "_closed", "_event", "_physical", "_settled")
+    __slots__ = (
+        "_accesses",
+        "_attached",
+        "_checked",
+        "_closed",
+        "_event",
+        "_physical",
+        "_settled",
+    )
 
     def __init__(self, physical: PhysicalMemory, event: TrapEvent) -> None:
         self._physical = physical
@@ -61,6 +78,9 @@ class GuestMemory:
         self._attached: anyio.Event | None = None
         self._accesses = 0
         self._settled: anyio.Event | None = None
+        self._checked: tuple[TrapEvent, int, int, Pages] | None = None
+        """Where `check_writable` has looked last: the trap, address, size, and the pages, which are
+        those of the trap as a translation that a processor keeps is until it is told otherwise."""
 
     def close(self) -> None:
         """From here on every access fails: the guest runs again."""
@@ -177,7 +197,24 @@ class GuestMemory:
             except _TrapLeftError:
                 continue
 
+    async def _at_once(
+        self, event: TrapEvent, access: Callable[[ManyAtOnce], Awaitable[R]]
+    ) -> R | None:
+        """Do a large access where the memory does many at once; `None`: do it page by page."""
+        physical = self._physical
+        if not isinstance(physical, ManyAtOnce):
+            return None
+        try:
+            return await access(_InOneTrap(physical, self._begin, self._accessed))
+        except GuestMemoryError:
+            # Page by page it is found out where.
+            return None
+
     async def _read(self, event: TrapEvent, address: int, size: int) -> bytes:
+        if size > MANY:
+            data = await self._at_once(event, lambda many: read_pages(many, event, address, size))
+            if data is not None:
+                return data
         parts = []
         while size:
             page = await self._translate(event, address, write=False)
@@ -188,6 +225,10 @@ class GuestMemory:
         return b"".join(parts)
 
     async def _write(self, event: TrapEvent, address: int, data: bytes) -> None:
+        if len(data) > MANY and await self._at_once(
+            event, lambda many: self._write_at_once(many, event, address, data)
+        ):
+            return
         places: list[tuple[int, int, bytes]] = []
         at = 0
         while at < len(data):
@@ -204,7 +245,28 @@ class GuestMemory:
             except GuestMemoryError as error:
                 raise GuestMemoryError(start, error.reason) from error
 
+    async def _write_at_once(
+        self, many: ManyAtOnce, event: TrapEvent, address: int, data: bytes
+    ) -> bool:
+        size, known = len(data), self._checked
+        if known is not None and known[0] is event and 0 <= address - known[1] <= known[2] - size:
+            pages = part_of(known[3], address - known[1], size)
+        else:
+            pages = await check_pages(many, event, address, size)
+        await write_pages(many, event, pages, data)
+        return True
+
+    async def _check_at_once(
+        self, many: ManyAtOnce, event: TrapEvent, address: int, size: int
+    ) -> bool:
+        self._checked = (event, address, size, await check_pages(many, event, address, size))
+        return True
+
     async def _check_writable(self, event: TrapEvent, address: int, size: int) -> None:
+        if size > MANY and await self._at_once(
+            event, lambda many: self._check_at_once(many, event, address, size)
+        ):
+            return
         while size > 0:
             page = await self._translate(event, address, write=True)
             count = min(size, page.left)
@@ -288,11 +350,42 @@ class GuestMemory:
         if event is not self._event:
             raise _TrapLeftError
 
+    def _begin(self, event: TrapEvent) -> None:
+        self._check(event)
+        self._accesses += 1
+
     def _accessed(self) -> None:
         self._accesses -= 1
         if self._settled is not None and not self._accesses:
             self._settled.set()
             self._settled = None
+
+
+class _InOneTrap:
+    """The memory of a trap for an access of several steps: each is done while the trap is there."""
+
+    def __init__(
+        self, memory: ManyAtOnce, begin: Callable[[TrapEvent], None], end: Callable[[], None]
+    ) -> None:
+        self._memory = memory
+        self._begin = begin
+        self._end = end
+
+    async def read_each(
+        self, event: TrapEvent, places: Sequence[tuple[int, int]]
+    ) -> Sequence[bytes]:
+        self._begin(event)
+        try:
+            return await self._memory.read_each(event, places)
+        finally:
+            self._end()
+
+    async def write_each(self, event: TrapEvent, parts: Sequence[tuple[int, bytes]]) -> None:
+        self._begin(event)
+        try:
+            await self._memory.write_each(event, parts)
+        finally:
+            self._end()
 
 
 def _bound(address: int, size: int) -> None:

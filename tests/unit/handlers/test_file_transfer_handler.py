@@ -30,7 +30,7 @@ from vmibridge import (
     OutcomeKind,
     Status,
 )
-from vmibridge.handlers import _file_store, file_transfer
+from vmibridge.handlers import _file_ends, file_transfer
 from vmibridge.handlers.file_transfer import FileTransfer
 from vmibridge.testing import FakeGuest, drive
 
@@ -146,9 +146,9 @@ async def test_a_folder_above_is_cut_off_and_leads_nowhere(tmp_path, anyio_backe
 @pytest.mark.no_cover
 @pytest.mark.parametrize(("handles", "ended"), [(15, 4), pytest.param(4095, 1024, marks=SLOW)])
 async def test_handles_are_used_again(tmp_path, anyio_backend, monkeypatch, handles, ended):
-    assert (file_transfer.MAX_HANDLE, _file_store.MAX_ENDED) == (4095, 1024)
+    assert (file_transfer.MAX_HANDLE, _file_ends.MAX_ENDED) == (4095, 1024)
     monkeypatch.setattr(file_transfer, "MAX_HANDLE", handles)
-    monkeypatch.setattr(_file_store, "MAX_ENDED", ended)
+    monkeypatch.setattr(_file_ends, "MAX_ENDED", ended)
     async with make(tmp_path) as handler:
         guest = Sender(handler)
         seen = set()

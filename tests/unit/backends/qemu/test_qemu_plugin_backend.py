@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 MAGIC, IP, AT, LARGE = 0x1234_5678, 0x40_1000, 0x5000, 8 << 20
 HELLO, TRAP, MEMORY, WELCOME, REFUSED, ANSWER, NATIVE, READ, WRITE = (1, 2, 3, *range(16, 22))
 DONE, FAILED = b"\0\0\0\0", b"\1\0\0\0"
-ADD, WAIT, COPY, FILL = 1, 2, 3, 4
+ADD, WAIT, COPY, FILL, SWAP = 1, 2, 3, 4, 5
 
 
 def trap(code, value=0, magic=MAGIC):
@@ -78,6 +78,9 @@ class Work(BridgeHandler[None]):
             elif packet.method == COPY:
                 data = await vmi.memory.read_physical(AT, 4)
                 await vmi.memory.write_physical(AT + 4, data.upper())
+            elif packet.method == SWAP:
+                first, second = await self.backend.read_each(vmi.event, [(AT, 2), (AT + 9, 3)])
+                await self.backend.write_each(vmi.event, [(AT + 9, first), (AT, second)])
             elif packet.method == FILL:
                 await vmi.memory.write_physical(AT, bytes(LARGE))
         except GuestMemoryError as error:
@@ -97,7 +100,7 @@ class Stage:
     async def run(self, options=""):
         with anyio.fail_after(60):
             async with self.backend(options) as backend, anyio.create_task_group() as tasks:
-                self.backend_of_the_run = backend
+                self.backend_of_the_run = self.work.backend = backend
                 self.server = BridgeServer(backend, Bridge(self.work), timeout=60)
                 tasks.start_soon(self.consume)
                 yield
@@ -159,6 +162,66 @@ async def test_the_plugin_reads_and_writes_memory(stage, replies, wrong):
         assert await plugin.receive() == answer(1, len(wrong))
         await plugin.hang_up()
     assert stage.work.errors == wrong
+
+
+@pytest.mark.parametrize(
+    ("replies", "wrong"),
+    [
+        ([DONE + b"ab", DONE + b"cde", DONE, DONE], []),
+        ([DONE + b"ab", FAILED], [(AT + 9, "the VM has no memory there")]),
+        ([FAILED, FAILED], [(AT, "the VM has no memory there")]),
+        ([DONE, DONE + b"cde"], [(AT, "a MEMORY of 0 bytes, and 2 were asked for")]),
+        ([DONE + b"ab", DONE + b"cde", DONE, FAILED], [(AT, "the VM has no memory there")]),
+    ],
+)
+async def test_several_accesses_are_asked_for_at_once(stage, replies, wrong):
+    reads = [(READ, struct.pack("<QII", AT + at, size, 0)) for at, size in ((0, 2), (9, 3))]
+    writes = [
+        (WRITE, struct.pack("<QII", AT + at, len(data), 0) + data)
+        for at, data in ((9, b"ab"), (0, b"cde"))
+    ]
+    async with stage.run():
+        plugin = await stage.plugin()
+        await plugin.send(*trap(SWAP))
+        for both, given in zip((reads, writes), (replies[:2], replies[2:]), strict=True):
+            if not given:
+                break
+            # Both come before the reply to the first.
+            assert [await plugin.receive() for _ in both] == both
+            for reply in given:
+                await plugin.send(MEMORY, reply)
+        assert await plugin.receive() == answer(1, len(wrong))
+        await plugin.hang_up()
+    assert stage.work.errors == wrong
+
+
+async def test_of_several_accesses_those_that_the_file_has_are_not_asked_for(stage, tmp_path):
+    (tmp_path / "ram").write_bytes(bytes(AT) + b"abcdefgh")
+    async with stage.run():
+        with (tmp_path / "ram").open() as ram:
+            plugin = await stage.plugin(ram=[ram.fileno()])
+        await plugin.send(*trap(SWAP))
+        # It ends before the second one.
+        assert await plugin.receive() == (READ, struct.pack("<QII", AT + 9, 3, 0))
+        await plugin.send(MEMORY, DONE + b"xyz")
+        assert await plugin.receive() == (WRITE, struct.pack("<QII", AT + 9, 2, 0) + b"ab")
+        assert await plugin.receive() == (WRITE, struct.pack("<QII", AT, 3, 0) + b"xyz")
+        for _ in range(2):
+            await plugin.send(MEMORY, DONE)
+        assert await plugin.receive() == answer(1, 0)
+        await plugin.hang_up()
+    assert stage.work.errors == []
+
+
+async def test_a_plugin_that_goes_between_two_replies_loses_the_vcpu(stage):
+    async with stage.run():
+        plugin = await stage.plugin()
+        await plugin.send(*trap(SWAP))
+        for _ in range(2):
+            await plugin.receive()
+        await plugin.send(MEMORY, DONE + b"ab")
+        await plugin.hang_up()
+    assert stage.ends == [(0, "lost")]
 
 
 async def test_a_slow_handler_holds_no_other_vcpu_and_each_qemu_has_lanes_of_its_own(stage):

@@ -12,8 +12,9 @@ from file_parts import leftovers, noise, open_files, sha256, tree
 
 from vmibridge.handlers import _file_progress
 from vmibridge.handlers._file_budget import Limits
+from vmibridge.handlers._file_ends import MAX_ENDED, Caller
 from vmibridge.handlers._file_folder import Folder, IfTaken
-from vmibridge.handlers._file_store import MAX_ENDED, Caller, Store
+from vmibridge.handlers._file_store import Store
 
 MINE, OTHER = Caller(0x1000), Caller(0x2000)
 LEFT = ".vmibridge-" + "0" * 32 + ".part"

@@ -56,6 +56,30 @@ async def test_what_is_put_is_what_is_got(folder, anyio_backend, size):
         assert list(tree(folder)) == ["a.bin"]
 
 
+@pytest.mark.parametrize("how", ["not in memory", "not told", "in part", "all", "another error"])
+async def test_what_is_not_in_memory_is_read_in_a_thread(folder, anyio_backend, monkeypatch, how):
+    data, asked = noise(10_000), []
+    (folder / "a").write_bytes(data)
+
+    def preadv(descriptor, buffers, offset, flags):
+        asked.append(flags)
+        if how == "not in memory":
+            raise BlockingIOError(errno.EAGAIN, "")
+        if how == "not told":
+            raise OSError(errno.EOPNOTSUPP, "")
+        if how == "another error":
+            raise OSError(errno.EIO, "")
+        (buffer,) = buffers
+        count = len(buffer) // 2 if how == "in part" else len(buffer)
+        buffer[:count] = os.pread(descriptor, count, offset)
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    async with files_guest(folder) as guest:
+        assert await guest.get_file("a", 4000) == data
+    assert asked == [os.RWF_NOWAIT] * (1 if how == "not told" else 3)
+
+
 async def test_every_call_may_be_repeated(folder, anyio_backend):
     data = noise(100_000)
     async with files_guest(folder) as guest:

@@ -17,7 +17,7 @@
 import itertools
 import logging
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -270,28 +270,55 @@ class QemuPluginBackend(Backend):
         vcpu = self._vcpu_of(event, address)
         if vcpu.ram is not None and (known := vcpu.ram.read(address, size)) is not None:
             return known
-        try:
-            body = await vcpu.access(address, read_memory(address, size), size)
-            data = parse_memory(body, size)
-        except ValueError as error:
-            raise GuestMemoryError(address, str(error)) from error
-        if data is None:
-            raise GuestMemoryError(address, "the VM has no memory there")
-        return data
+        body = await vcpu.access(address, read_memory(address, size), size)
+        return _known(address, size, body)
+
+    async def read_each(
+        self, event: TrapEvent, places: Sequence[tuple[int, int]]
+    ) -> Sequence[bytes]:
+        """Asks the plugin for all that the file does not have, and waits once."""
+        if not places:
+            return []
+        vcpu = self._vcpu_of(event, places[0][0])
+        found: list[bytes | None] = [None] * len(places)
+        if vcpu.ram is not None:
+            found = [vcpu.ram.read(address, size) for address, size in places]
+        missing = [place for place, data in zip(places, found, strict=True) if data is None]
+        if missing:
+            frames = [(read_memory(address, size), size) for address, size in missing]
+            bodies = iter(await vcpu.access_each(missing[0][0], frames))
+            asked = iter(missing)
+            found = [_known(*next(asked), next(bodies)) if d is None else d for d in found]
+        return [data for data in found if data is not None]
+
+    async def write_each(self, event: TrapEvent, parts: Sequence[tuple[int, bytes]]) -> None:
+        """Sends all to the plugin, and waits once. If cancelled, as much is written as was sent."""
+        if not parts:
+            return
+        vcpu = self._vcpu_of(event, parts[0][0])
+        frames = [(write_memory(address, data), 0) for address, data in parts]
+        bodies = await vcpu.access_each(parts[0][0], frames)
+        for (address, _), body in zip(parts, bodies, strict=True):
+            _known(address, 0, body)
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """Asks the plugin. If cancelled, it is written none the less, or not at all."""
-        try:
-            vcpu = self._vcpu_of(event, address)
-            body = await vcpu.access(address, write_memory(address, data), 0)
-            done = parse_memory(body, 0)
-        except ValueError as error:
-            raise GuestMemoryError(address, str(error)) from error
-        if done is None:
-            raise GuestMemoryError(address, "the VM has no memory there")
+        vcpu = self._vcpu_of(event, address)
+        _known(address, 0, await vcpu.access(address, write_memory(address, data), 0))
 
     def _vcpu_of(self, event: TrapEvent, address: int) -> Vcpu:
         vcpu = self._pending.get(event.seq)
         if vcpu is None:
             raise GuestMemoryError(address, GONE)
         return vcpu
+
+
+def _known(address: int, size: int, body: bytes) -> bytes:
+    """What the plugin's reply to an access says. Raises `GuestMemoryError`."""
+    try:
+        data = parse_memory(body, size)
+    except ValueError as error:
+        raise GuestMemoryError(address, str(error)) from error
+    if data is None:
+        raise GuestMemoryError(address, "the VM has no memory there")
+    return data

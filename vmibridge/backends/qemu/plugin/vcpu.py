@@ -2,7 +2,7 @@
 
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import anyio
 
@@ -33,6 +33,8 @@ class Vcpu:
         self.pending: TrapEvent | None = None
         self.gone: bool = False
         self.is_let_go: bool = False
+        # As much as the system allows: each time that it is full costs a turn of the loop.
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_ACCESS)
         self._duplex = Duplex(connected, _MAX_UNSENT)
         self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
         """Take what has come already: the next trap often comes while its answer is being sent."""
@@ -87,19 +89,30 @@ class Vcpu:
 
         Raises `GuestMemoryError`.
         """
+        (body,) = await self.access_each(address, [(frame, size)])
+        return body
+
+    async def access_each(self, address: int, frames: Sequence[tuple[bytes, int]]) -> list[bytes]:
+        """The same for several frames, of which the plugin replies to each in its turn.
+
+        Raises `GuestMemoryError`, with `address`.
+        """
         if self.gone:
             raise GuestMemoryError(address, GONE)
-        reply = _Reply()
-        self._reads.append(reply)
-        self.frames.most = max(self.frames.most, 4 + size)
+        # They come in their order, so it is the last one that is waited for.
+        arrived = anyio.Event()
+        replies = [_Reply(None) for _ in frames[1:]] + [_Reply(arrived)]
+        self._reads += replies
+        self.frames.most = max(self.frames.most, 4 + max(size for _, size in frames))
         try:
-            await self.send(frame)
+            await self.send(b"".join([frame for frame, _ in frames]))
         except BackendError as error:
             raise GuestMemoryError(address, str(error)) from error
-        await reply.arrived.wait()
-        if reply.body is None:
+        await arrived.wait()
+        bodies = [reply.body for reply in replies if reply.body is not None]
+        if len(bodies) < len(replies):
             raise GuestMemoryError(address, GONE)
-        return reply.body
+        return bodies
 
     def take_reply(self, body: bytes) -> None:
         """The reply to the oldest access has come. Raises `ValueError` when there is none."""
@@ -109,7 +122,8 @@ class Vcpu:
         if not self._reads:
             self.frames.most = MAX_BODY
         reply.body = body
-        reply.arrived.set()
+        if reply.arrived is not None:
+            reply.arrived.set()
 
     def let_go(self) -> None:
         """Hang up, of our own will."""
@@ -125,13 +139,14 @@ class Vcpu:
         self.gone = True
         self._duplex.end()
         for reply in self._reads:
-            reply.arrived.set()
+            if reply.arrived is not None:
+                reply.arrived.set()
         self._reads.clear()
 
 
 class _Reply:
     __slots__ = ("arrived", "body")
 
-    def __init__(self) -> None:
-        self.arrived = anyio.Event()
+    def __init__(self, arrived: anyio.Event | None) -> None:
+        self.arrived = arrived
         self.body: bytes | None = None

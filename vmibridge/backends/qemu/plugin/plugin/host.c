@@ -166,7 +166,10 @@ bool connected(struct vcpu *vcpu)
     memcpy(address.sun_path, settings.path, sizeof address.sun_path);
     vcpu->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     struct timeval look_up = {0, LOOK_UP};
+    /* As much as the system allows: each time that it is full, both sides wait for the other. */
+    int unsent = MAX_ACCESS;
     if (vcpu->fd < 0 ||
+        setsockopt(vcpu->fd, SOL_SOCKET, SO_SNDBUF, &unsent, sizeof unsent) ||
         setsockopt(vcpu->fd, SOL_SOCKET, SO_RCVTIMEO, &look_up, sizeof look_up) ||
         setsockopt(vcpu->fd, SOL_SOCKET, SO_SNDTIMEO, &look_up, sizeof look_up) ||
         connect(vcpu->fd, (void *)&address, sizeof address)) {
