@@ -15,6 +15,7 @@ import msgspec
 
 from vmibridge import __version__
 from vmibridge.errors import MissingExtraError
+from vmibridge.handlers._fetch_urls import parse_url
 from vmibridge.text import printable, printable_json
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ else:
         # An optional dependency: `Webhook` says what is missing.
         httpcore = None
 
-__all__ = ["Asker", "Folder", "Question", "Webhook", "parse_url"]
+__all__ = ["Asker", "Folder", "Question", "Webhook"]
 
 log: logging.Logger = logging.getLogger("vmibridge.exec_gate")
 
@@ -70,16 +71,6 @@ class Asker(ABC):
         """The answer. Cancelled when there is no time left."""
 
 
-def parse_url(text: str) -> tuple[str, str]:
-    """Scheme and host of an HTTP URL. Raises `ValueError` for what is none."""
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme not in ("http", "https") or not rest.strip("/"):
-        raise ValueError(f"webhook is http://... or https://..., got {text!r}")
-    if not all("!" <= char <= "~" for char in text):
-        raise ValueError("webhook is printable ASCII without spaces")
-    return scheme, rest.partition("/")[0]
-
-
 class Webhook(Asker):
     """Asks a service: POST of the question, answered by 200 and `{"verdict": "continue"}` or
     `{"verdict": "abort"}`. Anything else is no answer. Raises `MissingExtraError` without httpcore.
@@ -88,8 +79,9 @@ class Webhook(Asker):
     def __init__(self, url: str, token: str) -> None:
         if httpcore is None:
             raise MissingExtraError("the webhook of exec_gate", "exec_gate")
-        self._url = url
+        self._url = parse_url(url)
         self._headers: dict[bytes | str, bytes | str] = {
+            "Host": self._url.authority,
             "Content-Type": "application/json",
             "User-Agent": f"vmibridge/{__version__}",
         }
@@ -99,7 +91,7 @@ class Webhook(Asker):
 
     async def __aenter__(self) -> Self:
         """Make the pool; connections are made when a guest asks."""
-        secure = parse_url(self._url)[0] == "https"
+        secure = self._url.scheme == "https"
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context() if secure else None,
             max_connections=None,  # how many questions there are is bounded
@@ -116,18 +108,22 @@ class Webhook(Asker):
 
     async def ask(self, question: Question) -> bool | None:
         assert self._pool is not None
+        scheme, host, port, *_ = self._url
+        url = httpcore.URL(scheme=scheme, host=host, port=port, target=self._url.target)
         try:
             async with self._pool.stream(
                 "POST",
-                self._url,
+                url,
                 headers=self._headers,
                 content=msgspec.json.encode(question),
             ) as response:
                 body = bytearray()
+                # To its end: a generator that is left in the middle is the garbage collector's.
                 async for chunk in response.aiter_stream():
-                    body += chunk
-                    if len(body) > MAX_REPLY:
-                        raise ValueError(f"a reply of more than {MAX_REPLY} bytes")
+                    if len(body) <= MAX_REPLY:
+                        body += chunk
+            if len(body) > MAX_REPLY:
+                raise ValueError(f"a reply of more than {MAX_REPLY} bytes")
             if response.status != 200:
                 raise ValueError(f"HTTP status {response.status}")
             verdict = msgspec.json.decode(bytes(body), type=_Verdict).verdict

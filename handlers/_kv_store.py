@@ -10,7 +10,9 @@
 
 import logging
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
@@ -35,11 +37,11 @@ __all__ = [
     "Store",
     "Work",
     "apsw",
-    "delete",
-    "get",
-    "put",
-    "succ",
-    "version",
+    "delete_entry",
+    "get_value",
+    "next_name",
+    "put_value",
+    "version_of",
 ]
 
 log: logging.Logger = logging.getLogger("vmibridge.kv")
@@ -122,7 +124,7 @@ class Store:
         """Close the connection, when its thread has done what it is at."""
         db, self._db = self._db, None
         if db is not None:
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True), suppress(apsw.Error):
                 await db.aclose(force=True)
 
     async def _open(self) -> "apsw.AsyncConnection":
@@ -154,7 +156,10 @@ class Store:
 
 def _make_private(path: str) -> None:
     """SQLite would make it for all to read."""
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    # Not opened: a process that closes a file loses all locks that it has on it (POSIX), those of
+    # the connections of other VMs, too.
+    with suppress(FileExistsError):
+        os.mknod(path, stat.S_IFREG | 0o600)
 
 
 # --- in the thread of the connection ------------------------------------------------------
@@ -163,8 +168,7 @@ def _make_private(path: str) -> None:
 def _prepare(db: "apsw.Connection", patience: int) -> None:
     """Make the tables of a file that is empty. `patience` in milliseconds."""
     db.set_busy_timeout(patience)
-    db.transaction_mode = "IMMEDIATE"
-    with db:
+    with _transaction(db):
         found = (db.pragma("application_id"), db.pragma("user_version"))
         if found == (0, 0) and not db.pragma("schema_version"):
             db.execute(_SCHEMA)
@@ -174,12 +178,26 @@ def _prepare(db: "apsw.Connection", patience: int) -> None:
             raise _ForeignFileError("it is a database of another program")
 
 
+@contextmanager
+def _transaction(db: "apsw.Connection") -> Iterator[None]:
+    """All of the block, or nothing. Not `with db`: that would hold all threads of Python, while
+    it waits for a lock and for the disk."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
 def _row(db: "apsw.Connection", statement: str, *values: str | bytes | int) -> tuple[Any, ...]:
     """The first row; empty where there is none."""
     return cast("tuple[Any, ...] | None", db.execute(statement, values).fetchone()) or ()
 
 
-def get(scope: str, name: str) -> Work:
+def get_value(scope: str, name: str) -> Work:
     """The value of an entry."""
 
     def work(db: "apsw.Connection") -> Reply:
@@ -189,7 +207,7 @@ def get(scope: str, name: str) -> Work:
     return work
 
 
-def version(scope: str, name: str) -> Work:
+def version_of(scope: str, name: str) -> Work:
     """The version of an entry; 0 where there is none."""
 
     def work(db: "apsw.Connection") -> Reply:
@@ -199,7 +217,7 @@ def version(scope: str, name: str) -> Work:
     return work
 
 
-def succ(scope: str, name: str) -> Work:
+def next_name(scope: str, name: str) -> Work:
     """The name that follows `name`, in the order of bytes; empty behind the last."""
 
     def work(db: "apsw.Connection") -> Reply:
@@ -213,14 +231,14 @@ def succ(scope: str, name: str) -> Work:
     return work
 
 
-def put(scope: str, name: str, value: bytes, limits: Limits, wanted: int | None) -> Work:
+def put_value(scope: str, name: str, value: bytes, limits: Limits, wanted: int | None) -> Work:
     """Make or replace an entry; gives its version. `wanted`: the version that it has to have
     before, 0 where there may be none.
     """
 
     def work(db: "apsw.Connection") -> Reply:
         own = len(name.encode()) + len(value)
-        with db:
+        with _transaction(db):
             before = _row(
                 db,
                 "SELECT version, size FROM entries WHERE scope = ? AND name = ?",
@@ -247,7 +265,7 @@ def put(scope: str, name: str, value: bytes, limits: Limits, wanted: int | None)
     return work
 
 
-def delete(scope: str, name: str) -> Work:
+def delete_entry(scope: str, name: str) -> Work:
     """Take an entry away; 1 if there was one."""
 
     def work(db: "apsw.Connection") -> Reply:

@@ -39,7 +39,8 @@ from vmibridge import (
     StandardHandler,
     method,
 )
-from vmibridge.handlers._gate_askers import Asker, Folder, Question, Webhook, parse_url
+from vmibridge.handlers._fetch_urls import parse_url
+from vmibridge.handlers._gate_askers import Asker, Folder, Question, Webhook
 
 MAX_COMMAND = 4096
 """Bytes of a command, without its NUL."""
@@ -90,7 +91,10 @@ class ExecGate(StandardHandler[GateDecision]):
             if self.webhook and self.folder:
                 raise ValueError("webhook or folder, not both")
             if self.webhook:
-                parse_url(self.webhook)
+                try:
+                    parse_url(self.webhook)
+                except ValueError as error:
+                    raise ValueError(f"webhook: {error}") from error
             if not self.token.isascii() or not self.token.isprintable():
                 raise ValueError("token is printable ASCII")
             if self.default not in ("continue", "abort"):

@@ -47,8 +47,19 @@ from vmibridge import (
     method,
 )
 from vmibridge.errors import MissingExtraError, ServerStateError
-from vmibridge.handlers import _kv_store as store
-from vmibridge.handlers._kv_store import Limits, Problem, Reply, Store, Work, apsw
+from vmibridge.handlers._kv_store import (
+    Limits,
+    Problem,
+    Reply,
+    Store,
+    Work,
+    apsw,
+    delete_entry,
+    get_value,
+    next_name,
+    put_value,
+    version_of,
+)
 
 MAX_NAME = 256
 """Bytes of a name, without its NUL."""
@@ -93,8 +104,8 @@ class Kv(StandardHandler[int]):
             ):
                 if not 1 <= getattr(self, name) <= most:
                     raise ValueError(f"{name} is 1 to {most}, got {getattr(self, name)!r}")
-            if not 0 <= self.patience <= 60:
-                raise ValueError(f"patience is 0 to 60 seconds, got {self.patience!r}")
+            if not 0 <= self.patience <= 10:
+                raise ValueError(f"patience is 0 to 10 seconds, got {self.patience!r}")
             if "\0" in self.path:
                 raise ValueError("path holds a NUL")
 
@@ -124,7 +135,7 @@ class Kv(StandardHandler[int]):
     @method(0x0001)
     async def get(self, vmi: BridgeContext, name: Name, into: Buffer) -> U32:
         """Fill a buffer with a value; gives the length of the value in bytes."""
-        value = (await self._ask(vmi, "get", store.get(self._scope(vmi), name))).data
+        value = (await self._ask(vmi, "get", get_value(self._scope(vmi), name))).data
         await into.fill(value[: into.capacity])
         return len(value)
 
@@ -136,19 +147,19 @@ class Kv(StandardHandler[int]):
     @method(0x0003)
     async def delete(self, vmi: BridgeContext, name: Name) -> bool:
         """Take an entry away; gives whether there was one."""
-        return bool((await self._ask(vmi, "delete", store.delete(self._scope(vmi), name))).number)
+        return bool((await self._ask(vmi, "delete", delete_entry(self._scope(vmi), name))).number)
 
     @method(0x0004)
     async def next(self, vmi: BridgeContext, name: Name, into: Buffer) -> U32:
         """Fill a buffer with the name that follows; gives its length in bytes, 0 at the end."""
-        found = (await self._ask(vmi, "next", store.succ(self._scope(vmi), name))).data
+        found = (await self._ask(vmi, "next", next_name(self._scope(vmi), name))).data
         await into.fill(found[: into.capacity])
         return len(found)
 
     @method(0x0005)
     async def version(self, vmi: BridgeContext, name: Name) -> U64:
         """The version of an entry; 0 where there is none."""
-        return (await self._ask(vmi, "version", store.version(self._scope(vmi), name))).number
+        return (await self._ask(vmi, "version", version_of(self._scope(vmi), name))).number
 
     @method(0x0006)
     async def put_if(self, vmi: BridgeContext, name: Name, version: U64, value: Value) -> U64:
@@ -159,7 +170,7 @@ class Kv(StandardHandler[int]):
         settings = self._settings
         if not 0 < len(name.encode()) <= settings.max_name or len(value) > settings.max_value:
             raise Failed(Problem.WRONG_SIZE)
-        work = store.put(self._scope(vmi), name, value, self._limits, version)
+        work = put_value(self._scope(vmi), name, value, self._limits, version)
         return (await self._ask(vmi, "put", work)).number
 
     def _scope(self, vmi: BridgeContext) -> str:

@@ -93,6 +93,18 @@ def test_a_signal_ends_qemu_through_its_monitor(start, guest, folder):
     assert "does not end" not in err
 
 
+@pytest.mark.no_cover
+def test_a_guest_that_exits_ends_qemu(start, guest, folder):
+    """Its status counts, not that of QEMU: a guest without a host finds no stamps, and fails."""
+    source = HANDLERS.replace("import BridgeHandler", "import GuestExit, BridgeHandler")
+    gives = "return BridgeResponse(0).with_output(GuestExit(0))  # "
+    (folder / "exits.py").write_text(source.replace("return BridgeResponse", gives))
+    guest(2_000_000_000)
+    status, _, err = ended(start("--handlers", "exits.py"))
+    assert status == 0, err
+    assert err.splitlines()[-1].endswith("; exited with status 0")
+
+
 def test_a_host_elsewhere_answers(children, start, guest, folder):
     guest(20)
     host = children.start(

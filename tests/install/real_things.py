@@ -184,6 +184,43 @@ def fetch() -> None:
     assert outcome.response.value2 == 1
 
 
+class Yes(BaseHTTPRequestHandler):
+    """Lets all commands run."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"verdict": "continue"}')
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def exec_gate() -> None:
+    from vmibridge.config import Config, load_handlers
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Yes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        config = Config("", f'[handlers.exec_gate]\nwebhook = "{url}"\n')
+        (handler,) = load_handlers(["vmibridge.handlers.exec_gate"], config)
+        asked = BridgePacket(MAGIC, handler.REQUEST, 1, 0x1000)
+        outcome = anyio.run(drive, handler, asked, {0x1000: b"ls\0"})
+        server.shutdown()
+    assert outcome.response is not None
+    assert outcome.response.value1 == 0
+
+
+def kv() -> None:
+    from vmibridge.config import load_handlers
+
+    (handler,) = load_handlers(["vmibridge.handlers.kv"])
+    asked = BridgePacket(MAGIC, handler.REQUEST, 2, 0x1000, 0x1000, 4)
+    outcome = anyio.run(drive, handler, asked, {0x1000: b"name\0"})
+    assert outcome.output == 1
+
+
 async def record(file: Path) -> None:
     from vmibridge.recording import Recorder
 
@@ -254,7 +291,9 @@ THINGS: dict[str, Callable[[], None]] = {
     "uvloop": uvloop,
     "unicorn": unicorn,
     "gdb": gdb,
+    "exec_gate": exec_gate,
     "fetch": fetch,
+    "kv": kv,
     "recording": recording,
     "parquet": lambda: exported("parquet"),
     "perfetto": lambda: exported("perfetto"),

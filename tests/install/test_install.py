@@ -17,7 +17,7 @@ from lock import LOCKS, PYTHONS, read_lock
 pytestmark = pytest.mark.install
 
 ALONE = ["", "cli", "trio", "uvloop", "unicorn", "gdb", "fetch", "recording", "parquet", "perfetto"]
-ALONE += ["nats", "all"]
+ALONE += ["exec_gate", "kv", "nats", "all"]
 VERSIONS = ("locked", "newest", "lowest")
 NOT_FOR_USERS = {"bench", "demo", "dev", "test", "test-libraries"}
 IN_ALL = set(ALONE) - {"", "all", "parquet"}

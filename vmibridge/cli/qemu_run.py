@@ -127,8 +127,8 @@ def run_qemu(
     QEMU has standard input and output. Ctrl-C answers what is pending and ends QEMU through
     its monitor.
 
-    Exit status: that of QEMU when it ended by itself, 1 when it could not be started or a
-    handler module failed, 2 for wrong usage.
+    Exit status: that of a guest that exited, or of QEMU when it ended by itself; 1 when it could
+    not be started or a handler module failed, 2 for wrong usage.
 
     Example: vmibridge qemu run --handlers vmibridge.handlers.hello -- -kernel vmlinuz -nographic
     """
@@ -270,6 +270,8 @@ def _serve(
             beside = partial(_watch_gdb, qemu, server, backend)
         life = Life(contexts, server, writer, beside)
         status = run_on(options.loop, partial(run_server, life))
+    if life.exits.of:
+        return status
     ended = qemu.process.returncode
     return status or _exit_status(0 if ended is None else ended)
 

@@ -37,8 +37,8 @@ def run(
     is a line. Ctrl-C takes no more traps, answers what is pending, and lets the guest go;
     a second one leaves handlers no time to end, a third ends the process at once.
 
-    Exit status: 0 when the guest ended by itself or at --until, 1 when it, its backend or a
-    handler module failed, 2 for wrong usage.
+    Exit status: 0 when the guest ended by itself or at --until, what it exited with by the handler
+    exit, 1 when it, its backend or a handler module failed, 2 for wrong usage.
 
     Example: vmibridge run --backend unicorn:guest.bin --handlers vmibridge.handlers.hello
     """

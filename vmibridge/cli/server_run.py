@@ -4,7 +4,7 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -78,6 +78,8 @@ class Life:
     """Runs beside the server, cancelled at its end; where it fails, the server stops."""
     until: Until | None = None
     """When the run ends, other than with its guest."""
+    exits: GuestExits = field(default_factory=GuestExits)
+    """Of its guests, by now."""
 
 
 async def run_server(life: Life) -> int:
@@ -85,8 +87,7 @@ async def run_server(life: Life) -> int:
 
     A VM whose guest has exited is stopped; the others run on.
     """
-    server = life.server
-    exits = GuestExits()
+    server, exits = life.server, life.exits
     received: list[int] = []
     failures: list[VmiBridgeError] = []
     run = anyio.CancelScope()

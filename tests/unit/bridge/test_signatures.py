@@ -18,6 +18,7 @@ from vmibridge import (
     GuestInt,
     GuestRoom,
     GuestText,
+    HostOutput,
     Room,
     method,
 )
@@ -222,6 +223,24 @@ class TestRefused:
 
         told = r"^Files\.ask: flags is 0x10000000000, which 32 bits do not hold"
         with pytest.raises(ValueError, match=told):
+            made(ask)
+
+
+class TestWhatIsForTheHost:
+    def test_is_of_any_type_and_nothing_of_it_is_for_the_guest(self):
+        async def ask(self, a: U32) -> Annotated[list[str], HostOutput()]: ...
+
+        assert typed(made(ask)).result is None
+
+    def test_a_number_that_is_annotated_otherwise_is_for_the_guest(self):
+        async def ask(self) -> Annotated[int, GuestInt(8)]: ...
+
+        assert typed(made(ask)).result.spec == GuestInt(8)
+
+    def test_is_no_parameter(self):
+        async def ask(self, a: Annotated[str, HostOutput()]) -> U32: ...
+
+        with pytest.raises(TypeError, match=r"a is of type .*HostOutput.*, not one of"):
             made(ask)
 
 

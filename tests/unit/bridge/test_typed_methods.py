@@ -26,6 +26,7 @@ from vmibridge import (
     GuestBytes,
     GuestRoom,
     GuestText,
+    HostOutput,
     OutcomeKind,
     Registers,
     Room,
@@ -194,6 +195,19 @@ class TestNumbers:
     )
     async def test_one_that_is_wrong_is_told_by_its_number(self, code, values, parameter):
         assert await ask(code, *values) == (invalid(code, parameter), 0, [])
+
+    @pytest.mark.parametrize("given", [["a", "b"], 7, None])
+    async def test_what_is_for_the_host_is_the_output_alone(self, given):
+        class Tells(StandardHandler[object]):
+            REQUEST = 0x0110
+
+            @method(3)
+            async def tell(self) -> Annotated[object, HostOutput()]:
+                return given
+
+        outcome = await drive(Tells(), BridgePacket(STANDARD_MAGIC, 0x0110, 3))
+        assert outcome.output is given
+        assert outcome.response.values == (Status(3).encode(), 0, *STAMPS)
 
     async def test_what_the_guest_gets_is_also_the_output(self):
         outcome = await drive(Asked(), packet(3, 1, 0, 0))
