@@ -348,6 +348,172 @@ fn text_size<T: Copy + Into<u32>>(text: &[T]) -> Result<usize, Error> {
     end.map(|end| (end + 1) * core::mem::size_of::<T>()).ok_or(Error::NotTerminated)
 }
 
+/// clock: request 0x0114.
+///
+/// Tells the time; the nanoseconds are its output.
+pub mod clock {
+    #[allow(unused_imports)]
+    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
+    #[allow(unused_imports)]
+    use super::{Response, Word};
+
+    pub const REQUEST: u16 = 0x0114;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_REAL: u16 = 0x0001;
+    pub const METHOD_MONOTONIC: u16 = 0x0002;
+
+    /// The time of day, in nanoseconds since the Unix epoch.
+    ///
+    /// * gives a number, 64 bits.
+    #[allow(non_snake_case)]
+    pub fn real<C: Caller + ?Sized>(
+        caller: &C,
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_REAL,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: true,
+        };
+        let words = [0, 0, 0, 0];
+        let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// A time that never goes back, in nanoseconds.
+    ///
+    /// * gives a number, 64 bits.
+    #[allow(non_snake_case)]
+    pub fn monotonic<C: Caller + ?Sized>(
+        caller: &C,
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_MONOTONIC,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: true,
+        };
+        let words = [0, 0, 0, 0];
+        let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+}
+
+/// deploy: request 0x0011.
+///
+/// Opens the gates of its settings. Its output is the status of a guest that is done.
+///
+/// A class that derives from it may open them otherwise: by `may_download` and `may_execute`.
+///
+/// Say when a guest of vmi-rs may download and execute what it brings: its deploy, bit for bit.
+///
+///     [handlers.deploy]
+///     download = "continue"
+///     execute = "continue"
+///     execute_after = "/run/lab/snapshot-taken"
+///
+/// | method | value1 | value2 | value1 of the answer |
+/// |---|---|---|---|
+/// | 0x0001 DOWNLOAD | attempt | HRESULT of the attempt before | a gate |
+/// | 0x0002 EXECUTE | | | a gate |
+/// | 0xffff EXIT | encoded status | native code | left alone |
+///
+/// A gate is CONTINUE, WAIT or ABORT; on WAIT the guest sleeps and asks again, without end. Attempt 0
+/// asks whether the host is ready, and is sent also where there is nothing to download. An attempt
+/// above 0 comes after a download that failed.
+///
+/// The handler keeps nothing of a guest: while a guest asks again and again, one host may take over
+/// from another, and goes on where that one was.
+pub mod deploy {
+    #[allow(unused_imports)]
+    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
+    #[allow(unused_imports)]
+    use super::{Response, Word};
+
+    pub const REQUEST: u16 = 0x0011;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_DOWNLOAD: u16 = 0x0001;
+    pub const METHOD_EXECUTE: u16 = 0x0002;
+    pub const METHOD_EXIT: u16 = 0xffff;
+
+    /// Whether the guest may download.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn download<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_DOWNLOAD,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+
+    /// Whether the guest may execute.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn execute<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_EXECUTE,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+
+    /// The guest is done.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn exit<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_EXIT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+}
+
 /// environment: request 0x0022.
 ///
 /// Hands out the values that its settings list, and no others.
@@ -408,6 +574,104 @@ pub mod environment {
     }
 }
 
+/// exec_gate: request 0x0113.
+///
+/// Asks a service or a person. Raises `MissingExtraError` for a webhook without httpcore.
+///
+/// Let the host decide whether the guest may go on with what it is about to run.
+///
+///     [handlers.exec_gate]
+///     folder = "questions"     # or webhook = "https://policy.example/ask"
+///     default = "abort"        # where nobody answers
+///
+/// | 0x0001 ASK | in | out |
+/// |---|---|---|
+/// | value1 | address of the command: UTF-8, at most 4096 bytes, then a NUL | a code of the gate |
+/// | value2 | | why: 0 decided, 1 nobody answered, 2 too many questions, 3 no command |
+///
+/// A code is `Gate.CONTINUE` (0) or `Gate.ABORT` (0xffffffff). While the host is asked, the guest gets
+/// `Gate.WAIT` (1), and sends its request again. What is wrong with a request is an ABORT. A guest
+/// looks at the stamps before anything else: without them there was no host.
+///
+/// Invariants:
+///
+/// - Nobody answers in time, or in a form that is known: the default.
+/// - The questions under way are bounded: a guest floods neither a service nor a person.
+/// - Who is asked is asked by `vmi.outside`: a replay gives the recorded answer.
+pub mod exec_gate {
+    #[allow(unused_imports)]
+    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
+    #[allow(unused_imports)]
+    use super::{Response, Word};
+
+    pub const REQUEST: u16 = 0x0113;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_ASK: u16 = 0x0001;
+
+    /// Ask whether a command may run.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn ask<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_ASK,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+}
+
+/// exit: request 0x0111.
+///
+/// Gives what the guest exits with to the consumer of the outcomes.
+pub mod exit {
+    #[allow(unused_imports)]
+    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
+    #[allow(unused_imports)]
+    use super::{Response, Word};
+
+    pub const REQUEST: u16 = 0x0111;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_EXIT: u16 = 0xffff;
+    pub const EXIT_REASON_LIMIT: usize = 1024;
+
+    /// End the run with a status, and a reason in words.
+    ///
+    /// * `status`: a number, 32 bits.
+    /// * `reason`: UTF-8, at most 1024 bytes, then a NUL. Or none, at address 0.
+    #[allow(non_snake_case)]
+    pub fn exit<C: Caller + ?Sized>(
+        caller: &C,
+        status: u32,
+        reason: Option<&[u8]>,
+    ) -> Result<(), Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_EXIT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 2,
+            is_wide: false,
+        };
+        let reason_size = reason.map_or(Ok(0), text_size)?;
+        let words = [status as u64, reason.map_or(core::ptr::null::<u8>(), |data| data.as_ptr()) as usize as u64, 0, 0];
+        let named = [Named::Nothing, Named::Read(reason_size), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        unsafe { call(caller, &method, words, named) }.map(|_| ())
+    }
+}
+
 /// fetch: request 0x0023.
 ///
 /// Streams allowed URLs into the guest. The output of READ is the bytes written.
@@ -451,6 +715,12 @@ pub mod environment {
 /// - A READ that fails, or that its deadline cuts off, ends the transfer and frees its handle;
 ///   with invalid parameters nothing is lost, and it can be repeated.
 /// - A handle that was not used for a while is taken back when the next one is opened.
+///
+/// Its methods take the packet, and not typed parameters, since guests rely on what is answered. A
+/// typed method would have the number of the wrong parameter in the code of *invalid parameters*, and
+/// would answer *touch* where a page is not present. READ has three words, which VMCALL of 32-bit code
+/// would have to put into a block of memory, and a default for the third; and a handle that is not open
+/// is *invalid parameters* here, which the body of a typed method cannot answer.
 pub mod fetch {
     #[allow(unused_imports)]
     use super::{call, call_plain, text_size, Caller, Error, Method, Named};
@@ -557,6 +827,521 @@ pub mod fetch {
     }
 }
 
+/// file_transfer: request 0x0012.
+///
+/// Keeps the files that guests send. Its output is the name of a file that is there whole, and
+/// the status of a guest that is done.
+///
+/// Take files from guests of vmi-rs: its file transfer, bit for bit.
+///
+///     [handlers.file_transfer]
+///     folder = "/srv/samples"
+///
+/// | method | value1 | value2 | value3 | value4 | value1 out |
+/// |---|---|---|---|---|---|
+/// | 0x0001 BEGIN | its own handle | size, signed | address of a name | its bytes | a transfer |
+/// | 0x0002 SET_BUFFER | handle | address | | | a gate |
+/// | 0x0003 CHUNK | handle | bytes in the buffer | | | a gate |
+/// | 0x0004 CLOSE | handle | 0 for success | | | a gate |
+/// | 0xffff EXIT | encoded status | native code | | | left alone |
+///
+/// A transfer is a handle of 1 to 4095, or'ed with the size of a chunk in bytes, 65536, shifted left
+/// by 12; 0 rejects. A gate is CONTINUE or ABORT: this guest knows no WAIT, and is never told to.
+///
+/// Unlike upstream's host it leaves nothing behind of a file that was not closed with success and in
+/// its declared size; a file that is there stays as it is, and the other one gets a number in its name;
+/// and handles are used again.
+pub mod file_transfer {
+    #[allow(unused_imports)]
+    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
+    #[allow(unused_imports)]
+    use super::{Response, Word};
+
+    pub const REQUEST: u16 = 0x0012;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_BEGIN: u16 = 0x0001;
+    pub const METHOD_SET_BUFFER: u16 = 0x0002;
+    pub const METHOD_CHUNK: u16 = 0x0003;
+    pub const METHOD_CLOSE: u16 = 0x0004;
+    pub const METHOD_EXIT: u16 = 0xffff;
+
+    /// Begin a file; its size and its name are the guest's.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn begin<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_BEGIN,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+
+    /// Where the guest puts each chunk.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn set_buffer<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_SET_BUFFER,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+
+    /// Take the next bytes out of the guest's buffer; a failure ends the transfer.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn chunk<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_CHUNK,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+
+    /// End a file: it counts if the guest says so, and if it has its size.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn close<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_CLOSE,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+
+    /// The guest is done.
+    ///
+    /// It takes and gives four values.
+    ///
+    /// # Safety
+    ///
+    /// The host may read and write memory that the values name.
+    #[allow(non_snake_case)]
+    pub unsafe fn exit<C: Caller + ?Sized>(
+        caller: &C,
+        values: [Word; 4],
+    ) -> Result<Response, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_EXIT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 0,
+            is_wide: false,
+        };
+        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+    }
+}
+
+/// files: request 0x0110.
+///
+/// Files between guests and one folder. Its output is what a method gives, or nothing.
+pub mod files {
+    #[allow(unused_imports)]
+    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
+    #[allow(unused_imports)]
+    use super::{Response, Word};
+
+    pub const REQUEST: u16 = 0x0110;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_BEGIN: u16 = 0x0001;
+    pub const BEGIN_NAME_LIMIT: usize = 4096;
+    pub const METHOD_PUT: u16 = 0x0002;
+    pub const PUT_DATA_LIMIT: usize = 1048576;
+    pub const METHOD_GET: u16 = 0x0003;
+    pub const GET_INTO_LIMIT: usize = 1048576;
+    pub const METHOD_END: u16 = 0x0004;
+    pub const END_SHA256_LIMIT: usize = 32;
+    pub const METHOD_ABORT: u16 = 0x0005;
+    pub const METHOD_STAT: u16 = 0x0006;
+    pub const STAT_NAME_LIMIT: usize = 4096;
+    pub const STAT_INTO_LIMIT: usize = 1048576;
+    pub const METHOD_LIST: u16 = 0x0007;
+    pub const LIST_FOLDER_LIMIT: usize = 4096;
+    pub const LIST_AFTER_LIMIT: usize = 4096;
+    pub const LIST_INTO_LIMIT: usize = 1048576;
+    pub const METHOD_LENGTH: u16 = 0x0008;
+    pub const METHOD_BEGIN_UTF16: u16 = 0x0011;
+    pub const BEGIN_UTF16_NAME_LIMIT: usize = 4096;
+    pub const METHOD_STAT_UTF16: u16 = 0x0016;
+    pub const STAT_UTF16_NAME_LIMIT: usize = 4096;
+    pub const STAT_UTF16_INTO_LIMIT: usize = 1048576;
+    pub const METHOD_LIST_UTF16: u16 = 0x0017;
+    pub const LIST_UTF16_FOLDER_LIMIT: usize = 4096;
+    pub const LIST_UTF16_AFTER_LIMIT: usize = 4096;
+    pub const LIST_UTF16_INTO_LIMIT: usize = 1048576;
+
+    /// What a BEGIN is for: one of the first three, and HASH or not.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Mode(pub u32);
+
+    impl Mode {
+        #[allow(non_upper_case_globals)]
+        pub const READ: Mode = Mode(1);
+        #[allow(non_upper_case_globals)]
+        pub const CREATE: Mode = Mode(2);
+        #[allow(non_upper_case_globals)]
+        pub const REPLACE: Mode = Mode(4);
+        #[allow(non_upper_case_globals)]
+        pub const HASH: Mode = Mode(8);
+    }
+
+    impl core::ops::BitOr for Mode {
+        type Output = Mode;
+        fn bitor(self, other: Mode) -> Mode {
+            Mode(self.0 | other.0)
+        }
+    }
+
+    /// Begin to put or get a file; gives its handle.
+    ///
+    /// * `name`: UTF-8, at most 4096 bytes, then a NUL.
+    /// * `size`: a number, 64 bits.
+    /// * `mode`: of Mode, 32 bits.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn begin<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        size: u64,
+        mode: Mode,
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_BEGIN,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: true,
+        };
+        let name_size = text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, size as u64, mode.0 as u64, 0];
+        let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// Write bytes at an offset; gives how many.
+    ///
+    /// * `handle`: a number, 32 bits.
+    /// * `offset`: a number, 64 bits.
+    /// * `data`: its length in bytes of it, at most 1048576.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn put<C: Caller + ?Sized>(
+        caller: &C,
+        handle: u32,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_PUT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 4,
+            is_wide: true,
+        };
+        let words = [handle as u64, offset as u64, data.as_ptr() as usize as u64, data.len() as u64];
+        let named = [Named::Nothing, Named::Nothing, Named::Read(data.len()), Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// Read bytes at an offset; gives how many, 0 at the end.
+    ///
+    /// * `handle`: a number, 32 bits.
+    /// * `offset`: a number, 64 bits.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn get<C: Caller + ?Sized>(
+        caller: &C,
+        handle: u32,
+        offset: u64,
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_GET,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 4,
+            is_wide: true,
+        };
+        let words = [handle as u64, offset as u64, into.as_mut_ptr() as usize as u64, into.len() as u64];
+        let named = [Named::Nothing, Named::Nothing, Named::Fill(into.len()), Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// Check a file, and give it its name if it was put.
+    ///
+    /// * `handle`: a number, 32 bits.
+    /// * `sha256`: its length in bytes of it, at most 32. Or none, at address 0.
+    #[allow(non_snake_case)]
+    pub fn end<C: Caller + ?Sized>(
+        caller: &C,
+        handle: u32,
+        sha256: Option<&[u8]>,
+    ) -> Result<(), Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_END,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: false,
+        };
+        let words = [handle as u64, sha256.map_or(core::ptr::null::<u8>(), |data| data.as_ptr()) as usize as u64, sha256.map_or(0, |data| data.len()) as u64, 0];
+        let named = [Named::Nothing, Named::Read(sha256.map_or(0, |data| data.len())), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        unsafe { call(caller, &method, words, named) }.map(|_| ())
+    }
+
+    /// End a transfer; nothing is left of a file that was put.
+    ///
+    /// * `handle`: a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn abort<C: Caller + ?Sized>(
+        caller: &C,
+        handle: u32,
+    ) -> Result<(), Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_ABORT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 1,
+            is_wide: false,
+        };
+        let words = [handle as u64, 0, 0, 0];
+        let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        unsafe { call(caller, &method, words, named) }.map(|_| ())
+    }
+
+    /// Look up a file or a folder; gives its size in bytes.
+    ///
+    /// * `name`: UTF-8, at most 4096 bytes, then a NUL.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576. Or none, at address 0.
+    /// * gives a number, 64 bits.
+    #[allow(non_snake_case)]
+    pub fn stat<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        into: Option<&mut [u8]>,
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_STAT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: true,
+        };
+        let name_size = text_size(name)?;
+        let mut into = into;
+        let words = [name.as_ptr() as usize as u64, into.as_mut().map_or(core::ptr::null_mut::<u8>(), |room| room.as_mut_ptr()) as usize as u64, into.as_ref().map_or(0, |room| room.len()) as u64, 0];
+        let named = [Named::Read(name_size), Named::Fill(into.as_ref().map_or(0, |room| room.len())), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// List a folder in the order of names; gives the bytes of the entries, 0 at the end.
+    ///
+    /// * `folder`: UTF-8, at most 4096 bytes, then a NUL.
+    /// * `after`: UTF-8, at most 4096 bytes, then a NUL. Or none, at address 0.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn list<C: Caller + ?Sized>(
+        caller: &C,
+        folder: &[u8],
+        after: Option<&[u8]>,
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_LIST,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 4,
+            is_wide: false,
+        };
+        let folder_size = text_size(folder)?;
+        let after_size = after.map_or(Ok(0), text_size)?;
+        let words = [folder.as_ptr() as usize as u64, after.map_or(core::ptr::null::<u8>(), |data| data.as_ptr()) as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64];
+        let named = [Named::Read(folder_size), Named::Read(after_size), Named::Fill(into.len()), Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// Bytes of a file that are there from its beginning on: go on putting from here.
+    ///
+    /// * `handle`: a number, 32 bits.
+    /// * gives a number, 64 bits.
+    #[allow(non_snake_case)]
+    pub fn length<C: Caller + ?Sized>(
+        caller: &C,
+        handle: u32,
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_LENGTH,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 1,
+            is_wide: true,
+        };
+        let words = [handle as u64, 0, 0, 0];
+        let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// The same with a name in UTF-16.
+    ///
+    /// * `name`: UTF-16, at most 4096 bytes, then a NUL.
+    /// * `size`: a number, 64 bits.
+    /// * `mode`: of Mode, 32 bits.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn begin_utf16<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u16],
+        size: u64,
+        mode: Mode,
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_BEGIN_UTF16,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: true,
+        };
+        let name_size = text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, size as u64, mode.0 as u64, 0];
+        let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// The same with a name in UTF-16.
+    ///
+    /// * `name`: UTF-16, at most 4096 bytes, then a NUL.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576. Or none, at address 0.
+    /// * gives a number, 64 bits.
+    #[allow(non_snake_case)]
+    pub fn stat_utf16<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u16],
+        into: Option<&mut [u8]>,
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_STAT_UTF16,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: true,
+        };
+        let name_size = text_size(name)?;
+        let mut into = into;
+        let words = [name.as_ptr() as usize as u64, into.as_mut().map_or(core::ptr::null_mut::<u8>(), |room| room.as_mut_ptr()) as usize as u64, into.as_ref().map_or(0, |room| room.len()) as u64, 0];
+        let named = [Named::Read(name_size), Named::Fill(into.as_ref().map_or(0, |room| room.len())), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// The same with names in UTF-16.
+    ///
+    /// * `folder`: UTF-16, at most 4096 bytes, then a NUL.
+    /// * `after`: UTF-16, at most 4096 bytes, then a NUL. Or none, at address 0.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn list_utf16<C: Caller + ?Sized>(
+        caller: &C,
+        folder: &[u16],
+        after: Option<&[u16]>,
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_LIST_UTF16,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 4,
+            is_wide: false,
+        };
+        let folder_size = text_size(folder)?;
+        let after_size = after.map_or(Ok(0), text_size)?;
+        let words = [folder.as_ptr() as usize as u64, after.map_or(core::ptr::null::<u16>(), |data| data.as_ptr()) as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64];
+        let named = [Named::Read(folder_size), Named::Read(after_size), Named::Fill(into.len()), Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+}
+
 /// hello: request 0x0001.
 ///
 /// Answers every method with a greeting, which is also its output.
@@ -609,6 +1394,195 @@ pub mod hello {
             is_wide: false,
         };
         unsafe { call_plain(caller, &method, values, Some(0x100)) }
+    }
+}
+
+/// kv: request 0x0112.
+///
+/// Keeps values by name. Raises `MissingExtraError` without APSW.
+pub mod kv {
+    #[allow(unused_imports)]
+    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
+    #[allow(unused_imports)]
+    use super::{Response, Word};
+
+    pub const REQUEST: u16 = 0x0112;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_GET: u16 = 0x0001;
+    pub const GET_NAME_LIMIT: usize = 256;
+    pub const GET_INTO_LIMIT: usize = 1048576;
+    pub const METHOD_PUT: u16 = 0x0002;
+    pub const PUT_NAME_LIMIT: usize = 256;
+    pub const PUT_VALUE_LIMIT: usize = 1048576;
+    pub const METHOD_DELETE: u16 = 0x0003;
+    pub const DELETE_NAME_LIMIT: usize = 256;
+    pub const METHOD_NEXT: u16 = 0x0004;
+    pub const NEXT_NAME_LIMIT: usize = 256;
+    pub const NEXT_INTO_LIMIT: usize = 1048576;
+    pub const METHOD_VERSION: u16 = 0x0005;
+    pub const VERSION_NAME_LIMIT: usize = 256;
+    pub const METHOD_PUT_IF: u16 = 0x0006;
+    pub const PUT_IF_NAME_LIMIT: usize = 256;
+    pub const PUT_IF_VALUE_LIMIT: usize = 1048576;
+
+    /// Fill a buffer with a value; gives the length of the value in bytes.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn get<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_GET,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: false,
+        };
+        let name_size = text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64, 0];
+        let named = [Named::Read(name_size), Named::Fill(into.len()), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// Keep a value; gives its version.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * `value`: its length in bytes of it, at most 1048576.
+    /// * gives a number, 64 bits.
+    #[allow(non_snake_case)]
+    pub fn put<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        value: &[u8],
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_PUT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: true,
+        };
+        let name_size = text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, value.as_ptr() as usize as u64, value.len() as u64, 0];
+        let named = [Named::Read(name_size), Named::Read(value.len()), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// Take an entry away; gives whether there was one.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * gives true or false.
+    #[allow(non_snake_case)]
+    pub fn delete<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+    ) -> Result<bool, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_DELETE,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 1,
+            is_wide: false,
+        };
+        let name_size = text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, 0, 0, 0];
+        let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given & 1 != 0)
+    }
+
+    /// Fill a buffer with the name that follows; gives its length in bytes, 0 at the end.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn next<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_NEXT,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 3,
+            is_wide: false,
+        };
+        let name_size = text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64, 0];
+        let named = [Named::Read(name_size), Named::Fill(into.len()), Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
+    }
+
+    /// The version of an entry; 0 where there is none.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * gives a number, 64 bits.
+    #[allow(non_snake_case)]
+    pub fn version<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_VERSION,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 1,
+            is_wide: true,
+        };
+        let name_size = text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, 0, 0, 0];
+        let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u64)
+    }
+
+    /// Keep a value where the entry still has this version; gives its new one.
+    ///
+    /// * `name`: UTF-8, at most 256 bytes, then a NUL.
+    /// * `version`: a number, 64 bits.
+    /// * `value`: its length in bytes of it, at most 1048576.
+    /// * gives a number, 64 bits.
+    #[allow(non_snake_case)]
+    pub fn put_if<C: Caller + ?Sized>(
+        caller: &C,
+        name: &[u8],
+        version: u64,
+        value: &[u8],
+    ) -> Result<u64, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_PUT_IF,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 4,
+            is_wide: true,
+        };
+        let name_size = text_size(name)?;
+        let words = [name.as_ptr() as usize as u64, version as u64, value.as_ptr() as usize as u64, value.len() as u64];
+        let named = [Named::Read(name_size), Named::Nothing, Named::Read(value.len()), Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u64)
     }
 }
 
@@ -735,5 +1709,44 @@ pub mod log {
             is_wide: false,
         };
         unsafe { call_plain(caller, &method, values, Some(0x100)) }
+    }
+}
+
+/// random: request 0x0115.
+///
+/// Fills buffers with random bytes; how many is its output.
+pub mod random {
+    #[allow(unused_imports)]
+    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
+    #[allow(unused_imports)]
+    use super::{Response, Word};
+
+    pub const REQUEST: u16 = 0x0115;
+    pub const MAGIC: u32 = 0x42494d56;
+    pub const METHOD_FILL: u16 = 0x0001;
+    pub const FILL_INTO_LIMIT: usize = 1048576;
+
+    /// Fill a buffer with random bytes; gives how many.
+    ///
+    /// * `into`: room to fill, of its length in bytes, at most 1048576.
+    /// * gives a number, 32 bits.
+    #[allow(non_snake_case)]
+    pub fn fill<C: Caller + ?Sized>(
+        caller: &C,
+        into: &mut [u8],
+    ) -> Result<u32, Error> {
+        let method = Method {
+            magic: MAGIC,
+            request: REQUEST,
+            method: METHOD_FILL,
+            stamps: [None, None, Some(super::STAMP3), Some(super::STAMP4)],
+            words: 2,
+            is_wide: false,
+        };
+        let words = [into.as_mut_ptr() as usize as u64, into.len() as u64, 0, 0];
+        let named = [Named::Fill(into.len()), Named::Nothing, Named::Nothing, Named::Nothing];
+        // What the words name is borrowed here.
+        let given = unsafe { call(caller, &method, words, named) }?;
+        Ok(given as u32)
     }
 }
