@@ -16,11 +16,15 @@ Rules:
   until a test asks for `replay`. A mark of the same name without path and handler is left alone.
 - A file is updated by one test at a time, in all workers of xdist: a test has its lock from before
   it is read until it is written. Nothing is written for a test that fails.
+- Of two tests that want other answers of one request, the last one has them. That is told, by the
+  requests that each has compared and changed.
 """
 
 import fcntl
+import json
 import os
 import sys
+import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -34,6 +38,11 @@ if TYPE_CHECKING:
 _MARK = "recording"
 _UPDATED = "recording_updated"
 """The property of a test that says which recording it has updated."""
+_COMPARED = "recording_compared"
+"""The property that says which requests of which recording it has compared, and changed, and when;
+in JSON."""
+_MAX_NAMED = 3
+"""Tests that one line names."""
 _replay: pytest.StashKey["Replay"] = pytest.StashKey()
 
 
@@ -106,7 +115,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Play the rest, and say what is different."""
     try:
         yield
-    except Exception:  # of the test, which goes on to pytest
+    except BaseException:  # `pytest.fail` is no `Exception`; whatever it is goes on to pytest
         if _replay in item.stash:
             item.add_report_section("call", "replay", item.stash[_replay].report())
         raise
@@ -115,23 +124,58 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 class _Updates:
-    """Tells which recordings were updated, by all workers."""
+    """Tells which recordings all workers have updated, and which tests contradict each other."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._tests: list[tuple[str, dict[str, Any]]] = []
+        """What each test has compared."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of a test is done."""
         if report.when == "call":
-            self._lines += [
-                str(value) for name, value in report.user_properties if name == _UPDATED
-            ]
+            for name, value in report.user_properties:
+                if name == _UPDATED:
+                    self._lines.append(str(value))
+                elif name == _COMPARED:
+                    self._tests.append((report.nodeid, json.loads(str(value))))
 
     def pytest_terminal_summary(self, terminalreporter: "pytest.TerminalReporter") -> None:
-        """One line for each update."""
+        """One line for each update, and for each test that is contradicted by one."""
         terminalreporter.section("recordings")
-        for line in self._lines or ["none was updated"]:
+        for line in [*(self._lines or ["none was updated"]), *_contradictions(self._tests)]:
             terminalreporter.write_line(line)
+
+
+def _contradictions(tests: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """A line for each update of requests that other tests had compared before, as they were."""
+    tests = sorted(tests, key=lambda each: each[1]["time"])
+    for place, (test, now) in enumerate(tests):
+        before = {
+            name: count
+            for name, then in tests[:place]
+            if name != test
+            and then["file"] == now["file"]
+            and (count := _common(then["compared"], now["changed"]))
+        }
+        if before:
+            others = ", ".join([*before][:_MAX_NAMED])
+            more = f" and {len(before) - _MAX_NAMED} more" if len(before) > _MAX_NAMED else ""
+            most = max(before.values())
+            requests = "1 request" if most == 1 else f"{most} requests"
+            yield (
+                f"{now['file']}: {test} has other answers to {requests} than {others}{more}, which"
+                " fails now: they need recordings of their own, or the same handlers"
+            )
+
+
+def _common(one: dict[str, str], other: dict[str, str]) -> int:
+    """How many requests are in both."""
+    return sum(
+        (int(bits, 16) & int(other[key], 16)).bit_count()
+        for key, bits in one.items()
+        if key in other
+    )
 
 
 def _begin(file: Path, handlers: list[Any], options: dict[str, Any], loop: Any) -> "Replay":
@@ -160,9 +204,19 @@ def _check(item: pytest.Item, replay: "Replay") -> None:
         updated = replay.accept() if item.config.getoption("recording_update") else 0
     except VmiBridgeError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
+    if not item.config.getoption("recording_update"):
+        return
+    file = os.path.relpath(replay.path, item.config.rootpath)
+    compared = {
+        "file": file,
+        # By the clock of all workers, and in the lock of the file.
+        "time": time.monotonic_ns(),
+        "compared": replay.compared.bits(),
+        "changed": replay.changed.bits(),
+    }
+    item.user_properties.append((_COMPARED, json.dumps(compared)))
     if updated:
         answers = "1 answer" if updated == 1 else f"{updated} answers"
-        file = os.path.relpath(replay.path, item.config.rootpath)
         item.user_properties.append((_UPDATED, f"{file}: updated, with {answers} of now"))
 
 

@@ -12,12 +12,18 @@ from typing import Any
 
 import anyio
 
-from vmibridge.bridge.context import BridgeContext
+from vmibridge.bridge.context import BridgeContext, Source
 from vmibridge.bridge.dispatch import Bridge, Target
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.bridge.outside import Fetch, check_key, encoded, fetched
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.parameters import Room
-from vmibridge.errors import BackendError, GuestMemoryError, TrapQueueClosedError
+from vmibridge.errors import (
+    BackendError,
+    GuestMemoryError,
+    OutsideRefusedError,
+    TrapQueueClosedError,
+)
 from vmibridge.vm.backend import (
     Backend,
     GuestEnd,
@@ -248,6 +254,7 @@ async def drive(
     memory: Mapping[int, bytes] | FakeMemory | None = None,
     *,
     event: TrapEvent | None = None,
+    outside: Mapping[str, object] | None = None,
 ) -> Outcome[Any]:
     """Run one handler on one packet, as a VMCALL of a 64-bit guest without paging.
 
@@ -255,13 +262,58 @@ async def drive(
     handler wrote. `event` stands for the trap where the handler looks at it. There is
     no deadline. A handler that raises gives a *failed* outcome; the handler is entered
     before and left after.
+
+    `outside` maps keys to what `vmi.outside` gives for them, each time, and no function is
+    called; for an exception it raises the `OutsideError` of a function that raised it. Without
+    `outside` functions are called. Raises `LookupError` for keys that the handler asked for and
+    that are not given, whatever it made of the `OutsideRefusedError` that it got; `TypeError`
+    and `ValueError` for what is no key.
     """
+    given = None if outside is None else _GivenOutside(outside)
     backend = FakeBackend()
     backend.memory = memory if isinstance(memory, FakeMemory) else FakeMemory(memory)
     event = event or TrapEvent(1, TrapReason.VMCALL, Registers(), length=3)
-    context = BridgeContext(event, backend)
+    context = BridgeContext(event, backend, None if given is None else Source(0, 0, None, given))
     bridge = Bridge(handler)
     async with AsyncExitStack() as handlers:
         for each in dict.fromkeys(bridge.handlers):
             await handlers.enter_async_context(each)
-        return await bridge.dispatch(context, packet)
+        outcome = await bridge.dispatch(context, packet)
+    if given is not None:
+        given.check()
+    return outcome
+
+
+class _GivenOutside:
+    """What `vmi.outside` gives in a test."""
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        for key in values:
+            check_key(key)
+        self._values = dict(values)
+        self._missing: dict[str, None] = {}
+
+    async def __call__(self, context: BridgeContext, key: str, fetch: Fetch) -> bytes:
+        """The value of a key, encoded as a recording has it. Raises `OutsideError`."""
+        if key not in self._values:
+            self._missing[key] = None
+            raise OutsideRefusedError(key)
+        value = self._values[key]
+
+        async def give() -> object:
+            if isinstance(value, Exception) or (
+                isinstance(value, type) and issubclass(value, Exception)
+            ):
+                raise value
+            return value
+
+        return encoded(key, await fetched(key, give))
+
+    def check(self) -> None:
+        """Raise `LookupError` for what was asked for and is not given."""
+        if self._missing:
+            asked, there = (", ".join(map(ascii, keys)) for keys in (self._missing, self._values))
+            raise LookupError(
+                f"drive: the handler asked vmi.outside for {asked}, and outside= gives"
+                f" {there or 'nothing'}"
+            )

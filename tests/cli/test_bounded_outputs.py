@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 
 import pytest
 from probe_guest import ENDLESS, calls, command, counted
@@ -50,14 +51,14 @@ def traps_of(path):
 def test_each_part_is_listed_replayed_and_reported_by_itself(
     vmibridge, image, handlers, tmp_path, loop
 ):
-    code = counted(1000)
+    code = counted(2500)
     options = ["--record", "run.mcap", "--record-max-size", "128KiB", *loop]
     done = vmibridge(*run(image, handlers, *options, code=code))
     assert done.returncode == 0, done.stderr
     parts = parts_of(tmp_path)
     assert [part.name for part in parts][:2] == ["run.mcap", "run-2.mcap"]
     assert all(part.stat().st_size <= SIZE for part in parts)
-    assert [seq for part in parts for seq in traps_of(part)[0]] == list(range(1, 1001))
+    assert [seq for part in parts for seq in traps_of(part)[0]] == list(range(1, 2501))
     assert "traps were recorded; it goes on in run-2.mcap" in done.stderr
     second = parts[1].name
     listed = vmibridge("inspect", second)
@@ -109,8 +110,8 @@ def test_a_folder_of_a_server_is_bounded_for_all_its_vms(
 ):
     bounds = ["--record", "runs", "--record-max-size", "128KiB", "--record-max-total", "384KiB"]
     server = ["serve", "--listen", "unix:x.sock", "--handlers", handlers, *bounds]
-    guest = image(counted(2000))
-    with children.start(command(*server), cwd=tmp_path) as process:
+    guest = image(counted(2500))
+    with children.start(command(*server), cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
         while "listening" not in process.stderr.readline():
             pass
         for name in ("a", "b", "c"):

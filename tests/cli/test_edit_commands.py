@@ -150,6 +150,8 @@ class TestDiff:
             (["run.mcap", "none.mcap"], "No such file"),
             (["run.mcap", "run.mcap", "--vm", "gone"], "nothing was compared: run.mcap: no trap"),
             (["run.mcap", "run.mcap", "--ignore", "time"], "there are registers, outcome"),
+            (["run.mcap", "run.mcap", "--rename", "gone=x"], "there is no VM 'gone'; there are"),
+            (["run.mcap", "run.mcap", "--rename", "red=blue"], "'red' and 'blue' would be called"),
             (["-", "-"], "one of the two"),
         ],
         ids=str,

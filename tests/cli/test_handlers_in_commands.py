@@ -134,3 +134,66 @@ def test_a_reader_of_the_list_may_leave(children, tmp_path):
     child.stdout.close()
     assert child.wait() == 0
     assert child.stderr.read() == ""
+
+
+TYPED = """
+import enum
+from typing import Annotated
+from vmibridge import GuestBytes, GuestInt, GuestRoom, GuestText, Room, StandardHandler, method
+from vmibridge import I16, U32, BridgeContext
+
+class Mode(enum.IntEnum):
+    READ = 1
+    WRITE = 2
+
+class Typed(StandardHandler[int]):
+    REQUEST = 0x0333
+
+    @method(1)
+    async def open(
+        self,
+        vmi: BridgeContext,
+        name: Annotated[str, GuestText(64, "utf-16-le")] | None,
+        mode: Annotated[Mode, GuestInt(8)],
+        place: I16,
+    ) -> U32:
+        "Open it."
+
+    @method(2)
+    async def move(
+        self, data: Annotated[bytes, GuestBytes(5)], into: Annotated[Room, GuestRoom(6)]
+    ) -> None:
+        "Move it."
+
+    @method(3)
+    async def plain(self, vmi, packet):
+        "Takes the packet."
+"""
+
+
+def test_the_list_has_what_typed_methods_take(vmibridge, tmp_path):
+    (tmp_path / "typed.py").write_text(TYPED)
+    table = vmibridge("handlers", "list", str(tmp_path / "typed.py")).stdout
+    shown = " ".join(table.replace("│", " ").split())
+    takes = "name: GuestText(64, utf-16-le) | None, mode: Mode(U8: READ=1, WRITE=2), place: I16"
+    for line in (
+        f"open({takes}) -> U32: Open it.",
+        "move(data: GuestBytes(5), into: GuestRoom(6)) -> None: Move it.",
+        "0x0003 plain: Takes the packet.",
+    ):
+        assert line in shown, shown
+    told = json.loads(vmibridge("handlers", "list", str(tmp_path / "typed.py"), "--json").stdout)
+    opened, moved, plain = told["methods"]
+    name, mode, place = opened["parameters"]
+    assert (name["name"], name["type"], name["words"], name["limit"]) == (
+        "name",
+        "GuestText",
+        1,
+        64,
+    )
+    assert (name["encoding"], name["optional"], name["bits"]) == ("utf-16-le", True, None)
+    assert (mode["type"], mode["bits"], mode["members"]) == ("Mode", 8, {"READ": 1, "WRITE": 2})
+    assert (place["type"], place["bits"], place["signed"]) == ("I16", 16, True)
+    assert (opened["result"]["name"], opened["result"]["type"]) == ("result", "U32")
+    assert [each["words"] for each in moved["parameters"]] == [2, 2]
+    assert (moved["result"], plain["parameters"], plain["result"]) == (None, None, None)

@@ -81,14 +81,19 @@ class TestWhatIsNotInTheRecording:
 
     def test_is_called_and_told(self, vmibridge, recording, source, outside):
         done = vmibridge("replay", str(recording), "--handlers", source)
-        assert done.returncode == 0
-        assert done.stdout.splitlines() == [
-            f"{recording}: 3 requests compared, 0 different",
+        assert done.returncode == 1
+        lines = done.stdout.splitlines()
+        assert lines[3:5] == [
+            "  outside   expected  'number': in the recording, and not called",
+            "            got       'other': it is not in the recording, and was called",
+        ]
+        assert lines[-2:] == [
+            f"{recording}: 3 requests compared, 3 different",
             "outside 'other' was not in the recording; it was called 3 times",
         ]
         assert outside.read_text() == 3 * "looked up\n"
         done = vmibridge("replay", str(recording), "--handlers", source, "--json")
-        assert json.loads(done.stdout)["replay"]["outside"] == {"other": 3}
+        assert json.loads(done.stdout.splitlines()[-1])["replay"]["outside"] == {"other": 3}
 
     def test_is_refused_with_no_outside(self, vmibridge, recording, source, outside):
         done = vmibridge("replay", str(recording), "--handlers", source, "--no-outside")
@@ -96,6 +101,17 @@ class TestWhatIsNotInTheRecording:
         assert "'other': it is not in the recording, and was refused" in done.stdout
         assert "Asks/look_up outside: 3 requests" in done.stdout.replace("asks/", "Asks/")
         assert not outside.exists()
+
+
+def test_what_is_not_called_any_more_is_a_difference(vmibridge, recording, source):
+    source.write_text(
+        source.read_text().replace('await vmi.outside("number", look)', "await look()")
+    )
+    done = vmibridge("replay", str(recording), "--handlers", source)
+    assert done.returncode == 1
+    assert "3 requests, from trap 1 of vm vm: expected 'number': in the" in done.stdout
+    done = vmibridge("replay", str(recording), "--handlers", source, "--ignore", "outside")
+    assert done.returncode == 0
 
 
 class TestStandardInput:

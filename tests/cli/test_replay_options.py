@@ -7,6 +7,8 @@ from xml.etree import ElementTree
 import anyio
 import msgspec
 import pytest
+from children import run as run_child
+from probe_guest import command
 
 from vmibridge import Bridge, BridgePacket, BridgeServer
 from vmibridge.cli import main
@@ -283,12 +285,60 @@ def test_a_vm_may_have_another_name_now(record, replay):
     assert json.loads(done.stdout)["replay"]["compared"] == 10
 
 
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ("gone=x", "--rename: there is no VM 'gone'; there are 'web', 'db'"),
+        ("web=db", "--rename: both 'web' and 'db' would be called 'db'"),
+    ],
+)
+def test_a_wrong_name_is_one_line(record, replay, pair, told):
+    done = replay(record(vms=("web", "db")), "--rename", pair)
+    assert (done.returncode, done.stderr) == (2, f"vmibridge: {told}\n")
+
+
+def test_new_answers_with_another_name_are_for_that_name(record, replay, now, tmp_path):
+    path, new = record(vms=("web",)), tmp_path / "new.mcap"
+    now.write_text(WRONG)
+    done = replay(path, "--accept", "--rename", "web=front", "-o", new)
+    assert "are named as before: replay it with the same --rename" in done.stderr
+    assert replay(new, "--rename", "web=front").returncode == 0
+
+
+def test_a_new_recording_may_go_to_standard_output(record, replay, now, tmp_path):
+    path = record()
+    now.write_text(WRONG)
+    line = '"$@" -o - > new.mcap'
+    words = command("replay", str(path), "--handlers", str(now), "--accept")
+    done = run_child(["bash", "-c", line, "sh", *words], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"{path}: 10 requests compared" in done.stderr
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name == "-") == []
+    assert replay(tmp_path / "new.mcap").returncode == 0
+
+
+def test_a_report_is_a_file(record, replay):
+    done = replay(record(), "--junit", "-")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "vmibridge: --junit -: is to be the name of a file\n",
+    )
+
+
+def test_what_an_edited_recording_lacks_is_told(record, replay, vmibridge, tmp_path):
+    path, part = record(), tmp_path / "part.mcap"
+    assert vmibridge("edit", str(path), "--method", "2", "-o", part).returncode == 0
+    done = replay(part)
+    assert "vm vm: the recording says: missing before this: " in done.stderr
+
+
 def test_answers_of_now_make_a_new_recording(record, replay, now, tmp_path):
     path, new = record(), tmp_path / "new.mcap"
     now.write_text(WRONG)
-    done = replay(path, "--accept", "--method", "sum", "-o", new)
+    done = replay(path, "--accept", "--method", "sum", "-o", new, "--junit", tmp_path / "x.xml")
     assert done.returncode == 0, done.stderr
     assert f"{new}: a new recording, with 3 new answers" in done.stderr
+    assert ElementTree.parse(tmp_path / "x.xml").getroot().get("failures") == "0"
     done = replay(new, "--strict")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{new}: 10 requests compared, 0 different" in done.stdout
@@ -314,6 +364,17 @@ def test_it_stops_before_a_handler_with_the_answer_of_then(record, replay):
         "  expected  handled: 0x5 . . .",
     ]
     assert done.stderr.splitlines()[4].startswith('  output    {"id":')
+
+
+def test_a_place_where_it_never_stopped_is_told(record, replay):
+    done = replay(record(), "--break", "999", "--break", "method == 7")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        0,
+        [
+            f"vmibridge: --break {text!r}: no handler was asked there"
+            for text in ("999", "method == 7")
+        ],
+    )
 
 
 @pytest.mark.parametrize(

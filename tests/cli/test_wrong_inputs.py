@@ -99,3 +99,16 @@ def test_recover_of_a_recording_without_traps_says_so(run, tmp_path, capsys):
     write_file(tmp_path / "bare.mcap", [(1, session())])
     assert main(["recover", "bare.mcap", "-o", "clean.mcap"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "clean.mcap: 1 session, no trap kept"
+
+
+@pytest.mark.parametrize("file", ["none.mcap", "probe.py"])
+@pytest.mark.parametrize("options", ["", "?copies=2"])
+def test_a_recording_that_is_none_is_one_line_wherever_it_is_a_guest(run, file, options):
+    backend = f"replay:{file}{options}"
+    for command in (
+        ["run", "--handlers", "probe.py", "--backend", backend],
+        ["agent", "--connect", "unix:none.sock", "--backend", backend],
+    ):
+        status, lines = run(*command)
+        assert (status, len(lines)) == (2, 1), lines
+        assert lines[0].startswith(f"vmibridge: {file}: ")

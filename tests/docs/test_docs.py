@@ -47,6 +47,17 @@ def test_examples_do_what_the_document_says(document, folder, environment):
             assert not block.note, f"{place}: what is {block.note!r}?"
 
 
+def test_the_handlers_of_the_guide_can_be_loaded_together():
+    """Each of them answers requests of its own."""
+    found = {}
+    for block in blocks(ROOT / "docs" / "guide.md"):
+        if block.note.startswith("file: ") and block.language == "python":
+            for number in re.findall(r"^    REQUEST = (\w+)$", block.text, re.MULTILINE):
+                found.setdefault(number, set()).add(block.note)
+    assert len(found) >= 4
+    assert [files for files in found.values() if len(files) > 1] == []
+
+
 def commands(text):
     """Each command of a console block, with the lines that it prints."""
     assert text.startswith("$ "), "a console block begins with a command"

@@ -1,5 +1,7 @@
 """Recordings to look at: one of a server with two VMs, and files written message by message."""
 
+from contextlib import suppress
+
 import anyio
 
 from vmibridge import (
@@ -12,6 +14,7 @@ from vmibridge import (
     method,
 )
 from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.errors import OutsideError
 from vmibridge.recording.file.chunk_builder import ChunkBuilder
 from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.recording.messages import (
@@ -52,8 +55,12 @@ class Probe(BridgeHandler[object]):
     def __init__(self, go_on):
         self.go_on = go_on
 
+    async def look_around(self, vmi):
+        """What `Outer` gets from outside."""
+
     @method(1)
     async def add(self, vmi, packet):
+        await self.look_around(vmi)
         return BridgeResponse(packet.value1, packet.value2 + 1).with_output({"said": STEER})
 
     @method(2)
@@ -81,7 +88,30 @@ class Probe(BridgeHandler[object]):
         return None
 
 
-async def _record(path):
+class Outer(Probe):
+    """Gets things from outside: a value at once and one later, a failure, and nothing in time."""
+
+    name = "probe"
+
+    async def look_around(self, vmi):
+        async def later():
+            await anyio.sleep(0.001)
+            return [STEER, MAX_U64, b"\0", {"a": None}, 0.5]
+
+        async def fail():
+            raise ConnectionResetError(STEER)
+
+        for function in (self.number, self.number, later, fail):
+            with suppress(OutsideError):
+                await vmi.outside(function.__name__, function)
+        with anyio.move_on_after(0.001):
+            await vmi.outside("never", anyio.sleep_forever)
+
+    async def number(self):
+        return 5
+
+
+async def _record(path, kind):
     releases = {"red": anyio.Event(), "blue": anyio.Event()}
 
     async def vcpu(vm, number, packets):
@@ -103,14 +133,14 @@ async def _record(path):
         FakeGuest(blue, vm="blue", memory=MEMORY) as second,
     ):
         server = BridgeServer(
-            [first, second], lambda vm: Bridge(Probe(releases[vm])), taps=[recorder]
+            [first, second], lambda vm: Bridge(kind(releases[vm])), taps=[recorder]
         )
         return [outcome async for outcome in server.run()]
 
 
-def record(path):
+def record(path, kind=Probe):
     """Record a server with the VMs `red`, of two vCPUs, and `blue`; returns the outcomes."""
-    return anyio.run(_record, path)
+    return anyio.run(_record, path, kind)
 
 
 def write_file(path, *chunks, library="tests"):

@@ -144,6 +144,52 @@ def test_a_test_that_fails_by_itself_shows_the_report_too(folder):
     assert "run.mcap: 3 requests compared, 0 different" in done.stdout
 
 
+def test_however_a_test_ends_by_itself_its_report_is_shown(folder):
+    done = run_pytest(
+        folder,
+        "-rsx",
+        test=f"""
+        import anyio
+        pytestmark = pytest.mark.recording("run.mcap", Changed, {ADDS})
+
+        def test_fail(replay):
+            replay.play()
+            pytest.fail("by hand")
+
+        def look_at(replay):
+            replay.play()
+            raise BaseExceptionGroup("of a task group", [SystemError("lost")])
+
+        def test_group(replay):
+            look_at(replay)
+
+        @pytest.mark.anyio
+        @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+        async def test_in_a_task(replay):
+            async def look():
+                await replay.until(2)
+                pytest.fail("in a task")
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(look)
+
+        def test_skip(replay):
+            pytest.skip("not today")
+
+        def test_xfail(replay):
+            pytest.xfail("known")
+
+        @pytest.mark.xfail(reason="its answers have changed", strict=True)
+        def test_marked_xfail(replay):
+            pass
+        """,
+    )
+    assert outcome(done) == "4 failed, 1 skipped, 2 xfailed", done.stdout
+    assert done.stdout.count(" Captured replay call ") == 4, done.stdout
+    assert done.stdout.count("run.mcap: 3 requests compared, 3 different") == 2
+    assert done.stdout.count("run.mcap: 2 requests compared, 2 different") == 2
+
+
 # At the start of a line: in CI pytest's summary has the whole of it once more.
 WITHOUT = "a test with @pytest.mark.recording has the fixture `replay`"
 
@@ -151,7 +197,7 @@ WITHOUT = "a test with @pytest.mark.recording has the fixture `replay`"
 def test_what_is_wrong_is_told_in_a_line(folder):
     wrong = {
         f'"none.mcap", Probe, {ADDS}': "none.mcap: ",
-        '"run.mcap", Probe, requests=0x55': "run.mcap: no request could be compared",
+        '"run.mcap", Probe, requests=0x55': "no trap matches request 0x0055; there are requests",
         '"run.mcap", Probe, vms="web"': "has no VM 'web'",
         '"run.mcap", Probe, ignore="nonsense"': "is not a rule of what to ignore",
         '"run.mcap"': "a replay has at least one handler",
@@ -162,6 +208,13 @@ def test_what_is_wrong_is_told_in_a_line(folder):
         '"run.mcap", Needy': "Needy is called with no arguments: missing a required",
         '"run.mcap", lambda vm: 5': "made no handler for vm vm, but int",
         '"run.mcap", Probe, nosuch=1': "Replay() has no keyword 'nosuch'",
+        '"run.mcap", Probe, timeout=-1.0': "timeout must be above 0 seconds, got -1.0",
+        '"run.mcap", Probe, queue="5"': "queue: expected `int`, got `str`",
+        '"run.mcap", Probe, order="wild"': "order is recorded or vcpu, not 'wild'",
+        '"run.mcap", Probe, loop="uvloop"': "loop is asyncio or trio, not 'uvloop'",
+        '"run.mcap", Probe, first="2"': "first: expected `int | None`, got `str`",
+        '"run.mcap", Probe, rename={"web": "b"}': "rename: there is no VM 'web'; there are 'vm'",
+        '"run.mcap", Probe, since="tomorrow"': "'tomorrow' is not a time",
     }
     tests = [
         f"@pytest.mark.recording({mark})\ndef test_{number}(replay): pass\n"
@@ -270,6 +323,33 @@ class TestUpdate:
         assert outcome(done) == "1 failed", done.stdout
         assert (folder / "tests/run.mcap").read_bytes() == recorded
 
+    def test_tells_which_tests_contradict_each_other(self, folder):
+        done = run_pytest(
+            folder,
+            "--recording-update",
+            test=f"""
+            @pytest.mark.recording("run.mcap", Probe, {ADDS})
+            def test_as_it_was(replay):
+                pass
+
+            @pytest.mark.recording("run.mcap", Changed, {ADDS}, last=1)
+            def test_one_is_changed(replay):
+                pass
+
+            @pytest.mark.recording("run.mcap", Changed, {ADDS}, first=2)
+            def test_others_are_changed(replay):
+                pass
+            """,
+        )
+        assert outcome(done) == "3 passed", done.stdout
+        told = [line for line in done.stdout.splitlines() if "has other answers" in line]
+        of = "tests/run.mcap: tests/test_it.py::"
+        than = "than tests/test_it.py::test_as_it_was"
+        assert [line.split(", which")[0] for line in told] == [
+            f"{of}test_one_is_changed has other answers to 1 request {than}",
+            f"{of}test_others_are_changed has other answers to 2 requests {than}",
+        ]
+
     def test_workers_update_one_file_one_after_another(self, folder):
         """Each test accepts one request: what another worker has accepted is not lost."""
         (folder / "tests/conftest.py").write_text("import handlers\n")
@@ -290,6 +370,7 @@ class TestUpdate:
         )
         assert outcome(done) == "6 passed", done.stdout
         assert done.stdout.count("tests/run.mcap: updated, with 1 answer of now") == 3, done.stdout
+        assert "has other answers" not in done.stdout
         assert outcome(run_pytest(folder, test=self.CHANGED)) == "1 passed"
 
 

@@ -20,7 +20,7 @@ from vmibridge.cli.options import Json, LogLevel, LoopOptions, named_backend
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
-from vmibridge.errors import BackendError, BackendSpecError, ConfigError
+from vmibridge.errors import BackendError, BackendSpecError, ConfigError, VmiBridgeError
 from vmibridge.text import counted
 from vmibridge.transport import Agent
 from vmibridge.vm.backend import Backend, GuestEnd
@@ -81,7 +81,7 @@ def agent(
 
 async def _serve(carried: Sequence[tuple[Backend, Agent]], *, as_json: bool) -> int:
     received: list[int] = []
-    failures: list[BackendError] = []
+    failures: list[VmiBridgeError] = []
     ends: dict[str, GuestEnd] = {}
 
     def stop(number: signal.Signals, now: bool) -> None:
@@ -93,7 +93,7 @@ async def _serve(carried: Sequence[tuple[Backend, Agent]], *, as_json: bool) -> 
         try:
             async with backend:
                 ends[agent.vm] = await agent.run()
-        except BackendError as error:
+        except VmiBridgeError as error:  # one of a recording is no `BackendError`
             failures.append(error)
 
     async with anyio.create_task_group() as tasks:

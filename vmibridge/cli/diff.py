@@ -30,7 +30,7 @@ def diff(
         Parameter(
             negative=(),
             help="Leave out a field: registers, outcome, handler, rip, value1 to value4, error,"
-            " output, read or write; may be given several times.",
+            " output, read, write or outside; may be given several times.",
         ),
     ] = None,
     rename: Annotated[list[str] | None, RENAME] = None,
@@ -56,16 +56,18 @@ def diff(
     from vmibridge.recording.diff.requests import FIELDS
     from vmibridge.recording.file.damage import problem_lines
     from vmibridge.recording.file.reader import RecordingReader
+    from vmibridge.recording.replay.served import check_renamed, sessions_of
 
     for field in ignore or ():
         if field not in FIELDS or field == "request":
             raise ConfigError(f"--ignore {field[:40]!r}: there are {', '.join(FIELDS[1:])}")
     if str(a) == str(b) == "-":
         raise ConfigError("one of the two may be standard input")
+    names = renamed(rename or [])
     with RecordingReader(a) as one, RecordingReader(b) as other:
-        found = compare(
-            one, other, selection=chosen, rename=renamed(rename or []), ignored=ignore or ()
-        )
+        if names and str(a) != "-":
+            check_renamed(sessions_of(one, with_start=False)[0], names)
+        found = compare(one, other, selection=chosen, rename=names, ignored=ignore or ())
         problems = [
             line
             for each in (one, other)

@@ -41,6 +41,6 @@ def unmatched_in(reader: RecordingReader, selection: Selection) -> str | None:
 
 def counts_text(counts: Mapping[str, int]) -> str:
     """How many messages a new recording has, by channel."""
-    words = {"memory": "memory access"}
+    words = {"memory": "memory access", "outside": "outside call"}
     texts = [counted(count, words.get(topic, topic)) for topic, count in counts.items() if count]
     return ", ".join([*texts, *([] if counts.get("trap") else ["no trap"])])

@@ -88,7 +88,8 @@ def replay(
         Parameter(
             group=_COMPARED,
             negative=(),
-            help="The same memory accesses in the same order, and nothing missing in the file.",
+            help="The same memory accesses in the same order, no further call of vmi.outside, and"
+            " nothing missing in the file.",
         ),
     ] = False,
     rename: Annotated[list[str] | None, RENAME] = None,
@@ -142,7 +143,11 @@ def replay(
     ] = None,
     junit: Annotated[
         Path | None,
-        Parameter(group=_RESULT, help="Write the result into this file, as JUnit XML."),
+        Parameter(
+            group=_RESULT,
+            allow_leading_hyphen=True,
+            help="Write the result into this file, as JUnit XML.",
+        ),
     ] = None,
     accept: Annotated[
         bool,
@@ -154,7 +159,8 @@ def replay(
         ),
     ] = False,
     output: Annotated[
-        OptionalOutput, Parameter(group=_RESULT, help="The recording that --accept makes.")
+        OptionalOutput,
+        Parameter(group=_RESULT, help="The recording that --accept makes; - is standard output."),
     ] = None,
     json: Annotated[Json, Parameter(help="One JSON object a difference, then the counts.")] = False,
     log_level: Annotated[
@@ -187,6 +193,8 @@ def replay(
 
     if accept != (output is not None):
         raise ConfigError("--accept makes a new recording: give -o FILE, too, and only with it")
+    if junit is not None and str(junit).startswith("-"):
+        raise ConfigError(f"--junit {str(junit)[:40]}: is to be the name of a file")
     if pdb and not breaks:
         raise ConfigError("--pdb says what to do at a --break: give one, too")
     chosen = (loop or LoopOptions()).loop

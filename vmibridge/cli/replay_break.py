@@ -30,7 +30,9 @@ class Break:
 
     def __init__(self, text: str) -> None:
         """Raises `ConfigError` for an expression that cannot be compiled."""
-        self._text = text
+        self.text: str = text
+        self.is_met: bool = False
+        """Whether a handler was asked there."""
         self._seq: int | None = None
         self._code: CodeType | None = None
         try:
@@ -55,7 +57,7 @@ class Break:
             return bool(eval(self._code, {}, {**dict(names), "packet": packet}))  # noqa: S307
         except Exception as error:
             raise ConfigError(
-                f"--break {self._text[:80]!r}: {type(error).__name__}: {error};"
+                f"--break {self.text[:80]!r}: {type(error).__name__}: {error};"
                 f" it may name {', '.join(_NAMES)} and packet"
             ) from error
 
@@ -88,8 +90,13 @@ class Breaks(Tap):
     def handler_began(self, began: HandlerBegan) -> None:
         """Stop, where this is the place."""
         try:
-            if self.error is not None or not any(each.is_at(began) for each in self._places):
+            if self.error is not None:
                 return
+            met = [each for each in self._places if each.is_at(began)]
+            if not met:
+                return
+            for each in met:
+                each.is_met = True
         except ConfigError as error:
             self.error = error
             self._end()

@@ -4,7 +4,7 @@
 |---|---|
 | `testsuite` | a recording |
 | `testcase` | the requests of one method of one handler |
-| `failure` | its findings |
+| `failure` | its findings, unless they are accepted |
 | `skipped` | why requests were not compared |
 | `error` | why a recording could not be replayed |
 """
@@ -19,22 +19,22 @@ from vmibridge.text import counted, printable
 _MAX_TEXT = 10_000
 
 
-def junit_report(results: Sequence[FileResult]) -> bytes:
-    """The file, as UTF-8."""
+def junit_report(results: Sequence[FileResult], *, accepts: bool) -> bytes:
+    """The file, as UTF-8. `accepts`: what is different was accepted."""
     suites = Element("testsuites", name="vmibridge replay")
     for result in results:
-        _add_suite(suites, result)
+        _add_suite(suites, result, accepts=accepts)
     for name in ("tests", "failures", "errors", "skipped"):
         suites.set(name, str(sum(int(suite.get(name, "0")) for suite in suites)))
     report: bytes = tostring(suites, encoding="utf-8", xml_declaration=True)
     return report
 
 
-def _add_suite(suites: Element, result: FileResult) -> None:
+def _add_suite(suites: Element, result: FileResult, *, accepts: bool) -> None:
     suite = SubElement(suites, "testsuite", name=_text(str(result.path)))
     failures = errors = skipped = 0
     findings: dict[RequestKind, list[Finding]] = {}
-    for finding in result.findings:
+    for finding in () if accepts else result.findings:
         findings.setdefault(RequestKind(finding.handler, finding.method), []).append(finding)
     for kind, count in result.kinds.items():
         case = _add_case(suite, kind.handler or "unmatched", kind.method)

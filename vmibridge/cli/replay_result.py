@@ -4,12 +4,14 @@
 |---|---|---|
 | for people | of each file the first difference, findings, counts | what changed, is damaged |
 | `--json` | an object for each difference, then the counts | the same |
+
+With `-o -` standard output is the new recording, and all of it goes to standard error.
 """
 
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -24,8 +26,9 @@ from vmibridge.text import counted, printable
 class ReplayPrinter:
     """Tells what a replay finds."""
 
-    def __init__(self, *, as_json: bool, several: bool = False) -> None:
-        """`several`: recordings are replayed, and not one."""
+    def __init__(self, *, as_json: bool, several: bool = False, out: TextIO | None = None) -> None:
+        """`several`: recordings are replayed, and not one. `out`: instead of standard output."""
+        self._out = sys.stdout if out is None else out
         self._as_json = as_json
         self._several = several
         self._logged: set[str] = set()
@@ -34,7 +37,7 @@ class ReplayPrinter:
         """One request of a file was answered in another way."""
         if self._as_json:
             of = {"file": str(path)} if self._several else {}
-            _print_json({"difference": difference, **of})
+            self._print_json({"difference": difference, **of})
 
     def notes(self, lines: Iterable[str]) -> None:
         """What else there is to know of a file."""
@@ -45,17 +48,18 @@ class ReplayPrinter:
         """One of several recordings could not be replayed."""
         self._warn(why)
 
-    def accepted(self, count: int, target: Path) -> None:
-        """A new recording was made."""
-        self._warn(f"{target}: a new recording, with {counted(count, 'new answer')}")
+    def accepted(self, count: int, target: Path, *, renamed: bool) -> None:
+        """A new recording was made. `renamed`: VMs have other names now than in it."""
+        more = "; its VMs are named as before: replay it with the same --rename" if renamed else ""
+        self._warn(f"{target}: a new recording, with {counted(count, 'new answer')}{more}")
 
     def file(self, result: FileResult) -> None:
         """What came of one recording."""
         if self._as_json:
             if self._several:
-                _print_json({"file": {"path": str(result.path), **_counts([result])}})
+                self._print_json({"file": {"path": str(result.path), **_counts([result])}})
             return
-        _print(*result_lines(result))
+        self._print(*result_lines(result))
 
     def end(
         self,
@@ -86,14 +90,14 @@ class ReplayPrinter:
         bad = len(failed) + (0 if selects else len(empty))
         same = compared > 0 and not (different or bad or too_few or (strict and missing))
         if self._as_json:
-            _print_json({"replay": {**counts, "same": same}})
+            self._print_json({"replay": {**counts, "same": same}})
         elif self._several:
-            _print(
+            self._print(
                 f"{counted(len(results), 'recording')}: {counted(compared, 'request')} compared,"
                 f" {different} different"
             )
         if strict and missing and not self._as_json:
-            _print("strict: parts of the recording are missing")
+            self._print("strict: parts of the recording are missing")
         if too_few:
             self._warn(
                 f"{share:.1f} % of {counted(total, 'request')} compared; {least:g} % are required"
@@ -112,6 +116,13 @@ class ReplayPrinter:
             self._logged.add(text)
             sys.stderr.write(f"vmibridge: {printable(text)}\n")
 
+    def _print(self, *lines: str) -> None:
+        for line in lines:
+            self._out.write(f"{printable(line)}\n")
+
+    def _print_json(self, what: object) -> None:
+        self._out.write(json_line(msgspec.json.encode(what)).decode())
+
 
 def _counts(results: Sequence[FileResult]) -> dict[str, Any]:
     counts: dict[str, Any] = {
@@ -125,12 +136,3 @@ def _counts(results: Sequence[FileResult]) -> dict[str, Any]:
     }
     failed = [each.error for each in results if each.error is not None]
     return {**counts, "failed": failed} if failed else counts
-
-
-def _print(*lines: str) -> None:
-    for line in lines:
-        sys.stdout.write(f"{printable(line)}\n")
-
-
-def _print_json(what: object) -> None:
-    sys.stdout.write(json_line(msgspec.json.encode(what)).decode())

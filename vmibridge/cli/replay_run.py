@@ -1,6 +1,7 @@
 """A replay of recordings, one after another, compared with what was recorded."""
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -11,6 +12,7 @@ import msgspec
 from vmibridge.aio.clock import VirtualTime
 from vmibridge.cli.event_loop import run_on
 from vmibridge.cli.options import Loop
+from vmibridge.cli.pipes import STDOUT, output_file
 from vmibridge.cli.progress import ReadingBar, with_progress
 from vmibridge.cli.replay_break import Break, Breaks
 from vmibridge.cli.replay_junit import junit_report
@@ -33,7 +35,13 @@ from vmibridge.recording.replay.accept import Accepted, write_accepted
 from vmibridge.recording.replay.file_result import FileResult
 from vmibridge.recording.replay.ignore import IgnoreRule
 from vmibridge.recording.replay.options import ReplayOptions
-from vmibridge.recording.replay.served import needs_start, serve_recording, sessions_of, vms_asked
+from vmibridge.recording.replay.served import (
+    check_renamed,
+    needs_start,
+    serve_recording,
+    sessions_of,
+    vms_asked,
+)
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.selection import Selection
 from vmibridge.recording.unmatched import Unmatched
@@ -72,7 +80,9 @@ class ReplayRun:
         self._target = target
         self._breaks = list(breaks)
         self._with_pdb = with_pdb
-        self._printer = ReplayPrinter(as_json=as_json, several=len(paths) > 1)
+        # Standard output may be the recording.
+        out = sys.stderr if target == STDOUT else sys.stdout
+        self._printer = ReplayPrinter(as_json=as_json, several=len(paths) > 1, out=out)
         self._has_begun = False
         self._has_config = False
         self._files: dict[Path, Path] = {}
@@ -110,7 +120,7 @@ class ReplayRun:
             if made is not None and not made.parent.is_dir():
                 raise ConfigError(f"{made}: there is no folder {made.parent}")
         if self._target is not None:
-            if self._target.exists():
+            if self._target != STDOUT and self._target.exists():
                 raise ConfigError(f"{self._target}: already exists, and is not written over")
             verdict.accepted = Accepted(all_handlers=self._selection == _ALL)
         results = []
@@ -122,9 +132,14 @@ class ReplayRun:
                 results.append(self._run_file(path, sources, config, timeout, verdict))
             self._write_accepted(results, verdict)
             unmatched = self._unmatched(results)
+        self._printer.notes(
+            f"--break {each.text[:80]!r}: no handler was asked there"
+            for each in self._breaks
+            if not each.is_met and not verdict.is_over
+        )
         if junit is not None:
             with new_files([junit], replace=True) as (part,):
-                part.write_bytes(junit_report(results))
+                part.write_bytes(junit_report(results, accepts=verdict.accepted is not None))
         return self._printer.end(
             results,
             unmatched=unmatched,
@@ -137,8 +152,9 @@ class ReplayRun:
     def _write_accepted(self, results: Sequence[FileResult], verdict: Verdict) -> None:
         if verdict.accepted is not None and any(each.compared for each in results):
             source, target = self._files[self._paths[0]], self._target or Path()
-            write_accepted(source, target, verdict.accepted)
-            self._printer.accepted(verdict.accepted.count, target)
+            with output_file(target) as path:
+                write_accepted(source, path, verdict.accepted)
+            self._printer.accepted(verdict.accepted.count, target, renamed=bool(self._renamed))
 
     def _run_file(
         self,
@@ -152,6 +168,8 @@ class ReplayRun:
             sessions, start = _sessions_of(
                 self._files[path], with_start=needs_start(self._selection)
             )
+            if len(self._paths) == 1:
+                check_renamed(sessions, self._renamed)
             verdict.begin_file(start)
             # Before there is a loop, so that Ctrl-C ends a module that takes long. For each file
             # again: a module may keep something of the one before.

@@ -53,6 +53,7 @@ class _OutsideCalls:
         event, first = context.event, context.first_seq
         conductor = self._conductor
         call: OutsideCall | None = None
+        is_new = False
         try:
             if conductor is not None:
                 call = await conductor.outside(event, key, number)
@@ -68,7 +69,10 @@ class _OutsideCalls:
             await self._tell(event, first, call, is_new=is_new)
             raise
         except BaseException:  # it was cut off: the handler gets that
-            self._taps.outside_called(event, first, OutsideCall(key, number))
+            cut_off = OutsideCall(key, number)
+            if is_new and conductor is not None:
+                conductor.called_outside(event, cut_off)
+            self._taps.outside_called(event, first, cut_off)
             raise
         await self._tell(event, first, call, is_new=is_new)
         if call.data is None:

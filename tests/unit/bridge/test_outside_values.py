@@ -2,6 +2,7 @@
 
 import gc
 import math
+from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -35,6 +36,66 @@ class Asks(BridgeHandler[object]):
     async def handle(self, vmi, packet):
         got = await vmi.outside(self.key, self.function, **self.more)
         return BridgeResponse(1).with_output(got)
+
+
+class TestGivenValues:
+    """`drive(..., outside=)`."""
+
+    PACKET = BridgePacket(0x1234, 1, 0)
+
+    @staticmethod
+    async def never():
+        raise AssertionError("it must not be called")
+
+    @pytest.mark.parametrize("key", ["key", "\u00e4 \u202e"])
+    async def test_are_what_a_recording_would_give(self, key):
+        outcome = await drive(Asks(self.never, key), self.PACKET, outside={key: (1, b"2")})
+        assert outcome.output == [1, b"2"]
+        given = {key: Score(5, ("a",)), "further": 1}
+        outcome = await drive(Asks(self.never, key, type=Score), self.PACKET, outside=given)
+        assert outcome.output == Score(5, ("a",))
+
+    @pytest.mark.parametrize("error", [ConnectionResetError("gone"), ConnectionResetError])
+    async def test_an_exception_is_that_of_the_function(self, error):
+        class Catches(Asks):
+            async def handle(self, vmi, packet):
+                with pytest.raises(OutsideError) as caught:
+                    await super().handle(vmi, packet)
+                return BridgeResponse(1).with_output(caught.value.is_a("OSError"))
+
+        outcome = await drive(Catches(self.never), self.PACKET, outside={"key": error})
+        assert outcome.output is True
+
+    async def test_what_cannot_be_recorded_is_an_error_as_in_a_run(self):
+        outcome = await drive(Asks(self.never), self.PACKET, outside={"key": object()})
+        assert outcome.kind is OutcomeKind.FAILED
+        assert "its value cannot be recorded" in outcome.error
+
+    async def test_what_is_not_given_is_told_though_the_handler_catches_it(self):
+        class Catches(Asks):
+            async def handle(self, vmi, packet):
+                for self.key in ("one", "given", "two", "one"):
+                    with suppress(OutsideError):
+                        await super().handle(vmi, packet)
+                return BridgeResponse(1)
+
+        for kind in (Catches, Asks):
+            with pytest.raises(LookupError, match=r"asked vmi\.outside for 'one'") as caught:
+                await drive(kind(self.never, "one"), self.PACKET, outside={"given": 1})
+            assert str(caught.value).endswith(" and outside= gives 'given'")
+        with pytest.raises(LookupError, match=r"gives nothing$"):
+            await drive(Asks(self.never), self.PACKET, outside={})
+
+    @pytest.mark.parametrize(("key", "error"), [(5, TypeError), ("", ValueError)])
+    async def test_what_is_no_key_is_refused(self, key, error):
+        with pytest.raises(error):
+            await drive(Asks(self.never), self.PACKET, outside={key: 1})
+
+    async def test_without_them_functions_are_called(self):
+        async def one():
+            return 1
+
+        assert (await drive(Asks(one), self.PACKET)).output == 1
 
 
 class Hears(Tap):

@@ -14,6 +14,7 @@ from vmibridge import (
     GuestMemoryError,
     method,
 )
+from vmibridge.aio.clock import VirtualTime, virtual_loop
 from vmibridge.testing import FakeGuest
 
 pytestmark = pytest.mark.anyio
@@ -83,7 +84,14 @@ class TestWhichRetry:
         assert told == [Gate.WAIT, 105]
         assert slow.runs == [5]
 
-    async def test_requests_alike_of_two_vcpus_are_two_requests(self):
+
+class TestRequestsAlike:
+    @pytest.fixture(params=["asyncio", "trio"])
+    def anyio_backend(self, request):
+        """Time passes when nothing is left to do: both have come before one is told to wait."""
+        return virtual_loop(request.param, VirtualTime())
+
+    async def test_of_two_vcpus_at_a_time_are_two_requests(self):
         slow = Slow()
         results = []
 

@@ -2,21 +2,25 @@
 
 Each file in `golden/` is named by its version: the recording of `recorded_session.record`, and
 beside it what was read from it then, a message a line. A later version may know more of a message,
-and finds the rest as it was.
+and finds the rest as it was. Those with `-outside` have the calls of `recorded_session.Outer`, too.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import anyio
 import msgspec
 import pytest
+from recorded_session import STEER, Outer
 
 from vmibridge.cli import main
-from vmibridge.recording import RecordingReader, recorded_traps
+from vmibridge.recording import RecordingReader, Replay, recorded_traps
+from vmibridge.recording.messages import OUTSIDE
 from vmibridge.recording.replay.backend import ReplayBackend
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.mcap"))
+OUTSIDE_GOLDEN = Path(__file__).parent / "golden" / "unreleased-3-outside.mcap"
 
 every_version = pytest.mark.parametrize("recording", GOLDEN, ids=lambda path: path.stem)
 
@@ -45,6 +49,40 @@ def test_its_messages_are_read_as_they_were(recording):
     for (time, message), line in zip(messages, lines, strict=True):
         found = {"time": time, "kind": type(message).__name__, "message": message}
         assert has(json.loads(msgspec.json.encode(found)), json.loads(line))
+
+
+def test_what_came_from_outside_is_there_in_each_of_its_forms():
+    with RecordingReader(OUTSIDE_GOLDEN) as reader:
+        calls = [each.message for each in reader.messages(OUTSIDE)]
+    assert {(each.key, each.number) for each in calls} == {
+        ("number", 0),
+        ("number", 1),
+        ("later", 0),
+        ("fail", 0),
+        ("never", 0),
+    }
+    forms = {(each.key, each.data is None, each.error, each.at_once) for each in calls}
+    assert forms == {
+        ("number", False, None, True),
+        ("later", False, None, False),
+        ("fail", True, STEER, True),
+        ("never", True, None, False),
+    }
+    assert all(each.is_cut_off == (each.key == "never") for each in calls)
+
+
+@pytest.mark.anyio
+async def test_what_came_from_outside_is_replayed():
+    released = anyio.Event()
+    released.set()
+
+    def make(vm):
+        return Outer(released)
+
+    async with Replay(OUTSIDE_GOLDEN, make, methods="add", no_outside=True) as replay:
+        result = await replay.run()
+        assert (result.different, result.unchecked) == (0, {})
+        assert result.compared == 5, replay.report()
 
 
 @every_version

@@ -7,13 +7,13 @@ from functools import partial
 import anyio
 import msgspec
 import pytest
-from determinism_parts import ask, loop_of, record, replay
+from determinism_parts import ask, call, loop_of, record, replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
 from outside_parts import LAST, CutOff, Outer, guest_of, random_guest
 
-from vmibridge import Bridge, BridgeResponse, BridgeServer, method
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, method
 from vmibridge.errors import OutsideError
 from vmibridge.recording import NewRecording
 from vmibridge.recording.file.reader import RecordingReader
@@ -21,6 +21,7 @@ from vmibridge.recording.messages import OUTSIDE, Outside
 from vmibridge.recording.recorder import Recorder
 from vmibridge.recording.replay.accept import Accepted, write_accepted
 from vmibridge.recording.replay.backend import ReplayBackend
+from vmibridge.recording.replay.ignore import IgnoreRule
 from vmibridge.recording.replay.options import ReplayOptions, replay_settings
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.testing import FakeGuest
@@ -184,8 +185,24 @@ class TestAChangedHandler:
         path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 5), ask(2, 6), ask(1, 7)))
         handler = OtherKey()
         result = replayed(path, handler)
-        assert (result.compared, result.different, result.outside) == (3, 0, {"another": 2})
+        assert (result.compared, result.different, result.outside) == (3, 2, {"another": 2})
         assert handler.fetched == 2
+        (field,) = result.first.fields
+        assert field.expected == "'one': in the recording, and not called"
+        assert field.got == "'another': it is not in the recording, and was called"
+
+    def test_that_makes_further_calls_is_the_same_but_in_a_strict_replay(self, tmp_path):
+        class More(Outer):
+            @method(1)
+            async def waits(self, vmi, packet):
+                got = await vmi.outside("one", lambda: self.fetch(0))
+                await vmi.outside("more", lambda: self.fetch(0))
+                return self.answer(got)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 5)))
+        result = replayed(path, More())
+        assert (result.different, result.outside) == (0, {"more": 1})
+        assert replayed(path, More(), strict=True).different == 1
 
     def test_is_refused_that_where_nothing_is_to_be_called(self, tmp_path):
         path = recorded(tmp_path / "run.mcap", guest_of(ask(2, 6), ask(1, 5)))
@@ -223,17 +240,53 @@ class TestAChangedHandler:
         assert "'one': in the recording" in result.first.fields[0].expected
 
     @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-    def test_that_does_not_call_any_more_is_the_same_but_in_a_strict_replay(self, tmp_path, loop):
+    def test_that_does_not_call_any_more_differs_whatever_it_answers(self, tmp_path, loop):
         class Knows(Outer):
             @method(8)
             async def among_steps(self, vmi, packet):
                 return self.answer(1, 2, 3)
 
         path = recorded(tmp_path / "run.mcap", guest_of(ask(8, 5), ask(1, 2)))
-        assert_same(replayed(path, Knows(), loop))
-        result = replayed(path, Knows(), loop, strict=True)
-        assert result.different == 1
-        assert {each.field for each in result.first.fields} >= {"outside"}
+        for strict in (False, True):
+            result = replayed(path, Knows(), loop, strict=strict)
+            assert (result.compared, result.different, result.first.seq) == (2, 1, 1)
+            field = result.first.fields[0]
+            assert (field.field, field.got) == ("outside", "no call")
+            assert field.expected == "'step' (3 times): in the recording, and not called"
+
+    @pytest.mark.parametrize("loop", ["asyncio", "trio"])
+    def test_that_calls_less_often_differs(self, tmp_path, loop):
+        class Once(Outer):
+            @method(8)
+            async def among_steps(self, vmi, packet):
+                one = await vmi.outside("step", lambda: self.fetch(1))
+                return self.answer(one, 2, 3)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(8, 5)))
+        (field,) = replayed(path, Once(), loop).first.fields
+        assert field.expected == "'step' (2 times): in the recording, and not called"
+
+    def test_that_leaves_out_what_was_cut_off_then_differs(self, tmp_path):
+        class Sleeps(CutOff):
+            @method(7)
+            async def no_longer_than(self, vmi, packet):
+                with anyio.move_on_after(packet.value1 / 1e3) as scope:
+                    await anyio.sleep(60)
+                return self.answer(scope.cancelled_caught)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(7, 9, 1)))
+        assert [each.is_cut_off for each in calls_of(path)] == [True]
+        assert [each.field for each in replayed(path, Sleeps()).first.fields] == ["outside"]
+
+    def test_rules_may_leave_that_out(self, tmp_path):
+        class Knows(Outer):
+            @method(1)
+            async def waits(self, vmi, packet):
+                return self.answer(packet.value1)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 5)))
+        result = replayed(path, Knows(), verdict=Verdict(ignore=[IgnoreRule.parse("outside")]))
+        assert (result.different, result.ignored) == (0, 1)
 
     def test_that_calls_oftener_is_called_for_the_further_calls(self, tmp_path):
         class Twice(Outer):
@@ -309,7 +362,70 @@ class TestTheRecording:
             assert result.compared + sum(result.unchecked.values()) == 2
 
 
+class OtherKeys(BridgeHandler[object]):
+    """A handler that asks for the same by other keys."""
+
+    MAGIC, REQUEST, name = Outer.MAGIC, Outer.REQUEST, "outer"
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    async def handle(self, vmi, packet):
+        return await self.handler.handle(WithOtherKeys(vmi), packet)
+
+
+class WithOtherKeys:
+    """A context, but for `outside`."""
+
+    def __init__(self, vmi):
+        self.vmi = vmi
+        self.memory = vmi.memory
+
+    async def outside(self, key, function):
+        return await self.vmi.outside(f"new {key}", function)
+
+
 class TestAnAcceptedRecording:
+    @pytest.mark.parametrize("loop", ["asyncio", "trio"])
+    def test_has_new_calls_where_they_came_to_something(self, tmp_path, loop):
+        """One is slow, and others count meanwhile; one is cut off."""
+
+        async def guest(vm):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(call, vm, ask(1, 20), 0)
+                tasks.start_soon(call, vm, ask(7, 9, 1), 1)
+                for _ in range(4):
+                    await anyio.sleep(0.004)
+                    await call(vm, ask(2), 2)
+
+        path, target = tmp_path / "run.mcap", tmp_path / "new.mcap"
+        recorded(path, guest, virtual=True)
+        verdict = Verdict()
+        verdict.accepted = Accepted()
+        assert replayed(path, OtherKeys(Outer()), loop, verdict=verdict).different == 6
+        write_accepted(path, target, verdict.accepted)
+        assert [each.key for each in calls_of(target)].index("new one") < 5
+        assert [each.key for each in calls_of(target) if each.is_cut_off] == ["new timed"]
+        for other in ("asyncio", "trio"):
+            assert_same(replayed(target, OtherKeys(CutOff()), other, outside="refuse"))
+
+    def test_of_a_handler_that_does_not_call_any_more_has_no_calls(self, tmp_path):
+        class Knows(Outer):
+            @method(8)
+            async def among_steps(self, vmi, packet):
+                await anyio.sleep(packet.value1 / 1e3)
+                return self.answer(1, 2, 3)
+
+        path = recorded(tmp_path / "run.mcap", guest_of(ask(1, 2), ask(8, 4), ask(2, 1)))
+        target = tmp_path / "new.mcap"
+        verdict = Verdict()
+        verdict.accepted = Accepted()
+        assert replayed(path, Knows(), verdict=verdict).different == 1
+        write_accepted(path, target, verdict.accepted)
+        assert [(each.seq, each.key) for each in calls_of(target)] == [(1, "one"), (3, "one")]
+        for loop in ("asyncio", "trio"):
+            assert_same(replayed(target, Knows(), loop, outside="refuse", strict=True))
+
     def test_has_the_calls_of_now(self, tmp_path):
         class Other(Outer):
             @method(8)
@@ -333,8 +449,8 @@ class TestAnAcceptedRecording:
         write_accepted(path, target, verdict.accepted)
         assert [(each.key, each.number) for each in calls_of(target)] == [
             ("one", 0),
-            ("new", 0),
             ("step", 0),
+            ("new", 0),
         ]
         for loop in ("asyncio", "trio"):
             assert_same(replayed(target, OtherCutOff(), loop, outside="refuse"))

@@ -14,6 +14,7 @@ from vmibridge import (
     Bridge,
     BridgeResponse,
     BridgeServer,
+    Gate,
     Policy,
     Quota,
     Rate,
@@ -23,6 +24,8 @@ from vmibridge import (
 from vmibridge.backends import open_backend
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import BackendError, BackendSpecError, RecordingReadError
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.messages import TRAP
 from vmibridge.recording.recorder import Recorder
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.options import ReplayOptions, replay_settings
@@ -72,6 +75,25 @@ class TestWhatCannotBeCompared:
         assert probe.asked == []
         assert (result.compared, result.different) == (1, 0)
         assert result.unchecked == {"value1 was left out of the recording": 1}
+
+    def test_a_request_of_which_a_value_was_left_out_is_counted_once_with_its_retries(self, path):
+        async def guest(vm):
+            for _ in range(2):
+                while (await vm.call(ask(5, 7))).rax == Gate.WAIT:
+                    await anyio.sleep(0.01)
+
+        class Slow(Probe):
+            name = "probe"
+
+            @method(5, soft_timeout=0.02)
+            async def slow(self, vmi, packet):
+                await anyio.sleep(0.1)
+                return BridgeResponse(5)
+
+        record(path, guest, bridge=Bridge(Slow()), redact=["0x0001:value2"])
+        with RecordingReader(path) as reader:
+            assert sum(1 for _ in reader.messages(TRAP)) > 3
+        assert replay(path, Slow()).unchecked == {"value2 was left out of the recording": 2}
 
     def test_a_request_that_reads_memory_that_was_left_out(self, path):
         async def guest(vm):

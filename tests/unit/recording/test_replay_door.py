@@ -96,7 +96,7 @@ class TestRun:
 
     async def test_nothing_compared_is_an_error(self, path):
         async with Replay(path, Probe, Shared, requests=0x55) as replay:
-            with pytest.raises(NotReplayedError, match="no request could be compared"):
+            with pytest.raises(NotReplayedError, match="no trap matches request 0x0055; there"):
                 await replay.run()
         with pytest.raises(NotReplayedError, match="no request was compared"):
             async with Replay(path, Probe, Shared):
@@ -312,7 +312,7 @@ class TestSeveralVms:
             assert replay.result.compared == TRAPS
 
     async def test_an_instance_is_for_one(self, merged):
-        with pytest.raises(ValueError, match="would serve several VMs"):
+        with pytest.raises(ConfigError, match="would serve several VMs"):
             async with Replay(merged, Probe(), Shared):
                 raise AssertionError("not entered")
 
@@ -327,9 +327,25 @@ class TestSeveralVms:
             assert sorted(made) == ["a", "b"]
             assert (await replay.run()).different == 0
 
+    async def test_a_class_that_is_shared_is_made_once(self, merged):
+        made = []
+
+        class Counted(Shared):
+            name = "shared"
+            shared = True
+
+            def __init__(self):
+                super().__init__()
+                made.append(self)
+
+        async with Replay(merged, Probe, Counted) as replay:
+            await replay.run()
+            assert replay.handler(Counted, "a") is replay.handler(Counted, "b") is made[0]
+        assert len(made) == 1
+
     async def test_several_replays_at_a_time(self, merged, path):
         async with Replay(merged, Probe, Shared) as one, Replay(path, Probe, Shared) as other:
-            await one.until(3)
+            await one.until(3, vm="a")
             await other.until(5)
             assert (await one.run()).compared == 2 * TRAPS
             assert (await other.run()).compared == TRAPS
@@ -382,7 +398,7 @@ class TestWhatIsWrong:
             (Replay(bad, Probe), RecordingReadError),
             (Replay(tmp_path / "none.mcap", Probe), RecordingReadError),
             (Replay(path, Probe, vms="web"), BackendSpecError),
-            (Replay(path, Probe, timeout=-1.0), ValueError),
+            (Replay(path, Probe, rename={"web": "b"}), ConfigError),
             (Replay(path, lambda _: 1 / 0), ZeroDivisionError),
             (Replay(path, Unwilling), HandlerLifeError),
         ):

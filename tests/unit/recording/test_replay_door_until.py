@@ -62,11 +62,21 @@ async def test_what_was_played_is_told_and_nothing_is_played(path):
 
 async def test_each_vm_has_numbers_of_its_own(merged):
     async with Replay(merged, Probe, Shared, rename={"b": "web"}) as replay:
-        assert {(await replay.until(1)).vm, (await replay.until(1)).vm} == {"a", "web"}
-        for vm in (None, "a", "web"):
+        with pytest.raises(ValueError, match=r"^trap 1: each VM has one; say .* of a, web$"):
+            await replay.until(1)
+        assert replay.result.compared == 0
+        assert {(await replay.until(1, vm=vm)).vm for vm in ("a", "web")} == {"a", "web"}
+        for vm in ("a", "web"):
             with pytest.raises(ValueError, match="trap 1 has been played already"):
                 await replay.until(1, vm=vm)
         assert (await replay.until(2, vm="web")).vm == "web"
+
+
+async def test_a_number_is_of_the_one_vm_that_is_compared(merged):
+    async with Replay(merged, Probe, Shared, vms="b", rename={"b": "web"}) as replay:
+        assert (await replay.until(1)).vm == "web"
+        with pytest.raises(NotReplayedError, match=r"is waited for: trap 999, vm 'web'$"):
+            await replay.until(999)
 
 
 async def test_what_never_came_is_named(path):

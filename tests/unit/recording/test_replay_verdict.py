@@ -1,5 +1,8 @@
 """What of a replay is compared, what is ignored, and what was found in all."""
 
+from functools import partial
+
+import anyio
 import pytest
 from replay_parts import IDS, LOOPS, Probe, Shared, ask, everything, record, replay
 
@@ -193,3 +196,52 @@ def test_findings_have_the_cause_in_front_whatever_its_name(tmp_path):
     assert found[0].field == "outcome"
     assert {each.handler for each in found[-3:]} == {"shared"}
     assert sum(each.count for each in found if each.field == "outcome") == result.different
+
+
+def test_a_finding_counts_requests_and_not_their_accesses(tmp_path):
+    class Backwards(Probe):
+        name = "probe"
+
+        @method(2)
+        async def copy(self, vmi, packet):
+            await vmi.memory.write(0x3000, b"something else")
+            return BridgeResponse()
+
+    async def guest(vm):
+        for _ in range(3):
+            await vm.call(ask(2))
+
+    path = tmp_path / "run.mcap"
+    record(path, guest, bridge=Bridge(Probe()))
+    verdict, _ = judged(path, Backwards())
+    writes = [each for each in verdict.findings.all() if each.field == "write"]
+    assert [each.count for each in writes] == [3]
+
+
+def test_the_first_difference_is_that_of_the_request_that_came_first(tmp_path):
+    """Though it was answered last."""
+
+    class Slow(Probe):
+        name = "probe"
+        more = 0
+
+        @method(1)
+        async def add(self, vmi, packet):
+            await anyio.sleep(packet.value1 / 1e3)
+            return BridgeResponse(value1=1 + self.more)
+
+    class Other(Slow):
+        name = "probe"
+        more = 1
+
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            for vcpu, pause in enumerate((30, 1)):
+                tasks.start_soon(partial(vm.call, ask(1, pause), vcpu=vcpu))
+                await anyio.sleep(0.005)
+
+    path = tmp_path / "run.mcap"
+    record(path, guest, bridge=Bridge(Slow()))
+    verdict, result = judged(path, Other())
+    assert (result.different, result.first.seq) == (2, 1)
+    assert verdict.findings.all()[0].seq == 1

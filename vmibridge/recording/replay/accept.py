@@ -8,8 +8,9 @@ What is not replayed, not compared or not different is copied, with its times. O
 is accepted
 
 - the final reply is the new one, in the place and at the time of the recorded one;
-- the memory accesses are the new ones, right behind its first trap; so are calls of `vmi.outside`
-  that are not in the recording, while those that are stay where they were, if they were made;
+- the memory accesses are the new ones, right behind its first trap;
+- calls of `vmi.outside` that are not in the recording are where their functions had come to
+  something, those that are stay where they were, if they were made;
 - nothing is left where it ran natively now: no recording has such traps.
 
 So what was accepted replays without a difference, and to accept it again changes nothing.
@@ -17,7 +18,9 @@ So what was accepted replays without a difference, and to accept it again change
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from heapq import heapify, heappop, heappush
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from stat import S_IMODE
 
@@ -38,6 +41,7 @@ from vmibridge.recording.messages import (
     RecordedMessage,
     Reply,
     Session,
+    Step,
 )
 from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.compare import reply_of
@@ -59,8 +63,9 @@ class _Request(msgspec.Struct):
     reply: Reply | None
     """`None`: it ran natively."""
     accesses: list[MemoryAccess]
-    outside: list[Outside]
-    """Calls of `vmi.outside` that are not in the recording."""
+    outside: list[tuple[int, Outside]]
+    """Calls of `vmi.outside` that are not in the recording, and the times of their places in it; 0:
+    with its trap."""
     made: set[tuple[str, int]]
     """Those that are, by key and number."""
 
@@ -103,7 +108,7 @@ class Accepted:
                 (first, *request.seqs),
                 now,
                 [msgspec.structs.replace(each, vm=vm, seq=first) for each in accesses],
-                [msgspec.structs.replace(each, vm=vm) for each in request.outside.others],
+                [(at, msgspec.structs.replace(each, vm=vm)) for at, each in request.outside.others],
                 request.outside.made,
             )
         )
@@ -172,7 +177,9 @@ def _accept(
 ) -> Iterator[tuple[int, RecordedMessage]]:
     redactions: dict[str, Redaction] = {}
     changes: dict[str, Counter[str]] = {}
+    calls = _LaterCalls()
     for time, message in messages:
+        yield from calls.due(time, message)
         if isinstance(message, Session):
             redactions.setdefault(message.vm, Redaction(message.redaction))
             yield time, accepted.session(message)
@@ -208,6 +215,9 @@ def _accept(
                 hidden = _hidden(redactions.get(message.vm), now)
                 for each in _done_now(request, hidden):
                     yield time, each
+                for at, call in request.outside:
+                    calls.add(max(at, time), call.without_content() if hidden else call)
+                yield from calls.due(time)
 
 
 def _is_kept(message: RecordedMessage, request: _Request) -> bool:
@@ -217,11 +227,49 @@ def _is_kept(message: RecordedMessage, request: _Request) -> bool:
     return not isinstance(message, MemoryAccess)
 
 
-def _done_now(request: _Request, hidden: frozenset[str]) -> Iterator[MemoryAccess | Outside]:
+class _LaterCalls:
+    """New calls of `vmi.outside`, whose places are behind that of their trap."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[int, int, Outside]] = []
+        self._count = 0
+
+    def add(self, time: int, call: Outside) -> None:
+        """One more."""
+        self._count += 1
+        heappush(self._calls, (time, self._count, call))
+
+    def due(
+        self, time: int, message: RecordedMessage | None = None
+    ) -> Iterator[tuple[int, Outside]]:
+        """Those whose place is before this message: by their time, and at the latest before the
+        handler of their request has ended."""
+        while self._calls and self._calls[0][0] <= time:
+            yield time, heappop(self._calls)[2]
+        first = _ended_by(message) if self._calls and message is not None else None
+        of_it = [] if first is None else [each for each in self._calls if _is_of(each[2], *first)]
+        if of_it:
+            self._calls = [each for each in self._calls if each not in of_it]
+            heapify(self._calls)
+            yield from ((time, call) for _, _, call in sorted(of_it, key=itemgetter(0, 1)))
+
+
+def _ended_by(message: RecordedMessage) -> tuple[str, int] | None:
+    """The VM and the first trap of the request whose handler has ended; `None`: of none."""
+    if isinstance(message, Step) and message.kind in ("ended", "cut off"):
+        return message.vm, message.seq
+    if isinstance(message, Reply) and message.kind is not OutcomeKind.WAITING:
+        return message.vm, message.seq if message.retry_of is None else message.retry_of
+    return None
+
+
+def _is_of(call: Outside, vm: str, first: int) -> bool:
+    return (call.vm, call.seq) == (vm, first)
+
+
+def _done_now(request: _Request, hidden: frozenset[str]) -> Iterator[MemoryAccess]:
     for access in request.accesses:
         yield msgspec.structs.replace(access, data=None) if "memory" in hidden else access
-    for call in request.outside:
-        yield call.without_content() if hidden else call
 
 
 def _hidden(redaction: Redaction | None, reply: Reply) -> frozenset[str]:

@@ -13,7 +13,8 @@ from vmibridge.text import repr_of, type_name
 __all__ = ["Asked", "check_asked", "make_bridge", "may_share"]
 
 Asked: TypeAlias = Target | type[BridgeHandler[Any]] | Callable[[str], Target]
-"""An instance, a class, or a function that makes one for the VM that it is given the name of."""
+"""An instance, a class, of which each VM gets an instance unless it says `shared`, or a function
+that makes one for the VM that it is given the name of."""
 
 
 def check_asked(handlers: Iterable[object]) -> None:
@@ -40,14 +41,26 @@ def check_asked(handlers: Iterable[object]) -> None:
             continue
 
 
-def make_bridge(handlers: Iterable[Asked], vm: str) -> Bridge:
-    """That of one VM. Raises what making a handler raises."""
-    return Bridge(*(_made(each, vm) for each in handlers))
+def make_bridge(
+    handlers: Iterable[Asked], vm: str, shared: dict[type[BridgeHandler[Any]], Target]
+) -> Bridge:
+    """That of one VM. `shared` has those of the VMs before that serve this one, too, as their
+    classes say. Raises what making a handler raises."""
+    return Bridge(*(_made_once(each, vm, shared) for each in handlers))
 
 
 def may_share(handlers: Iterable[Asked]) -> bool:
     """Whether one of them may serve several VMs; what a function makes is not known before."""
     return any(getattr(_kind_of(each), "shared", True) for each in handlers)
+
+
+def _made_once(asked: Asked, vm: str, shared: dict[type[BridgeHandler[Any]], Target]) -> Target:
+    kind = _kind_of(asked) if isinstance(asked, type) else None
+    if kind is None or not kind.shared:
+        return _made(asked, vm)
+    if kind not in shared:
+        shared[kind] = _made(asked, vm)
+    return shared[kind]
 
 
 def _made(asked: Asked, vm: str) -> Target:

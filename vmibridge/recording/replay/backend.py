@@ -12,9 +12,8 @@ Rules:
 - Deadlines pass when they passed then; another one when the walk has been stuck for a while.
 - A request that was told to wait then, and is answered at once now, is done, without its retries.
   One that is told to wait now asks again, with the recorded ones.
-- Left out are later runs of a VM, as when files were put together: each had handlers of its own;
-  requests that began in another file; traps that the policy denied then; and those whose values
-  are not in the recording.
+- Left out are later runs of a VM, which had handlers of their own; requests that began in another
+  file; traps that the policy denied then; and those whose values are not in the recording.
 
 What is held is bounded (`memory`), and not by the file.
 """
@@ -38,6 +37,7 @@ from vmibridge.recording.replay import options as reasons
 from vmibridge.recording.replay.carried import CarriedTraps
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.memory import ReplayedMemory
+from vmibridge.recording.replay.not_asked import NotAsked
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.order import RecordedOrder
 from vmibridge.recording.replay.request import MADE, ReplayedRequest
@@ -84,6 +84,7 @@ class ReplayBackend(Backend, Tap):
         self._has_server = False
         self._open: dict[int, ReplayedRequest] = {}
         self._unanswered: dict[int, TrapEvent] = {}
+        self._not_asked = NotAsked()
         self._busy: dict[int, deque[TrapEvent]] = {}
         self._vcpus: set[int] = set()
         self._stopped = False
@@ -117,7 +118,7 @@ class ReplayBackend(Backend, Tap):
             self.architecture = architecture_of(self.session)
             self._wait = self.session.settings.wait.value1
             self.conductor.begin(self.session)
-        self._tally.begin(self._name, self.session, self.stop)
+        self._tally.begin(self._name, self.session, self.stop, self._open.values)
 
     @property
     def reader(self) -> RecordingReader:
@@ -245,26 +246,25 @@ class ReplayBackend(Backend, Tap):
             return True
         if event.vm != self.vm:
             event = msgspec.structs.replace(event, vm=self.vm)
-        about = after if getattr(after, "seq", None) == event.seq else None
-        if isinstance(about, Note) and about.vm == self._name:
+        about = self._tally.next_of(event, after)
+        if isinstance(about, Note):
             if about.retry_of in self._open:
                 self._walk_retry(self._open[about.retry_of], event)
-            else:
+            elif about.retry_of not in self._not_asked:
                 # What it did before is in another file, or lost.
                 self._tally.leave_unchecked(reasons.BEFORE, event, time)
+                self._not_asked.add(about.retry_of or event.seq)
             return True
         if (why := self._tally.why_not(event, about)) is not None:
             denial = about if isinstance(about, Reply) else None
             self._tally.leave_unchecked(why, event, time, denial)
+            self._not_asked.add(event.seq)
             return True
         request = ReplayedRequest(event, time, strict=self.options.strict, keep=self._tally.keeps)
         self._open[event.seq] = request
-        request.queued = (
-            isinstance(about, Step) and about.kind == "queued" and about.vm == self._name
-        )
+        request.queued = isinstance(about, Step) and about.kind == "queued"
         if (
             isinstance(about, Reply)
-            and about.vm == self._name
             and about.kind not in _DEADLINES
             and self.options.order == "recorded"
         ):
@@ -329,6 +329,7 @@ class ReplayBackend(Backend, Tap):
     def _walk_reply(self, time: int, reply: Reply) -> bool:
         request = None if self._is_later else self._open.get(reply.seq)
         if request is None:
+            self._not_asked.hear(reply)
             return True
         is_owed = reply.seq in self._unanswered and self.conductor.engine is not None
         if is_owed and not self._walk_deadline(time, request, reply):

@@ -10,46 +10,45 @@ It replays as `vmibridge replay` does, on virtual time: on an event loop of its 
 (`own_loop`), whatever the loop of the test is.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack
+from typing import Any, Self, TypeAlias, TypeVar, Unpack
 
 import anyio
 import anyio.lowlevel
 import msgspec
 from sniffio import current_async_library
 
-from vmibridge.bridge.dispatch import Bridge
+from vmibridge.bridge.dispatch import Bridge, Target
 from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError, NotReplayedError, ServerStateError
 from vmibridge.recording.file.reader import RecordingReader
-from vmibridge.recording.replay.accept import Accepted, write_accepted
+from vmibridge.recording.replay.accept import write_accepted
 from vmibridge.recording.replay.asked import Asked, check_asked, make_bridge, may_share
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.file_result import FileResult, result_lines
-from vmibridge.recording.replay.ignore import IgnoreRule
-from vmibridge.recording.replay.options import ReplayOptions, ReplayResult, SettingChanges
+from vmibridge.recording.replay.keywords import Keywords, Order, check_settings
+from vmibridge.recording.replay.options import ReplayResult, SettingChanges
 from vmibridge.recording.replay.own_loop import LoopName, OwnLoop
 from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.served import (
     ServedRecording,
+    check_renamed,
     needs_start,
     serve_recording,
     sessions_of,
     vms_asked,
 )
 from vmibridge.recording.replay.sought import Played, Sought, What
-from vmibridge.recording.replay.verdict import Verdict
-from vmibridge.recording.selection import Selection
+from vmibridge.recording.unmatched import Unmatched
 from vmibridge.text import printable
 
 __all__ = ["Replay"]
 
-_ALL = Selection()
 _MAX_DIFFERENCES = 1000
 """That are kept."""
 
@@ -62,11 +61,12 @@ Codes: TypeAlias = int | str | Iterable[int | str]
 class Replay:
     """A recording, whose requests handlers are asked again.
 
-    `handlers` are instances; classes, of which each VM gets an instance of its own, made without
-    arguments, or with their `Settings` where all of these have defaults; and functions that make
-    something for the VM that they are given the name of. Instances serve several VMs only if they
-    say `shared`. They run in another thread and on another loop than the test: what they take of
-    the test must not be bound to its loop, such as a connection that is open.
+    `handlers` are instances; classes, of which each VM gets an instance of its own, or all get one
+    if they say `shared`, made without arguments, or with their `Settings` where all of these have
+    defaults; and functions that make something for the VM that they are given the name of.
+    Instances serve several VMs only if they say `shared`. They run in another thread and on another
+    loop than the test: what they take of the test must not be bound to its loop, such as a
+    connection that is open.
 
     What is compared, as of `vmibridge replay`; what is given for different keywords is an and:
 
@@ -76,21 +76,22 @@ class Replay:
     - `since`, `until`: seconds since the first trap, or ISO 8601
 
     `ignore`: rules of what does not count, as `output.id`. `strict`: the order of memory accesses
-    counts, too. `speed`: 1: as fast as it was; 0: without waiting. `order`: what a trap waits for,
-    as `ReplayOptions` says. `rename`: from the recorded name of a VM to that of now. `accept`: what
-    differs is accepted, see `accept()`; then it does not count as a difference. `loop`: asyncio or
-    trio; by default the one that the test runs on. Further keywords are fields of `ServerSettings`,
-    in place of the recorded ones.
+    counts, too. `no_outside`: `vmi.outside` calls nothing that is not recorded. `speed`: 1: as fast
+    as it was; 0: without waiting. `order`: what a trap waits for, as `ReplayOptions` says.
+    `rename`: from the recorded name of a VM to that of now. `accept`: what differs is accepted, see
+    `accept()`; then it does not count as a difference. `loop`: asyncio or trio; by default the one
+    that the test runs on. Further keywords are fields of `ServerSettings`, in place of the recorded
+    ones.
 
     Enter it once: that opens the file and makes the handlers. Leaving it ends the replay, wherever
     it is, and waits for the end; handlers are cancelled then, and left. Where the block raises
     nothing, leaving raises `NotReplayedError` when nothing was compared.
 
-    Raises `ConfigError` for values that are none, and for a class or a function that cannot be
-    called so. Entering raises `ConfigError` for a function that makes no handler,
-    `RecordingReadError` for a file that is no recording, `BackendSpecError` for a VM that is not in
-    it, `ValueError` for a setting that is out of bounds and for an instance that would serve two
-    VMs, and what making a handler raises.
+    Raises `ConfigError` for values that are none, settings that are out of bounds, and for a class
+    or a function that cannot be called so; `TypeError` for another keyword. Entering raises
+    `ConfigError` for a function that makes no handler, an instance that would serve two VMs, and a
+    VM to rename that is not in the recording; `RecordingReadError` for a file that is no recording,
+    `BackendSpecError` for a VM that is not in it, and what making a handler raises.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class Replay:
         until: float | str | None = None,
         ignore: Names = (),
         strict: bool = False,
+        no_outside: bool = False,
         speed: float = 0.0,
-        order: Literal["recorded", "vcpu"] = "recorded",
+        order: Order = "recorded",
         rename: Mapping[str, str] | None = None,
         accept: bool = False,
         loop: LoopName | None = None,
@@ -122,30 +124,45 @@ class Replay:
         if not handlers:
             raise ConfigError("a replay has at least one handler to ask")
         check_asked(handlers)
-        self.path: Path = Path(path)
-        self._handlers = handlers
-        self._selection = Selection.parse(
-            requests=map(str, _several(requests)),
-            methods=map(str, _several(methods)),
-            outcomes=_several(outcomes),
-            vms=_several(vms),
-            vcpus=_several(vcpus),
-            since=None if since is None else str(since),
-            until=None if until is None else str(until),
+        asked = Keywords.checked(
+            requests=requests,
+            methods=methods,
+            outcomes=outcomes,
+            vms=vms,
+            vcpus=vcpus,
             first=first,
             last=last,
+            since=since,
+            until=until,
+            ignore=ignore,
+            strict=strict,
+            no_outside=no_outside,
+            speed=speed,
+            order=order,
+            rename=rename,
+            accept=accept,
+            loop=loop,
         )
-        self._verdict = Verdict(self._selection, map(IgnoreRule.parse, _several(ignore)))
-        if accept:
-            self._verdict.accepted = Accepted(all_handlers=self._selection == _ALL)
-        self._options = ReplayOptions(speed, order, None, strict)
+        check_settings(settings)
+        self.path: Path = Path(path)
+        self._handlers = handlers
+        self._selection = asked.selection()
+        self._verdict = asked.verdict(self._selection)
+        self._options = asked.options()
         self._renamed = dict(rename or {})
+        self._recorded = {new: old for old, new in self._renamed.items()}
         self._settings = settings
+        self._shared: dict[type[BridgeHandler[Any]], Target] = {}
         self._loop = loop
         self._served: ServedRecording | None = None
         self._differences: list[Difference] = []
         self._notes: list[str] = []
         self._played = Played()
+        self.compared: Played = Played()
+        """With `accept`, the requests that were compared, by their recorded VMs and numbers."""
+        self.changed: Played = Played()
+        """With `accept`, those of them whose answers of now are accepted."""
+        self._nothing = "no request could be compared"
         self._has_failed = False
         self._own: OwnLoop | None = None
 
@@ -234,18 +251,19 @@ class Replay:
         """Play to the first request for which all of this is true, and stand still behind its
         answer. Nothing of the replay goes on then, nor does its time, until it is played on.
 
-        `what`: the number of a trap of it, or a function. `handler`: its class or its name.
-        `method`: its code or its name. Requests are done in the order of their answers.
+        `what`: the number of a trap of it, or a function; each VM has numbers of its own, so where
+        there are several a number needs `vm`, too. `handler`: its class or its name. `method`: its
+        code or its name. Requests are done in the order of their answers.
 
         Raises `NotReplayedError` when the recording ends before; `ValueError` for a trap that has
-        been played already, in each of the VMs: then nothing is played; `TypeError` and
+        been played already, and for one of several VMs: then nothing is played; `TypeError` and
         `ValueError` for what is no number, name or class; what the function raises, and as `run`
         does. If cancelled, ends the replay.
         """
         sought = Sought.of(what, vm, vcpu, handler, request, method)
         if isinstance(what, int):
-            vms = self._is_served().bridges if vm is None else (vm,)
-            if self._played.has(what, vms):
+            sought = sought.of_one(self._vms())
+            if self._played.has(what, sought.vm):
                 raise ValueError(f"{self.path}: trap {what} has been played already")
         found = await self._play(sought.is_in)
         if found is None:
@@ -328,7 +346,7 @@ class Replay:
         self._raise_error()
         if not self._file_result().compared:
             self._has_failed = True
-            raise NotReplayedError(f"{self.path}: no request could be compared")
+            raise NotReplayedError(f"{self.path}: {self._nothing}")
         return None
 
     def _raise_error(self) -> None:
@@ -349,6 +367,11 @@ class Replay:
             raise ServerStateError("a replay is played in its `async with`")
         return self._own
 
+    def _vms(self) -> list[str]:
+        """The names of the VMs that are compared."""
+        served, chosen = [*self._is_served().bridges], self._selection.vms
+        return [vm for vm in served if self._recorded.get(vm, vm) in chosen] or served
+
     def _is_served(self) -> ServedRecording:
         if self._served is None:
             raise ServerStateError("a replay has handlers and results when it is entered")
@@ -364,6 +387,7 @@ class Replay:
         with RecordingReader(self.path) as reader:
             sessions, start = sessions_of(reader, with_start=needs_start(self._selection))
         verdict.begin_file(start)
+        check_renamed(sessions, self._renamed, "rename")
         names = vms_asked(sessions, self._selection.vms, all_of_them=may_share(self._handlers))
         async with serve_recording(
             self.path,
@@ -381,29 +405,32 @@ class Replay:
             async for _ in served.server.run():
                 pass
             self._notes = list(served.notes(has_config=True))
+            if self._verdict.selects and not served.result().compared:
+                unmatched = Unmatched(self._selection)
+                unmatched.look_at(served.reader.messages())
+                self._nothing = self._nothing if unmatched.has_some else str(unmatched)
 
     def _hear(self, request: RequestResult) -> None:
         self._played.add(request)
         difference = request.difference
-        if difference is not None:
-            if self._verdict.accepted is not None:
+        if self._verdict.accepted is not None and request.unchecked is None:
+            vm = self._recorded.get(request.vm, request.vm)
+            self.compared.add_trap(vm, request.seq)
+            if difference is not None:
+                self.changed.add_trap(vm, request.seq)
                 request = msgspec.structs.replace(request, difference=None)
-            elif len(self._differences) < _MAX_DIFFERENCES:
-                self._differences.append(difference)
+        elif difference is not None and len(self._differences) < _MAX_DIFFERENCES:
+            self._differences.append(difference)
         self._is_begun().hear(request)
 
     def _bridge_for(self, vm: str) -> Bridge:
-        return make_bridge(self._handlers, vm)
+        return make_bridge(self._handlers, vm, self._shared)
 
     def _changed(self, recorded: ServerSettings) -> ServerSettings:
         # To stand still is not to hold up the loop.
         return msgspec.structs.replace(
             recorded, **{"blocked_after": float("inf"), **self._settings}
         )
-
-
-def _several(given: Any) -> Iterator[Any]:
-    return iter((given,) if isinstance(given, int | str) else given)
 
 
 def _never(_: RequestResult) -> bool:

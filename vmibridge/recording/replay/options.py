@@ -42,7 +42,8 @@ class ReplayOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vm: str | None = None
     """Which VM of the recording; `None`: the first."""
     strict: bool = False
-    """Whether another order of memory accesses, and a read that is left out, count."""
+    """Whether another order of memory accesses, a read that is left out, and a call of
+    `vmi.outside` that is not in the recording count."""
     outside: Literal["call", "refuse"] = "call"
     """What `vmi.outside` does where the recording has nothing for it: call the function, or raise
     `OutsideRefusedError`."""
@@ -55,6 +56,7 @@ class ReplayResult(msgspec.Struct):
     """Requests of which both the recorded and the new answer are known."""
     different: int = 0
     first: Difference | None = None
+    """The one whose request came first."""
     ignored: int = 0
     """Requests of which nothing differs but what rules ignore."""
     unchecked: dict[str, int] = {}

@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 import anyio.lowlevel
 
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.recording.messages import FORMAT_WITH_STEPS, Outside, Session
+from vmibridge.recording.messages import FORMAT_WITH_STEPS, Note, Outside, Session
 from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.outside import ReplayedOutside
 from vmibridge.recording.replay.request import ReplayedRequest
@@ -18,6 +18,7 @@ __all__ = ["RecordedOrder"]
 
 _BEGUN = Awaited.BEGUN
 _AT_ENDS = (Awaited.ENDED, Awaited.RESUMED)
+_MAX_GAPS = 10
 _MAX_UNWINDING = 16_384
 """Traps whose handlers may unwind in the recorded order."""
 
@@ -33,6 +34,8 @@ class RecordedOrder(Conductor):
         """`None`: none is asked what it does, as where an agent carries the traps."""
         self.has_steps: bool = False
         """Whether the recording has the steps of handlers."""
+        self.gaps: list[str] = []
+        """What the file says that it lacks of this VM, as one that was edited does."""
         self._clock = self._last = 0
         self._walk = walk
         self._requests = requests
@@ -59,7 +62,8 @@ class RecordedOrder(Conductor):
             request.go_on()
 
     def let_go(self) -> None:
-        """No handler is held any more."""
+        """The replay has ended: no handler is held any more."""
+        self.fetched.is_over = True
         for request in [*self._requests.values(), *self._unwinding.values()]:
             request.over = request.free = True
             request.go_on()
@@ -139,6 +143,10 @@ class RecordedOrder(Conductor):
         """Another message than those of traps, memory and steps. `False`: it is not its time yet.
 
         No handler is asked where an agent carries the traps."""
+        if isinstance(message, Note):
+            if message.kind == "lost" and message.seq is None and len(self.gaps) < _MAX_GAPS:
+                self.gaps.append(message.text)
+            return True
         if self.engine is None or not isinstance(message, Outside):
             return True
         return self.fetched.play(time, message)

@@ -8,9 +8,10 @@ A call is found by its key, and its number among those of its request with that 
 | makes one that was cut off then | nothing until it is cut off; after a while, the next line |
 | makes another one | what the function gives, which is called; where it must not be, an error |
 | makes one that was left out of the recording | the same, and is not compared |
+| makes one that a part of the file may have that is not read | an error; it is not compared |
 
-Another call is a difference where it is refused, and in a strict replay; so is one of then that is
-not made, in a strict replay; else it is named where another one is a difference.
+A call of then that is not made is a difference. Another call is one where it is refused, and in a
+strict replay; else it is named where something else differs, and in the result.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,7 @@ _FULL = "it has more from outside than a replay holds"
 _LEFT_OUT = "what came from outside was left out of the recording"
 _REFUSED = "it is not in the recording, and was refused"
 _MAX_TOLD = 16
-"""Keys that were called, or were not any more, of one request."""
+"""Calls that were made, or were not any more, of one request."""
 
 
 class ReplayedOutside:
@@ -56,7 +57,9 @@ class ReplayedOutside:
         self._walk = walk
         self._find = find
         self._refuse = options.outside == "refuse"
-        self._strict = options.strict
+        self.is_over: bool = False
+        """Whether the replay has ended: what handlers still do is of no interest, and calls
+        nothing."""
         self._held = 0
 
     # --- what the walk plays --------------------------------------------------------
@@ -100,11 +103,11 @@ class ReplayedOutside:
         left.clear()
 
     def _leave(self, request: ReplayedRequest, message: Outside) -> None:
-        """A recorded call is not made."""
-        if self._strict:
-            request.differ("outside", f"{message.key!a}", NO_CALL)
-        elif len(request.outside.left) < _MAX_TOLD:
-            request.outside.left.append(message.key)
+        """A recorded call is not made, unless it was before its time came."""
+        calls = request.outside
+        is_made = message.number < calls.asked.get(message.key, 0)
+        if not is_made and len(calls.left) < _MAX_TOLD:
+            calls.left.append(message.key)
 
     # --- what handlers ask ----------------------------------------------------------
 
@@ -119,6 +122,7 @@ class ReplayedOutside:
             return None
         call = (key, number)
         calls = request.outside
+        calls.asked[key] = number + 1
         calls.waiting.add(call)
         try:
             found = await self._reached(request, call)
@@ -132,6 +136,8 @@ class ReplayedOutside:
             found = calls.recorded.get(call)
             # Or it had come by then: a handler begins a little sooner in a replay, and so do its
             # timeouts.
+            if found is None:
+                self.keep(event, OutsideCall(key, number))
             if found is None or found.is_cut_off or anyio.current_time() > at + _SLACK:
                 raise
         finally:
@@ -153,15 +159,24 @@ class ReplayedOutside:
         return OutsideCall(key, number, found.data, found.error, found.types, found.at_once)
 
     def keep(self, event: TrapEvent, call: OutsideCall) -> None:
-        """A function was called: what it came to may be wanted for another recording."""
+        """A function was called: what it came to, and when, is for the recording of new answers.
+
+        It has its place among what else was recorded, since the handler went on then.
+        """
         request = self._find(event.seq)
         if request is not None and request.keeps:
-            first = request.event.seq
-            request.outside.others.append(
-                Outside(
-                    event.vm, first, call.key, call.number, call.data, call.error, call.types, True
-                )
+            at = 0 if call.at_once else self._walk.time_of_now() or 0
+            message = Outside(
+                event.vm,
+                request.event.seq,
+                call.key,
+                call.number,
+                call.data,
+                call.error,
+                call.types,
+                at == 0,
             )
+            request.outside.others.append((at, message))
 
     async def _reached(self, request: ReplayedRequest, call: tuple[str, int]) -> Outside | None:
         """What is recorded of a call, when the walk is there; `None`: nothing."""
@@ -175,6 +190,9 @@ class ReplayedOutside:
 
     def _count(self, request: ReplayedRequest | None, key: str) -> None:
         """There is nothing for a call, and it is made. Raises `OutsideRefusedError`."""
+        if self.is_over or (request is not None and request.over and request.reply is None):
+            # It may be in what was not read, or was lost; and nothing is compared with it.
+            raise OutsideRefusedError(key)
         if self._refuse:
             if request is not None:
                 request.differ("outside", NO_CALL, f"{key!a}: {_REFUSED}")

@@ -12,9 +12,10 @@ for it again: they share its memory accesses and its final reply.
 | writes something else | success | yes |
 | leaves out a read | | in a strict replay |
 | leaves out a write | | yes |
+| leaves out a call of `vmi.outside` | | yes |
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import anyio
@@ -63,11 +64,14 @@ class RequestOutside(msgspec.Struct):
     called: list[str] = []
     """Keys of those that are not in the recording, and whose functions were called."""
     left: list[str] = []
-    """Keys of those that were recorded and are not made, unless that is a difference by itself."""
+    """Keys of those that were recorded and are not made."""
+    asked: dict[str, int] = {}
+    """How many were made, by key: they are numbered from 0."""
     made: set[tuple[str, int]] = set()
     """Those that came to what they came to then, where all are kept."""
-    others: list[Outside] = []
-    """Other ones, where all are kept."""
+    others: list[tuple[int, Outside]] = []
+    """Other ones, where all are kept, and when each had come to something by the clock of the
+    recording; 0: with its trap."""
 
 
 class ReplayedRequest:
@@ -308,16 +312,29 @@ class ReplayedRequest:
         then = None if self.reply is None else self.reply.writes
         return then is None or then.values[0] != wait
 
-    def _name_left(self) -> None:
-        """The first call that is not in the recording is told with those that it may stand for."""
-        keys = () if self._outside is None else self._outside.left
-        for place, each in enumerate(self._differences if keys else ()):
+    def _compare_outside(self, calls: RequestOutside) -> None:
+        """Calls that were made then and are not now; and others, in front: they may be the cause of
+        all else that differs."""
+        if calls.called and (self._strict or self._differences or calls.left):
+            told = (
+                FieldDifference("outside", NO_CALL, f"{key!a}: {_CALLED}") for key in calls.called
+            )
+            self._differences = (*told, *self._differences)
+        if not calls.left:
+            return
+        keys = ", ".join(
+            ascii(key) if count == 1 else f"{key!a} ({count} times)"
+            for key, count in Counter(calls.left).items()
+        )
+        expected = f"{keys}: {_NOT_MADE}"
+        for place, each in enumerate(self._differences):
             if each.field == "outside":
-                expected = f"{', '.join(map(ascii, keys))}: {_NOT_MADE}"
-                told = msgspec.structs.replace(each, expected=expected)
+                # One that was called or refused may stand for them.
+                told_of = msgspec.structs.replace(each, expected=expected)
                 before, after = self._differences[:place], self._differences[place + 1 :]
-                self._differences = (*before, told, *after)
+                self._differences = (*before, told_of, *after)
                 return
+        self._differences = (FieldDifference("outside", expected, NO_CALL), *self._differences)
 
     def compare(self, *, whole: bool) -> Difference | None:
         """What is not as it was, when both replies are known; `None`: nothing.
@@ -340,12 +357,8 @@ class ReplayedRequest:
             self.unchecked = self.unchecked or CUT
         for _, access in self._pending or ():
             self.leave_out(access)
-        if self._outside is not None and (self._strict or self._differences):
-            for key in reversed(self._outside.called):
-                # It may be the cause of the others.
-                told = FieldDifference("outside", NO_CALL, f"{key!a}: {_CALLED}")
-                self._differences = (told, *self._differences)
-        self._name_left()
+        if self._outside is not None:
+            self._compare_outside(self._outside)
         if not self._differences:
             return None
         event = self.event

@@ -16,6 +16,7 @@ from vmibridge.bridge.dispatch import Bridge
 from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
+from vmibridge.errors import ConfigError
 from vmibridge.recording.file.damage import problem_lines
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, TRAP, Session
@@ -29,7 +30,17 @@ from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.replay.walk import Walk
 from vmibridge.recording.selection import Selection
 
-__all__ = ["ServedRecording", "needs_start", "serve_recording", "sessions_of", "vms_asked"]
+__all__ = [
+    "ServedRecording",
+    "check_renamed",
+    "needs_start",
+    "serve_recording",
+    "sessions_of",
+    "vms_asked",
+]
+
+
+_MAX_NAMED = 10
 
 
 def needs_start(selection: Selection) -> bool:
@@ -52,6 +63,23 @@ def sessions_of(
     if with_start:
         start = next((each.time for each in reader.messages(TRAP)), 0)
     return found, start
+
+
+def check_renamed(
+    sessions: Mapping[str, Session], renamed: Mapping[str, str], option: str = "--rename"
+) -> None:
+    """Raise `ConfigError` for a VM to rename that is not in a file, as far as it tells, and for two
+    that would have one name."""
+    names: dict[str, str] = {}
+    for old in renamed if sessions else ():
+        if old not in sessions:
+            there = ", ".join(f"{name!a}" for name in [*sessions][:_MAX_NAMED])
+            raise ConfigError(f"{option}: there is no VM {old!a}; there are {there}")
+    for old in sessions:
+        new = renamed.get(old, old)
+        other = names.setdefault(new, old)
+        if other != old:
+            raise ConfigError(f"{option}: both {other!a} and {old!a} would be called {new!a}")
 
 
 def vms_asked(
@@ -107,6 +135,9 @@ class ServedRecording:
         for backend in self.backends:
             handlers = self.bridges[backend.vm].handlers
             yield from handler_changes(backend.session, handlers, has_config=has_config)
+            yield from (
+                f"vm {backend.vm}: the recording says: {gap}" for gap in backend.conductor.gaps
+            )
         yield from problem_lines(self.reader.problems, self.reader.problem_count, f"{self._path}: ")
 
     def result(self) -> FileResult:
@@ -141,9 +172,9 @@ async def serve_recording(
     """Open the VMs of these names, and make their handlers.
 
     `renamed`: from a VM's recorded name to that of now. `change` gets the settings that were
-    recorded and returns those of the server. Raises as the backend does, and what `bridge_for`,
-    `change` and `BridgeServer` raise. `file`: what is read in the place of `path`, which is
-    standard input.
+    recorded and returns those of the server. Raises as the backend does, what `bridge_for` and
+    `change` raise, and `ConfigError` for what `BridgeServer` does not take. `file`: what is read in
+    the place of `path`, which is standard input.
     """
     file = path if file is None else file
     walk = Walk(file, options.speed)
@@ -161,15 +192,26 @@ async def serve_recording(
     ]
     bridges: dict[str, Bridge] = {}
 
+    failed: list[ValueError] = []
+
     def make(vm: str) -> Bridge:
-        bridge = bridges[vm] = bridge_for(vm)
+        try:
+            bridge = bridges[vm] = bridge_for(vm)
+        except ValueError as error:  # of a handler
+            failed.append(error)
+            raise
         return bridge
 
     async with AsyncExitStack() as stack:
         for backend in backends:
             await stack.enter_async_context(backend)
         settings = change(_recorded_settings(backends))
-        server = BridgeServer(backends, make, taps=taps, **msgspec.structs.asdict(settings))
+        try:
+            server = BridgeServer(backends, make, taps=taps, **msgspec.structs.asdict(settings))
+        except ValueError as error:
+            if failed:
+                raise
+            raise ConfigError(f"{path}: {error}") from error
         yield ServedRecording(path, backends, bridges, server, verdict)
 
 

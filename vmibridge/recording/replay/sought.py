@@ -1,7 +1,7 @@
 """The request that a replay is played to, and which ones it has played already."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import msgspec
@@ -52,6 +52,17 @@ class Sought(msgspec.Struct, frozen=True):
         _check("handler", handler, str, "a class of handlers or a name")
         return cls(what, vm, vcpu, handler, request, method)
 
+    def of_one(self, vms: list[str]) -> "Sought":
+        """The same of the one VM whose trap is meant. Raises `ValueError` where it may be another:
+        each VM has numbers of its own."""
+        if self.vm is not None or not vms:
+            return self
+        if len(vms) > 1:
+            raise ValueError(
+                f"trap {self.what}: each VM has one; say which by vm=, of {', '.join(vms)}"
+            )
+        return msgspec.structs.replace(self, vm=vms[0])
+
     def is_in(self, result: RequestResult) -> bool:
         """Whether this is the one. Raises what the function raises."""
         packet = result.packet
@@ -81,7 +92,7 @@ class Sought(msgspec.Struct, frozen=True):
 
 
 class Played:
-    """The numbers of the traps whose requests are done; some bits each."""
+    """The numbers of traps of VMs, such as those whose requests are done; a bit each."""
 
     def __init__(self) -> None:
         self._groups: defaultdict[tuple[str, int], int] = defaultdict(int)
@@ -89,11 +100,20 @@ class Played:
     def add(self, result: RequestResult) -> None:
         """A request is done, and so are its retries."""
         for seq in (result.seq, *result.retries):
-            self._groups[result.vm, seq >> _GROUP] |= _bit(seq)
+            self.add_trap(result.vm, seq)
 
-    def has(self, seq: int, vms: Iterable[str]) -> bool:
-        """Whether it is done in all of these VMs."""
-        return all(self._groups.get((vm, seq >> _GROUP), 0) & _bit(seq) for vm in vms)
+    def add_trap(self, vm: str, seq: int) -> None:
+        """The number of one trap."""
+        self._groups[vm, seq >> _GROUP] |= _bit(seq)
+
+    def has(self, seq: int, vm: str | None) -> bool:
+        """Whether it is one of this VM."""
+        return bool(self._groups.get((vm or "", seq >> _GROUP), 0) & _bit(seq))
+
+    def bits(self) -> dict[str, str]:
+        """All of them, to be compared elsewhere: hex digits, by what two have in common where they
+        have the same numbers."""
+        return {f"{group} {vm}": f"{bits:x}" for (vm, group), bits in self._groups.items()}
 
 
 def _bit(seq: int) -> int:

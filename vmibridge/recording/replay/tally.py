@@ -1,6 +1,6 @@
 """What came of the requests of one VM of a recording, counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from vmibridge.bridge.outcome import STOPPED, OutcomeKind
 from vmibridge.bridge.request import request_in
@@ -45,22 +45,34 @@ class Tally:
         self.keeps: bool = verdict.accepted is not None
         """Whether all accesses of a request are kept."""
 
-    def begin(self, vm: str, session: Session | None, stop: Callable[[], None]) -> None:
-        """The VM is found: its recorded name, what served it, and how its replay is ended."""
+    def begin(
+        self,
+        vm: str,
+        session: Session | None,
+        stop: Callable[[], None],
+        requests: Callable[[], Iterable[ReplayedRequest]],
+    ) -> None:
+        """The VM is found: its recorded name, what served it, how its replay is ended, and what
+        gives its open requests."""
         self._vm = vm
         self._redaction = Redaction(() if session is None else session.redaction)
         self._redacts = bool(self._redaction.rules)
-        self.verdict.begin_vm(session, stop)
+        self.verdict.begin_vm(vm, session, stop, requests)
 
     def is_behind(self, event: TrapEvent, time: int) -> bool:
-        """Whether a trap was taken after all that are compared."""
+        """Whether a trap was taken after all that are compared had been answered."""
         self.started = self.started or time
         verdict = self.verdict
-        return verdict.selects and verdict.is_behind(event.seq, time, self.started)
+        return verdict.selects and verdict.is_behind(self._vm, event.seq, time, self.started)
+
+    def next_of(self, event: TrapEvent, after: object) -> object:
+        """What was recorded of a trap next, if that is the message behind it; else `None`."""
+        is_of_it = getattr(after, "seq", None) == event.seq
+        return after if is_of_it and getattr(after, "vm", None) == self._vm else None
 
     def why_not(self, event: TrapEvent, about: object) -> str | None:
         """Why a trap is not asked; `about`: what was recorded of it next."""
-        if isinstance(about, Reply) and about.vm == self._vm and about.kind is _DENIED:
+        if isinstance(about, Reply) and about.kind is _DENIED:
             return "the policy denied it"
         left_out = self.left_out(event) - {"memory", "outside"}
         if left_out:
@@ -108,7 +120,9 @@ class Tally:
             result.ignored += difference is not None
             return None, None
         result.different += 1
-        result.first = result.first or counts
+        if result.first is None or counts.time < result.first.time:
+            # It may have been answered later: what began first is told with its cause.
+            result.first = counts
         return counts, None
 
     def _tell(

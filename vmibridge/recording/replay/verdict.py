@@ -3,7 +3,7 @@
 One `Verdict` is for all VMs and all files of a replay:
 
 - Every request is asked, so that handlers get to the state that they had then; those that the
-  selection takes are compared. What was taken after all of them is not asked.
+  selection takes are compared. What was taken after all of them were answered is not asked.
 - A difference is what the rules leave of it (`ignore`).
 - Differences of one field of one method are one `Finding`: a wrong step of state shows in every
   answer behind it. Findings are in the order of their first difference, so the cause is first.
@@ -24,6 +24,7 @@ from vmibridge.recording.outputs import leaves_of
 from vmibridge.recording.replay.accept import Accepted
 from vmibridge.recording.replay.compare import Difference, FieldDifference
 from vmibridge.recording.replay.ignore import Ignored, IgnoreRule
+from vmibridge.recording.replay.last_traps import LastTraps
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.selection import Selection
 from vmibridge.recording.session import recorded_handler
@@ -77,9 +78,13 @@ class Findings:
 
     def add(self, difference: Difference, method: str) -> None:
         """One more difference; `method` is the name of its method, or else its code."""
+        # Several fields of one request may have one name, as those of its accesses.
+        first: dict[str, FieldDifference] = {}
         for each in difference.fields:
-            for name in dict.fromkeys(_places(each)):
-                self._add(difference, each, method, name)
+            for name in _places(each):
+                first.setdefault(name, each)
+        for name, each in first.items():
+            self._add(difference, each, method, name)
 
     def all(self) -> list[Finding]:
         """The one that began first in front."""
@@ -92,7 +97,13 @@ class Findings:
         step = _step(each)
         if known is not None:
             known.count += 1
-            known.last_seq = difference.seq
+            if difference.time < known.time:
+                # It came before the others, and was answered later.
+                known.vm, known.vcpu = difference.vm, difference.vcpu
+                known.seq, known.time = difference.seq, difference.time
+                known.expected, known.got = _values(each, name)
+            else:
+                known.last_seq = difference.seq
             if step != known.step:
                 known.step = None
         elif len(self._groups) >= _MAX_FINDINGS:
@@ -151,10 +162,19 @@ class Verdict:
         self._count_kinds = count_kinds
         self._names = MethodNames()
         self._stops: list[Callable[[], None]] = []
+        self._last = LastTraps(selection.vms)
         self._count = 0
 
-    def begin_vm(self, session: Session | None, stop: Callable[[], None]) -> None:
-        """A VM is about to be replayed; `stop` ends its replay."""
+    def begin_vm(
+        self,
+        vm: str,
+        session: Session | None,
+        stop: Callable[[], None],
+        requests: Callable[[], Iterable[ReplayedRequest]],
+    ) -> None:
+        """A VM is about to be replayed: its recorded name, what served it, what ends its replay,
+        and what gives its open requests."""
+        self._last.add(vm, requests)
         if session is not None:
             self._names.learn(session)
         self._stops.append(stop)
@@ -164,6 +184,7 @@ class Verdict:
         if self.accepted is not None:
             self.accepted.hear_handlers(vm, map(recorded_handler, handlers))
         for handler in handlers:
+            self._last.has_shared |= handler.shared
             if not handler.replay_ignore or handler.name in self._of_handlers:
                 continue
             self._of_handlers.add(handler.name)
@@ -177,9 +198,13 @@ class Verdict:
             )
         self._ignored = Ignored(self._rules)
 
-    def is_behind(self, seq: int, time: int, start: int) -> bool:
-        """Whether a trap was taken after all that are compared."""
-        return self.is_over or self._selection.is_behind(seq, time, self.start or start)
+    def is_behind(self, vm: str, seq: int, time: int, start: int) -> bool:
+        """Whether a trap was taken after all that are compared had been answered. `vm` is its VM as
+        recorded."""
+        if self.is_over:
+            return True
+        is_past = self._selection.is_behind(seq, time, self.start or start)
+        return is_past and self._last.are_answered(vm)
 
     def takes(
         self,
@@ -238,6 +263,7 @@ class Verdict:
         self.findings, self.compared = Findings(), Counter()
         self._names = MethodNames()
         self._stops.clear()
+        self._last = LastTraps(self._selection.vms)
 
     def method_name(self, vm: str, handler: str | None, packet: BridgePacket | None) -> str:
         """Its name, or else its code. `vm` is its VM as recorded."""
@@ -246,10 +272,10 @@ class Verdict:
         return self._names.name(vm, handler, packet.method) or f"{packet.method:#06x}"
 
 
-def _places(field: FieldDifference) -> Iterable[str]:
+def _places(field: FieldDifference) -> Sequence[str]:
     if not field.paths:
         return (field.field,)
-    return map(_without_numbers, field.paths)
+    return list(map(_without_numbers, field.paths))
 
 
 def _without_numbers(path: str) -> str:

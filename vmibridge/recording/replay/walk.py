@@ -295,6 +295,14 @@ class Walk:
         self.poke()
         return False
 
+    def time_of_now(self) -> int | None:
+        """What was recorded at this moment has this time, in nanoseconds; `None`: time is not that
+        of the recording."""
+        if self._virtual is None or self._start is None:
+            return None
+        since, first = self._start
+        return first + round((self._clock() - since) * 1e9)
+
     def mark(self, request: ReplayedRequest, at: int) -> None:
         """A request is given to the server, or its handler may go on: at that time then."""
         if self._virtual is None:
