@@ -1,6 +1,7 @@
-; The demo: calls hello, log, environment and fetch by VMCALL, by CPUID and by VMMCALL,
-; with paging on, and checks every answer and both stamps itself. A check that fails is
-; reported through the log handler and ends the guest by an undefined instruction.
+; The demo: calls hello, log, environment, clock, random, exec_gate and fetch by VMCALL, by
+; CPUID and by VMMCALL, with paging on, and checks every answer and both stamps itself. A
+; check that fails is reported through the log handler and ends the guest by an undefined
+; instruction.
 ;
 ; The URL comes from the environment handler (DEMO_URL). What is behind it is known: byte
 ; n of BODY_SIZE is the low byte of 7 * n + 3.
@@ -12,6 +13,9 @@ HELLO       equ 0x0001
 LOG         equ 0x0021
 ENVIRONMENT equ 0x0022
 FETCH       equ 0x0023
+EXEC_GATE   equ 0x0113
+CLOCK       equ 0x0114
+RANDOM      equ 0x0115
 
 STATUS_KIND equ 0xff00                  ; of an encoded status: 0 is success
 
@@ -86,6 +90,38 @@ all_handlers:
     BRIDGE_CHECK_STAMPS failed
     test eax, STATUS_KIND
     jz failed
+
+    ; clock: the time does not go back
+    mov dword [check], 'a cl'
+    mov edi, CLOCK | 2 << 16
+    call bridge
+    mov r15, rbx
+    mov edi, CLOCK | 2 << 16
+    call bridge
+    cmp rbx, r15
+    jb failed
+
+    ; random: all of the buffer, and not the same twice
+    mov dword [check], 'b ra'
+    mov r8d, BUFFER
+    mov r9d, 32
+    mov edi, RANDOM | 1 << 16
+    call bridge
+    cmp rbx, 32
+    jne failed
+    mov eax, BUFFER
+    mov rbx, [rax]
+    cmp rbx, [rax + 16]
+    je failed
+
+    ; exec_gate: the host of the demo has nobody to ask, so nothing may run
+    mov dword [check], 'c ga'
+    lea r8, [secret_name]
+    mov edi, EXEC_GATE | 1 << 16
+    call bridge_unchecked
+    BRIDGE_CHECK_STAMPS failed
+    cmp eax, 0xffffffff
+    jne failed
 
     ; fetch: open, read in chunks into BUFFER, compare all of it, close
     mov dword [check], '5 op'

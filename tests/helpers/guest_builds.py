@@ -80,3 +80,27 @@ def build_rust(folder: Path, source: Path, width: int, how: int, level: str) -> 
         *("-C", f"link-arg=-T{INCLUDE}/flat.ld", "--crate-type", "bin", "-o", linked, main),
     )  # fmt: skip
     return flat(linked)
+
+
+def build_programs(folder: Path) -> dict[str, Path]:
+    """Programs of Linux in assembly and Rust, by the language and the width."""
+    made = {f"{name}-{width}": folder / f"{name}-{width}" for name, width in PROGRAMS}
+    for width in (64, 32):
+        code, emulation = folder / "program.o", {64: "elf_x86_64", 32: "elf_i386"}[width]
+        done(
+            needs("nasm"), "-Werror", "-f", f"elf{width}", f"-I{INCLUDE}/",
+            f"-I{folder}/", "-o", code, GUESTS / "called_pages.asm",
+        )  # fmt: skip
+        done(needs("ld"), "-m", emulation, "-o", made[f"asm-{width}"], code)
+    source = folder / "program.rs"
+    source.write_text((GUESTS / "called_pages.rs").read_text())
+    done(
+        rust_compiler(), "--edition", "2021", "-D", "warnings",
+        *("-C", "opt-level=2", "-C", "panic=abort", "-C", "relocation-model=static"),
+        *("-C", "linker=ld", "-C", "linker-flavor=ld", "-C", "link-arg=-static"),
+        *("--crate-type", "bin", "-o", made["rust-64"], source),
+    )  # fmt: skip
+    return made
+
+
+PROGRAMS = (("asm", 64), ("asm", 32), ("rust", 64))

@@ -21,6 +21,8 @@ PACKAGES = {
     "gdbserver": "gdbserver",
     "i686-w64-mingw32-gcc": "gcc-mingw-w64-i686",
     "initdb": "postgresql",
+    "ld": "binutils",
+    "make": "make",
     "nasm": "nasm",
     "nm": "binutils",
     "ld": "binutils",

@@ -29,8 +29,11 @@ from vmibridge import (
     open_backend,
 )
 from vmibridge.engine.settings import ServerSettings
+from vmibridge.recording import Recorder, Replay
 
-pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
+pytestmark = pytest.mark.anyio
+# What differs between the loops is not in the guest.
+on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 REASONS = {1: TrapReason.CPUID, 2: TrapReason.VMCALL, 3: TrapReason.VMMCALL}
 every_form = pytest.mark.parametrize(
@@ -49,10 +52,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-async def run_guest(image, width, handler):
+async def run_guest(image, width, handler, **settings):
     """What it ended with, and the outcomes. A busy machine takes its time."""
     async with open_backend(f"unicorn:{image}?width={width}") as backend:
-        server = BridgeServer(backend, Bridge(handler), handshake=False, timeout=600)
+        server = BridgeServer(backend, Bridge(handler), handshake=False, timeout=600, **settings)
         outcomes = [outcome async for outcome in server.run()]
     (end,) = server.summary.guest.vcpus
     assert end.reason == "halted", end.detail
@@ -69,6 +72,7 @@ async def passes(image, width, how):
 
 
 @every_form
+@on_asyncio
 async def test_a_guest_in_c(folder, width, how):
     source = GUESTS / "called_methods.c"
     await passes(build_c(folder, source, width, how, "-O2", compiler="gcc"), width, how)
@@ -77,6 +81,19 @@ async def test_a_guest_in_c(folder, width, how):
 @every_form
 async def test_a_guest_in_assembly(folder, width, how):
     await passes(build_asm(folder, GUESTS / "called_methods.asm", width, how), width, how)
+
+
+@pytest.mark.parametrize("width", [64, 32])
+async def test_a_guest_is_recorded_and_replayed(folder, tmp_path, width):
+    path = tmp_path / "run.mcap"
+    image = build_asm(folder, GUESTS / "called_methods.asm", width, 2)
+    async with Recorder(path) as recorder:
+        ended, _ = await run_guest(image, width, Called(), taps=[recorder])
+    assert ended == PASSED, f"the check of line {ended}"
+    async with Replay(path, Called()) as replay:
+        result = await replay.run()
+    assert result.compared >= len(Called.methods)
+    assert result.different == 0
 
 
 async def test_a_guest_whose_handlers_are_elsewhere(folder):
@@ -94,6 +111,7 @@ async def test_a_guest_whose_handlers_are_elsewhere(folder):
 @every_form
 @pytest.mark.parametrize("level", ["-O0", "-O1", "-O3", "-Os"])
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@on_asyncio
 async def test_a_guest_in_c_at_every_level(folder, compiler, level, width, how):
     source = GUESTS / "called_methods.c"
     image = build_c(folder, source, width, how, "-std=c11", level, compiler=compiler)
@@ -104,6 +122,7 @@ async def test_a_guest_in_c_at_every_level(folder, compiler, level, width, how):
 @every_form
 @pytest.mark.parametrize("standard", ["c++11", "c++20"])
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@on_asyncio
 async def test_a_guest_in_cpp(folder, compiler, standard, width, how):
     copied = folder / "called_methods.cc"
     copied.write_text((GUESTS / "called_methods.c").read_text())
@@ -115,6 +134,7 @@ async def test_a_guest_in_cpp(folder, compiler, standard, width, how):
 @pytest.mark.parametrize("width", RUST_WIDTHS)
 @pytest.mark.parametrize("how", REASONS)
 @pytest.mark.parametrize("level", ["0", "2", "s"])
+@on_asyncio
 async def test_a_guest_in_rust(folder, level, width, how):
     await passes(build_rust(folder, GUESTS / "called_methods.rs", width, how, level), width, how)
 
@@ -122,6 +142,7 @@ async def test_a_guest_in_rust(folder, level, width, how):
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["-O0", "-O2", "-Os"])
 @pytest.mark.parametrize("compiler", ["x86_64-w64-mingw32-gcc", "i686-w64-mingw32-gcc"])
+@on_asyncio
 async def test_it_compiles_for_windows(folder, compiler, level):
     done(
         needs(compiler), "-std=c11", level, *STRICT, f"-I{INCLUDE}", f"-I{folder}",
@@ -166,6 +187,7 @@ every_language = pytest.mark.parametrize(
 
 
 @every_language
+@on_asyncio
 async def test_a_guest_touches_its_pages_and_asks_again(folder, language, width):
     touchy = Touchy(3)
     ended, outcomes = await run_guest(BUILD[language](folder, width), width, touchy)
@@ -179,6 +201,7 @@ async def test_a_guest_touches_its_pages_and_asks_again(folder, language, width)
 
 
 @every_language
+@on_asyncio
 async def test_a_guest_gives_up_when_touching_is_of_no_use(folder, language, width):
     touchy = Touchy(1_000_000)
     ended, outcomes = await run_guest(BUILD[language](folder, width), width, touchy)

@@ -1,4 +1,5 @@
-"""A program and the kernel of a real Linux call methods of every kind by a generated header.
+"""Programs and the kernel of a real Linux call methods by generated headers: of every kind in C,
+and in assembly and Rust those with buffers.
 
 The buffers of the programs are pages that were never touched: the host answers with what to touch,
 and the header's functions do so and ask again.
@@ -13,7 +14,7 @@ import anyio
 import pytest
 from called_methods import Called
 from children import run
-from guest_builds import GUESTS, INCLUDE, STRICT, done, write_header
+from guest_builds import GUESTS, INCLUDE, PROGRAMS, STRICT, build_programs, done, write_header
 from linux_guest import LIMIT, SOURCES, LinuxGuest, built_guest
 from needs import needs
 
@@ -27,11 +28,17 @@ pytestmark = [
 ]
 
 CALLERS = ("user x64", "user x86", "kernel x64")
-RIGHT = {f"{caller} {how}: right" for caller, how in product(CALLERS, (1, 2, 3))}
+OTHERS = [f"{language}-{width}" for language, width in PROGRAMS]
+RIGHT = {f"{caller} {how}: right" for caller, how in product(CALLERS, (1, 2, 3))} | {
+    f"{name}: right" for name in OTHERS
+}
 TOTAL, FILL = 0x09, 0x0A
-INIT = """#!/bin/busybox sh
+INIT = f"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 for how in 1 2 3; do /bin/called-x64 $how; /bin/called-x86 $how; done
+for name in {" ".join(OTHERS)}; do
+    if /bin/$name; then echo "vmibridge: $name: right"; else echo "vmibridge: $name: WRONG"; fi
+done
 /bin/busybox insmod /called.ko
 /bin/busybox dmesg | /bin/busybox sed -n 's/^.*vmibridge: /vmibridge: /p'
 /bin/busybox stty sane
@@ -44,7 +51,8 @@ def folder(tmp_path_factory):
     """A kernel, and an initramfs with the programs and the module."""
     made, base = tmp_path_factory.mktemp("called"), built_guest()
     (made / "init").write_text(INIT)
-    write_header(made / "called.h", Called, "c")
+    for language, name in (("c", "called.h"), ("asm", "called.inc"), ("rust", "called.rs")):
+        write_header(made / name, Called, language)
     for width, name in ((64, "x64"), (32, "x86")):
         done(
             needs("gcc"), f"-m{width}", "-O2", *STRICT, f"-I{made}", f"-I{INCLUDE}", f"-I{SOURCES}",
@@ -58,6 +66,7 @@ def folder(tmp_path_factory):
         "bin/called-x64": made / "called-x64",
         "bin/called-x86": made / "called-x86",
         "called.ko": build_module(made, base),
+        **{f"bin/{name}": file for name, file in build_programs(made).items()},
     }
     pairs = [f"{name}={file}" for name, file in files.items()]
     run(

@@ -79,3 +79,4 @@ def test_the_wheel_has_what_a_guest_is_made_of(wheel):
     for name in wanted:
         assert wheel[f"vmibridge/{name}"] == (ROOT / name).read_bytes()
     assert {f"vmibridge/{source.relative_to(ROOT / 'vmibridge')}" for source in SOURCES} <= {*wheel}
+    assert "vmibridge/guest_header/prelude.rs" in wheel

@@ -25,7 +25,7 @@ from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import BackendError, VmiBridgeError
 from vmibridge.text import printable
 
-_HANDLERS = ("hello", "log", "environment", "fetch")
+_HANDLERS = ("hello", "log", "environment", "clock", "random", "exec_gate", "fetch")
 _BODY = bytes((7 * n + 3) & 0xFF for n in range(20_000))
 """What the guest downloads, and knows."""
 _SECONDS = 60.0
@@ -39,8 +39,9 @@ def demo(
 ) -> int:
     """Run a guest that calls the ready-made handlers and checks every answer.
 
-    It calls hello, log, environment and fetch by VMCALL, CPUID and VMMCALL, on the Unicorn
-    backend. With nasm its source is assembled; without, an image of it is there.
+    It calls hello, log, environment, clock, random, exec_gate and fetch by VMCALL, CPUID and
+    VMMCALL, on the Unicorn backend. With nasm its source is assembled; without, an image of it is
+    there.
 
     Exit status: 0 when every answer was right, 1 when one was not or the guest could not run.
 

@@ -128,6 +128,39 @@ def test_hostile_names_and_docs_compile_in_rust(tmp_path):
         )  # fmt: skip
 
 
+SHELLCODE = """
+#include "called.h"
+
+uint64_t shellcode(void);
+uint64_t shellcode(void)
+{
+    const struct vmibridge_caller host = vmibridge_by(VMIBRIDGE_VMCALL);
+    char room[64];
+    uint64_t total;
+    uint32_t size;
+
+    if (vmibridge_called_fill(&host, 7, room, sizeof room, &size)) {
+        return 0;
+    }
+    return vmibridge_called_total(&host, 1, room, size, &total) + total;
+}
+"""
+
+
+@pytest.mark.parametrize("width", [64, 32])
+@pytest.mark.parametrize("level", ["-O0", "-O2", "-Os"])
+def test_its_code_runs_wherever_it_is_put(tmp_path, level, width):
+    (tmp_path / "called.h").write_text(header(Called))
+    (tmp_path / "shellcode.c").write_text(SHELLCODE)
+    code = tmp_path / "shellcode.o"
+    done(
+        needs("gcc"), f"-m{width}", level, *STRICT, "-mgeneral-regs-only", "-fno-stack-protector",
+        "-fno-pie", "-fno-asynchronous-unwind-tables", f"-I{INCLUDE}", "-c", "-o", code,
+        tmp_path / "shellcode.c",
+    )  # fmt: skip
+    assert "no relocations" in run([needs("readelf"), "-rW", code]).stdout
+
+
 def made(name, request, **attributes):
     @method(1)
     async def ask(self) -> None: ...
