@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 SAY := @printf 'make: %s\n'
 
-.PHONY: help setup system system-light system-guests check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux guest-tools plugin guest-headers images test-containers lock clean
+.PHONY: help setup system system-light system-guests system-libraries check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux guest-tools plugin guest-headers images test-containers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -47,6 +47,19 @@ system: system-light
 	if [ "$$(id -u)" = 0 ]; then \
 		echo "make: installs$$missing"; \
 		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y $$missing; \
+	else \
+		echo "make: tests that need these packages are skipped:$$missing; as root: apt-get install$$missing" >&2; \
+	fi
+
+# Debian has the programs of PostgreSQL's server in a folder for each version.
+system-libraries:
+	@missing=; \
+	ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	command -v redis-server >/dev/null || missing="$$missing redis-server"; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ]; then \
+		echo "make: installs$$missing"; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
 	else \
 		echo "make: tests that need these packages are skipped:$$missing; as root: apt-get install$$missing" >&2; \
 	fi
@@ -127,7 +140,7 @@ test-install: setup  ## installs the core, each extra and the demo from nothing;
 	$(PYTEST) -q -m install tests/install
 
 # VMIBRIDGE_LIBRARY_REQUESTS=50000 is the long form: about two hours.
-test-libraries: setup  ## libraries that handlers use against PostgreSQL, Redis and a web server of their own; minutes
+test-libraries: setup system-libraries  ## libraries that handlers use against PostgreSQL, Redis and a web server of their own; minutes
 	$(PYTEST) -q -m libraries tests/libraries
 
 test-matrix: setup  ## the tests on every Python that is supported, and installs on those that are here; long

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from threading import Lock
+from threading import Condition, Lock
 
 from vmibridge.handlers._file_budget import Budget, Limits, failure
 from vmibridge.handlers._file_ends import Caller, End, Ends, GoneError
@@ -53,6 +53,9 @@ class Store:
         self._clock = clock
         self._lock = Lock()
         self._is_closed = False
+        self._at_work = 0
+        """Operations that run: the folder is closed behind the last of them."""
+        self._all_done = Condition(self._lock)
         self._reads_now = True
         """Whether the file system reads without waiting, as far as is known."""
         self._by_handle: dict[int, Transfer] = {}
@@ -71,11 +74,11 @@ class Store:
             if self._is_closed:
                 return
             self._is_closed = True
+            self._all_done.wait_for(lambda: not self._at_work)
             transfers = list(self._by_handle.values())
         for transfer in transfers:
             with transfer.lock:
-                if transfer.is_open:
-                    self._drop(transfer, "lost", errno.EBADF)
+                self._drop(transfer, "lost", errno.EBADF)
         self._hasher.shutdown()
         self._folder.close()
 
@@ -109,7 +112,8 @@ class Store:
             transfer.put = Put(temporary, parts, if_taken)
             return transfer
 
-        return self._begin(caller, key, make, make_handle)
+        with self._working():
+            return self._begin(caller, key, make, make_handle)
 
     def _check_free(self, parts: tuple[str, ...], if_taken: IfTaken) -> None:
         try:
@@ -145,7 +149,8 @@ class Store:
                 raise failure(errno.EFBIG)
             return Transfer(key, size, descriptor, hashes)
 
-        return self._begin(caller, key, make, make_handle)
+        with self._working():
+            return self._begin(caller, key, make, make_handle)
 
     def _begin(
         self,
@@ -176,7 +181,7 @@ class Store:
                 with self._lock:
                     self._beginning -= 1
                     # Another vCPU may have begun the same meanwhile.
-                    is_late = self._is_closed or key in self._by_key
+                    is_late = key in self._by_key
                     if not is_late:
                         self._by_key[key] = transfer
                 if not is_late:
@@ -184,8 +189,6 @@ class Store:
                 self._close_file(transfer)
 
     def _check_room(self) -> None:
-        if self._is_closed:
-            raise failure(errno.EBADF)
         if len(self._by_key) + self._beginning >= self._limits.max_open:
             raise failure(errno.EMFILE)
 
@@ -311,11 +314,13 @@ class Store:
 
     def look_up(self, name: str) -> Entry:
         """The file or folder of this name; the folder itself has none. Raises EINVAL, ENOENT."""
-        return self._folder.look_up(_parse(name) if name else ())
+        with self._working():
+            return self._folder.look_up(_parse(name) if name else ())
 
     def list(self, name: str, after: str) -> Iterator[Entry]:
         """What is in a folder, from behind a name on. Raises EINVAL, ENOENT, ENOTDIR, EFBIG."""
-        return self._folder.list(_parse(name) if name else (), after)
+        with self._working():
+            yield from self._folder.list(_parse(name) if name else (), after)
 
     @contextmanager
     def _using(self, caller: Caller, handle: int, waits: bool = True) -> Iterator[Transfer]:
@@ -323,6 +328,27 @@ class Store:
 
         Raises EBADF, ESTALE, by `GoneError`; `BlockingIOError` if it does not wait for the lock.
         """
+        with self._working(), self._locked(caller, handle, waits) as transfer:
+            transfer.used = self._clock()
+            yield transfer
+            transfer.used = self._clock()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """An operation. Raises EBADF when the store is closed, which waits for its end."""
+        with self._lock:
+            if self._is_closed:
+                raise failure(errno.EBADF)
+            self._at_work += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_work -= 1
+                self._all_done.notify_all()
+
+    @contextmanager
+    def _locked(self, caller: Caller, handle: int, waits: bool) -> Iterator[Transfer]:
         with self._lock:
             transfer = self._by_handle.get(handle)
         if transfer is None or not caller.may_use(transfer.owner):
@@ -333,9 +359,7 @@ class Store:
             # It may have been handed over, or have ended, until now.
             if not transfer.is_open or transfer.handle != handle:
                 raise GoneError(self._ends.why_gone(caller, handle))
-            transfer.used = self._clock()
             yield transfer
-            transfer.used = self._clock()
         finally:
             transfer.lock.release()
 

@@ -69,6 +69,8 @@ class FakeStub:
         self.running = anyio.Event()
         self.written = None
         self.drops = False
+        self.before_reply = None
+        """Awaited with each command before its reply, and with a `\\x03`, where a test sets it."""
         self.packets = PacketReader()
 
     async def serve(self, *, task_status):
@@ -82,6 +84,8 @@ class FakeStub:
                         await self.take(await self.stream.receive())
 
     async def take(self, data):
+        if b"\x03" in data and self.before_reply is not None:
+            await self.before_reply(b"\x03")
         self.packets.feed(data.replace(b"\x03", b""))
         while (packet := self.packets.next()) is not None:
             if self.drops:
@@ -91,6 +95,8 @@ class FakeStub:
             if packet != b"qC":
                 self.said.append(packet)
             await self.stream.send(b"+")
+            if self.before_reply is not None:
+                await self.before_reply(packet)
             for reply in self.reply(packet):
                 if reply is HANG_UP:
                     await self.stream.aclose()

@@ -25,7 +25,6 @@ PACKAGES = {
     "make": "make",
     "nasm": "nasm",
     "nm": "binutils",
-    "ld": "binutils",
     "objcopy": "binutils",
     "objdump": "binutils",
     "pg_isready": "postgresql-client",

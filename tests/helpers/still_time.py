@@ -86,6 +86,14 @@ class Trio:
         trio.lowlevel.current_clock().jump(seconds)
 
 
+LOOPS = (Asyncio, Trio)
+
+
+def run_still(loop: type[Asyncio] | type[Trio], function, *args) -> Any:
+    """Run it in such a loop."""
+    return anyio.run(function, *args, backend=loop.name, backend_options=loop.options())
+
+
 class LoopThread:
     """A loop in a thread of its own, and a way into it. One that hangs is left behind."""
 

@@ -10,19 +10,26 @@ that ends with an open nursery for a bug, and ends the run with it.
 
 from operator import attrgetter
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 import trio
+from trio import CancelScope
 from trio._core._run import CancelStatus
 from trio.lowlevel import current_task
 
 from vmibridge.aio.generators import LEFT, NONE_BEGUN, NONE_LEFT, OWNER, Generator
 
+_MAX_UNUSED = 1024
+_UNUSED: Final[list[CancelStatus]] = []
+"""Those of scopes that were left as they were entered, each with its scope: to make both costs as
+much as to enter and to leave them. What was cancelled, or has anything under it, is not among them.
+"""
+
 
 class TrioHandlerScope:
     """A scope on trio: once cancelled, it stays cancelled."""
 
-    __slots__ = ("_scope", "begun", "holder", "left", "mark", "task")
+    __slots__ = ("begun", "holder", "left", "mark", "task")
 
     others_may_close: ClassVar[bool] = False
     current: "ClassVar[attrgetter[object]]" = attrgetter("_cancel_status")
@@ -31,16 +38,21 @@ class TrioHandlerScope:
         self.task: Any = None
         self.begun: dict[int, object] = NONE_BEGUN
         self.left: list[Generator] = NONE_LEFT
-        self._scope = trio.CancelScope()
         self.holder: Any = None
         self.mark: Any = None
 
     def __enter__(self) -> Self:
-        scope = self._scope
         self.task = self.holder = task = current_task()
-        status = CancelStatus(scope=scope, parent=task._cancel_status)
-        self.mark = scope._cancel_status = status
-        scope._has_been_entered = True
+        status: Any = _UNUSED.pop() if _UNUSED else CancelStatus(scope=CancelScope(), parent=None)
+        status._scope._has_been_entered = True
+        status._scope._cancel_status = self.mark = status
+        parent = task._cancel_status
+        if parent.effectively_cancelled:
+            status.parent = parent
+        else:
+            # As the setter, which looks whether a deadline has passed, too.
+            status._parent = parent
+            parent._children.add(status)
         task._activate_cancel_status(status)
         OWNER.set(self)
         return self
@@ -51,17 +63,22 @@ class TrioHandlerScope:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        self.close_left()
         task, status = self.task, self.mark
+        if task._child_nurseries or task._cancel_status is not status:
+            self.close_left()
         # Else circles, which only the garbage collector would end: a task has a context, and that
         # has its owner.
         self.mark = self.holder = None
         self.task = LEFT
-        if error is not None or self._scope.cancel_called or task._cancel_status is not status:
-            return bool(self._scope.__exit__(kind, error, traceback))
-        task._activate_cancel_status(status.parent)
+        scope = status._scope
+        if error is not None or scope._cancel_called or task._cancel_status is not status:
+            return bool(scope.__exit__(kind, error, traceback))
+        task._activate_cancel_status(status._parent)
+        is_clean = not (status._tasks or status._children or status.effectively_cancelled)
         status.close()
-        self._scope._cancel_status = None
+        scope._cancel_status = None
+        if is_clean and len(_UNUSED) < _MAX_UNUSED:
+            _UNUSED.append(status)
         return False
 
     @property
@@ -92,4 +109,6 @@ class TrioHandlerScope:
         self.task.name = name
 
     def cancel(self) -> None:
-        self._scope.cancel()
+        # Once it was left, its status may be that of another.
+        if self.mark is not None:
+            self.mark._scope.cancel()

@@ -76,7 +76,7 @@ class OwnTasks:
             # As any task of a group: if not by its group, it was by what ends the program.
             self._scope.cancel()
         elif (error := task.exception()) is not None:
-            self._error = self._error or error
+            self._error = error if self._error is None else self._error
             self._scope.cancel()
         if self._is_closed and not self._running:
             self._wake()

@@ -6,7 +6,7 @@
         def __post_init__(self) -> None:
             check_fields(self)
 
-msgspec checks the bounds where a struct is decoded, and not where it is made in Python: there
+msgspec checks types and bounds where a struct is decoded, and not where it is made in Python: there
 `check_fields` does. The TOML file, the command line and the tests of the documentation read the
 same annotations with `declared` and `problem`, so a bound has one message wherever it is broken.
 
@@ -21,13 +21,16 @@ same annotations with `declared` and `problem`, so a bound has one message where
 Bounds of one part of a union are annotated at that part: `Seconds | None`.
 """
 
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Mapping
 from functools import cache
-from types import UnionType
-from typing import Annotated, Any, NamedTuple, TypeAlias, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
+
+from vmibridge.text import type_name
 
 __all__ = [
     "Count",
@@ -49,6 +52,15 @@ Value: TypeAlias = Annotated[int, Meta(ge=1, le=4)]
 """The number of one of value1 to value4."""
 
 
+_LARGEST = int(sys.float_info.max)
+_NAMES: Mapping[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    NoneType: "None",
+}
+
+
 class Declared(NamedTuple):
     """What the annotation of a setting says."""
 
@@ -68,15 +80,21 @@ def declared(struct: type[msgspec.Struct], name: str) -> Declared:
 
 
 def check_fields(struct: msgspec.Struct) -> None:
-    """Raise `ValueError` for the first field that is out of bounds; for `__post_init__`."""
+    """Raise `ValueError` for the first field that is out of bounds, `TypeError` for one of another
+    type; for `__post_init__`."""
+    kinds = _kinds(type(struct))
     for name in struct.__struct_fields__:
-        why = problem_of(type(struct), name, getattr(struct, name))
-        if why is not None:
-            raise ValueError(f"{name} {why}")
+        check(name, getattr(struct, name), kinds[name])
 
 
 def check(name: str, value: object, kind: Any) -> None:
-    """Raise `ValueError` for a value that is out of the bounds that the type `kind` declares."""
+    """Raise `ValueError` for a value that is out of the bounds that the type `kind` declares.
+
+    Raises `TypeError` for one of another type: it would end a run where it is used first.
+    """
+    if not _is_of(value, kind):
+        names = " or ".join(_name(option) for option in options(kind))
+        raise TypeError(f"{name} is {names}, not of type {type_name(value)}")
     why = problem(value, kind)
     if why is not None:
         raise ValueError(f"{name} {why}")
@@ -97,6 +115,8 @@ def _problem(value: object, kind: Any, must: str) -> str | None:
     for option in options(kind):
         metas, plain = _metas(option), plain_type(option)
         if plain in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                return f"{must} be a number that is not far too large"
             return _problem_of_number(value, metas, must)
         if get_origin(plain) in (tuple, frozenset, list) and isinstance(value, Collection):
             least = max((meta.min_length or 0 for meta in metas), default=0)
@@ -105,6 +125,37 @@ def _problem(value: object, kind: Any, must: str) -> str | None:
             found = (_problem(item, get_args(plain)[0], f"{must} each") for item in value)
             return next((why for why in found if why is not None), None)
     return None
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    return any(_is_plain(value, plain_type(option)) for option in options(kind))
+
+
+def _is_plain(value: object, kind: Any) -> bool:
+    if kind in (int, float):
+        # As msgspec has it, a bool is no number.
+        return isinstance(value, kind | int) and not isinstance(value, bool)
+    origin = get_origin(kind)
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin in (tuple, frozenset):
+        # Of any kind: what is read of it are its items.
+        return (
+            isinstance(value, Collection)
+            and not isinstance(value, str | bytes | Mapping)
+            and all(_is_of(item, get_args(kind)[0]) for item in value)
+        )
+    return isinstance(value, origin or kind)
+
+
+def _name(kind: Any) -> str:
+    plain = plain_type(kind)
+    origin = get_origin(plain)
+    if origin is Literal:
+        return " or ".join(map(repr, get_args(plain)))
+    if origin in (tuple, frozenset):
+        return f"a {origin.__name__}, each of them {_name(get_args(plain)[0])}"
+    return _NAMES.get(plain) or f"a {(origin or plain).__name__}"
 
 
 def _problem_of_number(value: float, metas: list[Meta], must: str) -> str | None:

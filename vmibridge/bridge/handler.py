@@ -48,7 +48,7 @@ from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse, T
 from vmibridge.bridge.signatures import compile_method
 from vmibridge.bridge.typed_method import TypedMethod
-from vmibridge.text import repr_of
+from vmibridge.text import repr_of, type_name
 
 __all__ = ["BridgeHandler", "Method", "contract_of", "method"]
 
@@ -95,11 +95,16 @@ def method(
     check_timeout(timeout)
     check_timeout(soft_timeout, "soft_timeout")
     check_retry_values(retry_values)
+    check("may_wait", may_wait, bool | None)
 
     def mark(function: _F) -> _F:
         is_async = iscoroutinefunction(function)
         if not is_async:
-            raise TypeError(f"{function.__qualname__} answers a method, so it has to be async")
+            name = getattr(function, "__qualname__", type_name(function))
+            raise TypeError(f"{name} answers a method, so it has to be async")
+        if not isinstance(getattr(function, "__name__", None), str):
+            # Such as a partial of one.
+            raise TypeError(f"{type_name(function)} answers a method, so it has to have a name")
         doc = (getdoc(function) or "").partition("\n")[0]
         function.__bridge_method__ = Method(  # type: ignore[attr-defined]
             code, function.__name__, timeout, doc, soft_timeout, wait, retry_values, may_wait
@@ -110,13 +115,13 @@ def method(
 
 
 def check_timeout(timeout: float | None, name: str = "timeout") -> None:
-    """Raise `ValueError` for what is not a time limit in seconds; `None` is none."""
-    check(name, timeout, Seconds)
+    """Raise `ValueError` or `TypeError` for what is not a time limit in seconds; `None` is none."""
+    check(name, timeout, Seconds | None)
 
 
 def check_retry_values(values: tuple[int, ...] | None) -> None:
-    """Raise `ValueError` for what are no numbers of values, 1 to 4; `None` is none."""
-    check("retry_values", values, tuple[Value, ...])
+    """Raise `ValueError` or `TypeError` for what are no numbers, 1 to 4; `None` is none."""
+    check("retry_values", values, tuple[Value, ...] | None)
 
 
 class BridgeHandler(Generic[T]):

@@ -9,7 +9,7 @@ from vmibridge.text import type_name
 
 __all__ = ["unsigned"]
 
-_MAX_SHOWN = 256
+MAX_SHOWN = 256
 """Bits of a number in a message."""
 
 
@@ -29,6 +29,6 @@ def unsigned(value: object, name: str, bits: int) -> int:
         ) from error
     if number >> bits:
         # In hex, since Python refuses to write long numbers as decimals.
-        shown = f"{number:#x}" if number.bit_length() <= _MAX_SHOWN else "one that is far too large"
+        shown = f"{number:#x}" if number.bit_length() <= MAX_SHOWN else "one that is far too large"
         raise ValueError(f"{name} has {bits} bits, got {shown}: out of range")
     return number

@@ -23,8 +23,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
+from vmibridge.bridge.numbers import MAX_SHOWN
 from vmibridge.errors import GuestMemoryError
-from vmibridge.vm.memory import MAX_ACCESS, GuestMemory
+from vmibridge.vm.memory import MAX_ACCESS, GuestMemory, plain_bytes
 
 __all__ = [
     "I8",
@@ -135,6 +136,7 @@ class Room:
         Raises `ValueError` when it does not fit: see `capacity`. Raises `GuestMemoryError` when
         the guest has taken its memory away, which is answered like a parameter that is wrong.
         """
+        data = plain_bytes(data)
         if offset < 0 or offset + len(data) > self.capacity:
             raise ValueError(
                 f"{len(data)} bytes at {offset} do not fit into a room of {self.capacity}"
@@ -171,6 +173,12 @@ class Parameter(msgspec.Struct, frozen=True):
         return isinstance(self.spec, GuestInt) and self.spec.bits == 64
 
 
+def numbers_of(members: type[enum.IntEnum] | type[enum.IntFlag]) -> list[int]:
+    """The numbers of all members. Not their values, which a class may choose; and those of a flag
+    with several bits, or none, which Python counts among the aliases."""
+    return [int(each) for each in members.__members__.values()]
+
+
 def number_reader(parameter: Parameter) -> Callable[[int], Any]:
     """From a word of 64 bits to the value. It raises `ValueError` for one out of range."""
     spec = parameter.spec
@@ -189,8 +197,8 @@ def number_reader(parameter: Parameter) -> Callable[[int], Any]:
         return read_bool
     if issubclass(members, enum.IntFlag):
         named = 0
-        for each in members:
-            named |= each.value
+        for number in numbers_of(members):
+            named |= number
         flags = members
 
         def read_flags(word: int) -> enum.IntFlag:
@@ -200,7 +208,7 @@ def number_reader(parameter: Parameter) -> Callable[[int], Any]:
 
         return read_flags
     assert issubclass(members, enum.IntEnum)
-    values = {each.value: each for each in members}
+    values = {int(each): each for each in members}
 
     def read_member(word: int) -> enum.IntEnum:
         number = read(word)
@@ -246,5 +254,6 @@ def word_of(parameter: Parameter, value: object) -> int:
     low = -(1 << (spec.bits - 1)) if spec.signed else 0
     high = 1 << (spec.bits - spec.signed)
     if not low <= number < high or (parameter.members is bool and number > 1):
-        raise ValueError(f"{parameter.name} is {number:#x}, which {spec.bits} bits do not hold")
+        shown = f"{number:#x}" if number.bit_length() <= MAX_SHOWN else "far too large"
+        raise ValueError(f"{parameter.name} is {shown}, which {spec.bits} bits do not hold")
     return number & _MASK64

@@ -24,6 +24,7 @@ from vmibridge.bridge.parameters import (
     HostOutput,
     Parameter,
     Room,
+    numbers_of,
     word_of,
 )
 from vmibridge.bridge.typed_method import TypedMethod
@@ -185,9 +186,11 @@ def _plain_parameter(name: str, hint: Any) -> Parameter | None:
 def _members(
     name: str, kind: type[enum.IntEnum] | type[enum.IntFlag], spec: GuestInt | None
 ) -> Parameter:
-    values = [each.value for each in kind]
+    values = numbers_of(kind)
     if not values:
         raise ValueError(f"{name} is of type {kind.__name__}, which has no member")
+    if issubclass(kind, enum.IntFlag) and min(values) < 0:
+        raise ValueError(f"{name} is of type {kind.__name__}, which has a negative member")
     if spec is None:
         # What a C compiler takes for an enum, where it is enough.
         signed = any(value < 0 for value in values)

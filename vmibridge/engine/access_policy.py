@@ -131,9 +131,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `"skip"`: registers stay, and the guest moves past it. Or a reply."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if not isinstance(self.denied, BridgeResponse) and self.denied not in ("native", "skip"):
             raise ValueError(f"denied is 'native', 'skip' or a response, got {self.denied!r}")
+        check_fields(self)
 
     @property
     def has_quota(self) -> bool:

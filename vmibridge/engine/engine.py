@@ -124,7 +124,7 @@ class Engine:
         except CutOffError as error:
             log.warning("vm %s: %s", self._backend.vm, error)
         except Exception as error:
-            self._error = self._error or error
+            self._error = error if self._error is None else self._error
         finally:
             self._on_end(self._backend.vm, self._error)
             self._ended.set()
@@ -160,13 +160,13 @@ class Engine:
                     self._workers.filter, self._workers.lanes
                 )
         except Exception as error:
-            self._error = self._error or error
+            self._error = error if self._error is None else self._error
         finally:
             self._guest_done = True
             self._workers.guest_ended()
 
     def _stop_for(self, error: BaseException) -> None:
-        self._error = self._error or error
+        self._error = error if self._error is None else self._error
         self.stop()
 
     def _begin_stop(self) -> None:

@@ -53,6 +53,11 @@ class Lanes(BoundedSink):
         return bool(self._ready)
 
     @property
+    def ready(self) -> int:
+        """How many traps can be taken now."""
+        return len(self._ready)
+
+    @property
     def idle(self) -> int:
         """How many workers wait for a trap, a woken one not included."""
         return len(self._idle)

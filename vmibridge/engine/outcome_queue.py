@@ -47,7 +47,7 @@ class OutcomeQueue:
         while not self.items:
             if self._ended:
                 error, self._error = self._error, None
-                raise error or StopAsyncIteration
+                raise StopAsyncIteration if error is None else error
             if self._arrived is None:
                 self._arrived = parking()
             await self._arrived.wait()

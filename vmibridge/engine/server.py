@@ -276,7 +276,7 @@ class _Owner:
         except CutOffError as error:
             log.warning("%s", error)
         except Exception as error:
-            self._error = self._error or error
+            self._error = error if self._error is None else self._error
         finally:
             self.outcomes.end(self._error)
             self._ended.set()
@@ -298,13 +298,13 @@ class _Owner:
 
     def _take_lost(self, error: BaseException) -> None:
         """A signal handler has raised it: the run ends with it."""
-        self._error = self._error or error
+        self._error = error if self._error is None else self._error
         self.stop()
 
     def _on_end(self, vm: str, error: BaseException | None) -> None:
         if error is None:
             return
-        self._error = self._error or error
+        self._error = error if self._error is None else self._error
         if not isinstance(error, Exception):
             self.stop()
         elif len(self.engines) > 1:

@@ -50,11 +50,13 @@ from typing import Any, Literal, TypeAlias
 import anyio
 import msgspec
 
+from vmibridge.aio.coroutines import asyncio_task
 from vmibridge.bridge.context import BridgeContext, Source
 from vmibridge.bridge.dispatch import Bridge, one_line
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import NativeReason, why_native
+from vmibridge.engine.interruptions import is_being_cancelled
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
@@ -146,7 +148,8 @@ class Tap:
     def dropped(self, vm: str, error: Exception) -> None:
         """A call raised `error`, and this one is the last for that VM, but for `missed_traps`.
 
-        A tap that must not be missed calls the `stop` that it was given.
+        What is no `Exception` is named by a `RuntimeError`. A tap that must not be missed calls
+        the `stop` that it was given.
         """
 
     # --- hooks: without a definition in a subclass they are not called ----------------
@@ -195,7 +198,8 @@ class Tap:
 
 
 class Taps:
-    """The taps of one VM. One that raises is dropped, and everything goes on without it.
+    """The taps of one VM. One that raises is dropped, and everything goes on without it: whatever
+    it raises, since its calls await nothing and a cancellation is none of the loop's.
 
     Dropped means: it gets no further call for this VM but `dropped` and `missed_traps`, no lane
     waits for its `room` any more, and the log has one line. What else it sees, such as of other
@@ -212,6 +216,7 @@ class Taps:
         self._losses: list[tuple[Tap, Exception]] = []
         self._dropped: list[tuple[Tap, int]] = []
         """With how much of `_missed` is not its own."""
+        self._cancelled = anyio.get_cancelled_exc_class()
         self._missed = 0
         """Traps that were taken since the first tap was dropped."""
         # None where no tap has the hook: the caller then pays one test.
@@ -233,8 +238,17 @@ class Taps:
         for tap, call in self._hooks[hook]:
             try:
                 call(*arguments)
-            except Exception as error:
+            except BaseException as error:
                 self._drop(tap, hook, error)
+        if self._losses:
+            self._report_losses()
+
+    def _call_each(self, name: str, *arguments: object) -> None:
+        for tap in self._taps:
+            try:
+                getattr(tap, name)(*arguments)
+            except BaseException as error:
+                self._drop(tap, name, error)
         if self._losses:
             self._report_losses()
 
@@ -253,13 +267,7 @@ class Taps:
         """The VM is about to run."""
         self._call("machine", self._vm, architecture)
         self._call("source", self._vm, source)
-        for tap in self._taps:
-            try:
-                tap.begin(self._vm, bridge, settings, stop)
-            except Exception as error:
-                self._drop(tap, "begin", error)
-        if self._losses:
-            self._report_losses()
+        self._call_each("begin", self._vm, bridge, settings, stop)
 
     def trap(self, event: TrapEvent, started: float) -> None:
         """A trap was taken at `started`, in seconds of the server's clock."""
@@ -268,50 +276,38 @@ class Taps:
         for tap, taken_at in self._hooks["taken_at"]:
             try:
                 taken_at(started)
-            except Exception as error:
+            except BaseException as error:
                 self._drop(tap, "taken_at", error)
         for tap in self._taps:
             try:
                 tap.trap(event)
-            except Exception as error:
+            except BaseException as error:
                 self._drop(tap, "trap", error)
         if self._losses:
             self._report_losses()
 
     def retried(self, event: TrapEvent, first: int) -> None:
         """The trap asks again for what came with trap `first`."""
-        for tap in self._taps:
-            try:
-                tap.retried(event, first)
-            except Exception as error:
-                self._drop(tap, "retried", error)
-        if self._losses:
-            self._report_losses()
+        self._call_each("retried", event, first)
 
     def read(
         self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
     ) -> bool:
         """Memory was read, or could not be. Returns whether to wait for `room`."""
-        full = False
-        for tap in self._taps:
-            try:
-                tap.read(event, address, size, data, error)
-                full = full or tap.full
-            except Exception as raised:
-                self._drop(tap, "read", raised)
-        if self._losses:
-            self._report_losses()
-        return full
+        return self._accessed("read", event, address, size, data, error)
 
     def wrote(self, event: TrapEvent, address: int, data: bytes, error: str | None) -> bool:
         """Memory was written, or could not be. Returns whether to wait for `room`."""
+        return self._accessed("wrote", event, address, data, error)
+
+    def _accessed(self, name: str, *arguments: object) -> bool:
         full = False
         for tap in self._taps:
             try:
-                tap.wrote(event, address, data, error)
-                full = full or tap.full
-            except Exception as raised:
-                self._drop(tap, "wrote", raised)
+                getattr(tap, name)(*arguments)
+                full = bool(tap.full) or full
+            except BaseException as raised:
+                self._drop(tap, name, raised)
         if self._losses:
             self._report_losses()
         return full
@@ -327,8 +323,8 @@ class Taps:
         for tap, hook in self._hooks["outside_called"]:
             try:
                 hook(event, first, call)
-                full = full or tap.full
-            except Exception as error:
+                full = bool(tap.full) or full
+            except BaseException as error:
                 self._drop(tap, "outside_called", error)
         if self._losses:
             self._report_losses()
@@ -340,8 +336,8 @@ class Taps:
         for tap in self._taps:
             try:
                 tap.answered(outcome)
-                full = full or tap.full
-            except Exception as error:
+                full = bool(tap.full) or full
+            except BaseException as error:
                 self._drop(tap, "answered", error)
         if self._losses:
             self._report_losses()
@@ -352,7 +348,15 @@ class Taps:
         for tap in self._taps:
             try:
                 await self._room_of(tap)
-            except Exception as error:
+            except self._cancelled as cut:
+                # Its own is neither that of a scope nor that of the task: it awaits what was
+                # cancelled, and would again.
+                task = asyncio_task()
+                if task is None or task.cancelling() or is_being_cancelled():
+                    raise
+                self._drop(tap, "room", cut)
+                self._report_losses()
+            except BaseException as error:
                 self._drop(tap, "room", error)
                 self._report_losses()
 
@@ -372,45 +376,43 @@ class Taps:
 
     def end(self, summary: Summary) -> None:
         """The VM has ended."""
-        for tap in self._taps:
-            try:
-                tap.end(self._vm, summary)
-            except Exception as error:
-                self._drop(tap, "end", error)
-        if self._losses:
-            self._report_losses()
+        self._call_each("end", self._vm, summary)
         for tap, not_its_own in self._dropped:
             for _, call in _callees((tap,), "missed_traps"):
                 try:
                     call(self._vm, self._missed - not_its_own)
-                except Exception:  # dropped is dropped
+                except BaseException as error:  # dropped is dropped
+                    _raise_interrupt(error)
                     log.debug("tap %s raised at its end", type(tap).__name__, exc_info=True)
 
     def _has(self, tap: Tap) -> bool:
         # By identity: a tap may say anything about being equal.
         return any(each is tap for each in self._taps)
 
-    def _drop(self, tap: Tap, call: str, error: Exception) -> None:
+    def _drop(self, tap: Tap, call: str, raised: BaseException) -> None:
         if not self._has(tap):
             # By two calls at a time, such as two that waited for its room.
             return
         self._taps = tuple(each for each in self._taps if each is not tap)
         for hook, callees in self._hooks.items():
             self._hooks[hook] = tuple(each for each in callees if each[0] is not tap)
+        _raise_interrupt(raised)
+        why = one_line(raised)
+        error = raised if isinstance(raised, Exception) else RuntimeError(why)
         self._losses.append((tap, error))
         # The trap that `trap` raised at is not with the tap.
         self._dropped.append((tap, self._missed - (call == "trap")))
         name = type(tap).__name__
-        why = one_line(error)
         log.error("vm %s: tap %s is dropped: its %s() raised %s", self._vm, name, call, why)
-        log.debug("how tap %s raised", name, exc_info=error)
+        log.debug("how tap %s raised", name, exc_info=raised)
         # A task that waits for its room holds a vCPU, and the tap that is dropped makes none.
         for scope, awaited in self._waits.items():
             if awaited is tap:
                 scope.cancel()
         try:
             tap.dropped(self._vm, error)
-        except Exception:  # dropped is dropped: it has no further call to be dropped from
+        except BaseException as again:  # dropped is dropped: it has no further call
+            _raise_interrupt(again)
             log.debug("tap %s raised when it was dropped", name, exc_info=True)
 
     def _report_losses(self) -> None:
@@ -421,8 +423,14 @@ class Taps:
             for tap, call in self._hooks["tap_lost"]:
                 try:
                     call(self._vm, lost, why)
-                except Exception as error:
+                except BaseException as error:
                     self._drop(tap, "tap_lost", error)
+
+
+def _raise_interrupt(raised: BaseException) -> None:
+    """The user's, most likely: it ends the program."""
+    if isinstance(raised, KeyboardInterrupt):
+        raise raised
 
 
 def _callees(taps: Sequence[Tap], hook: str) -> tuple[tuple[Tap, Callable[..., None]], ...]:

@@ -82,6 +82,8 @@ log: logging.Logger = logging.getLogger(__name__)
 _PATIENCE = 1.0
 """Seconds that a handler has to unwind after it was cancelled, on asyncio; at most a quarter of
 `stop_timeout`. Then it is cancelled once more, and after as long again at each await."""
+_AT_ONCE = 16
+"""Workers that are started together on trio, where as many traps are ready."""
 _MAX_IDLE = 1024
 """Idle workers that are kept; one costs about 4 KiB, and starting one three times a wake-up."""
 
@@ -147,10 +149,10 @@ class Workers:
                 self._memory = MeteredMemory(self._memory, self._guard, clock)
         # Not asked for when something was raised: a task may be closed when its loop is gone.
         self._cancelled = anyio.get_cancelled_exc_class()
-        self._stopping = self._cancelling = False
+        self._stopping = self._cancelling = self._logged_narrow = False
         self._narrowest = backend.architecture.narrowest
-        self._logged_narrow = False
-        self._start: Start | None = None
+        self._start: Start
+        self._starting = 0  # workers of trio that have not run yet
         self._own_tasks: OwnTasks | None = None
 
     def start(self, tasks: TaskGroup) -> None:
@@ -161,12 +163,13 @@ class Workers:
         self._start, self._own_tasks = starter(tasks), own_tasks(tasks)
         watch_generators()
         self.deadlines.start(tasks)
-        self._start(self._work)
+        self._promote()
 
     # --- the tasks ------------------------------------------------------------------
 
     async def _work(self) -> None:
         """One worker. Ends when no trap is left, or when there are idle ones enough."""
+        self._starting = max(0, self._starting - 1)
         worker = Worker()
         # On trio it is asked for in vain, at the price of an error.
         worker.task = None if self._own_tasks is None else asyncio_task()
@@ -259,8 +262,15 @@ class Workers:
 
     def _promote(self) -> None:
         """See to it that a worker will take the next ready trap."""
-        if not (self.lanes.wake() if self.lanes.has_ready else self.lanes.attended):
-            assert self._start is not None
+        lanes = self.lanes
+        if self._starting or (lanes.wake() if lanes.has_ready else lanes.attended):
+            return
+        count = 1
+        if self._own_tasks is None:
+            # Each trap whose handler waits needs one, and each start takes a turn of trio's loop.
+            # Whichever of them runs first takes the first trap.
+            count = self._starting = min(max(1, lanes.ready), _AT_ONCE)
+        for _ in range(count):
             self._start(self._work)
 
     # --- one trap -------------------------------------------------------------------

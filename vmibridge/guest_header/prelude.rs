@@ -6,7 +6,9 @@
 //!
 //! CPUID does no harm where there is no host. VMCALL and VMMCALL may be undefined there. So begin
 //! with `handshake(&Way::Cpuid)`.
-#![allow(dead_code, unused_unsafe, unsafe_op_in_unsafe_fn, clippy::all)]
+#![allow(dead_code, unused_imports, unused_unsafe, unsafe_op_in_unsafe_fn, clippy::all)]
+// Names are those that the handlers have.
+#![allow(non_camel_case_types, non_snake_case, non_upper_case_globals)]
 
 use core::arch::asm;
 

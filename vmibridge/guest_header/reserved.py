@@ -6,6 +6,7 @@ __all__ = [
     "HEADER_NAMES",
     "INCLUDE_NAMES",
     "RUST_LOCALS",
+    "RUST_TYPES",
     "RUST_WORDS",
 ]
 
@@ -47,11 +48,17 @@ RUST_WORDS: frozenset[str] = _words(
 )
 """Keywords of every edition, also those that are kept for later."""
 
+RUST_TYPES: frozenset[str] = _words(
+    """
+    bool char core f32 f64 i8 i16 i32 i64 i128 isize str u8 u16 u32 u64 u128 usize
+    """
+)
+"""What a module of this name would hide: the primitive types, and the crate `core`."""
+
 RUST_LOCALS: frozenset[str] = _words(
     """
-    C Caller Err Error Method Named None Ok Option Response Result Some Word asm call call_plain
-    caller code core given i8 i16 i32 i64 method named room super text_size touch trap u8 u16 u32
-    u64 usize values words
+    C Caller Err Error Method Named None Ok Option Response Result Some Word asm caller code given
+    method named room values words
     """
 )
 """What every module and every function has already."""

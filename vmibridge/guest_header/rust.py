@@ -11,7 +11,7 @@ from vmibridge.bridge.contract import STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VA
 from vmibridge.guest_header.comments import comment_lines
 from vmibridge.guest_header.model import EnumModel, HandlerModel, MethodModel, ParameterModel
 from vmibridge.guest_header.names import Names, ascii_name, camel_name, free_name
-from vmibridge.guest_header.reserved import RUST_LOCALS, RUST_WORDS
+from vmibridge.guest_header.reserved import RUST_LOCALS, RUST_TYPES, RUST_WORDS
 from vmibridge.guest_header.words import described
 
 __all__ = ["write_rust"]
@@ -29,10 +29,10 @@ def write_rust(models: Iterable[HandlerModel]) -> str:
 
 class _Handler:
     def __init__(self, names: Names, model: HandlerModel) -> None:
-        self._module = _free(ascii_name(model.name).lower())
+        self._module = free_name(_free(ascii_name(model.name).lower()), RUST_TYPES)
         names.add(self._module, model.name)
         # What is in the module, in one space of names for all kinds.
-        self._names = Names("Rust", dict.fromkeys(RUST_LOCALS, "a part of every file"))
+        self._names = Names("Rust")
         self._model = model
         self._enums = {each.name: each for each in model.enums}
 
@@ -46,10 +46,7 @@ class _Handler:
 
     def _inside(self) -> Iterator[str]:
         model = self._model
-        yield "#[allow(unused_imports)]"
-        yield "use super::{call, call_plain, text_size, Caller, Error, Method, Named};"
-        yield "#[allow(unused_imports)]"
-        yield "use super::{Response, Word};"
+        yield "use super::{Caller, Error, Method, Named, Response, Word};"
         yield ""
         yield self._constant("REQUEST", "u16", f"{model.request:#06x}", "the request")
         yield self._constant("MAGIC", "u32", f"{model.magic:#010x}", "the magic")
@@ -90,7 +87,6 @@ class _Handler:
         members = Names("Rust")
         for member, value in one.members.items():
             name = members.add(_free(ascii_name(member)), f"{one.name}.{member}")
-            yield "    #[allow(non_upper_case_globals)]"
             yield f"    pub const {name}: {kind} = {kind}({value});"
         yield "}"
         if one.flags:
@@ -124,7 +120,6 @@ class _Handler:
         if result is not None:
             about.append(f"* gives {described(result)}")
         yield from _docs([method.doc, "", *about])
-        yield "#[allow(non_snake_case)]"
         yield f"pub fn {name}<C: Caller + ?Sized>("
         yield from (f"    {argument}," for argument in arguments)
         yield f") -> Result<{gives}, Error> {{"
@@ -133,9 +128,9 @@ class _Handler:
             if each.kind == "text":
                 local = locals_[each.name]
                 if each.optional:
-                    yield f"    let {local}_size = {local}.map_or(Ok(0), text_size)?;"
+                    yield f"    let {local}_size = {local}.map_or(Ok(0), super::text_size)?;"
                 else:
-                    yield f"    let {local}_size = text_size({local})?;"
+                    yield f"    let {local}_size = super::text_size({local})?;"
             elif each.kind == "room" and each.optional:
                 local = locals_[each.name]
                 yield f"    let mut {local} = {local};"
@@ -143,9 +138,9 @@ class _Handler:
         yield f"    let named = [{', '.join([*named, *['Named::Nothing'] * (4 - len(named))])}];"
         yield "    // What the words name is borrowed here."
         if result is None:
-            yield "    unsafe { call(caller, &method, words, named) }.map(|_| ())"
+            yield "    unsafe { super::call(caller, &method, words, named) }.map(|_| ())"
         else:
-            yield "    let given = unsafe { call(caller, &method, words, named) }?;"
+            yield "    let given = unsafe { super::call(caller, &method, words, named) }?;"
             yield f"    Ok({self._given(result)})"
         yield "}"
 
@@ -161,7 +156,6 @@ class _Handler:
                 "The host may read and write memory that the values name.",
             ]
         )
-        yield "#[allow(non_snake_case)]"
         yield f"pub unsafe fn {name}<C: Caller + ?Sized>("
         yield "    caller: &C,"
         if method.code is None:
@@ -170,7 +164,7 @@ class _Handler:
         yield ") -> Result<Response, Error> {"
         yield from (f"    {line}" for line in self._method_value(method))
         wait = "None" if method.wait is None else f"Some({method.wait & 0xFFFF_FFFF:#x})"
-        yield f"    unsafe {{ call_plain(caller, &method, values, {wait}) }}"
+        yield f"    unsafe {{ super::call_plain(caller, &method, values, {wait}) }}"
         yield "}"
 
     def _method_value(self, method: MethodModel) -> Iterator[str]:

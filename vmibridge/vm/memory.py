@@ -18,11 +18,13 @@ guest that runs.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from operator import index
 from typing import Protocol, TypeVar
 
 import anyio
 
 from vmibridge.errors import GuestMemoryError
+from vmibridge.text import type_name
 from vmibridge.vm.arch.architecture import Page
 from vmibridge.vm.many_pages import (
     MANY,
@@ -114,7 +116,7 @@ class GuestMemory:
         size over `MAX_ACCESS`, and after the final answer. Cancelling it has no effect
         on the guest.
         """
-        _bound(address, size)
+        address, size = _bound(address, size)
         return await self._in_one_trap(self._read, address, size)
 
     async def write(self, address: int, data: bytes) -> None:
@@ -124,7 +126,8 @@ class GuestMemory:
         as `read` does, and for read-only pages. Cancelled in between, a write of
         several pages may be left in part.
         """
-        _bound(address, len(data))
+        data = plain_bytes(data)
+        address, _ = _bound(address, len(data))
         await self._in_one_trap(self._write, address, data)
 
     async def check_writable(self, address: int, size: int) -> None:
@@ -132,7 +135,7 @@ class GuestMemory:
 
         The guest may change its page tables when it runs again, so it holds for this trap.
         """
-        _bound(address, size)
+        address, size = _bound(address, size)
         await self._in_one_trap(self._check_writable, address, size)
 
     async def read_string(self, address: int, limit: int = 4096, encoding: str = "utf-8") -> str:
@@ -172,12 +175,13 @@ class GuestMemory:
 
     async def read_physical(self, address: int, size: int) -> bytes:
         """`size` bytes at a physical address. Raises `GuestMemoryError`."""
-        _bound(address, size)
+        address, size = _bound(address, size)
         return await self._in_one_trap(self._get, address, size)
 
     async def write_physical(self, address: int, data: bytes) -> None:
         """Put `data` at a physical address. Raises `GuestMemoryError`."""
-        _bound(address, len(data))
+        data = plain_bytes(data)
+        address, _ = _bound(address, len(data))
         await self._in_one_trap(self._put, address, data)
 
     async def _in_one_trap(
@@ -279,7 +283,8 @@ class GuestMemory:
             size -= count
 
     async def _read_text(self, address: int, limit: int, end: bytes) -> bytes:
-        _bound(address, 0)
+        address, _ = _bound(address, 0)
+        limit = _whole(limit, "a limit")
         _bound(address, min(limit, (1 << 64) - address))
         return await self._in_one_trap(
             lambda event, start, most: self._read_until(event, start, most, end), address, limit
@@ -361,6 +366,33 @@ class GuestMemory:
             self._settled = None
 
 
+def plain_bytes(data: bytes) -> bytes:
+    """`data` as exact bytes: what goes on from here may be sent to another machine, and recorded.
+
+    Whatever has a buffer is copied, so that it does not change on the way. Raises `TypeError` for
+    what has none, `GuestMemoryError` for more than `MAX_ACCESS` bytes.
+    """
+    if type(data) is bytes:
+        return data
+    try:
+        view = memoryview(data)
+    except TypeError:
+        raise TypeError(f"guest memory takes bytes, not {type_name(data)}") from None
+    _bound(0, view.nbytes)
+    return view.tobytes()
+
+
+def _whole(value: int, name: str) -> int:
+    """An exact `int`. Raises `TypeError`."""
+    if type(value) is int:
+        return value
+    try:
+        return index(value)
+    except Exception as error:
+        # `__index__` may raise anything.
+        raise TypeError(f"{name} is a whole number, not of type {type_name(value)}") from error
+
+
 class _InOneTrap:
     """The memory of a trap for an access of several steps: each is done while the trap is there."""
 
@@ -388,8 +420,11 @@ class _InOneTrap:
             self._end()
 
 
-def _bound(address: int, size: int) -> None:
+def _bound(address: int, size: int) -> tuple[int, int]:
+    """Both, as exact numbers."""
+    address, size = _whole(address, "an address"), _whole(size, "a size")
     if not 0 <= size <= MAX_ACCESS:
         raise GuestMemoryError(address, f"{size} bytes asked for, {MAX_ACCESS} is the most")
     if address < 0 or address + size > 1 << 64:
         raise GuestMemoryError(address, "beyond 64 bits")
+    return address, size

@@ -6,7 +6,9 @@
 //!
 //! CPUID does no harm where there is no host. VMCALL and VMMCALL may be undefined there. So begin
 //! with `handshake(&Way::Cpuid)`.
-#![allow(dead_code, unused_unsafe, unsafe_op_in_unsafe_fn, clippy::all)]
+#![allow(dead_code, unused_imports, unused_unsafe, unsafe_op_in_unsafe_fn, clippy::all)]
+// Names are those that the handlers have.
+#![allow(non_camel_case_types, non_snake_case, non_upper_case_globals)]
 
 use core::arch::asm;
 
@@ -352,10 +354,7 @@ fn text_size<T: Copy + Into<u32>>(text: &[T]) -> Result<usize, Error> {
 ///
 /// Tells the time; the nanoseconds are its output.
 pub mod clock {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0114;
     pub const MAGIC: u32 = 0x42494d56;
@@ -365,7 +364,6 @@ pub mod clock {
     /// The time of day, in nanoseconds since the Unix epoch.
     ///
     /// * gives a number, 64 bits.
-    #[allow(non_snake_case)]
     pub fn real<C: Caller + ?Sized>(
         caller: &C,
     ) -> Result<u64, Error> {
@@ -380,14 +378,13 @@ pub mod clock {
         let words = [0, 0, 0, 0];
         let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u64)
     }
 
     /// A time that never goes back, in nanoseconds.
     ///
     /// * gives a number, 64 bits.
-    #[allow(non_snake_case)]
     pub fn monotonic<C: Caller + ?Sized>(
         caller: &C,
     ) -> Result<u64, Error> {
@@ -402,7 +399,7 @@ pub mod clock {
         let words = [0, 0, 0, 0];
         let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u64)
     }
 }
@@ -433,10 +430,7 @@ pub mod clock {
 /// The handler keeps nothing of a guest: while a guest asks again and again, one host may take over
 /// from another, and goes on where that one was.
 pub mod deploy {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0011;
     pub const MAGIC: u32 = 0x42494d56;
@@ -451,7 +445,6 @@ pub mod deploy {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn download<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -464,7 +457,7 @@ pub mod deploy {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 
     /// Whether the guest may execute.
@@ -474,7 +467,6 @@ pub mod deploy {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn execute<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -487,7 +479,7 @@ pub mod deploy {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 
     /// The guest is done.
@@ -497,7 +489,6 @@ pub mod deploy {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn exit<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -510,7 +501,7 @@ pub mod deploy {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 }
 
@@ -541,10 +532,7 @@ pub mod deploy {
 /// The native code is in the upper half of the status, which an x86 guest does not see; it
 /// can tell the two failures by value2, which is 0 for the first.
 pub mod environment {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0022;
     pub const MAGIC: u32 = 0x42494d56;
@@ -557,7 +545,6 @@ pub mod environment {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn get<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -570,7 +557,7 @@ pub mod environment {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 }
 
@@ -599,10 +586,7 @@ pub mod environment {
 /// - The questions under way are bounded: a guest floods neither a service nor a person.
 /// - Who is asked is asked by `vmi.outside`: a replay gives the recorded answer.
 pub mod exec_gate {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0113;
     pub const MAGIC: u32 = 0x42494d56;
@@ -615,7 +599,6 @@ pub mod exec_gate {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn ask<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -628,7 +611,7 @@ pub mod exec_gate {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 }
 
@@ -636,10 +619,7 @@ pub mod exec_gate {
 ///
 /// Gives what the guest exits with to the consumer of the outcomes.
 pub mod exit {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0111;
     pub const MAGIC: u32 = 0x42494d56;
@@ -650,7 +630,6 @@ pub mod exit {
     ///
     /// * `status`: a number, 32 bits.
     /// * `reason`: UTF-8, at most 1024 bytes, then a NUL. Or none, at address 0.
-    #[allow(non_snake_case)]
     pub fn exit<C: Caller + ?Sized>(
         caller: &C,
         status: u32,
@@ -664,11 +643,11 @@ pub mod exit {
             words: 2,
             is_wide: false,
         };
-        let reason_size = reason.map_or(Ok(0), text_size)?;
+        let reason_size = reason.map_or(Ok(0), super::text_size)?;
         let words = [status as u64, reason.map_or(core::ptr::null::<u8>(), |data| data.as_ptr()) as usize as u64, 0, 0];
         let named = [Named::Nothing, Named::Read(reason_size), Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        unsafe { call(caller, &method, words, named) }.map(|_| ())
+        unsafe { super::call(caller, &method, words, named) }.map(|_| ())
     }
 }
 
@@ -722,10 +701,7 @@ pub mod exit {
 /// would have to put into a block of memory, and a default for the third; and a handle that is not open
 /// is *invalid parameters* here, which the body of a typed method cannot answer.
 pub mod fetch {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0023;
     pub const MAGIC: u32 = 0x42494d56;
@@ -741,7 +717,6 @@ pub mod fetch {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn open<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -754,7 +729,7 @@ pub mod fetch {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Write the next piece of the content into a buffer of the guest.
@@ -764,7 +739,6 @@ pub mod fetch {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn read<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -777,7 +751,7 @@ pub mod fetch {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// End a transfer and free its handle.
@@ -787,7 +761,6 @@ pub mod fetch {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn close<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -800,7 +773,7 @@ pub mod fetch {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Tell the length of the content; an x86 guest gets the low 32 bits.
@@ -810,7 +783,6 @@ pub mod fetch {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn length<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -823,7 +795,7 @@ pub mod fetch {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 }
 
@@ -852,10 +824,7 @@ pub mod fetch {
 /// its declared size; a file that is there stays as it is, and the other one gets a number in its name;
 /// and handles are used again.
 pub mod file_transfer {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0012;
     pub const MAGIC: u32 = 0x42494d56;
@@ -872,7 +841,6 @@ pub mod file_transfer {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn begin<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -885,7 +853,7 @@ pub mod file_transfer {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 
     /// Where the guest puts each chunk.
@@ -895,7 +863,6 @@ pub mod file_transfer {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn set_buffer<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -908,7 +875,7 @@ pub mod file_transfer {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 
     /// Take the next bytes out of the guest's buffer; a failure ends the transfer.
@@ -918,7 +885,6 @@ pub mod file_transfer {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn chunk<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -931,7 +897,7 @@ pub mod file_transfer {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 
     /// End a file: it counts if the guest says so, and if it has its size.
@@ -941,7 +907,6 @@ pub mod file_transfer {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn close<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -954,7 +919,7 @@ pub mod file_transfer {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 
     /// The guest is done.
@@ -964,7 +929,6 @@ pub mod file_transfer {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn exit<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -977,7 +941,7 @@ pub mod file_transfer {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x1)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x1)) }
     }
 }
 
@@ -985,10 +949,7 @@ pub mod file_transfer {
 ///
 /// Files between guests and one folder. Its output is what a method gives, or nothing.
 pub mod files {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0110;
     pub const MAGIC: u32 = 0x42494d56;
@@ -1024,13 +985,9 @@ pub mod files {
     pub struct Mode(pub u32);
 
     impl Mode {
-        #[allow(non_upper_case_globals)]
         pub const READ: Mode = Mode(1);
-        #[allow(non_upper_case_globals)]
         pub const CREATE: Mode = Mode(2);
-        #[allow(non_upper_case_globals)]
         pub const REPLACE: Mode = Mode(4);
-        #[allow(non_upper_case_globals)]
         pub const HASH: Mode = Mode(8);
     }
 
@@ -1047,7 +1004,6 @@ pub mod files {
     /// * `size`: a number, 64 bits.
     /// * `mode`: of Mode, 32 bits.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn begin<C: Caller + ?Sized>(
         caller: &C,
         name: &[u8],
@@ -1062,11 +1018,11 @@ pub mod files {
             words: 3,
             is_wide: true,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let words = [name.as_ptr() as usize as u64, size as u64, mode.0 as u64, 0];
         let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 
@@ -1076,7 +1032,6 @@ pub mod files {
     /// * `offset`: a number, 64 bits.
     /// * `data`: its length in bytes of it, at most 1048576.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn put<C: Caller + ?Sized>(
         caller: &C,
         handle: u32,
@@ -1094,7 +1049,7 @@ pub mod files {
         let words = [handle as u64, offset as u64, data.as_ptr() as usize as u64, data.len() as u64];
         let named = [Named::Nothing, Named::Nothing, Named::Read(data.len()), Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 
@@ -1104,7 +1059,6 @@ pub mod files {
     /// * `offset`: a number, 64 bits.
     /// * `into`: room to fill, of its length in bytes, at most 1048576.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn get<C: Caller + ?Sized>(
         caller: &C,
         handle: u32,
@@ -1122,7 +1076,7 @@ pub mod files {
         let words = [handle as u64, offset as u64, into.as_mut_ptr() as usize as u64, into.len() as u64];
         let named = [Named::Nothing, Named::Nothing, Named::Fill(into.len()), Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 
@@ -1130,7 +1084,6 @@ pub mod files {
     ///
     /// * `handle`: a number, 32 bits.
     /// * `sha256`: its length in bytes of it, at most 32. Or none, at address 0.
-    #[allow(non_snake_case)]
     pub fn end<C: Caller + ?Sized>(
         caller: &C,
         handle: u32,
@@ -1147,13 +1100,12 @@ pub mod files {
         let words = [handle as u64, sha256.map_or(core::ptr::null::<u8>(), |data| data.as_ptr()) as usize as u64, sha256.map_or(0, |data| data.len()) as u64, 0];
         let named = [Named::Nothing, Named::Read(sha256.map_or(0, |data| data.len())), Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        unsafe { call(caller, &method, words, named) }.map(|_| ())
+        unsafe { super::call(caller, &method, words, named) }.map(|_| ())
     }
 
     /// End a transfer; nothing is left of a file that was put.
     ///
     /// * `handle`: a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn abort<C: Caller + ?Sized>(
         caller: &C,
         handle: u32,
@@ -1169,7 +1121,7 @@ pub mod files {
         let words = [handle as u64, 0, 0, 0];
         let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        unsafe { call(caller, &method, words, named) }.map(|_| ())
+        unsafe { super::call(caller, &method, words, named) }.map(|_| ())
     }
 
     /// Look up a file or a folder; gives its size in bytes.
@@ -1177,7 +1129,6 @@ pub mod files {
     /// * `name`: UTF-8, at most 4096 bytes, then a NUL.
     /// * `into`: room to fill, of its length in bytes, at most 1048576. Or none, at address 0.
     /// * gives a number, 64 bits.
-    #[allow(non_snake_case)]
     pub fn stat<C: Caller + ?Sized>(
         caller: &C,
         name: &[u8],
@@ -1191,12 +1142,12 @@ pub mod files {
             words: 3,
             is_wide: true,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let mut into = into;
         let words = [name.as_ptr() as usize as u64, into.as_mut().map_or(core::ptr::null_mut::<u8>(), |room| room.as_mut_ptr()) as usize as u64, into.as_ref().map_or(0, |room| room.len()) as u64, 0];
         let named = [Named::Read(name_size), Named::Fill(into.as_ref().map_or(0, |room| room.len())), Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u64)
     }
 
@@ -1206,7 +1157,6 @@ pub mod files {
     /// * `after`: UTF-8, at most 4096 bytes, then a NUL. Or none, at address 0.
     /// * `into`: room to fill, of its length in bytes, at most 1048576.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn list<C: Caller + ?Sized>(
         caller: &C,
         folder: &[u8],
@@ -1221,12 +1171,12 @@ pub mod files {
             words: 4,
             is_wide: false,
         };
-        let folder_size = text_size(folder)?;
-        let after_size = after.map_or(Ok(0), text_size)?;
+        let folder_size = super::text_size(folder)?;
+        let after_size = after.map_or(Ok(0), super::text_size)?;
         let words = [folder.as_ptr() as usize as u64, after.map_or(core::ptr::null::<u8>(), |data| data.as_ptr()) as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64];
         let named = [Named::Read(folder_size), Named::Read(after_size), Named::Fill(into.len()), Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 
@@ -1234,7 +1184,6 @@ pub mod files {
     ///
     /// * `handle`: a number, 32 bits.
     /// * gives a number, 64 bits.
-    #[allow(non_snake_case)]
     pub fn length<C: Caller + ?Sized>(
         caller: &C,
         handle: u32,
@@ -1250,7 +1199,7 @@ pub mod files {
         let words = [handle as u64, 0, 0, 0];
         let named = [Named::Nothing, Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u64)
     }
 
@@ -1260,7 +1209,6 @@ pub mod files {
     /// * `size`: a number, 64 bits.
     /// * `mode`: of Mode, 32 bits.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn begin_utf16<C: Caller + ?Sized>(
         caller: &C,
         name: &[u16],
@@ -1275,11 +1223,11 @@ pub mod files {
             words: 3,
             is_wide: true,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let words = [name.as_ptr() as usize as u64, size as u64, mode.0 as u64, 0];
         let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 
@@ -1288,7 +1236,6 @@ pub mod files {
     /// * `name`: UTF-16, at most 4096 bytes, then a NUL.
     /// * `into`: room to fill, of its length in bytes, at most 1048576. Or none, at address 0.
     /// * gives a number, 64 bits.
-    #[allow(non_snake_case)]
     pub fn stat_utf16<C: Caller + ?Sized>(
         caller: &C,
         name: &[u16],
@@ -1302,12 +1249,12 @@ pub mod files {
             words: 3,
             is_wide: true,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let mut into = into;
         let words = [name.as_ptr() as usize as u64, into.as_mut().map_or(core::ptr::null_mut::<u8>(), |room| room.as_mut_ptr()) as usize as u64, into.as_ref().map_or(0, |room| room.len()) as u64, 0];
         let named = [Named::Read(name_size), Named::Fill(into.as_ref().map_or(0, |room| room.len())), Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u64)
     }
 
@@ -1317,7 +1264,6 @@ pub mod files {
     /// * `after`: UTF-16, at most 4096 bytes, then a NUL. Or none, at address 0.
     /// * `into`: room to fill, of its length in bytes, at most 1048576.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn list_utf16<C: Caller + ?Sized>(
         caller: &C,
         folder: &[u16],
@@ -1332,12 +1278,12 @@ pub mod files {
             words: 4,
             is_wide: false,
         };
-        let folder_size = text_size(folder)?;
-        let after_size = after.map_or(Ok(0), text_size)?;
+        let folder_size = super::text_size(folder)?;
+        let after_size = after.map_or(Ok(0), super::text_size)?;
         let words = [folder.as_ptr() as usize as u64, after.map_or(core::ptr::null::<u16>(), |data| data.as_ptr()) as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64];
         let named = [Named::Read(folder_size), Named::Read(after_size), Named::Fill(into.len()), Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 }
@@ -1364,10 +1310,7 @@ pub mod files {
 ///
 /// The native code is in the upper half of the status, which an x86 guest does not see.
 pub mod hello {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0001;
     pub const MAGIC: u32 = 0x42494d56;
@@ -1379,7 +1322,6 @@ pub mod hello {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn call_method<C: Caller + ?Sized>(
         caller: &C,
         code: u16,
@@ -1393,7 +1335,7 @@ pub mod hello {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 }
 
@@ -1401,10 +1343,7 @@ pub mod hello {
 ///
 /// Keeps values by name. Raises `MissingExtraError` without APSW.
 pub mod kv {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0112;
     pub const MAGIC: u32 = 0x42494d56;
@@ -1430,7 +1369,6 @@ pub mod kv {
     /// * `name`: UTF-8, at most 256 bytes, then a NUL.
     /// * `into`: room to fill, of its length in bytes, at most 1048576.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn get<C: Caller + ?Sized>(
         caller: &C,
         name: &[u8],
@@ -1444,11 +1382,11 @@ pub mod kv {
             words: 3,
             is_wide: false,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let words = [name.as_ptr() as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64, 0];
         let named = [Named::Read(name_size), Named::Fill(into.len()), Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 
@@ -1457,7 +1395,6 @@ pub mod kv {
     /// * `name`: UTF-8, at most 256 bytes, then a NUL.
     /// * `value`: its length in bytes of it, at most 1048576.
     /// * gives a number, 64 bits.
-    #[allow(non_snake_case)]
     pub fn put<C: Caller + ?Sized>(
         caller: &C,
         name: &[u8],
@@ -1471,11 +1408,11 @@ pub mod kv {
             words: 3,
             is_wide: true,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let words = [name.as_ptr() as usize as u64, value.as_ptr() as usize as u64, value.len() as u64, 0];
         let named = [Named::Read(name_size), Named::Read(value.len()), Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u64)
     }
 
@@ -1483,7 +1420,6 @@ pub mod kv {
     ///
     /// * `name`: UTF-8, at most 256 bytes, then a NUL.
     /// * gives true or false.
-    #[allow(non_snake_case)]
     pub fn delete<C: Caller + ?Sized>(
         caller: &C,
         name: &[u8],
@@ -1496,11 +1432,11 @@ pub mod kv {
             words: 1,
             is_wide: false,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let words = [name.as_ptr() as usize as u64, 0, 0, 0];
         let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given & 1 != 0)
     }
 
@@ -1509,7 +1445,6 @@ pub mod kv {
     /// * `name`: UTF-8, at most 256 bytes, then a NUL.
     /// * `into`: room to fill, of its length in bytes, at most 1048576.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn next<C: Caller + ?Sized>(
         caller: &C,
         name: &[u8],
@@ -1523,11 +1458,11 @@ pub mod kv {
             words: 3,
             is_wide: false,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let words = [name.as_ptr() as usize as u64, into.as_mut_ptr() as usize as u64, into.len() as u64, 0];
         let named = [Named::Read(name_size), Named::Fill(into.len()), Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 
@@ -1535,7 +1470,6 @@ pub mod kv {
     ///
     /// * `name`: UTF-8, at most 256 bytes, then a NUL.
     /// * gives a number, 64 bits.
-    #[allow(non_snake_case)]
     pub fn version<C: Caller + ?Sized>(
         caller: &C,
         name: &[u8],
@@ -1548,11 +1482,11 @@ pub mod kv {
             words: 1,
             is_wide: true,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let words = [name.as_ptr() as usize as u64, 0, 0, 0];
         let named = [Named::Read(name_size), Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u64)
     }
 
@@ -1562,7 +1496,6 @@ pub mod kv {
     /// * `version`: a number, 64 bits.
     /// * `value`: its length in bytes of it, at most 1048576.
     /// * gives a number, 64 bits.
-    #[allow(non_snake_case)]
     pub fn put_if<C: Caller + ?Sized>(
         caller: &C,
         name: &[u8],
@@ -1577,11 +1510,11 @@ pub mod kv {
             words: 4,
             is_wide: true,
         };
-        let name_size = text_size(name)?;
+        let name_size = super::text_size(name)?;
         let words = [name.as_ptr() as usize as u64, version as u64, value.as_ptr() as usize as u64, value.len() as u64];
         let named = [Named::Read(name_size), Named::Nothing, Named::Read(value.len()), Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u64)
     }
 }
@@ -1607,10 +1540,7 @@ pub mod kv {
 /// every byte that is not UTF-8, becomes a backslash escape, so that it can neither begin a
 /// line of its own nor steer the terminal that shows it.
 pub mod log {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0021;
     pub const MAGIC: u32 = 0x42494d56;
@@ -1626,7 +1556,6 @@ pub mod log {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn debug<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -1639,7 +1568,7 @@ pub mod log {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Log a text as info.
@@ -1649,7 +1578,6 @@ pub mod log {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn info<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -1662,7 +1590,7 @@ pub mod log {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Log a text as a warning.
@@ -1672,7 +1600,6 @@ pub mod log {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn warning<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -1685,7 +1612,7 @@ pub mod log {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 
     /// Log a text as an error.
@@ -1695,7 +1622,6 @@ pub mod log {
     /// # Safety
     ///
     /// The host may read and write memory that the values name.
-    #[allow(non_snake_case)]
     pub unsafe fn error<C: Caller + ?Sized>(
         caller: &C,
         values: [Word; 4],
@@ -1708,7 +1634,7 @@ pub mod log {
             words: 0,
             is_wide: false,
         };
-        unsafe { call_plain(caller, &method, values, Some(0x100)) }
+        unsafe { super::call_plain(caller, &method, values, Some(0x100)) }
     }
 }
 
@@ -1716,10 +1642,7 @@ pub mod log {
 ///
 /// Fills buffers with random bytes; how many is its output.
 pub mod random {
-    #[allow(unused_imports)]
-    use super::{call, call_plain, text_size, Caller, Error, Method, Named};
-    #[allow(unused_imports)]
-    use super::{Response, Word};
+    use super::{Caller, Error, Method, Named, Response, Word};
 
     pub const REQUEST: u16 = 0x0115;
     pub const MAGIC: u32 = 0x42494d56;
@@ -1730,7 +1653,6 @@ pub mod random {
     ///
     /// * `into`: room to fill, of its length in bytes, at most 1048576.
     /// * gives a number, 32 bits.
-    #[allow(non_snake_case)]
     pub fn fill<C: Caller + ?Sized>(
         caller: &C,
         into: &mut [u8],
@@ -1746,7 +1668,7 @@ pub mod random {
         let words = [into.as_mut_ptr() as usize as u64, into.len() as u64, 0, 0];
         let named = [Named::Fill(into.len()), Named::Nothing, Named::Nothing, Named::Nothing];
         // What the words name is borrowed here.
-        let given = unsafe { call(caller, &method, words, named) }?;
+        let given = unsafe { super::call(caller, &method, words, named) }?;
         Ok(given as u32)
     }
 }

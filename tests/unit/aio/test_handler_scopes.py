@@ -195,3 +195,63 @@ async def test_what_is_left_open_is_found_and_closed():
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(body)
+
+
+async def test_a_cancellation_that_comes_late_is_not_that_of_the_next_scope():
+    async def body():
+        first, second = handler_scope(60), handler_scope(60)
+        with first:
+            pass
+        with second:
+            first.cancel()
+            await anyio.sleep(0.01)
+            went_on.set()
+
+    went_on = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(body)
+    assert went_on.is_set()
+
+
+@pytest.mark.parametrize("cancels_the_outer", [False, True])
+async def test_nothing_of_a_scope_that_was_cancelled_is_in_the_next(cancels_the_outer):
+    async def body():
+        for _ in range(3):
+            with anyio.CancelScope() as outer, handler_scope(60) as scope:
+                (outer if cancels_the_outer else scope).cancel()
+        with handler_scope(60):
+            await anyio.sleep(0.01)
+            went_on.set()
+
+    went_on = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(body)
+    assert went_on.is_set()
+
+
+async def test_a_task_that_is_left_under_one_is_not_under_the_next():
+    """Of a task group that a handler left open, and that was cancelled with it."""
+    ended = anyio.Event()
+
+    async def left():
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.set()
+
+    async def body():
+        with handler_scope(60) as first:
+            group = anyio.create_task_group()
+            await group.__aenter__()
+            group.start_soon(left)
+            await anyio.sleep(0.01)
+            first.close_left()
+        with handler_scope(60):
+            await ended.wait()
+            await anyio.sleep(0.01)
+            went_on.set()
+
+    went_on = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(body)
+    assert went_on.is_set()

@@ -1,6 +1,7 @@
 """A typed signature that cannot be served is refused when the class is made, by name."""
 
 from enum import IntEnum, IntFlag
+from functools import partial
 from typing import Annotated
 
 import pytest
@@ -157,6 +158,33 @@ class TestRefused:
 
         with pytest.raises(ValueError, match=r"^Files\.ask: mode is of type Empty, which has no"):
             made(ask)
+
+    def test_a_flag_that_is_negative(self):
+        class Negative(IntFlag):
+            ALL = -1
+
+        async def ask(self, flags: Negative) -> None: ...
+
+        with pytest.raises(ValueError, match=r"^Files\.ask: flags is .* Negative, which has a"):
+            made(ask)
+
+    def test_a_member_that_is_far_too_large(self):
+        class Large(IntEnum):
+            A = 10**6000
+
+        async def ask(self, mode: Large) -> None: ...
+
+        with pytest.raises(ValueError, match=r"^Files\.ask: mode is far too large, which 64 bits"):
+            made(ask)
+
+    def test_what_is_no_function(self):
+        async def ask(self, vmi, packet): ...
+
+        for wrong in (None, property(ask), partial(ask)):
+            with pytest.raises(
+                TypeError, match=r"answers a method, so it has to (be async|have a name)$"
+            ):
+                method(5)(wrong)
 
     def test_a_parameter_without_a_type(self):
         async def ask(self, size: U32, other) -> None: ...

@@ -4,6 +4,7 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import Annotated
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,6 +196,35 @@ class TestNumbers:
     )
     async def test_one_that_is_wrong_is_told_by_its_number(self, code, values, parameter):
         assert await ask(code, *values) == (invalid(code, parameter), 0, [])
+
+    async def test_members_may_have_several_bits_and_any_value(self):
+        class Rights(IntFlag):
+            NONE = 0
+            BOTH = 3
+            HIGH = 0xF0
+
+        class Colour(IntEnum):
+            RED = 7, "red"
+
+            def __new__(cls, number, value):
+                made = int.__new__(cls, number)
+                made._value_ = value
+                return made
+
+        class Paints(StandardHandler[int]):
+            REQUEST = 0x0111
+
+            @method(1)
+            async def paint(self, rights: Rights, colour: Colour) -> Colour:
+                assert rights == Rights.BOTH | Rights.HIGH
+                assert colour is Colour.RED
+                return colour
+
+        request = BridgePacket(Paints.MAGIC, 0x0111, 1, 0xF3, 7)
+        outcome = await drive(Paints(), request)
+        assert (Status.decode(outcome.response.value1), outcome.response.value2) == (Status(1), 7)
+        outcome = await drive(Paints(), msgspec.structs.replace(request, value1=4))
+        assert Status.decode(outcome.response.value1) == invalid(1, 1)
 
     @pytest.mark.parametrize("given", [["a", "b"], 7, None])
     async def test_what_is_for_the_host_is_the_output_alone(self, given):

@@ -140,6 +140,22 @@ class TestTheEnd:
                     outcomes.append(outcome)
         assert len(outcomes) == 1
 
+    async def test_also_one_that_is_false(self):
+        """As an exception with a length may be."""
+
+        class EmptyError(BackendError):
+            def __len__(self):
+                return 0
+
+        class Broken(FakeBackend):
+            async def run(self, traps, sink):
+                raise EmptyError("lost the VM")
+
+        with pytest.raises(EmptyError):
+            async with Broken() as backend:
+                async for _ in server_of(backend, Probe()).run():
+                    pass
+
     async def test_an_error_in_entering_a_handler_reaches_the_consumer(self):
         class Broken(Probe):
             async def __aenter__(self):

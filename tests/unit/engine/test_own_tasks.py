@@ -4,6 +4,7 @@ import asyncio
 import gc
 import weakref
 from contextvars import ContextVar
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -281,3 +282,34 @@ async def test_one_that_was_taken_before_a_stop_has_the_grace_period():
         server = BridgeServer(vm, Tasks(), taps=[StopsAtTheSecond()], grace=60, stop_timeout=120)
         kinds = [outcome.kind async for outcome in server.run()]
     assert kinds == [OutcomeKind.HANDLED] * 2
+
+
+async def test_where_many_are_ready_they_begin_in_the_order_of_their_traps():
+    """On trio their workers are started together, and run in any order."""
+
+    class Order(Misbehaves):
+        def __init__(self):
+            self.begun = []
+
+        @method(1)
+        async def waits(self, vmi, packet):
+            self.begun.append(vmi.event.seq)
+            await anyio.sleep(0)
+            return BridgeResponse(value1=1)
+
+    handler, vcpus = Order(), 50
+
+    async def guest(vm):
+        for _ in range(2):
+            async with anyio.create_task_group() as all_of_them:
+                for vcpu in range(vcpus):
+                    call = partial(vm.call, vcpu=vcpu)
+                    all_of_them.start_soon(call, BridgePacket(MAGIC, REQUEST, 1))
+        # With one that answers at once, too: what is left then takes the next trap.
+        await vm.call(BridgePacket(MAGIC, REQUEST, 9))
+
+    async with FakeGuest(guest) as vm:
+        outcomes = [each async for each in BridgeServer(vm, handler).run()]
+    assert len(outcomes) == 2 * vcpus + 1
+    assert handler.begun == sorted(handler.begun)
+    assert len(handler.begun) == 2 * vcpus

@@ -1,5 +1,8 @@
 """A tap that raises, and taps that are older than the hooks, or have none."""
 
+import asyncio
+from typing import ClassVar
+
 import pytest
 from hooked_taps import COPY, MAGIC, MEMORY, NATIVE, Hooked, Steps, serve
 
@@ -7,12 +10,18 @@ from vmibridge import (
     BridgePacket,
     OutcomeKind,
 )
+from vmibridge.bridge.dispatch import one_line
 from vmibridge.engine import queue_time
 from vmibridge.engine.taps import Tap
 from vmibridge.testing import FakeGuest
 from vmibridge.vm.backend import SessionEventKind
 
 pytestmark = pytest.mark.anyio
+on_asyncio = pytest.mark.parametrize(
+    "anyio_backend",
+    [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})],
+    ids=["asyncio", "uvloop"],
+)
 
 
 # --- taps that raise --------------------------------------------------------------------
@@ -107,6 +116,68 @@ class TestATapThatRaises:
         await serve(FakeGuest(every_hook, memory=MEMORY), Steps(), bad, other)
         assert other.missed == [("fake", 4)]
         assert len(caplog.records) == 2
+
+
+class TestATapThatRaisesWhatIsNoException:
+    """Such as the `result()` of a future that was cancelled."""
+
+    RAISED: ClassVar = [
+        SystemExit(3),
+        asyncio.CancelledError(),
+        GeneratorExit(),
+        BaseExceptionGroup("group", [SystemExit(3)]),
+        type("Own", (BaseException,), {})(),
+    ]
+
+    WHERE: ClassVar = [
+        *("machine", "begin", "trap", "taken_at", "read", "handler_began", "answered"),
+        *("ran_natively", "session_event", "end"),
+    ]
+
+    @pytest.mark.parametrize("where", WHERE)
+    async def test_is_dropped_as_by_any_other(self, where):
+        for error in self.RAISED:
+
+            def fail(*_, error=error):
+                raise error
+
+            bad, good = Hooked(), Hooked()
+            setattr(bad, where, fail)
+            vm = FakeGuest(every_hook, memory=MEMORY)
+            outcomes = await serve(vm, Steps(), bad, good)
+            assert vm.results == [1, 2, 3]
+            assert [each.kind for each in outcomes] == [OutcomeKind.HANDLED] * 4
+            assert good.calls[-1] == "end" or where == "end"
+            assert ("lost", "Hooked", one_line(error)) in good.calls
+
+    async def test_and_by_a_flag_that_is_neither_true_nor_false(self):
+        class Neither:
+            def __bool__(self):
+                raise Fault("neither")
+
+        bad, good = Hooked(), Hooked()
+        bad.full = Neither()
+        vm = FakeGuest(every_hook, memory=MEMORY)
+        await serve(vm, Steps(), bad, good)
+        assert vm.results == [1, 2, 3]
+        assert ("lost", "Hooked", "neither") in good.calls
+
+    @on_asyncio
+    async def test_and_by_a_room_that_waits_for_what_was_cancelled(self):
+        waited_for = asyncio.get_running_loop().create_future()
+        waited_for.cancel()
+
+        class Full(Hooked):
+            full = True
+
+            async def room(self):
+                await waited_for
+
+        bad, good = Full(), Hooked()
+        vm = FakeGuest(every_hook, memory=MEMORY)
+        await serve(vm, Steps(), bad, good)
+        assert vm.results == [1, 2, 3]
+        assert ("lost", "Full", "CancelledError: ") in good.calls
 
 
 class TestASession:

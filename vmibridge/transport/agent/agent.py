@@ -95,7 +95,7 @@ class Agent:
     ) -> None:
         self.url: Url = parse_url(url)
         self.vm: str = backend.vm if vm is None else vm
-        check("deadline", deadline, Seconds)
+        check("deadline", deadline, Seconds | None)
         if not 0 < len(self.vm) <= 64 or not self.vm.isprintable():
             raise ValueError(f"the name of a VM has 1 to 64 printable characters, got {self.vm!r}")
         if not longest_pause > 0 or not silence > 0 or not grace >= 0:

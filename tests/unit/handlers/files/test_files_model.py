@@ -87,6 +87,16 @@ class FilesAgainstModel(RuleBasedStateMachine):
         hashes=st.sampled_from([Mode(0), Mode.HASH]),
     )
     def begin(self, owner, name, size, mode, hashes):
+        self.begin_one(owner, name, size, mode, hashes)
+
+    @precondition(lambda self: self.under_way)
+    @rule(owner=PROGRAMS, data=st.data(), hashes=st.sampled_from([Mode(0), Mode.HASH]))
+    def begin_what_is_under_way(self, owner, data, hashes):
+        """Again by the same program, or by another one, which takes it over."""
+        known = self.under_way[data.draw(st.sampled_from(list(self.under_way)))]
+        self.begin_one(owner, known.name, known.size, known.mode, hashes)
+
+    def begin_one(self, owner, name, size, mode, hashes):
         told = self.ask("begin", owner, name, size, mode | hashes)
         if name.startswith(".."):
             assert told.error == errno.EINVAL

@@ -19,6 +19,7 @@ import anyio
 
 from vmibridge.aio import sockets
 from vmibridge.aio.duplex import Duplex
+from vmibridge.aio.listening import wait_listening
 from vmibridge.backends.qemu.gdb import commands
 from vmibridge.backends.qemu.gdb.commands import Exit, ReplyError, Stop, StubError
 from vmibridge.backends.qemu.gdb.packets import (
@@ -216,10 +217,10 @@ class GdbClient:
         return stop
 
     async def watch(self) -> None:
-        """Lose a stub that has gone silent. Until cancelled."""
-        while True:
+        """Lose a stub that has gone silent. Until it is lost, or cancelled."""
+        while self.why_lost is None:
             owes, before = len(self._due), self._replies
-            await anyio.sleep(self.patience)
+            await wait_listening(self.lost, self.patience)
             if owes and self._replies == before:
                 self.lose(f"it has not replied for {self.patience:g} s")
 
