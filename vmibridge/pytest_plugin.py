@@ -1,4 +1,20 @@
-"""A plugin of pytest: tests that replay a recording.
+"""A plugin of pytest: tests of handlers, with guests, and tests that replay a recording.
+
+    def test_greets(drive):
+        assert drive(Greeter, "greet", "you", bytearray(32)).result == 10
+
+    def test_from_a_guest(guest):
+        guest.c("int main(void) { ... }", Greeter)
+
+| fixture | gives |
+|---|---|
+| `drive` | a function that asks a handler, with fake guest memory |
+| `guest` | a guest of some lines of C or assembly, run in Unicorn and answered by handlers |
+| `recorded_session` | a function that asks handlers and records it in a new file |
+| `replay` | the recording of the mark `recording` |
+
+The first three are for tests without `async`; such a test runs once on asyncio and, where trio is
+installed, once on trio.
 
     @pytest.mark.recording("run.mcap", Verdict)
     async def test_verdict(replay):
@@ -13,7 +29,7 @@ and the test fails if something is different, with what `vmibridge replay` print
 Rules:
 
 - pytest imports this module at each start, for whoever has vmibridge: it imports nothing but pytest
-  until a test asks for `replay`. A mark of the same name without path and handler is left alone.
+  until a test asks for a fixture. A mark of the same name without path and handler is left alone.
 - A file is updated by one test at a time, in all workers of xdist: a test has its lock from before
   it is read until it is written. Nothing is written for a test that fails.
 - Of two tests that want other answers of one request, the last one has them. That is told, by the
@@ -27,15 +43,21 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from vmibridge.fixtures.driving import Drive
+    from vmibridge.fixtures.guests import Guest
+    from vmibridge.fixtures.images import Images
+    from vmibridge.fixtures.sessions import RecordedSession
     from vmibridge.recording.replay.door import Replay
 
 _MARK = "recording"
+_LOOP = "vmibridge_loop"
 _UPDATED = "recording_updated"
 """The property of a test that says which recording it has updated."""
 _COMPARED = "recording_compared"
@@ -64,6 +86,62 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     if config.getoption("recording_update"):
         config.pluginmanager.register(_Updates())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what has a loop of its own on each kind."""
+    if _LOOP in metafunc.fixturenames and _LOOP not in _directly(metafunc):
+        loops = ["asyncio", *(["trio"] if find_spec("trio") else [])]
+        metafunc.parametrize(_LOOP, loops, indirect=True)
+
+
+def _directly(metafunc: pytest.Metafunc) -> set[str]:
+    """What the test parametrizes itself."""
+    names: set[str] = set()
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        given = mark.args[0] if mark.args else mark.kwargs.get("argnames", ())
+        names.update(given.replace(",", " ").split() if isinstance(given, str) else given)
+    return names
+
+
+@pytest.fixture
+def vmibridge_loop(request: pytest.FixtureRequest) -> str:
+    """The kind of event loop of `drive`, `guest` and `recorded_session`: each in turn."""
+    return str(getattr(request, "param", "asyncio"))
+
+
+@pytest.fixture
+def drive(vmibridge_loop: str) -> "Drive":
+    """`drive(HANDLER, METHOD, *VALUES)` asks a handler and returns what came of it."""
+    from vmibridge.fixtures.driving import Drive
+
+    return Drive(vmibridge_loop)
+
+
+@pytest.fixture(scope="session")
+def vmibridge_images(tmp_path_factory: pytest.TempPathFactory) -> "Images":
+    """The guests that were compiled, each once."""
+    from vmibridge.fixtures.images import Images
+
+    return Images(tmp_path_factory.mktemp("guests"))
+
+
+@pytest.fixture
+def guest(
+    request: pytest.FixtureRequest, vmibridge_loop: str, vmibridge_images: "Images"
+) -> "Guest":
+    """`guest.c(SOURCE, *HANDLERS)` and `guest.asm(SOURCE, *HANDLERS)` run a guest in Unicorn."""
+    from vmibridge.fixtures.guests import Guest
+
+    return Guest(vmibridge_loop, vmibridge_images, request.path.parent)
+
+
+@pytest.fixture
+def recorded_session(vmibridge_loop: str, tmp_path: Path) -> "RecordedSession":
+    """`recorded_session(HANDLER, (METHOD, VALUE, ...), ...)` returns a new recording."""
+    from vmibridge.fixtures.sessions import RecordedSession
+
+    return RecordedSession(vmibridge_loop, tmp_path)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from distribution_parts import ROOT, run
 
+from vmibridge.cli.new_handler import _FILES
+
 PROGRAM = Path(__file__).parent / "downstream/program.py"
 FOLDERS = {"benchmarks", "docker", "docs", "guest", "handlers", "systemd", "tests", "vmibridge"}
 FILES = {
@@ -91,6 +93,15 @@ def test_pytest_finds_its_plugin(built):
         assert b"[pytest11]\nvmibridge.pytest_plugin = vmibridge.pytest_plugin\n" in wheel.read(
             name
         )
+
+
+def test_a_handler_of_ones_own_can_be_begun_from_it(built):
+    """What `vmibridge new handler` makes, and what its guest includes."""
+    with zipfile.ZipFile(built.wheel) as wheel:
+        names = set(wheel.namelist())
+    headers = {f"vmibridge/guest/include/{name}" for name in ("start.h", "flat.ld", "vmibridge.h")}
+    templates = {f"vmibridge/cli/templates/handler/{name}" for name in _FILES}
+    assert headers | templates <= names
 
 
 class TestUserProgram:

@@ -5,7 +5,7 @@
 | 0 | the guest ended by itself, or the command did what it says |
 | 1 | the guest, its backend, or a handler module failed |
 | 2 | wrong usage: an option, a spec, a source or the configuration; a recording that is none |
-| 130, 143 | ended by SIGINT, SIGTERM, after answering what was pending |
+| 129, 130, 143 | ended by SIGHUP, SIGINT, SIGTERM, after answering what was pending |
 
 An error is one line on standard error that says what to do.
 """
@@ -66,7 +66,7 @@ def _run(tokens: list[str]) -> int:
     if tokens == ["--version"]:
         sys.stdout.write(f"{__version__}\n")
         return 0
-    if tokens[:1] == ["serve"]:
+    if tokens[:1] in (["serve"], ["run"]) or tokens[:2] == ["qemu", "run"]:
         # Before the imports, which take most of the time in which SIGHUP would end it.
         note_hangups()
     try:

@@ -17,7 +17,7 @@ from vmibridge.bridge.bounds import Seconds, problem
 from vmibridge.cli.event_loop import check_loop, logging_to, run_on
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Json, LogLevel, LoopOptions, named_backend
-from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError, VmiBridgeError
@@ -97,7 +97,7 @@ async def _serve(carried: Sequence[tuple[Backend, Agent]], *, as_json: bool) -> 
             failures.append(error)
 
     async with anyio.create_task_group() as tasks:
-        await tasks.start(stop_on_signals, stop, received)
+        await tasks.start(stop_on_signals, stop, received, stop_at_hangup(stop, received))
         async with anyio.create_task_group() as guests:
             for backend, agent in carried:
                 guests.start_soon(carry, backend, agent)

@@ -15,6 +15,7 @@ from vmibridge.cli.help import HelpFormatter
 _GROUPS = {
     "guest": "What guests are made of.",
     "handlers": "Look at handlers.",
+    "new": "Begin something of your own.",
     "qemu": "What QEMU needs to be a backend.",
     "recordings": "Recordings kept in NATS (JetStream).",
 }
@@ -71,6 +72,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "inspect": (
             "inspect:inspect",
             "List the traps of a recording, in the order of their replies.",
+        ),
+        "new handler": (
+            "new_handler:new_handler",
+            "Make a folder with a handler of your own, its test, and a guest in C that asks it.",
         ),
         "qemu build-plugin": (
             "qemu_plugin:build_qemu_plugin",

@@ -18,11 +18,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vmibridge.cli.guest_files import guest_file
 from vmibridge.cli.options import Json, LoopOptions
 from vmibridge.cli.run import run
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import BackendError, VmiBridgeError
+from vmibridge.guest_files import guest_file
 from vmibridge.text import printable
 
 _HANDLERS = ("hello", "log", "environment", "clock", "random", "exec_gate", "fetch")

@@ -2,7 +2,7 @@
 
 import sys
 
-from vmibridge.cli.guest_files import guest_file
+from vmibridge.guest_files import guest_file
 from vmibridge.text import printable
 
 

@@ -13,10 +13,10 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from cyclopts import Parameter
 
-from vmibridge.cli.guest_files import guest_file
 from vmibridge.cli.options import Output
 from vmibridge.errors import VmiBridgeError
 from vmibridge.files import reason, replaceable
+from vmibridge.guest_files import guest_file
 from vmibridge.text import printable
 
 Target: TypeAlias = Literal["linux-x64", "linux-x86", "windows-x64", "windows-x86"]

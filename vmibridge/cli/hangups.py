@@ -1,4 +1,4 @@
-"""SIGHUP to `vmibridge serve` while it starts: noted, and made good by a reload.
+"""SIGHUP to a command that reloads, while it starts: noted, and made good by a reload.
 
 By default it ends a process: a unit that is reloaded right after it was started would be ended,
 for as long as Python, the handlers and the listeners take to be there. So this module imports

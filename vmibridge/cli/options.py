@@ -57,6 +57,7 @@ RENAME = Parameter(
 )
 
 Sources: TypeAlias = Annotated[list[str], HANDLERS]
+OptionalSources: TypeAlias = Annotated[list[str] | None, HANDLERS]
 Recording: TypeAlias = Annotated[Path, PIPED]
 Output: TypeAlias = Annotated[Path, OUTPUT]
 OptionalOutput: TypeAlias = Annotated[Path | None, OUTPUT]

@@ -12,8 +12,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from vmibridge.backends.qemu.find import FETCHED, NAME, cache_folder
-from vmibridge.cli.guest_files import guest_file
 from vmibridge.errors import BackendError, ConfigError
+from vmibridge.guest_files import guest_file
 from vmibridge.text import printable
 
 

@@ -8,10 +8,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vmibridge.cli.guest_files import guest_file
 from vmibridge.cli.options import Output
 from vmibridge.errors import ConfigError, VmiBridgeError
 from vmibridge.files import reason, replaceable
+from vmibridge.guest_files import guest_file
 from vmibridge.text import printable
 
 

@@ -39,7 +39,7 @@ from vmibridge.cli.outcome_file import OutcomeFile
 from vmibridge.cli.output import Writer, stream_writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
-from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
 from vmibridge.engine.server import BridgeServer
 from vmibridge.errors import BackendError, ConfigError
 from vmibridge.text import printable
@@ -133,8 +133,9 @@ def run_qemu(
     Example: vmibridge qemu run --handlers vmibridge.handlers.hello -- -kernel vmlinuz -nographic
     """
     given = options or ServerOptions()
-    if not handlers and socket is None:
-        raise ConfigError("give --handlers that answer, or the --socket where a host listens")
+    if not handlers and (socket is None or given.reload):
+        other = "" if given.reload else ", or the --socket where a host listens"
+        raise ConfigError(f"give --handlers that answer{other}")
     if via == "plugin" and "kvm" in (accel, *accelerators(arguments)):
         raise ConfigError(
             "with KVM the plugin is loaded and never trapped to: use TCG, or --via gdb"
@@ -237,7 +238,8 @@ async def _run_alone(qemu: QemuProcess) -> int:
     status, received = 0, list[int]()
     async with anyio.create_task_group() as tasks:
         cancel = partial(_cancel, tasks.cancel_scope)
-        await tasks.start(partial(stop_on_signals, exits=False), cancel, received)
+        also = stop_at_hangup(cancel, received)
+        await tasks.start(partial(stop_on_signals, exits=False), cancel, received, also)
         async with qemu:
             status = await qemu.wait()
         tasks.cancel_scope.cancel()
@@ -268,7 +270,7 @@ def _serve(
             socket = Path(backend.where.removeprefix("unix:"))
             contexts = [qemu, _listening(qemu, socket), *contexts]
             beside = partial(_watch_gdb, qemu, server, backend)
-        life = Life(contexts, server, writer, beside)
+        life = Life(contexts, server, writer, beside, reloader=prepared.reloader(server))
         status = run_on(options.loop, partial(run_server, life))
     if life.exits.of:
         return status

@@ -2,11 +2,12 @@
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import Sources, named_backend
+from vmibridge.cli.options import OptionalSources, named_backend
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import ConfigError
 
@@ -21,7 +22,22 @@ def run(
             " NAME=SPEC names it. Several may be given: each has handlers of its own.",
         ),
     ],
-    handlers: Sources,
+    handlers: OptionalSources = None,
+    answers: Annotated[
+        Path | None,
+        Parameter(
+            help="Answer from this recording, in the place of handlers: a request gets what the"
+            " same one got then."
+        ),
+    ] = None,
+    missing: Annotated[
+        Literal["fail", "refuse", "native"] | None,
+        Parameter(
+            help="With --answers, what a request gets that is not in it: the fallback, and the"
+            " status is 1; the fallback; or the instruction as if there were no host. fail by"
+            " default."
+        ),
+    ] = None,
     until: Annotated[
         Literal["output", "exit"] | int | None,
         Parameter(
@@ -35,7 +51,8 @@ def run(
 
     On a terminal a table shows the latest traps and the counts; otherwise each trap
     is a line. Ctrl-C takes no more traps, answers what is pending, and lets the guest go;
-    a second one leaves handlers no time to end, a third ends the process at once.
+    a second one leaves handlers no time to end, a third ends the process at once. SIGHUP, and
+    with --reload a change of their files, loads the handlers again, without dropping a trap.
 
     Exit status: 0 when the guest ended by itself or at --until, what it exited with by the handler
     exit, 1 when it, its backend or a handler module failed, 2 for wrong usage.
@@ -44,6 +61,7 @@ def run(
     """
     from rich.console import Console
 
+    from vmibridge.cli.answers import answer_sources, answers_of
     from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
     from vmibridge.cli.logs import log_handler
     from vmibridge.cli.output import TableWriter, stream_writer
@@ -52,7 +70,7 @@ def run(
     given = options or ServerOptions()
     if isinstance(until, int) and until < 1:
         raise ConfigError(f"--until {until}: give output, exit, or a number of traps from 1")
-    prepared = Prepared.of(handlers, given)
+    prepared = Prepared.of(answer_sources(handlers, answers, missing, given), given)
     backends = [
         each
         for number, text in enumerate(backend)
@@ -64,6 +82,14 @@ def run(
         prints_beside(json=given.json),
         logging_to(log_handler(given.log_level, console), given.log_level),
     ):
-        server = prepared.server(backends)
-        life = Life([*prepared.taps, *backends, writer], server, writer, until=until)
+        recorded = answers_of(answers, missing, backends)
+        server = prepared.server(backends, recorded)
+        life = Life(
+            [*prepared.taps, *backends, writer],
+            server,
+            writer,
+            until=until,
+            reloader=None if recorded else prepared.reloader(server),
+            answers=recorded,
+        )
         return run_on(given.loop, partial(run_server, life))

@@ -8,24 +8,23 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import anyio
-import anyio.lowlevel
 import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
 from vmibridge.cli.guest_exits import GuestExits
-from vmibridge.cli.hangups import early_hangups
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Sources
 from vmibridge.cli.output import JsonWriter, LineWriter
+from vmibridge.cli.reloading import Reloader
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import LAST_LINES, Prepared
 from vmibridge.cli.setting_options import setting, with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import summary_json, summary_text
-from vmibridge.config import Config, HandlerFactory, reload_handlers
+from vmibridge.config import HandlerFactory
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, RecordingError, VmiBridgeError
@@ -34,9 +33,6 @@ from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
 
 log: logging.Logger = logging.getLogger(__name__)
-
-_TURNS = 3
-"""Of the event loop, without SIGHUP."""
 
 
 def serve(
@@ -66,9 +62,9 @@ def serve(
 
     --record names a folder here: each VM has a file of its own in it.
 
-    SIGHUP reloads the handlers without dropping a trap; until then each VM gets those that
-    were loaded, whatever their files say. SIGINT and SIGTERM stop as with
-    run; traps that come then are given back to their agents, for the server that follows.
+    SIGHUP, and with --reload a change of their files, reloads the handlers without dropping a trap;
+    until then each VM gets those that were loaded. SIGINT and SIGTERM stop as with run; traps
+    that come then are given back to their agents, for the server that follows.
 
     Exit status: 1 when it cannot listen or a handler module fails, 2 for wrong usage.
 
@@ -137,19 +133,15 @@ class _Command:
         self._failure: VmiBridgeError | None = None
         self._scope: anyio.CancelScope | None = None
         self._writing = anyio.Lock()
-        self._hangup = anyio.Event()
         self._exits = GuestExits()
 
     async def run(self) -> int:
         """Serve until a signal."""
         async with anyio.create_task_group() as tasks:
-            early = early_hangups()
-            also = {signal.SIGHUP: self._note_hangup}
+            reloader = Reloader(self._sources, self._options, self.server.reload)
+            also = {signal.SIGHUP: reloader.note_hangup}
             await tasks.start(stop_on_signals, self._stop, self._received, also)
-            if early.received:
-                # What was loaded may be older than what it was sent for.
-                self._note_hangup()
-            tasks.start_soon(self._reload_at_hangups)
+            tasks.start_soon(reloader.run)
             try:
                 with anyio.CancelScope() as self._scope:
                     async with self._writer:
@@ -199,31 +191,3 @@ class _Command:
         if now and self._scope is not None:
             # The reader of standard output may have stopped reading.
             self._scope.deadline = anyio.current_time() + LAST_LINES
-
-    def _note_hangup(self) -> None:
-        self._hangup.set()
-
-    async def _reload_at_hangups(self) -> None:
-        """Reload at SIGHUP; those that come while one is at work are one more together."""
-        while True:
-            await self._hangup.wait()
-            # A reload imports, and nothing else runs meanwhile: signals of that time come one a
-            # turn of the loop behind it. So wait for a few turns without any.
-            while self._hangup.is_set():
-                self._hangup = anyio.Event()
-                for _ in range(_TURNS):
-                    await anyio.lowlevel.checkpoint()
-            await self._reload()
-
-    async def _reload(self) -> None:
-        try:
-            config = self._options.config
-            read = Config() if config is None else Config.read(config)
-            handlers = reload_handlers(self._sources, read)
-        except (VmiBridgeError, KeyboardInterrupt) as error:
-            # Ctrl-C is received elsewhere: this one is raised by a module.
-            why = str(error) or type(error).__name__
-            log.error("SIGHUP: the handlers stay as they are: %s", why)  # noqa: TRY400
-            return
-        done = await self.server.reload(handlers)
-        log.info("SIGHUP: handlers reloaded, for %d running VMs", done)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vmibridge.recording import Recorder
 
 _OF_A_RECORDING = ("redact", "unrecorded", "record_max_size", "record_max_total")
+_ANY_SIZE = 1 << 62
+"""Bytes: more than any file has."""
 
 
 @Parameter(name="*")
@@ -30,6 +32,13 @@ class ServerOptions(LoopOptions):
             help="A TOML file: [server], [policy], [handlers.NAME]; see docs/configuration.md."
         ),
     ] = None
+    reload: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help="Load the handlers again when one of their files has changed, as at SIGHUP.",
+        ),
+    ] = False
     record: Annotated[
         Path | None,
         Parameter(
@@ -93,11 +102,16 @@ class ServerOptions(LoopOptions):
                 stem=stem,
                 on_error=self.unrecorded or "stop",
                 redact=self.redact,
-                max_size=bytes_of("--record-max-size", self.record_max_size),
+                max_size=bytes_of("--record-max-size", self.record_max_size) or self._part_size,
                 max_total=bytes_of("--record-max-total", self.record_max_total),
             )
         except ValueError as error:
             raise ConfigError(str(error).replace("max_", "--record-max-")) from error
+
+    @property
+    def _part_size(self) -> int | None:
+        """Handlers that are reloaded have files of their own, of any size."""
+        return _ANY_SIZE if self.reload and self.record_max_total is None else None
 
     def records(self, what: str = "FILE") -> bool:
         """Whether they ask for a recording, in `what`. Raises `ConfigError`."""

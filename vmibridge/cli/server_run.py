@@ -13,21 +13,26 @@ import msgspec
 from vmibridge.cli.event_loop import check_loop
 from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.output import Writer
+from vmibridge.cli.reloading import Reloader, has_terminal
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.setting_options import with_options
-from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.signals import exit_status, hangup_is_ignored, stop_on_signals
 from vmibridge.config import Config, HandlerFactory
 from vmibridge.engine.server import BridgeServer, Until
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import (
     BackendError,
     ConfigError,
+    RecordingError,
     VmiBridgeError,
 )
-from vmibridge.vm.backend import Backend, GuestEnd
+from vmibridge.text import counted
+from vmibridge.vm.backend import Backend, GuestEnd, VcpuEnd
+from vmibridge.vm.main_status import status_of_main
 
 if TYPE_CHECKING:
     from vmibridge.recording import Recorder
+    from vmibridge.recording.answers import RecordedAnswers
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -47,6 +52,7 @@ class Prepared:
     config: Config
     settings: ServerSettings
     taps: "list[Recorder]"
+    options: ServerOptions
 
     @classmethod
     def of(cls, handlers: list[str], options: ServerOptions) -> Self:
@@ -54,17 +60,26 @@ class Prepared:
         config = Config() if options.config is None else Config.read(options.config)
         settings = with_options(config.server, options.settings)
         check_loop(options.loop)
-        return cls(handlers, config, settings, [options.recorder()] if options.records() else [])
+        taps = [options.recorder()] if options.records() else []
+        return cls(handlers, config, settings, taps, options)
 
-    def server(self, backends: list[Backend]) -> BridgeServer:
-        """Raises `HandlerLoadError` and `ConfigError`."""
-        factory = HandlerFactory(self.handlers, self.config)
+    def server(
+        self, backends: list[Backend], answers: "RecordedAnswers | None" = None
+    ) -> BridgeServer:
+        """Raises `HandlerLoadError` and `ConfigError`. `answers` stand in for the handlers."""
+        settings = msgspec.structs.asdict(self.settings)
+        if answers is not None:
+            # Who was asked then, answers now: the recording.
+            settings["handshake"] = False
+        factory = answers or HandlerFactory(self.handlers, self.config)
         try:
-            return BridgeServer(
-                backends, factory, **msgspec.structs.asdict(self.settings), taps=self.taps
-            )
+            return BridgeServer(backends, factory, **settings, taps=self.taps)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def reloader(self, server: BridgeServer) -> Reloader:
+        """What loads the handlers of `server` again."""
+        return Reloader(self.handlers, self.options, server.reload)
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,10 @@ class Life:
     """Runs beside the server, cancelled at its end; where it fails, the server stops."""
     until: Until | None = None
     """When the run ends, other than with its guest."""
+    reloader: Reloader | None = None
+    """What loads handlers again."""
+    answers: "RecordedAnswers | None" = None
+    """What answers in the place of handlers."""
     exits: GuestExits = field(default_factory=GuestExits)
     """Of its guests, by now."""
 
@@ -93,14 +112,26 @@ async def run_server(life: Life) -> int:
     run = anyio.CancelScope()
 
     def stop(number: signal.Signals, now: bool) -> None:
-        log.info("%s: stopping; %s", number.name, _MORE[len(received)])
+        log.info("%s: stopping; %s", number.name, _MORE[min(len(received), 2)])
         server.stop(now=now)
         if now:
             # The reader of standard output may have stopped reading.
             run.deadline = anyio.current_time() + LAST_LINES
 
+    at_terminal = has_terminal()
+
+    def hang_up() -> None:
+        if at_terminal and not has_terminal():
+            if not received:
+                received.append(signal.SIGHUP)
+                log.info("SIGHUP: the terminal was closed: stopping")
+                server.stop()
+        elif life.reloader is not None:
+            life.reloader.note_hangup()
+
+    also = {} if hangup_is_ignored() else {signal.SIGHUP: hang_up}
     async with anyio.create_task_group() as tasks:
-        await tasks.start(stop_on_signals, stop, received)
+        await tasks.start(stop_on_signals, stop, received, also)
         try:
             with run:
                 async with AsyncExitStack() as stack:
@@ -108,7 +139,10 @@ async def run_server(life: Life) -> int:
                         await stack.enter_async_context(context)
                     if life.beside is not None:
                         tasks.start_soon(_run_beside, life.beside, server, failures)
-                    async for outcome in server.run(life.until):
+                    outcomes = server.run(life.until)
+                    if life.reloader is not None:
+                        tasks.start_soon(life.reloader.run)
+                    async for outcome in outcomes:
                         if (exited := exits.take(outcome)) is not None:
                             server.stop(vm=exited)
                         await life.writer.show(outcome)
@@ -118,19 +152,30 @@ async def run_server(life: Life) -> int:
         except VmiBridgeError as error:
             failures.append(error)
         tasks.cancel_scope.cancel()
+    return _status(life, received, failures)
+
+
+def _status(life: Life, received: list[int], failures: list[VmiBridgeError]) -> int:
+    """The exit status of a run that has ended. Raises what it failed by."""
+    if life.answers is not None:
+        for line in life.answers.lines():
+            log.info("%s", line)
     if failures:
         raise failures[0]
     if (stopped := exit_status(received)) is not None:
         return stopped
-    ends = {vm: summary.guest for vm, summary in server.summaries.items()}
+    ends = {vm: summary.guest for vm, summary in life.server.summaries.items()}
     failed = [
         f"vm {vm}: {_diagnosis(guest)}" if len(ends) > 1 else _diagnosis(guest)
         for vm, guest in ends.items()
-        if vm not in exits.of and (guest is None or guest.failed)
+        if vm not in life.exits.of and (guest is None or guest.failed)
     ]
     if failed:
         raise BackendError("; ".join(failed))
-    return exits.status(ends)
+    if life.answers is not None and life.answers.fails and life.answers.missing:
+        told = counted(life.answers.missing, "request was", "requests were")
+        raise RecordingError(f"{told} not in the recording; --missing refuse lets that pass")
+    return life.exits.status(ends)
 
 
 async def _run_beside(
@@ -149,4 +194,11 @@ def _diagnosis(guest: GuestEnd | None) -> str:
     if guest is None:
         return "the guest did not run"
     failed = [end for end in guest.vcpus if end.reason in ("crashed", "lost")]
-    return "; ".join(f"vcpu {end.vcpu} {end.reason}: {end.detail}" for end in failed)
+    return "; ".join(map(_told, failed))
+
+
+def _told(end: VcpuEnd) -> str:
+    status = status_of_main(end)
+    if status is not None:
+        return f"vcpu {end.vcpu}: main returned {status}"
+    return f"vcpu {end.vcpu} {end.reason}: {end.detail}"

@@ -16,7 +16,7 @@ from types import FrameType
 import anyio
 from anyio.abc import TaskStatus
 
-__all__ = ["STOPS", "exit_status", "stop_on_signals"]
+__all__ = ["STOPS", "exit_status", "hangup_is_ignored", "stop_at_hangup", "stop_on_signals"]
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -45,6 +45,25 @@ async def stop_on_signals(
                 continue
             received.append(number)
             stop(number, len(received) > 1)
+
+
+def stop_at_hangup(
+    stop: Callable[[signal.Signals, bool], None], received: list[int]
+) -> dict[signal.Signals, Callable[[], None]]:
+    """The `also` of a command that has nothing to reload: SIGHUP, as of a terminal that is closed,
+    stops it in good order. Where it is ignored, as under `nohup`, it stays so."""
+
+    def hang_up() -> None:
+        if not received:
+            received.append(signal.SIGHUP)
+            stop(signal.SIGHUP, False)
+
+    return {} if hangup_is_ignored() else {signal.SIGHUP: hang_up}
+
+
+def hangup_is_ignored() -> bool:
+    """Whether SIGHUP is ignored, as under `nohup`."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 @contextmanager

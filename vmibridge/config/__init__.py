@@ -5,6 +5,7 @@
 | `file` | the TOML file |
 | `handlers`, `checks` | the handlers that a VM gets, and what is wrong with them |
 | `sources`, `loaded`, `foreign` | what handlers come from; modules made of it; what those raise |
+| `source_files` | the files that a reload would read |
 """
 
 from vmibridge.config.file import Config

@@ -18,6 +18,7 @@ from vmibridge.bridge.made_with import remember_settings
 from vmibridge.config import foreign
 from vmibridge.config.file import Config
 from vmibridge.config.handler_checks import Checks
+from vmibridge.config.source_files import plain_modules
 from vmibridge.config.sources import Offered, SourceReader, find_handlers, offered_by
 from vmibridge.errors import HandlerLoadError, MissingExtraError, VmiBridgeError
 from vmibridge.text import type_name
@@ -112,24 +113,30 @@ def reload_handlers(sources: Iterable[str], config: Config | None = None) -> Han
     Raises `VmiBridgeError`; then the modules of before are as they were.
     """
     sources = list(sources)
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_of(name, sources)}
+    before = {name: sys.modules.pop(name) for name in _modules_of(sources)}
     reader = SourceReader(again=True)
     try:
         factory = HandlerFactory(sources, config, reader=reader)
         factory.make()
     except BaseException:  # Ctrl-C, too
         reader.undo()
-        for name in list(sys.modules):
-            if _is_of(name, sources):
-                del sys.modules[name]
+        for name in _modules_of(sources):
+            del sys.modules[name]
         sys.modules.update(before)
         raise
     reader.forget_old()
     return factory
 
 
-def _is_of(module: str, sources: list[str]) -> bool:
-    return any(module == source or module.startswith(f"{source}.") for source in sources)
+def _modules_of(sources: list[str]) -> list[str]:
+    """Modules that are loaded under plain names: those of dotted sources, and those that stand
+    beside a file of handlers, in a folder that is on `sys.path`."""
+    dotted = [
+        name
+        for name in list(sys.modules)
+        if any(name == source or name.startswith(f"{source}.") for source in sources)
+    ]
+    return list(dict.fromkeys([*dotted, *plain_modules(sources)]))
 
 
 def _make(offer: Offered, config: Config) -> BridgeHandler[Any]:

@@ -20,6 +20,7 @@ from vmibridge.bridge.dispatch import Bridge
 from vmibridge.engine.handler_lives import CutOffError, Lives
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.places import InFlight, Turns
+from vmibridge.engine.reloading import LaterHandlers, StillRunning
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
@@ -68,6 +69,10 @@ class Engine:
             before_resume,
         )
         self._bridge = bridge
+        self._turns = turns
+        self._later = LaterHandlers(settings.stop_timeout, self._stop_for)
+        self._serving = anyio.Event()
+        self._armed = bridge.trap_filter
         self._stop = anyio.Event()
         self._grace = anyio.CancelScope()
         self._stopping = False
@@ -77,6 +82,7 @@ class Engine:
         self._answered_by = 0.0
         self._guest_done = False
         self._tasks: TaskGroup | None = None
+        self._outside: TaskGroup | None = None
 
     @property
     def summary(self) -> Summary:
@@ -90,6 +96,7 @@ class Engine:
         """
         grace = min(self._settings.grace, self._settings.stop_timeout / 2)
         self._lives.stop(0 if now else grace)
+        self._later.stop(0 if now else grace)
         if now:
             self._grace.cancel()
         self._workers.take_no_more()
@@ -98,6 +105,38 @@ class Engine:
     async def ended(self) -> None:
         """Wait until the engine has ended and nothing of it is left."""
         await self._ended.wait()
+
+    async def reload(self, bridge: Bridge) -> StillRunning | None:
+        """Ask `bridge` from here on: see `reloading`. Returns which handlers of before still run;
+        `None`: the run ends, and nothing is changed.
+
+        Waits until the guest runs, and until the new handlers are entered. Raises
+        `HandlerLifeError` for one that cannot be: then nothing is changed.
+        """
+        await self._serving.wait()
+        if self._stop.is_set():
+            return None
+        await self._later.enter([each for each in bridge.handlers if not each.shared])
+        tasks = self._outside
+        if tasks is None:
+            return None
+        if not self._armed.covers(bridge.trap_filter):
+            log.warning(
+                "vm %s: traps with magics that are new come once the guest is started again",
+                self._backend.vm,
+            )
+        before, self._bridge = self._bridge, bridge
+        left = self._workers.replace(bridge)
+        if self._taps is not None and self._taps.handlers_reloaded is not None:
+            self._taps.handlers_reloaded(self._backend.vm, bridge, self._settings)
+        tasks.start_soon(self._leave, before, left)
+        return left
+
+    async def _leave(self, before: Bridge, left: StillRunning) -> None:
+        await left.ended()
+        gone = set(before.handlers) - set(self._bridge.handlers)
+        await self._later.leave_after((), gone)
+        self._turns.forget(each for each in gone if not each.shared)
 
     async def main(self) -> None:
         """Serve until the guest ends, `stop` is called, or this is cancelled.
@@ -108,8 +147,10 @@ class Engine:
             async with self._lives.lived():
                 if self._stop.is_set():
                     return
-                async with anyio.create_task_group() as outside:
+                async with self._later.open(), anyio.create_task_group() as outside:
                     outside.start_soon(self._serve, outside.cancel_scope)
+                    self._outside = outside
+                    self._serving.set()
                     try:
                         await self._stop.wait()
                         self._begin_stop()
@@ -119,6 +160,7 @@ class Engine:
                             )
                             await self._workers.lanes.quiet()
                     finally:
+                        self._outside = None
                         self._begin_stop()
                         self._end()
         except CutOffError as error:
@@ -127,6 +169,7 @@ class Engine:
             self._error = error if self._error is None else self._error
         finally:
             self._on_end(self._backend.vm, self._error)
+            self._serving.set()
             self._ended.set()
 
     async def _serve(self, outside: anyio.CancelScope) -> None:

@@ -7,6 +7,7 @@ counts. A serial handler has a turn of its own before that.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import anyio
@@ -86,3 +87,8 @@ class Turns:
         if lock is None:
             lock = self._locks[handler] = anyio.Lock(fast_acquire=True)
         return lock
+
+    def forget(self, handlers: Iterable[BridgeHandler[Any]]) -> None:
+        """They are not asked any more."""
+        for handler in handlers:
+            self._locks.pop(handler, None)

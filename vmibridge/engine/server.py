@@ -37,6 +37,7 @@ from vmibridge.engine.handshake import Feature, Host, HostInfo
 from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.outcome_queue import OutcomeQueue
 from vmibridge.engine.places import InFlight, Turns
+from vmibridge.engine.reloading import LaterHandlers, reload_each
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import DEFAULTS, ServerSettings
 from vmibridge.engine.summary import Summary
@@ -133,6 +134,7 @@ class BridgeServer:
         self._before_resume = before_resume
         self._owner: _Owner | None = None
         self._stopped = False
+        self._reloading = anyio.Lock()
 
     def _bridge_for(self, vm: str, bridge: Target | BridgeFactory) -> Bridge:
         target = bridge if isinstance(bridge, BridgeHandler | BridgeDispatch) else bridge(vm)
@@ -182,6 +184,23 @@ class BridgeServer:
         if self._stopped:
             self._owner.stop()
         return Run(self._owner, is_last)
+
+    async def reload(self, bridge: Target | BridgeFactory) -> int:
+        """Give each VM other handlers while it runs; returns how many have them.
+
+        `bridge` is what the constructor takes. Its handlers are entered, and asked of each trap
+        from then on. Those of before end what they have begun, and are left; those of the start at
+        the end. A VM whose handlers cannot be entered keeps what it has, with a line in the log.
+
+        Raises `ServerStateError` before `run`, `HandlerLifeError` for a shared handler, and what
+        the constructor does: nothing is changed then. If cancelled, some VMs may have new ones.
+        """
+        if self._owner is None:
+            raise ServerStateError("the server has not run yet: iterate over server.run()")
+        bridges = [self._bridge_for(each.vm, bridge) for each in self._backends]
+        _check_shared(bridges)
+        async with self._reloading:
+            return await self._owner.reload(bridges)
 
     def stop(self, *, now: bool = False, vm: str | None = None) -> None:
         """End the run in good order: take no more traps, answer those that are there, and
@@ -244,6 +263,8 @@ class _Owner:
         }
         shared = [each for bridge in bridges for each in bridge.handlers if each.shared]
         self._lives = Lives(shared, settings.stop_timeout)
+        self._later = LaterHandlers(settings.stop_timeout, self._take_lost)
+        self._shared = set(shared)
         self._grace = min(settings.grace, settings.stop_timeout / 2)
         self._error: BaseException | None = None
         self._ended = anyio.Event()
@@ -255,6 +276,7 @@ class _Owner:
     def stop(self, *, now: bool = False) -> None:
         """Stop each engine."""
         self._lives.stop(0 if now else self._grace)
+        self._later.stop(0 if now else self._grace)
         for engine in self.engines.values():
             engine.stop(now=now)
 
@@ -283,7 +305,7 @@ class _Owner:
 
     async def _run(self) -> None:
         started: list[Engine] = []
-        async with self._lives.lived():
+        async with self._lives.lived(), self._later.open():
             try:
                 for engine, place in zip(self.engines.values(), self._places, strict=True):
                     place.start_soon(engine.main)
@@ -295,6 +317,16 @@ class _Owner:
                 with anyio.CancelScope(shield=True):
                     for engine in started:
                         await engine.ended()
+
+    async def reload(self, bridges: list[Bridge]) -> int:
+        """Give each engine its bridge; returns how many have it."""
+        before = self._shared
+        shared = {each for bridge in bridges for each in bridge.handlers if each.shared}
+        await self._later.enter(shared - before)
+        left, is_kept = await reload_each(self.engines, bridges)
+        self._shared = shared | before if is_kept else shared
+        self._places[0].start_soon(self._later.leave_after, left, before - self._shared)
+        return len(left)
 
     def _take_lost(self, error: BaseException) -> None:
         """A signal handler has raised it: the run ends with it."""

@@ -179,3 +179,7 @@ class TermsTable:
         if terms is None:
             terms = self._known[entry, known] = self._settings.terms(entry.target, method)
         return terms
+
+    def clear(self) -> None:
+        """Handlers were reloaded: rows are worked out again, so that none keeps an old handler."""
+        self._known.clear()

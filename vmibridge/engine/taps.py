@@ -24,6 +24,7 @@ run is made, and what only a hook needs, such as the time in the queue, is not m
 | `handler_stepped` | a handler is queued, begins, goes on after it was suspended, or ends |
 | `ran_natively` | a trap that is not ours was let go: it has none of the calls above |
 | `session_event` | between `begin` and `end`: the agent of a remote VM has come, or is lost |
+| `handlers_reloaded` | other handlers are asked from here on |
 | `blocked` | a handler held up the event loop for long, which turns again |
 | `tap_lost` | another tap was dropped |
 | `missed_traps` | this tap was dropped, and the VM has ended: in the place of `end` |
@@ -78,6 +79,7 @@ _HOOKS = (
     "taken_at",
     "ran_natively",
     "session_event",
+    "handlers_reloaded",
     "blocked",
     "tap_lost",
 )
@@ -189,6 +191,9 @@ class Tap:
         After handlers were reloaded, the taps of the new ones are called, from the next change on.
         """
 
+    def handlers_reloaded(self, vm: str, bridge: Bridge, settings: ServerSettings) -> None:
+        """Each trap that is taken from here on is asked of `bridge`; what was begun stays."""
+
     def tap_lost(self, vm: str, tap: "Tap", error: Exception) -> None:
         """Another tap of the VM raised `error`, and was dropped."""
 
@@ -227,6 +232,7 @@ class Taps:
         self.reading: set[int] = set()
         """Traps whose handlers wait for guest memory, in their own task."""
         self.session_event: Callable[[SessionEvent], None] | None = self._hook("session_event")
+        self.handlers_reloaded: Callable[..., None] | None = self._hook("handlers_reloaded")
         self.ran_natively: Callable[[TrapEvent], None] | None = (
             self._call_native if self._hooks["ran_natively"] else None
         )

@@ -65,6 +65,7 @@ from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.outside import outside_for
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.queue_time import lanes_for
+from vmibridge.engine.reloading import StillRunning
 from vmibridge.engine.replies import BeforeResume, Replies
 from vmibridge.engine.request import WATCHED, Cause, Request, State, Worker
 from vmibridge.engine.retries import Retries, as_retry
@@ -154,6 +155,7 @@ class Workers:
         self._start: Start
         self._starting = 0  # workers of trio that have not run yet
         self._own_tasks: OwnTasks | None = None
+        self._all: set[Worker] = set()
 
     def start(self, tasks: TaskGroup) -> None:
         """Answer traps, in tasks of this group, until the lanes are closed and empty.
@@ -175,6 +177,7 @@ class Workers:
         worker.task = None if self._own_tasks is None else asyncio_task()
         worker.has_place = worker.retires = False
         worker.on_wait = partial(self._suspended, worker)
+        self._all.add(worker)
         try:
             while not worker.retires:
                 try:
@@ -189,6 +192,7 @@ class Workers:
                     if not await self._is_the_handlers(worker, error):
                         raise
         finally:
+            self._all.discard(worker)
             # Else circles, which only the garbage collector would end.
             del worker.on_wait
             worker.request.worker = None
@@ -351,6 +355,7 @@ class Workers:
         own.context = BridgeContext(event, self._memory, self.source, request.started)
         own.scope = scope = AsyncioHandlerScope(self._patience)
         own.has_place, own.retires = False, True
+        self._all.add(own)
         request.entry = entries[0]
         request.on(Cause.QUEUE)
         self._calls.line_up(own)
@@ -385,6 +390,7 @@ class Workers:
             worker.context.close()
             request.state = _ANSWERED
             await self._replies.finish(request.event, request.started, late)
+        self._all.discard(worker)
         # Else a circle, which only the garbage collector would end.
         request.worker = None
         if self.lanes.has_ready:
@@ -423,6 +429,12 @@ class Workers:
         self.summary.blocked += 1
         if self._taps is not None:
             self._taps.blocked(blocked)
+
+    def replace(self, bridge: Bridge) -> StillRunning:
+        """Ask `bridge` for each trap that is taken from here on. Returns who still runs."""
+        self._bridge, self.filter = bridge, bridge.trap_filter
+        self._terms.clear()
+        return StillRunning(self._all)
 
     # --- the end --------------------------------------------------------------------
 

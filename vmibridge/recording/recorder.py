@@ -58,6 +58,7 @@ from vmibridge.recording.messages import (
     Note,
     Outside,
     Reply,
+    Session,
 )
 from vmibridge.recording.outputs import OutputText
 from vmibridge.recording.redaction import Redaction, RedactionRule
@@ -213,20 +214,26 @@ class Recorder(ChunkedRecording, Tap):
         self._stops[vm] = stop
         if self.error is not None and self._on_error == "stop":
             stop(self.error)
-        architecture = self._architectures.pop(vm, X86)
-        session = session_of(
-            vm,
-            bridge,
-            settings,
-            self._redaction,
-            architecture,
-            self._sources.pop(vm, None),
-            self._epoch,
-        )
+        session = self._session_of(vm, bridge, settings)
         if self._rotation is not None:
             session = self._rotation.begin(session)
         self._add(SESSION, session)
         self._cut()
+
+    def handlers_reloaded(self, vm: str, bridge: Bridge, settings: ServerSettings) -> None:
+        if vm not in self._stops:
+            return
+        if self._rotation is None:
+            text = f"{vm}: its handlers were reloaded: from here on others answer than it names"
+            self._add(NOTE, Note("lost", text, vm))
+            return
+        self._rotation.begin(self._session_of(vm, bridge, settings))
+        if self.error is None:
+            self._split(self._rotation)
+
+    def _session_of(self, vm: str, bridge: Bridge, settings: ServerSettings) -> Session:
+        architecture, source = self._architectures.get(vm, X86), self._sources.get(vm)
+        return session_of(vm, bridge, settings, self._redaction, architecture, source, self._epoch)
 
     def trap(self, event: TrapEvent) -> None:
         if self._redacts:
@@ -329,6 +336,8 @@ class Recorder(ChunkedRecording, Tap):
         counts = {kind.value: count for kind, count in summary.outcomes.items()}
         if self._stops.pop(vm, None) is None:
             return
+        self._architectures.pop(vm, None)
+        self._sources.pop(vm, None)
         if self._rotation is not None:
             self._rotation.end(vm)
         text = counted(summary.total, "trap")
@@ -383,6 +392,9 @@ class Recorder(ChunkedRecording, Tap):
             or not rotation.is_due(self._chunk.settle(), data)
         ):
             return
+        self._split(rotation)
+
+    def _split(self, rotation: Rotation) -> None:
         if self._steps.pending is not None:
             # It stands behind its trap. The next part begins with its sessions.
             self._add(STEP, self._steps.flush())

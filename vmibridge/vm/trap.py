@@ -96,3 +96,12 @@ class TrapFilter(msgspec.Struct, frozen=True):
         if reason is _VMCALL or reason is _VMMCALL:
             return self.any_hypercall or magic & 0xFFFF_FFFF in self.magics
         return False
+
+    def covers(self, other: "TrapFilter") -> bool:
+        """Whether each trap that `other` wants is wanted by this one, too."""
+        takes_all = self.any_hypercall and self.any_cpuid
+        return (
+            (takes_all or other.magics <= self.magics)
+            and self.any_hypercall >= other.any_hypercall
+            and self.any_cpuid >= other.any_cpuid
+        )

@@ -13,13 +13,12 @@ A wheel has these in the package, a checkout beside it.
 
 from pathlib import Path
 
-import vmibridge
 from vmibridge.errors import VmiBridgeError
 
 
 def guest_file(name: str) -> Path:
     """A file or folder by its path in `guest/`. Raises `VmiBridgeError`: it was not installed."""
-    package = Path(vmibridge.__file__).resolve().parent
+    package = Path(__file__).resolve().parent
     for folder in (package / "guest", package.parent / "guest"):
         if (folder / name).exists():
             return folder / name
