@@ -7,12 +7,16 @@ wait is taken up again. Where another handler waits in the same task, the cancel
 delivered to it: nothing tells it from one that this handler has asked for.
 """
 
+import logging
 import math
 from collections.abc import Awaitable, Callable
 
 import anyio
 
 from vmibridge.aio.coroutines import asyncio_task, forget_cancellation
+from vmibridge.engine.request import Worker
+
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def is_being_cancelled() -> bool:
@@ -42,3 +46,27 @@ async def wait_again(error: BaseException, wait: Callable[[], Awaitable[None]]) 
             return await wait()
         except anyio.get_cancelled_exc_class() as another:
             error = another
+
+
+async def is_the_handlers(
+    worker: Worker, error: BaseException, cancelled: type[BaseException]
+) -> bool:
+    """Whether an error that came out of the scope of a handler ends with it.
+
+    `cancelled` is the cancellation of the loop. It is not asked for here: a task may be closed when
+    its loop is gone.
+    """
+    if isinstance(error, cancelled):
+        # On asyncio a handler can raise this without any scope that was cancelled.
+        if worker.task is None or is_being_cancelled():
+            return False
+        await forget_cancellation(worker.task)
+        return True
+    # A handler that was overtaken may end as it likes: its trap is answered. The scope has
+    # taken its cancellations out of a group by now. Others are not its to take.
+    if not worker.request.is_overtaken or not isinstance(error, Exception | BaseExceptionGroup):
+        return False
+    if not isinstance(error, Exception) and is_being_cancelled():
+        return False
+    log.debug("a handler raised while it was being cancelled", exc_info=error)
+    return True

@@ -300,15 +300,15 @@ class Taps:
         self, event: TrapEvent, address: int, size: int, data: bytes | None, error: str | None
     ) -> bool:
         """Memory was read, or could not be. Returns whether to wait for `room`."""
-        return self._accessed("read", event, address, size, data, error)
+        return self._told(self._taps, "read", event, address, size, data, error)
 
     def wrote(self, event: TrapEvent, address: int, data: bytes, error: str | None) -> bool:
         """Memory was written, or could not be. Returns whether to wait for `room`."""
-        return self._accessed("wrote", event, address, data, error)
+        return self._told(self._taps, "wrote", event, address, data, error)
 
-    def _accessed(self, name: str, *arguments: object) -> bool:
+    def _told(self, taps: Sequence[Tap], name: str, *arguments: object) -> bool:
         full = False
-        for tap in self._taps:
+        for tap in taps:
             try:
                 getattr(tap, name)(*arguments)
                 full = bool(tap.full) or full
@@ -325,16 +325,8 @@ class Taps:
 
     def outside_called(self, event: TrapEvent, first: int, call: OutsideCall) -> bool:
         """`vmi.outside` has come to something. Returns whether to wait for `room`."""
-        full = False
-        for tap, hook in self._hooks["outside_called"]:
-            try:
-                hook(event, first, call)
-                full = bool(tap.full) or full
-            except BaseException as error:
-                self._drop(tap, "outside_called", error)
-        if self._losses:
-            self._report_losses()
-        return full
+        taps = [tap for tap, _ in self._hooks["outside_called"]]
+        return self._told(taps, "outside_called", event, first, call)
 
     def answered(self, outcome: Outcome[Any]) -> bool:
         """A trap was answered. Returns whether to wait for `room`."""

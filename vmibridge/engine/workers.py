@@ -46,7 +46,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.clock import loop_clock
-from vmibridge.aio.coroutines import asyncio_task, forget_cancellation, run_inline
+from vmibridge.aio.coroutines import asyncio_task, run_inline
 from vmibridge.aio.generators import watch_generators
 from vmibridge.aio.handler_scope import AsyncioHandlerScope
 from vmibridge.aio.loops import handler_scopes
@@ -59,7 +59,7 @@ from vmibridge.bridge.request import own_request
 from vmibridge.engine.access_policy import Guard, MeteredMemory
 from vmibridge.engine.deadlines import Deadlines
 from vmibridge.engine.handler_calls import CUT_OFF, HandlerCalls
-from vmibridge.engine.interruptions import is_being_cancelled
+from vmibridge.engine.interruptions import is_the_handlers
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.outside import outside_for
@@ -189,7 +189,7 @@ class Workers:
                         if not await self._answer_traps(worker):
                             return
                 except BaseException as error:
-                    if not await self._is_the_handlers(worker, error):
+                    if not await is_the_handlers(worker, error, self._cancelled):
                         raise
         finally:
             self._all.discard(worker)
@@ -198,23 +198,6 @@ class Workers:
             worker.request.worker = None
         if self.lanes.has_ready:
             self._promote()
-
-    async def _is_the_handlers(self, worker: Worker, error: BaseException) -> bool:
-        """Whether an error that came out of the scope of a handler ends with it."""
-        if isinstance(error, self._cancelled):
-            # On asyncio a handler can raise this without any scope that was cancelled.
-            if worker.task is None or is_being_cancelled():
-                return False
-            await forget_cancellation(worker.task)
-            return True
-        # A handler that was overtaken may end as it likes: its trap is answered. The scope has
-        # taken its cancellations out of a group by now. Others are not its to take.
-        if not worker.request.is_overtaken or not isinstance(error, Exception | BaseExceptionGroup):
-            return False
-        if not isinstance(error, Exception) and is_being_cancelled():
-            return False
-        log.debug("a handler raised while it was being cancelled", exc_info=error)
-        return True
 
     async def _answer_traps(self, worker: Worker) -> bool:
         """Answer traps while there are any; returns whether to go on with a new scope."""
@@ -380,7 +363,7 @@ class Workers:
                 else:
                     outcome = await self._calls.ask(worker, request, entries)
         except BaseException as error:
-            if not await self._is_the_handlers(worker, error):
+            if not await is_the_handlers(worker, error, self._cancelled):
                 raise
         if outcome is None:
             outcome = Outcome(OutcomeKind.CANCELLED, request.packet, error=CUT_OFF)
