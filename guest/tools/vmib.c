@@ -244,6 +244,9 @@ int vmib(int count, char **arguments)
     if (command->least && command->run != run_exit) {
         text_add(&text, ": %s", line.operands[1]);
     }
+    if (command->run == run_put && line.count > 2) {
+        text_add(&text, " as %s", line.operands[2]);
+    }
     host.doing = doing;
     host.how = line.how;
     host.timeout = line.timeout;

@@ -291,7 +291,9 @@ def assert_refusals(told: dict[str, Told]) -> None:
     # /proc takes no files.
     assert told["into"].status == LOCAL
     for number in range(1, len(HOSTILE) + 1):
-        assert told[f"hostile-{number}"].status == FAILED, told[f"hostile-{number}"]
+        hostile = told[f"hostile-{number}"]
+        assert hostile.status == FAILED
+        assert f" as {HOSTILE[number - 1]}: the host says: failed, code 22" in hostile.text
         assert told[f"hostile-get-{number}"].status == FAILED
 
 
