@@ -287,7 +287,7 @@ def assert_refusals(told: dict[str, Told]) -> None:
         told["none"].text,
     )
     assert told["no-file"] == Told(LOCAL, "vmib: put: none: none: there is none of this name")
-    assert told["a-folder"] == Told(LOCAL, "vmib: put: /tmp: /tmp: it is a folder")
+    assert told["a-folder"] == Told(LOCAL, "vmib: put: /tmp as it: /tmp: it is a folder")
     # /proc takes no files.
     assert told["into"].status == LOCAL
     for number in range(1, len(HOSTILE) + 1):
