@@ -385,7 +385,7 @@ def test_many_fake_chunks_are_not_all_tried(tmp_path, monkeypatch, size):
     assert unpacked < 4 * len(data)
 
 
-LATER = encode({"vm": "vm", "format": 4})
+LATER = encode({"vm": "vm", "format": 5})
 
 
 def test_channels_may_have_other_numbers(tmp_path):
@@ -402,7 +402,7 @@ def test_channels_may_have_other_numbers(tmp_path):
         (MAGIC[:7], "is not an MCAP file"),
         (mcap(SOUND, profile=b"ros2"), "is an MCAP file of profile 'ros2', no recording"),
         (mcap(SOUND, profile=b""), "is an MCAP file of profile '', no recording"),
-        (mcap(chunk(message(SESSION.id, LATER))), "has format 4, and this .* reads formats 1 to 3"),
+        (mcap(chunk(message(SESSION.id, LATER))), "has format 5, and this .* reads formats 1 to 4"),
     ],
 )
 @pytest.mark.parametrize("use", [use_messages, use_traps, use_recover])

@@ -21,6 +21,7 @@ Invariants
 """
 
 from collections.abc import Awaitable, Callable
+from types import CoroutineType
 from typing import Any
 
 import anyio
@@ -33,7 +34,7 @@ from vmibridge.engine.interruptions import is_being_cancelled, wait_again
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.places import InFlight, Turns
 from vmibridge.engine.request import Cause, Request, State, Worker
-from vmibridge.engine.watching import HandlerWatch
+from vmibridge.engine.watching import HandlerWatch, as_coroutine
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _UNMATCHED = OutcomeKind.UNMATCHED
@@ -79,7 +80,7 @@ class HandlerCalls:
         if self._watch is not None:
             self._watch.queued(worker)
 
-    async def ask(  # noqa: PLR0912 - each trap would pay for one more call
+    async def ask(  # noqa: PLR0912, PLR0915 - each trap would pay for one more call
         self, worker: Worker, request: Request, entries: tuple[Entry, ...]
     ) -> Outcome[Any]:
         """What the first of them that does not pass comes to.
@@ -88,7 +89,13 @@ class HandlerCalls:
         nothing, and what the handler raises passes through: its scope has been cancelled, and has
         to get its cancellation back.
         """
-        packet, scope = request.packet, worker.scope
+        packet, scope, watch = request.packet, worker.scope, self._watch
+        # Nobody wants to know of its handler before that is suspended.
+        is_plain = (
+            watch is None
+            or watch.is_quiet
+            or (watch.order is not None and watch.order.plain is worker.context.event)
+        )
         # In a task of its own it has been in the queue from the start.
         waited = request.state is _QUEUED
         try:
@@ -99,18 +106,31 @@ class HandlerCalls:
                         entry.serial
                         or waited
                         or (not entry.instant and self._in_flight.full)
-                        or (self._watch is not None and self._watch.lines_up(worker))
+                        or (not is_plain and watch is not None and watch.lines_up(worker))
                     ):
                         found = await self._ask_in_turn(worker, request, entry)
                     else:
                         request.state = _INLINE
-                        if self._watch is not None:
-                            found = await self._watch.ask(worker, entry)
-                        elif (handler := entry.handler) is None:
-                            found = await ask(entry, worker.context, packet)
-                        else:
+                        handler = entry.handler
+                        if handler is None or not is_plain or (watch and watch.lined_up):
+                            found = await self._ask(worker, entry)
+                        elif watch is None:
                             # As `ask` does, without its call.
                             found = await handler.handle(worker.context, packet)
+                        else:
+                            # Most end with their first step, and need no coroutine that watches.
+                            body = handler.handle(worker.context, packet)
+                            if type(body) is not CoroutineType:
+                                body = as_coroutine(body)
+                            watch.taps.stepping = worker.context
+                            try:
+                                wish = body.send(None)
+                            except StopIteration as end:
+                                found = end.value
+                            else:
+                                found = await watch.rest_of(worker, body, wish)
+                            finally:
+                                watch.taps.stepping = None
                     if scope.begun:
                         await close_generators(scope, entry.name)
                     outcome = outcome_of(entry, packet, found)
@@ -124,6 +144,7 @@ class HandlerCalls:
                     return self._outcome_of_error(worker, entry, RuntimeError(_LEFT_OPEN))
                 if outcome.kind is not _UNMATCHED:
                     return outcome
+                is_plain = watch is None
                 waited = request.state is not _INLINE
                 if waited and request.is_overtaken:
                     # A dispatcher that swallowed its cancellation: the next one must not begin.
@@ -191,8 +212,11 @@ class HandlerCalls:
 
     def _begin(self, worker: Worker, request: Request, entry: Entry) -> Awaitable[Answer]:
         request.on(_BEGIN)
+        return self._ask(worker, entry)
+
+    def _ask(self, worker: Worker, entry: Entry) -> Awaitable[Answer]:
         if self._watch is None:
-            return ask(entry, worker.context, request.packet)
+            return ask(entry, worker.context, worker.request.packet)
         return self._watch.ask(worker, entry)
 
     def _outcome_of_error(self, worker: Worker, entry: Entry, error: BaseException) -> Outcome[Any]:

@@ -23,7 +23,7 @@ from vmibridge.engine.request import Worker, first_trap
 from vmibridge.engine.taps import Step, Taps
 from vmibridge.vm.conductor import Conductor
 
-__all__ = ["HandlerWatch", "source_for", "watch_for"]
+__all__ = ["HandlerWatch", "as_coroutine", "source_for", "watch_for"]
 
 _SEED = 48
 """Bits."""
@@ -56,7 +56,13 @@ class HandlerWatch:
         self._began = began
         self._stepped = taps.handler_stepped
         self._conductor = conductor
-        self._taps = taps
+        self.taps: Taps = taps
+        """Those of the VM."""
+        self.is_quiet: bool = conductor is None and began is None
+        """Whether nobody wants to know of a handler before it is suspended, unless it has lined up:
+        its first step may be made without `ask`, and the rest by `rest_of`."""
+        self.order: Conductor | None = conductor if began is None else None
+        """The same holds for its plain trap."""
         self.lined_up: set[Worker] = set()
         """Who waits to begin; whoever ends its request takes it out."""
         self.suspensions: int = 0
@@ -67,7 +73,7 @@ class HandlerWatch:
     @property
     def stepping(self) -> BridgeContext | None:
         """Whose handler runs right now, other than in a task that it has started."""
-        return self._taps.stepping
+        return self.taps.stepping
 
     def queued(self, worker: Worker) -> None:
         """A handler lines up."""
@@ -102,34 +108,51 @@ class HandlerWatch:
         if self.lined_up and worker in self.lined_up:
             self.lined_up.discard(worker)
             self._tell(worker, "began")
-        body = _coroutine(ask(entry, worker.context, worker.request.packet))
+        body = as_coroutine(ask(entry, worker.context, worker.request.packet))
         # As `_run` does, without its call.
-        self._taps.stepping = worker.context
+        self.taps.stepping = worker.context
         try:
             wish = body.send(None)
         except StopIteration as end:
             answer: Answer = end.value
             return answer
         else:
-            self._taps.stepping = None
-            self.suspensions += 1
-            try:
-                if conductor is None:
-                    rest = watched_rest(body, wish, partial(self._step, worker, body.throw))
-                else:
-                    rest = self._conducted(worker, body, wish, conductor)
-                last: Answer = yield from rest
-                return last
-            finally:
-                self._tell(worker, "ended")
+            return (yield from self._rest(worker, body, wish))
         finally:
-            self._taps.stepping = None
+            self.taps.stepping = None
             if conductor is not None:
                 conductor.ended(worker.context.event)
 
+    @coroutine
+    def rest_of(self, worker: Worker, body: Any, wish: object) -> Generator[Any, Any, Answer]:
+        """The rest of a handler whose first step was made without `ask`, and which waits for
+        `wish`."""
+        conductor = self._conductor
+        if conductor is not None:
+            conductor.began(worker.context.event)
+        try:
+            return (yield from self._rest(worker, body, wish))
+        finally:
+            if conductor is not None:
+                conductor.ended(worker.context.event)
+
+    def _rest(self, worker: Worker, body: Any, wish: object) -> Generator[Any, Any, Answer]:
+        conductor = self._conductor
+        self.taps.stepping = None
+        self.suspensions += 1
+        try:
+            if conductor is None:
+                rest = watched_rest(body, wish, partial(self._step, worker, body.throw))
+            else:
+                rest = self._conducted(worker, body, wish, conductor)
+            last: Answer = yield from rest
+            return last
+        finally:
+            self._tell(worker, "ended")
+
     def _is_step(self, worker: Worker) -> bool:
         context = worker.context
-        return context.event.seq not in self._taps.reading and context not in self.outside
+        return context.event.seq not in self.taps.reading and context not in self.outside
 
     def _step(
         self, worker: Worker, throws: object, step: Callable[..., object], *arguments: object
@@ -139,11 +162,11 @@ class HandlerWatch:
         return self._run(worker, step, *arguments)
 
     def _run(self, worker: Worker, step: Callable[..., object], *arguments: object) -> object:
-        self._taps.stepping = worker.context
+        self.taps.stepping = worker.context
         try:
             return step(*arguments)
         finally:
-            self._taps.stepping = None
+            self.taps.stepping = None
             self.suspensions += 1
 
     def _tell(self, worker: Worker, step: Step) -> None:
@@ -178,7 +201,8 @@ class HandlerWatch:
                 return answer
 
 
-def _coroutine(what: Any) -> Any:
+def as_coroutine(what: Any) -> Any:
+    """What a handler has returned, to be stepped."""
     return what if isinstance(what, Coroutine) else _awaiting(what)
 
 

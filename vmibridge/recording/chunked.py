@@ -68,6 +68,8 @@ class ChunkedRecording:
         self._first_chunk = partial(ChunkBuilder, message_index=message_index, describes=True)
         self._chunk = self._first_chunk()
         self._waiting: deque[ChunkBuilder] = deque()
+        self._joins = False
+        """Whether traps are put together with their replies."""
         self._unwritten = 0
         self._unwritten_traps = 0
         self._wake: anyio.Event | None = None
@@ -79,6 +81,13 @@ class ChunkedRecording:
             if self._room is None:
                 self._room = anyio.Event()
             await self._room.wait()
+
+    def _hold_guests(self) -> None:
+        # One that is collected alone has less than half of what it may.
+        self.full = (
+            self._unwritten_traps + self._chunk.traps >= self._max_traps
+            or self._unwritten >= MAX_UNWRITTEN
+        ) and self.error is None
 
     def _settle(self) -> None:
         """Encode what is held."""
@@ -165,6 +174,8 @@ class ChunkedRecording:
         self.lost += self._unwritten_traps + self._chunk.traps
         self._waiting.clear()
         self._chunk = ChunkBuilder()
+        # What is not written any more is counted, trap by trap.
+        self._joins = False
         self._free()
         if self._on_error == "continue":
             log.error("%s; the run continues without a recording", self.error)

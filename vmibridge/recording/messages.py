@@ -9,9 +9,12 @@
 | `step` | a `Step` | when a handler was queued, began after that, went on or ended |
 | `outside` | an `Outside` | when `vmi.outside` had come to something |
 | `note` | a `Note` | behind a trap that is a retry, or of the file before; at the end of each VM |
+| `plain` | `PlainTraps` | when the last of them was answered, or later |
 
 The order in the file is that of the event loop. A trap has one reply; what lies between
-the two and names the trap belongs to it. Times are nanoseconds since the Unix epoch, taken
+the two and names the trap belongs to it. Most have nothing in between: those are *plain*, and
+stand together, each with its reply. The reader takes them apart, so whoever gets messages from it
+knows `trap` and `reply` only. Times are nanoseconds since the Unix epoch, taken
 from the monotonic clock, so that they never go back. Payloads are MessagePack maps; each
 channel has a JSON Schema.
 
@@ -22,12 +25,13 @@ walks them again.
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
+from vmibridge.bridge.request import request_in
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.outputs import OutputText
 from vmibridge.recording.redaction import RedactionRule
@@ -42,8 +46,12 @@ FORMAT_OF_OTHERS = 2
 that is any VM but those of x86 version 1: 0.2.0 would find registers that are all 0."""
 FORMAT_WITH_STEPS = 3
 """The same with the channels `step` and `outside`, and `Session.seed` and `clock`: what is recorded
-today."""
-FORMATS = (FORMAT, FORMAT_OF_OTHERS, FORMAT_WITH_STEPS)
+0.2.1."""
+FORMAT_WITH_PLAIN = 4
+"""The same with the channel `plain`: what is recorded today."""
+FORMATS = (FORMAT, FORMAT_OF_OTHERS, FORMAT_WITH_STEPS, FORMAT_WITH_PLAIN)
+MAX_PLAIN = 1024
+"""Traps in one message of the channel `plain`."""
 
 
 class RecordedMethod(msgspec.Struct, frozen=True):
@@ -190,6 +198,55 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Of the whole text of an output that was cut. Recordings of 0.2.0 do not have it."""
 
 
+class PlainTrap(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A trap and its reply, between which nothing was recorded. Fields are those of `Reply`.
+
+    As MessagePack an array: a recorder has these as tuples, and makes no struct of them.
+    """
+
+    time: Annotated[int, msgspec.Meta(ge=0)]
+    """When the trap was taken, in nanoseconds since the Unix epoch."""
+    event: TrapEvent
+    answered: Annotated[int, msgspec.Meta(ge=0)]
+    """When the answer was written, in nanoseconds since the Unix epoch."""
+    kind: OutcomeKind = OutcomeKind.HANDLED
+    writes: RegisterWrites | None = None
+    handler: str | None = None
+    error: str | None = None
+    output: str | None = None
+    duration: float = 0.0
+    output_sha256: str | None = None
+    packet: BridgePacket | None = None
+    """`None`: that of the registers of the trap."""
+
+    def reply(self) -> Reply | None:
+        """Its reply; `None`: the trap carries no request, which no recorder writes."""
+        event = self.event
+        packet = self.packet or request_in(event)
+        if packet is None:
+            return None
+        return Reply(
+            event.vm,
+            event.seq,
+            event.vcpu,
+            self.kind,
+            packet,
+            self.writes,
+            self.handler,
+            self.error,
+            self.output,
+            self.duration,
+            None,
+            self.output_sha256,
+        )
+
+
+class PlainTraps(msgspec.Struct, frozen=True):
+    """Traps that were answered one after the other, with nothing else in between."""
+
+    traps: Annotated[list[PlainTrap], msgspec.Meta(max_length=MAX_PLAIN)]
+
+
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     """Something to know about the recording."""
 
@@ -228,8 +285,13 @@ SESSION, TRAP, MEMORY, REPLY, NOTE, STEP, OUTSIDE = CHANNELS = (
     ChannelKind(7, "outside", Outside),
 )
 
+"""Those of messages, as the reader gives them."""
+PLAIN = ChannelKind(8, "plain", PlainTraps)
+FILE_CHANNELS = (*CHANNELS, PLAIN)
+"""Those of a file."""
+
 CHANNEL_OF_TOPIC: Mapping[str, ChannelKind] = MappingProxyType(
-    {channel.topic: channel for channel in CHANNELS}
+    {channel.topic: channel for channel in FILE_CHANNELS}
 )
 
 
@@ -259,6 +321,20 @@ def trap_type(architecture: Architecture[Any]) -> type[TrapEvent]:
         frozen=True,
         gc=False,
         omit_defaults=True,
+    )
+    return kind
+
+
+@cache
+def plain_type(architecture: Architecture[Any]) -> type[PlainTrap]:
+    """The `PlainTrap` whose trap is one of an architecture, to be decoded."""
+    kind: type[Any] = msgspec.defstruct(
+        "PlainTrap",
+        [("event", trap_type(architecture))],
+        bases=(PlainTrap,),
+        frozen=True,
+        gc=False,
+        array_like=True,
     )
     return kind
 

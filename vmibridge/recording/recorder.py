@@ -44,6 +44,7 @@ from vmibridge.engine.taps import Step as StepKind
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import ServerStateError
 from vmibridge.recording.chunked import MAX_UNWRITTEN, ChunkedRecording
+from vmibridge.recording.file.chunk_builder import other_packet
 from vmibridge.recording.file.parts import RecordingParts
 from vmibridge.recording.messages import (
     MEMORY,
@@ -72,8 +73,6 @@ from vmibridge.vm.conductor import OutsideCall
 from vmibridge.vm.trap import TrapEvent
 
 log: logging.Logger = logging.getLogger(__name__)
-
-_TRAP, _REPLY = TRAP.id, REPLY.id
 
 _HELD = 128
 """Messages that are encoded together: about 100 us."""
@@ -127,6 +126,9 @@ class Recorder(ChunkedRecording, Tap):
         )
         self._redaction = Redaction(redact)
         self._redacts = bool(self._redaction.of_traps)
+        # What is left out, and where a file ends, is decided trap by trap.
+        self._joins = not self._redacts and rotation is None
+        self._looks_at_packets = False
         self._left_out: dict[tuple[str, int], frozenset[str]] = {}
         self._stem = stem
         self._overwrite = overwrite
@@ -214,6 +216,8 @@ class Recorder(ChunkedRecording, Tap):
         self._stops[vm] = stop
         if self.error is not None and self._on_error == "stop":
             stop(self.error)
+        # A dispatcher of one's own may tell of another packet than that of the trap.
+        self._looks_at_packets |= not all(entry.handler for entry in bridge.entries)
         session = self._session_of(vm, bridge, settings)
         if self._rotation is not None:
             session = self._rotation.begin(session)
@@ -223,6 +227,7 @@ class Recorder(ChunkedRecording, Tap):
     def handlers_reloaded(self, vm: str, bridge: Bridge, settings: ServerSettings) -> None:
         if vm not in self._stops:
             return
+        self._looks_at_packets |= not all(entry.handler for entry in bridge.entries)
         if self._rotation is None:
             text = f"{vm}: its handlers were reloaded: from here on others answer than it names"
             self._add(NOTE, Note("lost", text, vm))
@@ -236,6 +241,19 @@ class Recorder(ChunkedRecording, Tap):
         return session_of(vm, bridge, settings, self._redaction, architecture, source, self._epoch)
 
     def trap(self, event: TrapEvent) -> None:
+        chunk, taken = self._chunk, self._taken
+        if not self._joins or taken is None or self._steps.pending is not None:
+            self._take(event)
+            return
+        # The usual case: the answer to it is what comes next.
+        if chunk.taken is not None:
+            chunk.part_plain()
+        chunk.taken, chunk.taken_at = event, self._epoch + int(taken * 1e9)
+        chunk.traps += 1
+        if chunk.traps >= self._cut_at:
+            self._cut()
+
+    def _take(self, event: TrapEvent) -> None:
         if self._redacts:
             left_out = self._redaction.of(read_packet(event).request)
             if left_out:
@@ -244,18 +262,14 @@ class Recorder(ChunkedRecording, Tap):
         if self._rotation is not None:
             self._split_if_due()
             self._rotation.trap(event)
-        if self._steps.pending is not None:
-            self._add(STEP, self._steps.flush(), self._taken)
+        self._add(TRAP, event, self._taken)
         # Handlers may be given this time: it is that of the trap, to the nanosecond.
-        taken, self._taken = self._taken, None
-        if self.error is not None:
-            self.lost += 1
-            return
-        chunk = self._chunk
-        chunk.held.append((_TRAP, self._time(taken), event))
-        chunk.traps += 1
-        if chunk.traps >= self._cut_at:
-            self._cut()
+        self._taken = None
+        if self.error is None:
+            chunk = self._chunk
+            chunk.traps += 1
+            if chunk.traps >= self._cut_at:
+                self._cut()
 
     def retried(self, event: TrapEvent, first: int) -> None:
         text = f"trap {event.seq} asks again for what came with trap {first}"
@@ -285,19 +299,51 @@ class Recorder(ChunkedRecording, Tap):
         )
 
     def answered(self, outcome: Outcome[Any]) -> None:
-        event, response = outcome.event, outcome.response
-        packet, writes, error = outcome.packet, outcome.writes, outcome.error
-        assert event is not None
-        if self._steps.pending is not None:
-            self._add(STEP, self._steps.flush())
-        if self._steps.lined_up:
-            self._steps.lined_up.discard((event.vm, event.seq))
+        chunk, event, response = self._chunk, outcome.event, outcome.response
         # Made into text now: a handler may change what it gave.
         text, digest = (
             _NO_OUTPUT
             if response is None or response.output is None
             else OutputText.of(response.output)
         )
+        taken = self._taken
+        if (
+            event is not None
+            and chunk.taken is event
+            and taken is not None
+            and outcome.retry_of is None
+            and self._steps.pending is None
+        ):
+            chunk.taken = None
+            duration, plain = outcome.duration, chunk.plain
+            plain.append(
+                (
+                    chunk.taken_at,
+                    event,
+                    self._epoch + int((taken + duration) * 1e9),
+                    outcome.kind,
+                    outcome.writes,
+                    outcome.handler,
+                    outcome.error,
+                    text,
+                    duration,
+                    digest,
+                    other_packet(outcome) if self._looks_at_packets else None,
+                )
+            )
+            if len(plain) >= _HELD:
+                self._settle()
+        else:
+            self._answer(outcome, text, digest)
+        if self._unwritten:
+            self._hold_guests()
+
+    def _answer(self, outcome: Outcome[Any], text: str | None, digest: str | None) -> None:
+        event, packet, writes, error = outcome.event, outcome.packet, outcome.writes, outcome.error
+        assert event is not None
+        if self._steps.pending is not None:
+            self._add(STEP, self._steps.flush())
+        self._steps.lined_up.discard((event.vm, event.seq))
         if self._redacts and (left_out := self._left_out.pop((event.vm, event.seq), None)):
             packet = self._redaction.packet(packet, left_out)
             writes = None if writes is None else self._redaction.writes(writes, left_out)
@@ -317,20 +363,9 @@ class Recorder(ChunkedRecording, Tap):
             outcome.retry_of,
             digest,
         )
-        # As `_add`, without its call.
-        if self.error is None:
-            held = self._chunk.held
-            held.append((_REPLY, self._time(), reply))
-            if len(held) >= _HELD:
-                self._settle()
+        self._add(REPLY, reply)
         if self._rotation is not None:
             self._rotation.answered(event, outcome)
-        # One that is collected alone has less than half of what it may.
-        if self._unwritten:
-            self.full = (
-                self._unwritten_traps + self._chunk.traps >= self._max_traps
-                or self._unwritten >= MAX_UNWRITTEN
-            ) and self.error is None
 
     def end(self, vm: str, summary: Summary) -> None:
         counts = {kind.value: count for kind, count in summary.outcomes.items()}
@@ -374,7 +409,10 @@ class Recorder(ChunkedRecording, Tap):
         if self.error is not None:
             self.lost += channel is TRAP
             return
-        held = self._chunk.held
+        chunk = self._chunk
+        if chunk.plain or chunk.taken is not None:
+            chunk.part_plain()
+        held = chunk.held
         held.append((channel.id, self._time(at), message))
         if len(held) >= _HELD:
             self._settle()

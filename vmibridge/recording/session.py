@@ -20,7 +20,7 @@ from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.made_with import made_with
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.recording.messages import (
-    FORMAT_WITH_STEPS,
+    FORMAT_WITH_PLAIN,
     RecordedArchitecture,
     RecordedHandler,
     RecordedMethod,
@@ -54,7 +54,7 @@ def session_of(
     told = RecordedArchitecture(architecture.name, architecture.version)
     return Session(
         vm,
-        format=FORMAT_WITH_STEPS,
+        format=FORMAT_WITH_PLAIN,
         started=datetime.now(UTC).isoformat(),
         versions={
             "python": platform.python_version(),

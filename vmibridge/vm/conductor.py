@@ -47,6 +47,9 @@ class Conductor(Protocol):
 
     seed: int | None
     """Of the random numbers of the handlers; `None`: they get another one."""
+    plain: TrapEvent | None = None
+    """A trap whose handler begins as it likes: the conductor is told that it has begun when it is
+    suspended, and not before. Nothing is asked or told of one that never is."""
 
     def conduct(self, engine: ConductedEngine) -> None:
         """The engine is about to run."""

@@ -12,17 +12,21 @@ from toy_architecture import TOY, known_toy, toy_trap
 
 from vmibridge.errors import RecordingReadError
 from vmibridge.recording import DecoderFactory, RecordingReader
-from vmibridge.recording.messages import RecordedArchitecture, Session
+from vmibridge.recording.messages import PlainTraps, RecordedArchitecture, Session
 
 TOY_SESSION = Session("vm", format=2, architecture=RecordedArchitecture("toy", TOY.version))
 
 
 def decoded(path, reader=make_reader, **what):
     made = reader(io.BytesIO(path.read_bytes()), decoder_factories=[DecoderFactory()])
-    return [
-        (found.message.log_time, found.decoded_message)
-        for found in made.iter_decoded_messages(**what)
-    ]
+    messages = []
+    for found in made.iter_decoded_messages(**what):
+        if isinstance(found.decoded_message, PlainTraps):
+            for plain in found.decoded_message.traps:
+                messages += [(plain.time, plain.event), (plain.answered, plain.reply())]
+        else:
+            messages.append((found.message.log_time, found.decoded_message))
+    return messages
 
 
 def messages(path):
@@ -46,8 +50,10 @@ def test_gives_each_message_as_its_struct(run, reader):
 
 def test_gives_those_of_a_topic(run):
     expected = [each for each in messages(run) if type(each[1]).__name__ == "Reply"]
-    assert decoded(run, topics=["reply"]) == expected
+    found = decoded(run, topics=["reply", "plain"])
+    assert [each for each in found if type(each[1]).__name__ == "Reply"] == expected
     assert len(expected) == 21
+    assert 0 < len(decoded(run, topics=["reply"])) < 21
 
 
 def test_without_it_there_is_none(run):
@@ -93,7 +99,7 @@ def test_what_is_not_known_is_not_read(path, message, why):
         decoded(write_file(path, [(1, message), (2, trap(1))]))
 
 
-@pytest.mark.parametrize("topic", ["session", "trap", "memory", "reply", "note"])
+@pytest.mark.parametrize("topic", ["session", "trap", "memory", "reply", "note", "plain"])
 @pytest.mark.parametrize("data", [b"", b"\x80", b"\xc1", b"\x91" * 100_000], ids=len)
 def test_what_is_damaged_is_an_error(topic, data):
     schema = Schema(1, b"", "jsonschema", f"vmibridge.{topic}")

@@ -81,12 +81,12 @@ class TestASession:
             "pc": RecordedArchitecture("x86", 1),
         }
 
-    async def test_has_the_format_that_has_steps_of_handlers(self, tmp_path):
+    async def test_has_the_format_of_today(self, tmp_path):
         """0.2.0 reads format 1 only, and would take the registers of others for zeros."""
         with known_toy():
             await record(tmp_path / "run.mcap")
             found = {each.vm: each.format for each in messages(tmp_path / "run.mcap", SESSION)}
-        assert found == {"toy": 3, "pc": 3}
+        assert found == {"toy": 4, "pc": 4}
 
     def test_writes_it_out(self):
         """Also that of x86: what is left out is a recording of 0.2.0."""

@@ -16,7 +16,6 @@ from vmibridge.errors import RecordingError
 from vmibridge.recording.file.chunk_builder import PackedChunk
 from vmibridge.recording.file.folder import make_room
 from vmibridge.recording.file.writer import RecordingWriter
-from vmibridge.recording.messages import TRAP
 from vmibridge.text import counted
 
 __all__ = ["RecordingParts"]
@@ -57,7 +56,7 @@ class RecordingParts:
     @property
     def traps(self) -> int:
         """How many that file has."""
-        return self._writer.counts.get(TRAP.id, 0)
+        return self._writer.traps
 
     def add(self, part: int, chunk: PackedChunk) -> int:
         """Append a chunk to the file of that part; returns the bytes it takes there.

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import msgspec
 from mcap.opcode import Opcode
@@ -34,14 +34,21 @@ from vmibridge.recording.file.writer import PROFILE
 from vmibridge.recording.messages import (
     CHANNEL_OF_TOPIC,
     CHANNELS,
+    FILE_CHANNELS,
     FORMATS,
+    MAX_PLAIN,
     NOTE,
+    PLAIN,
+    REPLY,
     SESSION,
     TRAP,
     ChannelKind,
+    PlainTrap,
+    PlainTraps,
     RecordedMessage,
     Session,
     architecture_of,
+    plain_type,
     trap_type,
 )
 from vmibridge.text import counted
@@ -58,11 +65,22 @@ class _VmOfTrap(msgspec.Struct):
     vm: str = "vm"
 
 
+class _VmOfPlain(msgspec.Struct, array_like=True):
+    time: int
+    event: _VmOfTrap
+
+
+class _Undecoded(msgspec.Struct):
+    traps: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_PLAIN)]
+
+
 _vm_of_trap = msgspec.msgpack.Decoder(_VmOfTrap).decode
+_vm_of_plain = msgspec.msgpack.Decoder(_VmOfPlain).decode
+_undecoded = msgspec.msgpack.Decoder(_Undecoded).decode
 
 
 @cache
-def _decoder_of(kind: type[TrapEvent]) -> Callable[[memoryview], Any]:
+def _decoder_of(kind: type[Any]) -> Callable[[memoryview], Any]:
     # One for each architecture: a file may have any number of sessions.
     return msgspec.msgpack.Decoder(kind).decode
 
@@ -73,6 +91,13 @@ class TimedMessage(NamedTuple):
     time: int
     """Nanoseconds since the Unix epoch."""
     message: RecordedMessage
+
+
+def taken_apart(plain: PlainTrap) -> list[TimedMessage]:
+    """A plain trap as its trap and its reply, which is left out where the trap has no request."""
+    reply = plain.reply()
+    taken = TimedMessage(plain.time, plain.event)
+    return [taken] if reply is None else [taken, TimedMessage(plain.answered, reply)]
 
 
 class RecordingReader:
@@ -136,9 +161,30 @@ class RecordingReader:
         Raises `RecordingReadError` for an MCAP file of something else, and for a recording of a
         format or an architecture that is not known here.
         """
-        wanted = kinds or CHANNELS
+        wanted = {channel.id for channel in kinds or CHANNELS}
+        has_traps, has_replies = TRAP.id in wanted, REPLY.id in wanted
+        if has_traps or has_replies:
+            wanted.add(PLAIN.id)
         for offset, data in self.chunks():
-            yield from self._decode(offset, data, wanted)
+            for each in self._decode(offset, data, wanted):
+                if not isinstance(each, PlainTraps):
+                    yield each
+                    continue
+                for plain in each.traps:
+                    if not has_replies:
+                        yield TimedMessage(plain.time, plain.event)
+                        continue
+                    apart = taken_apart(plain)
+                    if len(apart) == 1:
+                        self._problems.add(offset, "a trap without a request has a reply")
+                    yield from apart if has_traps else apart[1:]
+
+    def messages_of_file(self) -> Iterator[TimedMessage | PlainTraps]:
+        """All messages as the file has them: plain traps together with their replies. Raises as
+        `messages`."""
+        given = {channel.id for channel in FILE_CHANNELS}
+        for offset, data in self.chunks():
+            yield from self._decode(offset, data, given)
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
         """The records of each chunk, unpacked, with the chunk's place in the file."""
@@ -147,11 +193,12 @@ class RecordingReader:
         self.bytes_unpacked = 0
         self.skip_before = 0
         self._search = ChunkSearch(self._at)
-        self._channels = {channel.id: channel for channel in CHANNELS}
+        self._channels = {channel.id: channel for channel in FILE_CHANNELS}
         self._decoders: dict[int, Callable[[memoryview], Any]] = {
-            channel.id: msgspec.msgpack.Decoder(channel.kind).decode for channel in CHANNELS
+            channel.id: msgspec.msgpack.Decoder(channel.kind).decode for channel in FILE_CHANNELS
         }
         self._traps_of: dict[str, Callable[[memoryview], Any]] = {}
+        self._plain_of: dict[str, Callable[[memoryview], Any]] = {}
         begin = 0
         for at, opcode, length in self._records():
             start, end = at + FRAME.size, at + FRAME.size + length
@@ -182,7 +229,7 @@ class RecordingReader:
                     break
                 # Recordings that were put together, as by `cat`: the next one follows.
                 self._next = begin + len(MCAP0_MAGIC)
-                self._channels = {channel.id: channel for channel in CHANNELS}
+                self._channels = {channel.id: channel for channel in FILE_CHANNELS}
         self.bytes_read = self.size
         if not self.complete:
             self.is_written = is_locked(self._file.fileno())
@@ -239,11 +286,10 @@ class RecordingReader:
             self._next = found
 
     def _decode(
-        self, offset: int, data: bytes, wanted: Collection[ChannelKind]
-    ) -> Iterator[TimedMessage]:
+        self, offset: int, data: bytes, given: Collection[int]
+    ) -> Iterator[TimedMessage | PlainTraps]:
         at, size = 0, len(data)
         # Sessions in any case: they say how to read the rest.
-        given = {channel.id for channel in wanted}
         needed = {SESSION.id, *given}
         decoders = self._decoders
         # A chunk may describe channels in front of their messages.
@@ -283,7 +329,11 @@ class RecordingReader:
                         if type(message) is Session:
                             self._begin(message)
                         if channel.id in given:
-                            yield TimedMessage(time, message)
+                            yield (
+                                message
+                                if type(message) is PlainTraps
+                                else TimedMessage(time, message)
+                            )
             elif opcode == 4:
                 self._learn_channel(data[at:end])
             at = end
@@ -296,20 +346,30 @@ class RecordingReader:
                 f" formats {FORMATS[0]} to {FORMATS[-1]}"
             )
         try:
-            kind = trap_type(architecture_of(session))
+            architecture = architecture_of(session)
         except UnknownArchitectureError as error:
             raise RecordingReadError(f"{self.path}: {error}") from error
+        kind = trap_type(architecture)
         if kind is TrapEvent and not self._traps_of:
             # Only x86 so far: traps are decoded once, without a look at their VM first.
             return
         self._traps_of[session.vm] = _decoder_of(kind)
-        self._decoders[TRAP.id] = self._decode_trap
+        self._plain_of[session.vm] = _decoder_of(plain_type(architecture))
+        self._decoders[TRAP.id], self._decoders[PLAIN.id] = self._decode_trap, self._decode_plain
 
     def _decode_trap(self, data: memoryview) -> TrapEvent:
         """A trap of a file that has a VM of another architecture than x86."""
         decode = self._traps_of.get(_vm_of_trap(data).vm, _decoder_of(TrapEvent))
         event: TrapEvent = decode(data)
         return event
+
+    def _decode_plain(self, data: memoryview) -> PlainTraps:
+        """The same for plain traps."""
+        traps: list[PlainTrap] = []
+        for raw in _undecoded(data).traps:
+            decode = self._plain_of.get(_vm_of_plain(raw).event.vm, _decoder_of(PlainTrap))
+            traps.append(decode(memoryview(raw)))
+        return PlainTraps(traps)
 
     def _at(self, offset: int, size: int) -> bytes:
         """At most `size` bytes there; fewer at the end of the file."""

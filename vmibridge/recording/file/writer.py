@@ -31,7 +31,7 @@ from vmibridge.recording.file.chunk_builder import (
     write_schemas,
 )
 from vmibridge.recording.file.folder import lock, open_numbered, unlock
-from vmibridge.recording.messages import CHANNELS, json_schema
+from vmibridge.recording.messages import FILE_CHANNELS, json_schema
 
 PROFILE = "vmibridge"
 _FOOTER = struct.Struct("<BQQQ")
@@ -76,6 +76,8 @@ class RecordingWriter:
         self._chunks: list[ChunkIndex] = []
         self.counts: dict[int, int] = {}
         """Messages in the file, by channel."""
+        self.traps: int = 0
+        """Traps of chunks that say how many they have."""
         builder = RecordBuilder()
         builder.write(MCAP0_MAGIC)
         Header(PROFILE, library).write(builder)
@@ -116,6 +118,7 @@ class RecordingWriter:
                 uncompressed_size=chunk.uncompressed_size,
             )
         )
+        self.traps += chunk.traps
         for channel, count in chunk.counts.items():
             self.counts[channel] = self.counts.get(channel, 0) + count
 
@@ -160,14 +163,14 @@ class RecordingWriter:
         start = builder.count
         Statistics(
             attachment_count=0,
-            channel_count=len(CHANNELS),
+            channel_count=len(FILE_CHANNELS),
             channel_message_counts=self.counts,
             chunk_count=len(self._chunks),
             message_count=sum(self.counts.values()),
             metadata_count=0,
             message_start_time=min((each.message_start_time for each in self._chunks), default=0),
             message_end_time=max((each.message_end_time for each in self._chunks), default=0),
-            schema_count=len(CHANNELS),
+            schema_count=len(FILE_CHANNELS),
         ).write(builder)
         groups.append((Opcode.STATISTICS, start, builder.count - start))
         start = builder.count

@@ -32,12 +32,21 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, BackendSpecError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import MemoryAccess, Note, Reply, Session, Step, architecture_of
+from vmibridge.recording.messages import (
+    MemoryAccess,
+    Note,
+    PlainTrap,
+    Reply,
+    Session,
+    Step,
+    architecture_of,
+)
 from vmibridge.recording.replay import options as reasons
 from vmibridge.recording.replay.carried import CarriedTraps
 from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.memory import ReplayedMemory
 from vmibridge.recording.replay.not_asked import NotAsked
+from vmibridge.recording.replay.open_requests import MAX_OPEN, OpenRequests
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.order import RecordedOrder
 from vmibridge.recording.replay.request import MADE, ReplayedRequest
@@ -48,8 +57,6 @@ from vmibridge.recording.replay.walk import Awaited, Walk
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
-_MAX_OPEN = 16_384
-"""Requests that may be open at a time."""
 _DEADLINES = (OutcomeKind.WAITING, OutcomeKind.TIMEOUT, OutcomeKind.CANCELLED)
 
 
@@ -82,15 +89,17 @@ class ReplayBackend(Backend, Tap):
         self._wait = ServerSettings().wait.value1
         self._has_begun = self._is_later = False
         self._has_server = False
-        self._open: dict[int, ReplayedRequest] = {}
-        self._unanswered: dict[int, TrapEvent] = {}
+        self._requests = OpenRequests(self._walk, self._tally, options)
+        self._open = self._requests.by_seq
+        self._unanswered = self._requests.unanswered
+        self._plays_plain = False
         self._not_asked = NotAsked()
         self._busy: dict[int, deque[TrapEvent]] = {}
         self._vcpus: set[int] = set()
         self._stopped = False
-        self.conductor: RecordedOrder = RecordedOrder(self._walk, self._open, options)
+        self.conductor: RecordedOrder = RecordedOrder(self._walk, self._requests, options)
         self._tally.result.outside = self.conductor.fetched.called
-        self._memory = ReplayedMemory(self._walk, self._open)
+        self._memory = ReplayedMemory(self._walk, self._requests)
         self._carried = CarriedTraps()
         self._stop_for: Callable[[Exception], None]
         self._sink: TrapSink
@@ -148,6 +157,7 @@ class ReplayBackend(Backend, Tap):
         """Play no further."""
         self._stopped = True
         self._walk.present(self._name)
+        self._requests.unfold()
         self._walk.let_go(self._open.values())
         self.conductor.let_go()
         self._memory.arrive()
@@ -155,6 +165,10 @@ class ReplayBackend(Backend, Tap):
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Take the answer. Raises `BackendError` for a trap that waits for none."""
+        if event is self._requests.plain:
+            if writes is not None:
+                return  # `answered` comes
+            self._requests.unfold()
         event = self._carried.end(event)
         if event.seq not in self._unanswered:
             raise BackendError(f"trap {event.seq} was answered before, or never played")
@@ -175,6 +189,7 @@ class ReplayBackend(Backend, Tap):
     ) -> None:
         self._stop_for = stop
         self._has_server = True
+        self._plays_plain = self.options.order == "recorded"
         self._tally.verdict.hear_handlers(self._name, bridge.handlers)
 
     def dropped(self, vm: str, error: Exception) -> None:
@@ -182,6 +197,8 @@ class ReplayBackend(Backend, Tap):
         self._stop_for(error)
 
     def trap(self, event: TrapEvent) -> None:
+        if event is self._requests.plain:
+            return
         request = self._open.get(event.seq)
         if request is not None and not request.taken:
             request.taken = True
@@ -189,8 +206,12 @@ class ReplayBackend(Backend, Tap):
                 self._walk.go()
 
     def answered(self, outcome: Outcome[Any]) -> None:
-        assert outcome.event is not None
-        self._answer(outcome.event, outcome)
+        event, requests = outcome.event, self._requests
+        assert event is not None
+        if event is requests.plain and requests.end_plain(outcome):
+            self._walk.go()
+        else:
+            self._answer(event, outcome)
 
     # --- what the walk plays --------------------------------------------------------
 
@@ -202,24 +223,37 @@ class ReplayBackend(Backend, Tap):
     @property
     def is_owed(self) -> bool:
         """Whether a trap of it waits for its answer."""
-        return bool(self._unanswered)
+        return bool(self._unanswered) or self._requests.plain is not None
 
     def at_end(self) -> None:
         """Nothing more was recorded: what is open is answered as it comes."""
-        for request in dict.fromkeys(self._open.values()):
-            request.over = request.free = True
-            request.go_on()
+        self._requests.let_go()
         self._memory.arrive()
+
+    def play_plain(self, time: int, event: TrapEvent, then: Reply | PlainTrap) -> bool:
+        """Play a trap with its reply. `False`: they are to be played one after the other."""
+        if not self._plays_plain or self._is_later:
+            return False
+        if event.vm != self.vm:
+            event = msgspec.structs.replace(event, vm=self.vm)
+        if not self._requests.begin_plain(time, event, then):
+            return False
+        self._has_begun = True
+        self._vcpus.add(event.vcpu)
+        feed(self._sink, event, self._hold, self._refuse)
+        return True
 
     def play(self, message: TimedMessage, after: object) -> bool:
         """Play a message; `after`: the one behind it. `False`: it is not its time yet."""
         time, what = message
         if isinstance(what, TrapEvent):
+            then = self._tally.next_of(what, after)
+            if isinstance(then, Reply) and self.play_plain(time, what, then):
+                self._walk.skip()
+                return True
             return self._walk_trap(time, what, after)
         if isinstance(what, MemoryAccess):
             return self._is_later or self._memory.attach(what)
-        if isinstance(what, Step):
-            return self._walk_step(time, what)
         if isinstance(what, Reply):
             return self._walk_reply(time, what)
         if isinstance(what, Session):
@@ -237,7 +271,7 @@ class ReplayBackend(Backend, Tap):
         if not self._walk.is_due(time) or (event.vcpu in self._busy and self.conductor.is_asked):
             # Its vCPU has not gone on yet, and what comes next is to come after this.
             return False
-        if len(self._open) >= _MAX_OPEN:
+        if len(self._open) >= MAX_OPEN:
             if self._unanswered:
                 return False
             self._close(next(iter(self._open.values())), reasons.NO_REPLY)
@@ -287,44 +321,6 @@ class ReplayBackend(Backend, Tap):
             self._feed(request, event)
         elif not request.answered:
             request.retries.append(event)
-
-    def _walk_step(self, time: int, step: Step) -> bool:
-        request = None if self._is_later else self.conductor.find(step.seq)
-        if request is None or not self.conductor.is_asked:
-            return True
-        if request.answered and not request.cut:
-            return True
-        if step.kind == "queued":
-            request.queued = True
-            return True
-        if not self._walk.is_due(time):
-            return False
-        if step.kind in ("parked", "cut off"):
-            # It has read by then what was read: without its trap it would wait for the next one.
-            if request.has_pending and self._walk.looks_again():
-                return False
-            request.cut = step.kind == "cut off"
-            if request.cut and not self._walk.is_as_late(request, time):
-                return False
-            request.parked = True
-            kind = OutcomeKind.WAITING if step.kind == "parked" else OutcomeKind.TIMEOUT
-            return self.conductor.let_pass(request, kind)
-        self._walk.mark(request, time)
-        match step.kind:
-            case "began":
-                request.turns_allowed += 1
-                request.begun = request.begun and request.turns < request.turns_allowed
-                what = Awaited.BEGUN
-            case "resumed" | "thrown":
-                request.steps_allowed += 1
-                request.throws = step.kind == "thrown"
-                what = Awaited.RESUMED
-            case _:
-                request.free = True
-                what = Awaited.ENDED
-        request.go_on()
-        self._walk.wait_for(request, what)
-        return True
 
     def _walk_reply(self, time: int, reply: Reply) -> bool:
         request = None if self._is_later else self._open.get(reply.seq)
@@ -393,12 +389,14 @@ class ReplayBackend(Backend, Tap):
         self._walk.feed_later(self._sink, event, self._refuse)
 
     def _refuse(self, event: TrapEvent) -> None:
+        self._requests.unfold()
         self._unanswered.pop(self._carried.end(event).seq, None)
         self.stop()
 
     def _answer(
         self, event: TrapEvent, outcome: Outcome[Any] | None, writes: RegisterWrites | None = None
     ) -> None:
+        self._requests.find(event.seq)
         if self._unanswered.pop(event.seq, None) is None:
             return
         if self.options.order == "vcpu":

@@ -21,7 +21,7 @@ import msgspec
 
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.packet import BridgePacket
-from vmibridge.recording.messages import MemoryAccess, Reply
+from vmibridge.recording.messages import MemoryAccess, PlainTrap, Reply
 from vmibridge.recording.outputs import MAX_TEXT, Leaf, OutputText, leaves_of, output_text, stable
 from vmibridge.recording.traps import VALUE_NAMES, access_text
 from vmibridge.text import counted
@@ -84,7 +84,7 @@ def reply_of(outcome: Outcome[Any], then: Reply) -> Reply:
     )
 
 
-def is_same(then: Reply, now: Outcome[Any], *, whole: bool) -> bool:
+def is_same(then: Reply | PlainTrap, now: Outcome[Any], *, whole: bool) -> bool:
     """Whether nothing differs at first sight, as for nearly all. `whole`: texts count."""
     if (then.kind, then.handler, then.writes) != (now.kind, now.handler, now.writes):
         return False
@@ -126,7 +126,7 @@ def differing_fields(
     return found
 
 
-def is_cut(reply: Reply) -> bool:
+def is_cut(reply: Reply | PlainTrap) -> bool:
     """Whether the end of its output is in no recording, as in one of 0.2.0."""
     output = reply.output
     return (

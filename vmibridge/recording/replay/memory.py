@@ -8,6 +8,7 @@ import anyio
 
 from vmibridge.errors import GuestMemoryError
 from vmibridge.recording.messages import MemoryAccess
+from vmibridge.recording.replay.open_requests import OpenRequests
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.walk import Walk
 from vmibridge.vm.trap import TrapEvent
@@ -21,9 +22,9 @@ _MAX_HELD = 32 << 20
 
 
 class ReplayedMemory:
-    """That of one VM. `requests`: those that are open, by the numbers of their traps."""
+    """That of one VM. `requests`: those that are open."""
 
-    def __init__(self, walk: Walk, requests: dict[int, ReplayedRequest]) -> None:
+    def __init__(self, walk: Walk, requests: OpenRequests) -> None:
         self.held: int = 0
         """Bytes of accesses that were not made yet."""
         self._walk = walk
@@ -56,7 +57,7 @@ class ReplayedMemory:
 
     def attach(self, access: MemoryAccess) -> bool:
         """An access was read; returns whether there was room for it."""
-        request = self._open.get(access.seq)
+        request = self._open.find(access.seq)
         if request is None:
             return True
         if request.answered:
@@ -70,7 +71,7 @@ class ReplayedMemory:
         return True
 
     def _request_of(self, event: TrapEvent, address: int) -> ReplayedRequest:
-        request = self._open.get(event.seq)
+        request = self._open.find(event.seq)
         if request is None:
             raise GuestMemoryError(address, "it is not in the recording")
         return request
@@ -84,7 +85,7 @@ class ReplayedMemory:
 
     def arrive(self) -> None:
         """More is known: who waits for an access looks again."""
-        for request in dict.fromkeys(self._open.values()):
+        for request in dict.fromkeys(self._open.by_seq.values()):
             request.blocked = False
         self._arrived.set()
         self._arrived = anyio.Event()

@@ -5,7 +5,8 @@ from collections.abc import Awaitable
 import anyio.lowlevel
 
 from vmibridge.bridge.outcome import OutcomeKind
-from vmibridge.recording.messages import FORMAT_WITH_STEPS, Note, Outside, Session
+from vmibridge.recording.messages import FORMAT_WITH_STEPS, Note, Outside, Session, Step
+from vmibridge.recording.replay.open_requests import OpenRequests
 from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.outside import ReplayedOutside
 from vmibridge.recording.replay.request import ReplayedRequest
@@ -24,11 +25,9 @@ _MAX_UNWINDING = 16_384
 
 
 class RecordedOrder(Conductor):
-    """See the module. `requests`: those that are open, by the numbers of their traps."""
+    """See the module. `requests`: those that are open."""
 
-    def __init__(
-        self, walk: Walk, requests: dict[int, ReplayedRequest], options: ReplayOptions
-    ) -> None:
+    def __init__(self, walk: Walk, requests: OpenRequests, options: ReplayOptions) -> None:
         self.seed: int | None = None
         self.engine: ConductedEngine | None = None
         """`None`: none is asked what it does, as where an agent carries the traps."""
@@ -39,6 +38,7 @@ class RecordedOrder(Conductor):
         self._clock = self._last = 0
         self._walk = walk
         self._requests = requests
+        requests.conductor = self
         self._unwinding: dict[int, ReplayedRequest] = {}
         self.fetched: ReplayedOutside = ReplayedOutside(walk, self.find, options)
         """What handlers got from outside."""
@@ -50,7 +50,7 @@ class RecordedOrder(Conductor):
 
     def find(self, seq: int) -> ReplayedRequest | None:
         """The request of a trap, or one that was answered and whose handler still unwinds."""
-        return self._requests.get(seq) or self._unwinding.get(seq)
+        return self._requests.find(seq) or self._unwinding.get(seq)
 
     def unwinds(self, request: ReplayedRequest) -> None:
         """A request is compared: its handler may go on all the same, having been cut off."""
@@ -64,7 +64,8 @@ class RecordedOrder(Conductor):
     def let_go(self) -> None:
         """The replay has ended: no handler is held any more."""
         self.fetched.is_over = True
-        for request in [*self._requests.values(), *self._unwinding.values()]:
+        self._requests.let_go()
+        for request in list(self._unwinding.values()):
             request.over = request.free = True
             request.go_on()
 
@@ -140,9 +141,11 @@ class RecordedOrder(Conductor):
         self._walk.go()
 
     def play(self, time: int, message: object) -> bool:
-        """Another message than those of traps, memory and steps. `False`: it is not its time yet.
+        """Another message than those of traps and memory. `False`: it is not its time yet.
 
         No handler is asked where an agent carries the traps."""
+        if isinstance(message, Step):
+            return self._play_step(time, message)
         if isinstance(message, Note):
             if message.kind == "lost" and message.seq is None and len(self.gaps) < _MAX_GAPS:
                 self.gaps.append(message.text)
@@ -150,6 +153,44 @@ class RecordedOrder(Conductor):
         if self.engine is None or not isinstance(message, Outside):
             return True
         return self.fetched.play(time, message)
+
+    def _play_step(self, time: int, step: Step) -> bool:
+        request = self.find(step.seq)
+        if request is None or not self.is_asked:
+            return True
+        if request.answered and not request.cut:
+            return True
+        if step.kind == "queued":
+            request.queued = True
+            return True
+        if not self._walk.is_due(time):
+            return False
+        if step.kind in ("parked", "cut off"):
+            # It has read by then what was read: without its trap it would wait for the next one.
+            if request.has_pending and self._walk.looks_again():
+                return False
+            request.cut = step.kind == "cut off"
+            if request.cut and not self._walk.is_as_late(request, time):
+                return False
+            request.parked = True
+            kind = OutcomeKind.WAITING if step.kind == "parked" else OutcomeKind.TIMEOUT
+            return self.let_pass(request, kind)
+        self._walk.mark(request, time)
+        match step.kind:
+            case "began":
+                request.turns_allowed += 1
+                request.begun = request.begun and request.turns < request.turns_allowed
+                what = Awaited.BEGUN
+            case "resumed" | "thrown":
+                request.steps_allowed += 1
+                request.throws = step.kind == "thrown"
+                what = Awaited.RESUMED
+            case _:
+                request.free = True
+                what = Awaited.ENDED
+        request.go_on()
+        self._walk.wait_for(request, what)
+        return True
 
     async def outside(self, event: TrapEvent, key: str, number: int) -> OutsideCall | None:
         """A handler calls `vmi.outside`."""

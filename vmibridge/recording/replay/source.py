@@ -1,24 +1,26 @@
 """The VMs of a recording that are replayed, read in batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.errors import BackendSpecError, RecordingReadError
-from vmibridge.recording.file.reader import RecordingReader, TimedMessage
+from vmibridge.recording.file.reader import RecordingReader, TimedMessage, taken_apart
 from vmibridge.recording.messages import (
     SESSION,
     TRAP,
     Note,
+    PlainTrap,
+    PlainTraps,
     RecordedMessage,
     Reply,
     Session,
 )
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["RecordedVms"]
+__all__ = ["RecordedVms", "all_apart"]
 
 _BATCH = 4096
 """Messages that are read at a time."""
@@ -37,7 +39,7 @@ class RecordedVms:
         self._path = path
         self._names: set[str] = set()
         self._times = 1
-        self._messages: Iterator[TimedMessage] | None = None
+        self._messages: Iterator[TimedMessage | PlainTraps] | None = None
 
     def close(self) -> None:
         """Free the file."""
@@ -75,33 +77,48 @@ class RecordedVms:
         self._names.add(wanted)
         return wanted, None
 
-    async def read_on(self) -> list[TimedMessage]:
-        """The next messages; none at the end. Read in a thread, whose end a cancellation awaits."""
+    async def read_on(self) -> list[TimedMessage | PlainTrap]:
+        """The next messages and plain traps; none at the end. Read in a thread, whose end a
+        cancellation awaits."""
         return await in_own_thread(self._read_batch)
 
-    def _read_batch(self) -> list[TimedMessage]:
+    def _read_batch(self) -> list[TimedMessage | PlainTrap]:
         if self._messages is None:
             self._messages = self._of_vms() if self._times == 1 else self._rounds()
         most = self.reader.bytes_unpacked + _BATCH_BYTES
-        batch: list[TimedMessage] = []
+        batch: list[TimedMessage | PlainTrap] = []
         for each in self._messages:
-            batch.append(each)
+            self._add(batch, each)
             if len(batch) >= _BATCH or self.reader.bytes_unpacked > most:
                 break
         # What tells that a trap is a retry, or was denied or queued, stands right behind it.
-        while batch and isinstance(batch[-1].message, TrapEvent):
+        while batch and _is_trap(batch[-1]):
             further = next(self._messages, None)
             if further is None:
                 break
-            batch.append(further)
+            self._add(batch, further)
         return batch
 
-    def _of_vms(self) -> Iterator[TimedMessage]:
-        return (each for each in self.reader.messages() if each.message.vm in self._names)
+    def _add(self, batch: list[TimedMessage | PlainTrap], each: TimedMessage | PlainTraps) -> None:
+        if not isinstance(each, PlainTraps):
+            batch.append(each)
+            return
+        names = self._names
+        batch += [plain for plain in each.traps if plain.event.vm in names]
+
+    def _of_vms(self) -> Iterator[TimedMessage | PlainTraps]:
+        names = self._names
+        return (
+            each
+            for each in self.reader.messages_of_file()
+            if isinstance(each, PlainTraps) or each.message.vm in names
+        )
 
     def _first_run(self) -> Iterator[TimedMessage]:
         has_begun = False
-        for each in self._of_vms():
+        for each in self.reader.messages():
+            if each.message.vm not in self._names:
+                continue
             if has_begun and isinstance(each.message, Session):
                 return
             has_begun = True
@@ -125,6 +142,21 @@ class RecordedVms:
             played += 1
             by += highest
             later += last - first + 1
+
+
+def all_apart(batch: Sequence[TimedMessage | PlainTrap]) -> list[TimedMessage | PlainTrap]:
+    """The same with each plain trap as its trap and its reply."""
+    found: list[TimedMessage | PlainTrap] = []
+    for each in batch:
+        if isinstance(each, PlainTrap):
+            found += taken_apart(each)
+        else:
+            found.append(each)
+    return found
+
+
+def _is_trap(each: TimedMessage | PlainTrap) -> bool:
+    return not isinstance(each, PlainTrap) and isinstance(each.message, TrapEvent)
 
 
 def _renumbered(message: RecordedMessage, by: int) -> RecordedMessage:

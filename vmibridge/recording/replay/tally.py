@@ -42,6 +42,7 @@ class Tally:
         self._vm = ""
         self._redaction = Redaction()
         self._redacts = False
+        self._looks_at_each = True
         self.keeps: bool = verdict.accepted is not None
         """Whether all accesses of a request are kept."""
 
@@ -57,7 +58,14 @@ class Tally:
         self._vm = vm
         self._redaction = Redaction(() if session is None else session.redaction)
         self._redacts = bool(self._redaction.rules)
+        self._looks_at_each = self.keeps or self._redacts or self._on_request is not None
         self.verdict.begin_vm(vm, session, stop, requests)
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether a request that is the same is counted, and nothing else comes of it."""
+        verdict = self.verdict
+        return not (verdict.selects or verdict.counts or self._looks_at_each)
 
     def is_behind(self, event: TrapEvent, time: int) -> bool:
         """Whether a trap was taken after all that are compared had been answered."""

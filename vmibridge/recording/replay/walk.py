@@ -27,6 +27,9 @@ end. Where the walk waits for a handler that waits for one that is held, those t
 after a while (`_PATIENCE`); where it waits for one that needs what is behind in the file, the walk
 does. Nothing waits for ever.
 
+Most traps are *plain*: the reply is what comes next. Such a trap is played with its reply, and has
+no `ReplayedRequest` unless its handler does more than to answer (`open_requests`).
+
 A recording of format 1 or 2 has no steps: there traps wait for the replies before them, and no
 handler is held.
 """
@@ -45,9 +48,9 @@ import anyio
 from vmibridge.aio.clock import VirtualTime, loop_clock, virtual_time
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.recording.file.reader import TimedMessage
-from vmibridge.recording.messages import Session
+from vmibridge.recording.messages import PlainTrap, RecordedMessage, Reply, Session
 from vmibridge.recording.replay.request import ReplayedRequest
-from vmibridge.recording.replay.source import RecordedVms
+from vmibridge.recording.replay.source import RecordedVms, all_apart
 from vmibridge.vm.backend import TrapSink, feed_held
 from vmibridge.vm.trap import TrapEvent
 
@@ -80,8 +83,18 @@ class Player(Protocol):
     def play(self, message: TimedMessage, after: object) -> bool:
         """Play a message; `after`: the one behind it. `False`: it is not its time yet."""
 
+    def play_plain(self, time: int, event: TrapEvent, then: Reply | PlainTrap) -> bool:
+        """Play a trap with its reply. `False`: they are to be played one after the other."""
+
     def at_end(self) -> None:
         """Nothing more was recorded: what is open is answered as it comes."""
+
+
+class Unfolding(Protocol):
+    """Who plays a plain trap."""
+
+    def unfold(self) -> object:
+        """Have it played as any other: there is a request that the walk waits for."""
 
 
 class Awaited(Enum):
@@ -107,7 +120,7 @@ class Walk:
         self._players: dict[str, Player] = {}
         self._absent: set[str] = set()
         """VMs that do not run yet."""
-        self._batch: list[TimedMessage] = []
+        self._batch: list[TimedMessage | PlainTrap] = []
         self._place = 0
         self._played = 0
         """Messages of the batches before."""
@@ -115,6 +128,8 @@ class Walk:
         self._checks = self._checks_at = 0
         self._check_from = -math.inf
         self._at_end = False
+        self.plain: Unfolding | None = None
+        """Who plays a plain trap: the walk waits for its answer."""
         self.awaited: ReplayedRequest | None = None
         self.what = Awaited.TAKEN
         self.running: int = 0
@@ -125,6 +140,8 @@ class Walk:
         self._pause = math.inf
         self._patience = _PATIENCE
         self._loosen_at = math.inf
+        self.is_timed: bool = bool(speed)
+        """Whether something may have to wait for its time."""
         self._virtual: VirtualTime | None = None
         self._clock: Callable[[], float] = time.monotonic
         self._is_driven = False
@@ -147,6 +164,7 @@ class Walk:
         self._absent.add(found)
         self._virtual, self._clock = virtual_time(), loop_clock()
         if self._virtual is not None:
+            self.is_timed = True
             self._virtual.is_waited = lambda: self.running > 0
         return found, session
 
@@ -220,6 +238,10 @@ class Walk:
         if self._absent:
             return
         while True:
+            if self.plain is not None:
+                if not self._held:
+                    return
+                self.plain.unfold()
             if self.awaited is not None:
                 if not self._is_met(self.awaited):
                     self._may_loosen()
@@ -228,16 +250,35 @@ class Walk:
                 self._loosen_at, self._patience = math.inf, _PATIENCE
             if self._full or self._place >= len(self._batch):
                 break
-            message = self._batch[self._place]
-            name = message.message.vm
-            player = None if name is None else self._players.get(name)
-            if player is not None and not player.is_over:
-                behind = self._place + 1
-                after = self._batch[behind].message if behind < len(self._batch) else None
-                if not player.play(message, after):
-                    return
+            each = self._batch[self._place]
+            if isinstance(each, PlainTrap):
+                player = self._players.get(each.event.vm)
+                if not (
+                    player is None
+                    or player.is_over
+                    or player.play_plain(each.time, each.event, each)
+                ):
+                    # So are those behind it, as far as they have to be.
+                    self._played += self._place
+                    self._batch, self._place = all_apart(self._batch[self._place :]), 0
+                    continue
+            elif not self._play(each):
+                return
             self._place += 1
         self.poke()
+
+    def _play(self, message: TimedMessage) -> bool:
+        """`False`: it is not its time yet."""
+        name = message.message.vm
+        player = None if name is None else self._players.get(name)
+        if player is None or player.is_over:
+            return True
+        return player.play(message, self._message_at(self._place + 1))
+
+    def _message_at(self, place: int) -> RecordedMessage | None:
+        """That of the batch, where there is one, and no plain trap."""
+        each = self._batch[place] if place < len(self._batch) else None
+        return None if each is None or isinstance(each, PlainTrap) else each.message
 
     def wait_for(self, request: ReplayedRequest, what: Awaited) -> None:
         """Go no further until this has happened."""
@@ -369,6 +410,8 @@ class Walk:
             request.loose = False
 
     def _may_loosen(self) -> None:
+        if self.plain is not None:
+            self.plain.unfold()
         awaited = self.awaited
         if awaited is None or self._loosen_at != math.inf:
             return
