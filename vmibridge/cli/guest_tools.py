@@ -75,7 +75,7 @@ def build_tools(
         Parameter(help="What to build; all by default, as far as there are compilers."),
     ] = None,
 ) -> int:
-    """Compile vmib, the program by which a guest asks its host, into a folder.
+    """Compile vmib, the program by which a guest asks its host.
 
     vmib and vmib-x86 are for Linux and need a C compiler alone; vmib.exe and vmib-x86.exe are for
     Windows and need mingw-w64. What has no compiler is left out, unless it was asked for.
