@@ -38,7 +38,7 @@ from vmibridge import (
 from vmibridge.handlers._upstream_exit import EXIT, exit_status
 from vmibridge.text import printable
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 GateName = Literal["continue", "wait", "abort"]
 _GATES = {"continue": Gate.CONTINUE, "wait": Gate.WAIT, "abort": Gate.ABORT}

@@ -25,14 +25,11 @@ import os
 import msgspec
 
 from vmibridge import (
-    STANDARD_MAGIC,
-    STANDARD_VERIFY_VALUE3,
-    STANDARD_VERIFY_VALUE4,
     BridgeContext,
-    BridgeHandler,
     BridgePacket,
     BridgeResponse,
     GuestMemoryError,
+    StandardHandler,
     Status,
     StatusKind,
     method,
@@ -44,19 +41,14 @@ DEFAULT_CAPACITY = 256
 """Bytes of a buffer whose capacity is given as 0, as by every x86 VMCALL."""
 
 
-class Environment(BridgeHandler[str]):
+class Environment(StandardHandler[str]):
     """Hands out the values that its settings list, and no others.
 
     Its output is the name that was asked for, never the value, which may be a secret;
     there is none when nothing was handed out.
     """
 
-    MAGIC = STANDARD_MAGIC
     REQUEST = 0x0022
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
-    may_wait = True
-    wait = BridgeResponse(Status(kind=StatusKind.WAITING).encode())
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What is handed out. Raises `ValueError` for a name that no guest could ask for."""

@@ -51,14 +51,11 @@ import anyio
 import msgspec
 
 from vmibridge import (
-    STANDARD_MAGIC,
-    STANDARD_VERIFY_VALUE3,
-    STANDARD_VERIFY_VALUE4,
     BridgeContext,
-    BridgeHandler,
     BridgePacket,
     BridgeResponse,
     GuestMemoryError,
+    StandardHandler,
     Status,
     StatusKind,
     method,
@@ -76,19 +73,14 @@ DEFAULT_CAPACITY = 4096
 UNKNOWN_LENGTH = (1 << 64) - 1
 
 
-class Fetch(BridgeHandler[int]):
+class Fetch(StandardHandler[int]):
     """Streams allowed URLs into the guest. The output of READ is the bytes written.
 
     Uses no proxy, sends no credentials, and trusts the certificates that the system
     trusts (`SSL_CERT_FILE` adds others). Raises `MissingExtraError` without httpcore.
     """
 
-    MAGIC = STANDARD_MAGIC
     REQUEST = 0x0023
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
-    may_wait = True
-    wait = BridgeResponse(Status(kind=StatusKind.WAITING).encode())
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What may be fetched. Raises `ValueError` if a value is out of range."""

@@ -45,7 +45,7 @@ from vmibridge.handlers._file_settings import FolderSettings, OpenFolder
 from vmibridge.handlers._upstream_exit import EXIT, exit_status
 from vmibridge.text import printable
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 MAX_HANDLE = 4095
 CHUNK_SIZE = 64 << 10

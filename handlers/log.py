@@ -22,14 +22,11 @@ from typing import Literal
 import msgspec
 
 from vmibridge import (
-    STANDARD_MAGIC,
-    STANDARD_VERIFY_VALUE3,
-    STANDARD_VERIFY_VALUE4,
     BridgeContext,
-    BridgeHandler,
     BridgePacket,
     BridgeResponse,
     GuestMemoryError,
+    StandardHandler,
     Status,
     StatusKind,
     method,
@@ -37,7 +34,7 @@ from vmibridge import (
 from vmibridge.text import printable
 from vmibridge.vm.memory import MAX_ACCESS
 
-log = logging.getLogger("vmibridge.guest")
+log: logging.Logger = logging.getLogger("vmibridge.guest")
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -47,15 +44,10 @@ _LEVELS = {
 }
 
 
-class Log(BridgeHandler[str]):
+class Log(StandardHandler[str]):
     """Writes the guest's text to the log; the escaped text is its output."""
 
-    MAGIC = STANDARD_MAGIC
     REQUEST = 0x0021
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
-    may_wait = True
-    wait = BridgeResponse(Status(kind=StatusKind.WAITING).encode())
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What is logged. Raises `ValueError` if a value is out of range."""

@@ -167,7 +167,7 @@ class MissingExtraError(VmiBridgeError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         self.extra = extra
-        self.packages = _missing(EXTRAS[extra])
+        self.packages: tuple[str, ...] = _missing(EXTRAS[extra])
         *first, last = self.packages
         names = f"{', '.join(first)} and {last}" if first else last
         one = not first

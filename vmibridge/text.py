@@ -7,7 +7,7 @@ start a new one. Nothing that an object does when it is asked for its text is ra
 
 from collections.abc import Callable
 
-__all__ = ["counted", "printable", "printable_json", "repr_of", "str_of", "type_name"]
+__all__ = ["counted", "fault_of", "printable", "printable_json", "repr_of", "str_of", "type_name"]
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
@@ -76,3 +76,8 @@ def printable_json(line: bytes, *, ascii_only: bool = False) -> bytes:
 def _escaped(character: str) -> str:
     units = character.encode("utf-16-be")
     return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+
+
+def fault_of(error: Exception) -> str:
+    """Why a decoder refused its input, in the same words on every Python."""
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -147,7 +147,7 @@ run:
     mov eax, SYS_FORK
     syscall
     test rax, rax
-    jz .child
+    jz short .child              ; nasm 2 takes the long form, nasm 3 the short one
     js .failed
     mov ebx, eax
 .wait:                                  ; orphans of programs end up here, too

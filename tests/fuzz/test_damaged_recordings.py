@@ -319,7 +319,7 @@ STRANGE = {
     "a message without a head": (chunk(record(MESSAGE, b"")), 0, "too short"),
     "a footer in the middle": (record(FOOTER, bytes(20)), 0, None),
     "an empty chunk": (chunk(b""), 0, None),
-    "deep nesting": (chunk(message(NOTE.id, DEEP)), 0, "recursion"),
+    "deep nesting": (chunk(message(NOTE.id, DEEP)), 0, "nested too deeply"),
     "a list of 4,294,967,295 items": (chunk(message(SESSION.id, LONG)), 0, "cannot be decoded"),
     "a payload of something else": (chunk(message(MEMORY.id, TRAP_7)), 0, "cannot be decoded"),
     "a frame that states too much": (chunk(b"", packed=frame(9, 1 << 40), size=9), 0, "unpacks to"),

@@ -61,7 +61,14 @@ class FreshDebian:
     def run(self, user: str, script: str, seconds: float = SECONDS) -> subprocess.CompletedProcess:
         """A script for bash, in the home of this user, with nothing of our environment."""
         command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-ec"]
-        mounts = [f"mount -t proc proc '{self.root}/proc'", *self._bound()]
+        mounts = [
+            f"mount -t proc proc '{self.root}/proc'",
+            f"mkdir -p '{self.root}/dev/pts'",
+            # Terminals of its own, which some tests make.
+            f"mount -t devpts -o newinstance,ptmxmode=0666 devpts '{self.root}/dev/pts'",
+            f"ln -sf pts/ptmx '{self.root}/dev/ptmx'",
+            *self._bound(),
+        ]
         uid, gid = self._ids(user)
         clean = f"env -i HOME={HOMES[user]} PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8"
         inside = f"exec chroot --userspec={uid}:{gid} --groups={gid} '{self.root}' {clean}"

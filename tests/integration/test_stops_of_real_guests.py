@@ -147,7 +147,7 @@ class TestSeveralVms:
     async def test_go_on_when_one_of_them_crashes(self, build_guest, guest_code, first):
         specs = {
             "good": spec_of(slow_job(build_guest, COUNT=500), vcpus=2),
-            "bad": spec_of(guest_code("mov rax, [0x70000000]")),
+            "bad": spec_of(guest_code("mov rax, [abs 0x70000000]")),
         }
         jobs = {vm: Jobs() for vm in specs}
         jobs["good"].may_end = anyio.Event()

@@ -122,8 +122,8 @@ class TestNotOurs:
             ("int3", "exception 3 (#BP)"),
             ("int 0x80", "interrupt 0x80"),
             ("xor ecx, ecx\n div ecx", "exception 0 (#DE)"),
-            ("mov rax, [0x70000000]", "read of 0x70000000"),
-            ("mov [0x70000000], rax", "write to 0x70000000"),
+            ("mov rax, [abs 0x70000000]", "read of 0x70000000"),
+            ("mov [abs 0x70000000], rax", "write to 0x70000000"),
             ("mov eax, 0x70000000\n jmp rax", "jump to 0x70000000"),
         ],
     )

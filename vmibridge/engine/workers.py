@@ -60,6 +60,7 @@ from vmibridge.engine.access_policy import Guard, MeteredMemory
 from vmibridge.engine.deadlines import Deadlines
 from vmibridge.engine.handler_calls import CUT_OFF, HandlerCalls
 from vmibridge.engine.interruptions import is_the_handlers
+from vmibridge.engine.lanes import Lanes
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.outside import outside_for
@@ -114,6 +115,7 @@ class Workers:
         clock = self._clock = loop_clock()
         conductor = backend.conductor
         stepped = None if taps is None else taps.handler_stepped
+        self.lanes: Lanes
         self.lanes, began = lanes_for(taps, settings.queue, self._abandon, clock)
         self.filter: TrapFilter = bridge.trap_filter
         self._backend = backend

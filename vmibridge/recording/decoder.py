@@ -34,6 +34,7 @@ from vmibridge.recording.messages import (
     plain_type,
     trap_type,
 )
+from vmibridge.text import fault_of
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import Registers, TrapEvent
@@ -141,4 +142,4 @@ def _checked(decode: Callable[[bytes], Any], data: bytes) -> Any:
     try:
         return decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise RecordingReadError(f"a message cannot be decoded: {error}") from error
+        raise RecordingReadError(f"a message cannot be decoded: {fault_of(error)}") from error

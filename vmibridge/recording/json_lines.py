@@ -52,6 +52,7 @@ from vmibridge.recording.messages import (
 )
 from vmibridge.recording.new_recording import registers_for
 from vmibridge.recording.vm_names import VmNames
+from vmibridge.text import fault_of
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapReason
@@ -147,7 +148,7 @@ def messages_of_lines(file: BinaryIO, name: str) -> Iterator[TimedMessage]:
             RecursionError,
             msgspec.MsgspecError,
         ) as error:
-            why = str(error)
+            why = fault_of(error)
             why = why if len(why) <= _MAX_ERROR else f"{why[:_MAX_ERROR]}..."
             raise RecordingReadError(f"{name}: line {number}: {why}") from error
         yield from order

@@ -21,6 +21,7 @@ from msgspec.structs import astuple
 
 from vmibridge.bridge.contract import GuestRead
 from vmibridge.errors import WireError
+from vmibridge.text import fault_of
 from vmibridge.vm.arch import ARCHITECTURES
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.description import X86
@@ -296,7 +297,7 @@ class FrameReader(Generic[F]):
                 frames.append(decode(data[at + 4 : end]))
                 at = end
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise WireError(f"a frame that is none: {error}") from error
+            raise WireError(f"a frame that is none: {fault_of(error)}") from error
         if at < len(data):
             partial += data[at:]
         return frames

@@ -129,7 +129,7 @@ WRONG = {
     b"{": "truncated",
     b'{"a":1e999}': "out of range",
     b"\xff": "",
-    b"[" * 100_000: "recursion",
+    b"[" * 100_000: "nested too deeply",
     b'{"seq":1,"trap":"hlt"}': "'hlt'",
     b'{"seq":1,"trap":"msr","vcpus":2}': "there is no field 'vcpus'",
     b'{"seq":1.5,"trap":"msr"}': "int",

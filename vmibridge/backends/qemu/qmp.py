@@ -26,6 +26,7 @@ from vmibridge.aio import sockets
 from vmibridge.aio.cancellation import UnwrappedExit
 from vmibridge.aio.listening import fail_after_listening
 from vmibridge.errors import QmpError
+from vmibridge.text import fault_of
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class QmpLines:
         try:
             line = self._decode(text)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise QmpError(f"QEMU sent invalid QMP: {error}") from None
+            raise QmpError(f"QEMU sent invalid QMP: {fault_of(error)}") from None
         if line.event is not None:
             return QmpEvent(line.event, line.data.copy())
         if line.QMP is not None:

@@ -64,7 +64,7 @@ class TranslatedCode:
         self._engine = engine
         self._physical = pages.physical
         self._ram = ram
-        self.may_lock = False
+        self.may_lock: bool = False
         """Whether a CPUID with LOCK was among it, or what looks like one."""
         self._pages: dict[int, _CodePage] = {}
         self._written: dict[int, int] = {}

@@ -65,7 +65,7 @@ class UnicornVcpu:
         self._seq = seq
         self._stopping = False
         self._diagnosis = ""
-        self.code = TranslatedCode(self.engine, self._pages, ram)
+        self.code: TranslatedCode = TranslatedCode(self.engine, self._pages, ram)
         self._frozen: Freeze | None = None
         self._walks: dict[tuple[int, int], tuple[int, list[tuple[int, bytes]]]] = {}
         self._hooks = [

@@ -51,7 +51,7 @@ from vmibridge.recording.messages import (
     plain_type,
     trap_type,
 )
-from vmibridge.text import counted
+from vmibridge.text import counted, fault_of
 from vmibridge.vm.trap import TrapEvent
 
 MAX_MESSAGE = MAX_CHUNK - (2 << 20)
@@ -324,7 +324,9 @@ class RecordingReader:
                     try:
                         message = decoders[channel.id](view[at + 22 : end])
                     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-                        self._problems.add(offset, f"a message cannot be decoded: {error}")
+                        self._problems.add(
+                            offset, f"a message cannot be decoded: {fault_of(error)}"
+                        )
                     else:
                         if type(message) is Session:
                             self._begin(message)

@@ -131,7 +131,7 @@ class Walk:
         self.plain: Unfolding | None = None
         """Who plays a plain trap: the walk waits for its answer."""
         self.awaited: ReplayedRequest | None = None
-        self.what = Awaited.TAKEN
+        self.what: Awaited = Awaited.TAKEN
         self.running: int = 0
         """Handlers that have begun and not ended."""
         self._held: dict[ReplayedRequest, None] = {}

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Generic, TypeAlias
 import msgspec
 
 from vmibridge.errors import WireError
+from vmibridge.text import fault_of
 from vmibridge.transport.wire import HELLO_LIMIT, MEMORY_LIMIT, F, Frame, FromAgent, FromServer
 
 _PART = struct.Struct("<IIHH")
@@ -113,7 +114,7 @@ class Messages(Generic[F]):
                 frames.append(self._decoder.decode(message[at + 4 : following]))
                 at = following
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, struct.error) as error:
-            raise WireError(f"a frame that is none: {error}") from error
+            raise WireError(f"a frame that is none: {fault_of(error)}") from error
         return frames
 
     def _with_part(self, message: bytes) -> bytes | None:

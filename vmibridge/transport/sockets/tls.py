@@ -60,7 +60,7 @@ class TlsCode:
     def __init__(self, context: ssl.SSLContext, name: str | None) -> None:
         self._incoming = ssl.MemoryBIO()
         self._made = ssl.MemoryBIO()
-        self.outgoing = bytearray()
+        self.outgoing: bytearray = bytearray()
         self.ssl = context.wrap_bio(
             self._incoming, self._made, server_side=name is None, server_hostname=name
         )

@@ -17,7 +17,7 @@ from vmibridge.backends.qemu.gdb.skipping import patch_of, unpatched
 from vmibridge.errors import BackendError
 from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _WIDTHS = 64, 32
 

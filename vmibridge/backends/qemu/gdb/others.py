@@ -36,7 +36,7 @@ class Others:
     def __init__(self, client: GdbClient) -> None:
         self.stops = 0
         """How many the stub has reported."""
-        self.is_looking = False
+        self.is_looking: bool = False
         """A pause that is reported now is that of a look."""
         self.has_paused = False
         """They have let a VM go on that was at a breakpoint, and then paused it."""

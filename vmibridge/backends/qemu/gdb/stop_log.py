@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vmibridge.errors import BackendError
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _STOP, _CONT, _HUMAN = b"qmp_enter_stop", b"qmp_enter_cont", b"qmp_enter_human_monitor_command"
 _MAX_BYTES = 1 << 20
