@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 SAY := @printf 'make: %s\n'
 
-.PHONY: help setup system system-light system-guests system-libraries check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux plugin guest-headers images test-containers lock clean
+.PHONY: help setup system system-light system-guests system-libraries check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux guest-tools plugin guest-headers images test-containers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -177,6 +177,9 @@ qemu:  ## QEMU 11.1 in .qemu, for the plugin: linked to, or unpacked from Debian
 linux: system  ## a Linux guest in .linux: Debian's kernel and busybox, with programs and a module of ours
 	@guest/linux/fetch-linux
 	@guest/linux/build-guest
+
+guest-tools: setup  ## vmib, a program for guests, in build/guest-tools: for Linux, and for Windows with mingw-w64
+	@$(BIN)/vmibridge guest tools -o build/guest-tools
 
 plugin: setup  ## the QEMU plugin, .qemu/vmibridge-plugin.so
 	@$(BIN)/vmibridge qemu build-plugin -o .qemu/vmibridge-plugin.so

@@ -5,6 +5,7 @@
 | `include/` | `bridge.inc`, `vmibridge.h` and their like |
 | `demo/` | the guest of `vmibridge demo`: source and image |
 | `init/` | the first process of `vmibridge qemu initramfs`: source and image |
+| `tools/` | the source of vmib, which `vmibridge guest tools` compiles |
 | `qemu/fetch-qemu` | the script of `vmibridge qemu fetch` |
 
 A wheel has these in the package, a checkout beside it.

@@ -26,6 +26,7 @@ PACKAGES = {
     "nasm": "nasm",
     "nm": "binutils",
     "objcopy": "binutils",
+    "objdump": "binutils",
     "pg_isready": "postgresql-client",
     "podman": "podman runc netavark aardvark-dns debootstrap",
     "postgres": "postgresql",

@@ -49,6 +49,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "guest:include_path",
             "Print the folder of the headers: bridge.inc for nasm, vmibridge.h for C.",
         ),
+        "guest tools": (
+            "guest_tools:build_tools",
+            "Compile vmib, the program by which a guest asks its host.",
+        ),
         "guest-header": (
             "guest_header:guest_header",
             "Make the header by which a guest calls handlers: one function a method.",
