@@ -150,3 +150,26 @@ def guest_of(*packets):
             await call(vm, packet)
 
     return guest
+
+
+class OtherKeys(BridgeHandler[object]):
+    """A handler that asks for the same by other keys."""
+
+    MAGIC, REQUEST, name = Outer.MAGIC, Outer.REQUEST, "outer"
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    async def handle(self, vmi, packet):
+        return await self.handler.handle(WithOtherKeys(vmi), packet)
+
+
+class WithOtherKeys:
+    """A context, but for `outside`."""
+
+    def __init__(self, vmi):
+        self.vmi = vmi
+        self.memory = vmi.memory
+
+    async def outside(self, key, function):
+        return await self.vmi.outside(f"new {key}", function)

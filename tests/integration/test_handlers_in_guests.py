@@ -105,7 +105,7 @@ EXIT = """
     mov r8d, 3
     lea r9, [name]
     ASK 0x0111, 0xffff
-    ud2
+    jmp $
 """
 
 

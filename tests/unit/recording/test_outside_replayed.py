@@ -11,9 +11,9 @@ from determinism_parts import ask, call, loop_of, record, replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import examples
-from outside_parts import LAST, CutOff, Outer, guest_of, random_guest
+from outside_parts import LAST, CutOff, OtherKeys, Outer, guest_of, random_guest
 
-from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, method
+from vmibridge import Bridge, BridgeResponse, BridgeServer, method
 from vmibridge.errors import OutsideError
 from vmibridge.recording import NewRecording
 from vmibridge.recording.file.reader import RecordingReader
@@ -360,29 +360,6 @@ class TestTheRecording:
         for loop in ("asyncio", "trio"):
             result = replayed(odd, Outer(), loop)
             assert result.compared + sum(result.unchecked.values()) == 2
-
-
-class OtherKeys(BridgeHandler[object]):
-    """A handler that asks for the same by other keys."""
-
-    MAGIC, REQUEST, name = Outer.MAGIC, Outer.REQUEST, "outer"
-
-    def __init__(self, handler):
-        self.handler = handler
-
-    async def handle(self, vmi, packet):
-        return await self.handler.handle(WithOtherKeys(vmi), packet)
-
-
-class WithOtherKeys:
-    """A context, but for `outside`."""
-
-    def __init__(self, vmi):
-        self.vmi = vmi
-        self.memory = vmi.memory
-
-    async def outside(self, key, function):
-        return await self.vmi.outside(f"new {key}", function)
 
 
 class TestAnAcceptedRecording:
