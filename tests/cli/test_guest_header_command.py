@@ -89,6 +89,12 @@ class Others(Notes):
         (("notes.py", "--check"), 2, "--check: name the file to compare with by -o"),
         (("notes.py", "--check", "-o", "-"), 2, "--check: name the file to compare with by -o"),
         (("notes.py", "-o", "none/notes.h"), 1, "none/notes.h: there is no folder none"),
+        (("notes.py", "--json", "--check", "-o", "notes.h"), 2, "--json prints what a header is"),
+        (
+            ("notes.py", "-o", "./notes.py"),
+            2,
+            "-o notes.py: is one of the handlers that the header",
+        ),
         (("none.py",), 2, "none.py: there is no such file, folder or module"),
         (("two.py",), 1, "two handlers are called notes; give one another `name`, or name its"),
     ],
@@ -99,6 +105,14 @@ def test_what_is_wrong_is_a_line(folder, arguments, status, told):
     assert done.returncode == status
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"vmibridge: {told}")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_a_module_prints_is_no_part_of_it(folder, options):
+    plain = header(folder, "notes.py", *options).stdout
+    (folder / "notes.py").write_text("print('imported')\n" + (folder / "notes.py").read_text())
+    done = header(folder, "notes.py", *options)
+    assert (done.stdout, done.stderr) == (plain, "imported\n")
 
 
 def test_a_reader_that_has_gone_is_no_problem(folder):

@@ -65,6 +65,9 @@ def test_a_guest_that_is_answered_wrongly_fails(vmibridge, tmp_path, environment
         ("json", "json is a module that is installed"),
         ("msgspec", "msgspec is a module that is installed"),
         ("start", "start is the name of another file of a handler"),
+        ("stdint", "stdint is the name of a header of C"),
+        ("failed", "failed would be the class Failed, which vmibridge has"),
+        ("status_kind", "status_kind would be the class StatusKind, which vmibridge has"),
         ("there", "there: is there already: choose another name, or --folder"),
     ],
 )
@@ -74,6 +77,12 @@ def test_a_name_that_would_not_work_is_refused(vmibridge, tmp_path, name, why):
     assert done.returncode == 2
     assert why in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_what_it_says_to_run_can_be_pasted(vmibridge, tmp_path):
+    (tmp_path / "a b; $x").mkdir()
+    done = vmibridge("new", "handler", "greeter", "--folder", "a b; $x")
+    assert "run the guest: cd 'a b; $x/greeter' && make\n" in done.stdout
 
 
 def test_the_makefile_compiles_as_the_fixture_does():

@@ -8,11 +8,13 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 
+from vmibridge.cli.event_loop import prints_beside
 from vmibridge.cli.options import Json, OptionalOutput, Sources
 from vmibridge.cli.output import standard_output
 from vmibridge.cli.pipes import STDOUT, say
 from vmibridge.cli.streams import json_line
 from vmibridge.config import find_handlers
+from vmibridge.config.source_files import source_files
 from vmibridge.errors import ConfigError, VmiBridgeError
 from vmibridge.files import reason
 from vmibridge.guest_header import Language, header_text, models_of
@@ -42,7 +44,11 @@ def guest_header(
 
     Example: vmibridge guest-header handlers/notes.py --lang c -o notes.h
     """
-    models = models_of(offered.handler for offered in find_handlers(sources))
+    if json and (check or output is not None):
+        raise ConfigError("--json prints what a header is made of: give it without -o and --check")
+    # What modules print as they are imported is no part of a header.
+    with prints_beside(json=True):
+        models = models_of(offered.handler for offered in find_handlers(sources))
     if json:
         for model in models:
             sys.stdout.write(json_line(msgspec.json.encode(model)).decode())
@@ -57,6 +63,8 @@ def guest_header(
         with standard_output() as out:
             out.write(text.encode())
         return 0
+    if any(output.resolve() == each.resolve() for each in source_files(sources)):
+        raise ConfigError(f"-o {output}: is one of the handlers that the header is made of")
     _write(output, text)
     return 0
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from vmibridge.bridge.handler import BridgeHandler, contract_of
 from vmibridge.bridge.parameters import GuestInt, GuestText
 from vmibridge.bridge.parameters import Parameter as TypedParameter
+from vmibridge.cli.event_loop import prints_beside
 from vmibridge.cli.options import Json, Sources
 from vmibridge.cli.streams import json_line
 from vmibridge.config import Offered, find_handlers
@@ -76,7 +77,8 @@ def list_handlers(
 
     Example: vmibridge handlers list handlers/
     """
-    lines = [_line(offered) for offered in find_handlers(sources)]
+    with prints_beside(json=json):
+        lines = [_line(offered) for offered in find_handlers(sources)]
     if json:
         for line in lines:
             sys.stdout.write(json_line(msgspec.json.encode(line)).decode())

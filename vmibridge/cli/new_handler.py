@@ -13,6 +13,7 @@ The name becomes a module, a class and a part of the names of C functions: so it
 import keyword
 import os
 import re
+import shlex
 import shutil
 import sys
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+import vmibridge
 from vmibridge.errors import ConfigError, VmiBridgeError
 from vmibridge.files import reason
 from vmibridge.text import printable
@@ -37,6 +39,10 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _MAX_NAME = 40
 _OURS = frozenset({"start", "vmibridge", "handlers", "bridge", "guest"})
 """Names of headers that a guest includes, and of the guest."""
+_C_HEADERS = frozenset(
+    {"float", "iso646", "limits", "stdalign", "stdarg", "stdbool", "stddef", "stdint"}
+)
+"""What a C compiler has without a library, and would find in the folder first."""
 
 
 def new_handler(
@@ -53,7 +59,7 @@ def new_handler(
     """
     _check(name)
     target = (folder or Path()) / name
-    kind = "".join(part.capitalize() for part in name.split("_"))
+    kind = _class_of(name)
     words = {
         "NAME": name,
         "CLASS": kind,
@@ -61,7 +67,7 @@ def new_handler(
         "LINES": "" if _snake(kind) == name else f'    name = "{name}"\n',
     }
     made = _make(target, words)
-    commands = f"cd {printable(str(target))} && make"
+    commands = f"cd {printable(shlex.quote(str(target)))} && make"
     sys.stdout.write(
         f"{printable(str(target))}: {', '.join(made)}\n"
         f"run the guest: {commands}\n"
@@ -84,11 +90,21 @@ def _check(name: str) -> None:
         raise ConfigError(f"{name} is a word of Python: choose another name")
     if name in _OURS or name.startswith("test_") or name.endswith("_test") or name == "conftest":
         raise ConfigError(f"{name} is the name of another file of a handler: choose another name")
+    if name in _C_HEADERS:
+        raise ConfigError(f"{name} is the name of a header of C: choose another name")
+    if _class_of(name) in vmibridge.__all__:
+        raise ConfigError(
+            f"{name} would be the class {_class_of(name)}, which vmibridge has: choose another name"
+        )
     if name in sys.stdlib_module_names or _is_installed(name):
         raise ConfigError(
             f"{name} is a module that is installed, which import {name} would find: choose another"
             " name"
         )
+
+
+def _class_of(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
 
 
 def _is_installed(name: str) -> bool:
