@@ -187,3 +187,20 @@ def test_uvloop_has_none():
 async def test_the_clock_of_an_ordinary_loop_is_monotonic():
     assert virtual_time() is None
     assert loop_clock() is time.monotonic
+
+
+def test_a_server_on_trio_does_not_import_what_virtual_time_takes():
+    """It would be the first trap that waits for it, for 80 ms."""
+    code = """
+import sys, trio
+from vmibridge.aio.clock import virtual_time
+
+async def main():
+    print(virtual_time(), "trio.testing" in sys.modules)
+
+trio.run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("None False\n", "")
