@@ -113,7 +113,7 @@ class Folder:
             except BlockingIOError:
                 # A sweep of another process has it, which came before it was locked.
                 pass
-            except BaseException:
+            except BaseException:  # cancelled, too: nothing of it may be left
                 self.discard(Temporary(descriptor, name))
                 raise
             os.close(descriptor)
@@ -143,7 +143,7 @@ class Folder:
                 name = self._name(temporary, parent, parts[-1], if_taken)
                 if sync:
                     _sync_folder(parent)
-        except BaseException:
+        except BaseException:  # cancelled, too: nothing of it may be left
             self.discard(temporary)
             for folder in reversed(made):
                 # Somebody else may have put something there.
@@ -203,7 +203,7 @@ class Folder:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not stat.S_ISREG(mode):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except BaseException:
+        except BaseException:  # cancelled, too: the descriptor has no other owner
             os.close(descriptor)
             raise
         return descriptor

@@ -105,7 +105,7 @@ class Store:
             self._budget.reserve(size, self._folder.missing_folders(parts))
             try:
                 temporary = self._folder.make_temporary()
-            except BaseException:
+            except BaseException:  # whatever it is: these bytes are not used
                 self._budget.release(size)
                 raise
             transfer = Transfer(key, size, temporary.descriptor, hashes)
@@ -173,7 +173,7 @@ class Store:
                 continue
             try:
                 transfer = make()
-            except BaseException:
+            except BaseException:  # whatever it is: it has not begun
                 with self._lock:
                     self._beginning -= 1
                 raise
@@ -370,7 +370,7 @@ class Store:
         transfer.descriptor = -1
         try:
             parts = self._folder.publish(put.temporary, put.parts, put.if_taken, sync=self._sync)
-        except BaseException:
+        except BaseException:  # whatever it is: these bytes are not used
             self._budget.release(transfer.size)
             raise
         self._budget.keep(parts, transfer.size)

@@ -142,7 +142,7 @@ class Store:
         db = await apsw.Connection.as_async(self._path or ":memory:")
         try:
             await db.async_run(_prepare, db, round(self._patience * 1000))
-        except BaseException:
+        except BaseException:  # cancelled, too: its thread has no other owner
             await db.aclose(force=True)
             raise
         return db
@@ -186,7 +186,7 @@ def _transaction(db: "apsw.Connection") -> Iterator[None]:
     try:
         yield
         db.execute("COMMIT")
-    except BaseException:
+    except BaseException:  # whatever it is: no transaction stays open
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
