@@ -65,14 +65,14 @@ class TestWhatIsBuilt:
     def test_the_same_bytes_again(self, compiled, vmibridge, tmp_path, target):
         name = (LINUX | WINDOWS)[target]
         if not (compiled[0] / name).exists():
-            pytest.skip(f"no {COMPILERS[target]}")
+            pytest.skip(f"no {COMPILERS[target]}: make test-slow installs it")
         assert vmibridge("guest", "tools", "--target", target).returncode == 0
         assert (tmp_path / name).read_bytes() == (compiled[0] / name).read_bytes()
 
     def test_by_clang_without_a_warning(self, vmibridge, tmp_path):
         program = shutil.which("clang")
         if program is None:
-            pytest.skip("no clang")
+            pytest.skip("no clang: make test-slow installs it")
         place = linked(tmp_path / "place", ("clang", program), ("ld", needs("ld")))
         targets = [each for target in LINUX for each in ("--target", target)]
         done = vmibridge("guest", "tools", "-o", "made", *targets, env=with_path(place))
