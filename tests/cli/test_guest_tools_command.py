@@ -61,7 +61,10 @@ class TestWhatIsBuilt:
                     in done.stderr
                 )
 
-    @pytest.mark.parametrize("target", ["linux-x86", "windows-x64"])
+    # What only `make test-slow` installs is not for `make test` to skip.
+    @pytest.mark.parametrize(
+        "target", ["linux-x86", pytest.param("windows-x64", marks=pytest.mark.slow)]
+    )
     def test_the_same_bytes_again(self, compiled, vmibridge, tmp_path, target):
         name = (LINUX | WINDOWS)[target]
         if not (compiled[0] / name).exists():
@@ -69,6 +72,7 @@ class TestWhatIsBuilt:
         assert vmibridge("guest", "tools", "--target", target).returncode == 0
         assert (tmp_path / name).read_bytes() == (compiled[0] / name).read_bytes()
 
+    @pytest.mark.slow
     def test_by_clang_without_a_warning(self, vmibridge, tmp_path):
         program = shutil.which("clang")
         if program is None:
