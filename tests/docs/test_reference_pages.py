@@ -48,6 +48,7 @@ from vmibridge.vm.spec import parse_size
         "report",
         "qemu build-plugin",
         "qemu run",
+        "qemu stop",
         "agent",
         "serve",
         "health",
