@@ -1,4 +1,4 @@
-"""What can be said of Dockerfiles, compose, Kubernetes and systemd files without running them."""
+"""What can be said of Dockerfiles, compose and systemd files without running them."""
 
 import os
 import re
@@ -24,7 +24,6 @@ import build_images  # noqa: E402
 import locked_install  # noqa: E402
 
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-MANIFESTS = sorted((DOCKER / "kubernetes").glob("*.yaml"))
 UNITS = sorted((ROOT / "systemd").glob("*.service"))
 PROFILES = {
     "plugin": {"qemu", "bridge"},
@@ -264,62 +263,6 @@ def test_each_variable_is_documented():
     used = set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()))
     told = set(lines_of(ROOT / "docs/containers.md", r"\| `(VMIBRIDGE_\w+)` \|.*"))
     assert used == told
-
-
-# --- Kubernetes -------------------------------------------------------------------------
-
-
-def documents(path):
-    return list(yaml.safe_load_all(path.read_text()))
-
-
-@by_name(MANIFESTS)
-def test_manifests_are_of_the_schema(path):
-    import kubernetes_validate  # takes a second, which no other test needs
-
-    for document in documents(path):
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
-
-
-@by_name(MANIFESTS)
-def test_pods_are_confined(path):
-    for document in documents(path):
-        if document["kind"] not in ("Pod", "Deployment"):
-            continue
-        pod = document["spec"]
-        if document["kind"] == "Deployment":
-            pod = pod["template"]["spec"]
-        assert pod["automountServiceAccountToken"] is False
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["securityContext"]["fsGroup"] == GROUP
-        for container in pod.get("initContainers", []) + pod["containers"]:
-            context = {**pod["securityContext"], **container["securityContext"]}
-            assert context["readOnlyRootFilesystem"] is True
-            assert context["allowPrivilegeEscalation"] is False
-            assert context["capabilities"] == {"drop": ["ALL"]}
-            assert container["resources"].keys() == {"requests", "limits"}
-            # Its log is in there.
-            assert "ephemeral-storage" in container["resources"]["limits"]
-            assert ("--record" in container["args"]) <= ("--record-max-total" in container["args"])
-            image = container["image"].rpartition("/")[2].partition(":")[0]
-            assert context["runAsUser"] == USERS[image]
-
-
-def test_the_agent_listens_before_qemu_starts():
-    pod = documents(DOCKER / "kubernetes/vm.yaml")[0]["spec"]
-    (agent,) = pod["initContainers"]
-    (qemu,) = pod["containers"]
-    assert agent["restartPolicy"] == "Always", "a sidecar"
-    assert agent["startupProbe"]["exec"]["command"][:2] == ["vmibridge", "health"]
-    shared = {mount["name"] for mount in agent["volumeMounts"]}
-    assert shared & {mount["name"] for mount in qemu["volumeMounts"]} == {"sockets"}
-
-
-def test_a_vm_reaches_its_servers_and_nothing_else():
-    policy = documents(DOCKER / "kubernetes/vm.yaml")[1]["spec"]
-    assert policy["policyTypes"] == ["Ingress", "Egress"]
-    assert "ingress" not in policy
-    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 7443}
 
 
 # --- systemd ----------------------------------------------------------------------------
