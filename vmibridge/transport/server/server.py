@@ -36,6 +36,7 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
+from vmibridge.health.state import Reason
 from vmibridge.transport.limits import AgentLimits, NewSessions
 from vmibridge.transport.server.away import give_up_agents
 from vmibridge.transport.server.backend import SessionBackend
@@ -121,6 +122,10 @@ class AgentServer:
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
         self._now = False
+        self._unmade = ""
+        """Why handlers could not be made, as long as none were since."""
+        self._kept: list[str] = []
+        """The VMs that kept their handlers at the last reload."""
         self.listening: anyio.Event = anyio.Event()
         """Agents can connect."""
 
@@ -141,6 +146,20 @@ class AgentServer:
     def refused(self) -> int:
         """Peers that were not served, each time that they tried."""
         return self._listener.refused
+
+    def health(self) -> list[Reason]:
+        """What keeps it from answering a trap now, or is worth knowing. On the event loop."""
+        if self._stop.is_set():
+            return [Reason("stopping", "traps are given back to their agents")]
+        if not self.listening.is_set():
+            return [Reason("starting", "it does not listen yet", "started")]
+        found = self._listener.health()
+        if self._unmade:
+            found.append(Reason("handlers-failed", self._unmade, None))
+        found += [
+            Reason("reload-failed", f"vm {vm}: keeps its handlers", None) for vm in self._kept
+        ]
+        return found
 
     async def run(self) -> None:
         """Serve until `stop`. If cancelled, stops without grace. Once.
@@ -225,7 +244,7 @@ class AgentServer:
         # shares with those of before counts as wanted again.
         self._handlers = handlers
         self._shared.supersede()
-        done = 0
+        done, kept = 0, list[str]()
         for vm in list(self._vms.values()):
             if vm.session.over.is_set() or vm.ended_because or self._stop.is_set():
                 continue
@@ -233,8 +252,13 @@ class AgentServer:
                 handler_set = await self._make(vm.session)
             except RefusedError as error:
                 log.warning("vm %s: keeps its current handlers: %s", vm.session.vm, error)
+                kept.append(vm.session.vm)
                 continue
-            done += await self._take_over(vm, handler_set)
+            if await self._take_over(vm, handler_set):
+                done += 1
+            else:
+                kept.append(vm.session.vm)
+        self._kept = kept
         # Not before: a shared handler of both the old and the new sets must stay entered.
         self._shared.leave_unused()
         return done
@@ -330,9 +354,12 @@ class AgentServer:
             target: Target = self._handlers(session.vm)
             bridge = target if isinstance(target, Bridge) else Bridge(target)
             taps = () if self._taps is None else self._taps(session.vm)
-            return HandlerSet(session, bridge, self._settings, taps, self._shared)
+            made = HandlerSet(session, bridge, self._settings, taps, self._shared)
+            self._unmade = ""
+            return made
         except Exception as error:
             why = _text_of(error)
+            self._unmade = f"vm {session.vm}: {why}"
             log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
             raise RefusedError("the handlers cannot be made", final=False) from error
 
