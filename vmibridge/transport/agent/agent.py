@@ -256,7 +256,7 @@ class Agent:
                     self._welcomed.set()
                     return
             except (OSError, TimeoutError, ConnectionLostError, WireError) as error:
-                why = str(error) or type(error).__name__
+                why = _why(error)
             finally:
                 self._in_flight.link = None
             self._lost = why
@@ -339,6 +339,13 @@ class Agent:
         except (ConnectionLostError, WireError) as error:
             lost.error = error
             lost.happened.set()
+
+
+def _why(error: Exception) -> str:
+    """In the words of the system, without its numbers."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer in time"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class Backoff:
