@@ -34,7 +34,7 @@ from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import Hindrance, Tap, hindrance_of
 from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
 from vmibridge.transport.limits import AgentLimits, NewSessions
 from vmibridge.transport.server.away import give_up_agents
@@ -136,6 +136,11 @@ class AgentServer:
 
     def _sessions(self) -> Iterator[Session]:
         return (vm.session for vm in self._vms.values())
+
+    @property
+    def hindrance(self) -> Hindrance | None:
+        """What keeps a tap of a VM from its work right now: as `BridgeServer.hindrance`."""
+        return hindrance_of(tap for each in self._handler_sets for tap in each.taps)
 
     @property
     def refused(self) -> int:
