@@ -1,11 +1,17 @@
-"""The health of the engines of one server, as reasons."""
+"""The health of the engines of one server and of its taps, as reasons."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from vmibridge.engine.engine import Engine
-from vmibridge.health.state import Reason
+from vmibridge.engine.taps import Hindrance
+from vmibridge.health.state import Check, Code, Reason
 
-__all__ = ["health_of"]
+__all__ = ["health_of", "reasons_of"]
+
+_CODES: Mapping[str, Code] = MappingProxyType(
+    {"disk full": "disk-full", "not recording": "not-recording"}
+)
 
 
 def health_of(engines: Mapping[str, Engine], kept: Sequence[str]) -> list[Reason]:
@@ -28,3 +34,12 @@ def health_of(engines: Mapping[str, Engine], kept: Sequence[str]) -> list[Reason
         ]
     found += [Reason("reload-failed", f"vm {vm}: keeps its handlers", None) for vm in kept]
     return found
+
+
+def reasons_of(hindrance: Hindrance | None) -> list[Reason]:
+    """A tap that cannot do its work. Where guests go on without it, as its user has chosen, they
+    are answered, and the server is ready."""
+    if hindrance is None:
+        return []
+    fails: Check | None = "ready" if hindrance.holds_guests else None
+    return [Reason(_CODES[hindrance.kind], hindrance.why, fails)]

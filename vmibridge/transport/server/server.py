@@ -29,13 +29,14 @@ from anyio.abc import TaskGroup
 from vmibridge.aio.lost_exceptions import lost_exceptions
 from vmibridge.bridge.dispatch import Bridge, Target, one_line
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.engine.engines_health import reasons_of
 from vmibridge.engine.handler_calls import HandlerCalls
 from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
-from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
+from vmibridge.engine.taps import Hindrance, Tap, hindrance_of
+from vmibridge.errors import RecordingError, RefusedError, ServerStateError, VmiBridgeError
 from vmibridge.health.state import Reason
 from vmibridge.transport.limits import AgentLimits, NewSessions
 from vmibridge.transport.server.away import give_up_agents
@@ -122,8 +123,8 @@ class AgentServer:
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
         self._now = False
-        self._unmade = ""
-        """Why handlers could not be made, as long as none were since."""
+        self._failed: Reason | None = None
+        """Why a handler set did not come to serve or failed, as long as none has begun since."""
         self._kept: list[str] = []
         """The VMs that kept their handlers at the last reload."""
         self.listening: anyio.Event = anyio.Event()
@@ -143,6 +144,11 @@ class AgentServer:
         return (vm.session for vm in self._vms.values())
 
     @property
+    def hindrance(self) -> Hindrance | None:
+        """What keeps a tap of a VM from its work right now: as `BridgeServer.hindrance`."""
+        return hindrance_of(tap for each in self._handler_sets for tap in each.taps)
+
+    @property
     def refused(self) -> int:
         """Peers that were not served, each time that they tried."""
         return self._listener.refused
@@ -153,9 +159,9 @@ class AgentServer:
             return [Reason("stopping", "traps are given back to their agents")]
         if not self.listening.is_set():
             return [Reason("starting", "it does not listen yet", "started")]
-        found = self._listener.health()
-        if self._unmade:
-            found.append(Reason("handlers-failed", self._unmade, None))
+        found = [*self._listener.health(), *reasons_of(self.hindrance)]
+        if self._failed is not None:
+            found.append(self._failed)
         found += [
             Reason("reload-failed", f"vm {vm}: keeps its handlers", None) for vm in self._kept
         ]
@@ -354,12 +360,10 @@ class AgentServer:
             target: Target = self._handlers(session.vm)
             bridge = target if isinstance(target, Bridge) else Bridge(target)
             taps = () if self._taps is None else self._taps(session.vm)
-            made = HandlerSet(session, bridge, self._settings, taps, self._shared)
-            self._unmade = ""
-            return made
+            return HandlerSet(session, bridge, self._settings, taps, self._shared)
         except Exception as error:
             why = _text_of(error)
-            self._unmade = f"vm {session.vm}: {why}"
+            self._failed = Reason("handlers-failed", f"vm {session.vm}: {why}", None)
             log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
             raise RefusedError("the handlers cannot be made", final=False) from error
 
@@ -399,6 +403,7 @@ class AgentServer:
                 await stack.enter_async_context(handler_set.backend)
                 if self._stop.is_set():
                     handler_set.stop(now=self._now)
+                self._failed = None
                 handler_set.start()
                 while True:
                     try:
@@ -412,6 +417,13 @@ class AgentServer:
                 raise
             # Whatever ended this VM ends no other.
             why = _text_of(error)
+            is_of_recording = isinstance(error, RecordingError)
+            # A guest may choose what its own handlers fail at, and no other one pays for it.
+            self._failed = Reason(
+                "not-recording" if is_of_recording else "handlers-failed",
+                f"vm {session.vm}: {why}",
+                "ready" if is_of_recording else None,
+            )
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
 
     def _forget_vm(self, vm: _Vm) -> None:
