@@ -42,7 +42,7 @@ RUN groupadd --gid 10000 vmibridge \
 COPY --from=sbom /build/vmibridge.json /usr/share/sbom/vmibridge.json
 COPY --from=environment /opt/vmibridge /opt/vmibridge
 ENV PATH=/opt/vmibridge/bin:$PATH \
-    VMIBRIDGE_HEALTH=unix:/run/vmibridge/vmi.sock
+    VMIBRIDGE_HEALTH_SOCKET=/dev/shm/vmibridge-health.sock
 # Last: each build has others.
 ARG VERSION=unknown
 ARG REVISION=unknown

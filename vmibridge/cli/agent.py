@@ -14,13 +14,14 @@ import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.bounds import Seconds, problem
-from vmibridge.cli.event_loop import check_loop, logging_to, run_on
+from vmibridge.cli.event_loop import check_loop, logging_to, run_telling
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import Json, LogLevel, LoopOptions, named_backend
+from vmibridge.cli.options import HealthSocket, Json, LogLevel, LoopOptions, named_backend
 from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError, VmiBridgeError
+from vmibridge.health.state import Health
 from vmibridge.text import counted
 from vmibridge.transport import Agent
 from vmibridge.vm.backend import Backend, GuestEnd
@@ -29,6 +30,9 @@ if TYPE_CHECKING:  # it needs an extra
     from vmibridge.recording.replay.load import LoadSummary
 
 log: logging.Logger = logging.getLogger(__name__)
+
+_STOP_WITHIN = 20.0
+"""Seconds: the grace of traps in flight, then the server learns that the guest has ended."""
 
 
 def agent(
@@ -53,6 +57,7 @@ def agent(
     loop: LoopOptions | None = None,
     json: Annotated[Json, Parameter(help="The summary as one JSON object.")] = False,
     log_level: LogLevel = "info",
+    health_socket: HealthSocket = None,
 ) -> int:
     """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
 
@@ -76,16 +81,21 @@ def agent(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with logging_to(log_handler(log_level, None), log_level):
-        return run_on(chosen, partial(_serve, carried, as_json=json))
+        health = Health(stop_within=_STOP_WITHIN)
+        for _, each in carried:
+            health.add(each.health)
+        main = partial(_serve, carried, health, as_json=json)
+        return run_telling(chosen, main, health, health_socket)
 
 
-async def _serve(carried: Sequence[tuple[Backend, Agent]], *, as_json: bool) -> int:
+async def _serve(carried: Sequence[tuple[Backend, Agent]], health: Health, *, as_json: bool) -> int:
     received: list[int] = []
     failures: list[VmiBridgeError] = []
     ends: dict[str, GuestEnd] = {}
 
     def stop(number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping the guest", number.name)
+        health.stop_begins()
         for _, agent in carried:
             agent.stop(now=now)
 

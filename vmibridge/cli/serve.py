@@ -12,14 +12,14 @@ import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
+from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Sources
 from vmibridge.cli.output import JsonWriter, LineWriter
 from vmibridge.cli.reloading import Reloader
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.cli.server_run import LAST_LINES, Prepared
+from vmibridge.cli.server_run import LAST_LINES, STOP_MARGIN, Prepared
 from vmibridge.cli.setting_options import setting, with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.streams import encoded, json_line
@@ -28,6 +28,7 @@ from vmibridge.config import HandlerFactory
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, RecordingError, VmiBridgeError
+from vmibridge.health.state import Health
 from vmibridge.text import printable
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
@@ -84,7 +85,8 @@ def serve(
         factory = HandlerFactory(handlers, prepared.config)
         # Once, to find what is wrong with them before anybody comes.
         factory.make()
-        command = _Command(handlers, given)
+        stop_within = prepared.settings.stop_timeout + STOP_MARGIN
+        command = _Command(handlers, given, Health(stop_within=stop_within))
         command.server = AgentServer(
             listen,
             factory,
@@ -95,7 +97,7 @@ def serve(
             on_end=command.show_end,
             taps=recordings,
         )
-        return run_on(given.loop, command.run)
+        return run_telling(given.loop, command.run, command.health, given.health_socket)
 
 
 class _Recordings:
@@ -125,7 +127,8 @@ class _Command:
 
     server: AgentServer
 
-    def __init__(self, sources: list[str], options: ServerOptions) -> None:
+    def __init__(self, sources: list[str], options: ServerOptions, health: Health) -> None:
+        self.health = health
         self._sources = sources
         self._options = options
         self._writer = JsonWriter(1) if options.json else LineWriter(1)
@@ -138,7 +141,8 @@ class _Command:
     async def run(self) -> int:
         """Serve until a signal."""
         async with anyio.create_task_group() as tasks:
-            reloader = Reloader(self._sources, self._options, self.server.reload)
+            self.health.add(self.server.health)
+            reloader = Reloader(self._sources, self._options, self.server.reload, self.health)
             also = {signal.SIGHUP: reloader.note_hangup}
             await tasks.start(stop_on_signals, self._stop, self._received, also)
             tasks.start_soon(reloader.run)
@@ -187,6 +191,7 @@ class _Command:
 
     def _stop(self, number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping", number.name)
+        self.health.stop_begins()
         self.server.stop(now=now)
         if now and self._scope is not None:
             # The reader of standard output may have stopped reading.

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import RECORDING, REDACT, Json, LogLevel, LoopOptions, bytes_of
+from vmibridge.cli.options import (
+    RECORDING,
+    REDACT,
+    HealthSocket,
+    Json,
+    LogLevel,
+    LoopOptions,
+    bytes_of,
+)
 from vmibridge.cli.setting_options import setting
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
@@ -73,6 +81,7 @@ class ServerOptions(LoopOptions):
     ] = None
     json: Annotated[Json, Parameter(help="One JSON object a trap, then a summary.")] = False
     log_level: LogLevel = "info"
+    health_socket: HealthSocket = None
 
     @property
     def settings(self) -> dict[str, object]:
