@@ -1,8 +1,7 @@
-"""What can be said of Dockerfiles, compose and systemd files without running them."""
+"""What can be said of Dockerfiles and compose.yaml without running them."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from children import run
-from needs import needs
 
 from vmibridge.backends.qemu.plugin.build import _FLAGS
 from vmibridge.cli import main
@@ -24,7 +22,6 @@ import build_images  # noqa: E402
 import locked_install  # noqa: E402
 
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-UNITS = sorted((ROOT / "systemd").glob("*.service"))
 PROFILES = {
     "plugin": {"qemu", "bridge"},
     "tls": {"qemu", "certificates", "agent", "server"},
@@ -34,8 +31,6 @@ PROFILES = {
 }
 GROUP = 10000
 USERS = {"vmibridge": 10001, "vmibridge-qemu": 10002}
-OF_10 = 2.0
-"""`systemd-analyze security`: how exposed a unit may be."""
 
 
 def by_name(paths):
@@ -263,60 +258,3 @@ def test_each_variable_is_documented():
     used = set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()))
     told = set(lines_of(ROOT / "docs/containers.md", r"\| `(VMIBRIDGE_\w+)` \|.*"))
     assert used == told
-
-
-# --- systemd ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def analyze():
-    path = needs("systemd-analyze")
-    return lambda *arguments: run([path, *arguments])
-
-
-@pytest.fixture
-def unit(tmp_path):
-    """A unit as an instance, with a command that is there."""
-
-    def install(path):
-        command = shutil.which("true")
-        text = path.read_text().replace("/opt/vmibridge/bin/vmibridge", command)
-        target = tmp_path / path.name.replace("@", "@web")
-        target.write_text(text)
-        return target
-
-    return install
-
-
-def test_there_is_a_unit_for_each_command_that_serves():
-    assert [path.name for path in UNITS] == [
-        f"vmibridge-{command}@.service" for command in ("agent", "run", "serve")
-    ]
-
-
-@by_name(UNITS)
-def test_systemd_understands_a_unit(path, unit, analyze):
-    done = analyze("verify", "--man=no", str(unit(path)))
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
-
-
-@by_name(UNITS)
-def test_a_unit_is_confined(path, unit, analyze):
-    limit = round(OF_10 * 10)
-    done = analyze("security", "--offline=true", f"--threshold={limit}", str(unit(path)))
-    assert done.returncode == 0, done.stdout
-
-
-@by_name(UNITS)
-def test_what_a_unit_records_and_prints_is_bounded(path):
-    text = path.read_text()
-    assert text.count("--record=") == text.count("--record-max-total=")
-    assert lines_of(path, "LogRateLimitBurst=(.*)") == ["10000"]
-
-
-@by_name(UNITS)
-def test_a_unit_uses_options_that_there_are(path, capsys):
-    (command,) = lines_of(path, "ExecStart=/opt/vmibridge/bin/vmibridge (.*)")
-    main([command.split()[0], "--help"])
-    known = capsys.readouterr().out
-    assert all(word in known for word in command.split() if word.startswith("--"))

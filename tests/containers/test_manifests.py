@@ -21,6 +21,7 @@ USERS = {
     IMAGES["qemu"]: 10002,
     "docker.io/library/nats:2.15-scratch": 10003,
 }
+PROBES = ("startup", "readiness", "liveness")
 QUITS = 10
 """Seconds that `vmibridge qemu stop` takes above its `--within`, at most."""
 
@@ -240,9 +241,9 @@ def test_commands_are_understood_by_vmibridge(name, capsys):
         for each in containers(pod):
             if each["image"] == IMAGES["bridge"]:
                 lines.append(each["args"])
-            hook = each.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
-            if hook[:1] == ["vmibridge"]:
-                lines.append(hook[1:])
+                asked = [each[f"{probe}Probe"] for probe in PROBES]
+                asked += each.get("lifecycle", {}).values()
+                lines += [found["exec"]["command"][1:] for found in asked]
     assert lines
     for words in lines:
         command = [word for word in words[:2] if word.isalpha()]
@@ -258,10 +259,7 @@ def test_what_serves_is_probed_by_its_own_answers(name):
         for each in containers(pod):
             if each["image"] != IMAGES["bridge"]:
                 continue
-            asked = {
-                probe: each[f"{probe}Probe"]["exec"]["command"]
-                for probe in ("startup", "readiness", "liveness")
-            }
+            asked = {probe: each[f"{probe}Probe"]["exec"]["command"] for probe in PROBES}
             assert asked == {
                 "startup": ["vmibridge", "health", "--started"],
                 "readiness": ["vmibridge", "health", "--ready"],
