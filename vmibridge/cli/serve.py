@@ -48,7 +48,7 @@ def serve(
         ),
     ],
     handlers: Sources,
-    keep: Annotated[float | None, setting(AgentLimits, "keep")] = None,
+    keep_vm: Annotated[float | None, setting(AgentLimits, "keep")] = None,
     repeated: Annotated[
         Repeated,
         Parameter(
@@ -76,7 +76,7 @@ def serve(
     # A recorder is made for each VM; those of `run` and `qemu` are not wanted.
     prepared = Prepared.of(handlers, given.without_recording())
     recordings = _Recordings(given) if given.records("FOLDER") else None
-    limits = with_options(AgentLimits(), {"keep": keep})
+    limits = with_options(AgentLimits(), {"keep": keep_vm}, {"keep": "keep_vm"})
     with (
         prints_beside(json=given.json),
         logging_to(log_handler(given.log_level, None), given.log_level),
