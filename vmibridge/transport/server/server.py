@@ -154,7 +154,8 @@ class AgentServer:
         """
         if self._tasks is not None:
             raise ServerStateError("a server runs once: make another for another run")
-        await self._listener.open()
+        if not await self._open():
+            return
         lost: list[BaseException] = []
 
         def stop(error: BaseException) -> None:
@@ -166,6 +167,28 @@ class AgentServer:
             await self._serve()
         for error in lost:
             raise error
+
+    async def _open(self) -> bool:
+        """Listen; returns whether it does: a stop does not wait for NATS, or a name server."""
+        failed: list[Exception] = []
+        done: list[bool] = []
+
+        async with anyio.create_task_group() as tasks:
+
+            async def open_all() -> None:
+                try:
+                    await self._listener.open()
+                    done.append(True)
+                except Exception as error:
+                    failed.append(error)
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(open_all)
+            await self._stop.wait()
+            tasks.cancel_scope.cancel()
+        for error in failed:
+            raise error
+        return bool(done)
 
     async def _serve(self) -> None:
         connections = anyio.CancelScope(shield=True)
