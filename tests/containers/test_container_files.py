@@ -199,6 +199,9 @@ def test_what_a_service_records_and_prints_is_bounded(profile, config):
         command = service.get("command", [])
         if "--record" in command:
             assert command[command.index("--keep") + 1] == "1G", name
+        if service["image"] == build_images.IMAGES["bridge"]:
+            assert service["stop_grace_period"] == "15s", "more than the longest stop"
+            assert service["environment"]["VMIBRIDGE_OUTCOMES"] == "false"
 
 
 @every_profile
