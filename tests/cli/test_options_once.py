@@ -31,6 +31,7 @@ NOT_THE_SAME = {
     "limit": "where a list ends, or how much a page shows",
     "log_level": "a replay has a level more, and is quiet by default",
     "name": "what a recording is kept as: an option of put, an argument of get",
+    "outcomes": "whether each trap is shown, or the file that qemu run shows them in",
     "timeout": "by default that of the server, or the recorded one; both from ServerSettings",
     "to": "a format, or where a recording is kept",
     "until": "when a run ends, or the last trap that is listed",
@@ -137,10 +138,10 @@ def test_options_that_are_given_stand_over_the_settings():
     [
         (ServerSettings, "timeout", "--timeout: must be above 0 seconds, got -1.0"),
         (ServerSettings, "soft_timeout", "--soft-timeout: must be above 0 seconds, got -1.0"),
-        (AgentLimits, "keep", "--keep: must be above 0 seconds, got -1.0"),
+        (AgentLimits, "keep", "--keep-vm: must be above 0 seconds, got -1.0"),
     ],
 )
 def test_an_option_that_is_out_of_bounds_is_named(struct, name, told):
     with pytest.raises(ConfigError) as error:
-        with_options(struct(), {name: -1.0})
+        with_options(struct(), {name: -1.0}, {"keep": "keep_vm"})
     assert str(error.value) == told

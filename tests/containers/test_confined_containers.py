@@ -1,6 +1,7 @@
 """What the processes in the containers may do, and what their health checks tell."""
 
 import json
+import shlex
 import time
 
 import pytest
@@ -79,7 +80,7 @@ def test_limits_are_set(running):
 def test_a_bridge_that_serves_is_ready(running):
     running.await_health("bridge")
     log = running.inspect("bridge", "{{json .State.Health.Log}}")
-    assert log[-1]["Output"] == "ready\n"
+    assert log[-1]["Output"].strip() == "ready"
 
 
 class Alone:
@@ -104,8 +105,8 @@ class Alone:
         """What its health check has said, if it failed; else nothing."""
         status = self.podman("healthcheck", "run", self._name).returncode
         told = self.podman("inspect", "--format={{json .State.Health.Log}}", self._name).stdout
-        line = json.loads(told)[-1]["Output"]
-        assert line == "ready\n" or status == 1
+        line = json.loads(told)[-1]["Output"].strip()
+        assert line == "ready" or status == 1
         return line if status else ""
 
     def await_health(self, words):
@@ -114,9 +115,11 @@ class Alone:
         while words not in (line := self.health()) or bool(words) != bool(line):
             assert time.monotonic() < deadline, (line, self.logs())
 
+    def run(self, *command):
+        return self.podman("exec", self._name, *command)
+
     def is_live(self):
-        done = self.podman("exec", self._name, "vmibridge", "health", "--live")
-        return done.returncode == 0
+        return self.run("vmibridge", "health", "--live").returncode == 0
 
 
 @pytest.fixture
@@ -187,11 +190,14 @@ def test_an_agent_whose_server_is_gone_is_live_and_not_ready(start):
 
 
 def test_a_bridge_whose_recordings_have_no_room_is_live_and_not_ready(start):
-    bridge = start(
-        *BRIDGE, "--record", "/recordings", options=["--tmpfs=/recordings:size=4k,mode=0777"]
-    )
-    bridge.await_health("disk-full: /recordings/run-1.mcap: ")
+    filled = "head -c 4096 /dev/zero > /full/filler; exec vmibridge "
+    command = filled + shlex.join([*BRIDGE, "--record", "/full"])
+    volume = ["--tmpfs=/full:size=4k,mode=1777", "--entrypoint=sh"]
+    bridge = start("-c", command, options=volume)
+    bridge.await_health("disk-full: /full: No space left on device")
     assert bridge.is_live()
+    assert bridge.run("rm", "/full/filler").returncode == 0
+    bridge.await_health("")
 
 
 def test_a_socket_that_cannot_be_made_ends_the_bridge_with_one_line(start):

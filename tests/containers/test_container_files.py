@@ -192,7 +192,10 @@ def test_what_a_service_records_and_prints_is_bounded(profile, config):
         assert service["logging"]["options"] == {"max-size": "10m", "max-file": "5"}, name
         command = service.get("command", [])
         if "--record" in command:
-            assert command[command.index("--record-max-total") + 1] == "1GiB", name
+            assert command[command.index("--keep") + 1] == "1G", name
+        if service["image"] == build_images.IMAGES["bridge"]:
+            assert service["stop_grace_period"] == "15s", "more than the longest stop"
+            assert service["environment"]["VMIBRIDGE_OUTCOMES"] == "false"
 
 
 @every_profile

@@ -170,7 +170,7 @@ def test_what_a_container_uses_is_bounded(name):
             # Its log is in there.
             assert limits.keys() == {"cpu", "memory", "ephemeral-storage"}
             assert each["resources"]["requests"].keys() == limits.keys()
-            assert ("--record" in each["args"]) <= ("--record-max-total" in each["args"])
+            assert ("--record" in each["args"]) <= ("--keep" in each["args"])
         for volume in pod["spec"].get("volumes", []):
             assert "sizeLimit" in volume.get("emptyDir", {"sizeLimit": ""})
 
@@ -302,7 +302,7 @@ def test_recordings_are_on_a_claim_of_each_pod_with_room_to_spare(name, workload
     (claim,) = found["volumeClaimTemplates"]
     (writer,) = [each for each in containers(found["template"]) if "--record" in each["args"]]
     at = writer["args"].index("--record")
-    assert writer["args"][at:] == ["--record", "/recordings", "--record-max-total", "1GiB"]
+    assert writer["args"][at:] == ["--record", "/recordings", "--keep", "1G"]
     assert {"name": claim["metadata"]["name"], "mountPath": "/recordings"} in writer["volumeMounts"]
     assert claim["spec"]["resources"]["requests"] == {"storage": "2Gi"}
 

@@ -75,7 +75,7 @@ def test_a_unit_is_confined(path, instance, analyze):
 @units
 def test_what_a_unit_records_and_prints_is_bounded(path):
     text = path.read_text()
-    assert text.count("--record=") == text.count("--record-max-total=")
+    assert text.count("--record=") == text.count("--keep=")
     assert values(FOLDER / "vmibridge-.service.d/10-confined.conf", "LogRateLimitBurst") == [
         "10000"
     ]

@@ -16,8 +16,16 @@ from cyclopts import Parameter
 from vmibridge.bridge.bounds import Seconds, problem
 from vmibridge.cli.event_loop import check_loop, logging_to, run_telling
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import HealthSocket, Json, LogLevel, LoopOptions, named_backend
+from vmibridge.cli.options import (
+    ExitZero,
+    HealthSocket,
+    Json,
+    LogLevel,
+    LoopOptions,
+    named_backend,
+)
 from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
+from vmibridge.cli.stop_bound import STOP_MARGIN, StopBound
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError, VmiBridgeError
@@ -31,8 +39,8 @@ if TYPE_CHECKING:  # it needs an extra
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_STOP_WITHIN = 20.0
-"""Seconds: the grace of traps in flight, then the server learns that the guest has ended."""
+_STOPPING = 8.0
+"""Seconds of a stop: a second of grace for the server's answers, five to tell it the end."""
 
 
 def agent(
@@ -58,6 +66,7 @@ def agent(
     json: Annotated[Json, Parameter(help="The summary as one JSON object.")] = False,
     log_level: LogLevel = "info",
     health_socket: HealthSocket = None,
+    exit_zero: ExitZero = False,
 ) -> int:
     """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
 
@@ -81,15 +90,18 @@ def agent(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with logging_to(log_handler(log_level, None), log_level):
-        health = Health(stop_within=_STOP_WITHIN)
+        health = Health(stop_within=_STOPPING + STOP_MARGIN)
         for _, each in carried:
             health.add(each.health)
-        main = partial(_serve, carried, health, as_json=json)
+        main = partial(_serve, carried, health, as_json=json, exit_zero=exit_zero)
         return run_telling(chosen, main, health, health_socket)
 
 
-async def _serve(carried: Sequence[tuple[Backend, Agent]], health: Health, *, as_json: bool) -> int:
+async def _serve(
+    carried: Sequence[tuple[Backend, Agent]], health: Health, *, as_json: bool, exit_zero: bool
+) -> int:
     received: list[int] = []
+    bound = StopBound(_STOPPING, exit_zero=exit_zero)
     failures: list[VmiBridgeError] = []
     ends: dict[str, GuestEnd] = {}
 
@@ -107,15 +119,17 @@ async def _serve(carried: Sequence[tuple[Backend, Agent]], health: Health, *, as
             failures.append(error)
 
     async with anyio.create_task_group() as tasks:
-        await tasks.start(stop_on_signals, stop, received, stop_at_hangup(stop, received))
-        async with anyio.create_task_group() as guests:
-            for backend, agent in carried:
-                guests.start_soon(carry, backend, agent)
+        stopping = partial(stop_on_signals, bound=bound)
+        await tasks.start(stopping, stop, received, stop_at_hangup(stop, received))
+        with bound.held():
+            async with anyio.create_task_group() as guests:
+                for backend, agent in carried:
+                    guests.start_soon(carry, backend, agent)
         tasks.cancel_scope.cancel()
     if failures:
         raise failures[0]
     _print_summary(carried, ends, as_json=as_json)
-    if (stopped := exit_status(received)) is not None:
+    if (stopped := exit_status(received, zero=exit_zero)) is not None:
         return stopped
     ended = [each for end in ends.values() for each in end.vcpus]
     failed = [each for each in ended if each.reason in ("crashed", "lost")]

@@ -5,7 +5,9 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+from weakref import WeakSet
 
 import anyio
 import msgspec
@@ -15,13 +17,15 @@ from vmibridge.bridge.outcome import Outcome
 from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import Sources
-from vmibridge.cli.output import JsonWriter, LineWriter
+from vmibridge.cli.options import Outcomes, Sources
+from vmibridge.cli.output import StreamWriter, stream_writer
+from vmibridge.cli.quiet_output import QuietWriter
 from vmibridge.cli.reloading import Reloader
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.cli.server_run import LAST_LINES, STOP_MARGIN, Prepared
+from vmibridge.cli.server_run import LAST_LINES, Prepared
 from vmibridge.cli.setting_options import setting, with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.stop_bound import STOP_MARGIN, StopBound
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import HandlerFactory
@@ -32,6 +36,9 @@ from vmibridge.health.state import Health
 from vmibridge.text import printable
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
+
+if TYPE_CHECKING:  # it needs an extra
+    from vmibridge.recording import Recorder
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -49,7 +56,7 @@ def serve(
         ),
     ],
     handlers: Sources,
-    keep: Annotated[float | None, setting(AgentLimits, "keep")] = None,
+    keep_vm: Annotated[float | None, setting(AgentLimits, "keep")] = None,
     repeated: Annotated[
         Repeated,
         Parameter(
@@ -57,6 +64,7 @@ def serve(
             " or run it."
         ),
     ] = "refuse",
+    outcomes: Outcomes = True,
     options: ServerOptions | None = None,
 ) -> int:
     """Answer the traps of VMs whose agents connect; each VM has handlers of its own.
@@ -77,7 +85,7 @@ def serve(
     # A recorder is made for each VM; those of `run` and `qemu` are not wanted.
     prepared = Prepared.of(handlers, given.without_recording())
     recordings = _Recordings(given) if given.records("FOLDER") else None
-    limits = with_options(AgentLimits(), {"keep": keep})
+    limits = with_options(AgentLimits(), {"keep": keep_vm}, {"keep": "keep_vm"})
     with (
         prints_beside(json=given.json),
         logging_to(log_handler(given.log_level, None), given.log_level),
@@ -85,12 +93,22 @@ def serve(
         factory = HandlerFactory(handlers, prepared.config)
         # Once, to find what is wrong with them before anybody comes.
         factory.make()
-        stop_within = prepared.settings.stop_timeout + STOP_MARGIN
-        command = _Command(handlers, given, Health(stop_within=stop_within))
+        settings = prepared.settings
+        command = _Command(
+            handlers,
+            given,
+            StopBound(
+                settings.grace + settings.stop_timeout,
+                (lambda: None) if recordings is None else recordings.finish_now,
+                exit_zero=given.exit_zero,
+            ),
+            Health(stop_within=settings.grace + settings.stop_timeout + STOP_MARGIN),
+            outcomes=outcomes,
+        )
         command.server = AgentServer(
             listen,
             factory,
-            settings=prepared.settings,
+            settings=settings,
             limits=limits,
             repeated=repeated,
             on_outcome=command.show,
@@ -106,6 +124,7 @@ class _Recordings:
     def __init__(self, options: ServerOptions) -> None:
         """Raises what is wrong with them before anybody comes."""
         self._options = options
+        self._recorders: WeakSet[Recorder] = WeakSet()
         self._make_folder()
         options.recorder()
 
@@ -119,7 +138,14 @@ class _Recordings:
 
     def __call__(self, vm: str) -> Sequence[Tap]:
         self._make_folder()
-        return [self._options.recorder(stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."))]
+        recorder = self._options.recorder(stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."))
+        self._recorders.add(recorder)
+        return [recorder]
+
+    def finish_now(self) -> None:
+        """Finish those that are open: see `Recorder.finish_now`."""
+        for recorder in list(self._recorders):
+            recorder.finish_now()
 
 
 class _Command:
@@ -127,11 +153,23 @@ class _Command:
 
     server: AgentServer
 
-    def __init__(self, sources: list[str], options: ServerOptions, health: Health) -> None:
+    def __init__(
+        self,
+        sources: list[str],
+        options: ServerOptions,
+        bound: StopBound,
+        health: Health,
+        *,
+        outcomes: bool,
+    ) -> None:
+        self._bound = bound
         self.health = health
         self._sources = sources
         self._options = options
-        self._writer = JsonWriter(1) if options.json else LineWriter(1)
+        lines = stream_writer(1, as_json=options.json)
+        self._writer: StreamWriter | QuietWriter = lines
+        if not outcomes:
+            self._writer = QuietWriter(lines, as_json=options.json)
         self._received: list[int] = []
         self._failure: VmiBridgeError | None = None
         self._scope: anyio.CancelScope | None = None
@@ -144,10 +182,11 @@ class _Command:
             self.health.add(self.server.health)
             reloader = Reloader(self._sources, self._options, self.server.reload, self.health)
             also = {signal.SIGHUP: reloader.note_hangup}
-            await tasks.start(stop_on_signals, self._stop, self._received, also)
+            stopping = partial(stop_on_signals, bound=self._bound)
+            await tasks.start(stopping, self._stop, self._received, also)
             tasks.start_soon(reloader.run)
             try:
-                with anyio.CancelScope() as self._scope:
+                with self._bound.held(), anyio.CancelScope() as self._scope:
                     async with self._writer:
                         await self.server.run()
             except BrokenPipeError:
@@ -157,7 +196,7 @@ class _Command:
             tasks.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
-        return exit_status(self._received) or 0
+        return exit_status(self._received, zero=self._options.exit_zero) or 0
 
     async def show(self, outcome: Outcome[Any]) -> None:
         """A trap was answered. A guest that has exited ends its session, and no other."""

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from vmibridge.bridge.dispatch import one_line
 from vmibridge.engine.engine import Engine
 from vmibridge.engine.taps import Hindrance
+from vmibridge.errors import VmiBridgeError
 from vmibridge.health.state import Check, Code, Reason
 
 __all__ = ["health_of", "reasons_of"]
@@ -28,12 +30,16 @@ def health_of(engines: Mapping[str, Engine], kept: Sequence[str]) -> list[Reason
     else:
         # One of several: the others are served.
         found += [
-            Reason("vm-failed", f"vm {vm}: {engine.error}")
+            Reason("vm-failed", f"vm {vm}: {_text_of(engine.error)}")
             for vm, engine in engines.items()
             if engine.error is not None
         ]
     found += [Reason("reload-failed", f"vm {vm}: keeps its handlers", None) for vm in kept]
     return found
+
+
+def _text_of(error: BaseException) -> str:
+    return str(error) if isinstance(error, VmiBridgeError) else one_line(error)
 
 
 def reasons_of(hindrance: Hindrance | None) -> list[Reason]:

@@ -133,6 +133,21 @@ class ChunkedRecording(ABC):
             traps = counted(self.lost, "trap was", "traps were")
             log.error("%s; %s not recorded", self.error or f"{self.path}: has a gap", traps)
 
+    def finish_now(self) -> None:
+        """Write what is collected, and the index: blocking, from any thread, for a process that
+        ends behind this call while the loop does not turn. What it has no room for is left out."""
+        self._is_last = True
+        chunk, self._chunk = self._chunk, ChunkBuilder()
+        if not self._takes_messages or not hasattr(self, "_files"):
+            return
+        try:
+            left = [*self._waiting, *([chunk] if chunk.settle() else [])]
+            self._files.finish_with([(each.part, each.pack()) for each in left])
+        except Exception as error:
+            log.error("%s: not finished: %s", self.path, _why(error))  # noqa: TRY400
+        else:
+            log.info("%s: finished, with all that was recorded", self._files.path)
+
     async def room(self) -> None:
         """Wait for the disk."""
         while self.full:

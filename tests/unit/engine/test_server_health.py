@@ -88,7 +88,9 @@ async def test_one_vm_of_several_that_failed_is_named_and_one_that_ended_is_not(
                 await consume(server)
 
         tasks.start_soon(run)
-        await until(lambda: told(server) == [("vm-failed", "vm bad: a bad VM", "ready")])
+        await until(
+            lambda: told(server) == [("vm-failed", "vm bad: RuntimeError: a bad VM", "ready")]
+        )
         server.stop()
 
 

@@ -4,10 +4,11 @@ import json
 import os
 import socket
 import stat
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 from waiting import until
 
@@ -19,6 +20,9 @@ from vmibridge.health.protocol import encode_ask
 from vmibridge.health.state import Health, Reason
 
 pytestmark = pytest.mark.anyio
+
+TURNS = 6
+"""Of a loop, from a question to its answer."""
 
 
 @pytest.fixture
@@ -224,3 +228,36 @@ async def test_a_peer_that_is_pushed_out_is_told_that_it_was_hung_up_on(path, ca
         )
     told = f"vmibridge: not live: not-running: {path}: hung up without an answer\n"
     assert (status, capsys.readouterr().err) == (1, told)
+
+
+async def test_a_busy_loop_answers_within_a_few_turns(path):
+    """However many tasks have something to do in each: as in a flood of traps."""
+    turns = 0
+
+    async def busy():
+        nonlocal turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+
+    async def work():
+        while True:
+            await anyio.lowlevel.checkpoint()
+
+    async with answering(path), anyio.create_task_group() as tasks:
+        for _ in range(500):
+            tasks.start_soon(work)
+        tasks.start_soon(busy)
+        await until(lambda: turns > 3)
+        for _ in range(20):
+            with connected(path) as peer:
+                begun = turns
+                peer.send(encode_ask("ready"))
+                told = b""
+                while not told:
+                    await anyio.lowlevel.checkpoint()
+                    with suppress(BlockingIOError):
+                        told = peer.recv(1 << 16)
+                assert told.startswith(b"pass ready\n")
+                assert turns - begun <= TURNS
+        tasks.cancel_scope.cancel()

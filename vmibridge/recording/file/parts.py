@@ -10,8 +10,11 @@ there, with an index that is missing or with the next file. The names follow the
 | `trace.mcap`, named | `trace-2.mcap`, or the next number that is free |
 """
 
+import errno
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 from vmibridge.errors import RecordingError
 from vmibridge.recording.file.chunk_builder import PackedChunk
@@ -20,6 +23,9 @@ from vmibridge.recording.file.writer import RecordingWriter
 from vmibridge.text import counted
 
 __all__ = ["RecordingParts"]
+
+_PATIENCE = 1.0
+"""Seconds for another thread to write its chunk."""
 
 
 class RecordingParts:
@@ -51,6 +57,9 @@ class RecordingParts:
         self._writer: RecordingWriter | None = None
         self._is_finished = False
         self._number = 1
+        self._lock = Lock()
+        self._last: PackedChunk | None = None
+        """The last one that is in a file."""
 
     @property
     def path(self) -> Path:
@@ -77,6 +86,25 @@ class RecordingParts:
 
     def add(self, part: int, chunk: PackedChunk) -> int:
         """Append a chunk to the file of that part; returns the bytes it takes there."""
+        with self._lock:
+            size = self._add(part, chunk)
+            self._last = chunk
+        return size
+
+    def finish_with(self, chunks: Sequence[tuple[int, PackedChunk]]) -> None:
+        """Append those that are not in it yet, of their parts, and finish: beside a thread that may
+        be in a call of its own. Raises `TimeoutError` if that takes longer than a second."""
+        if not self._lock.acquire(timeout=_PATIENCE):
+            raise TimeoutError(errno.ETIMEDOUT, "the disk takes nothing")
+        try:
+            for part, chunk in chunks:
+                if chunk is not self._last:
+                    self._add(part, chunk)
+            self.finish()
+        finally:
+            self._lock.release()
+
+    def _add(self, part: int, chunk: PackedChunk) -> int:
         if self._writer is None:
             self.open()
         if part != self.part:

@@ -259,7 +259,7 @@ class Agent:
                 why = _why(error)
             finally:
                 self._in_flight.link = None
-            self._lost = why
+            self._lost = why or "the connection is lost"
             if self._ended.is_set():
                 return
             if why != logged:
