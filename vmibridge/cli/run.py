@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import OptionalSources, named_backend
+from vmibridge.cli.options import OptionalSources, named_backend, no_option
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import ConfigError
 
@@ -26,8 +26,10 @@ def run(
     answers: Annotated[
         Path | None,
         Parameter(
+            allow_leading_hyphen=True,
+            validator=no_option,
             help="Answer from this recording, in the place of handlers: a request gets what the"
-            " same one got then."
+            " same one got then.",
         ),
     ] = None,
     missing: Annotated[
