@@ -136,10 +136,10 @@ def test_options_that_are_given_stand_over_the_settings():
     [
         (ServerSettings, "timeout", "--timeout: must be above 0 seconds, got -1.0"),
         (ServerSettings, "soft_timeout", "--soft-timeout: must be above 0 seconds, got -1.0"),
-        (AgentLimits, "keep", "--keep: must be above 0 seconds, got -1.0"),
+        (AgentLimits, "keep", "--keep-vm: must be above 0 seconds, got -1.0"),
     ],
 )
 def test_an_option_that_is_out_of_bounds_is_named(struct, name, told):
     with pytest.raises(ConfigError) as error:
-        with_options(struct(), {name: -1.0})
+        with_options(struct(), {name: -1.0}, {"keep": "keep_vm"})
     assert str(error.value) == told

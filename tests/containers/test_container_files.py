@@ -198,7 +198,10 @@ def test_what_a_service_records_and_prints_is_bounded(profile, config):
         assert service["logging"]["options"] == {"max-size": "10m", "max-file": "5"}, name
         command = service.get("command", [])
         if "--record" in command:
-            assert command[command.index("--record-max-total") + 1] == "1GiB", name
+            assert command[command.index("--keep") + 1] == "1G", name
+        if service["image"] == build_images.IMAGES["bridge"]:
+            assert service["stop_grace_period"] == "15s", "more than the longest stop"
+            assert service["environment"]["VMIBRIDGE_OUTCOMES"] == "false"
 
 
 @every_profile
@@ -300,7 +303,7 @@ def test_pods_are_confined(path):
             assert container["resources"].keys() == {"requests", "limits"}
             # Its log is in there.
             assert "ephemeral-storage" in container["resources"]["limits"]
-            assert ("--record" in container["args"]) <= ("--record-max-total" in container["args"])
+            assert ("--record" in container["args"]) <= ("--keep" in container["args"])
             image = container["image"].rpartition("/")[2].partition(":")[0]
             assert context["runAsUser"] == USERS[image]
 
@@ -367,7 +370,7 @@ def test_a_unit_is_confined(path, unit, analyze):
 @by_name(UNITS)
 def test_what_a_unit_records_and_prints_is_bounded(path):
     text = path.read_text()
-    assert text.count("--record=") == text.count("--record-max-total=")
+    assert text.count("--record=") == text.count("--keep=")
     assert lines_of(path, "LogRateLimitBurst=(.*)") == ["10000"]
 
 

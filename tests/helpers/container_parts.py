@@ -27,6 +27,7 @@ class Compose:
             **engine.environment,
             "COMPOSE_PROFILES": profile,
             "VMIBRIDGE_GUEST": str(guest),
+            "VMIBRIDGE_OUTCOMES": "true",
             **variables,
         }
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import anyio
 
-from vmibridge.aio.own_thread import in_own_thread
+from vmibridge.aio.own_thread import in_left_thread, in_own_thread
 from vmibridge.errors import BackendError
 
 Address: TypeAlias = tuple[
@@ -59,7 +59,7 @@ async def addresses(host: str, port: int, *, flags: int = 0) -> Sequence[Address
     def look_up() -> Sequence[Address]:
         return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)
 
-    return await in_own_thread(look_up, abandon_on_cancel=True)
+    return await in_left_thread(look_up)
 
 
 async def connect_tcp(host: str, port: int) -> socket.socket:

@@ -66,6 +66,24 @@ Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 LogLevel: TypeAlias = Annotated[
     Level, Parameter(group=CHECKS, help="What goes to standard error; debug shows tracebacks.")
 ]
+Outcomes: TypeAlias = Annotated[
+    bool,
+    Parameter(
+        name="--outcomes",
+        negative="--quiet",
+        env_var="VMIBRIDGE_OUTCOMES",
+        group=CHECKS,
+        help="Show each trap; --quiet: failures, one line a minute, and the summary.",
+    ),
+]
+ExitZero: TypeAlias = Annotated[
+    bool,
+    Parameter(
+        negative=(),
+        env_var="VMIBRIDGE_EXIT_ZERO",
+        help="End with status 0, and not 129, 130 or 143, after a signal that stops.",
+    ),
+]
 
 
 @Parameter(name="*")

@@ -11,6 +11,7 @@
 | `JsonWriter` | `--json` |
 | `LineWriter` | people, where it is no terminal |
 | `TableWriter` | people at a terminal |
+| `QuietWriter` (`quiet_output`) | `--quiet`, by one of the first two |
 """
 
 import errno
@@ -95,7 +96,7 @@ class Writer(ABC):
         """Show the counts of the VMs and what their guests exited with, by their names."""
 
 
-class _StreamWriter(Writer):
+class StreamWriter(Writer):
     """Bytes to a file descriptor, waiting for it on the loop when it is full."""
 
     def __init__(self, fd: int, file: OutcomeFile | None = None) -> None:
@@ -162,7 +163,7 @@ class _StreamWriter(Writer):
         log.warning("%s: " + text, what, value)
 
 
-class JsonWriter(_StreamWriter):
+class JsonWriter(StreamWriter):
     """One JSON object a line."""
 
     async def show(self, outcome: Outcome[Any]) -> None:
@@ -173,7 +174,7 @@ class JsonWriter(_StreamWriter):
         await self.write(summary, is_outcome=False)
 
 
-class LineWriter(_StreamWriter):
+class LineWriter(StreamWriter):
     """One plain line a trap."""
 
     async def __aenter__(self) -> Self:
@@ -193,7 +194,7 @@ def _line(columns: list[str]) -> bytes:
     return encoded(f"{' '.join([*cells, columns[-1]]).rstrip()}\n")
 
 
-def stream_writer(fd: int, *, as_json: bool, file: OutcomeFile | None = None) -> Writer:
+def stream_writer(fd: int, *, as_json: bool, file: OutcomeFile | None = None) -> StreamWriter:
     """The writer for where there is no terminal. `file`: what `fd` is, where it has a bound."""
     return (JsonWriter if as_json else LineWriter)(fd, file)
 

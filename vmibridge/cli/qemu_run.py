@@ -7,10 +7,17 @@
 """
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,6 +56,8 @@ _AFTERWARDS = 2.0
 """Seconds in which the end of QEMU is expected to end the run."""
 _PATIENCE, _MARGIN = 30.0, 10.0
 """Seconds that a host gets for a trap, by default; and how many more than `--timeout` at least."""
+_QUITTING = 10.0
+"""Seconds that QEMU has to end in, by its monitor and by SIGTERM."""
 _LISTENS = 10.0
 """Seconds in which QEMU is expected to listen."""
 
@@ -270,7 +279,15 @@ def _serve(
             socket = Path(backend.where.removeprefix("unix:"))
             contexts = [qemu, _listening(qemu, socket), *contexts]
             beside = partial(_watch_gdb, qemu, server, backend)
-        life = Life(contexts, server, writer, beside, reloader=prepared.reloader(server))
+        life = Life(
+            contexts,
+            server,
+            writer,
+            beside,
+            reloader=prepared.reloader(server),
+            bound=prepared.stop_bound(_QUITTING, partial(_end_now, qemu)),
+            exit_zero=options.exit_zero,
+        )
         status = run_on(options.loop, partial(run_server, life))
     if life.exits.of:
         return status
@@ -304,6 +321,12 @@ async def _watch_gdb(qemu: QemuProcess, server: BridgeServer, backend: QemuGdbBa
         tasks.start_soon(_watch, qemu, server)
         async for _ in resets:
             backend.was_reset()
+
+
+def _end_now(qemu: QemuProcess) -> None:
+    """From any thread: whoever would do it in good order does not come to it."""
+    with suppress(AttributeError, ProcessLookupError):  # it was not started, or has ended
+        os.kill(qemu.process.pid, signal.SIGTERM)
 
 
 async def _watch(qemu: QemuProcess, server: BridgeServer) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import OptionalSources, named_backend, no_option
+from vmibridge.cli.options import OptionalSources, Outcomes, named_backend, no_option
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import ConfigError
 
@@ -47,6 +47,7 @@ def run(
             " (method 0xffff of the standard contract), or after so many traps: output, exit, N."
         ),
     ] = None,
+    outcomes: Outcomes = True,
     options: ServerOptions | None = None,
 ) -> int:
     """Run a guest and answer its traps until it ends.
@@ -66,7 +67,8 @@ def run(
     from vmibridge.cli.answers import answer_sources, answers_of
     from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
     from vmibridge.cli.logs import log_handler
-    from vmibridge.cli.output import TableWriter, stream_writer
+    from vmibridge.cli.output import TableWriter, Writer, stream_writer
+    from vmibridge.cli.quiet_output import QuietWriter
     from vmibridge.cli.server_run import Life, Prepared, run_server
 
     given = options or ServerOptions()
@@ -78,8 +80,10 @@ def run(
         for number, text in enumerate(backend)
         for each in named_backend(text, f"vm{number}" if len(backend) > 1 else "vm").copies()
     ]
-    console = None if given.json or not sys.stdout.isatty() else Console()
-    writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)
+    console = Console() if outcomes and not given.json and sys.stdout.isatty() else None
+    writer: Writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)
+    if not outcomes:
+        writer = QuietWriter(stream_writer(1, as_json=given.json), as_json=given.json)
     with (
         prints_beside(json=given.json),
         logging_to(log_handler(given.log_level, console), given.log_level),
@@ -93,5 +97,7 @@ def run(
             until=until,
             reloader=None if recorded else prepared.reloader(server),
             answers=recorded,
+            bound=prepared.stop_bound(),
+            exit_zero=given.exit_zero,
         )
         return run_on(given.loop, partial(run_server, life))

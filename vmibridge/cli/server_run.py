@@ -3,8 +3,9 @@
 import logging
 import signal
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -17,6 +18,7 @@ from vmibridge.cli.reloading import Reloader, has_terminal
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.setting_options import with_options
 from vmibridge.cli.signals import exit_status, hangup_is_ignored, stop_on_signals
+from vmibridge.cli.stop_bound import StopBound
 from vmibridge.config import Config, HandlerFactory
 from vmibridge.engine.server import BridgeServer, Until
 from vmibridge.engine.settings import ServerSettings
@@ -80,6 +82,19 @@ class Prepared:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
+    def stop_bound(self, more: float = 0.0, then: Callable[[], None] | None = None) -> StopBound:
+        """The time of a stop of the server, and `more` seconds: then recordings are saved, and
+        `then` is called."""
+
+        def save() -> None:
+            for tap in self.taps:
+                tap.finish_now()
+            if then is not None:
+                then()
+
+        seconds = self.settings.grace + self.settings.stop_timeout + more
+        return StopBound(seconds, save, exit_zero=self.options.exit_zero)
+
     def reloader(self, server: BridgeServer) -> Reloader:
         """What loads the handlers of `server` again."""
         return Reloader(self.handlers, self.options, server.reload)
@@ -102,6 +117,10 @@ class Life:
     """What answers in the place of handlers."""
     exits: GuestExits = field(default_factory=GuestExits)
     """Of its guests, by now."""
+    bound: StopBound | None = None
+    """What ends the process when a stop takes too long."""
+    exit_zero: bool = False
+    """Whether a stop by a signal is a success."""
 
 
 async def run_server(life: Life) -> int:
@@ -133,10 +152,12 @@ async def run_server(life: Life) -> int:
             life.reloader.note_hangup()
 
     also = {} if hangup_is_ignored() else {signal.SIGHUP: hang_up}
+    stopping = partial(stop_on_signals, bound=life.bound)
+    held = nullcontext() if life.bound is None else life.bound.held()
     async with anyio.create_task_group() as tasks:
-        await tasks.start(stop_on_signals, stop, received, also)
+        await tasks.start(stopping, stop, received, also)
         try:
-            with run:
+            with run, held:
                 async with AsyncExitStack() as stack:
                     for context in life.contexts:
                         await stack.enter_async_context(context)
@@ -165,7 +186,7 @@ def _status(life: Life, received: list[int], failures: list[VmiBridgeError]) -> 
             log.info("%s", line)
     if failures:
         raise failures[0]
-    if (stopped := exit_status(received)) is not None:
+    if (stopped := exit_status(received, zero=life.exit_zero)) is not None:
         return stopped
     ends = {vm: summary.guest for vm, summary in life.server.summaries.items()}
     failed = [

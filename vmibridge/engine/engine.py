@@ -24,7 +24,8 @@ from vmibridge.engine.reloading import LaterHandlers, StillRunning
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap, Taps
+from vmibridge.engine.taps import Tap
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.engine.workers import Workers
 from vmibridge.vm.backend import Backend
 
@@ -227,6 +228,8 @@ class Engine:
         )
         if self._tasks is not None and not self._guest_done:
             self._tasks.start_soon(self._release_guest)
+        if self._taps is not None:
+            self._taps.let_go()
         self._workers.cancel()
 
     async def _release_guest(self) -> None:

@@ -33,7 +33,7 @@ from vmibridge.engine.access_policy import Policy
 from vmibridge.engine.engine import Engine
 from vmibridge.engine.handler_calls import HandlerCalls
 from vmibridge.engine.handler_lives import CutOffError, Lives
-from vmibridge.engine.handshake import Feature, Host, HostInfo
+from vmibridge.engine.handshake import with_handshake
 from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.outcome_queue import OutcomeQueue
 from vmibridge.engine.places import InFlight, Turns
@@ -41,7 +41,7 @@ from vmibridge.engine.reloading import LaterHandlers, reload_each
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import DEFAULTS, ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import Hindrance, Tap, hindrance_of
 from vmibridge.errors import ServerStateError
 from vmibridge.vm.backend import Backend
 
@@ -156,6 +156,11 @@ class BridgeServer:
             raise ServerStateError("the server has not run yet: iterate over server.run()")
         return {vm: engine.summary for vm, engine in self._owner.engines.items()}
 
+    @property
+    def hindrance(self) -> Hindrance | None:
+        """What keeps a tap from its work right now: a full disk, a recording that has ended."""
+        return hindrance_of(self._taps)
+
     def run(self, until: Until | None = None) -> "Run":
         """Run the guests, and iterate over what became of each of their traps.
 
@@ -221,14 +226,6 @@ class BridgeServer:
         self._stopped = True
         if self._owner is not None:
             self._owner.stop(now=now)
-
-
-def with_handshake(bridge: Bridge, settings: ServerSettings) -> Bridge:
-    """`bridge`, and what answers the handshake, where that is wanted and of use."""
-    speaks = any(entry.contract.magic == STANDARD_MAGIC for entry in bridge.entries)
-    if not (settings.handshake and speaks):
-        return bridge
-    return Bridge(bridge, Host(_host_info(bridge, settings)))
 
 
 class _Owner:
@@ -424,27 +421,3 @@ def _check_shared(bridges: list[Bridge]) -> None:
                     f"handler {handler.name} would serve several VMs with one state: make one"
                     " for each, in a function that is given the VM's name, or set shared = True"
                 )
-
-
-def _host_info(bridge: Bridge, settings: ServerSettings) -> HostInfo:
-    """What holds for the requests of a bridge, at the most."""
-    terms = [
-        settings.terms(entry.target, method)
-        for entry in bridge.entries
-        for method in (entry.handler.methods if entry.handler and entry.handler.methods else (0,))
-    ]
-    soft = [each.soft_timeout for each in terms if each.soft_timeout < each.timeout]
-    features = Feature(0)
-    if soft:
-        features |= Feature.WAIT
-    if settings.policy is not None:
-        features |= Feature.POLICY
-        if settings.policy.has_quota:
-            features |= Feature.QUOTA
-    return HostInfo(
-        features,
-        max(soft, default=None),
-        max(each.timeout for each in terms),
-        settings.result_timeout,
-        min(settings.in_flight, settings.in_flight_total),
-    )

@@ -34,7 +34,7 @@ from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import Hindrance, Tap, hindrance_of
 from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
 from vmibridge.transport.limits import AgentLimits, NewSessions
 from vmibridge.transport.server.away import give_up_agents
@@ -138,6 +138,11 @@ class AgentServer:
         return (vm.session for vm in self._vms.values())
 
     @property
+    def hindrance(self) -> Hindrance | None:
+        """What keeps a tap of a VM from its work right now: as `BridgeServer.hindrance`."""
+        return hindrance_of(tap for each in self._handler_sets for tap in each.taps)
+
+    @property
     def refused(self) -> int:
         """Peers that were not served, each time that they tried."""
         return self._listener.refused
@@ -149,7 +154,8 @@ class AgentServer:
         """
         if self._tasks is not None:
             raise ServerStateError("a server runs once: make another for another run")
-        await self._listener.open()
+        if not await self._open():
+            return
         lost: list[BaseException] = []
 
         def stop(error: BaseException) -> None:
@@ -161,6 +167,28 @@ class AgentServer:
             await self._serve()
         for error in lost:
             raise error
+
+    async def _open(self) -> bool:
+        """Listen; returns whether it does: a stop does not wait for NATS, or a name server."""
+        failed: list[Exception] = []
+        done: list[bool] = []
+
+        async with anyio.create_task_group() as tasks:
+
+            async def open_all() -> None:
+                try:
+                    await self._listener.open()
+                    done.append(True)
+                except Exception as error:
+                    failed.append(error)
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(open_all)
+            await self._stop.wait()
+            tasks.cancel_scope.cancel()
+        for error in failed:
+            raise error
+        return bool(done)
 
     async def _serve(self) -> None:
         connections = anyio.CancelScope(shield=True)
