@@ -45,7 +45,7 @@ COPY --from=environment /opt/vmibridge /opt/vmibridge
 ENV PATH=/opt/vmibridge/bin:$PATH \
     VMIBRIDGE_OUTCOMES=false \
     VMIBRIDGE_EXIT_ZERO=true \
-    VMIBRIDGE_HEALTH=unix:/run/vmibridge/vmi.sock
+    VMIBRIDGE_HEALTH_SOCKET=/dev/shm/vmibridge-health.sock
 # Last: each build has others.
 ARG VERSION=unknown
 ARG REVISION=unknown

@@ -14,14 +14,22 @@ import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.bounds import Seconds, problem
-from vmibridge.cli.event_loop import check_loop, logging_to, run_on
+from vmibridge.cli.event_loop import check_loop, logging_to, run_telling
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import ExitZero, Json, LogLevel, LoopOptions, named_backend
+from vmibridge.cli.options import (
+    ExitZero,
+    HealthSocket,
+    Json,
+    LogLevel,
+    LoopOptions,
+    named_backend,
+)
 from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
 from vmibridge.cli.stop_bound import StopBound
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError, VmiBridgeError
+from vmibridge.health.state import Health
 from vmibridge.text import counted
 from vmibridge.transport import Agent
 from vmibridge.vm.backend import Backend, GuestEnd
@@ -33,6 +41,8 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _STOPPING = 8.0
 """Seconds of a stop: a second of grace for the server's answers, five to tell it the end."""
+_STOP_MARGIN = 12.0
+"""Seconds more, until a process that still stops is told to be stuck."""
 
 
 def agent(
@@ -58,6 +68,7 @@ def agent(
     json: Annotated[Json, Parameter(help="The summary as one JSON object.")] = False,
     log_level: LogLevel = "info",
     exit_zero: ExitZero = False,
+    health_socket: HealthSocket = None,
 ) -> int:
     """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
 
@@ -81,11 +92,15 @@ def agent(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with logging_to(log_handler(log_level, None), log_level):
-        return run_on(chosen, partial(_serve, carried, as_json=json, exit_zero=exit_zero))
+        health = Health(stop_within=_STOPPING + _STOP_MARGIN)
+        for _, each in carried:
+            health.add(each.health)
+        main = partial(_serve, carried, health, as_json=json, exit_zero=exit_zero)
+        return run_telling(chosen, main, health, health_socket)
 
 
 async def _serve(
-    carried: Sequence[tuple[Backend, Agent]], *, as_json: bool, exit_zero: bool
+    carried: Sequence[tuple[Backend, Agent]], health: Health, *, as_json: bool, exit_zero: bool
 ) -> int:
     received: list[int] = []
     bound = StopBound(_STOPPING, exit_zero=exit_zero)
@@ -94,6 +109,7 @@ async def _serve(
 
     def stop(number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping the guest", number.name)
+        health.stop_begins()
         for _, agent in carried:
             agent.stop(now=now)
 

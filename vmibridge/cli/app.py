@@ -63,7 +63,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "health": (
             "health:health",
-            "Tell whether a host or a server listens: the health check of a container.",
+            "Tell whether a process serves, or a socket listens: the health check of a container.",
         ),
         "import": (
             "import_lines:import_lines",

@@ -56,6 +56,13 @@ RENAME = Parameter(
     help="OLD=NEW: the VM OLD is called NEW; may be given several times.",
 )
 
+HEALTH_SOCKET = Parameter(
+    group=CHECKS,
+    env_var="VMIBRIDGE_HEALTH_SOCKET",
+    help="A unix socket where the event loop answers vmibridge health; an empty path is none.",
+)
+
+HealthSocket: TypeAlias = Annotated[str | None, HEALTH_SOCKET]
 Sources: TypeAlias = Annotated[list[str], HANDLERS]
 OptionalSources: TypeAlias = Annotated[list[str] | None, HANDLERS]
 Recording: TypeAlias = Annotated[Path, PIPED]

@@ -39,7 +39,7 @@ from vmibridge.backends.qemu.find import (
 from vmibridge.backends.qemu.gdb.backend import QemuGdbBackend
 from vmibridge.backends.qemu.plugin.build import kept_plugin
 from vmibridge.backends.qemu.process import QemuProcess
-from vmibridge.cli.event_loop import check_loop, logging_to, prints_beside, run_on
+from vmibridge.cli.event_loop import check_loop, logging_to, prints_beside, run_telling
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import HANDLERS, bytes_of
 from vmibridge.cli.outcome_file import OutcomeFile
@@ -49,6 +49,7 @@ from vmibridge.cli.server_run import Life, Prepared, run_server
 from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
 from vmibridge.engine.server import BridgeServer
 from vmibridge.errors import BackendError, ConfigError
+from vmibridge.health.state import Health
 from vmibridge.text import printable
 from vmibridge.vm.backend import Backend
 
@@ -185,7 +186,9 @@ def run_qemu(
         if not handlers:
             check_loop(given.loop)
             with logging_to(log_handler(given.log_level, None), given.log_level):
-                return run_on(given.loop, partial(_run_alone, process))
+                health = Health()
+                main = partial(_run_alone, process, health)
+                return run_telling(given.loop, main, health, given.health_socket)
         writer = _outcome_writer(outcomes, most_outcomes, stack, as_json=given.json)
         asked = [backend_options] if backend_options else []
         if via == "gdb" and ram is not None:
@@ -242,22 +245,24 @@ def _memory_file() -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
-async def _run_alone(qemu: QemuProcess) -> int:
+async def _run_alone(qemu: QemuProcess, health: Health) -> int:
     """QEMU without a host here. SIGINT and SIGTERM end it through its monitor."""
     status, received = 0, list[int]()
     async with anyio.create_task_group() as tasks:
-        cancel = partial(_cancel, tasks.cancel_scope)
+
+        def cancel(*_: object) -> None:
+            health.stop_begins()
+            tasks.cancel_scope.cancel()
+
         also = stop_at_hangup(cancel, received)
         await tasks.start(partial(stop_on_signals, exits=False), cancel, received, also)
         async with qemu:
+            # Its monitor has answered: all that is asked of a command that answers no trap.
+            health.add(tuple)
             status = await qemu.wait()
         tasks.cancel_scope.cancel()
     stopped = exit_status(received)
     return _exit_status(status) if stopped is None else stopped
-
-
-def _cancel(scope: anyio.CancelScope, *_: object) -> None:
-    scope.cancel()
 
 
 def _serve(
@@ -279,16 +284,19 @@ def _serve(
             socket = Path(backend.where.removeprefix("unix:"))
             contexts = [qemu, _listening(qemu, socket), *contexts]
             beside = partial(_watch_gdb, qemu, server, backend)
+        health = prepared.health(server)
         life = Life(
             contexts,
             server,
             writer,
             beside,
-            reloader=prepared.reloader(server),
+            reloader=prepared.reloader(server, health),
             bound=prepared.stop_bound(_QUITTING, partial(_end_now, qemu)),
             exit_zero=options.exit_zero,
+            health=health,
         )
-        status = run_on(options.loop, partial(run_server, life))
+        main = partial(run_server, life)
+        status = run_telling(options.loop, main, health, options.health_socket)
     if life.exits.of:
         return status
     ended = qemu.process.returncode

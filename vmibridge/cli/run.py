@@ -65,7 +65,7 @@ def run(
     from rich.console import Console
 
     from vmibridge.cli.answers import answer_sources, answers_of
-    from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
+    from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
     from vmibridge.cli.logs import log_handler
     from vmibridge.cli.output import TableWriter, Writer, stream_writer
     from vmibridge.cli.quiet_output import QuietWriter
@@ -90,14 +90,17 @@ def run(
     ):
         recorded = answers_of(answers, missing, backends)
         server = prepared.server(backends, recorded)
+        health = prepared.health(server)
         life = Life(
             [*prepared.taps, *backends, writer],
             server,
             writer,
             until=until,
-            reloader=None if recorded else prepared.reloader(server),
+            reloader=None if recorded else prepared.reloader(server, health),
             answers=recorded,
             bound=prepared.stop_bound(),
             exit_zero=given.exit_zero,
+            health=health,
         )
-        return run_on(given.loop, partial(run_server, life))
+        main = partial(run_server, life)
+        return run_telling(given.loop, main, life.health, given.health_socket)

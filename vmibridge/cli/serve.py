@@ -14,7 +14,7 @@ import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
+from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Outcomes, Sources
@@ -22,7 +22,7 @@ from vmibridge.cli.output import StreamWriter, stream_writer
 from vmibridge.cli.quiet_output import QuietWriter
 from vmibridge.cli.reloading import Reloader
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.cli.server_run import LAST_LINES, Prepared
+from vmibridge.cli.server_run import LAST_LINES, STOP_MARGIN, Prepared
 from vmibridge.cli.setting_options import setting, with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
 from vmibridge.cli.stop_bound import StopBound
@@ -32,6 +32,7 @@ from vmibridge.config import HandlerFactory
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, RecordingError, VmiBridgeError
+from vmibridge.health.state import Health
 from vmibridge.text import printable
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
@@ -101,6 +102,7 @@ def serve(
                 (lambda: None) if recordings is None else recordings.finish_now,
                 exit_zero=given.exit_zero,
             ),
+            Health(stop_within=settings.grace + settings.stop_timeout + STOP_MARGIN),
             outcomes=outcomes,
         )
         command.server = AgentServer(
@@ -113,7 +115,7 @@ def serve(
             on_end=command.show_end,
             taps=recordings,
         )
-        return run_on(given.loop, command.run)
+        return run_telling(given.loop, command.run, command.health, given.health_socket)
 
 
 class _Recordings:
@@ -152,8 +154,15 @@ class _Command:
     server: AgentServer
 
     def __init__(
-        self, sources: list[str], options: ServerOptions, bound: StopBound, *, outcomes: bool
+        self,
+        sources: list[str],
+        options: ServerOptions,
+        bound: StopBound,
+        health: Health,
+        *,
+        outcomes: bool,
     ) -> None:
+        self.health = health
         self._bound = bound
         self._sources = sources
         self._options = options
@@ -170,7 +179,8 @@ class _Command:
     async def run(self) -> int:
         """Serve until a signal."""
         async with anyio.create_task_group() as tasks:
-            reloader = Reloader(self._sources, self._options, self.server.reload)
+            self.health.add(self.server.health)
+            reloader = Reloader(self._sources, self._options, self.server.reload, self.health)
             also = {signal.SIGHUP: reloader.note_hangup}
             stopping = partial(stop_on_signals, bound=self._bound)
             await tasks.start(stopping, self._stop, self._received, also)
@@ -220,6 +230,7 @@ class _Command:
 
     def _stop(self, number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping", number.name)
+        self.health.stop_begins()
         self.server.stop(now=now)
         if now and self._scope is not None:
             # The reader of standard output may have stopped reading.

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import RECORDING, REDACT, ExitZero, Json, LogLevel, LoopOptions
+from vmibridge.cli.options import (
+    RECORDING,
+    REDACT,
+    ExitZero,
+    HealthSocket,
+    Json,
+    LogLevel,
+    LoopOptions,
+)
 from vmibridge.cli.rotation_options import keep_of, rotate_of
 from vmibridge.cli.setting_options import setting
 from vmibridge.engine.settings import ServerSettings
@@ -86,6 +94,7 @@ class ServerOptions(LoopOptions):
     json: Annotated[Json, Parameter(help="One JSON object a trap, then a summary.")] = False
     log_level: LogLevel = "info"
     exit_zero: ExitZero = False
+    health_socket: HealthSocket = None
 
     @property
     def settings(self) -> dict[str, object]:

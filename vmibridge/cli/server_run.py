@@ -20,14 +20,16 @@ from vmibridge.cli.setting_options import with_options
 from vmibridge.cli.signals import exit_status, hangup_is_ignored, stop_on_signals
 from vmibridge.cli.stop_bound import StopBound
 from vmibridge.config import Config, HandlerFactory
-from vmibridge.engine.server import BridgeServer, Until
+from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.until import Until
 from vmibridge.errors import (
     BackendError,
     ConfigError,
     RecordingError,
     VmiBridgeError,
 )
+from vmibridge.health.state import Health
 from vmibridge.text import counted
 from vmibridge.vm.backend import Backend, GuestEnd, VcpuEnd
 from vmibridge.vm.main_status import status_of_main
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
+STOP_MARGIN = 10.0
+"""Seconds that a stop may take beyond `stop_timeout`: recordings are ended, QEMU powers off."""
 LAST_LINES = 1.0
 """Seconds, after a second signal, in which the last outcomes are shown."""
 _MORE = {
@@ -95,9 +99,16 @@ class Prepared:
         seconds = self.settings.grace + self.settings.stop_timeout + more
         return StopBound(seconds, save, exit_zero=self.options.exit_zero)
 
-    def reloader(self, server: BridgeServer) -> Reloader:
+    def health(self, server: BridgeServer) -> Health:
+        """That of a process that runs `server`."""
+        settings = self.settings
+        health = Health(stop_within=settings.grace + settings.stop_timeout + STOP_MARGIN)
+        health.add(server.health)
+        return health
+
+    def reloader(self, server: BridgeServer, health: Health) -> Reloader:
         """What loads the handlers of `server` again."""
-        return Reloader(self.handlers, self.options, server.reload)
+        return Reloader(self.handlers, self.options, server.reload, health)
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,8 @@ class Life:
     """What ends the process when a stop takes too long."""
     exit_zero: bool = False
     """Whether a stop by a signal is a success."""
+    health: Health = field(default_factory=Health)
+    """What others are told of it."""
 
 
 async def run_server(life: Life) -> int:
@@ -135,6 +148,7 @@ async def run_server(life: Life) -> int:
 
     def stop(number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping; %s", number.name, _MORE[min(len(received), 2)])
+        life.health.stop_begins()
         server.stop(now=now)
         if now:
             # The reader of standard output may have stopped reading.
@@ -147,6 +161,7 @@ async def run_server(life: Life) -> int:
             if not received:
                 received.append(signal.SIGHUP)
                 log.info("SIGHUP: the terminal was closed: stopping")
+                life.health.stop_begins()
                 server.stop()
         elif life.reloader is not None:
             life.reloader.note_hangup()

@@ -12,6 +12,7 @@ Invariants:
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import anyio
 from anyio.abc import TaskGroup
@@ -89,6 +90,20 @@ class Engine:
     def summary(self) -> Summary:
         """Counts so far."""
         return self._workers.summary
+
+    @property
+    def phase(self) -> Literal["starting", "serving", "stopping", "ended"]:
+        """Where it stands: `serving` from when its handlers are entered."""
+        if self._ended.is_set():
+            return "ended"
+        if self._stop.is_set() or self._stopping:
+            return "stopping"
+        return "serving" if self._serving.is_set() else "starting"
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it ended with, or is about to."""
+        return self._error
 
     def stop(self, *, now: bool = False) -> None:
         """Ask for the end: pending traps are answered, then the guest is let go.
