@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,12 +18,19 @@ class DebianError(Exception):
     """A Debian cannot be made here."""
 
 
-def debootstrap(suite: str, folder: Path, packages: Iterable[str]) -> None:
-    """The smallest Debian there is, with `packages`. Needs root. Raises `DebianError`."""
+def debootstrap(
+    suite: str, folder: Path, packages: Iterable[str], architecture: str | None = None
+) -> int:
+    """The smallest Debian there is, with `packages`. Needs root. Raises `DebianError`.
+
+    Returns when the archive was released, in seconds since 1970. `architecture` is Debian's name of
+    one whose programs run here, by default this machine's.
+    """
     source = archive()
     if source is None:
         raise DebianError("no Debian archive is known here to make it from")
     command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"]
+    command += [f"--arch={architecture}"] if architecture else []
     # One that is newer than this debootstrap is made as sid is.
     script = [] if (SCRIPTS / suite).exists() else [SCRIPTS / "sid"]
     log = folder.with_name(f"{folder.name}.log")
@@ -36,8 +44,18 @@ def debootstrap(suite: str, folder: Path, packages: Iterable[str]) -> None:
         )
     if done.returncode:
         raise DebianError(f"debootstrap failed: {log.read_text()[-500:]}")
+    epoch = _released(folder)
     for left in (*folder.glob("var/lib/apt/lists/*"), *folder.glob("var/cache/apt/archives/*.deb")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return epoch
+
+
+def _released(folder: Path) -> int:
+    """The date of the file Release that was checked. Raises `DebianError`."""
+    for path in sorted(folder.glob("var/lib/apt/lists/*Release")):
+        if date := re.search(r"^Date: (.+)$", path.read_text(), re.MULTILINE):
+            return int(parsedate_to_datetime(date[1]).timestamp())
+    raise DebianError("debootstrap left no file Release with a date")
 
 
 def archive() -> str | None:
