@@ -28,7 +28,7 @@ MACHINES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 EMULATORS = {"linux/amd64": "qemu-x86_64", "linux/arm64": "qemu-aarch64"}
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
 PULL_SECONDS = 120
-MAKE_SECONDS = 600
+MAKE_SECONDS = 1800
 DAY = 86400
 """Seconds."""
 VARYING = (
@@ -83,7 +83,13 @@ def bring(engine: Runner, image: str, wanted: str) -> Base:
             return _base(engine, source, image, wanted)
         print(f"{source} cannot be pulled: {made} is made here", file=sys.stderr, flush=True)
         print(f"  {error}", file=sys.stderr, flush=True)
-        make_stand_in(engine, image, made, wanted)
+        try:
+            make_stand_in(engine, image, made, wanted)
+        except BuildError:
+            # One of that name that is here may be old, or something else: the last choice.
+            if not engine.has(source):
+                raise
+            return _base(engine, source, image, wanted)
         return _base(engine, made, made, wanted)
     return _base(engine, source, image, wanted)
 

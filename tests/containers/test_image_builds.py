@@ -186,6 +186,19 @@ def test_a_base_that_is_not_pinned_is_taken_by_its_tag(tmp_path, pinned):
     assert engine.ran[0][-1] == IMAGE
 
 
+def cannot_make(*arguments):
+    raise BuildError("no podman with debootstrap, as root")
+
+
+def test_without_a_registry_and_a_stand_in_what_is_here_is_taken(tmp_path, pinned, monkeypatch):
+    monkeypatch.setattr(base_images, "make_stand_in", cannot_make)
+    pinned()
+    engine = FakeEngine("podman", tmp_path, present=[IMAGE], refused=["pull"])
+    assert base_images.bring(engine, IMAGE, "linux/amd64").name == IMAGE
+    with pytest.raises(BuildError, match="no podman with debootstrap"):
+        base_images.bring(FakeEngine("podman", tmp_path, refused=["pull"]), IMAGE, "linux/amd64")
+
+
 def test_a_base_for_another_platform_is_refused(tmp_path, pinned):
     pinned()
     made = base_images.stand_in(IMAGE, "linux/arm64")
