@@ -31,6 +31,8 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from threading import Lock
 from time import monotonic
 from typing import Any, Final
@@ -136,7 +138,9 @@ class Connection:
         try:
             async with anyio.create_task_group() as tasks:
                 watch = Watch(self, self._wake, self._hold, self._timeout)
-                tasks.start_soon(in_own_thread, watch.run, loop_door())
+                # In the context of here: anyio has to know its loop in what the thread has for it.
+                soon = partial(loop_door(), copy_context().run)
+                tasks.start_soon(in_own_thread, watch.run, soon)
                 try:
                     await while_readable(self.socket, self._take)
                 except (anyio.EndOfStream, OSError, ValueError) as error:
