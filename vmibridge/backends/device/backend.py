@@ -18,7 +18,7 @@ When a call's access is answered: see `connection`.
 import itertools
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Self
 
@@ -105,6 +105,8 @@ class DeviceBackend(Backend):
             )
         if given.kernel > given.slots:
             raise BackendSpecError(f"{spec}: kernel={given.kernel} of {given.slots} slots")
+        self.before_hanging_up: Callable[[], Awaitable[None]] | None = None
+        """Awaited by `run` after `stop`, while QEMU is still answered: unplugs the device."""
         self._listener: sockets.UnixListener
         self._seq = itertools.count(1)
         self._pending: dict[int, tuple[Connection, Pending]] = {}
@@ -163,13 +165,16 @@ class DeviceBackend(Backend):
             tasks.start_soon(sockets.accept, self._listener.socket, take)
             tasks.start_soon(self._feed_full)
             await self._over.wait()
+            if self.before_hanging_up is not None and self._connection is not None:
+                # What still calls gets no answer: the engine takes no more.
+                await self.before_hanging_up()
             tasks.cancel_scope.cancel()
         return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
 
     def stop(self) -> None:
         """Answer what is open as if nobody were there, and hang up: the device is dead then."""
         self._is_stopped = True
-        if self._connection is not None:
+        if self._connection is not None and self.before_hanging_up is None:
             self._connection.end()
         self._over.set()
 
