@@ -62,7 +62,7 @@ def device_args(
 ) -> int:
     """Print what QEMU 11.1 needs to have the device: arguments for a shell, or XML.
 
-    The host listens at PATH before QEMU starts: vmibridge run --backend vfio-user:unix:PATH.
+    The host listens there before QEMU starts, by the backend vfio-user:unix:PATH.
 
     Exit status: 0; 2 for wrong usage.
 
