@@ -267,6 +267,11 @@ struct vmibridge_caller {
     void (*send)(void *state, const struct vmibridge_packet *packet,
                  struct vmibridge_response *response);
     void *state;                /* what `sleep` and `send` are called with */
+    /* Memory that the host can read and write where it cannot reach the caller's own: the buffers
+       of a method are copied through it. NULL: it reaches all. One call at a time uses it. */
+    void *room;
+    size_t room_size;
+    vmibridge_word room_address; /* where it is for the host */
 };
 
 /* Call by this instruction, and wait as long as the host tells to, without a system to sleep by. */
@@ -279,6 +284,9 @@ static inline struct vmibridge_caller vmibridge_by(enum vmibridge_how how)
     caller.sleep = 0;
     caller.send = 0;
     caller.state = 0;
+    caller.room = 0;
+    caller.room_size = 0;
+    caller.room_address = 0;
     return caller;
 }
 
@@ -530,6 +538,8 @@ typedef uint64_t vmibridge_status;
 
 /* Ours: an answer lacks the stamps, so the request was not answered: see vmibridge_stamped. */
 #define VMIBRIDGE_NOT_ANSWERED 0x01000000u
+/* Ours, too: the buffers do not fit into the room of the caller, and nothing was sent. */
+#define VMIBRIDGE_NO_ROOM 0x02000000u
 
 /* The kind of a status. A newer host may have others. */
 enum vmibridge_kind {
@@ -696,6 +706,75 @@ static inline uint32_t vmibridge_touch_buffers(const struct vmibridge_method_cal
     return pages + vmibridge_touch_pages((uintptr_t)call->block, sizeof call->block, true);
 }
 
+/* Not a loop, which a compiler may take for a call of memcpy. */
+static inline void vmibridge_copy(void *to, const void *from, size_t size)
+{
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size) : : "memory");
+}
+
+/* The bytes of a buffer that belong to a call: of a text with its NUL, or up to its limit. */
+static inline size_t vmibridge_buffer_size(const struct vmibridge_method_call *call, unsigned word,
+                                           unsigned kind)
+{
+    const volatile char *at = (const volatile char *)(uintptr_t)call->block[word + 1];
+    size_t size = 0;
+
+    if (kind == VMIBRIDGE_WORD_BYTES || kind == VMIBRIDGE_WORD_ROOM) {
+        /* The host refuses one over its limit, and does not look at it. */
+        return call->block[word + 2] <= call->limits[word] ? (size_t)call->block[word + 2] : 0;
+    }
+    while (size <= call->limits[word] && (at[size] || (kind == 2 && at[size + 1]))) {
+        size += kind;
+    }
+    return size + kind;
+}
+
+/*
+ * Copy the buffers of a call into the caller's room. `words`: those of the block, with addresses in
+ * the room. The block itself has its place at the room's start. `false`: they do not fit.
+ */
+static inline bool vmibridge_lend(const struct vmibridge_caller *caller,
+                                  const struct vmibridge_method_call *call, uint64_t *words)
+{
+    size_t used = sizeof call->block, size;
+    unsigned word, kind;
+
+    for (word = 0; word < 5; word++) {
+        words[word] = call->block[word];
+    }
+    for (word = 0; word < 4; word++) {
+        kind = call->kinds >> 4 * word & 15u;
+        if (kind == VMIBRIDGE_WORD_NUMBER || !call->block[word + 1]) {
+            continue;
+        }
+        size = vmibridge_buffer_size(call, word, kind);
+        if (used > caller->room_size || size > caller->room_size - used) {
+            return false;
+        }
+        vmibridge_copy((char *)caller->room + used, (const void *)(uintptr_t)call->block[word + 1],
+                       size);
+        words[word + 1] = caller->room_address + used;
+        used += (size + 7) & ~(size_t)7;
+    }
+    return sizeof call->block <= caller->room_size;
+}
+
+/* Copy back what the host may have written there. */
+static inline void vmibridge_take_back(const struct vmibridge_caller *caller,
+                                       const struct vmibridge_method_call *call,
+                                       const uint64_t *words)
+{
+    unsigned word;
+
+    for (word = 0; word < 4; word++) {
+        if ((call->kinds >> 4 * word & 15u) == VMIBRIDGE_WORD_ROOM && call->block[word + 1]) {
+            vmibridge_copy((void *)(uintptr_t)call->block[word + 1],
+                           (char *)caller->room + (size_t)(words[word + 1] - caller->room_address),
+                           vmibridge_buffer_size(call, word, VMIBRIDGE_WORD_ROOM));
+        }
+    }
+}
+
 /*
  * Send a request until it is answered: again while the host tells to wait, and again, a bounded
  * number of times, when it finds a page that is not present. Of a typed method, block[0] is then
@@ -705,17 +784,32 @@ static inline vmibridge_status vmibridge_call_method(const struct vmibridge_call
                                                      struct vmibridge_method_call *call)
 {
     bool in_block = false;
+    const bool is_lent = caller->room && call->is_typed;
     uint32_t attempts = 0, touches = 0, pages;
+    uint64_t lent[5];
+    const uint64_t *words = call->block;
+    vmibridge_word block = VMIBRIDGE_ADDRESS(call->block);
     vmibridge_status status;
 
 #ifdef __i386__
     in_block = call->is_typed &&
                (call->is_wide || call->words > (caller->how == VMIBRIDGE_CPUID ? 4 : 2));
 #endif
-    call->packet.value1 = in_block ? VMIBRIDGE_ADDRESS(call->block) : (vmibridge_word)call->block[1];
-    call->packet.value2 = in_block ? 0 : (vmibridge_word)call->block[2];
-    call->packet.value3 = in_block ? 0 : (vmibridge_word)call->block[3];
-    call->packet.value4 = in_block ? 0 : (vmibridge_word)call->block[4];
+    if (is_lent) {
+        if (!vmibridge_lend(caller, call, lent)) {
+            call->block[0] = 0;
+            return VMIBRIDGE_NO_ROOM;
+        }
+        words = lent;
+        block = caller->room_address;
+        if (in_block) {
+            vmibridge_copy(caller->room, lent, sizeof lent);
+        }
+    }
+    call->packet.value1 = in_block ? block : (vmibridge_word)words[1];
+    call->packet.value2 = in_block ? 0 : (vmibridge_word)words[2];
+    call->packet.value3 = in_block ? 0 : (vmibridge_word)words[3];
+    call->packet.value4 = in_block ? 0 : (vmibridge_word)words[4];
     for (;;) {
         call->response = vmibridge_send(caller, &call->packet);
         if (!vmibridge_call_stamped(call)) {
@@ -749,6 +843,12 @@ static inline vmibridge_status vmibridge_call_method(const struct vmibridge_call
             break;
         }
         touches++;
+    }
+    if (is_lent && status != VMIBRIDGE_NOT_ANSWERED) {
+        vmibridge_take_back(caller, call, words);
+        if (in_block) {
+            vmibridge_copy(call->block, caller->room, sizeof call->block[0]);
+        }
     }
     if (status) {
         call->block[0] = 0;

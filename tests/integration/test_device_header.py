@@ -1,0 +1,151 @@
+"""vmibridge_device.h: what compiles it, and guests that call by it in QEMU: ivshmem-doorbell."""
+
+import anyio
+import pytest
+from base_handlers import StandardHandler
+from called_methods import Called
+from children import run_beside
+from device_guests import RIGHT, WRONG, DeviceMachine, build_device_guest
+from guest_builds import INCLUDE, STRICT, done, write_header
+from linux_guest import exchange
+from needs import needs
+
+from vmibridge import BridgeResponse, method
+
+HEADER = INCLUDE / "vmibridge_device.h"
+SYSFS = INCLUDE / "vmibridge_sysfs.h"
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("width", [64, 32])
+@pytest.mark.parametrize(
+    ("compiler", "language"),
+    [
+        ("gcc", "c11"),
+        pytest.param("g++", "c++11", marks=slow),
+        pytest.param("clang", "c11", marks=slow),
+        pytest.param("clang++", "c++11", marks=slow),
+    ],
+)
+def test_it_compiles_without_a_warning(tmp_path, compiler, language, width):
+    kind = "c" if language == "c11" else "c++"
+    for level in ("-O0", "-Os"):
+        done(
+            needs(compiler), f"-std={language}", level, *STRICT, f"-m{width}", "-x", kind, "-c",
+            "-include", HEADER, "/dev/null", "-o", tmp_path / "header.o",
+        )  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize("processor", ["x86_64", "i686"])
+def test_and_for_windows(tmp_path, processor):
+    done(
+        needs(f"{processor}-w64-mingw32-gcc"), "-std=c11", "-O2", *STRICT, "-x", "c", "-c",
+        "-include", HEADER, "/dev/null", "-o", tmp_path / "header.o",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("compiler", "language"), [("gcc", "gnu11"), ("g++", "gnu++11")])
+def test_that_of_linux_programs_compiles_with_a_c_library(tmp_path, compiler, language):
+    warnings = [each for each in STRICT if each != "-ffreestanding"]
+    done(
+        needs(compiler), f"-std={language}", "-O2", *warnings,
+        "-x", "c" if compiler == "gcc" else "c++", "-c",
+        "-include", SYSFS, "/dev/null", "-o", tmp_path / "header.o",
+    )  # fmt: skip
+
+
+CALLS = {
+    "64": {},
+    "32": {"width": 32},
+    "ring-3": {"USER": 1, "SLOT": 7},
+    "halts": {"INTERRUPT": 1, "SLOT": 5},
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("form", CALLS)
+async def test_a_guest_without_a_system_calls_and_checks_every_answer(any_qemu, tmp_path, form):
+    machine = DeviceMachine(any_qemu, tmp_path)
+    image = build_device_guest(tmp_path, "device_calls", SPACE="IN_SLOT", COUNT=300, **CALLS[form])
+    assert await machine.run(exchange(), image) == (RIGHT, "")
+    assert machine.outcomes["handled"] == 5 + 300 + 2
+    assert set(machine.outcomes) <= {"handled", "waiting"}
+    event = machine.events[-1]
+    assert (event.vcpu, event.ring) == (CALLS[form].get("SLOT", 0), 3)
+    assert [reason for _, reason in machine.ends] == ["halted"]
+
+
+@slow
+@pytest.mark.anyio
+@pytest.mark.parametrize("machine_type", ["pc", "microvm,pcie=on"])
+async def test_on_other_machines(any_qemu, tmp_path, machine_type):
+    machine = DeviceMachine(any_qemu, tmp_path)
+    defines = {"SPACE": "IN_SLOT", "COUNT": 300}
+    if machine_type != "pc":
+        # There is no firmware that would assign BARs.
+        defines |= {"ECAM": "0xe0000000", "ASSIGN": "0xc0000000"}
+    image = build_device_guest(tmp_path, "device_calls", **defines)
+    assert await machine.run(exchange(), image, machine=machine_type) == (RIGHT, "")
+
+
+@pytest.mark.anyio
+async def test_a_guest_without_the_device_finds_none(any_qemu, tmp_path):
+    machine = DeviceMachine(any_qemu, tmp_path)
+    image = build_device_guest(tmp_path, "device_calls", SPACE="NONE")
+    ended = await run_beside(machine.command(image, device=False))
+    assert (ended.returncode, ended.stdout.strip()) == (WRONG, b"no device")
+
+
+class Patient(StandardHandler):
+    """For `device_states.c`."""
+
+    def __init__(self):
+        self.counted = self.hung = self.cancelled = 0
+        self.hangs_now = anyio.Event()
+
+    @method(1)
+    async def answers(self, vmi, packet):
+        return BridgeResponse(packet.value1 + packet.value2)
+
+    @method(2)
+    async def hangs(self, vmi, packet):
+        self.hung += 1
+        self.hangs_now.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self.cancelled += 1
+
+    @method(3)
+    async def counts(self, vmi, packet):
+        self.counted += 1
+        return BridgeResponse(self.counted)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_does_not_end_well_says_how(any_qemu, tmp_path):
+    machine, handler = DeviceMachine(any_qemu, tmp_path), Patient()
+    image = build_device_guest(tmp_path, "device_states")
+    assert await machine.run(handler, image) == (RIGHT, "")
+    assert handler.cancelled == handler.hung
+
+
+@pytest.mark.anyio
+async def test_a_guest_sees_that_its_host_has_stopped(any_qemu, tmp_path):
+    machine, handler = DeviceMachine(any_qemu, tmp_path), Patient()
+    image = build_device_guest(tmp_path, "device_states", GONE=1)
+    assert await machine.run(handler, image, stop=handler.hangs_now) == (RIGHT, "")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("width", [64, pytest.param(32, marks=slow)])
+async def test_methods_are_called_by_generated_headers_and_buffers_go_through_the_slot(
+    qemu, tmp_path, width
+):
+    write_header(tmp_path / "called.h", Called, "c")
+    machine = DeviceMachine(qemu, tmp_path)
+    image = build_device_guest(
+        tmp_path, "device_headers", "-Wno-unused-function", width=width, SPACE="IN_SLOT"
+    )
+    assert await machine.run(Called(), image) == (RIGHT, "")
