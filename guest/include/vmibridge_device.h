@@ -136,6 +136,8 @@ struct vmibridge_slot {
     uint32_t polls;                /* how often the slot is looked at between two waits */
     /* Sleep, yield or halt; `times` counts from 0 in each call. `false`: give up. NULL: never. */
     bool (*wait)(struct vmibridge_slot *slot, uint32_t times);
+    /* Ring, where the doorbell is not mapped here. NULL: by a store. */
+    void (*ring_by)(struct vmibridge_slot *slot);
     /* Between two requests while the host tells to wait, of vmibridge_by_slot. NULL: a pause. */
     void (*sleep)(struct vmibridge_slot *slot);
     void *state;                   /* of whoever has the slot */
@@ -188,6 +190,7 @@ static inline void vmibridge_slot_open_pages(struct vmibridge_slot *slot, volati
     slot->polls = 2000;
     slot->wait = 0;
     slot->sleep = 0;
+    slot->ring_by = 0;
     slot->state = 0;
 }
 
@@ -237,6 +240,18 @@ static inline bool vmibridge_slot_is_dead(const struct vmibridge_slot *slot)
     return !slot->is_ivshmem && *slot->doorbell == 0xffffffffu;
 }
 
+/* Tell the host to look at the slot. */
+static inline void vmibridge_slot_ring(struct vmibridge_slot *slot)
+{
+    VMIBRIDGE_DEVICE_ORDER();
+    if (slot->ring_by) {
+        slot->ring_by(slot);
+    } else {
+        *slot->doorbell = slot->ring;
+    }
+    VMIBRIDGE_DEVICE_ORDER();
+}
+
 /* Look at the slot for a short time. */
 static inline bool vmibridge_slot_poll(const struct vmibridge_slot *slot)
 {
@@ -258,9 +273,8 @@ static inline void vmibridge_slot_cancel(struct vmibridge_slot *slot)
 {
     slot->is_owed = true;
     *slot->cancel = slot->number;
-    VMIBRIDGE_DEVICE_ORDER();
     if (slot->is_ivshmem) {
-        *slot->doorbell = slot->ring;
+        vmibridge_slot_ring(slot);
     }
 }
 
@@ -284,7 +298,7 @@ static inline enum vmibridge_slot_result vmibridge_slot_begin(struct vmibridge_s
     }
     if (slot->is_owed && !vmibridge_slot_is_over(slot)) {
         if (page->state == VMIBRIDGE_SLOT_CALLED) {
-            *slot->doorbell = slot->ring; /* nobody may have */
+            vmibridge_slot_ring(slot); /* nobody may have */
         }
         vmibridge_slot_cancel(slot);
         if (!vmibridge_slot_poll(slot)) {
@@ -309,9 +323,7 @@ static inline enum vmibridge_slot_result vmibridge_slot_begin(struct vmibridge_s
     page->number = slot->number;
     VMIBRIDGE_DEVICE_ORDER();
     page->state = VMIBRIDGE_SLOT_CALLED;
-    VMIBRIDGE_DEVICE_ORDER();
-    *slot->doorbell = slot->ring;
-    VMIBRIDGE_DEVICE_ORDER();
+    vmibridge_slot_ring(slot);
     return slot->result = VMIBRIDGE_CALL_ANSWERED;
 }
 
