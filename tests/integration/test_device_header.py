@@ -4,16 +4,16 @@ import anyio
 import pytest
 from base_handlers import StandardHandler
 from called_methods import Called
-from children import run_beside
+from children import run, run_beside
 from device_guests import RIGHT, WRONG, DeviceMachine, build_device_guest
-from guest_builds import INCLUDE, STRICT, done, write_header
+from guest_builds import GUESTS, INCLUDE, STRICT, done, write_header
 from linux_guest import exchange
 from needs import needs
 
 from vmibridge import BridgeResponse, method
 
 HEADER = INCLUDE / "vmibridge_device.h"
-SYSFS = INCLUDE / "vmibridge_sysfs.h"
+SYSFS, DRIVER = INCLUDE / "vmibridge_sysfs.h", INCLUDE / "vmibridge_driver.h"
 slow = pytest.mark.slow
 
 
@@ -45,13 +45,32 @@ def test_and_for_windows(tmp_path, processor):
     )  # fmt: skip
 
 
+@slow
+@pytest.mark.parametrize(
+    ("processor", "entry"), [("x86_64", "DriverEntry"), ("i686", "_DriverEntry@8")]
+)
+def test_a_driver_of_windows_is_linked_to_its_kernel_alone(tmp_path, processor, entry):
+    """It is not run: there is no Windows here."""
+    warnings = [each for each in STRICT if each != "-Wpedantic"]
+    done(
+        needs(f"{processor}-w64-mingw32-gcc"), "-std=c11", "-O2", *warnings, f"-I{INCLUDE}",
+        "-isystem", "/usr/share/mingw-w64/include/ddk", "-shared", "-nostdlib",
+        "-Wl,--subsystem,native", f"-Wl,--entry,{entry}", "-o", tmp_path / "device.sys",
+        GUESTS / "device_windows.c", "-lntoskrnl", "-lhal",
+    )  # fmt: skip
+    listed = run([needs("objdump"), "-p", tmp_path / "device.sys"], check=True).stdout
+    libraries = {line.split()[-1] for line in listed.splitlines() if "DLL Name" in line}
+    assert libraries == {"ntoskrnl.exe", "HAL.dll"}
+
+
 @pytest.mark.parametrize(("compiler", "language"), [("gcc", "gnu11"), ("g++", "gnu++11")])
-def test_that_of_linux_programs_compiles_with_a_c_library(tmp_path, compiler, language):
+@pytest.mark.parametrize("header", [SYSFS, DRIVER], ids=["sysfs", "driver"])
+def test_those_of_linux_programs_compile_with_a_c_library(tmp_path, header, compiler, language):
     warnings = [each for each in STRICT if each != "-ffreestanding"]
     done(
         needs(compiler), f"-std={language}", "-O2", *warnings,
         "-x", "c" if compiler == "gcc" else "c++", "-c",
-        "-include", SYSFS, "/dev/null", "-o", tmp_path / "header.o",
+        "-include", header, "/dev/null", "-o", tmp_path / "header.o",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Programs of a real Linux call by the device: through sysfs, and by the driver; ivshmem-doorbell."""
+"""Programs of a real Linux call by the device, through sysfs and by the driver (ivshmem)."""
 
 from collections import Counter
 from dataclasses import dataclass
