@@ -397,8 +397,9 @@ static inline enum vmibridge_result vmibridge_ask(enum vmibridge_how how,
 /* --- the handshake --------------------------------------------------------------------------- */
 
 /* Ask the host itself. `false`: there is none, it has no handshake, or it denies us. */
-static inline bool vmibridge_ask_host(const struct vmibridge_caller *caller, uint16_t method,
-                                      vmibridge_word value1, struct vmibridge_response *response)
+static inline bool vmibridge_ask_host_by(const struct vmibridge_caller *caller, uint16_t method,
+                                         vmibridge_word value1,
+                                         struct vmibridge_response *response)
 {
     struct vmibridge_packet packet;
 
@@ -411,13 +412,22 @@ static inline bool vmibridge_ask_host(const struct vmibridge_caller *caller, uin
     return vmibridge_stamped(response);
 }
 
+/* The same by an instruction. */
+static inline bool vmibridge_ask_host(enum vmibridge_how how, uint16_t method, vmibridge_word value1,
+                                      struct vmibridge_response *response)
+{
+    const struct vmibridge_caller caller = vmibridge_by(how);
+
+    return vmibridge_ask_host_by(&caller, method, value1, response);
+}
+
 /* Whether there is a host of our major version. Then its version, and VMIBRIDGE_FEATURE bits. */
 static inline bool vmibridge_handshake_by(const struct vmibridge_caller *caller, uint32_t *version,
                                           uint32_t *features)
 {
     struct vmibridge_response response;
 
-    if (!vmibridge_ask_host(caller, VMIBRIDGE_HOST_VERSION, 0, &response)) {
+    if (!vmibridge_ask_host_by(caller, VMIBRIDGE_HOST_VERSION, 0, &response)) {
         return false;
     }
     *version = (uint32_t)response.value1;
@@ -441,7 +451,7 @@ static inline bool vmibridge_deadlines_by(const struct vmibridge_caller *caller,
 {
     struct vmibridge_response response;
 
-    if (!vmibridge_ask_host(caller, VMIBRIDGE_HOST_DEADLINES, 0, &response)) {
+    if (!vmibridge_ask_host_by(caller, VMIBRIDGE_HOST_DEADLINES, 0, &response)) {
         return false;
     }
     *soft = (uint32_t)response.value1;
@@ -463,7 +473,7 @@ static inline bool vmibridge_limit_by(const struct vmibridge_caller *caller, uin
 {
     struct vmibridge_response response;
 
-    if (!vmibridge_ask_host(caller, VMIBRIDGE_HOST_LIMITS, limit, &response) ||
+    if (!vmibridge_ask_host_by(caller, VMIBRIDGE_HOST_LIMITS, limit, &response) ||
         response.value2 < limit) {
         return false;
     }
