@@ -95,6 +95,14 @@ async def test_a_guest_without_a_system_calls_and_checks_every_answer(any_qemu, 
     assert [reason for _, reason in machine.ends] == ["halted"]
 
 
+@pytest.mark.anyio
+async def test_a_guest_in_assembly_calls_by_the_include(any_qemu, tmp_path, build_guest):
+    machine = DeviceMachine(any_qemu, tmp_path)
+    image = build_guest("device_inc", COUNT=300)
+    assert await machine.run(exchange(), image) == (RIGHT, "")
+    assert (machine.outcomes, machine.ends[0][1]) == ({"handled": 300}, "halted")
+
+
 @slow
 @pytest.mark.anyio
 @pytest.mark.parametrize("machine_type", ["pc", "microvm,pcie=on"])
