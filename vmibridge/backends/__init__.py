@@ -8,6 +8,7 @@
 | `remote:URL` | the VM of the agent that connects there |
 | `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false&copies=1&loop=1` | a recording |
 | `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
+| `vfio-user:unix:PATH?slots=64&kernel=0&hold=2ms&timeout=5s&...` | a QEMU that has the device |
 """
 
 from collections.abc import Callable, Mapping
@@ -71,6 +72,12 @@ def _remote(where: str, options: str, vm: str) -> "Backend":
     return RemoteBackend(f"{where}?{options}" if options else where, vm=vm)
 
 
+def _vfio_user(where: str, options: str, vm: str) -> "Backend":
+    from vmibridge.backends.device.backend import DeviceBackend
+
+    return DeviceBackend.from_spec(where, options, vm)
+
+
 BACKENDS: Mapping[str, Callable[[str, str, str], "Backend"]] = MappingProxyType(
     {
         "ivshmem": _ivshmem,
@@ -79,6 +86,7 @@ BACKENDS: Mapping[str, Callable[[str, str, str], "Backend"]] = MappingProxyType(
         "remote": _remote,
         "replay": _replay,
         "unicorn": _unicorn,
+        "vfio-user": _vfio_user,
     }
 )
 """From a backend's name to what makes it, given path, options and the name of the VM."""

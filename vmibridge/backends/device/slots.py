@@ -80,9 +80,9 @@ MAX_SLOTS: Final = 256
 HEADER: Final = struct.Struct("<16I")
 """Magic, version, slots, bytes of a slot; the offsets of the first doorbell and of the first slot,
 the bytes from one to the next, the offset of the payload in a slot; the generation, which changes
-with each reset and each server; the microseconds that a doorbell may be held, the milliseconds
-after which QEMU gives an access up (0: unknown), the interrupts; how many slots from 0 are the
-kernel's; three that are 0."""
+with each reset and each server, and is 0 when the server has stopped; the microseconds that a
+doorbell may be held, the milliseconds after which QEMU gives an access up (0: unknown), the
+interrupts; how many slots from 0 are the kernel's; three that are 0."""
 _GENERATION_AT: Final = 32
 SPACE: Final = struct.Struct("<QII")
 """An entry of page 1, at 16 times the slot: root, flags with the paging mode, and 4 bytes for the
@@ -256,7 +256,7 @@ class Slots:
         abandoned = list(self._open.values())
         self._open.clear()
         self._answered = [0] * self.count
-        self.generation = self.generation + 1 & _MASK32
+        self.generation = self.generation + 1 & _MASK32 or 1
         self._wipe()
         return abandoned
 
@@ -310,6 +310,14 @@ class Slots:
     def open_call(self, slot: int) -> Call | None:
         """The call that a slot waits for; `None`: for none."""
         return self._open.get(slot)
+
+    def end(self) -> None:
+        """The server stops: whoever still waits gets no answer. The generation of none is 0."""
+        self._open.clear()
+        for slot in range(self.count):
+            if self.state(slot) in (STATE_CALLED, STATE_TAKEN):
+                self._store(slot_offset(slot) + STATE_AT, STATE_UNMATCHED)
+        self._store(_GENERATION_AT, 0)
 
     @property
     def open_calls(self) -> list[Call]:
