@@ -1,5 +1,6 @@
 """Guests in C that call by the device, and the QEMUs that they run in."""
 
+import json
 from pathlib import Path
 
 import anyio
@@ -38,22 +39,46 @@ def ivshmem(socket: Path) -> list[str]:
     ]
 
 
-class DeviceMachine(ServedMachine):
-    """A QEMU with the device, and its host."""
+def vfio_user(socket: Path) -> list[str]:
+    """The same for vfio-user."""
+    where = {"path": str(socket), "type": "unix"}
+    return ["-device", json.dumps({"driver": "vfio-user-pci", "rombar": 0, "socket": where})]
 
-    def __init__(self, qemu: str, folder: Path, options: str = "") -> None:
+
+CARRIERS = {"ivshmem": ivshmem, "vfio-user": vfio_user}
+
+
+def shared_memory(file: Path, megabytes: int, machine: str) -> list[str]:
+    """QEMU's options for memory that the host reaches."""
+    backend = f"memory-backend-file,id=ram,size={megabytes}M,mem-path={file},share=on"
+    if not file.name:
+        backend = f"memory-backend-memfd,id=ram,size={megabytes}M,share=on"
+    return ["-object", backend, "-M", f"{machine},memory-backend=ram"]
+
+
+class CallingMachine(ServedMachine):
+    """A QEMU with the device, and its host. Its memory is shared if slots are the kernel's."""
+
+    def __init__(self, qemu: str, folder: Path, carrier: str = "ivshmem", kernel: int = 0) -> None:
         super().__init__()
-        self.qemu, self.socket = qemu, folder / "s"
-        self.spec = f"ivshmem:unix:{self.socket}?slots={SLOTS}{options}"
+        self.qemu, self.carrier, self.kernel = qemu, carrier, kernel
+        self.socket, self.file = folder / "s", folder / "ram"
+        self.spec = f"{carrier}:unix:{self.socket}?slots={SLOTS}&kernel={kernel}"
+        if carrier == "ivshmem" and kernel:
+            self.spec += f"&memory={self.file}"
 
     def command(
         self, image: Path, *extra: str, machine: str = "q35", device: bool = True
     ) -> list[str]:
+        memory = ["-M", machine]
+        if self.kernel:
+            file = self.file if self.carrier == "ivshmem" else Path()
+            memory = shared_memory(file, 64, machine)
         return [
-            *(self.qemu, "-accel", "tcg", "-M", machine, "-m", "64", "-nodefaults"),
+            *(self.qemu, "-accel", "tcg", *memory, "-m", "64", "-nodefaults"),
             *("-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(image)),
             *("-device", "isa-debug-exit,iobase=0xf4,iosize=4", *extra),
-            *(ivshmem(self.socket) if device else ()),
+            *(CARRIERS[self.carrier](self.socket) if device else ()),
         ]
 
     async def run(

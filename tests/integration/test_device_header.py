@@ -1,16 +1,18 @@
-"""vmibridge_device.h: what compiles it, and guests that call by it in QEMU: ivshmem-doorbell."""
+"""vmibridge_device.h: what compiles it, and guests that call by it in QEMU, on both carriers."""
+
+from functools import partial
 
 import anyio
 import pytest
 from base_handlers import StandardHandler
 from called_methods import Called
 from children import run, run_beside
-from device_guests import RIGHT, WRONG, DeviceMachine, build_device_guest
+from device_guests import RIGHT, WRONG, CallingMachine, build_device_guest
 from guest_builds import GUESTS, INCLUDE, STRICT, done, write_header
 from linux_guest import exchange
 from needs import needs
 
-from vmibridge import BridgeResponse, method
+from vmibridge import BridgeResponse, TrapReason, method
 
 HEADER = INCLUDE / "vmibridge_device.h"
 SYSFS, DRIVER = INCLUDE / "vmibridge_sysfs.h", INCLUDE / "vmibridge_driver.h"
@@ -74,30 +76,45 @@ def test_those_of_linux_programs_compile_with_a_c_library(tmp_path, header, comp
     )  # fmt: skip
 
 
+@pytest.fixture(params=["ivshmem-system", "ivshmem-new", "vfio-user-new"])
+def calling(request, tmp_path):
+    """`calling(kernel=0)`: a machine of each carrier; vfio-user is in new QEMUs only."""
+    carrier, _, which = request.param.rpartition("-")
+    is_new = which == "new"
+    qemu = request.getfixturevalue("qemu") if is_new else needs("qemu-system-x86_64")
+    return partial(CallingMachine, qemu, tmp_path, carrier)
+
+
 CALLS = {
-    "64": {},
-    "32": {"width": 32},
-    "ring-3": {"USER": 1, "SLOT": 7},
-    "halts": {"INTERRUPT": 1, "SLOT": 5},
+    "64": {"SPACE": "IN_SLOT"},
+    "32": {"SPACE": "IN_SLOT", "width": 32},
+    "ring-3": {"SPACE": "IN_SLOT", "USER": 1, "SLOT": 7},
+    "halts": {"SPACE": "IN_SLOT", "INTERRUPT": 1, "SLOT": 5},
+    "kernel": {"SPACE": "OWN", "SLOT": 1},
+    "physical": {"SPACE": "PHYSICAL"},
+    "kernel-32": {"SPACE": "OWN", "width": 32},
 }
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("form", CALLS)
-async def test_a_guest_without_a_system_calls_and_checks_every_answer(any_qemu, tmp_path, form):
-    machine = DeviceMachine(any_qemu, tmp_path)
-    image = build_device_guest(tmp_path, "device_calls", SPACE="IN_SLOT", COUNT=300, **CALLS[form])
+async def test_a_guest_without_a_system_calls_and_checks_every_answer(calling, tmp_path, form):
+    given = CALLS[form]
+    is_kernel = given["SPACE"] != "IN_SLOT"
+    machine = calling(kernel=2 if is_kernel else 0)
+    image = build_device_guest(tmp_path, "device_calls", COUNT=300, **given)
     assert await machine.run(exchange(), image) == (RIGHT, "")
     assert machine.outcomes["handled"] == 5 + 300 + 2
     assert set(machine.outcomes) <= {"handled", "waiting"}
     event = machine.events[-1]
-    assert (event.vcpu, event.ring) == (CALLS[form].get("SLOT", 0), 3)
-    assert [reason for _, reason in machine.ends] == ["halted"]
+    assert (event.vcpu, event.ring) == (given.get("SLOT", 0), 0 if is_kernel else 3)
+    assert (event.reason, event.width) == (TrapReason.DEVICE, given.get("width", 64))
+    assert machine.ends == [(event.vcpu, "halted")]
 
 
 @pytest.mark.anyio
-async def test_a_guest_in_assembly_calls_by_the_include(any_qemu, tmp_path, build_guest):
-    machine = DeviceMachine(any_qemu, tmp_path)
+async def test_a_guest_in_assembly_calls_by_the_include(calling, build_guest):
+    machine = calling()
     image = build_guest("device_inc", COUNT=300)
     assert await machine.run(exchange(), image) == (RIGHT, "")
     assert (machine.outcomes, machine.ends[0][1]) == ({"handled": 300}, "halted")
@@ -106,8 +123,8 @@ async def test_a_guest_in_assembly_calls_by_the_include(any_qemu, tmp_path, buil
 @slow
 @pytest.mark.anyio
 @pytest.mark.parametrize("machine_type", ["pc", "microvm,pcie=on"])
-async def test_on_other_machines(any_qemu, tmp_path, machine_type):
-    machine = DeviceMachine(any_qemu, tmp_path)
+async def test_on_other_machines(calling, tmp_path, machine_type):
+    machine = calling()
     defines = {"SPACE": "IN_SLOT", "COUNT": 300}
     if machine_type != "pc":
         # There is no firmware that would assign BARs.
@@ -118,7 +135,7 @@ async def test_on_other_machines(any_qemu, tmp_path, machine_type):
 
 @pytest.mark.anyio
 async def test_a_guest_without_the_device_finds_none(any_qemu, tmp_path):
-    machine = DeviceMachine(any_qemu, tmp_path)
+    machine = CallingMachine(any_qemu, tmp_path)
     image = build_device_guest(tmp_path, "device_calls", SPACE="NONE")
     ended = await run_beside(machine.command(image, device=False))
     assert (ended.returncode, ended.stdout.strip()) == (WRONG, b"no device")
@@ -151,28 +168,28 @@ class Patient(StandardHandler):
 
 
 @pytest.mark.anyio
-async def test_a_call_that_does_not_end_well_says_how(any_qemu, tmp_path):
-    machine, handler = DeviceMachine(any_qemu, tmp_path), Patient()
+async def test_a_call_that_does_not_end_well_says_how(calling, tmp_path):
+    machine, handler = calling(), Patient()
     image = build_device_guest(tmp_path, "device_states")
     assert await machine.run(handler, image) == (RIGHT, "")
     assert handler.cancelled == handler.hung
 
 
 @pytest.mark.anyio
-async def test_a_guest_sees_that_its_host_has_stopped(any_qemu, tmp_path):
-    machine, handler = DeviceMachine(any_qemu, tmp_path), Patient()
+async def test_a_guest_sees_that_its_host_has_stopped(calling, tmp_path):
+    machine, handler = calling(), Patient()
     image = build_device_guest(tmp_path, "device_states", GONE=1)
     assert await machine.run(handler, image, stop=handler.hangs_now) == (RIGHT, "")
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("width", [64, pytest.param(32, marks=slow)])
-async def test_methods_are_called_by_generated_headers_and_buffers_go_through_the_slot(
-    qemu, tmp_path, width
-):
+@pytest.mark.parametrize("space", ["IN_SLOT", "OWN"])
+async def test_methods_are_called_by_generated_headers(calling, tmp_path, width, space):
+    """With addresses of the kernel's own, and with buffers that go through the slot."""
     write_header(tmp_path / "called.h", Called, "c")
-    machine = DeviceMachine(qemu, tmp_path)
+    machine = calling(kernel=0 if space == "IN_SLOT" else 1)
     image = build_device_guest(
-        tmp_path, "device_headers", "-Wno-unused-function", width=width, SPACE="IN_SLOT"
+        tmp_path, "device_headers", "-Wno-unused-function", width=width, SPACE=space
     )
     assert await machine.run(Called(), image) == (RIGHT, "")

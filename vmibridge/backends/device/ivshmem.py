@@ -11,6 +11,9 @@ Source: QEMU, docs/specs/ivshmem-spec.rst, "Interrupts" and "Messages".
 | `HOST`, once a vector | an eventfd: the guest rings it by `HOST << 16 \\| vector` at `DOORBELL` |
 | the id of the guest, once a vector | an eventfd: the guest's MSI-X vector |
 
+The doorbell's page of a slot is plain memory here. A guest that gives a call up writes its number
+there, where vfio-user takes it, and rings.
+
 That is all: the device sends nothing, and it needs the connection for nothing more. QEMU refuses
 more vectors than its option `vectors` has; it asks for none that were not sent.
 """
@@ -19,9 +22,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from vmibridge.backends.device.slots import DOORBELL_CANCEL, doorbell_offset
-
-__all__ = ["GUEST", "HOST", "Message", "cancelled_number", "greeting", "has_closed"]
+__all__ = ["GUEST", "HOST", "Message", "greeting"]
 
 HOST: Final = 1
 """Our id as a peer of the guest."""
@@ -30,7 +31,6 @@ GUEST: Final = 0
 _VERSION: Final = 0
 _MEMORY: Final = -1
 _NUMBER: Final = struct.Struct("<q")
-_WORD: Final = struct.Struct("<I")
 
 
 class Message(NamedTuple):
@@ -53,18 +53,3 @@ def greeting(memory: int, doorbells: Sequence[int], interrupts: Sequence[int]) -
         *(Message(_NUMBER.pack(HOST), each) for each in doorbells),
         *(Message(_NUMBER.pack(GUEST), each) for each in interrupts),
     ]
-
-
-def cancelled_number(memory: memoryview, slot: int) -> int:
-    """The number of the call that a slot's user has given up, before it rang again.
-
-    The doorbell's page of a slot is plain memory here, and the guest writes that number where the
-    doorbell of vfio-user takes it.
-    """
-    (number,) = _WORD.unpack_from(memory, doorbell_offset(slot) + DOORBELL_CANCEL)
-    return int(number)
-
-
-def has_closed(memory: memoryview) -> None:
-    """Make the header say that there is no host: a guest has no other way to know."""
-    _WORD.pack_into(memory, 0, 0)

@@ -94,7 +94,10 @@ async def test_each_slot_calls_and_gets_its_own_answer(serving):
         for slot in range(SLOTS):
             state, values = await guest.call(slot, REQUEST, values=(slot, 1, 2, 3))
             assert (state, values) == (STATE_ANSWERED, (~slot & (1 << 64) - 1, 6, *STAMPS))
-    assert (host.outcomes, host.end) == (["handled"] * SLOTS, [("halted", "QEMU has ended")])
+    assert (host.outcomes, host.end) == (
+        ["handled"] * SLOTS,
+        [("halted", "QEMU has hung up")] * SLOTS,
+    )
 
 
 @pytest.mark.anyio
@@ -190,7 +193,7 @@ async def test_a_guest_that_ends_with_an_open_call_is_lost_and_its_handler_cance
         guest.ring(0)
         await guest.reaches(0, STATE_TAKEN)
     assert host.slow.cancelled == 1
-    assert host.end == [("lost", "QEMU has ended, with a call that was not answered")]
+    assert host.end == [("lost", "QEMU has hung up, with a call that was not answered")]
 
 
 @pytest.mark.anyio
@@ -201,8 +204,8 @@ async def test_a_host_that_stops_answers_open_calls_and_says_that_it_is_gone(ser
         await guest.reaches(0, STATE_TAKEN)
         host.server.stop()
         await guest.reaches(0, STATE_ANSWERED, STATE_UNMATCHED)
-        assert (await until(lambda: guest.header()[0] == 0)) is None
-    assert host.end == [("stopped", "")]
+        assert (await until(lambda: guest.header()[8] == 0)) is None
+    assert host.end == [("stopped", "QEMU has hung up")]
 
 
 @pytest.mark.anyio
