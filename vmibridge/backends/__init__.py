@@ -2,6 +2,7 @@
 
 | spec | the VM |
 |---|---|
+| `ivshmem:unix:PATH?slots=64&memory=FILE&mode=0o600&stay=false` | a QEMU with ivshmem-doorbell |
 | `qemu-gdb:unix:PATH?site=0x...&...` or `qemu-gdb:tcp:HOST:PORT?...` | a QEMU's gdbstub |
 | `qemu-plugin:unix:PATH?mode=0o600&stay=false` | the QEMUs that connect with the plugin |
 | `remote:URL` | the VM of the agent that connects there |
@@ -59,6 +60,12 @@ def _qemu_gdb(where: str, options: str, vm: str) -> "Backend":
     return QemuGdbBackend.from_spec(where, options, vm)
 
 
+def _ivshmem(where: str, options: str, vm: str) -> "Backend":
+    from vmibridge.backends.device.ivshmem_backend import IvshmemBackend
+
+    return IvshmemBackend.from_spec(where, options, vm)
+
+
 def _remote(where: str, options: str, vm: str) -> "Backend":
     from vmibridge.transport import RemoteBackend
 
@@ -73,6 +80,7 @@ def _vfio_user(where: str, options: str, vm: str) -> "Backend":
 
 BACKENDS: Mapping[str, Callable[[str, str, str], "Backend"]] = MappingProxyType(
     {
+        "ivshmem": _ivshmem,
         "qemu-gdb": _qemu_gdb,
         "qemu-plugin": _qemu_plugin,
         "remote": _remote,
