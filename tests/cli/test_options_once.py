@@ -35,6 +35,7 @@ NOT_THE_SAME = {
     "to": "a format, or where a recording is kept",
     "until": "when a run ends, or the last trap that is listed",
     "vm": "which traps are listed, or which VMs are replayed",
+    "within": "until a check has failed, or what a guest gets to go",
 }
 
 

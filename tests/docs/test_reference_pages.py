@@ -52,6 +52,7 @@ from vmibridge.vm.spec import parse_size
         "qemu run",
         "qemu attach",
         "qemu device-args",
+        "qemu stop",
         "agent",
         "serve",
         "health",

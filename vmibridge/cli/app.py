@@ -101,6 +101,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "qemu_run:run_qemu",
             "Start QEMU with what traps need, answer them until it ends, and take it down.",
         ),
+        "qemu stop": (
+            "qemu_stop:stop",
+            "Stop a QEMU by its monitor: its guest powers off, is saved, or is cut off.",
+        ),
         "recordings get": ("recordings:get_recording", "Get a recording back."),
         "recordings list": (
             "recordings:list_recordings",

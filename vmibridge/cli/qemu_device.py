@@ -24,10 +24,10 @@ from vmibridge.backends.device.arguments import (
 )
 from vmibridge.backends.device.backend import DeviceBackend
 from vmibridge.backends.qemu.qmp import Qmp
-from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
+from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import HANDLERS, bytes_of
-from vmibridge.cli.output import stream_writer
+from vmibridge.cli.options import HANDLERS, Outcomes, bytes_of
+from vmibridge.cli.quiet_output import stdout_writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
 from vmibridge.errors import BackendError, ConfigError, QmpError
@@ -90,6 +90,7 @@ def attach(
     backend_options: Annotated[
         str, Parameter(help="Options of the backend, as in a spec: kernel=16&slots=32...")
     ] = "",
+    outcomes: Outcomes = True,
     options: ServerOptions | None = None,
 ) -> int:
     """Plug the device into a QEMU that runs, answer its guest, and unplug it at the end.
@@ -110,17 +111,22 @@ def attach(
         logging_to(log_handler(given.log_level, None), given.log_level),
     ):
         backend = DeviceBackend.from_spec(f"unix:{folder}/device.sock", backend_options, "vm")
-        writer = stream_writer(1, as_json=given.json)
+        writer = stdout_writer(as_json=given.json, outcomes=outcomes)
         server = prepared.server([backend])
+        health = prepared.health(server)
         plug = Plug(qmp, backend, bus)
         life = Life(
             [*prepared.taps, plug.connected(), backend, writer],
             server,
             writer,
             plug.plug,
-            reloader=prepared.reloader(server),
+            reloader=prepared.reloader(server, health),
+            bound=prepared.stop_bound(_UNPLUG),
+            exit_zero=given.exit_zero,
+            health=health,
         )
-        return run_on(given.loop, partial(run_server, life))
+        main = partial(run_server, life)
+        return run_telling(given.loop, main, health, given.health_socket)
 
 
 class Plug:
