@@ -31,6 +31,7 @@ NOT_THE_SAME = {
     "limit": "where a list ends, or how much a page shows",
     "log_level": "a replay has a level more, and is quiet by default",
     "name": "what a recording is kept as: an option of put, an argument of get",
+    "outcomes": "whether each trap is shown, or the file that qemu run shows them in",
     "timeout": "by default that of the server, or the recorded one; both from ServerSettings",
     "to": "a format, or where a recording is kept",
     "until": "when a run ends, or the last trap that is listed",

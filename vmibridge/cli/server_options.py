@@ -67,8 +67,8 @@ class ServerOptions(LoopOptions):
         Literal["stop", "continue"] | None,
         Parameter(
             group=RECORDING,
-            help="When the file cannot be written: stop, or continue without. stop, the default,"
-            " holds the guests while the volume is full, and ends the run for any other reason.",
+            help="When the file cannot be written: stop, or continue without. While the volume is"
+            " full, stop holds the guests; for another reason it ends the run; stop by default.",
         ),
     ] = None
     rotate: Annotated[
