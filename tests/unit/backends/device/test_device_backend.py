@@ -243,6 +243,33 @@ async def test_a_full_queue_holds_its_caller_and_a_closed_one_lets_it_go(tmp_pat
             assert client.state(2) == slots.STATE_UNMATCHED
 
 
+async def test_what_only_connects_is_no_qemu(tmp_path):
+    async with serving(tmp_path, "hold=1s&timeout=10s") as served:
+        for _ in range(3):
+            stream = await anyio.connect_unix(served.backend.path)
+            await until(lambda: served.connection is not None)
+            await stream.aclose()
+            await until(lambda: served.connection is None)
+        assert served.end is None, "the run goes on"
+        with await served.connect() as client:
+            client.ring()
+            await called(served)
+            await served.answer(1)
+            await beside(client.receive)
+
+
+async def test_of_a_full_queue_only_calls_that_are_open_wait(tmp_path):
+    async with serving(tmp_path, "hold=1ms&slots=1") as served:
+        with await served.connect() as client:
+            served.sink.has_room = False
+            for number in range(1, 50):
+                client.ring(0, number)
+                await beside(client.receive)
+                await beside(client.ask, message(vfio_user.RESET))
+            assert len(served.backend._full) <= 1
+            assert len(served.backend._pending) <= 2
+
+
 async def test_memory_is_asked_of_qemu_only_when_no_access_is_held(tmp_path):
     async with serving(tmp_path) as served:
         with await served.connect() as client:
