@@ -190,7 +190,7 @@ class Connection:
         self._interrupts.close()
         self.mailbox.close()
         os.close(self._wake)
-        self.socket.close()
+        self.stream.close()
 
     # --- what comes -----------------------------------------------------------------
 
