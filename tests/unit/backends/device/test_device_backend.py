@@ -218,6 +218,25 @@ async def test_a_stop_leaves_state_4_and_no_generation(tmp_path):
     assert [(each.vcpu, each.reason) for each in served.end.vcpus] == [(1, "stopped")]
 
 
+async def test_what_is_unread_at_the_end_does_not_reset_the_connection(tmp_path):
+    """QEMU 11.1.3 aborts when its connection is reset."""
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            reading, writing = os.pipe()
+            with served.connection.lock:
+                client.send(read(0, 4, 7) * 300)
+                client.send(dma_map(0, 0x1000), [writing])
+                client.send(read(0, 4, 7))
+                os.close(writing)
+            served.backend.stop()
+            with pytest.raises(EOFError):
+                while True:
+                    await beside(client.receive)
+            await until(lambda: served.end is not None)
+            assert os.read(reading, 1) == b"", "its descriptors are closed, too"
+            os.close(reading)
+
+
 async def test_what_is_not_ours_is_not_taken(tmp_path):
     async with serving(tmp_path) as served:
         with await served.connect() as client:
@@ -241,6 +260,33 @@ async def test_a_full_queue_holds_its_caller_and_a_closed_one_lets_it_go(tmp_pat
             client.ring(2, message_number=102)
             await beside(client.receive)
             assert client.state(2) == slots.STATE_UNMATCHED
+
+
+async def test_what_only_connects_is_no_qemu(tmp_path):
+    async with serving(tmp_path, "hold=1s&timeout=10s") as served:
+        for _ in range(3):
+            stream = await anyio.connect_unix(served.backend.path)
+            await until(lambda: served.connection is not None)
+            await stream.aclose()
+            await until(lambda: served.connection is None)
+        assert served.end is None, "the run goes on"
+        with await served.connect() as client:
+            client.ring()
+            await called(served)
+            await served.answer(1)
+            await beside(client.receive)
+
+
+async def test_of_a_full_queue_only_calls_that_are_open_wait(tmp_path):
+    async with serving(tmp_path, "hold=1ms&slots=1") as served:
+        with await served.connect() as client:
+            served.sink.has_room = False
+            for number in range(1, 50):
+                client.ring(0, number)
+                await beside(client.receive)
+                await beside(client.ask, message(vfio_user.RESET))
+            assert len(served.backend._full) <= 1
+            assert len(served.backend._pending) <= 2
 
 
 async def test_memory_is_asked_of_qemu_only_when_no_access_is_held(tmp_path):
