@@ -10,6 +10,7 @@ import anyio
 import pytest
 from device_machine import FAULT, HOST_GONE, NO_ANSWER, DeviceMachine
 from micro_guest import ALL_RIGHT, ENDLESS, HOLD, NOT_ANSWERED, REVERSE, SLOW, OfAnother, Work
+from waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -183,8 +184,7 @@ async def test_a_reset_abandons_the_call_that_is_open(machine):
         async with machine.host(work) as server, machine.start(METHOD=SLOW, COUNT=1) as qemu:
             await work.begun.wait()
             await qemu.qmp.execute("system_reset")
-            while not machine.outcomes["cancelled"]:
-                await anyio.sleep(0.01)
+            await until(lambda: machine.outcomes["cancelled"])
             work.end.set()
             assert await qemu.wait() == ALL_RIGHT, "the guest of after the reset"
             server.stop()

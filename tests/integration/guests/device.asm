@@ -7,6 +7,8 @@
 ; HALT=1: waits for MSI. TWICE=1: rings twice. FIRST: the slot of the first vCPU. STALE=1: after its
 ; calls it asks once more with the last number. CANCEL=1: cancels each call. PATIENT=1: a doorbell that
 ; reads as all ones is not the host's end.
+; PLUG=1: waits until the device is plugged in, calls until it is to be unplugged, lets it go, and
+; begins anew; on the machine pc.
 ; ECAM: where config space is on a machine whose firmware does not assign BARs (microvm).
 ; Ends by isa-debug-exit: 33 all was right, 35 a wrong answer, 37 no answer, 39 the host is gone,
 ; 41 there is no device.
@@ -39,6 +41,9 @@
 %endif
 %ifndef PATIENT
 %define PATIENT 0
+%endif
+%ifndef PLUG
+%define PLUG 0
 %endif
 %ifndef FIRST
 %define FIRST 0
@@ -85,9 +90,14 @@ main:
     add ebx, STEP
     cmp ebx, CONFIG + 32 * STEP
     jb .scan
+%if PLUG
+    jmp main
+%else
     END 0x14
+%endif
 .found:
-%if ECAM
+    mov [config], ebx
+%if ECAM || PLUG
     mov cl, 0x10
     mov eax, 0xC0000000
     call config_write
@@ -234,7 +244,11 @@ next:
 .answered:
     cmp eax, 4
     jne .value
+%if PLUG
+    jmp .plugged
+%else
     END 0x12
+%endif
 .value:
     mov eax, [rsi + 60]
     lea ecx, [r15 + 1]
@@ -267,6 +281,25 @@ next:
     jne wrong
 %endif
     inc r15
+%if PLUG
+.plugged:
+    mov dx, 0xAE10                      ; ACPI PCI hot-plug: the first bus
+    xor eax, eax
+    out dx, eax
+    mov dx, 0xAE04                      ; slots to be unplugged
+    in eax, dx
+    test eax, eax
+    jz next
+    mov r14d, eax
+    mov ebx, [config]
+    mov cl, 4
+    xor eax, eax
+    call config_write
+    mov eax, r14d
+    mov dx, 0xAE08                      ; eject
+    out dx, eax
+    jmp main
+%endif
     cmp r15, COUNT
     jb next
 %if STALE
@@ -282,7 +315,11 @@ next:
     jb .others
     END 0x10
 wrong:
+%if PLUG
+    jmp next.plugged                    ; the server has stopped: what is left is to be unplugged
+%else
     END 0x11
+%endif
 fault:
     END 0x15
 on_interrupt:
@@ -364,6 +401,7 @@ second_long:
 %endif
 align 8
 bar:      dd 0
+config:   dd 0
 done:     dd 0
 text:     db "hello to guest!!"
 expected: db "tseug ot"

@@ -18,7 +18,7 @@ When a call's access is answered: see `connection`.
 import itertools
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Self
 
@@ -105,6 +105,8 @@ class DeviceBackend(Backend):
             )
         if given.kernel > given.slots:
             raise BackendSpecError(f"{spec}: kernel={given.kernel} of {given.slots} slots")
+        self.before_hanging_up: Callable[[], Awaitable[None]] | None = None
+        """Awaited by `run` after `stop`, while QEMU is still answered: unplugs the device."""
         self._listener: sockets.UnixListener
         self._seq = itertools.count(1)
         self._pending: dict[int, tuple[Connection, Pending]] = {}
@@ -149,7 +151,8 @@ class DeviceBackend(Backend):
 
             def take(connected: socket.socket) -> None:
                 if self._connection is not None:
-                    log.warning("vm %s: another QEMU came while one is there", self.vm)
+                    # Also a check of health, again and again.
+                    log.debug("vm %s: another one came while a QEMU is there", self.vm)
                     connected.close()
                     return
                 try:
@@ -163,13 +166,16 @@ class DeviceBackend(Backend):
             tasks.start_soon(sockets.accept, self._listener.socket, take)
             tasks.start_soon(self._feed_full)
             await self._over.wait()
+            if self.before_hanging_up is not None and self._connection is not None:
+                # What still calls gets no answer: the engine takes no more.
+                await self.before_hanging_up()
             tasks.cancel_scope.cancel()
         return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
 
     def stop(self) -> None:
         """Answer what is open as if nobody were there, and hang up: the device is dead then."""
         self._is_stopped = True
-        if self._connection is not None:
+        if self._connection is not None and self.before_hanging_up is None:
             self._connection.end()
         self._over.set()
 
@@ -193,12 +199,13 @@ class DeviceBackend(Backend):
             why = f"it broke the protocol: {error}"
             log.warning("vm %s: QEMU broke the protocol: %s", self.vm, error)
         finally:
-            self._lose(connection, why)
-        if not self.options.stay:
+            self._connection = None
+            if connection.is_qemu:
+                self._lose(connection, why)
+        if connection.is_qemu and not self.options.stay:
             self._over.set()
 
     def _lose(self, connection: Connection, why: str) -> None:
-        self._connection = None
         waiting = [
             pending.event
             for where, pending in self._pending.values()
@@ -214,7 +221,15 @@ class DeviceBackend(Backend):
                 end = VcpuEnd(lane, "halted", why)
             self._ends[lane] = end
         for event in waiting:
-            self._sink.abandon(event)
+            self._give_up(event)
+
+    def _give_up(self, event: TrapEvent) -> None:
+        """Nobody waits for its answer any more."""
+        for at, each in enumerate(self._full):
+            if each is event:
+                del self._full[at], self._pending[event.seq]
+                return
+        self._sink.abandon(event)
 
     # --- calls ------------------------------------------------------------------------
 
@@ -288,9 +303,9 @@ class DeviceBackend(Backend):
             self._decline(*found)
 
     def _abandon(self, call: Call) -> None:
-        for _, pending in self._pending.values():
+        for _, pending in list(self._pending.values()):
             if pending.call is call and pending.event is not None:
-                self._sink.abandon(pending.event)
+                self._give_up(pending.event)
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Write the answer into the slot. Raises `BackendError` when QEMU is gone."""

@@ -31,12 +31,15 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from threading import Lock
 from time import monotonic
 from typing import Any, Final
 
 import anyio
 
+from vmibridge.aio.listening import sleep_late
 from vmibridge.aio.loops import loop_door, while_readable
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.device.interrupts import Interrupts
@@ -52,6 +55,7 @@ from vmibridge.backends.device.slots import (
     slot_of_doorbell,
 )
 from vmibridge.backends.device.stream import MessageStream, close_all
+from vmibridge.backends.device.transfer import Transfer
 from vmibridge.backends.device.vfio_user import (
     Access,
     Bar,
@@ -66,18 +70,10 @@ __all__ = ["Connection"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
+_HANDSHAKE: Final = 5.0
+"""Seconds."""
 _AT_ONCE: Final = 16
 """Receptions of the loop that follow each other without one of its turns."""
-
-
-class _Transfer:
-    """Guest memory that was asked of QEMU."""
-
-    __slots__ = ("data", "ended")
-
-    def __init__(self) -> None:
-        self.ended = anyio.Event()
-        self.data: bytes | None = None
 
 
 class Connection:
@@ -97,7 +93,12 @@ class Connection:
         not wait any more.
         """
         self.socket = connected
-        self.mailbox: Mailbox = Mailbox(slots, limits)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.mailbox: Mailbox = Mailbox(slots, limits)
+        except BaseException:
+            os.close(self._wake)
+            raise
         self.slots = self.mailbox.slots
         self.ranges: GuestRanges = GuestRanges()
         self.lock: Lock = Lock()
@@ -109,19 +110,18 @@ class Connection:
         self._protocol = VfioUser(self, bar, max(1, limits.vectors))
         self._hold = limits.hold_us / 1e6
         self._timeout = limits.timeout_ms / 1e3
-        self._stream = MessageStream(connected, self._timeout)
+        self.stream = MessageStream(connected, self._timeout)
         self._on_call, self._on_abandoned = on_call, on_abandoned
         self._held: dict[int, Pending] = {}
         self._cancelled: set[int] = set()
         self._interrupts = Interrupts()
         self._news: deque[tuple[Callable[[Any], None], object]] = deque()
         self._max_news = 16 + 4 * slots
-        self._transfers: dict[int, _Transfer] = {}
+        self._transfers: dict[int, Transfer] = {}
         self._transfer_room = anyio.Semaphore(1)
         self.loop_turns = 0
         self._at_once = 0
         self.broken: Exception | None = None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.is_over = False
 
     # --- its life -------------------------------------------------------------------
@@ -136,18 +136,33 @@ class Connection:
         try:
             async with anyio.create_task_group() as tasks:
                 watch = Watch(self, self._wake, self._hold, self._timeout)
-                tasks.start_soon(in_own_thread, watch.run, loop_door())
+                # In the context of here: anyio has to know its loop in what the thread has for it.
+                soon = partial(loop_door(), copy_context().run)
+                tasks.start_soon(in_own_thread, watch.run, soon)
+                tasks.start_soon(self._expect_version)
                 try:
                     await while_readable(self.socket, self._take)
                 except (anyio.EndOfStream, OSError, ValueError) as error:
                     ended = error
                 finally:
                     self.end()
+                tasks.cancel_scope.cancel()
         finally:
             self._deliver()
             self._free()
         if ended is not None:
             raise ended
+
+    async def _expect_version(self) -> None:
+        await sleep_late(_HANDSHAKE)
+        if not self.is_qemu:
+            with self.lock:
+                self.hang_up(ValueError(f"no VERSION within {_HANDSHAKE:.0f} seconds"))
+
+    @property
+    def is_qemu(self) -> bool:
+        """Whether it has spoken the protocol, and did not only connect."""
+        return self._protocol.has_begun
 
     def end(self) -> None:
         """Answer what is open, as if nobody were there, and hang up. Takes the lock."""
@@ -162,7 +177,7 @@ class Connection:
                 self._signal(call)
             with suppress(OSError):
                 self._flush()
-            self._stream.hang_up()
+            self.stream.hang_up()
             os.eventfd_write(self._wake, 1)
             for transfer in self._transfers.values():
                 self._news.append((self._end_transfer, (transfer, None)))
@@ -207,14 +222,14 @@ class Connection:
     def hang_up(self, error: Exception) -> None:
         """For the task that receives: the end that it sees now wakes it."""
         self.broken = self.broken or error
-        self._stream.hang_up()
+        self.stream.hang_up()
 
     def _receive(self) -> bool:
         """Take what there is, with the lock held. Returns whether there was something."""
-        came = self._stream.receive()
+        came = self.stream.receive()
         if came is None:
             return False
-        self._protocol.is_mute = self._stream.is_late(self._stream.sent_after)
+        self._protocol.is_mute = self.stream.is_late(self.stream.sent_after)
         try:
             self._protocol.receive(*came)
         finally:
@@ -250,7 +265,7 @@ class Connection:
         if call is None:
             self._protocol.reply(access)
             return
-        pending = Pending(call, access, self._stream.received_at, self._stream.sent_after)
+        pending = Pending(call, access, self.stream.received_at, self.stream.sent_after)
         self._held[slot] = pending
         self.used.add(slot)
         if self._protocol.is_mute or self._transfers or not self._hold or not access.wants_reply:
@@ -343,7 +358,7 @@ class Connection:
         if pending is None or pending.access is None:
             return
         access, pending.access = pending.access, None
-        if not self._stream.is_late(pending.sent_after):
+        if not self.stream.is_late(pending.sent_after):
             self._protocol.reply(access)
 
     def _acknowledge(self, slot: int) -> None:
@@ -356,7 +371,7 @@ class Connection:
             self._interrupts.signal(call.slot)
 
     def _flush(self) -> None:
-        self._stream.flush(self._protocol.out)
+        self.stream.flush(self._protocol.out)
 
     # --- guest memory through QEMU ----------------------------------------------------
 
@@ -367,7 +382,7 @@ class Connection:
         """
         # One at a time, from its request to its reply: so the socket has room for each.
         await self._transfer_room.acquire()
-        transfer = _Transfer()
+        transfer = Transfer()
         with self.lock:
             if self.is_over:
                 self._transfer_room.release()
@@ -386,7 +401,7 @@ class Connection:
         await transfer.ended.wait()
         return transfer.data
 
-    def _end_transfer(self, ended: tuple[_Transfer, bytes | None]) -> None:
+    def _end_transfer(self, ended: tuple[Transfer, bytes | None]) -> None:
         transfer, data = ended
         transfer.data = data
         transfer.ended.set()
@@ -414,15 +429,6 @@ class Connection:
                 self._acknowledge(slot)
         if self._protocol.out:
             self._flush()
-
-    def saw_empty(self, at: float) -> None:
-        """The socket had nothing to receive."""
-        self._stream.empty_at = at
-
-    @property
-    def receptions(self) -> int:
-        """How often something was received."""
-        return self._stream.receptions
 
     @property
     def is_idle(self) -> bool:

@@ -168,7 +168,8 @@ class VfioUser:
         """Set by the caller, for what it receives next."""
         self.config: ConfigSpace = ConfigSpace(vectors)
         self._host, self._bar = host, bar
-        self._has_begun = False
+        self.has_begun: bool = False
+        """Whether the versions were exchanged."""
         self._rest = b""
         self._descriptors: list[int] = []
         """Of the message in `_rest`."""
@@ -227,9 +228,9 @@ class VfioUser:
         if kind:
             self._drop(passed)
             raise ValueError(f"a message of type {kind}")
-        if (command == VERSION) == self._has_begun:
+        if (command == VERSION) == self.has_begun:
             self._drop(passed)
-            raise ValueError(f"command {command} {'once more' if self._has_begun else 'first'}")
+            raise ValueError(f"command {command} {'once more' if self.has_begun else 'first'}")
         wants_reply = not flags & NO_REPLY
         if command in (READ, WRITE):
             self._drop(passed)
@@ -330,7 +331,7 @@ class VfioUser:
         if offered.max_data_xfer_size < 1:
             raise ValueError(f"{offered.max_data_xfer_size} bytes of data at most")
         self._max_transfer = min(MAX_TRANSFER, offered.max_data_xfer_size)
-        self._has_begun = True
+        self.has_begun = True
         ours = _Offer(_Capabilities(MAX_DESCRIPTORS, MAX_TRANSFER))
         return struct.pack("<HH", 0, 0) + msgspec.json.encode(ours) + b"\0"
 

@@ -16,11 +16,12 @@ It sees the socket empty at least every eighth of `timeout`: see `Connection`.
 """
 
 import select
-import socket
 from collections.abc import Callable
 from threading import Lock
 from time import monotonic
 from typing import Any, Final, Protocol
+
+from vmibridge.backends.device.stream import MessageStream
 
 __all__ = ["Watch", "Watched"]
 
@@ -33,17 +34,10 @@ class Watched(Protocol):
     """What the thread needs of a connection; all but `lock` with the lock held."""
 
     lock: Lock
-    socket: socket.socket
+    stream: MessageStream
     is_over: bool
     broken: Exception | None
     loop_turns: int
-
-    @property
-    def receptions(self) -> int:
-        """How often something was received."""
-
-    def saw_empty(self, at: float) -> None:
-        """The socket had nothing to receive."""
 
     def take_over(self) -> None:
         """Take what came, and acknowledge all."""
@@ -77,7 +71,7 @@ class Watch:
         self._sleep.register(wake, select.POLLIN)
         self._both.register(wake, select.POLLIN)
         for each in (self._both, self._socket):
-            each.register(watched.socket, select.POLLIN)
+            each.register(watched.stream.socket, select.POLLIN)
         self._quiet = 0
         self._seen = 0
         """How much had been received at the last look."""
@@ -115,8 +109,8 @@ class Watch:
         watched, before = self._watched, monotonic()
         is_readable = bool(self._socket.poll(0))
         if not is_readable:
-            watched.saw_empty(before)
-        is_left = is_readable and self._waiting == watched.receptions
+            watched.stream.empty_at = before
+        is_left = is_readable and self._waiting == watched.stream.receptions
         if self._alone == watched.loop_turns or is_left:
             self._alone = watched.loop_turns
             watched.take_over()
@@ -128,7 +122,7 @@ class Watch:
 
     def _waiting_since(self, is_readable: bool) -> bool:
         """Note what is left for the next look; returns whether something came since the last."""
-        received = self._watched.receptions
+        received = self._watched.stream.receptions
         is_new, self._seen = received != self._seen, received
         self._waiting = received if is_readable else None
         return is_new or is_readable
