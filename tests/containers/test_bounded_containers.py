@@ -77,7 +77,7 @@ def bridge(engine, tmp_path):
     (work / "guest.mcap").chmod(0o644)
 
     @contextmanager
-    def run(*options, mount="type=tmpfs,dst=/recordings", loop=1, blocks_at=-1):
+    def run(*options, mount="type=volume,dst=/recordings", loop=1, blocks_at=-1):
         (work / "probe.py").write_text(HANDLERS.replace("BLOCKS_AT", str(blocks_at)))
         words = ["--detach", "--read-only", "--cap-drop=ALL", "--network=none"]
         words += [f"--volume={work}:/work:ro", f"--mount={mount}", IMAGES["bridge"], "run"]
@@ -105,15 +105,15 @@ def test_it_prints_no_line_for_a_trap_unless_it_is_asked_to(bridge):
 
 
 def test_a_full_volume_holds_the_guest_and_restarts_nothing(bridge):
-    options = ["--record", "/recordings", "--rotate", "128K"]
+    options = ["--record", "/volume", "--rotate", "128K"]
     # tmpfs counts what is in it, and this is in memory.
-    mount = "type=tmpfs,dst=/recordings,tmpfs-size=1m,tmpfs-mode=1777"
+    mount = "type=tmpfs,dst=/volume,tmpfs-size=1m,tmpfs-mode=1777"
     with bridge(*options, mount=mount, loop=0) as held:
         full = "No space left on device: the guests are held until there is room"
         held.await_log(full)
         held.python(
             "import pathlib\n"
-            "for path in sorted(pathlib.Path('/recordings').iterdir(), key=lambda each:"
+            "for path in sorted(pathlib.Path('/volume').iterdir(), key=lambda each:"
             " each.stat().st_mtime)[:-2]: path.unlink()"
         )
         held.await_log(": nothing is missing, the guests go on")

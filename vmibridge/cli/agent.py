@@ -25,7 +25,7 @@ from vmibridge.cli.options import (
     named_backend,
 )
 from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
-from vmibridge.cli.stop_bound import StopBound
+from vmibridge.cli.stop_bound import STOP_MARGIN, StopBound
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError, VmiBridgeError
@@ -41,8 +41,6 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _STOPPING = 8.0
 """Seconds of a stop: a second of grace for the server's answers, five to tell it the end."""
-_STOP_MARGIN = 12.0
-"""Seconds more, until a process that still stops is told to be stuck."""
 
 
 def agent(
@@ -92,7 +90,7 @@ def agent(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with logging_to(log_handler(log_level, None), log_level):
-        health = Health(stop_within=_STOPPING + _STOP_MARGIN)
+        health = Health(stop_within=_STOPPING + STOP_MARGIN)
         for _, each in carried:
             health.add(each.health)
         main = partial(_serve, carried, health, as_json=json, exit_zero=exit_zero)

@@ -21,10 +21,10 @@ from vmibridge.cli.options import Outcomes, Sources
 from vmibridge.cli.quiet_output import stdout_writer
 from vmibridge.cli.reloading import Reloader
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.cli.server_run import LAST_LINES, STOP_MARGIN, Prepared
+from vmibridge.cli.server_run import LAST_LINES, Prepared
 from vmibridge.cli.setting_options import setting, with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
-from vmibridge.cli.stop_bound import StopBound
+from vmibridge.cli.stop_bound import STOP_MARGIN, StopBound
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import HandlerFactory

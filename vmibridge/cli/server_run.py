@@ -18,7 +18,7 @@ from vmibridge.cli.reloading import Reloader, has_terminal
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.setting_options import with_options
 from vmibridge.cli.signals import exit_status, hangup_is_ignored, stop_on_signals
-from vmibridge.cli.stop_bound import StopBound
+from vmibridge.cli.stop_bound import STOP_MARGIN, StopBound
 from vmibridge.config import Config, HandlerFactory
 from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
-STOP_MARGIN = 10.0
-"""Seconds that a stop may take beyond `stop_timeout`: recordings are ended, QEMU powers off."""
 LAST_LINES = 1.0
 """Seconds, after a second signal, in which the last outcomes are shown."""
 _MORE = {
@@ -86,6 +84,12 @@ class Prepared:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
+    def health(self, server: BridgeServer) -> Health:
+        """That of a process that runs `server`."""
+        health = Health(stop_within=self.settings.grace + self.settings.stop_timeout + STOP_MARGIN)
+        health.add(server.health)
+        return health
+
     def stop_bound(self, more: float = 0.0, then: Callable[[], None] | None = None) -> StopBound:
         """The time of a stop of the server, and `more` seconds: then recordings are saved, and
         `then` is called."""
@@ -98,13 +102,6 @@ class Prepared:
 
         seconds = self.settings.grace + self.settings.stop_timeout + more
         return StopBound(seconds, save, exit_zero=self.options.exit_zero)
-
-    def health(self, server: BridgeServer) -> Health:
-        """That of a process that runs `server`."""
-        settings = self.settings
-        health = Health(stop_within=settings.grace + settings.stop_timeout + STOP_MARGIN)
-        health.add(server.health)
-        return health
 
     def reloader(self, server: BridgeServer, health: Health) -> Reloader:
         """What loads the handlers of `server` again."""

@@ -24,10 +24,12 @@ from queue import SimpleQueue
 
 from vmibridge.aio.loops import Soon, loop_door
 
-__all__ = ["StopBound"]
+__all__ = ["STOP_MARGIN", "StopBound"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
+STOP_MARGIN = 10.0
+"""Seconds beyond that clock after which a process that is still there is not live any more."""
 _EVER = 1e6
 """Seconds: no thread can sleep for ever."""
 _TURN = 0.2

@@ -27,7 +27,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.lost_exceptions import lost_exceptions
-from vmibridge.bridge.dispatch import Bridge, Target, one_line
+from vmibridge.bridge.dispatch import Bridge, Target
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.engine.engines_health import reasons_of
 from vmibridge.engine.handler_calls import HandlerCalls
@@ -36,11 +36,12 @@ from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Hindrance, Tap, hindrance_of
-from vmibridge.errors import RecordingError, RefusedError, ServerStateError, VmiBridgeError
+from vmibridge.errors import RefusedError, ServerStateError
 from vmibridge.health.state import Reason
 from vmibridge.transport.limits import AgentLimits, NewSessions
 from vmibridge.transport.server.away import give_up_agents
 from vmibridge.transport.server.backend import SessionBackend
+from vmibridge.transport.server.failures import Failures, text_of
 from vmibridge.transport.server.handler_set import HandlerSet
 from vmibridge.transport.server.listener import Listener
 from vmibridge.transport.server.shared_handlers import SharedHandlers
@@ -123,10 +124,7 @@ class AgentServer:
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
         self._now = False
-        self._failed: Reason | None = None
-        """Why a handler set did not come to serve or failed, as long as none has begun since."""
-        self._kept: list[str] = []
-        """The VMs that kept their handlers at the last reload."""
+        self._failures = Failures()
         self.listening: anyio.Event = anyio.Event()
         """Agents can connect."""
 
@@ -159,13 +157,7 @@ class AgentServer:
             return [Reason("stopping", "traps are given back to their agents")]
         if not self.listening.is_set():
             return [Reason("starting", "it does not listen yet", "started")]
-        found = [*self._listener.health(), *reasons_of(self.hindrance)]
-        if self._failed is not None:
-            found.append(self._failed)
-        found += [
-            Reason("reload-failed", f"vm {vm}: keeps its handlers", None) for vm in self._kept
-        ]
-        return found
+        return [*self._listener.health(), *reasons_of(self.hindrance), *self._failures.reasons()]
 
     async def run(self) -> None:
         """Serve until `stop`. If cancelled, stops without grace. Once.
@@ -287,7 +279,7 @@ class AgentServer:
                 done += 1
             else:
                 kept.append(vm.session.vm)
-        self._kept = kept
+        self._failures.reloaded(kept)
         # Not before: a shared handler of both the old and the new sets must stay entered.
         self._shared.leave_unused()
         return done
@@ -385,8 +377,8 @@ class AgentServer:
             taps = () if self._taps is None else self._taps(session.vm)
             return HandlerSet(session, bridge, self._settings, taps, self._shared)
         except Exception as error:
-            why = _text_of(error)
-            self._failed = Reason("handlers-failed", f"vm {session.vm}: {why}", None)
+            why = text_of(error)
+            self._failures.failed(session.vm, error)
             log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
             raise RefusedError("the handlers cannot be made", final=False) from error
 
@@ -426,7 +418,7 @@ class AgentServer:
                 await stack.enter_async_context(handler_set.backend)
                 if self._stop.is_set():
                     handler_set.stop(now=self._now)
-                self._failed = None
+                self._failures.begun()
                 handler_set.start()
                 while True:
                     try:
@@ -439,14 +431,8 @@ class AgentServer:
             if isinstance(error, anyio.get_cancelled_exc_class()):
                 raise
             # Whatever ended this VM ends no other.
-            why = _text_of(error)
-            is_of_recording = isinstance(error, RecordingError)
-            # A guest may choose what its own handlers fail at, and no other one pays for it.
-            self._failed = Reason(
-                "not-recording" if is_of_recording else "handlers-failed",
-                f"vm {session.vm}: {why}",
-                "ready" if is_of_recording else None,
-            )
+            why = text_of(error)
+            self._failures.failed(session.vm, error)
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
 
     def _forget_vm(self, vm: _Vm) -> None:
@@ -459,7 +445,3 @@ class AgentServer:
             session.link.close()
         if not self._stop.is_set():
             session.lose(vm.ended_because or "its handlers have ended")
-
-
-def _text_of(error: BaseException) -> str:
-    return str(error) if isinstance(error, VmiBridgeError) else one_line(error)
