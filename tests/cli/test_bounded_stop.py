@@ -7,6 +7,7 @@ import signal
 import sys
 
 import pytest
+from needs import needs
 from probe_guest import COUNTING, command
 
 from vmibridge.recording import RecordingReader, recorded_traps
@@ -163,6 +164,29 @@ def test_so_it_is_for_a_run_and_an_agent(children, image, blocks, tmp_path):
     assert status == 0
 
 
+# --- while it starts ------------------------------------------------------------------------
+
+AS_INIT = """
+import os, subprocess, sys
+with subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True) as outer:
+    assert outer.stdout.readline() == "loading\\n"
+    with open(f"/proc/{outer.pid}/task/{outer.pid}/children") as children:
+        os.kill(int(children.read()), 15)
+    sys.exit(outer.wait())
+"""
+
+
+def test_the_first_process_of_a_container_ends_while_it_loads_handlers(children, image, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\nprint('loading', flush=True)\ntime.sleep(3600)\n"
+    )
+    inside = [needs("unshare"), "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    line = command("run", "--backend", f"unicorn:{image('hlt')}", "--handlers", "slow.py")
+    outer = [sys.executable, "-c", AS_INIT, *inside, *line]
+    with children.start(outer, cwd=tmp_path) as process:
+        assert process.wait() == 128 + signal.SIGTERM
+
+
 # --- a name server that is silent -----------------------------------------------------------
 
 SILENT = '''
@@ -200,8 +224,6 @@ sys.exit(process.returncode)
 
 @pytest.fixture
 def silent(tmp_path):
-    from needs import needs
-
     path = tmp_path / "silent.py"
     path.write_text(SILENT)
     unshare = needs("unshare")

@@ -82,7 +82,7 @@ def remount(process, how):
 
 
 def test_a_recording_that_was_asked_for_and_has_ended_is_told_from_a_full_volume(started):
-    with started(EMPTY, "--unrecorded", "continue", "--record-max-size", "128KiB") as process:
+    with started(EMPTY, "--unrecorded", "continue", "--rotate", "128K") as process:
         await_health(SOCKET, process=process)
         # What it is to go on in cannot be made.
         shutil.rmtree(process.volume / "recordings")

@@ -121,7 +121,7 @@ def test_a_full_volume_holds_the_guest_and_restarts_nothing(bridge):
         assert held.state("Running") == "true"
         assert "ERROR vmibridge.recording" in held.logs()
         assert held.stop() == 1, "what is not written yet is not recorded, and that is told"
-        assert "the recording ends here: No space left on device" in held.logs()
+        assert ": the recording ends here: " in held.logs()
 
 
 def test_a_stop_of_a_bridge_that_works_is_a_success(bridge):

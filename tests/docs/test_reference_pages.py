@@ -50,6 +50,8 @@ from vmibridge.vm.spec import parse_size
         "report",
         "qemu build-plugin",
         "qemu run",
+        "qemu attach",
+        "qemu device-args",
         "qemu stop",
         "agent",
         "serve",

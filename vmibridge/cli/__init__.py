@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmibridge import __version__
-from vmibridge.cli.hangups import note_hangups
+from vmibridge.cli.hangups import end_at_sigterm_as_init, note_hangups
 from vmibridge.cli.streams import is_of_stdout, prepare_streams, quiet_stdout
 from vmibridge.errors import (
     BackendSpecError,
@@ -66,7 +66,9 @@ def _run(tokens: list[str]) -> int:
     if tokens == ["--version"]:
         sys.stdout.write(f"{__version__}\n")
         return 0
-    if tokens[:1] in (["serve"], ["run"]) or tokens[:2] == ["qemu", "run"]:
+    end_at_sigterm_as_init()
+    serving = (["serve"], ["run"], ["qemu", "run"], ["qemu", "attach"])
+    if tokens[:1] in serving or tokens[:2] in serving:
         # Before the imports, which take most of the time in which SIGHUP would end it.
         note_hangups()
     try:

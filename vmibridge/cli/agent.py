@@ -65,8 +65,8 @@ def agent(
     loop: LoopOptions | None = None,
     json: Annotated[Json, Parameter(help="The summary as one JSON object.")] = False,
     log_level: LogLevel = "info",
-    health_socket: HealthSocket = None,
     exit_zero: ExitZero = False,
+    health_socket: HealthSocket = None,
 ) -> int:
     """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
 

@@ -77,9 +77,17 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "new_handler:new_handler",
             "Make a folder with a handler of your own, its test, and a guest in C that asks it.",
         ),
+        "qemu attach": (
+            "qemu_device:attach",
+            "Plug the PCI device into a QEMU that runs, and answer its guest.",
+        ),
         "qemu build-plugin": (
             "qemu_plugin:build_qemu_plugin",
             "Compile the TCG plugin for QEMU 11.1 and later; needs a C compiler alone.",
+        ),
+        "qemu device-args": (
+            "qemu_device:device_args",
+            "Print what QEMU needs to have the PCI device.",
         ),
         "qemu fetch": (
             "qemu_fetch:fetch_qemu",

@@ -40,6 +40,7 @@ from vmibridge.cli.streams import encoded, json_line, quiet_stdout
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import RecordingError
+from vmibridge.text import counted
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -109,9 +110,9 @@ class StreamWriter(Writer):
         self._is_blocked = False
         self._reported = 0
         self.dropped: int = 0
-        """Lines that were not written."""
+        """Outcomes that were not written."""
 
-    async def write(self, line: bytes) -> None:
+    async def write(self, line: bytes, *, is_outcome: bool = True) -> None:
         """Write a line, or drop it whole; one that was begun is finished before the next.
 
         A pipe that polls as writable takes PIPE_BUF bytes without blocking.
@@ -129,7 +130,7 @@ class StreamWriter(Writer):
         except OSError as error:
             if len(data) >= len(line):
                 data = data[: len(data) - len(line)]
-                self.dropped += 1
+                self.dropped += is_outcome
             if not self._is_blocked:
                 self._is_blocked = True
                 self._warn("%s: outcomes are dropped until they can be written", error.strerror)
@@ -155,7 +156,7 @@ class StreamWriter(Writer):
     def _report_dropped(self) -> None:
         if self.dropped > self._reported:
             self._reported = self.dropped
-            self._warn("%d outcomes were dropped", self.dropped)
+            self._warn("%s dropped", counted(self.dropped, "outcome was", "outcomes were"))
 
     def _warn(self, text: str, value: object) -> None:
         what = "standard output" if self._fd == 1 else "the output of outcomes"
@@ -169,26 +170,28 @@ class JsonWriter(StreamWriter):
         await self.write(json_line(trap_json(outcome)))
 
     async def end(self, summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit]) -> None:
-        await self.write(json_line(summary_json(summaries, exits, self.dropped)))
+        summary = json_line(summary_json(summaries, exits, self.dropped))
+        await self.write(summary, is_outcome=False)
 
 
 class LineWriter(StreamWriter):
     """One plain line a trap."""
 
     async def __aenter__(self) -> Self:
-        await self._line(COLUMNS)
+        await self.write(_line(COLUMNS), is_outcome=False)
         return self
 
     async def show(self, outcome: Outcome[Any]) -> None:
-        await self._line(trap_columns(outcome))
+        await self.write(_line(trap_columns(outcome)))
 
     async def end(self, summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit]) -> None:
         whole = Summary.of_all(summaries.values())
-        await self.write(encoded(f"{summary_text(whole, exits)}\n"))
+        await self.write(encoded(f"{summary_text(whole, exits)}\n"), is_outcome=False)
 
-    async def _line(self, columns: list[str]) -> None:
-        cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
-        await self.write(encoded(f"{' '.join([*cells, columns[-1]]).rstrip()}\n"))
+
+def _line(columns: list[str]) -> bytes:
+    cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
+    return encoded(f"{' '.join([*cells, columns[-1]]).rstrip()}\n")
 
 
 def stream_writer(fd: int, *, as_json: bool, file: OutcomeFile | None = None) -> StreamWriter:

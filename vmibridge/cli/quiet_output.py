@@ -14,13 +14,13 @@ from anyio.abc import TaskGroup
 
 from vmibridge.bridge.guest_exit import GuestExit
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
-from vmibridge.cli.output import StreamWriter, Writer
+from vmibridge.cli.output import StreamWriter, Writer, stream_writer
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import summary_text
 from vmibridge.engine.summary import Summary
 from vmibridge.text import counted
 
-__all__ = ["QuietWriter"]
+__all__ = ["QuietWriter", "stdout_writer"]
 
 _MINUTE = 60.0
 """Seconds."""
@@ -96,3 +96,9 @@ class QuietWriter(Writer):
         if hidden:
             told += f"; {counted(hidden, 'failure')} not shown"
         return encoded(f"{told}\n")
+
+
+def stdout_writer(*, as_json: bool, outcomes: bool) -> StreamWriter | QuietWriter:
+    """What writes lines to standard output: one a trap, or with `outcomes` false few."""
+    lines = stream_writer(1, as_json=as_json)
+    return lines if outcomes else QuietWriter(lines, as_json=as_json)

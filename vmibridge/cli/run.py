@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import OptionalSources, Outcomes, named_backend
+from vmibridge.cli.options import OptionalSources, Outcomes, named_backend, no_option
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import ConfigError
 
@@ -26,8 +26,10 @@ def run(
     answers: Annotated[
         Path | None,
         Parameter(
+            allow_leading_hyphen=True,
+            validator=no_option,
             help="Answer from this recording, in the place of handlers: a request gets what the"
-            " same one got then."
+            " same one got then.",
         ),
     ] = None,
     missing: Annotated[
@@ -65,8 +67,8 @@ def run(
     from vmibridge.cli.answers import answer_sources, answers_of
     from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
     from vmibridge.cli.logs import log_handler
-    from vmibridge.cli.output import TableWriter, Writer, stream_writer
-    from vmibridge.cli.quiet_output import QuietWriter
+    from vmibridge.cli.output import TableWriter
+    from vmibridge.cli.quiet_output import stdout_writer
     from vmibridge.cli.server_run import Life, Prepared, run_server
 
     given = options or ServerOptions()
@@ -79,9 +81,9 @@ def run(
         for each in named_backend(text, f"vm{number}" if len(backend) > 1 else "vm").copies()
     ]
     console = Console() if outcomes and not given.json and sys.stdout.isatty() else None
-    writer: Writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)
-    if not outcomes:
-        writer = QuietWriter(stream_writer(1, as_json=given.json), as_json=given.json)
+    writer = (
+        TableWriter(console) if console else stdout_writer(as_json=given.json, outcomes=outcomes)
+    )
     with (
         prints_beside(json=given.json),
         logging_to(log_handler(given.log_level, console), given.log_level),

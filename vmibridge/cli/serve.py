@@ -18,8 +18,7 @@ from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import Outcomes, Sources
-from vmibridge.cli.output import StreamWriter, stream_writer
-from vmibridge.cli.quiet_output import QuietWriter
+from vmibridge.cli.quiet_output import stdout_writer
 from vmibridge.cli.reloading import Reloader
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import LAST_LINES, Prepared
@@ -162,14 +161,11 @@ class _Command:
         *,
         outcomes: bool,
     ) -> None:
-        self._bound = bound
         self.health = health
+        self._bound = bound
         self._sources = sources
         self._options = options
-        lines = stream_writer(1, as_json=options.json)
-        self._writer: StreamWriter | QuietWriter = lines
-        if not outcomes:
-            self._writer = QuietWriter(lines, as_json=options.json)
+        self._writer = stdout_writer(as_json=options.json, outcomes=outcomes)
         self._received: list[int] = []
         self._failure: VmiBridgeError | None = None
         self._scope: anyio.CancelScope | None = None

@@ -93,8 +93,8 @@ class ServerOptions(LoopOptions):
     ] = field(default_factory=list)
     json: Annotated[Json, Parameter(help="One JSON object a trap, then a summary.")] = False
     log_level: LogLevel = "info"
-    health_socket: HealthSocket = None
     exit_zero: ExitZero = False
+    health_socket: HealthSocket = None
 
     @property
     def settings(self) -> dict[str, object]:

@@ -75,6 +75,9 @@ class Prepared:
         if answers is not None:
             # Who was asked then, answers now: the recording.
             settings["handshake"] = False
+            for name in self.config.handler_names:
+                where = f"{self.config.source}: [handlers.{name}]"
+                log.warning("%s is not used: the recording answers", where)
         factory = answers or HandlerFactory(self.handlers, self.config)
         try:
             return BridgeServer(backends, factory, **settings, taps=self.taps)
