@@ -197,7 +197,11 @@ class Workers:
             self._all.discard(worker)
             # Else a circle, which only the garbage collector would end.
             worker.request.worker = None
-        if self.lanes.has_ready:
+        if self._own_tasks is None and self.lanes.ready > self._starting and not self.lanes.idle:
+            # One for each: waiting for one worker, those of a turn would sleep and wake in waves.
+            self._starting += 1
+            self._start()
+        elif self.lanes.has_ready:
             self._promote()
 
     async def _answer_traps(self, worker: Worker) -> bool:
