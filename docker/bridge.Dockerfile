@@ -3,10 +3,19 @@
 #   docker build -f docker/bridge.Dockerfile -t vmibridge .
 #
 # It runs as a user without rights, with a read-only root and without a capability.
-FROM docker.io/library/python:3.13-slim-trixie AS base
+#
+# The stage `builder` is what an image of one's own is made with: pip, which installs into
+# /opt/vmibridge, beside vmibridge and what it needs.
+ARG PYTHON=docker.io/library/python:3.13-slim-trixie
+FROM ${PYTHON} AS base
 
 # Versions and hashes of all that is installed are those of the lock, also for what only builds.
 FROM base AS locked
+# For `strip`.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends binutils \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY requirements.lock docker/locked_install.py ./
 
@@ -19,11 +28,19 @@ COPY handlers handlers
 COPY guest guest
 RUN python -m pip --python=/backend/bin/python wheel --no-deps --no-build-isolation -w /wheels .
 
-# What runs: an environment without pip.
-FROM locked AS environment
+# vmibridge in an environment without pip, and a pip that installs there.
+FROM locked AS builder
 ARG EXTRAS=cli,trio,uvloop,gdb,recording,nats
 COPY --from=wheel /wheels /wheels
 RUN python locked_install.py requirements.lock /opt/vmibridge "$(ls /wheels/*.whl)[$EXTRAS]"
+COPY --chmod=0755 docker/trim_environment.py /usr/local/bin/trim-environment
+ENV PIP_PYTHON=/opt/vmibridge/bin/python \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_ROOT_USER_ACTION=ignore \
+    PYTHONHASHSEED=0
+
+FROM builder AS environment
+RUN trim-environment /opt/vmibridge
 
 # What is in that environment, in the words of CycloneDX.
 FROM locked AS sbom
@@ -35,10 +52,13 @@ RUN /tool/bin/cyclonedx-py environment --output-reproducible --of JSON -o vmibri
 FROM base
 # A volume that is first used here has the owner and the mode of these folders. QEMU's image has the same
 # group, and a user of its own.
-RUN groupadd --gid 10000 vmibridge \
+ARG SOURCE_DATE_EPOCH
+RUN --mount=type=bind,source=docker/harden-root,target=/mnt/harden-root \
+    groupadd --gid 10000 vmibridge \
     && useradd --uid 10001 --gid vmibridge --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin vmibridge \
     && install -d -o root -g vmibridge -m 0770 /run/vmibridge \
-    && install -d -o vmibridge -g vmibridge -m 0750 /recordings
+    && install -d -o vmibridge -g vmibridge -m 0750 /recordings \
+    && sh /mnt/harden-root
 COPY --from=sbom /build/vmibridge.json /usr/share/sbom/vmibridge.json
 COPY --from=environment /opt/vmibridge /opt/vmibridge
 ENV PATH=/opt/vmibridge/bin:$PATH \

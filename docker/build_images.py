@@ -25,9 +25,12 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 IMAGES = {
     "bridge": "localhost/vmibridge:latest",
+    "builder": "localhost/vmibridge-builder:latest",
     "qemu": "localhost/vmibridge-qemu:latest",
     "certificates": "localhost/vmibridge-certificates:latest",
 }
+STAGES = {"builder": "bridge"}
+"""Images that are a stage, of their own name, of another's Dockerfile."""
 PULL_SECONDS = 120
 BUILD_SECONDS = 1800
 NOFILE = 1 << 20
@@ -81,19 +84,20 @@ class Engine:
 
     def build(self, name: str, *, tag: str | None = None) -> None:
         """Raises `BuildError`."""
+        file = dockerfile(name)
         options = ["--build-arg", f"VERSION={_version()}", "--build-arg", f"REVISION={_revision()}"]
         if self.name == "podman":
             # Of the two formats, this one keeps the health check. Docker finds the list by itself.
-            ignored = FOLDER / f"{name}.Dockerfile.dockerignore"
-            options += ["--format", "docker", f"--ignorefile={ignored}"]
-            options += self._reach() if name == "bridge" else []
+            options += ["--format", "docker", f"--ignorefile={file}.dockerignore"]
+            options += self._reach() if file.stem == "bridge" else []
+        if name in STAGES:
+            options += ["--target", name]
         if name == "qemu" and (source := archive()) is not None:
             options += ["--build-arg", f"DEBIAN={source}"]
-        file = FOLDER / f"{name}.Dockerfile"
         tags = ["--tag", tag or IMAGES[name]]
         done = self.run("build", "-f", str(file), *tags, *options, str(ROOT), seconds=BUILD_SECONDS)
         if done.returncode:
-            raise BuildError(f"{file.name}: the build failed")
+            raise BuildError(f"{name}: the build failed")
 
     def _reach(self) -> list[str]:
         """pip's settings, and the folders and files that they name, for the time of a build."""
@@ -160,9 +164,17 @@ def _take_nats_server(folder: Path) -> None:
     shutil.copy(program, folder / "nats-server")
 
 
+def dockerfile(name: str) -> Path:
+    return FOLDER / f"{STAGES.get(name, name)}.Dockerfile"
+
+
 def bases(name: str) -> list[str]:
     """The images that a Dockerfile builds upon."""
-    text = (FOLDER / f"{name}.Dockerfile").read_text()
+    text = dockerfile(name).read_text()
+    for variable, value in re.findall(
+        r"^ARG ([A-Z]+)=(\S+)(?=\n.*^FROM)", text, re.MULTILINE | re.DOTALL
+    ):
+        text = text.replace(f"${{{variable}}}", value)
     stages = re.findall(r"^FROM (\S+)(?: AS (\S+))?$", text, re.MULTILINE)
     own = {stage for _, stage in stages}
     return list(dict.fromkeys(image for image, _ in stages if image not in own))

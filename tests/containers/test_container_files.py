@@ -86,13 +86,21 @@ def test_what_is_built_is_built_in_a_stage_of_its_own(path):
 
 
 @by_name(DOCKERFILES)
-def test_the_context_has_what_is_copied_and_no_more(path):
+def test_the_context_has_what_is_used_and_no_more(path):
     allowed = lines_of(path.with_name(f"{path.name}.dockerignore"), "!(.*)")
     copied = set()
     for line in lines_of(path, "COPY (?!--from)(.*)"):
         copied |= {word for word in line.split()[:-1] if not word.startswith("--")}
+    copied |= set(re.findall(r"--mount=type=bind,source=([^,]+)", path.read_text()))
     assert sorted(allowed) == sorted(copied)
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_an_image_may_be_a_stage_of_another():
+    for name, whole in build_images.STAGES.items():
+        named = lines_of(DOCKER / f"{whole}.Dockerfile", r"FROM \S+ AS (\S+)")
+        assert name in named
+        assert build_images.bases(name) == build_images.bases(whole)
 
 
 def test_the_bridge_has_a_health_check():
