@@ -122,7 +122,10 @@ class Engine:
 
     def _make(self, image: str) -> None:
         if self.name != "podman" or os.geteuid() or not shutil.which("debootstrap"):
-            raise BuildError(f"{image}: no registry, and no podman with debootstrap, as root")
+            raise BuildError(
+                f"{image}: no registry, and no podman with debootstrap, as root: see"
+                " `make system-containers`"
+            )
         with tempfile.TemporaryDirectory(prefix="vmibridge-base-") as name:
             folder = Path(name) / "root"
             entry: list[str] = []
@@ -183,7 +186,7 @@ def bases(name: str) -> list[str]:
 def other_images() -> list[str]:
     """Those that compose.yaml takes as they are."""
     text = (FOLDER / "compose.yaml").read_text()
-    named = re.findall(r"^ +image: (\S+)$", text, re.MULTILINE)
+    named = re.findall(r"^ +image: (?:\$\{\w+:-)?([^\s}]+)\}?$", text, re.MULTILINE)
     return [image for image in dict.fromkeys(named) if image not in IMAGES.values()]
 
 
@@ -224,11 +227,14 @@ def main() -> int:
     found = [options.engine] if options.engine else ["podman", "docker"]
     name = next((each for each in found if shutil.which(each)), None)
     if name is None:
-        print("images: needs podman or docker", file=sys.stderr)
+        print("images: needs podman or docker: see `make system-containers`", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="vmibridge-") as folder:
         engine = Engine(name, Path(folder))
         try:
+            if not options.names:
+                for image in other_images():
+                    engine.bring(image)
             for each in options.names or IMAGES:
                 for image in bases(each):
                     engine.bring(image)

@@ -25,7 +25,8 @@ RUN archive="${DEBIAN:-$(sed -n '/^URIs:/{s/^URIs: *//p;q}' /etc/apt/sources.lis
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10000 vmibridge \
     && useradd --uid 10002 --gid vmibridge --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin qemu \
-    && install -d -o root -g vmibridge -m 0770 /run/vmibridge
+    && install -d -o root -g vmibridge -m 0770 /run/vmibridge \
+    && install -d -o qemu -g vmibridge -m 0750 /disks
 COPY --chmod=0755 docker/qemu-entrypoint /usr/local/bin/qemu-entrypoint
 COPY --from=plugin /build/plugin.so /usr/lib/vmibridge/plugin.so
 # Last: each build has others.
