@@ -212,10 +212,12 @@ def test_handlers_with_a_package_a_secret_a_network_and_options(engine, guest, t
     with composed(engine, "plugin", guest, tmp_path / "own.yaml", **chosen) as pair:
         assert pair.wait("qemu") == 0
         assert told(pair.logs("qemu"))[-1] == "all right"
-        logs = pair.logs("bridge")
         networks = pair.run("bridge", "cat", "/proc/net/dev").stdout
         variables = json.dumps(pair.inspect("bridge", "{{json .Config.Env}}"))
-    assert sum("by 6" in line for line in logs) >= 3 * COUNT
+        pair.stop("bridge")
+        (recording,) = pair.recordings("bridge", tmp_path / "recordings")
+    outputs = [trap["output"] for trap in inspected(recording)[0]]
+    assert outputs.count("by 6") >= 3 * COUNT
     assert "eth0" in networks
     assert "VMIBRIDGE_TIMEOUT=10" in variables
     assert "s3cret" not in variables
@@ -251,7 +253,7 @@ def test_new_handlers_and_a_new_bridge_lose_no_trap(engine, guest, tmp_path):
         assert pair.inspect("qemu", "{{json .State.Running}}"), "it was not started again"
         assert pair.wait("qemu") == 0
         said = told(pair.logs("qemu"))
-        assert pair.stop("bridge") == 143
+        pair.stop("bridge")
         recordings = pair.recordings("bridge", tmp_path / "recordings")
     assert said[-1] == "all right"
     assert sum(f": right, {count} calls" in line for line in said) == 12

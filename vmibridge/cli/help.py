@@ -59,7 +59,7 @@ def _text(entry: "HelpEntry") -> str:
     if entry.choices:
         parts.append(f"[choices: {', '.join(entry.choices)}]")
     named = [variable for name in entry.names if (variable := variable_of(name))]
-    if variables := [*(entry.env_var or ()), *named[:1]]:
+    if variables := dict.fromkeys([*(entry.env_var or ()), *named[:1]]):
         parts.append(f"[env var: {', '.join(variables)}]")
     if entry.default is not None:
         parts.append(f"[default: {entry.default}]")
