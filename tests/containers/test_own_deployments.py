@@ -81,14 +81,6 @@ def test_a_bridge_that_cannot_serve_ends_a_vm_that_waits_for_it(engine, guest):
     assert "/handlers/none.py: there is no such file" in done.stderr
 
 
-def test_compose_itself_ends_with_the_status_of_qemu(engine, guest):
-    with planned(engine, "plugin", guest, VMIBRIDGE_APPEND=f"{KERNEL} vmibridge=") as plan:
-        done = plan.compose("up", "--no-build", "--exit-code-from", "qemu")
-        bridge = plan.inspect("bridge", "{{json .State.Running}}")
-    assert done.returncode == 0, done.stderr
-    assert bridge is False, "it is not started again"
-
-
 # --- many VMs ---------------------------------------------------------------------------
 
 

@@ -130,7 +130,7 @@ class QemuGdbBackend(Backend):
 
     async def _connect(self) -> socket.socket:
         """QEMU makes its socket a moment before it listens, and may itself come later."""
-        within = self.options.within
+        within, is_told = self.options.within, False
         until = anyio.current_time() + max(_REFUSES, within)
         while True:
             try:
@@ -141,6 +141,9 @@ class QemuGdbBackend(Backend):
                 may_come = within or isinstance(error, ConnectionRefusedError)
                 if not may_come or anyio.current_time() >= until:
                     raise
+            if within and not is_told:
+                is_told = True
+                log.info("vm %s: waiting for QEMU at %s, for %g s", self.vm, self.where, within)
             await anyio.sleep(0.02)
 
     async def _get_ready(self) -> None:
