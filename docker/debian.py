@@ -1,43 +1,81 @@
 """A fresh Debian in a folder, and how this machine reaches Debian's archive and PyPI from there."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path("/usr/share/debootstrap/scripts")
-DEBOOTSTRAP_SECONDS = 900
+DEBOOTSTRAP_SECONDS = 2700
+"""Emulated it takes many times as long."""
 
 
 class DebianError(Exception):
     """A Debian cannot be made here."""
 
 
-def debootstrap(suite: str, folder: Path, packages: Iterable[str]) -> None:
-    """The smallest Debian there is, with `packages`. Needs root. Raises `DebianError`."""
+def debootstrap(
+    suite: str, folder: Path, packages: Iterable[str], architecture: str | None = None
+) -> int:
+    """The smallest Debian there is, with `packages`. Needs root. Raises `DebianError`.
+
+    Returns when the archive was released, in seconds since 1970. `architecture` is Debian's name of
+    one whose programs run here, by default this machine's.
+    """
     source = archive()
     if source is None:
         raise DebianError("no Debian archive is known here to make it from")
     command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"]
+    command += [f"--arch={architecture}"] if architecture else []
     # One that is newer than this debootstrap is made as sid is.
     script = [] if (SCRIPTS / suite).exists() else [SCRIPTS / "sid"]
     log = folder.with_name(f"{folder.name}.log")
     with log.open("w") as output:
-        done = subprocess.run(
+        # A group of its own: what runs in the folder has to end with debootstrap.
+        process = subprocess.Popen(
             [*command, suite, folder, source, *script],
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=DEBOOTSTRAP_SECONDS,
-            check=False,
+            start_new_session=True,
         )
-    if done.returncode:
+        try:
+            process.wait(DEBOOTSTRAP_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise DebianError(f"debootstrap: not done after {DEBOOTSTRAP_SECONDS} s") from error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            _unmount(folder)
+    if process.returncode:
         raise DebianError(f"debootstrap failed: {log.read_text()[-500:]}")
+    epoch = _released(folder)
     for left in (*folder.glob("var/lib/apt/lists/*"), *folder.glob("var/cache/apt/archives/*.deb")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return epoch
+
+
+def _unmount(folder: Path) -> None:
+    """What a debootstrap that was ended leaves mounted: /proc is not to be removed."""
+    points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    below = [point for point in points if point.startswith(f"{folder.resolve()}/")]
+    for point in reversed(below):
+        subprocess.run(["umount", point], check=True)
+
+
+def _released(folder: Path) -> int:
+    """The date of the file Release that was checked. Raises `DebianError`."""
+    for path in sorted(folder.glob("var/lib/apt/lists/*Release")):
+        if date := re.search(r"^Date: (.+)$", path.read_text(), re.MULTILINE):
+            return int(parsedate_to_datetime(date[1]).timestamp())
+    raise DebianError("debootstrap left no file Release with a date")
 
 
 def archive() -> str | None:

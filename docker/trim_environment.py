@@ -50,8 +50,7 @@ def is_elf(path: Path) -> bool:
 
 def strip(path: Path) -> None:
     """Raises `CalledProcessError`."""
-    command = ["strip", "--strip-debug", path]
-    subprocess.run(command, check=True, timeout=SECONDS)
+    subprocess.run(["strip", "--strip-debug", path], check=True, timeout=SECONDS)
 
 
 def renewed(record: Path, stripped: set[Path]) -> str:

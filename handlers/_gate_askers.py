@@ -150,6 +150,14 @@ class Folder(Asker):
     def __init__(self, path: str) -> None:
         self._folder = anyio.Path(path)
 
+    async def __aenter__(self) -> Self:
+        """Warn where the folder is not there and cannot be made."""
+        path, there = printable(str(self._folder)), await self._folder.exists()
+        if not await (self._folder if there else self._folder.parent).is_dir():
+            what = "is no folder" if there else "the folder around it is not there"
+            log.warning("exec_gate: %s: %s", path, what)
+        return self
+
     async def ask(self, question: Question) -> bool | None:
         number = uuid4().hex[:12]
         asked = self._folder / f"{number}.json"

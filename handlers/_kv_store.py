@@ -105,6 +105,14 @@ class Store:
         self._db: apsw.AsyncConnection | None = None
         self._is_logged = False
 
+    async def look(self) -> None:
+        """Warn of a path that cannot be opened, before a guest finds out. Nothing is made."""
+        path = anyio.Path(self._path)
+        if self._path and not await path.parent.is_dir():
+            log.warning("kv: %s: its folder is not there", printable(self._path))
+        elif self._path and await path.is_dir():
+            log.warning("kv: %s: is a folder", printable(self._path))
+
     async def ask(self, work: Work) -> Reply:
         """Do a piece of work, in the thread of the connection. Cancelled, it is undone or done."""
         try:

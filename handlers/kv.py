@@ -119,6 +119,7 @@ class Kv(StandardHandler[int]):
     async def __aenter__(self) -> Self:
         """Make the connection, which opens its file when a guest asks."""
         self._store = Store(self._settings.path, self._settings.patience)
+        await self._store.look()
         return self
 
     async def __aexit__(

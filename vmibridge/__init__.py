@@ -2,13 +2,11 @@
 
 The names of this module are the public interface; see `docs/`. Each is imported from its module
 when it is first used: an import of all takes 0.2 s of CPU, which a command that needs none of it,
-as `vmibridge --version`, does not have to pay.
+as `vmibridge --version`, does not have to pay. `typing` would be a quarter of `vmibridge health`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # which type checkers take for true, by its name
     from vmibridge.backends import open_backend
     from vmibridge.bridge.context import BridgeContext
     from vmibridge.bridge.contract import (
@@ -148,10 +146,12 @@ _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in na
 
 if not TYPE_CHECKING:  # which would take every name for one of ours
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """A public name that is used for the first time (PEP 562); it stays in the module."""
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
         value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value

@@ -3,6 +3,7 @@
 | file | is |
 |---|---|
 | `include/` | `bridge.inc`, `vmibridge.h` and their like |
+| `linux/vmibridge_device/` | the driver of Linux for the device by which guests call |
 | `demo/` | the guest of `vmibridge demo`: source and image |
 | `init/` | the first process of `vmibridge qemu initramfs`: source and image |
 | `tools/` | the source of vmib, which `vmibridge guest tools` compiles |

@@ -7,8 +7,9 @@
  *   vmibridge_ask         a request that is sent again while the host tells to wait
  *   vmibridge_handshake   what is there on the host; vmibridge_deadlines, vmibridge_limit
  *   vmibridge_self_test   whether every register of a call gets through
- *   vmibridge_caller      how the methods of handlers are called, by headers that
- *                         `vmibridge guest-header` makes of the handlers
+ *   vmibridge_caller      how to call: what headers take that `vmibridge guest-header` makes of the
+ *                         handlers, and the functions above with `_by`, as vmibridge_ask_by, which
+ *                         call by a device, too
  *
  * The registers of a call:
  *
@@ -248,6 +249,60 @@ static inline bool vmibridge_stamped(const struct vmibridge_response *response)
     return vmibridge_verified(response, VMIBRIDGE_STAMP3, VMIBRIDGE_STAMP4);
 }
 
+/* --- callers: by an instruction, or in another way ------------------------------------------ */
+
+/*
+ * How requests are sent: the first argument of the functions whose names end with `_by`, and of
+ * every function of a header that `vmibridge guest-header` has made. `vmibridge_by` makes one for
+ * an instruction, and the header of the device beside this one makes one for a slot; it may be kept
+ * and shared.
+ */
+struct vmibridge_caller {
+    enum vmibridge_how how;     /* the instruction, which also says where the words are */
+    uint32_t attempts;          /* how often a request is sent at the most while the host tells to
+                                   wait; 0: without end */
+    void (*sleep)(void *state); /* what to do before each further time, as in vmibridge_retry */
+    /* Send one request in another way than by an instruction, such as by a device; NULL: by the
+       instruction. It fills all of the response. */
+    void (*send)(void *state, const struct vmibridge_packet *packet,
+                 struct vmibridge_response *response);
+    void *state;                /* what `sleep` and `send` are called with */
+    /* Memory that the host can read and write where it cannot reach the caller's own: the buffers
+       of a method are copied through it. NULL: it reaches all. One call at a time uses it. */
+    void *room;
+    size_t room_size;
+    vmibridge_word room_address; /* where it is for the host */
+};
+
+/* Call by this instruction, and wait as long as the host tells to, without a system to sleep by. */
+static inline struct vmibridge_caller vmibridge_by(enum vmibridge_how how)
+{
+    struct vmibridge_caller caller;
+
+    caller.how = how;
+    caller.attempts = 0;
+    caller.sleep = 0;
+    caller.send = 0;
+    caller.state = 0;
+    caller.room = 0;
+    caller.room_size = 0;
+    caller.room_address = 0;
+    return caller;
+}
+
+/* Send one request by a caller. Check the stamps before anything else. */
+static inline struct vmibridge_response vmibridge_send(const struct vmibridge_caller *caller,
+                                                       const struct vmibridge_packet *packet)
+{
+    struct vmibridge_response response;
+
+    if (!caller->send) {
+        return vmibridge_call(caller->how, packet);
+    }
+    caller->send(caller->state, packet, &response);
+    return response;
+}
+
 /* --- gates: to wait while the vCPU goes on -------------------------------------------------- */
 
 /* How a request is sent again while the host tells to wait. */
@@ -286,15 +341,15 @@ static inline void vmibridge_pause(void)
  * vCPU waits for an answer. A gate has VMIBRIDGE_CONTINUE, VMIBRIDGE_ABORT, or what else the
  * handler has, in value1.
  */
-static inline enum vmibridge_result vmibridge_ask(enum vmibridge_how how,
-                                                  struct vmibridge_packet *packet,
-                                                  const struct vmibridge_retry *retry,
-                                                  struct vmibridge_response *response)
+static inline enum vmibridge_result vmibridge_ask_by(const struct vmibridge_caller *caller,
+                                                     struct vmibridge_packet *packet,
+                                                     const struct vmibridge_retry *retry,
+                                                     struct vmibridge_response *response)
 {
     uint32_t attempt;
 
     for (attempt = 1;; attempt++) {
-        *response = vmibridge_call(how, packet);
+        *response = vmibridge_send(caller, packet);
         if (!vmibridge_stamped(response)) {
             return VMIBRIDGE_NOBODY;
         }
@@ -328,11 +383,23 @@ static inline enum vmibridge_result vmibridge_ask(enum vmibridge_how how,
     }
 }
 
+/* The same by an instruction. */
+static inline enum vmibridge_result vmibridge_ask(enum vmibridge_how how,
+                                                  struct vmibridge_packet *packet,
+                                                  const struct vmibridge_retry *retry,
+                                                  struct vmibridge_response *response)
+{
+    const struct vmibridge_caller caller = vmibridge_by(how);
+
+    return vmibridge_ask_by(&caller, packet, retry, response);
+}
+
 /* --- the handshake --------------------------------------------------------------------------- */
 
 /* Ask the host itself. `false`: there is none, it has no handshake, or it denies us. */
-static inline bool vmibridge_ask_host(enum vmibridge_how how, uint16_t method, vmibridge_word value1,
-                                      struct vmibridge_response *response)
+static inline bool vmibridge_ask_host_by(const struct vmibridge_caller *caller, uint16_t method,
+                                         vmibridge_word value1,
+                                         struct vmibridge_response *response)
 {
     struct vmibridge_packet packet;
 
@@ -341,17 +408,26 @@ static inline bool vmibridge_ask_host(enum vmibridge_how how, uint16_t method, v
     packet.method = method;
     packet.value1 = value1;
     packet.value2 = packet.value3 = packet.value4 = 0;
-    *response = vmibridge_call(how, &packet);
+    *response = vmibridge_send(caller, &packet);
     return vmibridge_stamped(response);
 }
 
+/* The same by an instruction. */
+static inline bool vmibridge_ask_host(enum vmibridge_how how, uint16_t method, vmibridge_word value1,
+                                      struct vmibridge_response *response)
+{
+    const struct vmibridge_caller caller = vmibridge_by(how);
+
+    return vmibridge_ask_host_by(&caller, method, value1, response);
+}
+
 /* Whether there is a host of our major version. Then its version, and VMIBRIDGE_FEATURE bits. */
-static inline bool vmibridge_handshake(enum vmibridge_how how, uint32_t *version,
-                                       uint32_t *features)
+static inline bool vmibridge_handshake_by(const struct vmibridge_caller *caller, uint32_t *version,
+                                          uint32_t *features)
 {
     struct vmibridge_response response;
 
-    if (!vmibridge_ask_host(how, VMIBRIDGE_HOST_VERSION, 0, &response)) {
+    if (!vmibridge_ask_host_by(caller, VMIBRIDGE_HOST_VERSION, 0, &response)) {
         return false;
     }
     *version = (uint32_t)response.value1;
@@ -359,13 +435,23 @@ static inline bool vmibridge_handshake(enum vmibridge_how how, uint32_t *version
     return *version >> 16 == VMIBRIDGE_VERSION_MAJOR;
 }
 
+/* The same by an instruction. */
+static inline bool vmibridge_handshake(enum vmibridge_how how, uint32_t *version,
+                                       uint32_t *features)
+{
+    const struct vmibridge_caller caller = vmibridge_by(how);
+
+    return vmibridge_handshake_by(&caller, version, features);
+}
+
 /* The highest deadlines of any request, in milliseconds. `soft` 0: the host never tells to wait by
    itself. Either may be VMIBRIDGE_NO_END. */
-static inline bool vmibridge_deadlines(enum vmibridge_how how, uint32_t *soft, uint32_t *hard)
+static inline bool vmibridge_deadlines_by(const struct vmibridge_caller *caller, uint32_t *soft,
+                                          uint32_t *hard)
 {
     struct vmibridge_response response;
 
-    if (!vmibridge_ask_host(how, VMIBRIDGE_HOST_DEADLINES, 0, &response)) {
+    if (!vmibridge_ask_host_by(caller, VMIBRIDGE_HOST_DEADLINES, 0, &response)) {
         return false;
     }
     *soft = (uint32_t)response.value1;
@@ -373,12 +459,21 @@ static inline bool vmibridge_deadlines(enum vmibridge_how how, uint32_t *soft, u
     return true;
 }
 
+/* The same by an instruction. */
+static inline bool vmibridge_deadlines(enum vmibridge_how how, uint32_t *soft, uint32_t *hard)
+{
+    const struct vmibridge_caller caller = vmibridge_by(how);
+
+    return vmibridge_deadlines_by(&caller, soft, hard);
+}
+
 /* A VMIBRIDGE_LIMIT of the host. `false` also when it does not have it: an older one may not. */
-static inline bool vmibridge_limit(enum vmibridge_how how, uint32_t limit, uint32_t *value)
+static inline bool vmibridge_limit_by(const struct vmibridge_caller *caller, uint32_t limit,
+                                      uint32_t *value)
 {
     struct vmibridge_response response;
 
-    if (!vmibridge_ask_host(how, VMIBRIDGE_HOST_LIMITS, limit, &response) ||
+    if (!vmibridge_ask_host_by(caller, VMIBRIDGE_HOST_LIMITS, limit, &response) ||
         response.value2 < limit) {
         return false;
     }
@@ -386,8 +481,17 @@ static inline bool vmibridge_limit(enum vmibridge_how how, uint32_t limit, uint3
     return true;
 }
 
+/* The same by an instruction. */
+static inline bool vmibridge_limit(enum vmibridge_how how, uint32_t limit, uint32_t *value)
+{
+    const struct vmibridge_caller caller = vmibridge_by(how);
+
+    return vmibridge_limit_by(&caller, limit, value);
+}
+
 /* One echo of the self-test, with patterns xored with `flip`. */
-static inline bool vmibridge_echo(enum vmibridge_how how, uint16_t method, vmibridge_word flip)
+static inline bool vmibridge_echo(const struct vmibridge_caller *caller, uint16_t method,
+                                  vmibridge_word flip)
 {
     struct vmibridge_packet packet;
     struct vmibridge_response response;
@@ -403,59 +507,38 @@ static inline bool vmibridge_echo(enum vmibridge_how how, uint16_t method, vmibr
     packet.value4 = (vmibridge_word)0x8796a5b4c3d2e1f0ull ^ flip;
     first = method == VMIBRIDGE_HOST_ECHO_LOW ? packet.value1 : packet.value3;
     second = method == VMIBRIDGE_HOST_ECHO_LOW ? packet.value2 : packet.value4;
-    if (sizeof(vmibridge_word) == 4 && how != VMIBRIDGE_CPUID &&
+    if (sizeof(vmibridge_word) == 4 && caller->how != VMIBRIDGE_CPUID &&
         method == VMIBRIDGE_HOST_ECHO_HIGH) {
         /* This form carries two values. */
         first = second = 0;
     }
-    response = vmibridge_call(how, &packet);
+    response = vmibridge_send(caller, &packet);
     return vmibridge_stamped(&response) && response.value1 == first && response.value2 == second;
 }
 
 /*
- * Whether every register of a call by this instruction gets through, in both directions, with each
- * bit as 0 and as 1. One that works says nothing of the others: test the one that you will use.
+ * Whether every register of a call by this caller gets through, in both directions, with each bit
+ * as 0 and as 1. One that works says nothing of the others: test the one that you will use.
  */
-static inline bool vmibridge_self_test(enum vmibridge_how how)
+static inline bool vmibridge_self_test_by(const struct vmibridge_caller *caller)
 {
     const vmibridge_word ones = ~(vmibridge_word)0;
 
-    return vmibridge_echo(how, VMIBRIDGE_HOST_ECHO_LOW, 0) &&
-           vmibridge_echo(how, VMIBRIDGE_HOST_ECHO_HIGH, 0) &&
-           vmibridge_echo(how, VMIBRIDGE_HOST_ECHO_LOW, ones) &&
-           vmibridge_echo(how, VMIBRIDGE_HOST_ECHO_HIGH, ones);
+    return vmibridge_echo(caller, VMIBRIDGE_HOST_ECHO_LOW, 0) &&
+           vmibridge_echo(caller, VMIBRIDGE_HOST_ECHO_HIGH, 0) &&
+           vmibridge_echo(caller, VMIBRIDGE_HOST_ECHO_LOW, ones) &&
+           vmibridge_echo(caller, VMIBRIDGE_HOST_ECHO_HIGH, ones);
+}
+
+/* The same by an instruction. */
+static inline bool vmibridge_self_test(enum vmibridge_how how)
+{
+    const struct vmibridge_caller caller = vmibridge_by(how);
+
+    return vmibridge_self_test_by(&caller);
 }
 
 /* --- methods: what generated headers call -------------------------------------------------- */
-
-/*
- * How the methods of handlers are called: the first argument of every function of a header that
- * `vmibridge guest-header` has made. `vmibridge_by` makes one; it may be kept and shared.
- */
-struct vmibridge_caller {
-    enum vmibridge_how how;     /* the instruction, which also says where the words are */
-    uint32_t attempts;          /* how often a request is sent at the most while the host tells to
-                                   wait; 0: without end */
-    void (*sleep)(void *state); /* what to do before each further time, as in vmibridge_retry */
-    /* Send one request in another way than by an instruction, such as through a driver; NULL: by
-       the instruction. It fills all of the response. */
-    void (*send)(void *state, const struct vmibridge_packet *packet,
-                 struct vmibridge_response *response);
-    void *state;                /* what `sleep` and `send` are called with */
-};
-
-/* Call by this instruction, and wait as long as the host tells to, without a system to sleep by. */
-static inline struct vmibridge_caller vmibridge_by(enum vmibridge_how how)
-{
-    struct vmibridge_caller caller;
-
-    caller.how = how;
-    caller.attempts = 0;
-    caller.sleep = 0;
-    caller.send = 0;
-    caller.state = 0;
-    return caller;
-}
 
 /*
  * What a function of a generated header returns: 0, or why it gave nothing. The fields are those of
@@ -465,6 +548,8 @@ typedef uint64_t vmibridge_status;
 
 /* Ours: an answer lacks the stamps, so the request was not answered: see vmibridge_stamped. */
 #define VMIBRIDGE_NOT_ANSWERED 0x01000000u
+/* Ours, too: the buffers do not fit into the room of the caller, and nothing was sent. */
+#define VMIBRIDGE_NO_ROOM 0x02000000u
 
 /* The kind of a status. A newer host may have others. */
 enum vmibridge_kind {
@@ -631,6 +716,75 @@ static inline uint32_t vmibridge_touch_buffers(const struct vmibridge_method_cal
     return pages + vmibridge_touch_pages((uintptr_t)call->block, sizeof call->block, true);
 }
 
+/* Not a loop, which a compiler may take for a call of memcpy. */
+static inline void vmibridge_copy(void *to, const void *from, size_t size)
+{
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size) : : "memory");
+}
+
+/* The bytes of a buffer that belong to a call: of a text with its NUL, or up to its limit. */
+static inline size_t vmibridge_buffer_size(const struct vmibridge_method_call *call, unsigned word,
+                                           unsigned kind)
+{
+    const volatile char *at = (const volatile char *)(uintptr_t)call->block[word + 1];
+    size_t size = 0;
+
+    if (kind == VMIBRIDGE_WORD_BYTES || kind == VMIBRIDGE_WORD_ROOM) {
+        /* The host refuses one over its limit, and does not look at it. */
+        return call->block[word + 2] <= call->limits[word] ? (size_t)call->block[word + 2] : 0;
+    }
+    while (size <= call->limits[word] && (at[size] || (kind == 2 && at[size + 1]))) {
+        size += kind;
+    }
+    return size + kind;
+}
+
+/*
+ * Copy the buffers of a call into the caller's room. `words`: those of the block, with addresses in
+ * the room. The block itself has its place at the room's start. `false`: they do not fit.
+ */
+static inline bool vmibridge_lend(const struct vmibridge_caller *caller,
+                                  const struct vmibridge_method_call *call, uint64_t *words)
+{
+    size_t used = sizeof call->block, size;
+    unsigned word, kind;
+
+    for (word = 0; word < 5; word++) {
+        words[word] = call->block[word];
+    }
+    for (word = 0; word < 4; word++) {
+        kind = call->kinds >> 4 * word & 15u;
+        if (kind == VMIBRIDGE_WORD_NUMBER || !call->block[word + 1]) {
+            continue;
+        }
+        size = vmibridge_buffer_size(call, word, kind);
+        if (used > caller->room_size || size > caller->room_size - used) {
+            return false;
+        }
+        vmibridge_copy((char *)caller->room + used, (const void *)(uintptr_t)call->block[word + 1],
+                       size);
+        words[word + 1] = caller->room_address + used;
+        used += (size + 7) & ~(size_t)7;
+    }
+    return sizeof call->block <= caller->room_size;
+}
+
+/* Copy back what the host may have written there. */
+static inline void vmibridge_take_back(const struct vmibridge_caller *caller,
+                                       const struct vmibridge_method_call *call,
+                                       const uint64_t *words)
+{
+    unsigned word;
+
+    for (word = 0; word < 4; word++) {
+        if ((call->kinds >> 4 * word & 15u) == VMIBRIDGE_WORD_ROOM && call->block[word + 1]) {
+            vmibridge_copy((void *)(uintptr_t)call->block[word + 1],
+                           (char *)caller->room + (size_t)(words[word + 1] - caller->room_address),
+                           vmibridge_buffer_size(call, word, VMIBRIDGE_WORD_ROOM));
+        }
+    }
+}
+
 /*
  * Send a request until it is answered: again while the host tells to wait, and again, a bounded
  * number of times, when it finds a page that is not present. Of a typed method, block[0] is then
@@ -640,23 +794,34 @@ static inline vmibridge_status vmibridge_call_method(const struct vmibridge_call
                                                      struct vmibridge_method_call *call)
 {
     bool in_block = false;
+    const bool is_lent = caller->room && call->is_typed;
     uint32_t attempts = 0, touches = 0, pages;
+    uint64_t lent[5];
+    const uint64_t *words = call->block;
+    vmibridge_word block = VMIBRIDGE_ADDRESS(call->block);
     vmibridge_status status;
 
 #ifdef __i386__
     in_block = call->is_typed &&
                (call->is_wide || call->words > (caller->how == VMIBRIDGE_CPUID ? 4 : 2));
 #endif
-    call->packet.value1 = in_block ? VMIBRIDGE_ADDRESS(call->block) : (vmibridge_word)call->block[1];
-    call->packet.value2 = in_block ? 0 : (vmibridge_word)call->block[2];
-    call->packet.value3 = in_block ? 0 : (vmibridge_word)call->block[3];
-    call->packet.value4 = in_block ? 0 : (vmibridge_word)call->block[4];
-    for (;;) {
-        if (caller->send) {
-            caller->send(caller->state, &call->packet, &call->response);
-        } else {
-            call->response = vmibridge_call(caller->how, &call->packet);
+    if (is_lent) {
+        if (!vmibridge_lend(caller, call, lent)) {
+            call->block[0] = 0;
+            return VMIBRIDGE_NO_ROOM;
         }
+        words = lent;
+        block = caller->room_address;
+        if (in_block) {
+            vmibridge_copy(caller->room, lent, sizeof lent);
+        }
+    }
+    call->packet.value1 = in_block ? block : (vmibridge_word)words[1];
+    call->packet.value2 = in_block ? 0 : (vmibridge_word)words[2];
+    call->packet.value3 = in_block ? 0 : (vmibridge_word)words[3];
+    call->packet.value4 = in_block ? 0 : (vmibridge_word)words[4];
+    for (;;) {
+        call->response = vmibridge_send(caller, &call->packet);
         if (!vmibridge_call_stamped(call)) {
             status = VMIBRIDGE_NOT_ANSWERED;
             break;
@@ -688,6 +853,12 @@ static inline vmibridge_status vmibridge_call_method(const struct vmibridge_call
             break;
         }
         touches++;
+    }
+    if (is_lent && status != VMIBRIDGE_NOT_ANSWERED) {
+        vmibridge_take_back(caller, call, words);
+        if (in_block) {
+            vmibridge_copy(call->block, caller->room, sizeof call->block[0]);
+        }
     }
     if (status) {
         call->block[0] = 0;

@@ -8,7 +8,7 @@
 #include "exchange.h"
 #include "tiny.h"
 
-static struct exchange_buffer buffer;
+static unsigned char bytes[2 * EXCHANGE_SIZE];
 
 static void sleep_a_little(void *unused)
 {
@@ -19,6 +19,8 @@ static void sleep_a_little(void *unused)
 static int run(int count, char **arguments)
 {
     static const char *const NAMES[] = {"cpuid", "vmcall", "vmmcall"};
+    const struct exchange_buffer buffer = {bytes, VMIBRIDGE_ADDRESS(bytes), EXCHANGE_SIZE};
+    struct vmibridge_caller caller;
     unsigned how = 0, cpu, calls, start, end;
     const char *wrong;
     bool nobody;
@@ -34,7 +36,8 @@ static int run(int count, char **arguments)
     cpu = number_of(arguments[2]);
     calls = number_of(arguments[3]);
     start = microseconds();
-    wrong = pin(cpu) ? exchange((enum vmibridge_how)how, calls, &buffer, &nobody) : "no such CPU";
+    caller = vmibridge_by((enum vmibridge_how)how);
+    wrong = pin(cpu) ? exchange(&caller, calls, &buffer, &nobody) : "no such CPU";
     end = microseconds();
 
     put("vmibridge: user ");

@@ -15,36 +15,72 @@
 
 #define EXCHANGE_SIZE 6000 /* no whole number of pages */
 
-/* Half of it is for the host to read, and the other for it to write. */
+/* Memory of both ends: half of it is for the host to read, and the other for it to write. */
 struct exchange_buffer {
-    unsigned char ours[EXCHANGE_SIZE], theirs[EXCHANGE_SIZE];
+    unsigned char *bytes;   /* twice `size` */
+    vmibridge_word address; /* where they are for the host */
+    unsigned size;          /* 0: nothing is shared */
 };
 
 static void sleep_a_little(void *unused);
 
-/* One check after the other, for one instruction. Returns what is wrong, or NULL. `*nobody` says
-   that there was no answer to begin with: no host, or a policy that denies us. */
-static const char *exchange(enum vmibridge_how how, unsigned count, struct exchange_buffer *buffer,
-                            bool *nobody)
+/* What is wrong with a buffer that the host reverses, or NULL. */
+static const char *exchange_memory(const struct vmibridge_caller *caller,
+                                   const struct exchange_buffer *buffer)
+{
+    struct vmibridge_packet packet = {
+        VMIBRIDGE_MAGIC, EXCHANGE_REQUEST, EXCHANGE_REVERSE, buffer->address, buffer->size, 0, 0};
+    unsigned char *ours = buffer->bytes, *theirs = buffer->bytes + buffer->size;
+    struct vmibridge_response response;
+    unsigned i;
+
+    /* Both halves are written here: so their pages are there. */
+    for (i = 0; i < buffer->size; i++) {
+        ours[i] = (unsigned char)(7 * i + (unsigned)caller->how);
+        theirs[i] = 0xee;
+    }
+    response = vmibridge_send(caller, &packet);
+    if (!vmibridge_stamped(&response)) {
+        return "the buffer has no stamps";
+    }
+    if (response.value1 != buffer->size) {
+        return "the buffer was not taken";
+    }
+    for (i = 0; i < buffer->size; i++) {
+        if (ours[i] != (unsigned char)(7 * i + (unsigned)caller->how)) {
+            return "the buffer for the host was changed";
+        }
+        if (theirs[i] != ours[buffer->size - 1 - i]) {
+            return "the buffer of the host is wrong";
+        }
+    }
+    return NULL;
+}
+
+/* One check after the other, for one caller. Returns what is wrong, or NULL. `*nobody` says that
+   there was no answer to begin with: no host, or a policy that denies us. */
+static const char *exchange(const struct vmibridge_caller *caller, unsigned count,
+                            const struct exchange_buffer *buffer, bool *nobody)
 {
     const struct vmibridge_retry retry = {500, VMIBRIDGE_WAIT, 2, sleep_a_little, NULL};
     struct vmibridge_packet packet = {VMIBRIDGE_MAGIC, EXCHANGE_REQUEST, EXCHANGE_INVERT, 0, 0, 0, 0};
     struct vmibridge_response response;
     uint32_t version, features;
+    const char *wrong;
     unsigned i;
 
-    *nobody = !vmibridge_handshake(how, &version, &features);
+    *nobody = !vmibridge_handshake_by(caller, &version, &features);
     if (*nobody) {
         return "nobody";
     }
-    if (!vmibridge_self_test(how)) {
+    if (!vmibridge_self_test_by(caller)) {
         return "a register does not get through";
     }
 
     for (i = 0; i < count; i++) {
         packet.value1 = i;
         packet.value2 = 3 * (vmibridge_word)i + 1;
-        response = vmibridge_call(how, &packet);
+        response = vmibridge_send(caller, &packet);
         if (!vmibridge_stamped(&response)) {
             return "a call has no stamps";
         }
@@ -53,34 +89,15 @@ static const char *exchange(enum vmibridge_how how, unsigned count, struct excha
         }
     }
 
-    /* Both halves are written here: so their pages are there. */
-    for (i = 0; i < EXCHANGE_SIZE; i++) {
-        buffer->ours[i] = (unsigned char)(7 * i + (unsigned)how);
-        buffer->theirs[i] = 0xee;
-    }
-    packet.method = EXCHANGE_REVERSE;
-    packet.value1 = VMIBRIDGE_ADDRESS(buffer->ours);
-    packet.value2 = EXCHANGE_SIZE;
-    response = vmibridge_call(how, &packet);
-    if (!vmibridge_stamped(&response)) {
-        return "the buffer has no stamps";
-    }
-    if (response.value1 != EXCHANGE_SIZE) {
-        return "the buffer was not taken";
-    }
-    for (i = 0; i < EXCHANGE_SIZE; i++) {
-        if (buffer->ours[i] != (unsigned char)(7 * i + (unsigned)how)) {
-            return "the buffer for the host was changed";
-        }
-        if (buffer->theirs[i] != buffer->ours[EXCHANGE_SIZE - 1 - i]) {
-            return "the buffer of the host is wrong";
-        }
+    wrong = buffer->size ? exchange_memory(caller, buffer) : NULL;
+    if (wrong) {
+        return wrong;
     }
 
     packet.method = EXCHANGE_JOB;
-    packet.value1 = 0x70c0ffeeu + (unsigned)how;
+    packet.value1 = 0x70c0ffeeu + (unsigned)caller->how;
     packet.value2 = 0;
-    switch (vmibridge_ask(how, &packet, &retry, &response)) {
+    switch (vmibridge_ask_by(caller, &packet, &retry, &response)) {
     case VMIBRIDGE_NOBODY:
         return "the job has no stamps";
     case VMIBRIDGE_WAITING:

@@ -28,16 +28,19 @@ MODULE_PARM_DESC(count, "calls by each instruction on each CPU");
 static long check_cpu(void *unused)
 {
     static const char *const NAMES[] = {"", "cpuid", "vmcall", "vmmcall"};
-    struct exchange_buffer *buffer = kmalloc(sizeof *buffer, GFP_KERNEL);
+    unsigned char *bytes = kmalloc(2 * EXCHANGE_SIZE, GFP_KERNEL);
+    const struct exchange_buffer buffer = {bytes, VMIBRIDGE_ADDRESS(bytes), EXCHANGE_SIZE};
+    struct vmibridge_caller caller;
     unsigned int how, cpu = smp_processor_id();
     const char *wrong;
     bool nobody;
     long status = 0;
 
-    if (!buffer)
+    if (!bytes)
         return -ENOMEM;
     for (how = VMIBRIDGE_CPUID; how <= VMIBRIDGE_VMMCALL; how++) {
-        wrong = exchange(how, count, buffer, &nobody);
+        caller = vmibridge_by(how);
+        wrong = exchange(&caller, count, &buffer, &nobody);
         if (!wrong) {
             pr_info("kernel x64 %s cpu %u: right, %u calls\n", NAMES[how], cpu, count);
         } else if (nobody) {
@@ -49,7 +52,7 @@ static long check_cpu(void *unused)
             status = -EIO;
         }
     }
-    kfree(buffer);
+    kfree(bytes);
     return status;
 }
 

@@ -62,6 +62,29 @@ def test_what_is_not_in_it_is_told(run, missing, status, outcome):
     assert ("1 request was not in the recording" in done.stderr) == bool(status)
 
 
+def test_the_recording_may_be_piped(tmp_path, image, vmibridge, run):
+    spec = f"unicorn:{image(GUEST.format(times=2))}"
+    with (tmp_path / "run.mcap").open() as recording:
+        done = vmibridge("run", "--backend", spec, "--answers", "-", stdin=recording)
+    assert done.returncode == 0, done.stderr
+    assert "-: 2 requests were answered from it" in done.stderr
+
+
+def test_what_is_cut_is_told_before_the_guest_runs(tmp_path, run):
+    (tmp_path / "cut.mcap").write_bytes((tmp_path / "run.mcap").read_bytes()[:-200])
+    done = run(2, "--answers", "cut.mcap")
+    assert done.returncode == 0, done.stderr
+    assert "is truncated" in done.stderr.splitlines()[0]
+    assert done.stderr.startswith("WARNING")
+
+
+def test_settings_of_handlers_are_not_used(tmp_path, run):
+    (tmp_path / "own.toml").write_text("[handlers.counts]\nfrom = 3\n")
+    done = run(2, "--answers", "run.mcap", "--config", "own.toml")
+    assert done.returncode == 0, done.stderr
+    assert "own.toml: [handlers.counts] is not used: the recording answers" in done.stderr
+
+
 def test_a_guest_that_exits_does_so_again(image, vmibridge):
     code = """
     mov ecx, 0x42494d56

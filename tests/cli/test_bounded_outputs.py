@@ -52,7 +52,7 @@ def test_each_part_is_listed_replayed_and_reported_by_itself(
     vmibridge, image, handlers, tmp_path, loop
 ):
     code = counted(2500)
-    options = ["--record", "run.mcap", "--record-max-size", "128KiB", *loop]
+    options = ["--record", "run.mcap", "--rotate", "128K", *loop]
     done = vmibridge(*run(image, handlers, *options, code=code))
     assert done.returncode == 0, done.stderr
     parts = parts_of(tmp_path)
@@ -74,7 +74,7 @@ def test_each_part_is_listed_replayed_and_reported_by_itself(
 def test_a_run_that_is_killed_has_lost_what_was_not_written_and_no_file(
     children, image, handlers, tmp_path
 ):
-    arguments = run(image, handlers, "--record", ".", "--record-max-size", "128KiB", code=ENDLESS)
+    arguments = run(image, handlers, "--record", ".", "--rotate", "128K", code=ENDLESS)
     with children.start(command(*arguments), cwd=tmp_path) as process:
         # It is killed at another place each time: at a split, too.
         for _ in range(random.Random().randrange(1000, 4000)):
@@ -92,9 +92,7 @@ def test_the_total_of_a_folder_holds_over_several_runs(vmibridge, image, handler
     code = counted(3000)
     (tmp_path / "dear.mcap").write_bytes(b"something dear")
     for _ in range(3):
-        done = vmibridge(
-            *run(image, handlers, "--record", ".", "--record-max-total", "512KiB", code=code)
-        )
+        done = vmibridge(*run(image, handlers, "--record", ".", "--keep", "512KiB", code=code))
         assert done.returncode == 0, done.stderr
     parts = [part for part in parts_of(tmp_path) if part.name != "dear.mcap"]
     assert sum(part.stat().st_size for part in parts) <= 512 << 10
@@ -108,7 +106,7 @@ def test_the_total_of_a_folder_holds_over_several_runs(vmibridge, image, handler
 def test_a_folder_of_a_server_is_bounded_for_all_its_vms(
     children, vmibridge, image, tmp_path, handlers
 ):
-    bounds = ["--record", "runs", "--record-max-size", "128KiB", "--record-max-total", "384KiB"]
+    bounds = ["--record", "runs", "--rotate", "128K", "--keep", "384K"]
     server = ["serve", "--listen", "unix:x.sock", "--handlers", handlers, *bounds]
     guest = image(counted(2500))
     with children.start(command(*server), cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
@@ -129,29 +127,23 @@ def test_a_folder_of_a_server_is_bounded_for_all_its_vms(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        (["--rotate", "1M"], "--rotate is about a recording: give --record FILE, too"),
+        (["--keep", "1M"], "--keep is about a recording: give --record FILE, too"),
+        (["--record", "r", "--rotate", "1GB"], "--rotate 1GB: is not a size or a time; give one"),
+        (["--record", "r", "--rotate", "-5"], "--rotate -5: is not a size or a time"),
+        (["--record", "r", "--rotate", "10"], "--rotate 10: is not a size or a time"),
+        (["--record", "r", "--rotate", "9" * 5000], ": is not a size or a time; give one of each"),
+        (["--record", "r", "--rotate", "1h", "--rotate", "2h"], "--rotate 2h: is not a size or a"),
+        (["--record", "r", "--rotate", "5K"], "--rotate is at least 131072 bytes, got 5120"),
+        (["--record", "r", "--rotate", "0s"], "--rotate is at least 1 second, got 0"),
+        (["--record", ".", "--keep", "5K"], "--keep is at least 524288 bytes, got 5120"),
+        (["--record", ".", "--keep", "0"], "--keep is at least 1, got 0"),
+        (["--record", ".", "--keep", "1h"], "--keep 1h: is not a number of files or a size; give"),
+        (["--record", "r", "--keep", "4G"], "--keep is for recordings in a folder, and r is none"),
+        (["--record", "r", "--keep", "4"], "--keep is for recordings in a folder, and r is none"),
         (
-            ["--record-max-size", "1MiB"],
-            "--record-max-size is about a recording: give --record FILE, too",
-        ),
-        (
-            ["--record-max-total", "1MiB"],
-            "--record-max-total is about a recording: give --record FILE, too",
-        ),
-        (["--record", "r", "--record-max-size", "1GB"], "--record-max-size 1GB: is not a size"),
-        (["--record", "r", "--record-max-size", "-5"], "--record-max-size -5: is not a size"),
-        (
-            ["--record", "r", "--record-max-size", "9" * 5000],
-            ": is not a size; give one as in 256MiB",
-        ),
-        (["--record", "r", "--record-max-size", "5"], "--record-max-size is at least 131072 bytes"),
-        (["--record", ".", "--record-max-total", "5"], "--record-max-total is at least 524288"),
-        (
-            ["--record", "r", "--record-max-total", "4GiB"],
-            "--record-max-total is for recordings in a folder, and r is none",
-        ),
-        (
-            ["--record", ".", "--record-max-size", "1MiB", "--record-max-total", "1MiB"],
-            "--record-max-total is at least twice --record-max-size",
+            ["--record", ".", "--rotate", "1M", "--keep", "1M"],
+            "--keep is at least twice --rotate, got 1048576",
         ),
     ],
 )
@@ -166,7 +158,7 @@ def test_what_is_wrong_is_one_line(vmibridge, image, handlers, tmp_path, options
 @pytest.mark.parametrize(
     ("options", "status", "told"),
     [
-        (["--record", "r", "--record-max-size", "5"], 2, "--record-max-size is at least 131072"),
+        (["--record", "r", "--rotate", "5K"], 2, "--rotate is at least 131072"),
         (["--record", "r", "--redact", "nonsense"], 2, "'nonsense' is not a redaction"),
         (["--record", "handlers/x"], 1, "handlers/x: Not a directory"),
     ],

@@ -52,7 +52,7 @@ def test_help_shows_the_variable_of_every_option(name, capsys):
 
 
 def test_positions_and_words_have_none():
-    assert variable_of("--record-max-size") == "VMIBRIDGE_RECORD_MAX_SIZE"
+    assert variable_of("--soft-timeout") == "VMIBRIDGE_SOFT_TIMEOUT"
     assert [variable_of(each) for each in ("FILE", "-o", "--help", "--version")] == [None] * 4
 
 
@@ -101,7 +101,7 @@ def test_an_empty_variable_is_as_one_that_is_not_set():
         ("HANDLERS", f"{HELLO} /none.py", "VMIBRIDGE_HANDLERS: /none.py: there is no such file"),
         ("BACKEND", "a=unicorn:x?frob=1", "VMIBRIDGE_BACKEND: unicorn:x: no option 'frob'"),
         ("BACKEND", "vmware:x", "VMIBRIDGE_BACKEND: no backend for 'vmware:x'"),
-        ("RECORD_MAX_SIZE", "1MiB", "VMIBRIDGE_RECORD_MAX_SIZE is about a recording"),
+        ("ROTATE", "1h", "VMIBRIDGE_ROTATE is about a recording"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_variable(name, value, told, monkeypatch, said):

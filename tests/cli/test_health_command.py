@@ -10,6 +10,7 @@ from children import run
 from probe_guest import command
 
 from vmibridge.cli import main
+from vmibridge.health.ask import ask_quickly
 
 
 @contextmanager
@@ -48,6 +49,7 @@ def health(capsys):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VMIBRIDGE_HEALTH", raising=False)
+    monkeypatch.delenv("VMIBRIDGE_HEALTH_SOCKET", raising=False)
     return tmp_path
 
 
@@ -151,7 +153,10 @@ def test_nats_has_a_port_of_its_own(folder, health, monkeypatch):
 
 
 def test_without_a_place_the_environment_says_where(folder, health, monkeypatch):
-    told = "vmibridge: say where to look: unix:PATH, or VMIBRIDGE_HEALTH"
+    told = (
+        "vmibridge: say whom to ask: --health-socket PATH, or VMIBRIDGE_HEALTH_SOCKET;"
+        " or where to look: unix:PATH, or VMIBRIDGE_HEALTH"
+    )
     assert health() == (2, told)
     monkeypatch.setenv("VMIBRIDGE_HEALTH", "unix:vmi.sock")
     assert health() == (1, "vmibridge: unix:vmi.sock: there is no such file")
@@ -163,3 +168,76 @@ def test_as_a_command_it_ends_with_that_status(folder):
         1,
         "vmibridge: unix:vmi.sock: there is no such file\n",
     )
+
+
+# --- of a process that has a health socket: the rest is in test_process_health -----------
+
+
+NOT_THERE = (1, "vmibridge: not ready: not-running: none.sock: nothing listens here")
+
+
+def test_a_health_socket_is_asked_before_a_place_of_the_environment(folder, health, monkeypatch):
+    monkeypatch.setenv("VMIBRIDGE_HEALTH", "unix:vmi.sock")
+    monkeypatch.setenv("VMIBRIDGE_HEALTH_SOCKET", "none.sock")
+    assert health() == NOT_THERE
+    assert health("--ready", "--within=1") == NOT_THERE
+    assert health("unix:x.sock") == (1, "vmibridge: unix:x.sock: there is no such file")
+    monkeypatch.setenv("VMIBRIDGE_HEALTH_SOCKET", "")
+    assert health() == (1, "vmibridge: unix:vmi.sock: there is no such file")
+
+
+def test_an_option_names_the_socket_before_the_environment(folder, health, monkeypatch):
+    monkeypatch.setenv("VMIBRIDGE_HEALTH_SOCKET", "another.sock")
+    assert health("--health-socket", "none.sock") == NOT_THERE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--live", "--ready"], "--live and --ready: ask one of them at a time"),
+        (["--live"], "--live asks a process: give its --health-socket PATH, and no place"),
+        (["--json"], "--json asks a process: give its --health-socket PATH, and no place"),
+        (["--started", "unix:x.sock"], "--started asks a process: give its --health-socket PATH"),
+    ],
+    ids=["two", "nobody", "json", "place"],
+)
+def test_a_check_asks_one_process_one_thing(folder, health, arguments, told):
+    status, line = health(*arguments)
+    assert status == 2
+    assert line.startswith(f"vmibridge: {told}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--live", "--ready"], ["--within", "0"], ["--within=x"], ["--within"], ["--what"],
+        ["unix:x.sock"], ["--help"], ["--health-socket"], ["--health-socket", "--live"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_quick_way_leaves_what_is_wrong_or_else_to_the_command_line(monkeypatch, arguments):
+    monkeypatch.setenv("VMIBRIDGE_HEALTH_SOCKET", "none.sock")
+    assert ask_quickly(arguments) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--ready"], ["--within", "0.5"], ["--within=1", "--health-socket=none.sock"]],
+    ids=lambda each: " ".join(each) or "none",
+)
+def test_the_quick_way_says_what_the_command_line_says(
+    folder, health, monkeypatch, capsys, arguments
+):
+    monkeypatch.setenv("VMIBRIDGE_HEALTH_SOCKET", "none.sock")
+    assert health(*arguments) == NOT_THERE
+    assert ask_quickly(arguments) == 1
+    assert capsys.readouterr().err == f"{NOT_THERE[1]}\n"
+
+
+def test_a_peer_that_is_no_vmibridge_is_not_believed(folder, health):
+    with listening(socket.AF_UNIX, "vmi.sock", b"SSH-2.0\x1b[2J\n"):
+        told = "vmibridge: not ready: not-running: vmi.sock: what listens here is no vmibridge"
+        assert health("--health-socket=vmi.sock") == (1, told)
+    (folder / "vmi.sock").unlink()
+    with listening(socket.AF_UNIX, "vmi.sock", b"fail \x1b[2J"):
+        assert health("--health-socket=vmi.sock") == (1, "vmibridge: \\x1b[2J")

@@ -35,6 +35,7 @@ NOT_THE_SAME = {
     "to": "a format, or where a recording is kept",
     "until": "when a run ends, or the last trap that is listed",
     "vm": "which traps are listed, or which VMs are replayed",
+    "within": "until a check has failed, or what a guest gets to go",
 }
 
 
@@ -136,10 +137,10 @@ def test_options_that_are_given_stand_over_the_settings():
     [
         (ServerSettings, "timeout", "--timeout: must be above 0 seconds, got -1.0"),
         (ServerSettings, "soft_timeout", "--soft-timeout: must be above 0 seconds, got -1.0"),
-        (AgentLimits, "keep", "--keep: must be above 0 seconds, got -1.0"),
+        (AgentLimits, "keep", "--keep-vm: must be above 0 seconds, got -1.0"),
     ],
 )
 def test_an_option_that_is_out_of_bounds_is_named(struct, name, told):
     with pytest.raises(ConfigError) as error:
-        with_options(struct(), {name: -1.0})
+        with_options(struct(), {name: -1.0}, {"keep": "keep_vm"})
     assert str(error.value) == told

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from asked_health import await_health
 from children import run
 from needs import needs
 from probe_guest import command
@@ -91,6 +92,22 @@ def test_a_signal_ends_qemu_through_its_monitor(start, guest, folder):
     assert json.loads(out.splitlines()[-1])["summary"]["guest"][0]["reason"] == "stopped"
     assert "SIGTERM: stopping" in err
     assert "does not end" not in err
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize(
+    "options",
+    [["--handlers", "handlers.py"], ["--socket", "vmi.sock"]],
+    ids=["with its host", "with a host elsewhere"],
+)
+def test_it_is_ready_from_when_qemu_runs(start, guest, folder, options):
+    guest(2_000_000_000)
+    path = folder / "health.sock"
+    process = start(*options, "--outcomes", os.devnull, "--health-socket", str(path))
+    await_health(path, process=process)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 143
+    assert not path.exists()
 
 
 @pytest.mark.no_cover

@@ -279,7 +279,7 @@ class TestWrongUsage:
             (["--listen", "tcp:0.0.0.0:1", "--handlers", "adds.py"], 2, "anyone there"),
             (["--listen", "unix:no/such/x.sock", "--handlers", "adds.py"], 1, "no folder no/such"),
             (["--listen", "unix:x.sock", "--handlers", "none.py"], 2, "none.py"),
-            (["--listen", "unix:x.sock", "--handlers", "adds.py", "--keep", "0"], 2, "--keep"),
+            (["--listen", "unix:x.sock", "--handlers", "adds.py", "--keep-vm", "0"], 2, "keep-vm"),
             (["--listen", "unix:x.sock", "--handlers", "adds.py", "--redact", "memory"], 2,
              "--record FOLDER"),
         ],

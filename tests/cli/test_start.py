@@ -44,6 +44,19 @@ def test_the_version_needs_no_command_line():
     assert not found & {*HEAVY, "cyclopts", "rich"}
 
 
+def test_a_health_check_imports_next_to_nothing():
+    """It runs every few seconds for as long as a container lives."""
+    asked = (
+        "from vmibridge.__main__ import main\n"
+        "sys.argv = ['vmibridge', 'health', '--health-socket', 'none.sock']\n"
+        "sys.stderr = open('/dev/null', 'w')\n"
+        "assert main() == 1"
+    )
+    added = loaded(asked) - loaded("")
+    ours = {"vmibridge", "vmibridge.__main__", "vmibridge.health", "vmibridge.health.ask"}
+    assert added - {"_socket", "time"} == ours
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["qemu", "--help"], []], ids=str)
 def test_help_imports_no_command(arguments):
     found = loaded(RUN.format(arguments=arguments))

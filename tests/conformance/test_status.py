@@ -127,3 +127,8 @@ def test_what_is_not_64_bits_does_not_decode(value):
 def test_a_field_out_of_range_is_refused(field):
     with pytest.raises(ValueError, match="out of range"):
         Status(**field)
+
+
+def test_a_status_is_shown_in_its_own_words():
+    assert repr(Status(5, StatusKind.WAITING)) == "Status(stage=5, kind=WAITING, code=0, native=0)"
+    assert repr(Status(kind=0x7C)) == "Status(stage=0, kind=0x7c, code=0, native=0)"

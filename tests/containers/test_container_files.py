@@ -1,8 +1,7 @@
-"""What can be said of Dockerfiles, compose, Kubernetes and systemd files without running them."""
+"""What can be said of Dockerfiles and compose.yaml without running them."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from children import run
-from needs import needs
 
 from vmibridge.backends.qemu.plugin.build import _FLAGS
 from vmibridge.cli import main
@@ -24,8 +22,6 @@ import build_images  # noqa: E402
 import locked_install  # noqa: E402
 
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-MANIFESTS = sorted((DOCKER / "kubernetes").glob("*.yaml"))
-UNITS = sorted((ROOT / "systemd").glob("*.service"))
 PROFILES = {
     "plugin": {"qemu", "bridge"},
     "tls": {"qemu", "certificates", "agent", "server"},
@@ -35,8 +31,6 @@ PROFILES = {
 }
 GROUP = 10000
 USERS = {"vmibridge": 10001, "vmibridge-qemu": 10002}
-OF_10 = 2.0
-"""`systemd-analyze security`: how exposed a unit may be."""
 
 
 def by_name(paths):
@@ -206,7 +200,10 @@ def test_what_a_service_records_and_prints_is_bounded(profile, config):
         assert service["logging"]["options"] == {"max-size": "10m", "max-file": "5"}, name
         command = service.get("command", [])
         if "--record" in command:
-            assert command[command.index("--record-max-total") + 1] == "1GiB", name
+            assert command[command.index("--keep") + 1] == "1G", name
+        if service["image"] == build_images.IMAGES["bridge"]:
+            assert service["stop_grace_period"] == "15s", "more than the longest stop"
+            assert service["environment"]["VMIBRIDGE_OUTCOMES"] == "false"
 
 
 @every_profile
@@ -289,116 +286,3 @@ def test_a_guest_of_ones_own_is_given_by_variables(config):
         (qemu,) = [services[name] for name in services if name.startswith("qemu")]
         assert given.items() <= {**qemu["environment"]}.items()
         assert "/srv/disks:/disks" in qemu["volumes"]
-
-
-# --- Kubernetes -------------------------------------------------------------------------
-
-
-def documents(path):
-    return list(yaml.safe_load_all(path.read_text()))
-
-
-@by_name(MANIFESTS)
-def test_manifests_are_of_the_schema(path):
-    import kubernetes_validate  # takes a second, which no other test needs
-
-    for document in documents(path):
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
-
-
-@by_name(MANIFESTS)
-def test_pods_are_confined(path):
-    for document in documents(path):
-        if document["kind"] not in ("Pod", "Deployment"):
-            continue
-        pod = document["spec"]
-        if document["kind"] == "Deployment":
-            pod = pod["template"]["spec"]
-        assert pod["automountServiceAccountToken"] is False
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["securityContext"]["fsGroup"] == GROUP
-        for container in pod.get("initContainers", []) + pod["containers"]:
-            context = {**pod["securityContext"], **container["securityContext"]}
-            assert context["readOnlyRootFilesystem"] is True
-            assert context["allowPrivilegeEscalation"] is False
-            assert context["capabilities"] == {"drop": ["ALL"]}
-            assert container["resources"].keys() == {"requests", "limits"}
-            # Its log is in there.
-            assert "ephemeral-storage" in container["resources"]["limits"]
-            assert ("--record" in container["args"]) <= ("--record-max-total" in container["args"])
-            image = container["image"].rpartition("/")[2].partition(":")[0]
-            assert context["runAsUser"] == USERS[image]
-
-
-def test_the_agent_listens_before_qemu_starts():
-    pod = documents(DOCKER / "kubernetes/vm.yaml")[0]["spec"]
-    (agent,) = pod["initContainers"]
-    (qemu,) = pod["containers"]
-    assert agent["restartPolicy"] == "Always", "a sidecar"
-    assert agent["startupProbe"]["exec"]["command"][:2] == ["vmibridge", "health"]
-    shared = {mount["name"] for mount in agent["volumeMounts"]}
-    assert shared & {mount["name"] for mount in qemu["volumeMounts"]} == {"sockets"}
-
-
-def test_a_vm_reaches_its_servers_and_nothing_else():
-    policy = documents(DOCKER / "kubernetes/vm.yaml")[1]["spec"]
-    assert policy["policyTypes"] == ["Ingress", "Egress"]
-    assert "ingress" not in policy
-    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 7443}
-
-
-# --- systemd ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def analyze():
-    path = needs("systemd-analyze")
-    return lambda *arguments: run([path, *arguments])
-
-
-@pytest.fixture
-def unit(tmp_path):
-    """A unit as an instance, with a command that is there."""
-
-    def install(path):
-        command = shutil.which("true")
-        text = path.read_text().replace("/opt/vmibridge/bin/vmibridge", command)
-        target = tmp_path / path.name.replace("@", "@web")
-        target.write_text(text)
-        return target
-
-    return install
-
-
-def test_there_is_a_unit_for_each_command_that_serves():
-    assert [path.name for path in UNITS] == [
-        f"vmibridge-{command}@.service" for command in ("agent", "run", "serve")
-    ]
-
-
-@by_name(UNITS)
-def test_systemd_understands_a_unit(path, unit, analyze):
-    done = analyze("verify", "--man=no", str(unit(path)))
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
-
-
-@by_name(UNITS)
-def test_a_unit_is_confined(path, unit, analyze):
-    limit = round(OF_10 * 10)
-    done = analyze("security", "--offline=true", f"--threshold={limit}", str(unit(path)))
-    assert done.returncode == 0, done.stdout
-
-
-@by_name(UNITS)
-def test_what_a_unit_records_and_prints_is_bounded(path):
-    text = path.read_text()
-    assert text.count("--record=") == text.count("--record-max-total=")
-    assert lines_of(path, "LogRateLimitBurst=(.*)") == ["10000"]
-
-
-@by_name(UNITS)
-def test_a_unit_uses_options_that_there_are(path, capsys):
-    (command,) = lines_of(path, "ExecStart=/opt/vmibridge/bin/vmibridge (.*)")
-    main([command.split()[0], "--help"])
-    known = capsys.readouterr().out
-    assert all(word in known for word in command.split() if word.startswith("--"))

@@ -3,21 +3,17 @@
 The guest checks each answer itself, and says at its end whether all was right.
 """
 
-import json
 import os
-import re
 from pathlib import Path
 
 import pytest
-from build_images import IMAGES, bases
+from build_images import IMAGES
 from container_parts import KERNEL, composed, inspected, kernel
 
 pytestmark = pytest.mark.containers
 
 COUNT = 40
 CALLS = {"vmibridge": "user,kernel", "count": COUNT}
-MAX_BYTES = 120_000_000
-"""The bridge's image, above what it builds upon."""
 KEYS = """
 import hashlib, json, os, pathlib
 found = {}
@@ -52,7 +48,7 @@ def test_a_guest_finishes_though_its_bridge_is_restarted(engine, guest, tmp_path
         assert pair.wait("qemu") == 0
         assert_all_right(pair.logs("qemu"))
         assert pair.is_healthy("bridge")
-        assert pair.stop("bridge") == 143, "128 and SIGTERM, by itself"
+        assert pair.stop("bridge") == 0, "by itself"
         logs = pair.logs("bridge")
         traps = pair.traps("bridge")
         recordings = pair.recordings("bridge", tmp_path)
@@ -80,7 +76,7 @@ def test_over_tls_handlers_answer_elsewhere_and_each_side_has_its_own_key(engine
         assert_all_right(pair.logs("qemu"))
         for service in ("agent", "server"):
             assert pair.is_healthy(service)
-            assert pair.stop(service) == 143
+            assert pair.stop(service) == 0
         (recording,) = pair.recordings("server", tmp_path)
         traps = pair.traps("server")
     found, _ = inspected(recording)
@@ -94,7 +90,7 @@ def test_over_nats_three_servers_share_the_traps(engine, guest, tmp_path):
         assert_all_right(pair.logs("qemu"))
         for service in ("agent-nats", *servers):
             assert pair.is_healthy(service)
-        assert {pair.stop(service) for service in servers} == {143}
+        assert {pair.stop(service) for service in servers} == {0}
         recordings = pair.recordings("server-1", tmp_path)
         traps = [pair.traps(service) for service in servers]
     assert [recording.parent.name for recording in recordings] == servers
@@ -147,43 +143,3 @@ def test_qemu_gets_kvm_when_the_device_is_passed_through(engine):
     assert (done.returncode, told in done.stderr) == (1, True), done.stderr
     done = qemu_alone(engine, *machine, stdin="quit\n")
     assert (done.returncode, "there is no /dev/kvm" in done.stderr) == (1, True), done.stderr
-
-
-# --- the images -------------------------------------------------------------------------
-
-
-def image(engine, name, form):
-    done = engine.run(
-        "image", "inspect", f"--format={{{{json {form}}}}}", name, capture_output=True
-    )
-    return json.loads(done.stdout)
-
-
-def test_the_image_says_what_is_in_it(engine):
-    def printed(*command):
-        entry = ["run", "--rm", "--network=none", f"--entrypoint={command[0]}"]
-        done = engine.run(*entry, IMAGES["bridge"], *command[1:], capture_output=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    sbom = printed("cat", "/usr/share/sbom/vmibridge.json")
-    listed = {each["name"].lower().replace("_", "-") for each in sbom["components"]}
-    code = "import json; from importlib.metadata import distributions as all;"
-    code += "print(json.dumps([each.metadata['Name'] for each in all()]))"
-    installed = printed("/opt/vmibridge/bin/python", "-c", code)
-    assert sbom["bomFormat"] == "CycloneDX"
-    assert {name.lower().replace("_", "-") for name in installed} == listed
-    assert {"vmibridge", "anyio", "msgspec", "cyclopts", "trio"} <= listed
-    assert not {"pip", "hatchling", "pytest", "cyclonedx-bom"} & listed
-
-
-def test_images_are_labelled(engine):
-    labels = image(engine, IMAGES["bridge"], ".Labels")
-    assert re.fullmatch(r"[0-9a-f]{40}|unknown", labels["org.opencontainers.image.revision"])
-    assert labels["org.opencontainers.image.version"] != "unknown"
-
-
-def test_the_bridge_is_a_small_image(engine):
-    (base,) = bases("bridge")
-    above = image(engine, IMAGES["bridge"], ".Size") - image(engine, base, ".Size")
-    assert above <= MAX_BYTES

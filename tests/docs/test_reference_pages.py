@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 import tomllib
+from typing import get_args
 
 import msgspec
 import pytest
@@ -21,6 +22,7 @@ from vmibridge.engine.handshake import VERSION, Feature, Host, Limit
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import ConfigError
+from vmibridge.health.state import Code, Reason, Report
 from vmibridge.recording.export.jsonl import FullTrapRecord
 from vmibridge.recording.export.rows import ACCESS_COLUMNS, TRAP_COLUMNS
 from vmibridge.vm.memory import GuestMemory
@@ -48,6 +50,9 @@ from vmibridge.vm.spec import parse_size
         "report",
         "qemu build-plugin",
         "qemu run",
+        "qemu attach",
+        "qemu device-args",
+        "qemu stop",
         "agent",
         "serve",
         "health",
@@ -79,6 +84,14 @@ def test_every_field_and_column_of_a_recorded_trap_is_there():
     traps, accesses = section("docs/command-line.md", "### Columns").split("Of `accesses`")
     assert names_in(traps) == {*TRAP_COLUMNS}
     assert names_in(accesses) == {*ACCESS_COLUMNS}
+
+
+def test_every_reason_and_field_of_health_is_there():
+    told = section("docs/command-line.md", "## vmibridge health").partition("###")[0]
+    options, _, codes = told.partition("| code | fails |")
+    assert {*rows(codes)} == {*get_args(Code)}
+    fields = {*re.findall(r"`(\w+)`", rows(options)["--json"][2])} - {"null"}
+    assert fields == {*Report.__struct_fields__, *Reason.__struct_fields__}
 
 
 def names_in(table):

@@ -57,7 +57,7 @@ def test_each_has_its_row_with_type_default_unit_meaning_and_bounds(table):
     [
         ("run", "--timeout", ServerSettings().timeout),
         ("run", "--soft-timeout", ServerSettings().soft_timeout),
-        ("serve", "--keep", AgentLimits().keep),
+        ("serve", "--keep-vm", AgentLimits().keep),
     ],
 )
 def test_an_option_that_is_a_setting_has_its_default(command, option, default):

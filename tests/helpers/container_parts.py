@@ -13,7 +13,7 @@ from children import Child, run
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = (sys.executable, "-m", "podman_compose")
-SECONDS = 120
+SECONDS = 300
 TRAP = re.compile(r"^\d+ +\S+ +(cpuid|vmcall|vmmcall)\d\d ")
 KERNEL = "console=ttyS0 quiet panic=-1 no_timer_check"
 
@@ -30,6 +30,7 @@ class Compose:
             "COMPOSE_PROJECT_NAME": self.project,
             "VMIBRIDGE_COMPOSE": " ".join(COMPOSE),
             "VMIBRIDGE_GUEST": str(guest),
+            "VMIBRIDGE_OUTCOMES": "true",
             **variables,
         }
 

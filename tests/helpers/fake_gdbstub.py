@@ -69,6 +69,8 @@ class FakeStub:
         self.running = anyio.Event()
         self.written = None
         self.drops = False
+        self.idle_steps = 0
+        """How many steps run nothing, which QEMU reports all the same."""
         self.before_reply = None
         """Awaited with each command before its reply, and with a `\\x03`, where a test sets it."""
         self.packets = PacketReader()
@@ -111,6 +113,10 @@ class FakeStub:
             self.running.set()
             return []
         if packet.startswith(b"vCont;s"):
+            if self.idle_steps:
+                self.idle_steps -= 1
+            else:
+                self.run_instruction()
             return [b"T05thread:p01.01;"]
         if packet.startswith(b"G"):
             self.written = bytes.fromhex(packet[1:].decode())
@@ -137,6 +143,11 @@ class FakeStub:
             if packet.startswith(begin):
                 return [answer]
         return [b"OK"]
+
+    def run_instruction(self):
+        """As a step does: the trap that the vCPU is at lies behind it."""
+        (rip,) = struct.unpack_from("<Q", self.registers, 128)
+        self.registers = self.registers[:128] + struct.pack("<Q", rip + 3) + self.registers[136:]
 
     def write(self, at, data):
         for start, before in self.memory.items():

@@ -14,7 +14,7 @@ from micro_guest import ALL_RIGHT, CPUID, VMCALL, VMMCALL, Work
 pytestmark = pytest.mark.anyio
 
 RFLAGS_RF = 1 << 16
-BASE, OTHER_BASE, TF, SHADOW, RF, REWRITTEN, TF_NATIVE = range(1, 8)
+BASE, OTHER_BASE, TF, SHADOW, RF, REWRITTEN, TF_NATIVE, KICKED = range(1, 9)
 
 
 @pytest.fixture(params=["system", "new"])
@@ -25,7 +25,7 @@ def machine(request, build_guest, tmp_path):
 async def run(machine, build_guest, handler, **defines):
     image = build_guest("exact", **defines)
     machine.sites = list(dict.fromkeys(struct.unpack_from("<2I", image.read_bytes(), 32)))
-    if defines["CASE"] in (BASE, OTHER_BASE, SHADOW, REWRITTEN):
+    if defines["CASE"] in (BASE, OTHER_BASE, SHADOW, REWRITTEN, KICKED):
         machine.sites.pop()
     with anyio.fail_after(60):
         async with machine.booted("-S", "-kernel", str(image)), machine.host(handler):
@@ -72,6 +72,16 @@ async def test_and_behind_one_that_runs_natively(machine, build_guest, how):
 async def test_an_interrupt_comes_behind_a_trap_that_follows_sti(machine, build_guest, how):
     assert await run(machine, build_guest, Work(), CASE=SHADOW, HOW=how) == ALL_RIGHT
     assert machine.outcomes == {"handled": 1}
+
+
+@pytest.mark.slow
+async def test_a_step_that_a_kick_of_the_vcpu_ends_before_its_instruction_is_done_again(
+    machine, build_guest
+):
+    """QEMU reports it as the end of the step. The trap would come again, with its answer for a
+    question."""
+    assert await run(machine, build_guest, Work(), CASE=KICKED) == ALL_RIGHT
+    assert machine.outcomes == {"handled": 200}
 
 
 @all_instructions

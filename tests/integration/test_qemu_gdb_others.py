@@ -5,12 +5,12 @@ The handler is held in a trap for as long as the test wants it, so nothing depen
 """
 
 import random
-import struct
 
 import anyio
 import pytest
 from gdb_machine import machine_of
 from micro_guest import ALL, CPUID, ENDLESS, INVERT, MASK64, Work
+from qcow2 import empty_disk
 
 from vmibridge import BridgeResponse, method, open_backend
 from vmibridge.errors import BackendError
@@ -52,20 +52,6 @@ class Held(Work):
         self.held, self.let_go = anyio.Event(), anyio.Event()
         self.holds = True
         await self.held.wait()
-
-
-def empty_disk(path, size=64 << 20, cluster=16):
-    """A qcow2 image, for snapshots (QEMU, docs/interop/qcow2)."""
-    count = 1 << cluster
-    header = struct.pack(
-        ">4sIQIIQIIQQIIQQQQII",
-        *(b"QFI\xfb", 3, 0, 0, cluster, size, 0, 1, 3 * count, count, 1, 0, 0),
-        *(0, 0, 0, 4, 104),
-    )
-    table = struct.pack(">Q", 2 * count)
-    counts = struct.pack(">4H", 1, 1, 1, 1)
-    path.write_bytes(b"".join(part.ljust(count, b"\0") for part in (header, table, counts, b"")))
-    return path
 
 
 @pytest.fixture(params=["system", "new"])

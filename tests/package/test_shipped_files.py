@@ -69,7 +69,8 @@ def test_the_wheel_has_what_a_guest_is_made_of(wheel):
         ["git", "ls-files", "guest", "handlers"],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
     ).stdout.split()  # fmt: skip
-    kept = tuple(f"guest/{name}/" for name in ("include", "demo", "init", "qemu", "tools"))
+    folders = ("include", "demo", "init", "linux/vmibridge_device", "qemu", "tools")
+    kept = tuple(f"guest/{name}/" for name in folders)
     kept += ("handlers/",)
     wanted = {each for each in tracked if each.startswith(kept)} | {"guest/debian-packages.sh"}
     packed = {

@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import select
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -62,7 +63,7 @@ def handler_scope(patience: float) -> HandlerScope:
     return handler_scopes(patience)()
 
 
-async def while_readable(sock: socket.socket, take: Callable[[], bool]) -> None:
+async def while_readable(sock: socket.socket | select.epoll, take: Callable[[], bool]) -> None:
     """Call `take` when there is something to receive, until it returns `False` or raises.
 
     It receives what there is, without waiting. What it raises is raised here. If cancelled, it

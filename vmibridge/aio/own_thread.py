@@ -7,16 +7,20 @@ takes no place among the 40. How many threads that makes is bounded by who calls
 call at a time.
 """
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar, TypeVarTuple
 
 import anyio
 import anyio.to_thread
 
+from vmibridge.aio.loops import loop_door
+
 P = TypeVarTuple("P")
 R = TypeVar("R")
 
-__all__ = ["in_own_thread"]
+__all__ = ["in_left_thread", "in_own_thread"]
 
 
 async def in_own_thread(
@@ -32,3 +36,29 @@ async def in_own_thread(
         abandon_on_cancel=abandon_on_cancel,
         limiter=anyio.CapacityLimiter(1),
     )
+
+
+async def in_left_thread(function: Callable[[], R]) -> R:
+    """Call what may take long and changes nothing, such as the question to a name server.
+
+    Raises what it raises. If cancelled, the thread is left behind: neither the loop nor the end of
+    the process waits for it, as they do for those of `to_thread` on asyncio.
+    """
+    ended = anyio.Event()
+    found: list[R] = []
+    failed: list[BaseException] = []
+    soon = loop_door()
+
+    def call() -> None:
+        try:
+            found.append(function())
+        except BaseException as error:  # raised where it is awaited
+            failed.append(error)
+        with suppress(RuntimeError):  # the loop is closed
+            soon(ended.set)
+
+    threading.Thread(target=call, name="vmibridge look-up", daemon=True).start()
+    await ended.wait()
+    for error in failed:
+        raise error
+    return found[0]

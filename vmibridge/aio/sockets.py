@@ -10,13 +10,14 @@ import errno
 import os
 import socket
 import stat
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import anyio
 
-from vmibridge.aio.own_thread import in_own_thread
+from vmibridge.aio.own_thread import in_left_thread, in_own_thread
 from vmibridge.errors import BackendError
 
 Address: TypeAlias = tuple[
@@ -29,6 +30,7 @@ Address: TypeAlias = tuple[
 """One of those that a name resolves to, as `socket.getaddrinfo` has it."""
 
 _BACKLOG = 128
+_CREDENTIALS = struct.Struct("3i")
 _NO_FILES = 0.1
 """Seconds to wait when this process has too many open files to accept one more."""
 
@@ -59,7 +61,7 @@ async def addresses(host: str, port: int, *, flags: int = 0) -> Sequence[Address
     def look_up() -> Sequence[Address]:
         return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)
 
-    return await in_own_thread(look_up, abandon_on_cancel=True)
+    return await in_left_thread(look_up)
 
 
 async def connect_tcp(host: str, port: int) -> socket.socket:
@@ -138,12 +140,21 @@ async def _remove_stale(path: Path) -> None:
     except ConnectionRefusedError:
         await in_own_thread(path.unlink, True)
         return
-    found.close()
+    except BlockingIOError:  # of a process that is stopped, whose backlog is full
+        pass
+    else:
+        found.close()
     raise BackendError("address already in use")
 
 
 async def accept(listener: socket.socket, take: Callable[[socket.socket], None]) -> None:
     """Give each connection to `take`, until cancelled or `close` closes the listener."""
+    while (accepted := await accept_one(listener)) is not None:
+        take(accepted)
+
+
+async def accept_one(listener: socket.socket) -> socket.socket | None:
+    """The next connection; `None` when `close` closes the listener, or has done so."""
     while listener.fileno() >= 0:
         try:
             await anyio.wait_readable(listener)
@@ -151,14 +162,22 @@ async def accept(listener: socket.socket, take: Callable[[socket.socket], None])
         except (BlockingIOError, ConnectionError):
             continue
         except anyio.ClosedResourceError:
-            return
+            return None
         except OSError:
             # No descriptor is left: those that are at the handshake free theirs soon.
             await anyio.sleep(_NO_FILES)
             continue
         accepted.setblocking(False)
         _no_delay(accepted)
-        take(accepted)
+        return accepted
+    return None
+
+
+def peer_user(connected: socket.socket) -> int:
+    """The user at the other end of a unix socket (unix(7), SO_PEERCRED)."""
+    found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    user: int = _CREDENTIALS.unpack(found)[1]
+    return user
 
 
 def close(open_one: socket.socket) -> None:

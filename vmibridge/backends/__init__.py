@@ -2,11 +2,13 @@
 
 | spec | the VM |
 |---|---|
+| `ivshmem:unix:PATH?slots=64&memory=FILE&mode=0o600&stay=false` | a QEMU with ivshmem-doorbell |
 | `qemu-gdb:unix:PATH?site=0x...&...` or `qemu-gdb:tcp:HOST:PORT?...` | a QEMU's gdbstub |
 | `qemu-plugin:unix:PATH?mode=0o600&stay=false` | the QEMUs that connect with the plugin |
 | `remote:URL` | the VM of the agent that connects there |
 | `replay:PATH?speed=0&order=recorded&vm=NAME&strict=false&copies=1&loop=1` | a recording |
 | `unicorn:PATH?width=64&base=0x100000&memory=16MiB&vcpus=1` | a raw x86 image, emulated here |
+| `vfio-user:unix:PATH?slots=64&kernel=0&hold=2ms&timeout=5s&...` | a QEMU that has the device |
 """
 
 from collections.abc import Callable, Mapping
@@ -58,19 +60,33 @@ def _qemu_gdb(where: str, options: str, vm: str) -> "Backend":
     return QemuGdbBackend.from_spec(where, options, vm)
 
 
+def _ivshmem(where: str, options: str, vm: str) -> "Backend":
+    from vmibridge.backends.device.ivshmem_backend import IvshmemBackend
+
+    return IvshmemBackend.from_spec(where, options, vm)
+
+
 def _remote(where: str, options: str, vm: str) -> "Backend":
     from vmibridge.transport import RemoteBackend
 
     return RemoteBackend(f"{where}?{options}" if options else where, vm=vm)
 
 
+def _vfio_user(where: str, options: str, vm: str) -> "Backend":
+    from vmibridge.backends.device.backend import DeviceBackend
+
+    return DeviceBackend.from_spec(where, options, vm)
+
+
 BACKENDS: Mapping[str, Callable[[str, str, str], "Backend"]] = MappingProxyType(
     {
+        "ivshmem": _ivshmem,
         "qemu-gdb": _qemu_gdb,
         "qemu-plugin": _qemu_plugin,
         "remote": _remote,
         "replay": _replay,
         "unicorn": _unicorn,
+        "vfio-user": _vfio_user,
     }
 )
 """From a backend's name to what makes it, given path, options and the name of the VM."""

@@ -289,7 +289,9 @@ def _check_attributes(cls: type[BridgeHandler[Any]]) -> None:
 
 def _check_attribute(cls: type[BridgeHandler[Any]], name: str, value: object) -> None:
     kinds = _ATTRIBUTES[name]
-    if not issubclass(type(value), kinds):
+    # A bool is an int to Python; a number that is one was not meant.
+    is_bool = type(value) is bool and bool not in kinds
+    if is_bool or not issubclass(type(value), kinds):
         expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise TypeError(f"{cls.__name__}.{name} is {_shown(value)}, not of type {expected}")
     if name == "name" and not (value and str(value).isprintable()):

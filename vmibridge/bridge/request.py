@@ -22,6 +22,9 @@ NativeReason: TypeAlias = Literal["no request", "another magic", "no signature"]
 handler has, or a hypercall of the guest's own, without the signature of Xen's guest request."""
 
 
+_HYPERCALLS = frozenset((TrapReason.VMCALL, TrapReason.VMMCALL))
+
+
 def request_in(event: TrapEvent) -> BridgePacket | None:
     """The request that a trap carries; `None`: there is none that can be read."""
     try:
@@ -38,7 +41,8 @@ def own_request(
     `traps` is what the backend was armed with: it may be coarser than that, as one that can stop
     at every CPUID or at none. `other_hypercalls` is the backend's attribute: the guest has
     hypercalls of its own, whose registers may have a magic by chance, so the signature of Xen's
-    guest request is needed, too. CPUID is no hypercall, and has no signature.
+    guest request is needed, too. CPUID and a call by a device are no hypercalls, and
+    have no signature.
     """
     # On the path of every trap: one function, without calls that could be saved.
     try:
@@ -47,7 +51,7 @@ def own_request(
         return None
     if not traps.wants(event.reason, packet.magic):
         return None
-    if other_hypercalls and event.reason is not TrapReason.CPUID and not is_guest_request(event):
+    if other_hypercalls and event.reason in _HYPERCALLS and not is_guest_request(event):
         return None
     return packet
 
@@ -69,6 +73,10 @@ def retry_key(event: TrapEvent, packet: BridgePacket) -> RetryKey:
 
     With the ring: what was begun for a program may not go on with a kernel's rights. Without the
     values: which of them make another request is for the handler to say (`retry_values`), and the
-    engine that gets the trap decides by a finer key.
+    engine that gets the trap decides by a finer key. Of a call by a device with its slot, which is
+    one caller's: most have no address space that tells them apart.
     """
-    return event.address_space, event.ring, packet.magic, packet.request, packet.method
+    who = event.address_space
+    if event.reason is TrapReason.DEVICE:
+        who = ~event.vcpu
+    return who, event.ring, packet.magic, packet.request, packet.method

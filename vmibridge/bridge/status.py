@@ -31,6 +31,9 @@ class StatusKind(IntEnum):
     ABORTED = 0xFF
 
 
+_KINDS = frozenset(StatusKind)
+
+
 class Gate(IntEnum):
     """value1 of a gate's response: what the guest does next."""
 
@@ -51,6 +54,11 @@ class Status(msgspec.Struct, frozen=True, gc=False):
     def __post_init__(self) -> None:
         if (self.stage | self.kind | self.code) >> 8 or self.native >> 32:
             raise ValueError(f"out of range: {self!r} (stage, kind, code 8 bits, native 32)")
+
+    def __repr__(self) -> str:
+        # In its own words, as a test that fails shows it.
+        kind = StatusKind(self.kind).name if self.kind in _KINDS else f"{self.kind:#x}"
+        return f"Status(stage={self.stage}, kind={kind}, code={self.code}, native={self.native})"
 
     def encode(self) -> int:
         """The 64 bits that travel in a value; bits 24-31 are 0."""

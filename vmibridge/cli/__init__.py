@@ -66,7 +66,10 @@ def _run(tokens: list[str]) -> int:
     if tokens == ["--version"]:
         sys.stdout.write(f"{__version__}\n")
         return 0
-    if tokens[:1] in (["serve"], ["run"]) or tokens[:2] == ["qemu", "run"]:
+    if tokens[:1] in (["serve"], ["run"]) or tokens[:2] in (
+        ["qemu", "run"],
+        ["qemu", "attach"],
+    ):
         # Before the imports, which take most of the time in which SIGHUP would end it.
         note_hangups()
     try:

@@ -14,13 +14,22 @@ import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.bounds import Seconds, problem
-from vmibridge.cli.event_loop import check_loop, logging_to, run_on
+from vmibridge.cli.event_loop import check_loop, logging_to, run_telling
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import Json, LogLevel, LoopOptions, named_backend
+from vmibridge.cli.options import (
+    ExitZero,
+    HealthSocket,
+    Json,
+    LogLevel,
+    LoopOptions,
+    named_backend,
+)
 from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
+from vmibridge.cli.stop_bound import StopBound
 from vmibridge.cli.streams import json_line
 from vmibridge.cli.trap_line import VcpuLine
 from vmibridge.errors import BackendError, BackendSpecError, ConfigError, VmiBridgeError
+from vmibridge.health.state import Health
 from vmibridge.text import counted
 from vmibridge.transport import Agent
 from vmibridge.vm.backend import Backend, GuestEnd
@@ -29,6 +38,11 @@ if TYPE_CHECKING:  # it needs an extra
     from vmibridge.recording.replay.load import LoadSummary
 
 log: logging.Logger = logging.getLogger(__name__)
+
+_STOPPING = 8.0
+"""Seconds of a stop: a second of grace for the server's answers, five to tell it the end."""
+_STOP_MARGIN = 12.0
+"""Seconds more, until a process that still stops is told to be stuck."""
 
 
 def agent(
@@ -53,6 +67,8 @@ def agent(
     loop: LoopOptions | None = None,
     json: Annotated[Json, Parameter(help="The summary as one JSON object.")] = False,
     log_level: LogLevel = "info",
+    exit_zero: ExitZero = False,
+    health_socket: HealthSocket = None,
 ) -> int:
     """Run a guest whose handlers are in a `vmibridge serve`, here or on another machine.
 
@@ -76,16 +92,24 @@ def agent(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with logging_to(log_handler(log_level, None), log_level):
-        return run_on(chosen, partial(_serve, carried, as_json=json))
+        health = Health(stop_within=_STOPPING + _STOP_MARGIN)
+        for _, each in carried:
+            health.add(each.health)
+        main = partial(_serve, carried, health, as_json=json, exit_zero=exit_zero)
+        return run_telling(chosen, main, health, health_socket)
 
 
-async def _serve(carried: Sequence[tuple[Backend, Agent]], *, as_json: bool) -> int:
+async def _serve(
+    carried: Sequence[tuple[Backend, Agent]], health: Health, *, as_json: bool, exit_zero: bool
+) -> int:
     received: list[int] = []
+    bound = StopBound(_STOPPING, exit_zero=exit_zero)
     failures: list[VmiBridgeError] = []
     ends: dict[str, GuestEnd] = {}
 
     def stop(number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping the guest", number.name)
+        health.stop_begins()
         for _, agent in carried:
             agent.stop(now=now)
 
@@ -97,15 +121,17 @@ async def _serve(carried: Sequence[tuple[Backend, Agent]], *, as_json: bool) -> 
             failures.append(error)
 
     async with anyio.create_task_group() as tasks:
-        await tasks.start(stop_on_signals, stop, received, stop_at_hangup(stop, received))
-        async with anyio.create_task_group() as guests:
-            for backend, agent in carried:
-                guests.start_soon(carry, backend, agent)
+        stopping = partial(stop_on_signals, bound=bound)
+        await tasks.start(stopping, stop, received, stop_at_hangup(stop, received))
+        with bound.held():
+            async with anyio.create_task_group() as guests:
+                for backend, agent in carried:
+                    guests.start_soon(carry, backend, agent)
         tasks.cancel_scope.cancel()
     if failures:
         raise failures[0]
     _print_summary(carried, ends, as_json=as_json)
-    if (stopped := exit_status(received)) is not None:
+    if (stopped := exit_status(received, zero=exit_zero)) is not None:
         return stopped
     ended = [each for end in ends.values() for each in end.vcpus]
     failed = [each for each in ended if each.reason in ("crashed", "lost")]

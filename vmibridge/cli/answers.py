@@ -1,5 +1,6 @@
 """`vmibridge run --answers`: the guest is answered from a recording, and no handler runs."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from vmibridge.recording.answers.bridge import Missing
 
 __all__ = ["answer_sources", "answers_of"]
+
+log: logging.Logger = logging.getLogger(__name__)
 
 
 def answer_sources(
@@ -38,9 +41,15 @@ def answer_sources(
 def answers_of(
     path: Path | None, missing: "Missing | None", backends: Sequence[Backend]
 ) -> "RecordedAnswers | None":
-    """What answers all VMs; `None`: handlers do. Blocking. Raises `RecordingReadError`."""
+    """What answers all VMs; `None`: handlers do. Blocking. Raises `RecordingReadError`.
+
+    What cannot be read of the recording is a warning, before a guest asks for it.
+    """
     if path is None:
         return None
     from vmibridge.recording.answers import RecordedAnswers, load_answers
 
-    return RecordedAnswers(load_answers(path), missing or "fail", alone=len(backends) == 1)
+    loaded = load_answers(path)
+    for line in loaded.problems:
+        log.warning("%s", line)
+    return RecordedAnswers(loaded, missing or "fail", alone=len(backends) == 1)

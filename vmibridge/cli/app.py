@@ -64,7 +64,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "health": (
             "health:health",
-            "Tell whether a host or a server listens: the health check of a container.",
+            "Tell whether a process serves, or a socket listens: the health check of a container.",
         ),
         "import": (
             "import_lines:import_lines",
@@ -78,9 +78,17 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "new_handler:new_handler",
             "Make a folder with a handler of your own, its test, and a guest in C that asks it.",
         ),
+        "qemu attach": (
+            "qemu_device:attach",
+            "Plug the PCI device into a QEMU that runs, and answer its guest.",
+        ),
         "qemu build-plugin": (
             "qemu_plugin:build_qemu_plugin",
             "Compile the TCG plugin for QEMU 11.1 and later; needs a C compiler alone.",
+        ),
+        "qemu device-args": (
+            "qemu_device:device_args",
+            "Print what QEMU needs to have the PCI device.",
         ),
         "qemu fetch": (
             "qemu_fetch:fetch_qemu",
@@ -93,6 +101,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "qemu run": (
             "qemu_run:run_qemu",
             "Start QEMU with what traps need, answer them until it ends, and take it down.",
+        ),
+        "qemu stop": (
+            "qemu_stop:stop",
+            "Stop a QEMU by its monitor: its guest powers off, is saved, or is cut off.",
         ),
         "recordings get": ("recordings:get_recording", "Get a recording back."),
         "recordings list": (

@@ -1,4 +1,4 @@
-"""Options by environment variables: `--record-max-size` is `VMIBRIDGE_RECORD_MAX_SIZE`, and so on.
+"""Options by environment variables: `--soft-timeout` is `VMIBRIDGE_SOFT_TIMEOUT`, and so on.
 
 - The rule makes the name; there is no list of them. Each option of each command has one.
 - An option that is given stands over its variable. An empty variable is as one that is not set.

@@ -2,9 +2,11 @@
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -14,6 +16,7 @@ from vmibridge.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from vmibridge.aio.clock import VirtualTime
+    from vmibridge.health.state import Health
 
 R = TypeVar("R")
 
@@ -49,6 +52,21 @@ def run_on(loop: Loop, main: Callable[[], Awaitable[R]], virtual: "VirtualTime |
         backend="trio" if loop == "trio" else "asyncio",
         backend_options={"use_uvloop": True} if loop == "uvloop" else {},
     )
+
+
+def run_telling(
+    loop: Loop, main: Callable[[], Awaitable[R]], health: "Health", path: str | None
+) -> R:
+    """As `run_on`, and tell of `health` meanwhile: at the socket `path`, and to systemd.
+
+    Raises `ConfigError`, too, where that socket cannot be had.
+    """
+    from vmibridge.health.notices import Notices
+    from vmibridge.health.reporting import run_reporting
+
+    notices = Notices.taken_from(os.environ)
+    telling = partial(run_reporting, main, health, path=path or None, notices=notices)
+    return run_on(loop, telling)
 
 
 def prints_beside(*, json: bool) -> AbstractContextManager[object]:

@@ -1,9 +1,14 @@
-"""`vmibridge health`: whether a socket is listening, for the health check of a container.
+"""`vmibridge health`: whether a process serves, or a socket is listening; for the health check of a
+container.
 
-It connects, and hangs up before a word is said: neither host nor server takes that for a guest
-or an agent. NATS speaks first, so there its greeting is waited for.
+Where a process has a health socket, its event loop is asked (`vmibridge.health.ask`), which
+`__main__` has done before this is imported if the arguments are right.
+
+Else a place is looked at. It connects, and hangs up before a word is said: neither host nor server
+takes that for a guest or an agent. NATS speaks first, so there its greeting is waited for.
 """
 
+import os
 import socket
 import sys
 import time
@@ -14,7 +19,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmibridge.cli.options import HealthSocket, Json
 from vmibridge.errors import BackendError, ConfigError
+from vmibridge.health.ask import CHECKS, WITHIN, ask_health
 
 _NATS_PORT = 4222
 _GREETING = b"INFO "
@@ -25,25 +32,49 @@ def health(
     where: Annotated[
         str | None,
         Parameter(
-            env_var="VMIBRIDGE_HEALTH",
-            help="The socket that should be listening: unix:PATH, tcp:HOST:PORT, tls:HOST:PORT or"
-            " nats://HOST:PORT.",
+            help="In the place of a health socket, what should be listening: unix:PATH,"
+            " tcp:HOST:PORT, tls:HOST:PORT or nats://HOST:PORT; without either, VMIBRIDGE_HEALTH.",
         ),
     ] = None,
     /,
     *,
-    within: Annotated[float, Parameter(help="Seconds until that counts as a failure.")] = 3.0,
+    live: Annotated[
+        bool, Parameter(negative=(), help="Whether the event loop turns: else restart it.")
+    ] = False,
+    started: Annotated[
+        bool, Parameter(negative=(), help="Whether it has begun to serve, wherever others are.")
+    ] = False,
+    ready: Annotated[
+        bool, Parameter(negative=(), help="Whether it would answer a trap now; by default.")
+    ] = False,
+    health_socket: HealthSocket = None,
+    within: Annotated[float, Parameter(help="Seconds until that counts as a failure.")] = WITHIN,
+    json: Annotated[Json, Parameter(help="The answer as one JSON object.")] = False,
 ) -> int:
-    """Tell whether a host or a server listens: the health check of a container.
+    """Tell whether a process serves, or a socket listens: the health check of a container.
 
-    Exit status: 0 when something listens, 1 when nothing does, 2 for wrong usage.
+    A process with --health-socket is asked itself. Without one, a place is looked at.
 
-    Example: vmibridge health unix:/run/vmibridge/vmi.sock
+    Exit status: 0 when it is so, 1 when it is not, 2 for wrong usage.
+
+    Example: vmibridge health --ready --health-socket /run/vmibridge/health.sock
     """
-    if where is None:
-        raise ConfigError("say where to look: unix:PATH, or VMIBRIDGE_HEALTH")
     if not 0 < within < float("inf"):
         raise ConfigError(f"--within: {within} is not a number of seconds")
+    checks = [name for name, given in zip(CHECKS, (live, started, ready), strict=True) if given]
+    if len(checks) > 1:
+        raise ConfigError(f"--{checks[0]} and --{checks[1]}: ask one of them at a time")
+    if where is None and health_socket:
+        return ask_health(health_socket, *(checks or ["ready"]), within=within, as_json=json)
+    if checks or json:
+        option = f"--{checks[0]}" if checks else "--json"
+        raise ConfigError(f"{option} asks a process: give its --health-socket PATH, and no place")
+    where = where or os.environ.get("VMIBRIDGE_HEALTH")
+    if where is None:
+        raise ConfigError(
+            "say whom to ask: --health-socket PATH, or VMIBRIDGE_HEALTH_SOCKET;"
+            " or where to look: unix:PATH, or VMIBRIDGE_HEALTH"
+        )
     # Options, as of --listen, may be there: they are of no use here.
     place = where.partition("?")[0]
     if "@" in place and not place.startswith("unix:"):

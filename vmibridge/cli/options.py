@@ -56,6 +56,12 @@ RENAME = Parameter(
     help="OLD=NEW: the VM OLD is called NEW; may be given several times.",
 )
 
+HEALTH_SOCKET = Parameter(
+    group=CHECKS,
+    help="A unix socket where the event loop answers vmibridge health; an empty path is none.",
+)
+
+HealthSocket: TypeAlias = Annotated[str | None, HEALTH_SOCKET]
 Sources: TypeAlias = Annotated[list[str], HANDLERS]
 OptionalSources: TypeAlias = Annotated[list[str] | None, HANDLERS]
 Recording: TypeAlias = Annotated[Path, PIPED]
@@ -65,6 +71,22 @@ Json: TypeAlias = Annotated[bool, Parameter(group=CHECKS, negative=())]
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 LogLevel: TypeAlias = Annotated[
     Level, Parameter(group=CHECKS, help="What goes to standard error; debug shows tracebacks.")
+]
+Outcomes: TypeAlias = Annotated[
+    bool,
+    Parameter(
+        name="--outcomes",
+        negative="--quiet",
+        group=CHECKS,
+        help="Show each trap; --quiet: failures, one line a minute, and the summary.",
+    ),
+]
+ExitZero: TypeAlias = Annotated[
+    bool,
+    Parameter(
+        negative=(),
+        help="End with status 0, and not 129, 130 or 143, after a signal that stops.",
+    ),
 ]
 
 

@@ -11,6 +11,7 @@
 | `JsonWriter` | `--json` |
 | `LineWriter` | people, where it is no terminal |
 | `TableWriter` | people at a terminal |
+| `QuietWriter` (`quiet_output`) | `--quiet`, by one of the first two |
 """
 
 import errno
@@ -39,6 +40,7 @@ from vmibridge.cli.streams import encoded, json_line, quiet_stdout
 from vmibridge.cli.trap_line import COLUMNS, summary_json, summary_text, trap_columns, trap_json
 from vmibridge.engine.summary import Summary
 from vmibridge.errors import RecordingError
+from vmibridge.text import counted
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ class Writer(ABC):
         """Show the counts of the VMs and what their guests exited with, by their names."""
 
 
-class _StreamWriter(Writer):
+class StreamWriter(Writer):
     """Bytes to a file descriptor, waiting for it on the loop when it is full."""
 
     def __init__(self, fd: int, file: OutcomeFile | None = None) -> None:
@@ -108,9 +110,9 @@ class _StreamWriter(Writer):
         self._is_blocked = False
         self._reported = 0
         self.dropped: int = 0
-        """Lines that were not written."""
+        """Outcomes that were not written."""
 
-    async def write(self, line: bytes) -> None:
+    async def write(self, line: bytes, *, is_outcome: bool = True) -> None:
         """Write a line, or drop it whole; one that was begun is finished before the next.
 
         A pipe that polls as writable takes PIPE_BUF bytes without blocking.
@@ -128,7 +130,7 @@ class _StreamWriter(Writer):
         except OSError as error:
             if len(data) >= len(line):
                 data = data[: len(data) - len(line)]
-                self.dropped += 1
+                self.dropped += is_outcome
             if not self._is_blocked:
                 self._is_blocked = True
                 self._warn("%s: outcomes are dropped until they can be written", error.strerror)
@@ -154,43 +156,45 @@ class _StreamWriter(Writer):
     def _report_dropped(self) -> None:
         if self.dropped > self._reported:
             self._reported = self.dropped
-            self._warn("%d outcomes were dropped", self.dropped)
+            self._warn("%s dropped", counted(self.dropped, "outcome was", "outcomes were"))
 
     def _warn(self, text: str, value: object) -> None:
         what = "standard output" if self._fd == 1 else "the output of outcomes"
         log.warning("%s: " + text, what, value)
 
 
-class JsonWriter(_StreamWriter):
+class JsonWriter(StreamWriter):
     """One JSON object a line."""
 
     async def show(self, outcome: Outcome[Any]) -> None:
         await self.write(json_line(trap_json(outcome)))
 
     async def end(self, summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit]) -> None:
-        await self.write(json_line(summary_json(summaries, exits, self.dropped)))
+        summary = json_line(summary_json(summaries, exits, self.dropped))
+        await self.write(summary, is_outcome=False)
 
 
-class LineWriter(_StreamWriter):
+class LineWriter(StreamWriter):
     """One plain line a trap."""
 
     async def __aenter__(self) -> Self:
-        await self._line(COLUMNS)
+        await self.write(_line(COLUMNS), is_outcome=False)
         return self
 
     async def show(self, outcome: Outcome[Any]) -> None:
-        await self._line(trap_columns(outcome))
+        await self.write(_line(trap_columns(outcome)))
 
     async def end(self, summaries: Mapping[str, Summary], exits: Mapping[str, GuestExit]) -> None:
         whole = Summary.of_all(summaries.values())
-        await self.write(encoded(f"{summary_text(whole, exits)}\n"))
-
-    async def _line(self, columns: list[str]) -> None:
-        cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
-        await self.write(encoded(f"{' '.join([*cells, columns[-1]]).rstrip()}\n"))
+        await self.write(encoded(f"{summary_text(whole, exits)}\n"), is_outcome=False)
 
 
-def stream_writer(fd: int, *, as_json: bool, file: OutcomeFile | None = None) -> Writer:
+def _line(columns: list[str]) -> bytes:
+    cells = [cell.ljust(width) for cell, width in zip(columns, _WIDTHS, strict=False)]
+    return encoded(f"{' '.join([*cells, columns[-1]]).rstrip()}\n")
+
+
+def stream_writer(fd: int, *, as_json: bool, file: OutcomeFile | None = None) -> StreamWriter:
     """The writer for where there is no terminal. `file`: what `fd` is, where it has a bound."""
     return (JsonWriter if as_json else LineWriter)(fd, file)
 

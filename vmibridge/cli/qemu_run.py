@@ -4,13 +4,21 @@
 |---|---|---|
 | plugin | the host, then QEMU | the host, where QEMU's vCPUs connect |
 | gdb | QEMU, halted; then the host | QEMU, where the host connects |
+| device | the host, then QEMU | the host, where QEMU's device connects |
 """
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +28,8 @@ import anyio
 from cyclopts import Parameter
 
 from vmibridge.backends import open_backend
+from vmibridge.backends.device.arguments import device_arguments
+from vmibridge.backends.device.backend import DeviceBackend
 from vmibridge.backends.qemu.find import (
     GDB_NEEDS,
     PLUGIN_NEEDS,
@@ -32,7 +42,7 @@ from vmibridge.backends.qemu.find import (
 from vmibridge.backends.qemu.gdb.backend import QemuGdbBackend
 from vmibridge.backends.qemu.plugin.build import kept_plugin
 from vmibridge.backends.qemu.process import QemuProcess
-from vmibridge.cli.event_loop import check_loop, logging_to, prints_beside, run_on
+from vmibridge.cli.event_loop import check_loop, logging_to, prints_beside, run_telling
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import HANDLERS, bytes_of
 from vmibridge.cli.outcome_file import OutcomeFile
@@ -42,6 +52,7 @@ from vmibridge.cli.server_run import Life, Prepared, run_server
 from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
 from vmibridge.engine.server import BridgeServer
 from vmibridge.errors import BackendError, ConfigError
+from vmibridge.health.state import Health
 from vmibridge.text import printable
 from vmibridge.vm.backend import Backend
 
@@ -49,6 +60,9 @@ _AFTERWARDS = 2.0
 """Seconds in which the end of QEMU is expected to end the run."""
 _PATIENCE, _MARGIN = 30.0, 10.0
 """Seconds that a host gets for a trap, by default; and how many more than `--timeout` at least."""
+_QUITTING = 10.0
+"""Seconds that QEMU has to end in, by its monitor and by SIGTERM."""
+_KVM = "/dev/kvm"
 _LISTENS = 10.0
 """Seconds in which QEMU is expected to listen."""
 
@@ -70,12 +84,18 @@ def run_qemu(
         ),
     ] = None,
     via: Annotated[
-        Literal["plugin", "gdb"],
-        Parameter(help="The TCG plugin, for QEMU 11.1 and later; or breakpoints, for any."),
+        Literal["plugin", "gdb", "device"],
+        Parameter(
+            help="The TCG plugin, for QEMU 11.1 and later; breakpoints, for any; or a PCI device,"
+            " for 11.1 and later, also under KVM."
+        ),
     ] = "plugin",
     accel: Annotated[
         Literal["tcg", "kvm"] | None,
-        Parameter(help="The accelerator, tcg by default; kvm goes with --via gdb alone."),
+        Parameter(
+            help="The accelerator; tcg by default, with --via device kvm where it works. kvm does"
+            " not go with --via plugin."
+        ),
     ] = None,
     plugin: Annotated[
         Path | None, Parameter(help="The plugin; by default it is built and kept in the cache.")
@@ -136,26 +156,33 @@ def run_qemu(
     if not handlers and (socket is None or given.reload):
         other = "" if given.reload else ", or the --socket where a host listens"
         raise ConfigError(f"give --handlers that answer{other}")
-    if via == "plugin" and "kvm" in (accel, *accelerators(arguments)):
-        raise ConfigError(
-            "with KVM the plugin is loaded and never trapped to: use TCG, or --via gdb"
-        )
-    if via == "gdb" and not handlers:
-        raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
-    if via == "gdb" and not (patience is compat is None and not plugin_options):
-        raise ConfigError("--patience, --compat and --plugin-options go with --via plugin only")
+    _check_way(
+        via,
+        kvm="kvm" in (accel, *accelerators(arguments)),
+        handlers=bool(handlers),
+        of_plugin=not (patience is compat is None and not plugin_options),
+    )
     most_outcomes = _most_outcomes(outcomes, outcomes_max_size)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
         where = socket or folder / "vmi.sock"
-        ram = stack.enter_context(_memory_file()) if share_memory else None
-        found = find_qemu(qemu, PLUGIN_NEEDS if via == "plugin" else GDB_NEEDS)
+        # The device has it shared by itself.
+        shares = share_memory and via != "device"
+        ram = stack.enter_context(_memory_file()) if shares else None
+        found = find_qemu(qemu, GDB_NEEDS if via == "gdb" else PLUGIN_NEEDS)
         command = [found.path]
+        asked = [backend_options] if backend_options else []
+        backend: Backend | None = None
         if not accelerators(arguments):
-            command += ["-accel", accel or "tcg"]
+            command += ["-accel", accel or (_best_accelerator() if via == "device" else "tcg")]
         if ram is not None:
             command += _shared_memory(ram, arguments)
-        if via == "gdb":
+        if via == "device":
+            device = DeviceBackend.from_spec(f"unix:{where}", backend_options, "vm")
+            backend = device
+            size = None if has_memory_backend(arguments) else memory_size(arguments)
+            command += device_arguments(where, device.options.timeout, size)
+        elif via == "gdb":
             command += ["-S", "-gdb", f"unix:{_escaped(where)},server=on,wait=off"]
         else:
             if patience is None:
@@ -176,16 +203,39 @@ def run_qemu(
         if not handlers:
             check_loop(given.loop)
             with logging_to(log_handler(given.log_level, None), given.log_level):
-                return run_on(given.loop, partial(_run_alone, process))
+                health = Health()
+                main = partial(_run_alone, process, health)
+                return run_telling(given.loop, main, health, given.health_socket)
         writer = _outcome_writer(outcomes, most_outcomes, stack, as_json=given.json)
-        asked = [backend_options] if backend_options else []
         if via == "gdb" and ram is not None:
             asked.append(f"ram={quote(str(ram))}")
         if via == "gdb" and not {"-D", "-d", "-trace", "--trace"} & {*arguments}:
             # QEMU's log is used by no one else, so it may show what others do by QMP.
             asked.append(f"stop-log={quote(str(folder / 'qemu.log'))}")
         spec = f"qemu-{via}:unix:{where}" + ("?" + "&".join(asked) if asked else "")
-        return _serve(handlers, given, open_backend(spec), writer, process)
+        return _serve(handlers, given, backend or open_backend(spec), writer, process)
+
+
+def _check_way(via: str, *, kvm: bool, handlers: bool, of_plugin: bool) -> None:
+    """Raises `ConfigError` for options that do not go together."""
+    if via == "plugin" and kvm:
+        raise ConfigError(
+            "with KVM the plugin is loaded and never trapped to: use TCG, --via gdb or --via device"
+        )
+    if via == "gdb" and not handlers:
+        raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
+    if via != "plugin" and of_plugin:
+        raise ConfigError("--patience, --compat and --plugin-options go with --via plugin only")
+
+
+def _best_accelerator() -> str:
+    """KVM where this user may use it; else TCG, and why is said."""
+    try:
+        os.close(os.open(_KVM, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        sys.stderr.write(f"vmibridge: {_KVM}: {error.strerror}; QEMU runs under TCG\n")
+        return "tcg"
+    return "kvm"
 
 
 def _plugin_arguments(given: Mapping[str, str | int | None], more: str) -> str:
@@ -233,22 +283,24 @@ def _memory_file() -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
-async def _run_alone(qemu: QemuProcess) -> int:
+async def _run_alone(qemu: QemuProcess, health: Health) -> int:
     """QEMU without a host here. SIGINT and SIGTERM end it through its monitor."""
     status, received = 0, list[int]()
     async with anyio.create_task_group() as tasks:
-        cancel = partial(_cancel, tasks.cancel_scope)
+
+        def cancel(*_: object) -> None:
+            health.stop_begins()
+            tasks.cancel_scope.cancel()
+
         also = stop_at_hangup(cancel, received)
         await tasks.start(partial(stop_on_signals, exits=False), cancel, received, also)
         async with qemu:
+            # Its monitor has answered: all that is asked of a command that answers no trap.
+            health.add(tuple)
             status = await qemu.wait()
         tasks.cancel_scope.cancel()
     stopped = exit_status(received)
     return _exit_status(status) if stopped is None else stopped
-
-
-def _cancel(scope: anyio.CancelScope, *_: object) -> None:
-    scope.cancel()
 
 
 def _serve(
@@ -270,8 +322,19 @@ def _serve(
             socket = Path(backend.where.removeprefix("unix:"))
             contexts = [qemu, _listening(qemu, socket), *contexts]
             beside = partial(_watch_gdb, qemu, server, backend)
-        life = Life(contexts, server, writer, beside, reloader=prepared.reloader(server))
-        status = run_on(options.loop, partial(run_server, life))
+        health = prepared.health(server)
+        life = Life(
+            contexts,
+            server,
+            writer,
+            beside,
+            reloader=prepared.reloader(server, health),
+            bound=prepared.stop_bound(_QUITTING, partial(_end_now, qemu)),
+            exit_zero=options.exit_zero,
+            health=health,
+        )
+        main = partial(run_server, life)
+        status = run_telling(options.loop, main, health, options.health_socket)
     if life.exits.of:
         return status
     ended = qemu.process.returncode
@@ -304,6 +367,12 @@ async def _watch_gdb(qemu: QemuProcess, server: BridgeServer, backend: QemuGdbBa
         tasks.start_soon(_watch, qemu, server)
         async for _ in resets:
             backend.was_reset()
+
+
+def _end_now(qemu: QemuProcess) -> None:
+    """From any thread: whoever would do it in good order does not come to it."""
+    with suppress(AttributeError, ProcessLookupError):  # it was not started, or has ended
+        os.kill(qemu.process.pid, signal.SIGTERM)
 
 
 async def _watch(qemu: QemuProcess, server: BridgeServer) -> None:

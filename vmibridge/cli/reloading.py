@@ -21,6 +21,7 @@ from vmibridge.cli.server_options import ServerOptions
 from vmibridge.config import Config, HandlerFactory, reload_handlers
 from vmibridge.config.source_files import source_files
 from vmibridge.errors import VmiBridgeError
+from vmibridge.health.state import Health
 from vmibridge.text import counted
 
 __all__ = ["Reloader", "has_terminal"]
@@ -46,10 +47,12 @@ class Reloader:
         sources: list[str],
         options: ServerOptions,
         give: Callable[[HandlerFactory], Awaitable[int]],
+        health: Health,
     ) -> None:
         self._sources = sources
         self._options = options
         self._give = give
+        self._health = health
         self._hangup = anyio.Event()
         self._turn = anyio.Lock()
         self._loaded = self._look() if options.reload else {}
@@ -111,6 +114,7 @@ class Reloader:
 
     async def _reload(self, why: str) -> None:
         async with self._turn:
+            self._health.reload_begins()
             try:
                 config = self._options.config
                 read = Config() if config is None else Config.read(config)
@@ -119,8 +123,10 @@ class Reloader:
             except (VmiBridgeError, KeyboardInterrupt, ValueError) as error:
                 # Ctrl-C is received elsewhere: this one is raised by a module.
                 text = str(error) or type(error).__name__
+                self._health.reload_ends(failed=f"the handlers stay as they are: {text}")
                 log.error("%s: the handlers stay as they are: %s", why, text)  # noqa: TRY400
                 return
+            self._health.reload_ends()
             log.info("%s: handlers reloaded, for %s", why, counted(done, "running VM"))
 
 

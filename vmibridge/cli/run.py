@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import OptionalSources, named_backend
+from vmibridge.cli.options import OptionalSources, Outcomes, named_backend, no_option
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.errors import ConfigError
 
@@ -26,8 +26,10 @@ def run(
     answers: Annotated[
         Path | None,
         Parameter(
+            allow_leading_hyphen=True,
+            validator=no_option,
             help="Answer from this recording, in the place of handlers: a request gets what the"
-            " same one got then."
+            " same one got then.",
         ),
     ] = None,
     missing: Annotated[
@@ -45,6 +47,7 @@ def run(
             " (method 0xffff of the standard contract), or after so many traps: output, exit, N."
         ),
     ] = None,
+    outcomes: Outcomes = True,
     options: ServerOptions | None = None,
 ) -> int:
     """Run a guest and answer its traps until it ends.
@@ -62,9 +65,10 @@ def run(
     from rich.console import Console
 
     from vmibridge.cli.answers import answer_sources, answers_of
-    from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
+    from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
     from vmibridge.cli.logs import log_handler
-    from vmibridge.cli.output import TableWriter, stream_writer
+    from vmibridge.cli.output import TableWriter
+    from vmibridge.cli.quiet_output import stdout_writer
     from vmibridge.cli.server_run import Life, Prepared, run_server
 
     given = options or ServerOptions()
@@ -76,20 +80,27 @@ def run(
         for number, text in enumerate(backend)
         for each in named_backend(text, f"vm{number}" if len(backend) > 1 else "vm").copies()
     ]
-    console = None if given.json or not sys.stdout.isatty() else Console()
-    writer = TableWriter(console) if console else stream_writer(1, as_json=given.json)
+    console = Console() if outcomes and not given.json and sys.stdout.isatty() else None
+    writer = (
+        TableWriter(console) if console else stdout_writer(as_json=given.json, outcomes=outcomes)
+    )
     with (
         prints_beside(json=given.json),
         logging_to(log_handler(given.log_level, console), given.log_level),
     ):
         recorded = answers_of(answers, missing, backends)
         server = prepared.server(backends, recorded)
+        health = prepared.health(server)
         life = Life(
             [*prepared.taps, *backends, writer],
             server,
             writer,
             until=until,
-            reloader=None if recorded else prepared.reloader(server),
+            reloader=None if recorded else prepared.reloader(server, health),
             answers=recorded,
+            bound=prepared.stop_bound(),
+            exit_zero=given.exit_zero,
+            health=health,
         )
-        return run_on(given.loop, partial(run_server, life))
+        main = partial(run_server, life)
+        return run_telling(given.loop, main, life.health, given.health_socket)

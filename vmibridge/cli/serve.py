@@ -5,32 +5,39 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+from weakref import WeakSet
 
 import anyio
 import msgspec
 from cyclopts import Parameter
 
 from vmibridge.bridge.outcome import Outcome
-from vmibridge.cli.event_loop import logging_to, prints_beside, run_on
+from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.guest_exits import GuestExits
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import Sources
-from vmibridge.cli.output import JsonWriter, LineWriter
+from vmibridge.cli.options import Outcomes, Sources
+from vmibridge.cli.quiet_output import stdout_writer
 from vmibridge.cli.reloading import Reloader
 from vmibridge.cli.server_options import ServerOptions
-from vmibridge.cli.server_run import LAST_LINES, Prepared
+from vmibridge.cli.server_run import LAST_LINES, STOP_MARGIN, Prepared
 from vmibridge.cli.setting_options import setting, with_options
 from vmibridge.cli.signals import exit_status, stop_on_signals
+from vmibridge.cli.stop_bound import StopBound
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import HandlerFactory
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import BackendError, RecordingError, VmiBridgeError
+from vmibridge.health.state import Health
 from vmibridge.text import printable
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
+
+if TYPE_CHECKING:  # it needs an extra
+    from vmibridge.recording import Recorder
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -48,7 +55,7 @@ def serve(
         ),
     ],
     handlers: Sources,
-    keep: Annotated[float | None, setting(AgentLimits, "keep")] = None,
+    keep_vm: Annotated[float | None, setting(AgentLimits, "keep")] = None,
     repeated: Annotated[
         Repeated,
         Parameter(
@@ -56,6 +63,7 @@ def serve(
             " or run it."
         ),
     ] = "refuse",
+    outcomes: Outcomes = True,
     options: ServerOptions | None = None,
 ) -> int:
     """Answer the traps of VMs whose agents connect; each VM has handlers of its own.
@@ -76,7 +84,7 @@ def serve(
     # A recorder is made for each VM; those of `run` and `qemu` are not wanted.
     prepared = Prepared.of(handlers, given.without_recording())
     recordings = _Recordings(given) if given.records("FOLDER") else None
-    limits = with_options(AgentLimits(), {"keep": keep})
+    limits = with_options(AgentLimits(), {"keep": keep_vm}, {"keep": "keep_vm"})
     with (
         prints_beside(json=given.json),
         logging_to(log_handler(given.log_level, None), given.log_level),
@@ -84,18 +92,29 @@ def serve(
         factory = HandlerFactory(handlers, prepared.config)
         # Once, to find what is wrong with them before anybody comes.
         factory.make()
-        command = _Command(handlers, given)
+        settings = prepared.settings
+        command = _Command(
+            handlers,
+            given,
+            StopBound(
+                settings.grace + settings.stop_timeout,
+                (lambda: None) if recordings is None else recordings.finish_now,
+                exit_zero=given.exit_zero,
+            ),
+            Health(stop_within=settings.grace + settings.stop_timeout + STOP_MARGIN),
+            outcomes=outcomes,
+        )
         command.server = AgentServer(
             listen,
             factory,
-            settings=prepared.settings,
+            settings=settings,
             limits=limits,
             repeated=repeated,
             on_outcome=command.show,
             on_end=command.show_end,
             taps=recordings,
         )
-        return run_on(given.loop, command.run)
+        return run_telling(given.loop, command.run, command.health, given.health_socket)
 
 
 class _Recordings:
@@ -104,6 +123,7 @@ class _Recordings:
     def __init__(self, options: ServerOptions) -> None:
         """Raises what is wrong with them before anybody comes."""
         self._options = options
+        self._recorders: WeakSet[Recorder] = WeakSet()
         self._make_folder()
         options.recorder()
 
@@ -117,7 +137,14 @@ class _Recordings:
 
     def __call__(self, vm: str) -> Sequence[Tap]:
         self._make_folder()
-        return [self._options.recorder(stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."))]
+        recorder = self._options.recorder(stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."))
+        self._recorders.add(recorder)
+        return [recorder]
+
+    def finish_now(self) -> None:
+        """Finish those that are open: see `Recorder.finish_now`."""
+        for recorder in list(self._recorders):
+            recorder.finish_now()
 
 
 class _Command:
@@ -125,10 +152,20 @@ class _Command:
 
     server: AgentServer
 
-    def __init__(self, sources: list[str], options: ServerOptions) -> None:
+    def __init__(
+        self,
+        sources: list[str],
+        options: ServerOptions,
+        bound: StopBound,
+        health: Health,
+        *,
+        outcomes: bool,
+    ) -> None:
+        self.health = health
+        self._bound = bound
         self._sources = sources
         self._options = options
-        self._writer = JsonWriter(1) if options.json else LineWriter(1)
+        self._writer = stdout_writer(as_json=options.json, outcomes=outcomes)
         self._received: list[int] = []
         self._failure: VmiBridgeError | None = None
         self._scope: anyio.CancelScope | None = None
@@ -138,12 +175,14 @@ class _Command:
     async def run(self) -> int:
         """Serve until a signal."""
         async with anyio.create_task_group() as tasks:
-            reloader = Reloader(self._sources, self._options, self.server.reload)
+            self.health.add(self.server.health)
+            reloader = Reloader(self._sources, self._options, self.server.reload, self.health)
             also = {signal.SIGHUP: reloader.note_hangup}
-            await tasks.start(stop_on_signals, self._stop, self._received, also)
+            stopping = partial(stop_on_signals, bound=self._bound)
+            await tasks.start(stopping, self._stop, self._received, also)
             tasks.start_soon(reloader.run)
             try:
-                with anyio.CancelScope() as self._scope:
+                with self._bound.held(), anyio.CancelScope() as self._scope:
                     async with self._writer:
                         await self.server.run()
             except BrokenPipeError:
@@ -153,7 +192,7 @@ class _Command:
             tasks.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
-        return exit_status(self._received) or 0
+        return exit_status(self._received, zero=self._options.exit_zero) or 0
 
     async def show(self, outcome: Outcome[Any]) -> None:
         """A trap was answered. A guest that has exited ends its session, and no other."""
@@ -187,6 +226,7 @@ class _Command:
 
     def _stop(self, number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping", number.name)
+        self.health.stop_begins()
         self.server.stop(now=now)
         if now and self._scope is not None:
             # The reader of standard output may have stopped reading.

@@ -1,12 +1,22 @@
 """The options of a command that runs a server; the same for each."""
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import RECORDING, REDACT, Json, LogLevel, LoopOptions, bytes_of
+from vmibridge.cli.options import (
+    RECORDING,
+    REDACT,
+    ExitZero,
+    HealthSocket,
+    Json,
+    LogLevel,
+    LoopOptions,
+)
+from vmibridge.cli.rotation_options import keep_of, rotate_of
 from vmibridge.cli.setting_options import setting
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
@@ -14,7 +24,13 @@ from vmibridge.errors import ConfigError
 if TYPE_CHECKING:
     from vmibridge.recording import Recorder
 
-_OF_A_RECORDING = ("redact", "unrecorded", "record_max_size", "record_max_total")
+_OF_A_RECORDING = ("redact", "unrecorded", "rotate", "keep")
+_NAMES = {
+    "max_size": "--rotate",
+    "max_age": "--rotate",
+    "max_total": "--keep",
+    "max_files": "--keep",
+}
 _ANY_SIZE = 1 << 62
 """Bytes: more than any file has."""
 
@@ -51,28 +67,34 @@ class ServerOptions(LoopOptions):
         Literal["stop", "continue"] | None,
         Parameter(
             group=RECORDING,
-            help="When the file cannot be written any more: stop the run, or go on; stop by"
-            " default.",
+            help="When the file cannot be written: stop, or continue without. stop, the default,"
+            " holds the guests while the volume is full, and ends the run for any other reason.",
         ),
     ] = None
-    record_max_size: Annotated[
-        str | None,
+    rotate: Annotated[
+        list[str],
         Parameter(
             group=RECORDING,
-            help="Bytes that a file of a recording has at most, as in 256MiB; then it goes on in"
-            " another one. A quarter of --record-max-total by default, or none.",
+            negative=(),
+            show_default=False,
+            help="The most that a file of a recording has, as in 256M or 1h; then it goes on in"
+            " another one. May be given as both; a quarter of the size of --keep by default.",
         ),
-    ] = None
-    record_max_total: Annotated[
-        str | None,
+    ] = field(default_factory=list)
+    keep: Annotated[
+        list[str],
         Parameter(
             group=RECORDING,
-            help="Bytes that all recordings of the folder have at most, as in 4GiB: the oldest ones"
-            " that no process writes are removed; none by default.",
+            negative=(),
+            show_default=False,
+            help="How many recordings, as in 10, or how much of them, as in 2G, the folder has at"
+            " most: the oldest ones that no process writes are removed. May be given as both.",
         ),
-    ] = None
+    ] = field(default_factory=list)
     json: Annotated[Json, Parameter(help="One JSON object a trap, then a summary.")] = False
     log_level: LogLevel = "info"
+    exit_zero: ExitZero = False
+    health_socket: HealthSocket = None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -87,8 +109,8 @@ class ServerOptions(LoopOptions):
             record=None,
             redact=[],
             unrecorded=None,
-            record_max_size=None,
-            record_max_total=None,
+            rotate=[],
+            keep=[],
         )
 
     def recorder(self, *, stem: str = "run") -> "Recorder":
@@ -96,22 +118,24 @@ class ServerOptions(LoopOptions):
         from vmibridge.recording import Recorder
 
         assert self.record is not None, "asked for where records() is true"
+        (size, age), (total, files) = rotate_of(self.rotate), keep_of(self.keep)
+        if self.reload and size is total is None:
+            # Handlers that are reloaded have files of their own, of any size.
+            size = _ANY_SIZE
         try:
             return Recorder(
                 self.record,
                 stem=stem,
                 on_error=self.unrecorded or "stop",
                 redact=self.redact,
-                max_size=bytes_of("--record-max-size", self.record_max_size) or self._part_size,
-                max_total=bytes_of("--record-max-total", self.record_max_total),
+                max_size=size,
+                max_age=age,
+                max_total=total,
+                max_files=files,
             )
         except ValueError as error:
-            raise ConfigError(str(error).replace("max_", "--record-max-")) from error
-
-    @property
-    def _part_size(self) -> int | None:
-        """Handlers that are reloaded have files of their own, of any size."""
-        return _ANY_SIZE if self.reload and self.record_max_total is None else None
+            text = re.sub("|".join(_NAMES), lambda match: _NAMES[match[0]], str(error))
+            raise ConfigError(text) from error
 
     def records(self, what: str = "FILE") -> bool:
         """Whether they ask for a recording, in `what`. Raises `ConfigError`."""

@@ -3,8 +3,9 @@
 import logging
 import signal
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -17,15 +18,18 @@ from vmibridge.cli.reloading import Reloader, has_terminal
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.setting_options import with_options
 from vmibridge.cli.signals import exit_status, hangup_is_ignored, stop_on_signals
+from vmibridge.cli.stop_bound import StopBound
 from vmibridge.config import Config, HandlerFactory
-from vmibridge.engine.server import BridgeServer, Until
+from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.until import Until
 from vmibridge.errors import (
     BackendError,
     ConfigError,
     RecordingError,
     VmiBridgeError,
 )
+from vmibridge.health.state import Health
 from vmibridge.text import counted
 from vmibridge.vm.backend import Backend, GuestEnd, VcpuEnd
 from vmibridge.vm.main_status import status_of_main
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 
 log: logging.Logger = logging.getLogger(__name__)
 
+STOP_MARGIN = 10.0
+"""Seconds that a stop may take beyond `stop_timeout`: recordings are ended, QEMU powers off."""
 LAST_LINES = 1.0
 """Seconds, after a second signal, in which the last outcomes are shown."""
 _MORE = {
@@ -71,15 +77,38 @@ class Prepared:
         if answers is not None:
             # Who was asked then, answers now: the recording.
             settings["handshake"] = False
+            for name in self.config.handler_names:
+                where = f"{self.config.source}: [handlers.{name}]"
+                log.warning("%s is not used: the recording answers", where)
         factory = answers or HandlerFactory(self.handlers, self.config)
         try:
             return BridgeServer(backends, factory, **settings, taps=self.taps)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def reloader(self, server: BridgeServer) -> Reloader:
+    def stop_bound(self, more: float = 0.0, then: Callable[[], None] | None = None) -> StopBound:
+        """The time of a stop of the server, and `more` seconds: then recordings are saved, and
+        `then` is called."""
+
+        def save() -> None:
+            for tap in self.taps:
+                tap.finish_now()
+            if then is not None:
+                then()
+
+        seconds = self.settings.grace + self.settings.stop_timeout + more
+        return StopBound(seconds, save, exit_zero=self.options.exit_zero)
+
+    def health(self, server: BridgeServer) -> Health:
+        """That of a process that runs `server`."""
+        settings = self.settings
+        health = Health(stop_within=settings.grace + settings.stop_timeout + STOP_MARGIN)
+        health.add(server.health)
+        return health
+
+    def reloader(self, server: BridgeServer, health: Health) -> Reloader:
         """What loads the handlers of `server` again."""
-        return Reloader(self.handlers, self.options, server.reload)
+        return Reloader(self.handlers, self.options, server.reload, health)
 
 
 @dataclass(frozen=True)
@@ -99,6 +128,12 @@ class Life:
     """What answers in the place of handlers."""
     exits: GuestExits = field(default_factory=GuestExits)
     """Of its guests, by now."""
+    bound: StopBound | None = None
+    """What ends the process when a stop takes too long."""
+    exit_zero: bool = False
+    """Whether a stop by a signal is a success."""
+    health: Health = field(default_factory=Health)
+    """What others are told of it."""
 
 
 async def run_server(life: Life) -> int:
@@ -114,6 +149,7 @@ async def run_server(life: Life) -> int:
 
     def stop(number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping; %s", number.name, _MORE[min(len(received), 2)])
+        life.health.stop_begins()
         server.stop(now=now)
         if not is_up:
             # A backend may wait for its VM for as long as it is told to.
@@ -129,15 +165,18 @@ async def run_server(life: Life) -> int:
             if not received:
                 received.append(signal.SIGHUP)
                 log.info("SIGHUP: the terminal was closed: stopping")
+                life.health.stop_begins()
                 server.stop()
         elif life.reloader is not None:
             life.reloader.note_hangup()
 
     also = {} if hangup_is_ignored() else {signal.SIGHUP: hang_up}
+    stopping = partial(stop_on_signals, bound=life.bound)
+    held = nullcontext() if life.bound is None else life.bound.held()
     async with anyio.create_task_group() as tasks:
-        await tasks.start(stop_on_signals, stop, received, also)
+        await tasks.start(stopping, stop, received, also)
         try:
-            with run:
+            with run, held:
                 async with AsyncExitStack() as stack:
                     for context in life.contexts:
                         await stack.enter_async_context(context)
@@ -167,7 +206,7 @@ def _status(life: Life, received: list[int], failures: list[VmiBridgeError]) -> 
             log.info("%s", line)
     if failures:
         raise failures[0]
-    if (stopped := exit_status(received)) is not None:
+    if (stopped := exit_status(received, zero=life.exit_zero)) is not None:
         return stopped
     ends = {vm: summary.guest for vm, summary in life.server.summaries.items()}
     failed = [

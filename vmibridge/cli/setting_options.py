@@ -1,6 +1,7 @@
 """Options that are settings: a setting of a struct has its help, bounds and default from there."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -27,8 +28,12 @@ def setting(struct: type[msgspec.Struct], name: str, default: str | None = None)
     )
 
 
-def with_options(settings: S, given: Mapping[str, object]) -> S:
+def with_options(
+    settings: S, given: Mapping[str, object], called: Mapping[str, str] = MappingProxyType({})
+) -> S:
     """A copy of `settings` with what options say, by the names of the fields; `None`: not given.
+
+    `called`: options that are not called as their fields are.
 
     Raises `ConfigError` for a value that is out of bounds.
     """
@@ -36,5 +41,5 @@ def with_options(settings: S, given: Mapping[str, object]) -> S:
     for name, value in said.items():
         why = problem_of(type(settings), name, value)
         if why is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}: {why}")
+            raise ConfigError(f"--{called.get(name, name).replace('_', '-')}: {why}")
     return msgspec.structs.replace(settings, **said)

@@ -16,6 +16,8 @@ from types import FrameType
 import anyio
 from anyio.abc import TaskStatus
 
+from vmibridge.cli.stop_bound import StopBound
+
 __all__ = ["STOPS", "exit_status", "hangup_is_ignored", "stop_at_hangup", "stop_on_signals"]
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -27,6 +29,7 @@ async def stop_on_signals(
     also: dict[signal.Signals, Callable[[], None]] | None = None,
     *,
     exits: bool = True,
+    bound: StopBound | None = None,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Receive signals until cancelled; `started` when none is missed any more.
@@ -34,14 +37,19 @@ async def stop_on_signals(
     Calls `stop(signal, now)` with each signal that stops, where `now` is true from the second one
     on, and appends its number to `received`. `also` has what other signals do. The third one that
     stops ends the process at once, without any clean-up, unless `exits` is false, for a command
-    that would leave a child.
+    that would leave a child. The first one begins the time of `bound`.
     """
     others = also or {}
-    with anyio.open_signal_receiver(*STOPS, *others) as signals, _exiting(at=3 if exits else None):
+    with (
+        anyio.open_signal_receiver(*STOPS, *others) as signals,
+        _exiting(at=3 if exits else None, bound=bound),
+    ):
         task_status.started()
         async for number in signals:
             if number in others:
                 others[number]()
+                if received and bound is not None:
+                    bound.begin(number)
                 continue
             received.append(number)
             stop(number, len(received) > 1)
@@ -67,8 +75,9 @@ def hangup_is_ignored() -> bool:
 
 
 @contextmanager
-def _exiting(*, at: int | None) -> Iterator[None]:
-    """End the process with signal number `at` of those that stop, whatever the loop is doing."""
+def _exiting(*, at: int | None, bound: StopBound | None) -> Iterator[None]:
+    """End the process with signal number `at` of those that stop, and at the time of `bound`,
+    whatever the loop is doing."""
     if at is None:
         yield
         return
@@ -77,6 +86,8 @@ def _exiting(*, at: int | None) -> Iterator[None]:
 
     def count(number: int, frame: FrameType | None) -> None:
         came.append(number)
+        if bound is not None:
+            bound.begin(signal.Signals(number))
         if len(came) >= at:
             os._exit(128 + number)
         then = before[signal.Signals(number)]
@@ -94,6 +105,9 @@ def _exiting(*, at: int | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def exit_status(received: list[int]) -> int | None:
-    """What a command ends with that was stopped by a signal, as a shell says it; else None."""
-    return 128 + received[0] if received else None
+def exit_status(received: list[int], *, zero: bool = False) -> int | None:
+    """What a command ends with that was stopped by a signal, as a shell says it, or 0 with `zero`;
+    `None`: it was not."""
+    if not received:
+        return None
+    return 0 if zero else 128 + received[0]

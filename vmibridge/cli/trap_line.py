@@ -93,6 +93,7 @@ def summary_json(
         "uncollected": whole.uncollected,
         "abandoned": whole.abandoned,
         "blocked": whole.blocked,
+        "unrecorded": whole.unrecorded,
         "exits": exit_lines(exits),
         "guest": [
             VcpuLine(vm, end.vcpu, end.reason, end.detail, end.registers)
@@ -172,6 +173,7 @@ def summary_text(summary: Summary, exits: Mapping[str, GuestExit] = NO_EXITS) ->
             (summary.uncollected, f"{counted(summary.uncollected, 'result')} not collected"),
             (summary.abandoned, f"{counted(summary.abandoned, 'handler')} abandoned"),
             (summary.blocked, f"the loop was held up {counted(summary.blocked, 'time')}"),
+            (summary.unrecorded, f"{summary.unrecorded} not recorded"),
         )
         if count
     ]

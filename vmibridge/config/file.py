@@ -200,6 +200,11 @@ class Config:
                 )
                 raise self._error(("handlers", name), f"no such handler is loaded; {hint}")
 
+    @property
+    def handler_names(self) -> tuple[str, ...]:
+        """The handlers that the file has settings for."""
+        return tuple(self._file.handlers)
+
     def has_settings(self, handler: str) -> bool:
         """Whether there are settings for this handler."""
         return handler in self._file.handlers

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 from vmibridge.bridge.handler import BridgeHandler, contract_of
 from vmibridge.config import foreign, loaded
+from vmibridge.config.slow_loading import told_when_slow
 from vmibridge.errors import HandlerLoadError, HandlerSourceError
 from vmibridge.text import printable, repr_of, type_name
 
@@ -130,9 +131,10 @@ class SourceReader:
             generation = 0 if known is None else known + self._again
             self._packages[folder] = (loaded.package_of(folder, generation), generation)
         package, _ = self._packages[folder]
-        module = foreign.run(
-            lambda: loaded.import_file(path, package), str(path), folder / path.name
-        )
+        with told_when_slow(str(path)):
+            module = foreign.run(
+                lambda: loaded.import_file(path, package), str(path), folder / path.name
+            )
         if module is None:
             raise HandlerSourceError(f"{path}: is not a Python file")
         return module
@@ -143,7 +145,8 @@ def _import_dotted(name: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return foreign.run(lambda: importlib.import_module(name), name)
+        with told_when_slow(name):
+            return foreign.run(lambda: importlib.import_module(name), name)
     except HandlerLoadError as error:
         cause = error.__cause__
         missing = cause.name if isinstance(cause, ModuleNotFoundError) else None

@@ -12,6 +12,7 @@ Invariants:
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import anyio
 from anyio.abc import TaskGroup
@@ -24,7 +25,8 @@ from vmibridge.engine.reloading import LaterHandlers, StillRunning
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap, Taps
+from vmibridge.engine.taps import Tap
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.engine.workers import Workers
 from vmibridge.vm.backend import Backend
 
@@ -88,6 +90,20 @@ class Engine:
     def summary(self) -> Summary:
         """Counts so far."""
         return self._workers.summary
+
+    @property
+    def phase(self) -> Literal["starting", "serving", "stopping", "ended"]:
+        """Where it stands: `serving` from when its handlers are entered."""
+        if self._ended.is_set():
+            return "ended"
+        if self._stop.is_set() or self._stopping:
+            return "stopping"
+        return "serving" if self._serving.is_set() else "starting"
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it ended with, or is about to."""
+        return self._error
 
     def stop(self, *, now: bool = False) -> None:
         """Ask for the end: pending traps are answered, then the guest is let go.
@@ -227,6 +243,8 @@ class Engine:
         )
         if self._tasks is not None and not self._guest_done:
             self._tasks.start_soon(self._release_guest)
+        if self._taps is not None:
+            self._taps.let_go()
         self._workers.cancel()
 
     async def _release_guest(self) -> None:

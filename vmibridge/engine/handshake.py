@@ -31,9 +31,11 @@ import msgspec
 
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
+from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.handler import BridgeHandler, check_timeout, method
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.response import BridgeResponse
+from vmibridge.engine.settings import ServerSettings
 from vmibridge.vm.memory import MAX_ACCESS
 
 VERSION = 0x0001_0000
@@ -143,3 +145,35 @@ def _milliseconds(seconds: float) -> int:
         return NO_END
     # As it is written in decimals: in binary 0.07 * 1000 is a little over 70, and would be 71.
     return min(math.ceil(Decimal(str(seconds)) * 1000), NO_END)
+
+
+def with_handshake(bridge: Bridge, settings: ServerSettings) -> Bridge:
+    """`bridge`, and what answers the handshake, where that is wanted and of use."""
+    speaks = any(entry.contract.magic == STANDARD_MAGIC for entry in bridge.entries)
+    if not (settings.handshake and speaks):
+        return bridge
+    return Bridge(bridge, Host(_host_info(bridge, settings)))
+
+
+def _host_info(bridge: Bridge, settings: ServerSettings) -> HostInfo:
+    """What holds for the requests of a bridge, at the most."""
+    terms = [
+        settings.terms(entry.target, method)
+        for entry in bridge.entries
+        for method in (entry.handler.methods if entry.handler and entry.handler.methods else (0,))
+    ]
+    soft = [each.soft_timeout for each in terms if each.soft_timeout < each.timeout]
+    features = Feature(0)
+    if soft:
+        features |= Feature.WAIT
+    if settings.policy is not None:
+        features |= Feature.POLICY
+        if settings.policy.has_quota:
+            features |= Feature.QUOTA
+    return HostInfo(
+        features,
+        max(soft, default=None),
+        max(each.timeout for each in terms),
+        settings.result_timeout,
+        min(settings.in_flight, settings.in_flight_total),
+    )

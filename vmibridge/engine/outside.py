@@ -7,7 +7,7 @@ one that is not in the recording. One with a wrong key or function comes not her
 
 from vmibridge.bridge.context import BridgeContext, Door
 from vmibridge.bridge.outside import Fetch, encoded, fetched
-from vmibridge.engine.taps import Taps
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.engine.watching import HandlerWatch
 from vmibridge.errors import OutsideError, OutsideRefusedError
 from vmibridge.vm.conductor import Conductor, OutsideCall

@@ -15,7 +15,8 @@ from typing import TypeAlias
 from vmibridge.bridge.dispatch import Entry
 from vmibridge.engine.lanes import Lanes
 from vmibridge.engine.request import PENDING, Worker
-from vmibridge.engine.taps import HandlerBegan, Taps
+from vmibridge.engine.taps import HandlerBegan
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.vm.trap import TrapEvent
 
 Began: TypeAlias = Callable[[Worker, Entry], None]

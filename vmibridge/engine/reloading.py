@@ -81,20 +81,20 @@ class StillRunning:
 
 async def reload_each(
     engines: "Mapping[str, Engine]", bridges: Iterable[Bridge]
-) -> tuple[list[StillRunning], bool]:
-    """Give each engine its bridge. Returns what still runs of those that have it, and whether
-    others keep theirs, with a line in the log; one that ends does neither."""
+) -> tuple[list[StillRunning], list[str]]:
+    """Give each engine its bridge. Returns what still runs of those that have it, and the names of
+    those that keep theirs, with a line in the log; one that ends does neither."""
     left: list[StillRunning] = []
-    is_kept = False
+    kept: list[str] = []
     for (vm, engine), bridge in zip(engines.items(), bridges, strict=True):
         try:
             running = await engine.reload(bridge)
         except HandlerLifeError as error:
             log.error("vm %s: keeps its current handlers: %s", vm, error)  # noqa: TRY400
-            is_kept = True
+            kept.append(vm)
             continue
         left += [] if running is None else [running]
-    return left, is_kept
+    return left, kept
 
 
 class _Life:

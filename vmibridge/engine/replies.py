@@ -20,7 +20,7 @@ from vmibridge.engine.lanes import Lanes
 from vmibridge.engine.outcome_queue import OutcomeProducer
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Taps
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 

@@ -36,7 +36,7 @@ from vmibridge.bridge.request import retry_key
 from vmibridge.engine.request import Cause, Request, State
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Taps
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.vm.conductor import Conductor, with_slack
 from vmibridge.vm.trap import TrapEvent
 

@@ -14,26 +14,25 @@ Rules:
   the first backend of the server: that one is to be left last.
 """
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from threading import get_ident
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import anyio
 
 from vmibridge.aio.lost_exceptions import lost_exceptions
-from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.bridge.dispatch import Bridge, BridgeDispatch, Target, one_line
 from vmibridge.bridge.handler import BridgeHandler
-from vmibridge.bridge.outcome import Outcome, OutcomeKind
+from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.response import BridgeResponse
 from vmibridge.engine.access_policy import Policy
 from vmibridge.engine.engine import Engine
+from vmibridge.engine.engines_health import health_of, reasons_of
 from vmibridge.engine.handler_calls import HandlerCalls
 from vmibridge.engine.handler_lives import CutOffError, Lives
-from vmibridge.engine.handshake import Feature, Host, HostInfo
+from vmibridge.engine.handshake import with_handshake
 from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.outcome_queue import OutcomeQueue
 from vmibridge.engine.places import InFlight, Turns
@@ -41,8 +40,10 @@ from vmibridge.engine.reloading import LaterHandlers, reload_each
 from vmibridge.engine.replies import BeforeResume
 from vmibridge.engine.settings import DEFAULTS, ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import Hindrance, Tap, hindrance_of
+from vmibridge.engine.until import Until, is_last_of
 from vmibridge.errors import ServerStateError
+from vmibridge.health.state import Reason
 from vmibridge.vm.backend import Backend
 
 __all__ = ["BridgeServer", "Run"]
@@ -52,12 +53,6 @@ log: logging.Logger = logging.getLogger(__name__)
 OUTCOMES_AHEAD = 1024
 """Outcomes that are kept for a consumer that lags, before vCPUs wait for it."""
 
-
-Until: TypeAlias = Literal["output", "exit"] | int | Callable[[Outcome[Any]], bool]
-"""When a run ends, other than with its guest."""
-
-_EXIT = 0xFFFF
-"""The method by which a guest of the standard contract says that it is done."""
 
 BridgeFactory: TypeAlias = Callable[[str], Target]
 """Makes what serves one VM, given the name of the VM."""
@@ -156,6 +151,18 @@ class BridgeServer:
             raise ServerStateError("the server has not run yet: iterate over server.run()")
         return {vm: engine.summary for vm, engine in self._owner.engines.items()}
 
+    @property
+    def hindrance(self) -> Hindrance | None:
+        """What keeps a tap from its work right now: a full disk, a recording that has ended."""
+        return hindrance_of(self._taps)
+
+    def health(self) -> list[Reason]:
+        """What keeps it from answering a trap now, or is worth knowing. On the event loop."""
+        found = reasons_of(self.hindrance)
+        if self._owner is None or not self._owner.is_started:
+            return [Reason("starting", "the VMs are being opened", "started"), *found]
+        return [*health_of(self._owner.engines, self._owner.kept), *found]
+
     def run(self, until: Until | None = None) -> "Run":
         """Run the guests, and iterate over what became of each of their traps.
 
@@ -175,7 +182,7 @@ class BridgeServer:
         outside the backends' `async with`, and a second time, `ValueError` for an `until`
         that is none of these.
         """
-        is_last = None if until is None else _is_last(until)
+        is_last = None if until is None else is_last_of(until)
         if self._owner is not None:
             raise ServerStateError("a server runs once: make another for another run")
         self._owner = _Owner(
@@ -223,14 +230,6 @@ class BridgeServer:
             self._owner.stop(now=now)
 
 
-def with_handshake(bridge: Bridge, settings: ServerSettings) -> Bridge:
-    """`bridge`, and what answers the handshake, where that is wanted and of use."""
-    speaks = any(entry.contract.magic == STANDARD_MAGIC for entry in bridge.entries)
-    if not (settings.handshake and speaks):
-        return bridge
-    return Bridge(bridge, Host(_host_info(bridge, settings)))
-
-
 class _Owner:
     """Owns one run: its engines, and the handlers that they share."""
 
@@ -268,9 +267,13 @@ class _Owner:
         self._grace = min(settings.grace, settings.stop_timeout / 2)
         self._error: BaseException | None = None
         self._ended = anyio.Event()
+        self.is_started = False
+        self.kept: list[str] = []
+        """The VMs that kept their handlers at the last reload."""
 
     def start(self) -> None:
         """Start the run, in the first backend's task group."""
+        self.is_started = True
         self._places[0].start_soon(self._main)
 
     def stop(self, *, now: bool = False) -> None:
@@ -323,8 +326,8 @@ class _Owner:
         before = self._shared
         shared = {each for bridge in bridges for each in bridge.handlers if each.shared}
         await self._later.enter(shared - before)
-        left, is_kept = await reload_each(self.engines, bridges)
-        self._shared = shared | before if is_kept else shared
+        left, self.kept = await reload_each(self.engines, bridges)
+        self._shared = shared | before if self.kept else shared
         self._places[0].start_soon(self._later.leave_after, left, before - self._shared)
         return len(left)
 
@@ -392,29 +395,6 @@ class Run(AsyncIterator[Outcome[Any]]):
             self._owner.stop()
 
 
-def _is_last(until: Until) -> Callable[[Outcome[Any]], bool]:
-    """Whether an outcome ends the run. Raises `ValueError`."""
-    if callable(until):
-        return until
-    if until == "output":
-        return lambda outcome: outcome.output is not None
-    if until == "exit":
-        return _is_exit
-    if type(until) is not int or until < 1:
-        raise ValueError(f"until is 'output', 'exit', a number from 1 or a function, got {until!r}")
-    left = itertools.count(until - 1, -1)
-    return lambda _: next(left) <= 0
-
-
-def _is_exit(outcome: Outcome[Any]) -> bool:
-    packet = outcome.packet
-    return (
-        packet.magic == STANDARD_MAGIC
-        and packet.method == _EXIT
-        and outcome.kind is OutcomeKind.HANDLED
-    )
-
-
 def _check_shared(bridges: list[Bridge]) -> None:
     owners: dict[BridgeHandler[Any], int] = {}
     for number, bridge in enumerate(bridges):
@@ -424,27 +404,3 @@ def _check_shared(bridges: list[Bridge]) -> None:
                     f"handler {handler.name} would serve several VMs with one state: make one"
                     " for each, in a function that is given the VM's name, or set shared = True"
                 )
-
-
-def _host_info(bridge: Bridge, settings: ServerSettings) -> HostInfo:
-    """What holds for the requests of a bridge, at the most."""
-    terms = [
-        settings.terms(entry.target, method)
-        for entry in bridge.entries
-        for method in (entry.handler.methods if entry.handler and entry.handler.methods else (0,))
-    ]
-    soft = [each.soft_timeout for each in terms if each.soft_timeout < each.timeout]
-    features = Feature(0)
-    if soft:
-        features |= Feature.WAIT
-    if settings.policy is not None:
-        features |= Feature.POLICY
-        if settings.policy.has_quota:
-            features |= Feature.QUOTA
-    return HostInfo(
-        features,
-        max(soft, default=None),
-        max(each.timeout for each in terms),
-        settings.result_timeout,
-        min(settings.in_flight, settings.in_flight_total),
-    )

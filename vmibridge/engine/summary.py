@@ -28,6 +28,9 @@ class Summary(msgspec.Struct):
     """Handlers that were cancelled at the end of the run, with no trap waiting for them."""
     blocked: int = 0
     """How often a handler held up the event loop for `blocked_after` seconds or longer."""
+    unrecorded: int = 0
+    """Traps that were to be recorded and are not, such as for a disk that was full. Known when the
+    VM has ended."""
     guest: GuestEnd | None = None
     """`None` until the guest has ended."""
 
@@ -49,6 +52,7 @@ class Summary(msgspec.Struct):
             whole.uncollected += each.uncollected
             whole.abandoned += each.abandoned
             whole.blocked += each.blocked
+            whole.unrecorded += each.unrecorded
             ends.append(each.guest)
         known = [end for end in ends if end is not None]
         if ends and len(known) == len(ends):

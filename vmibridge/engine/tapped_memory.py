@@ -1,6 +1,6 @@
 """Guest memory whose accesses taps see."""
 
-from vmibridge.engine.taps import Taps
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.errors import GuestMemoryError
 from vmibridge.vm.memory import PhysicalMemory
 from vmibridge.vm.trap import TrapEvent

@@ -20,7 +20,8 @@ from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.queue_time import Began
 from vmibridge.engine.request import Worker, first_trap
-from vmibridge.engine.taps import Step, Taps
+from vmibridge.engine.taps import Step
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.vm.conductor import Conductor
 
 __all__ = ["HandlerWatch", "as_coroutine", "source_for", "watch_for"]

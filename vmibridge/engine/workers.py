@@ -73,7 +73,7 @@ from vmibridge.engine.retries import Retries, as_retry
 from vmibridge.engine.settings import ServerSettings, TermsTable
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.tapped_memory import TappedMemory
-from vmibridge.engine.taps import Taps
+from vmibridge.engine.vm_taps import Taps
 from vmibridge.engine.watching import source_for, watch_for
 from vmibridge.vm.backend import Backend
 from vmibridge.vm.memory import PhysicalMemory

@@ -73,18 +73,20 @@ HEADER_NAMES: frozenset[str] = _words(
     VMIBRIDGE_KIND_FAILED VMIBRIDGE_KIND_INVALID_PARAMETERS VMIBRIDGE_KIND_SUCCESS
     VMIBRIDGE_KIND_TOUCH VMIBRIDGE_KIND_WAITING VMIBRIDGE_LIMIT VMIBRIDGE_LIMIT_ACCESS
     VMIBRIDGE_LIMIT_IN_FLIGHT VMIBRIDGE_LIMIT_RESULT_TIMEOUT VMIBRIDGE_MAGIC VMIBRIDGE_NOBODY
-    VMIBRIDGE_NOT_ANSWERED VMIBRIDGE_NO_END VMIBRIDGE_STAMP3 VMIBRIDGE_STAMP4
+    VMIBRIDGE_NOT_ANSWERED VMIBRIDGE_NO_END VMIBRIDGE_NO_ROOM VMIBRIDGE_STAMP3 VMIBRIDGE_STAMP4
     VMIBRIDGE_STATUS_WAITING VMIBRIDGE_TRAP VMIBRIDGE_VERSION_MAJOR VMIBRIDGE_VMCALL
     VMIBRIDGE_VMMCALL VMIBRIDGE_WAIT VMIBRIDGE_WAITING VMIBRIDGE_WORD_BYTES
     VMIBRIDGE_WORD_NUMBER VMIBRIDGE_WORD_ROOM VMIBRIDGE_WORD_TEXT VMIBRIDGE_WORD_TEXT16
-    vmibridge_ask vmibridge_ask_host vmibridge_begin_call vmibridge_by vmibridge_call
-    vmibridge_call_method vmibridge_call_stamped vmibridge_caller vmibridge_char16
-    vmibridge_code_of vmibridge_deadlines vmibridge_echo vmibridge_handshake vmibridge_how
-    vmibridge_kind vmibridge_kind_of vmibridge_limit vmibridge_method_call vmibridge_native_of
+    vmibridge_ask vmibridge_ask_by vmibridge_ask_host vmibridge_ask_host_by vmibridge_begin_call
+    vmibridge_buffer_size vmibridge_by vmibridge_call vmibridge_call_method
+    vmibridge_call_stamped vmibridge_caller vmibridge_char16 vmibridge_code_of vmibridge_copy
+    vmibridge_deadlines vmibridge_deadlines_by vmibridge_echo vmibridge_handshake
+    vmibridge_handshake_by vmibridge_how vmibridge_kind vmibridge_kind_of vmibridge_lend
+    vmibridge_limit vmibridge_limit_by vmibridge_method_call vmibridge_native_of
     vmibridge_packet vmibridge_pause vmibridge_response vmibridge_result vmibridge_retry
-    vmibridge_self_test vmibridge_stamped vmibridge_status vmibridge_touch
-    vmibridge_touch_buffers vmibridge_touch_pages vmibridge_touch_text vmibridge_verified
-    vmibridge_word
+    vmibridge_self_test vmibridge_self_test_by vmibridge_send vmibridge_stamped vmibridge_status
+    vmibridge_take_back vmibridge_touch vmibridge_touch_buffers vmibridge_touch_pages
+    vmibridge_touch_text vmibridge_verified vmibridge_word
     """
 )
 """What `vmibridge.h` defines: a test holds it to that."""

@@ -14,9 +14,10 @@ Rules:
   each vCPU beyond the first. None of them is older than `flush_interval`, as long as the
   disk keeps up and the loop runs. When the disk does not keep up, the guests wait
   (`full`): nothing is dropped.
-- When the file cannot be written any more, nothing waits for it. What is next was chosen
-  before: the VMs are stopped, or go on unrecorded; `lost` counts the traps.
-- Where files have a size (`max_size`), the recording goes on in another one (`rotation`), and
+- While the volume is full, the guests are held, or go on with a gap in the recording (`chunked`):
+  that was chosen before. When the file cannot be written for another reason, nothing waits for it:
+  the VMs are stopped, or go on unrecorded. `lost` counts the traps, `hindrance` says how it is now.
+- Where files have a size or a time, the recording goes on in another one (`rotation`), and
   the oldest ones make room (`file.folder`).
 """
 
@@ -33,7 +34,6 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.clock import loop_clock
-from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.bridge.context import Source
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import Outcome
@@ -45,6 +45,7 @@ from vmibridge.engine.taps import Tap
 from vmibridge.errors import ServerStateError
 from vmibridge.recording.chunked import MAX_UNWRITTEN, ChunkedRecording
 from vmibridge.recording.file.chunk_builder import other_packet
+from vmibridge.recording.file.folder import Bounds
 from vmibridge.recording.file.parts import RecordingParts
 from vmibridge.recording.messages import (
     MEMORY,
@@ -63,7 +64,7 @@ from vmibridge.recording.messages import (
 )
 from vmibridge.recording.outputs import OutputText
 from vmibridge.recording.redaction import Redaction, RedactionRule
-from vmibridge.recording.rotation import Rotation, sizes
+from vmibridge.recording.rotation import Rotation, part_size
 from vmibridge.recording.session import session_of
 from vmibridge.recording.steps import Steps
 from vmibridge.text import counted
@@ -96,15 +97,21 @@ class Recorder(ChunkedRecording, Tap):
         stem: str = "run",
         overwrite: bool = False,
         max_size: int | None = None,
+        max_age: float | None = None,
         max_total: int | None = None,
+        max_files: int | None = None,
         message_index: bool = False,
     ) -> None:
         """`path` is a new file, or a folder, where a new one is numbered after `stem`.
 
         `message_index` adds message indexes, for tools that look up single messages: a file of
-        small traps is twice as large with them. `max_size` bytes are the most that a file has:
-        then the recording goes on in another one. `max_total` are those of all recordings of the
-        folder: the oldest ones are removed.
+        small traps is twice as large with them. `max_size` bytes and `max_age` seconds are the most
+        that a file has: then the recording goes on in another one. `max_total` are the bytes, and
+        `max_files` the number, of all recordings of the folder: the oldest ones are removed.
+
+        `on_error` says what becomes of the guests when there is no room on the volume: with "stop"
+        they are held until there is, and nothing is lost; with "continue" they go on, and the
+        recording has a gap. After any other error they are stopped, or go on unrecorded.
 
         Raises `ValueError` if a number is out of range, `ConfigError` for a wrong rule.
         """
@@ -112,10 +119,14 @@ class Recorder(ChunkedRecording, Tap):
             raise ValueError(f"flush_interval is a number of seconds, got {flush_interval!r}")
         if flush_traps < 2:
             raise ValueError(f"flush_traps is at least 2, got {flush_traps!r}")
-        self._max_size, self._max_total = sizes(max_size, max_total)
-        if max_total is not None and not Path(path).is_dir():
-            raise ValueError(f"max_total is for recordings in a folder, and {path} is none")
-        rotation = None if self._max_size is None else Rotation(self._max_size)
+        size = self._max_size = part_size(max_size, max_age, max_total, max_files)
+        for name, bound in (("max_total", max_total), ("max_files", max_files)):
+            if bound is not None and not Path(path).is_dir():
+                raise ValueError(f"{name} is for recordings in a folder, and {path} is none")
+        self._bounds = None if max_total is max_files is None else Bounds(max_total, max_files)
+        # After a gap a recording goes on in another file.
+        splits = on_error == "continue" or (size, max_age) != (None, None)
+        rotation = Rotation(size, max_age) if splits else None
         super().__init__(
             Path(path),
             flush_interval=flush_interval,
@@ -141,21 +152,21 @@ class Recorder(ChunkedRecording, Tap):
         self._tasks: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
-        """Make the file. Raises `RecordingError` when it already exists, or cannot be made."""
+        """Make the file. Raises `RecordingError` when it already exists, or cannot be made for
+        another reason than that the volume is full: then it is made when there is room."""
         self._clock = loop_clock()
         self._epoch = time.time_ns() - round(self._clock() * 1e9)
         library = f"vmibridge {version('vmibridge')}"
-        self._files = await in_own_thread(
-            lambda: RecordingParts(
+        await self._open(
+            RecordingParts(
                 self.path,
                 library,
                 stem=self._stem,
                 overwrite=self._overwrite,
                 max_size=self._max_size,
-                max_total=self._max_total,
+                bounds=self._bounds,
             )
         )
-        self._tell_news()
         tasks = self._tasks = await anyio.create_task_group().__aenter__()
         tasks.start_soon(self._write_on)
         return self
@@ -177,20 +188,9 @@ class Recorder(ChunkedRecording, Tap):
         await self._tasks.__aexit__(None, None, None)
         self._tasks = None
         with anyio.CancelScope(shield=True):
-            await self._write_waiting()
-            finish = self._files.finish if self.error is None else self._files.close
-            try:
-                await in_own_thread(finish)
-            except OSError as lost:
-                self._fail(lost)
-        if self.error is None:
-            traps = counted(self._files.traps, "trap was", "traps were")
-            log.info("%s: %s recorded", self.path, traps)
-        else:
-            traps = counted(self.lost, "trap was", "traps were")
-            log.error("%s; %s not recorded", self.error, traps)
-            if self._on_error == "stop" and kind is None:
-                raise self.error
+            await self._close()
+        if self.error is not None and self._on_error == "stop" and kind is None:
+            raise self.error
 
     # --- what a server tells --------------------------------------------------------
 
@@ -233,7 +233,7 @@ class Recorder(ChunkedRecording, Tap):
             self._add(NOTE, Note("lost", text, vm))
             return
         self._rotation.begin(self._session_of(vm, bridge, settings))
-        if self.error is None:
+        if self._takes_messages:
             self._split(self._rotation)
 
     def _session_of(self, vm: str, bridge: Bridge, settings: ServerSettings) -> Session:
@@ -265,9 +265,11 @@ class Recorder(ChunkedRecording, Tap):
         self._add(TRAP, event, self._taken)
         # Handlers may be given this time: it is that of the trap, to the nanosecond.
         self._taken = None
-        if self.error is None:
+        if self._takes_messages:
             chunk = self._chunk
             chunk.traps += 1
+            if self._rotation is not None:
+                chunk.traps_of[event.vm] = chunk.traps_of.get(event.vm, 0) + 1
             if chunk.traps >= self._cut_at:
                 self._cut()
 
@@ -383,6 +385,9 @@ class Recorder(ChunkedRecording, Tap):
         the runs end or go on as if the file could not be written."""
         self._fail(error)
 
+    def unrecorded(self, vm: str) -> int:
+        return self._lost_of[vm]
+
     def missed_traps(self, vm: str, count: int) -> None:
         self.lost += count
 
@@ -406,8 +411,10 @@ class Recorder(ChunkedRecording, Tap):
     def _add(self, channel: ChannelKind, message: Any, at: float | None = None) -> None:
         if self._steps.pending is not None:
             self._add(STEP, self._steps.flush(), at)
-        if self.error is not None:
-            self.lost += channel is TRAP
+        if self.error is not None or self._is_gap:
+            if channel is TRAP:
+                self.lost += 1
+                self._lost_of[message.vm] += 1
             return
         chunk = self._chunk
         if chunk.plain or chunk.taken is not None:
@@ -421,23 +428,7 @@ class Recorder(ChunkedRecording, Tap):
         """A time of the loop, or now, in nanoseconds since the Unix epoch."""
         return self._epoch + int((self._clock() if at is None else at) * 1e9)
 
-    def _split_if_due(self, data: int = 0) -> None:
-        """Go on in another file, where this one has no room for a message with so much data."""
-        rotation = self._rotation
-        if (
-            rotation is None
-            or self.error is not None
-            or not rotation.is_due(self._chunk.settle(), data)
-        ):
-            return
-        self._split(rotation)
-
-    def _split(self, rotation: Rotation) -> None:
+    def _flush_steps(self) -> None:
         if self._steps.pending is not None:
             # It stands behind its trap. The next part begins with its sessions.
             self._add(STEP, self._steps.flush())
-        self._cut()
-        self._chunk = self._first_chunk(rotation.next_part())
-        for channel, message in rotation.preamble():
-            self._add(channel, message)
-        rotation.begun(self._chunk.settle())

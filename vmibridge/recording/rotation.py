@@ -1,15 +1,16 @@
 """When a recording goes on in another file, and what that file begins with.
 
-A recording that has a size is a row of files, its *parts*. Each can be read, replayed and reported
-by itself: it begins with the sessions of the VMs that run. On the loop, so nothing is known yet of
-how small a chunk becomes: what is not written counts as if it could not be compressed, and so a
-file is never larger than its size.
+A recording that has a size, or a time, is a row of files, its *parts*. Each can be read, replayed
+and reported by itself: it begins with the sessions of the VMs that run. On the loop, so nothing is
+known yet of how small a chunk becomes: what is not written counts as if it could not be compressed,
+and so a file is never larger than its size.
 
 | the file has | it is split |
 |---|---|
 | less than 7/8 of its size | no |
 | 7/8 and more | before a trap, when no request is open: every part is whole |
 | no room for the next trap or memory access | before that, with requests open |
+| been written for its time | as soon as no request is open; after 9/8 of it with requests open |
 
 A request is open from its first trap to its last reply: what was told to wait is open between its
 traps, too. Those that are open at a split are in both files, and compared in neither: in the one
@@ -17,8 +18,10 @@ before there is no last reply, and the one behind has their traps again, each wi
 `lost` right behind it.
 """
 
+import math
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -27,7 +30,7 @@ from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.recording.messages import NOTE, SESSION, TRAP, ChannelKind, Note, Session
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["MIN_SIZE", "Rotation", "sizes"]
+__all__ = ["MIN_SIZE", "Rotation", "part_size"]
 
 MIN_SIZE = 128 << 10
 """Bytes: the least that a file may be bounded to."""
@@ -40,17 +43,25 @@ _MESSAGE = 1024
 _MAX_WAITING = 4096
 """Requests told to wait that are remembered; a guest need not come back for any."""
 _QUARTER = 4
+_LATEST = 9 / 8
+"""Of the time of a file: then it is split with requests open."""
 
 
-def sizes(max_size: int | None, max_total: int | None) -> tuple[int | None, int | None]:
-    """The size of a file and of all of them; the one that is not given follows from the other.
+def part_size(
+    max_size: int | None, max_age: float | None, max_total: int | None, max_files: int | None
+) -> int | None:
+    """The bytes of a file; `None`: any. Where not given, they follow from those of all files.
 
-    Raises `ValueError` for sizes that make no sense.
+    Raises `ValueError` if one of them is out of range.
     """
+    if max_age is not None and not max_age >= 1:
+        raise ValueError(f"max_age is at least 1 second, got {max_age!r}")
+    if max_files is not None and max_files < 1:
+        raise ValueError(f"max_files is at least 1, got {max_files!r}")
     if max_size is not None and max_size < MIN_SIZE:
         raise ValueError(f"max_size is at least {MIN_SIZE} bytes, got {max_size!r}")
     if max_total is None:
-        return max_size, None
+        return max_size
     if max_size is None:
         max_size = max_total // _QUARTER
         if max_size < MIN_SIZE:
@@ -59,16 +70,25 @@ def sizes(max_size: int | None, max_total: int | None) -> tuple[int | None, int 
             )
     if max_total < 2 * max_size:
         raise ValueError(f"max_total is at least twice max_size, got {max_total!r}")
-    return max_size, max_total
+    return max_size
 
 
 class Rotation:
     """See the module. Its calls are those of a tap, and of the recorder that has it."""
 
-    def __init__(self, max_size: int) -> None:
+    def __init__(
+        self,
+        max_size: int | None,
+        max_age: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_size` is in bytes, `max_age` in seconds of `clock`; `None`: any."""
         self.part: int = 1
         """The number of the file that messages go to."""
-        self._max_size = max_size
+        self._max_size: float = math.inf if max_size is None else max_size
+        self._max_age = max_age
+        self._clock = clock
+        self._began = clock()
         self._sessions: dict[str, Session] = {}
         self._open: dict[tuple[str, int], TrapEvent] = {}
         self._waiting: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -79,7 +99,7 @@ class Rotation:
         # What a part begins with is at most half of it: else there would be one for each trap.
         self._room = max(self._max_size - _FIXED, 2 * preamble)
         self._preamble = preamble
-        self._quiet_from = self._room - self._room // 8
+        self._quiet_from = self._room * 7 / 8
 
     # --- what is open -----------------------------------------------------------------
 
@@ -121,7 +141,10 @@ class Rotation:
             return False
         if size + _most(data + _MESSAGE) > self._room:
             return True
-        return size > self._quiet_from and not self._open and not self._waiting
+        age = 0.0 if self._max_age is None else (self._clock() - self._began) / self._max_age
+        if self._open or self._waiting:
+            return age > _LATEST
+        return age > 1 or size > self._quiet_from
 
     def cut(self, size: int) -> None:
         """A chunk of `size` bytes goes to the writer."""
@@ -136,7 +159,12 @@ class Rotation:
         """Begin another part, and return its number; `begun` has to follow."""
         self.part += 1
         self._used = 0
+        self._began = self._clock()
         return self.part
+
+    def go_back_to(self, part: int) -> None:
+        """No file of a later part could be made: the next one is the one after this."""
+        self.part = part
 
     def preamble(self) -> Iterator[tuple[ChannelKind, Session | TrapEvent | Note]]:
         """What it begins with."""

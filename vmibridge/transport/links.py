@@ -31,6 +31,10 @@ class AgentLink(Protocol):
     """What an agent asks of the connection to its server."""
 
     @property
+    def away(self) -> str:
+        """Why no server would answer now, while the link itself goes on; "" where one would."""
+
+    @property
     def closed(self) -> bool:
         """Nothing comes or goes any more; `receive` raises, too."""
 

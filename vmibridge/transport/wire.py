@@ -50,6 +50,7 @@ _REASONS = (
     TrapReason.PORT_IO,
     TrapReason.MSR,
     TrapReason.BREAKPOINT,
+    TrapReason.DEVICE,
 )
 _REASON_OF = dict(enumerate(_REASONS, 1))
 _CODES = {reason: code for code, reason in _REASON_OF.items()}

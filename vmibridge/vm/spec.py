@@ -19,6 +19,8 @@ S = TypeVar("S", bound=msgspec.Struct)
 _NEVER = re.compile("[\0\ud800-\udfff]")
 _MODE = re.compile("0o[0-7]{1,3}")
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(us|ms|s|)")
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -28,6 +30,14 @@ def parse_size(text: str) -> int:
         if text.endswith(unit):
             return int(text.removesuffix(unit), 0) * factor
     return int(text, 0)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, in decimal, with us, ms or s behind, or without. Raises `ValueError`."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no duration")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def parse_mode(spec: str, text: str) -> int:
@@ -98,25 +108,29 @@ def parse_options(
     kind: type[S],
     numbers: Mapping[str, str],
     lists: Collection[str] = (),
+    durations: Collection[str] = (),
 ) -> S:
-    """Decode `options` into `kind`; `numbers` names the options that are integers. One named `mode`
-    is the mode of a file.
+    """Decode `options` into `kind`; `numbers` names the options that are integers, `durations`
+    those that are seconds. One named `mode` is the mode of a file.
 
     Those in `lists` may be given again. Raises `BackendSpecError` for an option that is
     unknown, given twice, or wrong.
     """
-    values: dict[str, str | int | list[str | int]] = {}
+    values: dict[str, str | float | list[str | float]] = {}
     for name, value in read_options(spec, options, kind.__struct_encode_fields__, lists):
-        parsed: str | int = value
+        parsed: str | float = value
         try:
             if name == "mode":
                 parsed = parse_mode(spec, value)
             elif name in numbers:
                 parsed = parse_size(value)
+            elif name in durations:
+                parsed = parse_duration(value)
         except ValueError as error:
             if isinstance(error, BackendSpecError):
                 raise
-            raise BackendSpecError(f"{spec}: {name}={value} is not {numbers[name]}") from None
+            wanted = numbers.get(name, "a duration, such as 2ms or 5s")
+            raise BackendSpecError(f"{spec}: {name}={value} is not {wanted}") from None
         if name in lists:
             several = values.setdefault(name, [])
             assert isinstance(several, list)

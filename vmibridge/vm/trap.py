@@ -16,7 +16,8 @@ __all__ = ["RegisterWrites", "Registers", "TrapEvent", "TrapFilter", "TrapReason
 
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
-_CPUID, _VMCALL, _VMMCALL = TrapReason.CPUID, TrapReason.VMCALL, TrapReason.VMMCALL
+_CPUID = TrapReason.CPUID
+_CALLS = frozenset((TrapReason.VMCALL, TrapReason.VMMCALL, TrapReason.DEVICE))
 
 
 class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -85,7 +86,7 @@ class TrapFilter(msgspec.Struct, frozen=True):
 
     magics: frozenset[int] = frozenset()
     any_hypercall: bool = False
-    """A handler without magic makes every VMCALL and VMMCALL ours."""
+    """A handler without magic makes every VMCALL, VMMCALL and call by a device ours."""
     any_cpuid: bool = False
     """The same for CPUID, which takes an explicit opt-in."""
 
@@ -93,7 +94,7 @@ class TrapFilter(msgspec.Struct, frozen=True):
         """Whether a trap with this magic (its low 32 bits) is ours."""
         if reason is _CPUID:
             return self.any_cpuid or magic & 0xFFFF_FFFF in self.magics
-        if reason is _VMCALL or reason is _VMMCALL:
+        if reason in _CALLS:
             return self.any_hypercall or magic & 0xFFFF_FFFF in self.magics
         return False
 

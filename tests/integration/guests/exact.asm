@@ -3,7 +3,7 @@
 ; 1 code in a segment with a base           2 the same selector gets another base
 ; 3 TF set: #DB behind each instruction     4 STI before the trap: an interrupt behind it
 ; 5 RF set at the trap, and clear behind it 6 the trap gets a prefix, so it is longer
-; 7 as 3, and the traps are not a bridge's
+; 7 as 3, and the traps are not a bridge's  8 as 4, many times, while a timer kicks the vCPU
 ; HOW: 1 CPUID, 2 VMCALL, 3 VMMCALL. The table behind the header has the traps' linear addresses.
 ; Ends by isa-debug-exit at 0xf4: 0x10 (status 33) when all was right, else 0x11.
 %ifndef HOW
@@ -159,6 +159,31 @@ site:
     jne near wrong
 site_2:
     ret
+%elif CASE = 8
+    ; The old controller is masked, so its timer interrupts nothing. But each of its edges makes QEMU
+    ; kick the vCPU, for it to look at its local APIC: 40,000 times a second.
+    mov ebx, 0xFEE00000
+    mov dword [ebx + 0xF0], 0x1FF
+    mov al, 0x34
+    out 0x43, al
+    mov al, 1193182 / 20000
+    out 0x40, al
+    xor al, al
+    out 0x40, al
+    mov edi, 200
+again:
+    ASK edi
+    sti
+site:
+    TRAP
+    cli
+    not eax
+    cmp eax, edi
+    jne near wrong
+    dec edi
+    jnz near again
+site_2:
+    jmp right
 %endif
 right:
     mov al, 0x10

@@ -85,6 +85,8 @@ class TestAttributes:
         ("attributes", "told"),
         [
             ({"REQUEST": "1"}, "REQUEST is '1', not of type int"),
+            ({"REQUEST": True}, "REQUEST is True, not of type int"),
+            ({"timeout": True}, "timeout is True, not of type int or float or None"),
             ({"MAGIC": b"VMIB"}, "MAGIC is b'VMIB', not of type int or None"),
             ({"Settings": dict}, "Settings is <class 'dict'>, not a msgspec.Struct"),
             ({"reads": [5]}, r"reads is \[5\], not of GuestReads"),

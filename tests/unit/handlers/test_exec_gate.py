@@ -274,7 +274,16 @@ async def test_a_question_that_nobody_waits_for_is_taken_away(folder):
 async def test_a_folder_that_cannot_be_made(folder, caplog):
     caplog.set_level(logging.WARNING, "vmibridge.exec_gate")
     assert await asked(gate(folder=str(folder / "below"))) == (Gate.ABORT, Why.NO_ANSWER)
-    assert "No such file or directory" in caplog.text
+    early, late = caplog.messages
+    assert "the folder around it is not there" in early
+    assert "No such file or directory" in late
+
+
+@pytest.mark.anyio
+async def test_a_folder_that_is_a_file_is_told_before_a_guest_asks(folder, caplog):
+    folder.touch()
+    async with gate(folder=str(folder)):
+        assert caplog.messages == [f"exec_gate: {folder}: is no folder"]
 
 
 @pytest.mark.anyio

@@ -317,13 +317,21 @@ async def test_a_file_that_is_damaged(make, path, told):
 
 
 @pytest.mark.anyio
-async def test_a_folder_that_is_not_there(make, tmp_path):
+async def test_a_folder_that_is_not_there(make, tmp_path, told):
     folder = tmp_path / "later"
     async with make(path=str(folder / "values.sqlite")) as kv:
+        assert "its folder is not there" in told.text  # before a guest asks
         assert await problem_of(kv.put(VMI, "a", b"1")) is Problem.BROKEN
         folder.mkdir()
         await kv.put(VMI, "a", b"1")
     assert (folder / "values.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.anyio
+async def test_a_path_that_is_a_folder(make, tmp_path, told):
+    async with make(path=str(tmp_path)) as kv:
+        assert "is a folder" in told.text
+        assert await problem_of(kv.put(VMI, "a", b"1")) is Problem.BROKEN
 
 
 @pytest.mark.anyio

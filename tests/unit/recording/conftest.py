@@ -14,17 +14,18 @@ def path(tmp_path):
 
 
 class SmallDisk:
-    """Stands for `os` in the writer: after `room` bytes the disk is full."""
+    """Stands for `os` in the writer: after `room` bytes the disk is full, or broken."""
 
     def __init__(self, room=1 << 30):
         self.room = room
+        self.code = errno.ENOSPC
 
     def __getattr__(self, name):
         return getattr(os, name)
 
     def write(self, fd, data):
         if not self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(self.code, os.strerror(self.code))
         written = os.write(fd, data[: self.room])
         self.room -= written
         return written

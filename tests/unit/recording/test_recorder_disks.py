@@ -1,5 +1,6 @@
-"""A recorder on disks that are slow or full, and what can be recovered."""
+"""A recorder on disks that are slow or broken, and what can be recovered."""
 
+import errno
 import itertools
 import logging
 import threading
@@ -90,9 +91,13 @@ class TestADiskThatIsSlow:
 ROOMS = pytest.mark.parametrize("room", [0, 1, 700, 5000])
 
 
-class TestADiskThatIsFull:
+class TestADiskThatBreaks:
+    @pytest.fixture(autouse=True)
+    def broken(self, disk):
+        disk.code = errno.EIO
+
     async def run(self, path, disk, room, **options):
-        """Many calls; there is room for some chunks and a part of one. Returns all we know."""
+        """Many calls; it takes some chunks and a part of one. Returns all we know."""
         told = Told()
         recorder = Recorder(path, flush_traps=8, **options)
         with anyio.fail_after(60):
@@ -112,7 +117,7 @@ class TestADiskThatIsFull:
 
     @ROOMS
     async def test_ends_the_run(self, path, disk, room):
-        with pytest.raises(RecordingError, match=r"ends here: No space left on device") as error:
+        with pytest.raises(RecordingError, match=r"ends here: Input/output error") as error:
             await self.run(path, disk, room)
         assert isinstance(error.value.__cause__, OSError)
         assert self.recorder.error is error.value
@@ -128,7 +133,7 @@ class TestADiskThatIsFull:
         assert self.recorder.lost > 0
         self.check_the_file(path)
         first, last = (record.getMessage() for record in caplog.records)
-        assert first.endswith("No space left on device; the run continues without a recording")
+        assert first.endswith("Input/output error; the run continues without a recording")
         assert last.endswith(f"; {self.recorder.lost} traps were not recorded")
 
     async def test_ends_the_run_of_a_vm_that_begins_later(self, path, disk):

@@ -114,7 +114,7 @@ async def test_not_what_was_being_written_then_and_is_in_the_file(tmp_path, monk
         if chunk.traps:
             anyio.from_thread.run_sync(writing.set)
             assert go_on.wait(30)
-        write(chunk)
+        return write(chunk)
 
     monkeypatch.setattr(recorder, "_write", held_write)
 

@@ -105,7 +105,6 @@ class RecordedAnswers:
                 f"{path}: {counted(count, 'recorded request')} cannot be given: {why}"
                 for why, count in unusable.items()
             ),
-            *self._loaded.problems,
         ]
 
 

@@ -152,6 +152,7 @@ class ChunkBuilder:
         "taken",
         "taken_at",
         "traps",
+        "traps_of",
     )
 
     def __init__(
@@ -181,6 +182,8 @@ class ChunkBuilder:
         """When it was taken, in nanoseconds since the Unix epoch."""
         self.traps: int = 0
         """How many traps it has; kept by the caller."""
+        self.traps_of: dict[str, int] = {}
+        """The same by VM, where the caller wants to know."""
         self.part: int = part
         """Of which file of the recording it is."""
 

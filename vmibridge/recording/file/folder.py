@@ -20,7 +20,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Room", "is_locked", "lock", "make_room", "open_numbered", "unlock"]
+__all__ = ["Bounds", "Room", "is_locked", "lock", "make_room", "open_numbered", "unlock"]
 
 _NUMBERED = re.compile(r"(.+)-([0-9]{1,9})\.mcap", re.DOTALL)
 _MADE_BY_A_RECORDER = re.compile(
@@ -32,12 +32,35 @@ _MADE_BY_A_RECORDER = re.compile(
 _HEADER = 64
 
 
+class Bounds(NamedTuple):
+    """The most that all recordings of a folder come to; `None`: any."""
+
+    size: int | None
+    """Bytes."""
+    files: int | None
+    """How many."""
+
+    def __str__(self) -> str:
+        """As in "so that ...": what is kept."""
+        size = None if self.size is None else f"recordings have {self.size} bytes at most"
+        files = None if self.files is None else f"{self.files} are kept"
+        return " and ".join(each for each in (size, files) if each)
+
+    def are_exceeded(self, size: int, files: int) -> bool:
+        """Whether so many bytes, or files, are too many."""
+        return (self.size is not None and size > self.size) or (
+            self.files is not None and files > self.files
+        )
+
+
 class Room(NamedTuple):
     """What making room came to."""
 
     removed: list[Path]
     size: int
     """Bytes that all recordings have now, or may come to have."""
+    files: int
+    """How many there are."""
 
 
 class _Recording(NamedTuple):
@@ -94,13 +117,13 @@ def open_numbered(
     raise AssertionError("numbers do not end")
 
 
-def make_room(folder: Path, total: int, size: int) -> Room:
-    """Remove closed recordings until all that are there come to `total` bytes at most.
+def make_room(folder: Path, bounds: Bounds, size: int) -> Room:
+    """Remove closed recordings until all that are there are within `bounds`.
 
     One that is being written may grow to `size` bytes, and is counted so. Raises `OSError`.
     """
     closed: dict[str, list[_Recording]] = {}
-    sum_of_all = 0
+    sum_of_all = files = 0
     for each in os.scandir(folder):
         match = _NUMBERED.fullmatch(each.name)
         if match is None:
@@ -113,6 +136,7 @@ def make_room(folder: Path, total: int, size: int) -> Room:
         if found is None:
             continue
         recording, is_written = found
+        files += 1
         sum_of_all += max(recording.size, size) if is_written else recording.size
         if not is_written:
             closed.setdefault(recording.stem, []).append(recording)
@@ -120,11 +144,15 @@ def make_room(folder: Path, total: int, size: int) -> Room:
         recordings.sort(key=lambda each: (each.written, each.number), reverse=True)
     sizes = {stem: sum(each.size for each in recordings) for stem, recordings in closed.items()}
     removed: list[Path] = []
-    while sum_of_all > total and closed:
-        stem = max(sizes, key=sizes.__getitem__)
+    while closed and bounds.are_exceeded(sum_of_all, files):
+        if bounds.size is not None and sum_of_all > bounds.size:
+            stem = max(sizes, key=sizes.__getitem__)
+        else:
+            stem = max(closed, key=lambda each: len(closed[each]))
         oldest = closed[stem].pop()
         sizes[stem] -= oldest.size
         sum_of_all -= oldest.size
+        files -= 1
         if not closed[stem]:
             del closed[stem], sizes[stem]
         try:
@@ -133,7 +161,7 @@ def make_room(folder: Path, total: int, size: int) -> Room:
             # Another process makes room, too.
             continue
         removed.append(oldest.path)
-    return Room(removed, sum_of_all)
+    return Room(removed, sum_of_all, files)
 
 
 def _look_at(path: Path, stem: str, number: int) -> tuple[_Recording, bool] | None:

@@ -123,11 +123,10 @@ class RecordingWriter:
             self.counts[channel] = self.counts.get(channel, 0) + count
 
     def finish(self) -> None:
-        """Write the index and close the file. On `OSError` it is closed without an index."""
-        try:
-            self._write(self._summary())
-        finally:
-            self.close()
+        """Write the index and close the file. On `OSError` it stays open, as it was: call again
+        when there is room, or close it without an index."""
+        self._write(self._summary())
+        self.close()
 
     def close(self) -> None:
         """Close the file as it is; once more does nothing."""

@@ -36,6 +36,7 @@ from vmibridge.errors import (
     VmiBridgeError,
     WireError,
 )
+from vmibridge.health.state import Reason
 from vmibridge.transport.agent.dial import dial
 from vmibridge.transport.agent.traps import AgentCounts, InFlightTraps
 from vmibridge.transport.links import AgentLink, Dialled
@@ -114,6 +115,8 @@ class Agent:
         self._ended = anyio.Event()
         self._stop = anyio.Event()
         self._refused: VmiBridgeError | None = None
+        self._lost = "connecting"
+        """Why there is no link."""
         self._tasks: TaskGroup | None = None
         self._end: End | None = None
         self._shares: list[dict[str, int]] = []
@@ -126,6 +129,14 @@ class Agent:
         for each in self._shares:
             total.update(each)
         return dict(total)
+
+    def health(self) -> list[Reason]:
+        """Why no server would answer a trap now. On the event loop."""
+        if self._tasks is None:
+            return [Reason("starting", f"vm {self.vm}: it is being opened", "started")]
+        link = self._in_flight.link
+        why = self._lost if link is None or link.closed else link.away
+        return [Reason("server-unreachable", f"vm {self.vm}: {self.url}: {why}")] if why else []
 
     # --- the run --------------------------------------------------------------------
 
@@ -245,9 +256,10 @@ class Agent:
                     self._welcomed.set()
                     return
             except (OSError, TimeoutError, ConnectionLostError, WireError) as error:
-                why = str(error) or type(error).__name__
+                why = _why(error)
             finally:
                 self._in_flight.link = None
+            self._lost = why or "the connection is lost"
             if self._ended.is_set():
                 return
             if why != logged:
@@ -327,6 +339,13 @@ class Agent:
         except (ConnectionLostError, WireError) as error:
             lost.error = error
             lost.happened.set()
+
+
+def _why(error: Exception) -> str:
+    """In the words of the system, without its numbers."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer in time"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class Backoff:

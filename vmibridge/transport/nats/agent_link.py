@@ -8,6 +8,7 @@ A connection to NATS that is lost is made again by nats-py, below this: the link
 """
 
 import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -105,6 +106,8 @@ class NatsAgentLink:
         self._ended_at = 0.0
         self._logged: set[str] = set()
         self._trouble_until = self._pinged = 0.0
+        self._silence = math.inf
+        """Seconds after which a server that answers no ping does not count: of `keep_alive`."""
         client.on_reconnect = self._on_reconnect
         client.on_trouble = self._wake
 
@@ -152,6 +155,16 @@ class NatsAgentLink:
             for peer in self._peers:
                 self._publish_to(peer, pack(frame))
             self._look_for_end()
+
+    @property
+    def away(self) -> str:
+        """As of an `AgentLink`."""
+        if not self._client.is_up:
+            return "NATS is not there"
+        return "" if self._is_any_heard() else "no server is heard on this NATS"
+
+    def _is_any_heard(self) -> bool:
+        return self._peers.is_any_heard(self._client.uptime(), self._silence)
 
     @property
     def closed(self) -> bool:
@@ -386,6 +399,7 @@ class NatsAgentLink:
 
     async def keep_alive(self, silence: float) -> None:
         """Let servers know that the VM is there; forget those that are gone."""
+        self._silence = silence
         while True:
             late = await sleep_late(silence / 3)
             now = self._client.uptime()
@@ -395,6 +409,9 @@ class NatsAgentLink:
             ):
                 self._waiting.drop_peer(peer)
             self._ping(now)
+            if not self._is_any_heard():
+                # One that has come meanwhile would be found by the next trap alone.
+                self._say_hello()
 
     def _on_reconnect(self) -> None:
         self._sent.on_connected(self._client.uptime())

@@ -226,6 +226,11 @@ class NatsClient:
         return self._up_before + (0.0 if self._up_since is None else _clock() - self._up_since)
 
     @property
+    def is_up(self) -> bool:
+        """Whether NATS is there: it has answered a ping within the last seconds."""
+        return self._up_since is not None and not self.closed.is_set()
+
+    @property
     def has_backlog(self) -> bool:
         """Whether much that was published waits here for the connection. What a peer is asked
         stands behind it, so a peer that says nothing then is not silent."""

@@ -84,6 +84,11 @@ class NatsListener:
     def __str__(self) -> str:
         return str(self.url)
 
+    @property
+    def is_up(self) -> bool:
+        """Whether traps of NATS come here."""
+        return self._opened and self._client.is_up
+
     async def open(self) -> None:
         """Connect and subscribe. Raises `BackendError`."""
         client = self._client

@@ -1,14 +1,32 @@
 """The client of nats-py, and what it leaves undone. Needs the extra `nats`."""
 
+import asyncio
+import time
 from typing import TYPE_CHECKING
+from urllib.parse import ParseResult
 
-from nats.aio.client import Client
+from nats.aio.client import DEFAULT_BUFFER_SIZE, Client
+from nats.aio.transport import TcpTransport
 from nats.errors import SecureConnRequiredError
 
+from vmibridge.aio import sockets
 from vmibridge.errors import NatsRefusedError
 
 if TYPE_CHECKING:
     from nats.aio.client import Srv
+
+
+class _Transport(TcpTransport):
+    """One that leaves a name server behind: asyncio asks it in a thread that the end of the loop
+    waits for, which is 20 seconds where the server is silent."""
+
+    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
+        assert uri.hostname is not None, "a URL of ours has a host"
+        connecting = sockets.connect_tcp(uri.hostname, uri.port or 0)
+        made = await asyncio.wait_for(connecting, connect_timeout)
+        reader, writer = await asyncio.open_connection(sock=made, limit=buffer_size)
+        self._bare_io_reader = self._io_reader = reader
+        self._bare_io_writer = self._io_writer = writer
 
 
 class NatsPyClient(Client):
@@ -29,7 +47,9 @@ class NatsPyClient(Client):
             # A connection that was refused would stay open until it is collected. `close`
             # has no types.
             self._transport.close()  # type: ignore[no-untyped-call]
-        await super()._connect_to_server(s)
+        s.last_attempt = time.monotonic()
+        self._transport = _Transport()  # type: ignore[no-untyped-call]
+        await self._transport.connect(s.uri, DEFAULT_BUFFER_SIZE, self.options["connect_timeout"])
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         if not self.is_connected:

@@ -70,6 +70,12 @@ class Peers:
         """The one of this number, if it is not forgotten."""
         return self._by_number.get(number)
 
+    def is_any_heard(self, now: float, silence: float) -> bool:
+        """Whether one has said something within the last `silence` seconds, and is not gone."""
+        return any(
+            not peer.misses and now - peer.heard < silence for peer in self._by_subject.values()
+        )
+
     def heard_of(self, now: float) -> Peer | None:
         """One that is there, each in turn. NATS would go on to give a silent one its share."""
         heard = [

@@ -26,8 +26,9 @@ from vmibridge.bridge.handler import BridgeHandler
 from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.bridge.request import RetryKey, request_in, retry_key
 from vmibridge.engine.engine import Engine
+from vmibridge.engine.handshake import with_handshake
 from vmibridge.engine.outcome_queue import OutcomeQueue
-from vmibridge.engine.server import OUTCOMES_AHEAD, with_handshake
+from vmibridge.engine.server import OUTCOMES_AHEAD
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Tap

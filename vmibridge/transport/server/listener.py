@@ -21,7 +21,9 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from vmibridge.aio.listening import fail_after_listening
+from vmibridge.aio.sockets import peer_user
 from vmibridge.errors import ConnectionLostError, RefusedError, WireError
+from vmibridge.health.state import Reason
 from vmibridge.text import printable
 from vmibridge.transport.handshake import check_hello, refused
 from vmibridge.transport.limits import AgentLimits
@@ -30,7 +32,6 @@ from vmibridge.transport.sockets.connection import Connection, keep_alive
 from vmibridge.transport.sockets.endpoints import (
     ListeningSockets,
     listen,
-    peer_user,
 )
 from vmibridge.transport.sockets.tls import certified_names, tls_context
 from vmibridge.transport.urls import SocketUrl, TlsUrl, UnixUrl, parse_url
@@ -99,6 +100,14 @@ class Listener:
     def refused(self) -> int:
         """Peers that did not become a session's; on NATS, messages of agents that were refused."""
         return self._refused + sum(nats.refused for nats in self._nats)
+
+    def health(self) -> list[Reason]:
+        """Why agents cannot reach it."""
+        return [
+            Reason("nats-unreachable", f"{nats}: the connection is lost")
+            for nats in self._nats
+            if not nats.is_up
+        ]
 
     async def run(self) -> None:
         """Serve each agent that connects, until cancelled; then closes all connections."""

@@ -29,13 +29,15 @@ from anyio.abc import TaskGroup
 from vmibridge.aio.lost_exceptions import lost_exceptions
 from vmibridge.bridge.dispatch import Bridge, Target, one_line
 from vmibridge.bridge.outcome import Outcome
+from vmibridge.engine.engines_health import reasons_of
 from vmibridge.engine.handler_calls import HandlerCalls
 from vmibridge.engine.loop_watch import LoopWatch
 from vmibridge.engine.server import BridgeFactory
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
-from vmibridge.errors import RefusedError, ServerStateError, VmiBridgeError
+from vmibridge.engine.taps import Hindrance, Tap, hindrance_of
+from vmibridge.errors import RecordingError, RefusedError, ServerStateError, VmiBridgeError
+from vmibridge.health.state import Reason
 from vmibridge.transport.limits import AgentLimits, NewSessions
 from vmibridge.transport.server.away import give_up_agents
 from vmibridge.transport.server.backend import SessionBackend
@@ -121,6 +123,10 @@ class AgentServer:
         self._tasks: TaskGroup | None = None
         self._stop = anyio.Event()
         self._now = False
+        self._failed: Reason | None = None
+        """Why a handler set did not come to serve or failed, as long as none has begun since."""
+        self._kept: list[str] = []
+        """The VMs that kept their handlers at the last reload."""
         self.listening: anyio.Event = anyio.Event()
         """Agents can connect."""
 
@@ -138,9 +144,28 @@ class AgentServer:
         return (vm.session for vm in self._vms.values())
 
     @property
+    def hindrance(self) -> Hindrance | None:
+        """What keeps a tap of a VM from its work right now: as `BridgeServer.hindrance`."""
+        return hindrance_of(tap for each in self._handler_sets for tap in each.taps)
+
+    @property
     def refused(self) -> int:
         """Peers that were not served, each time that they tried."""
         return self._listener.refused
+
+    def health(self) -> list[Reason]:
+        """What keeps it from answering a trap now, or is worth knowing. On the event loop."""
+        if self._stop.is_set():
+            return [Reason("stopping", "traps are given back to their agents")]
+        if not self.listening.is_set():
+            return [Reason("starting", "it does not listen yet", "started")]
+        found = [*self._listener.health(), *reasons_of(self.hindrance)]
+        if self._failed is not None:
+            found.append(self._failed)
+        found += [
+            Reason("reload-failed", f"vm {vm}: keeps its handlers", None) for vm in self._kept
+        ]
+        return found
 
     async def run(self) -> None:
         """Serve until `stop`. If cancelled, stops without grace. Once.
@@ -149,7 +174,8 @@ class AgentServer:
         """
         if self._tasks is not None:
             raise ServerStateError("a server runs once: make another for another run")
-        await self._listener.open()
+        if not await self._open():
+            return
         lost: list[BaseException] = []
 
         def stop(error: BaseException) -> None:
@@ -161,6 +187,28 @@ class AgentServer:
             await self._serve()
         for error in lost:
             raise error
+
+    async def _open(self) -> bool:
+        """Listen; returns whether it does: a stop does not wait for NATS, or a name server."""
+        failed: list[Exception] = []
+        done: list[bool] = []
+
+        async with anyio.create_task_group() as tasks:
+
+            async def open_all() -> None:
+                try:
+                    await self._listener.open()
+                    done.append(True)
+                except Exception as error:
+                    failed.append(error)
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(open_all)
+            await self._stop.wait()
+            tasks.cancel_scope.cancel()
+        for error in failed:
+            raise error
+        return bool(done)
 
     async def _serve(self) -> None:
         connections = anyio.CancelScope(shield=True)
@@ -225,7 +273,7 @@ class AgentServer:
         # shares with those of before counts as wanted again.
         self._handlers = handlers
         self._shared.supersede()
-        done = 0
+        done, kept = 0, list[str]()
         for vm in list(self._vms.values()):
             if vm.session.over.is_set() or vm.ended_because or self._stop.is_set():
                 continue
@@ -233,8 +281,13 @@ class AgentServer:
                 handler_set = await self._make(vm.session)
             except RefusedError as error:
                 log.warning("vm %s: keeps its current handlers: %s", vm.session.vm, error)
+                kept.append(vm.session.vm)
                 continue
-            done += await self._take_over(vm, handler_set)
+            if await self._take_over(vm, handler_set):
+                done += 1
+            else:
+                kept.append(vm.session.vm)
+        self._kept = kept
         # Not before: a shared handler of both the old and the new sets must stay entered.
         self._shared.leave_unused()
         return done
@@ -333,6 +386,7 @@ class AgentServer:
             return HandlerSet(session, bridge, self._settings, taps, self._shared)
         except Exception as error:
             why = _text_of(error)
+            self._failed = Reason("handlers-failed", f"vm {session.vm}: {why}", None)
             log.exception("vm %s: its handlers cannot be made: %s", session.vm, why)
             raise RefusedError("the handlers cannot be made", final=False) from error
 
@@ -372,6 +426,7 @@ class AgentServer:
                 await stack.enter_async_context(handler_set.backend)
                 if self._stop.is_set():
                     handler_set.stop(now=self._now)
+                self._failed = None
                 handler_set.start()
                 while True:
                     try:
@@ -385,6 +440,13 @@ class AgentServer:
                 raise
             # Whatever ended this VM ends no other.
             why = _text_of(error)
+            is_of_recording = isinstance(error, RecordingError)
+            # A guest may choose what its own handlers fail at, and no other one pays for it.
+            self._failed = Reason(
+                "not-recording" if is_of_recording else "handlers-failed",
+                f"vm {session.vm}: {why}",
+                "ready" if is_of_recording else None,
+            )
             log.exception("vm %s: its handlers ended: %s", session.vm, why)
 
     def _forget_vm(self, vm: _Vm) -> None:

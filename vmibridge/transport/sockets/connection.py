@@ -44,6 +44,8 @@ class Connection(Generic[F]):
         self.received: int = 0
         """Counts the chunks that came."""
         self.closed: bool = False
+        self.away: str = ""
+        """As of an `AgentLink`: with its server it is closed."""
         self.reader: FrameReader[F] = FrameReader(decoder, HELLO_LIMIT)
         self._socket = connected
         self._duplex = Duplex(connected, unsent or _MAX_UNSENT)

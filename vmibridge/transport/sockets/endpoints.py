@@ -1,7 +1,6 @@
-"""The sockets of a URL: connected, listened at, and asked who is at the other end."""
+"""The sockets of a URL: connected and listened at."""
 
 import socket
-import struct
 from collections.abc import Callable
 
 import anyio
@@ -13,7 +12,6 @@ from vmibridge.files import reason
 from vmibridge.transport.urls import SocketUrl, UnixUrl
 
 _BACKLOG = 128
-_CREDENTIALS = struct.Struct("3i")
 
 
 async def connect(url: SocketUrl) -> socket.socket:
@@ -85,10 +83,3 @@ async def listen(url: SocketUrl) -> ListeningSockets:
             each.close()
         raise BackendError(f"{url}: {error.strerror or error}") from error
     return ListeningSockets(url, made)
-
-
-def peer_user(connected: socket.socket) -> int:
-    """The user at the other end of a unix socket (unix(7), SO_PEERCRED)."""
-    found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    user: int = _CREDENTIALS.unpack(found)[1]
-    return user

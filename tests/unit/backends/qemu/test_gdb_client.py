@@ -120,11 +120,12 @@ async def test_a_step_is_waited_for_before_the_guest_is_let_go(stage, end):
                     if end == "hang up":
                         await stub.stream.aclose()
                     else:
+                        stub.run_instruction()
                         await stub.stream.send(
                             encode(b"W00" if end == "exit" else b"T05thread:p01.01;")
                         )
     # What goes on is the detaching's.
-    lets_go = [b"Z0,401000,1", b"c", b"Hgp0.0", b"z0,401000,1"]
+    lets_go = [b"g", b"Z0,401000,1", b"c", b"Hgp0.0", b"z0,401000,1"]
     said = [packet for packet in stub.said[begin:] if not packet.startswith(b"Qqemu")]
     assert said == ([*lets_go, b"D;1"] if end in ("stop", "cancel") else [])
 
@@ -313,6 +314,7 @@ async def test_an_undefined_instruction_that_is_not_ours_is_the_guests(stage, me
     async with stage.run() as stub:
         await stub.call(ADD, 5, **{"rip": HANDLER, "rsp": STACK, **registers})
         await stub.runs()
-        assert stub.said[-4:] == [b"z0,500000,1", b"vCont;s:p01.01", b"Z0,500000,1", b"c"]
+        stepped = [b"z0,500000,1", b"vCont;s:p01.01", b"g", b"Z0,500000,1", b"c"]
+        assert stub.said[-5:] == stepped
         await stub.stop(b"W00")
     assert not stage.outcomes

@@ -312,6 +312,20 @@ class GdbClient:
             self._check_lost()
         return replies.data
 
+    async def read_registers(self) -> bytes:
+        """Those of the vCPU that was stopped, behind a probe. Raises `ClientLostError`.
+
+        A stub that has none of them, or too few, is lost.
+        """
+        (reply,) = await self.ask_all((commands.READ_REGISTERS,), probe=True)
+        try:
+            data = commands.parse_hex(commands.check(reply))
+            self.layout.read(data)
+        except (StubError, ReplyError) as error:
+            self.lose(f"it broke the protocol: no registers: {error}")
+            raise ClientLostError(self.why_lost) from error
+        return data
+
     # --- what a stub can do --------------------------------------------------------
 
     async def shake_hands(self) -> None:

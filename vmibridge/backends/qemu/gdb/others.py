@@ -52,7 +52,7 @@ class Others:
         try:
             for _ in range(_TRIES):
                 before = client.interfered
-                (registers,) = await client.ask_all([commands.READ_REGISTERS], probe=True)
+                registers = await client.read_registers()
                 if client.interfered != before:
                     ours = True
                     continue
@@ -64,8 +64,7 @@ class Others:
             self.is_looking = False
         # A VM that was reset is at its begin, and goes on with the answer.
         theirs = "paused" in status and "(" not in status and not ours
-        data = commands.parse_hex(commands.check(registers))
-        return Standing.PAUSED if theirs else Standing.TRAPPED, data
+        return Standing.PAUSED if theirs else Standing.TRAPPED, registers
 
     async def _status(self, last: bytes = b"") -> str:
         try:

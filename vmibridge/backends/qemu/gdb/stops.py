@@ -386,8 +386,8 @@ class Stops:
             *([commands.set_breakpoint(at, hardware=hardware)] if self._is_point(at) else []),
         ]
         try:
-            end = await self._stepper.step(where.stop.thread, before, after)
-        except StubError as error:
+            end = await self._stepper.step(where.stop.thread, where.registers.rip, before, after)
+        except (StubError, ReplyError) as error:
             log.warning("vm %s: at %#x: no end of the instruction: %s", self.vm, at, error)
             end = StepEnd.INTERRUPTED
         if end is not StepEnd.DONE:
@@ -417,12 +417,14 @@ class Stops:
             again = [commands.set_breakpoint(address, hardware=hardware) for address in points]
             theirs = self._others.has_paused or self._is_to_pause()
             last = CONTINUE + commands.INTERRUPT if theirs else CONTINUE
+            # Not that of a trap that has raised an exception: the vCPU is at its handler.
+            at = self._client.layout.read(where.data)[0].rip
             self._is_handling = False
             try:
-                end = await self._stepper.step(where.stop.thread, away, again, last)
+                end = await self._stepper.step(where.stop.thread, at, away, again, last)
                 if end is StepEnd.PAUSED:
                     self.leave_paused()
             except ClientLostError:
                 self.over.set()
-            except StubError as error:
+            except (StubError, ReplyError) as error:
                 self._client.lose(f"it broke the protocol: {error}")

@@ -10,7 +10,8 @@
 | value4 | R11 | 0 | R11 | EDI |
 
 The request is bits 0-15 of its register, the method bits 16-31. VMMCALL is VMCALL. x64 or x86 is
-decided by the effective address width at the trap. Source: vmi-utils 0.4 to 0.12, module `bridge`.
+decided by the effective address width at the trap. A call by a device has the registers of x64
+VMCALL, of which a 32-bit caller has the low halves. Source: vmi-utils 0.4 to 0.12, module `bridge`.
 
 Xen's ABI of hypercalls has the other registers: EAX, EDI and RSI on x64, EAX, EBX and ECX on x86.
 So an x86 VMCALL has two values only.
@@ -33,6 +34,7 @@ XEN_GUEST_REQUEST = 0x18
 
 _X64_VMCALL = register_form(_MASK64, "rcx", "rdx", "r8", "r9", "r10", "r11")
 _X86_VMCALL = register_form(_MASK32, "rbp", "rdx", "rsi", "rdi")
+_X86_DEVICE = register_form(_MASK32, "rcx", "rdx", "r8", "r9", "r10", "r11")
 _X64_CPUID = register_form(_MASK64, "rax", "rcx", "r8", "r9", "r10", "r11")
 _X86_CPUID = register_form(_MASK32, "rax", "rcx", "rbx", "rdx", "rsi", "rdi")
 
@@ -47,6 +49,7 @@ FORMS: Mapping[tuple[TrapReason, int], RegisterForm] = MappingProxyType(
         )
         for width, form in ((64, x64), (32, x86), (16, x86))
     }
+    | {(TrapReason.DEVICE, 64): _X64_VMCALL, (TrapReason.DEVICE, 32): _X86_DEVICE}
 )
 
 

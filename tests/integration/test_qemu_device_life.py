@@ -1,0 +1,181 @@
+"""Life and death of a host of the device, what is recorded of its calls, and a server elsewhere."""
+
+import json
+import signal
+import socket
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import anyio
+import pytest
+from children import Child, opened, run_beside
+from device_machine import HOST_GONE, DeviceMachine
+from micro_guest import ALL_RIGHT, ENDLESS, REVERSE, Work
+from remote_parts import carry, served
+from waiting import until
+
+from vmibridge import BridgeResponse, open_backend
+from vmibridge.recording import Replay
+from vmibridge.recording.recorder import Recorder
+
+pytestmark = pytest.mark.anyio
+
+# The host is a process of its own, or the commands are.
+on_asyncio = pytest.mark.parametrize(
+    "anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"]
+)
+HOST = Path(__file__).parents[1] / "helpers/device_host.py"
+
+
+@pytest.fixture
+def machine(qemu, build_guest, tmp_path):
+    return DeviceMachine(qemu, build_guest, tmp_path)
+
+
+@pytest.fixture
+def host(machine):
+    """`host(OPTIONS)` starts a host in a process of its own, which listens."""
+    started = []
+
+    def start(options):
+        child = Child([sys.executable, HOST, f"vfio-user:unix:{machine.socket}?{options}"])
+        started.append(child)
+        assert child.stdout.readline() == "listens\n"
+        return child
+
+    yield start
+    for child in started:
+        child.kill_all()
+        child.__exit__(None, None, None)
+
+
+def line_of(child):
+    return anyio.to_thread.run_sync(child.stdout.readline)
+
+
+class Blocks(Work):
+    """Its handler stands still, and the loop with it, until QEMU's monitor has answered."""
+
+    def __init__(self, monitor):
+        super().__init__()
+        self._monitor = monitor
+        self.answers = []
+
+    async def invert(self, vmi, packet):
+        if packet.value1 == 3:
+            thread = threading.Thread(target=self._ask)
+            thread.start()
+            thread.join(30)
+        return BridgeResponse(~packet.value1 & ((1 << 64) - 1))
+
+    def _ask(self):
+        with socket.socket(socket.AF_UNIX) as monitor, monitor.makefile("rw") as lines:
+            monitor.settimeout(30)
+            monitor.connect(str(self._monitor))
+            lines.readline()
+            for name in ("qmp_capabilities", "query-status"):
+                lines.write(json.dumps({"execute": name}) + "\n")
+                lines.flush()
+                self.answers.append(json.loads(lines.readline()))
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+async def test_a_handler_that_blocks_the_loop_does_not_hold_the_monitor(machine, tmp_path, cpus):
+    work = Blocks(tmp_path / "qmp")
+    work.invert = partial(Blocks.invert, work)
+    option = ("-qmp", f"unix:{tmp_path / 'qmp'},server=on,wait=off")
+    with anyio.fail_after(60):
+        async with machine.host(work):
+            assert await machine.run(*option, COUNT=10, CPUS=cpus) == ALL_RIGHT
+    assert work.answers[1]["return"]["status"] == "running"
+
+
+async def kill_a_host(machine, host):
+    child = host("kernel=1&timeout=1s")
+    with anyio.fail_after(60):
+        async with opened(machine.command(COUNT=ENDLESS, timeout=1000)) as qemu:
+            assert await line_of(child) == "1\n"
+            assert await line_of(child) == "100\n"
+            child.kill()
+            # At the next look at the doorbell, or in the call that was open.
+            assert await qemu.wait() == HOST_GONE
+
+
+@on_asyncio
+async def test_a_guest_sees_that_its_host_was_killed(machine, host):
+    for _ in range(2):
+        await kill_a_host(machine, host)
+
+
+@on_asyncio
+@pytest.mark.slow
+async def test_a_host_that_is_killed_again_and_again_never_hangs_a_guest(machine, host):
+    for _ in range(50):
+        await kill_a_host(machine, host)
+
+
+@on_asyncio
+async def test_a_host_that_was_stopped_for_longer_than_the_timeout_goes_on(machine, host):
+    """QEMU gives accesses up meanwhile. What comes too late would kill the device."""
+    child = host("kernel=1&timeout=300ms&hold=1ms")
+    with anyio.fail_after(60):
+        command = machine.command(COUNT=2_000, PATIENT=1, timeout=300)
+        async with opened(command) as qemu:
+            assert await line_of(child) == "1\n"
+            assert await line_of(child) == "100\n"
+            for _ in range(2):
+                child.send_signal(signal.SIGSTOP)
+                await anyio.sleep(0.7)
+                child.send_signal(signal.SIGCONT)
+                await anyio.sleep(0.1)
+            assert await qemu.wait() == ALL_RIGHT
+
+
+@on_asyncio
+async def test_calls_by_the_device_are_recorded_and_replayed(machine, tmp_path):
+    path = tmp_path / "run.mcap"
+    with anyio.fail_after(60):
+        async with Recorder(path) as recorder, machine.host(Work(), taps=[recorder]):
+            given = {"METHOD": REVERSE, "COUNT": 20, "CPUS": 2}
+            assert await machine.run(**given) == ALL_RIGHT
+        async with Replay(path, Work()) as replay:
+            result = await replay.run()
+        assert (result.compared, result.different) == (40, 0)
+        command = [sys.executable, "-m", "vmibridge", "export", path, "--to", "jsonl"]
+        lines = (await run_beside([*command, "-o", tmp_path / "run.jsonl"])).stderr
+        told = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+        assert {each["trap"] for each in told if "trap" in each} == {"device"}, lines
+        again = tmp_path / "again.mcap"
+        for arguments in (
+            ["import", tmp_path / "run.jsonl", "-o", again],
+            ["inspect", again],
+            ["report", again, "-o", tmp_path / "run.html"],
+        ):
+            done = await run_beside([sys.executable, "-m", "vmibridge", *arguments])
+            assert done.returncode == 0, done.stderr
+        assert b"device" in (tmp_path / "run.html").read_bytes()
+        async with Replay(again, Work()) as replay:
+            result = await replay.run()
+        assert (result.compared, result.different) == (40, 0)
+
+
+async def test_a_server_elsewhere_answers_calls_by_the_device(machine, tmp_path):
+    url, work = f"unix:{tmp_path / 'remote.sock'}", Work()
+    backend = open_backend(f"vfio-user:unix:{machine.socket}?kernel=2")
+    ends, statuses = [], []
+
+    async def run():
+        await until(machine.socket.exists)
+        statuses.append(await machine.run(METHOD=REVERSE, COUNT=20, CPUS=2))
+
+    with anyio.fail_after(60):
+        async with served(url, work) as server, anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            agent, end = await carry(backend, url)
+            ends.append(end)
+            await until(lambda: not server.vms)
+    assert statuses == [ALL_RIGHT]
+    assert (agent.counts.traps, agent.counts.answered) == (40, 40)
+    assert [(each.vcpu, each.reason) for each in ends[0].vcpus] == [(0, "halted"), (1, "halted")]

@@ -1,0 +1,374 @@
+"""The backend against a QEMU that is played: who answers an access, when, and what never goes."""
+
+import os
+import struct
+import threading
+import time
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+from vfio_client import Client, dma_map, message, read, set_irqs
+from waiting import until
+
+from vmibridge.backends import open_backend
+from vmibridge.backends.device import slots, vfio_user
+from vmibridge.backends.device.backend import DeviceBackend
+from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, TrapQueueClosedError
+from vmibridge.vm.trap import RegisterWrites, TrapFilter
+
+pytestmark = pytest.mark.anyio
+
+OURS = TrapFilter(magics=frozenset({0x42494D56}))
+
+
+class Sink:
+    """Takes traps, while it has room."""
+
+    def __init__(self):
+        self.events, self.abandoned = [], []
+        self.has_room, self.is_closed = True, False
+
+    def put_nowait(self, event):
+        if self.is_closed:
+            raise TrapQueueClosedError("closed")
+        if not self.has_room:
+            raise anyio.WouldBlock
+        self.events.append(event)
+
+    async def put(self, event):
+        await until(lambda: self.has_room)
+        self.put_nowait(event)
+
+    def abandon(self, event):
+        # As the engine's: it has to be called where anyio knows its loop.
+        anyio.Event().set()
+        self.abandoned.append(event)
+
+
+class Served:
+    """A backend that runs, and the QEMU that has connected to it."""
+
+    def __init__(self, backend):
+        self.backend, self.sink, self.end = backend, Sink(), None
+
+    async def run(self):
+        self.end = await self.backend.run(OURS, self.sink)
+
+    async def connect(self):
+        return await anyio.to_thread.run_sync(Client, self.backend.path)
+
+    async def answer(self, *values, event=None):
+        event = event or self.sink.events[-1]
+        await self.backend.resume(event, RegisterWrites(0, *values))
+
+    @property
+    def connection(self):
+        return self.backend._connection
+
+
+@asynccontextmanager
+async def serving(tmp_path, options="kernel=2&hold=1s&timeout=10s"):
+    async with open_backend(f"vfio-user:unix:{tmp_path / 's'}?{options}") as backend:
+        served = Served(backend)
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(served.run)
+                yield served
+                backend.stop()
+
+
+async def beside(function, *arguments):
+    return await anyio.to_thread.run_sync(function, *arguments)
+
+
+async def called(served):
+    before = len(served.sink.events)
+    await until(lambda: len(served.sink.events) > before)
+    return served.sink.events[-1]
+
+
+async def test_the_answer_is_in_the_slot_when_its_access_is_answered(tmp_path):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            client.ring(3, 9)
+            event = await called(served)
+            assert (event.reason.value, event.vcpu, event.ring, event.ip, event.length) == (
+                *("device", 3, 3, 0, 0),
+            )
+            registers = event.registers
+            assert (registers.rcx, registers.rdx, registers.r8, registers.r11) == (
+                *(0x42494D56, 0x20007, 11, 14),
+            )
+            assert client.state(3) == slots.STATE_CALLED
+            await served.answer(5, None, 6)
+            assert (await beside(client.receive)).number == 100
+            assert client.state(3) == slots.STATE_ANSWERED
+            at = slots.slot_offset(3)
+            assert struct.unpack_from("<4Q", client.memory, at + 8) == (5, 12, 6, 14)
+
+
+async def test_an_access_is_held_no_longer_than_hold_and_the_answer_is_announced(tmp_path):
+    async with serving(tmp_path, "hold=1ms") as served:
+        with await served.connect() as client:
+            event = os.eventfd(0)
+            await beside(client.ask, set_irqs(1, 0x24, 0, 1), [event])
+            client.ring(flags=slots.FLAG_INTERRUPT)
+            await called(served)
+            assert (await beside(client.receive)).number == 100
+            assert client.state() == slots.STATE_TAKEN
+            assert served.connection.released == 1
+            await served.answer(1)
+            assert client.state() == slots.STATE_ANSWERED
+            assert os.eventfd_read(event) == 1
+            os.close(event)
+
+
+async def test_a_loop_that_stands_still_holds_no_access(tmp_path):
+    async with serving(tmp_path, "hold=1ms") as served:
+        with await served.connect() as client:
+
+            def guest():
+                for slot in range(3):
+                    client.ring(slot)
+                    client.receive()
+                client.ask(vfio_write(slots.doorbell_offset(1) + slots.DOORBELL_CANCEL, 1))
+                client.ask(read(0, 4, 7))
+
+            thread = threading.Thread(target=guest)
+            thread.start()
+            thread.join(20)
+            assert not thread.is_alive(), "answered while nothing here was awaited"
+            assert [client.state(slot) for slot in range(3)] == [slots.STATE_TAKEN] * 3
+            assert not served.sink.events
+            await until(lambda: len(served.sink.events) == 3)
+            assert [event.vcpu for event in served.sink.abandoned] == [1]
+            for event in served.sink.events:
+                await served.answer(1, event=event)
+            assert [client.state(slot) for slot in range(3)] == [slots.STATE_ANSWERED] * 3
+
+
+async def test_a_reply_that_may_come_too_late_is_never_sent(tmp_path):
+    async with serving(tmp_path, "hold=1ms&timeout=200ms") as served:
+        with await served.connect() as client:
+            # As if this process had been stopped: neither the loop nor the thread goes on.
+            with served.connection.lock:
+                client.ring()
+                client.send(read(0, 4, 7, number=8))
+                time.sleep(0.3)
+            await called(served)
+            assert client.state() == slots.STATE_TAKEN
+            # QEMU goes on to ask, and is answered.
+            assert (await beside(client.ask, read(0, 4, 7, number=9))).number == 9
+            await served.answer(1)
+            assert client.state() == slots.STATE_ANSWERED
+            assert (await beside(client.ask, read(0, 4, 7, number=10))).number == 10
+
+
+async def test_a_reset_abandons_what_is_open_and_its_answer_goes_nowhere(tmp_path):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            generation = client.generation
+            client.ring()
+            event = await called(served)
+            client.send(message(vfio_user.RESET, number=7))
+            numbers = {(await beside(client.receive)).number for _ in range(2)}
+            assert numbers == {100, 7}
+            assert served.sink.abandoned == [event]
+            assert client.generation != generation
+            await served.answer(1)
+            assert client.state() == slots.STATE_IDLE
+            client.ring(0, 1, message_number=101)
+            await called(served)
+
+
+async def test_a_cancel_abandons_the_call_that_it_names_and_no_other(tmp_path):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            client.ring(0, 5)
+            event = await called(served)
+            for number in (4, 5, 5):
+                at = slots.doorbell_offset(0) + slots.DOORBELL_CANCEL
+                await beside(client.ask, vfio_write(at, number))
+            assert served.sink.abandoned == [event]
+            await served.answer(1)
+            assert (await beside(client.receive)).number == 100
+
+
+def vfio_write(at, number):
+    body = vfio_user.ACCESS.pack(at, 0, 4) + number.to_bytes(4, "little")
+    return message(vfio_user.WRITE, body)
+
+
+async def test_a_stop_leaves_state_4_and_no_generation(tmp_path):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            client.ring(1)
+            await called(served)
+            # Not rung for yet.
+            client.fill(2)
+            served.backend.stop()
+            assert (await beside(client.receive)).number == 100
+            with pytest.raises(EOFError):
+                await beside(client.receive)
+            assert [client.state(1), client.state(2)] == [slots.STATE_UNMATCHED] * 2
+            assert client.generation == 0
+            with pytest.raises(BackendError):
+                await served.answer(1)
+    assert [(each.vcpu, each.reason) for each in served.end.vcpus] == [(1, "stopped")]
+
+
+async def test_what_is_not_ours_is_not_taken(tmp_path):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            client.ring(magic=0x1234)
+            await beside(client.receive)
+            assert client.state() == slots.STATE_UNMATCHED
+            assert not served.sink.events
+
+
+async def test_a_full_queue_holds_its_caller_and_a_closed_one_lets_it_go(tmp_path):
+    async with serving(tmp_path, "hold=1ms") as served:
+        with await served.connect() as client:
+            served.sink.has_room = False
+            client.ring(0)
+            client.ring(1, message_number=101)
+            assert {(await beside(client.receive)).number for _ in range(2)} == {100, 101}
+            assert not served.sink.events
+            served.sink.has_room = True
+            await until(lambda: len(served.sink.events) == 2)
+            served.sink.is_closed = True
+            client.ring(2, message_number=102)
+            await beside(client.receive)
+            assert client.state(2) == slots.STATE_UNMATCHED
+
+
+async def test_memory_is_asked_of_qemu_only_when_no_access_is_held(tmp_path):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            await beside(client.ask, dma_map(0, 0x1000))
+            client.ring(0)
+            event = await called(served)
+            found = []
+
+            async def look():
+                found.append(await served.backend.read_physical(event, 0x10, 4))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(look)
+                assert (await beside(client.receive)).number == 100, "first the access"
+                asked = await beside(client.receive)
+                assert asked.command == vfio_user.DMA_READ
+                # Another vCPU calls meanwhile: it is not held, or QEMU could not answer.
+                client.ring(1, message_number=101)
+                assert (await beside(client.receive)).number == 101
+                client.send(
+                    message(asked.command, asked.body + b"abcd", number=asked.number, flags=1)
+                )
+            assert found == [b"abcd"]
+
+
+async def test_whoever_waits_for_memory_is_let_go_when_qemu_ends(tmp_path):
+    async with serving(tmp_path, "kernel=1&stay=true") as served:
+        client = await served.connect()
+        with client:
+            await beside(client.ask, dma_map(0, 0x1000))
+            client.ring(0)
+            event = await called(served)
+            failed = []
+
+            async def look():
+                with pytest.raises(GuestMemoryError):
+                    await served.backend.read_physical(event, 0x10, 4)
+                failed.append(True)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(look)
+                tasks.start_soon(look)
+                await beside(client.receive)
+                client.socket.close()
+            assert failed == [True, True]
+            await until(lambda: served.sink.abandoned == [event])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [b"\xff" * 64, message(99, flags=3), message(1, bytes(8))],
+    ids=["no header", "no type", "a second version"],
+)
+async def test_a_qemu_that_breaks_the_protocol_is_cut_off_and_the_next_is_served(tmp_path, wrong):
+    async with serving(tmp_path, "stay=true&hold=1s&timeout=10s") as served:
+        with await served.connect() as client:
+            client.ring(4)
+            event = await called(served)
+            client.send(wrong)
+            await until(lambda: served.connection is None)
+            assert served.sink.abandoned == [event]
+            assert client.state(4) == slots.STATE_UNMATCHED
+        with await served.connect() as client:
+            client.ring(4)
+            await called(served)
+            await served.answer(1)
+            await beside(client.receive)
+
+
+async def test_a_qemu_that_makes_up_calls_and_resets_is_cut_off(tmp_path):
+    async with serving(tmp_path, "stay=true&slots=1&hold=1ms") as served:
+        with await served.connect() as client:
+            flood = b"".join(
+                vfio_write(slots.doorbell_offset(0), 1) + message(vfio_user.RESET) for _ in range(4)
+            )
+            gone = threading.Event()
+
+            def guest():
+                try:
+                    for number in range(10_000):
+                        client.fill(0, number + 1)
+                        client.send(flood)
+                except OSError:
+                    gone.set()
+
+            thread = threading.Thread(target=guest)
+            thread.start()
+            thread.join(30)
+            assert gone.is_set()
+        await until(lambda: served.connection is None)
+        assert len(served.sink.events) <= 2 * 1 + 16
+
+
+async def test_what_is_no_eventfd_is_never_written_to(tmp_path):
+    async with serving(tmp_path, "hold=0s") as served:
+        with await served.connect() as client:
+            reading, writing = os.pipe()
+            await beside(client.ask, set_irqs(1, 0x24, 0, 1), [writing])
+            client.ring(flags=slots.FLAG_INTERRUPT)
+            await called(served)
+            await served.answer(1)
+            os.close(writing)
+            assert os.read(reading, 8) == b""
+            os.close(reading)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("slots=0", "slots=257", "slots=x", "kernel=65", "hold=-1", "hold=2", "hold=2min"),
+        *("timeout=0", "hold=100ms&timeout=300ms", "mode=600", "stay=maybe", "what=1"),
+    ],
+)
+def test_a_wrong_option_is_refused(options):
+    with pytest.raises(BackendSpecError):
+        open_backend(f"vfio-user:unix:/tmp/s?{options}")
+
+
+def test_a_spec_needs_a_path():
+    for where in ("vfio-user:", "vfio-user:unix:", "vfio-user:tcp:localhost:1"):
+        with pytest.raises(BackendSpecError, match="path of a socket"):
+            open_backend(where)
+
+
+async def test_where_another_listens_it_does_not(tmp_path):
+    async with open_backend(f"vfio-user:unix:{tmp_path / 's'}"):
+        with pytest.raises(BackendError, match="address already in use"):
+            async with DeviceBackend(tmp_path / "s"):
+                raise AssertionError

@@ -1,0 +1,69 @@
+"""A module that takes long to load is named while it does, wherever modules are loaded."""
+
+import logging
+import threading
+
+import pytest
+
+from vmibridge.config import load_handlers, reload_handlers, slow_loading
+
+MODULE = """
+import threading
+from vmibridge import BridgeHandler
+
+class Late(BridgeHandler[None]):
+    REQUEST = 0x100
+
+    async def handle(self, vmi, packet):
+        return None
+
+for thread in threading.enumerate():
+    if hasattr(thread, "told"):
+        thread.told.wait()
+"""
+
+
+class Told(logging.Handler):
+    """Lets the module go on when so many lines were logged."""
+
+    def __init__(self, lines, event):
+        super().__init__()
+        self.lines = []
+        self.wanted = lines
+        self.event = event
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+        if len(self.lines) == self.wanted:
+            self.event.set()
+
+
+@pytest.fixture
+def told(monkeypatch):
+    monkeypatch.setattr(slow_loading, "_AFTER", 0.01)
+    event, thread = threading.Event(), threading.current_thread()
+    handler = Told(2, event)
+    slow_loading.log.addHandler(handler)
+    thread.told = event
+    yield handler
+    del thread.told
+    slow_loading.log.removeHandler(handler)
+
+
+@pytest.mark.parametrize("load", [load_handlers, reload_handlers])
+@pytest.mark.parametrize("source", ["file", "dotted"])
+def test_is_named_again_and_again_until_it_is_loaded(tmp_path, monkeypatch, told, load, source):
+    (tmp_path / "late_one.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = str(tmp_path / "late_one.py") if source == "file" else "late_one"
+    before = threading.active_count()
+    load([name])
+    assert threading.active_count() == before
+    assert told.lines[0].startswith(f"{name} takes long to load: at ")
+    assert len(told.lines) >= 2
+
+
+def test_one_that_does_not_is_not(tmp_path, caplog):
+    (tmp_path / "quick.py").write_text(MODULE)
+    load_handlers([str(tmp_path / "quick.py")])
+    assert caplog.messages == []

@@ -1,0 +1,1 @@
+"""Guests that call through a PCI device whose other end is this process."""

@@ -1,0 +1,186 @@
+"""`vmibridge qemu device-args` and `vmibridge qemu attach`: the PCI device, for QEMUs of others."""
+
+import logging
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import msgspec
+from cyclopts import Parameter
+
+from vmibridge.aio import sockets
+from vmibridge.backends.device.arguments import (
+    DEVICE_NAME,
+    device_arguments,
+    device_properties,
+    libvirt_domain,
+)
+from vmibridge.backends.device.backend import DeviceBackend
+from vmibridge.backends.qemu.qmp import Qmp
+from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
+from vmibridge.cli.logs import log_handler
+from vmibridge.cli.options import HANDLERS, Outcomes, bytes_of
+from vmibridge.cli.quiet_output import stdout_writer
+from vmibridge.cli.server_options import ServerOptions
+from vmibridge.cli.server_run import Life, Prepared, run_server
+from vmibridge.errors import BackendError, ConfigError, QmpError
+from vmibridge.text import printable
+
+log: logging.Logger = logging.getLogger(__name__)
+
+_UNPLUG = 10.0
+"""Seconds that a guest has to let go of the device."""
+_TIMEOUT = Annotated[
+    float,
+    Parameter(help="Seconds after which QEMU gives an access up; the host has to know the same."),
+]
+
+
+class _Deleted(msgspec.Struct):
+    device: str = ""
+
+
+def device_args(
+    path: Annotated[Path, Parameter(help="The socket where the host listens.")],
+    /,
+    *,
+    memory: Annotated[
+        str | None,
+        Parameter(help="Size of guest memory, as in 512MiB: with what makes it shared."),
+    ] = None,
+    timeout: _TIMEOUT = 5.0,
+    libvirt: Annotated[
+        bool, Parameter(negative=(), help="The lines of a domain of libvirt instead.")
+    ] = False,
+) -> int:
+    """Print what QEMU 11.1 needs to have the device: arguments for a shell, or XML.
+
+    The host listens there before QEMU starts, by the backend vfio-user:unix:PATH.
+
+    Exit status: 0; 2 for wrong usage.
+
+    Example: vmibridge qemu device-args /run/vmibridge.sock --memory 512MiB
+    """
+    _check_timeout(timeout)
+    if libvirt:
+        if memory is not None:
+            raise ConfigError("--memory goes without --libvirt: a domain has its own <memory>")
+        for line in libvirt_domain(path, timeout).splitlines():
+            sys.stdout.write(f"{printable(line)}\n")
+        return 0
+    arguments = device_arguments(path, timeout, bytes_of("--memory", memory))
+    sys.stdout.write(f"{shlex.join(arguments)}\n")
+    return 0
+
+
+def attach(
+    *,
+    qmp: Annotated[Path, Parameter(help="The socket of QEMU's monitor (QMP).")],
+    handlers: Annotated[list[str], HANDLERS],
+    bus: Annotated[
+        str | None, Parameter(help="The bus, where QEMU has several: on q35 a pcie-root-port.")
+    ] = None,
+    backend_options: Annotated[
+        str, Parameter(help="Options of the backend, as in a spec: kernel=16&slots=32...")
+    ] = "",
+    outcomes: Outcomes = True,
+    options: ServerOptions | None = None,
+) -> int:
+    """Plug the device into a QEMU that runs, answer its guest, and unplug it at the end.
+
+    QEMU is 11.1 or later; its guest takes the device as any that is hot-plugged. Ctrl-C unplugs it
+    and waits until QEMU has no more of it, for which the guest has to let go.
+
+    Exit status: 0 when QEMU or the user has ended it, 1 when the device cannot be plugged in or a
+    handler module failed, 2 for wrong usage.
+
+    Example: vmibridge qemu attach --qmp qmp.sock --handlers vmibridge.handlers.hello
+    """
+    given = options or ServerOptions()
+    prepared = Prepared.of(handlers, given)
+    with (
+        tempfile.TemporaryDirectory(prefix="vmibridge-") as folder,
+        prints_beside(json=given.json),
+        logging_to(log_handler(given.log_level, None), given.log_level),
+    ):
+        backend = DeviceBackend.from_spec(f"unix:{folder}/device.sock", backend_options, "vm")
+        writer = stdout_writer(as_json=given.json, outcomes=outcomes)
+        server = prepared.server([backend])
+        health = prepared.health(server)
+        plug = Plug(qmp, backend, bus)
+        life = Life(
+            [*prepared.taps, plug.connected(), backend, writer],
+            server,
+            writer,
+            plug.plug,
+            reloader=prepared.reloader(server, health),
+            bound=prepared.stop_bound(_UNPLUG),
+            exit_zero=given.exit_zero,
+            health=health,
+        )
+        main = partial(run_server, life)
+        return run_telling(given.loop, main, health, given.health_socket)
+
+
+class Plug:
+    """The device of a QEMU that runs: plugged in while the server runs, unplugged when it stops."""
+
+    def __init__(self, path: Path, backend: DeviceBackend, bus: str | None) -> None:
+        self._path, self._backend, self._bus = path, backend, bus
+        self._qmp: Qmp
+        backend.before_hanging_up = self.unplug
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Connect to the monitor. Raises `BackendError`."""
+        async with AsyncExitStack() as stack:
+            try:
+                monitor = await sockets.connect(socket.AF_UNIX, str(self._path))
+            except OSError as error:
+                raise BackendError(f"{self._path}: {error.strerror}") from error
+            self._qmp = await stack.enter_async_context(Qmp(monitor))
+            yield
+
+    async def plug(self) -> None:
+        """Plug it in. Raises `QmpError` with what QEMU says."""
+        backend = self._backend
+        # Any: to the type checker each of these might be the timeout of the command itself.
+        arguments: dict[str, Any] = {
+            name.replace("-", "_"): value
+            for name, value in device_properties(backend.path, backend.options.timeout).items()
+        }
+        if self._bus is not None:
+            arguments["bus"] = self._bus
+        await self._qmp.execute("device_add", **arguments)
+        log.info("the device is plugged in: its id is %s", DEVICE_NAME)
+
+    async def unplug(self) -> None:
+        """Unplug it, and wait for QEMU to say that it is gone; not for ever. Raises nothing."""
+        try:
+            async with self._qmp.events("DEVICE_DELETED") as deleted:
+                await self._qmp.execute("device_del", id=DEVICE_NAME)
+                with anyio.fail_after(_UNPLUG):
+                    async for event in deleted:
+                        if msgspec.json.decode(event.data, type=_Deleted).device == DEVICE_NAME:
+                            return
+        except TimeoutError:
+            log.warning(
+                "the guest has not let go of the device within %.0f s: it stays in QEMU, dead;"
+                " device_del %s takes it out later",
+                _UNPLUG,
+                DEVICE_NAME,
+            )
+        except (QmpError, msgspec.MsgspecError) as error:
+            log.warning("the device was not unplugged: %s", error)
+
+
+def _check_timeout(timeout: float) -> None:
+    if not 0.05 <= timeout <= 3600:
+        raise ConfigError(f"--timeout {timeout:g}: give seconds from 0.05 to 3600")
