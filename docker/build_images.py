@@ -159,7 +159,7 @@ def bases(name: str) -> list[str]:
 def other_images() -> list[str]:
     """Those that compose.yaml takes as they are."""
     text = (FOLDER / "compose.yaml").read_text()
-    named = re.findall(r"^ +image: (\S+)$", text, re.MULTILINE)
+    named = re.findall(r"^ +image: (?:\$\{\w+:-)?([^\s}]+)\}?$", text, re.MULTILINE)
     return [image for image in dict.fromkeys(named) if image not in IMAGES.values()]
 
 
@@ -178,7 +178,7 @@ def engine_name(asked: str | None) -> str:
         (each for each in ([asked] if asked else ["podman", "docker"]) if shutil.which(each)), None
     )
     if found is None:
-        raise BuildError(f"needs {asked or 'podman or docker'}")
+        raise BuildError(f"needs {asked or 'podman or docker'}: see `make system-containers`")
     return found
 
 
@@ -214,6 +214,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="vmibridge-") as folder:
             engine = Engine(engine_name(options.engine), Path(folder))
             state = source_state(options.source)
+            if not options.names:
+                for image in other_images():
+                    engine.bring_as_it_is(image)
             for each in options.names or IMAGES:
                 engine.build(
                     each,
