@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -32,19 +33,16 @@ def machine(qemu, build_guest, tmp_path):
 
 @pytest.fixture
 def host(machine):
-    """`host(OPTIONS)` starts a host in a process of its own, which listens."""
-    started = []
+    """`with host(OPTIONS) as child` is a host in a process of its own, which listens."""
 
+    @contextmanager
     def start(options):
-        child = Child([sys.executable, HOST, f"vfio-user:unix:{machine.socket}?{options}"])
-        started.append(child)
-        assert child.stdout.readline() == "listens\n"
-        return child
+        spec = f"vfio-user:unix:{machine.socket}?{options}"
+        with Child([sys.executable, HOST, spec]) as child:
+            assert child.stdout.readline() == "listens\n"
+            yield child
 
-    yield start
-    for child in started:
-        child.kill_all()
-        child.__exit__(None, None, None)
+    return start
 
 
 def line_of(child):
@@ -89,8 +87,7 @@ async def test_a_handler_that_blocks_the_loop_does_not_hold_the_monitor(machine,
 
 
 async def kill_a_host(machine, host):
-    child = host("kernel=1&timeout=1s")
-    with anyio.fail_after(60):
+    with anyio.fail_after(60), host("kernel=1&timeout=1s") as child:
         async with opened(machine.command(COUNT=ENDLESS, timeout=1000)) as qemu:
             assert await line_of(child) == "1\n"
             assert await line_of(child) == "100\n"
@@ -116,8 +113,7 @@ async def test_a_host_that_is_killed_again_and_again_never_hangs_a_guest(machine
 @mostly_asyncio
 async def test_a_host_that_was_stopped_for_longer_than_the_timeout_goes_on(machine, host):
     """QEMU gives accesses up meanwhile. What comes too late would kill the device."""
-    child = host("kernel=1&timeout=300ms&hold=1ms")
-    with anyio.fail_after(60):
+    with anyio.fail_after(60), host("kernel=1&timeout=300ms&hold=1ms") as child:
         command = machine.command(COUNT=2_000, PATIENT=1, timeout=300)
         async with opened(command) as qemu:
             assert await line_of(child) == "1\n"

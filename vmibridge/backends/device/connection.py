@@ -164,8 +164,8 @@ class Connection:
 
     @property
     def is_qemu(self) -> bool:
-        """Whether it has spoken the protocol, and did not only connect."""
-        return self._protocol.has_begun
+        """Whether it has spoken the protocol, or its guest has called: it did not only connect."""
+        return self._protocol.has_begun or bool(self.used)
 
     def end(self) -> None:
         """Answer what is open, as if nobody were there, and hang up. Takes the lock."""
