@@ -3,6 +3,7 @@
 import json
 from contextlib import asynccontextmanager
 
+import pytest
 from children import run_beside
 from served_machine import ServedMachine
 
@@ -11,6 +12,15 @@ from vmibridge.backends.qemu.process import QemuProcess
 
 NO_ANSWER, HOST_GONE, NO_DEVICE, FAULT = 37, 39, 41, 43
 """Exit statuses of QEMU, beside those of the micro guest."""
+mostly_asyncio = pytest.mark.parametrize(
+    "anyio_backend",
+    [
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop", marks=pytest.mark.slow),
+        pytest.param(("trio", {}), id="trio", marks=pytest.mark.slow),
+    ],
+)
+"""What does not depend on the loop: on the others it is slow."""
 ECAM = 0xE0000000
 """Where config space is on microvm (QEMU, include/hw/i386/microvm.h)."""
 

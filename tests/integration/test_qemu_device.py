@@ -8,7 +8,7 @@ import signal
 
 import anyio
 import pytest
-from device_machine import FAULT, HOST_GONE, NO_ANSWER, DeviceMachine
+from device_machine import FAULT, HOST_GONE, NO_ANSWER, DeviceMachine, mostly_asyncio
 from micro_guest import ALL_RIGHT, ENDLESS, HOLD, NOT_ANSWERED, REVERSE, SLOW, OfAnother, Work
 from waiting import until
 
@@ -23,6 +23,7 @@ def machine(qemu, build_guest, tmp_path, request):
     return DeviceMachine(qemu, build_guest, tmp_path, request.param)
 
 
+@mostly_asyncio
 @pytest.mark.parametrize("user", [0, 1], ids=["ring0", "ring3"])
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_each_call_is_answered(machine, user, cpus):
@@ -35,6 +36,7 @@ async def test_each_call_is_answered(machine, user, cpus):
     assert work.where == {("device", 0, 64, 3 if user else 0)}
 
 
+@mostly_asyncio
 @pytest.mark.no_cover
 @pytest.mark.parametrize("count", [2000, pytest.param(200_000, marks=pytest.mark.slow)])
 async def test_many_thousand_calls(machine, count):
@@ -44,6 +46,7 @@ async def test_many_thousand_calls(machine, count):
     assert machine.outcomes == {"handled": count}
 
 
+@mostly_asyncio
 async def test_microvm_has_the_device_too(machine):
     with anyio.fail_after(60):
         async with machine.host(Work(), "kernel=0&slots=3"):
@@ -51,6 +54,7 @@ async def test_microvm_has_the_device_too(machine):
     assert machine.outcomes == {"handled": 100}
 
 
+@mostly_asyncio
 async def test_a_call_that_is_rung_for_twice_is_made_once(machine):
     with anyio.fail_after(60):
         async with machine.host(Work()):
@@ -58,6 +62,7 @@ async def test_a_call_that_is_rung_for_twice_is_made_once(machine):
     assert machine.outcomes == {"handled": 200}
 
 
+@mostly_asyncio
 @pytest.mark.parametrize("share", ["on", "off", None], ids=["shared", "private", "no-file"])
 async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine, share):
     with anyio.fail_after(60):
@@ -66,6 +71,7 @@ async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine, share
     assert machine.outcomes == {"handled": 50}
 
 
+@mostly_asyncio
 async def test_memory_is_asked_of_qemu_while_another_vcpu_calls(machine):
     with anyio.fail_after(60):
         async with machine.host(Work()):
@@ -74,6 +80,7 @@ async def test_memory_is_asked_of_qemu_while_another_vcpu_calls(machine):
     assert machine.outcomes == {"handled": 60}
 
 
+@mostly_asyncio
 async def test_a_program_has_its_data_in_its_slot(machine):
     with anyio.fail_after(60):
         async with machine.host(Work(), "kernel=0"):
@@ -82,6 +89,7 @@ async def test_a_program_has_its_data_in_its_slot(machine):
     assert machine.outcomes == {"handled": 100}
 
 
+@mostly_asyncio
 @pytest.mark.parametrize("space", [0, 2], ids=["physical", "made-up"])
 async def test_nobody_reads_memory_that_no_kernel_vouches_for(machine, space):
     with anyio.fail_after(60):
@@ -108,6 +116,7 @@ async def test_a_late_answer_holds_neither_the_vcpu_nor_the_monitor(machine, hal
     assert machine.outcomes == {"handled": 5}
 
 
+@mostly_asyncio
 async def test_a_slow_call_does_not_hold_the_calls_of_another_vcpu(machine):
     work = Work()
 
@@ -123,6 +132,7 @@ async def test_a_slow_call_does_not_hold_the_calls_of_another_vcpu(machine):
     assert work.calls == {0: 150, 1: 150}
 
 
+@mostly_asyncio
 async def test_what_is_not_ours_gets_no_answer(machine):
     with anyio.fail_after(60):
         async with machine.host(OfAnother()):
@@ -130,6 +140,7 @@ async def test_what_is_not_ours_gets_no_answer(machine):
     assert not machine.outcomes
 
 
+@mostly_asyncio
 async def test_a_host_that_stops_leaves_no_caller_without_a_word(machine):
     work = Work()
     with anyio.fail_after(60):
@@ -140,6 +151,7 @@ async def test_a_host_that_stops_leaves_no_caller_without_a_word(machine):
     assert machine.ends == [(0, "stopped")]
 
 
+@mostly_asyncio
 async def test_a_stop_answers_the_call_that_is_open(machine):
     work = Work()
     with anyio.fail_after(60):
@@ -150,6 +162,7 @@ async def test_a_stop_answers_the_call_that_is_open(machine):
     assert machine.outcomes == {"cancelled": 1}
 
 
+@mostly_asyncio
 async def test_a_qemu_that_is_killed_with_a_call_open_is_lost(machine):
     work = Work()
     with anyio.fail_after(60):
@@ -160,6 +173,7 @@ async def test_a_qemu_that_is_killed_with_a_call_open_is_lost(machine):
     assert machine.ends == [(0, "lost")]
 
 
+@mostly_asyncio
 async def test_a_call_that_is_cancelled_ends_its_handler(machine):
     with anyio.fail_after(60):
         async with machine.host(Work()):
@@ -167,6 +181,7 @@ async def test_a_call_that_is_cancelled_ends_its_handler(machine):
     assert machine.outcomes == {"cancelled": 1}
 
 
+@mostly_asyncio
 async def test_a_guest_that_is_reset_calls_on(machine):
     work = Work()
     with anyio.fail_after(60):
@@ -191,6 +206,7 @@ async def test_a_reset_abandons_the_call_that_is_open(machine):
     assert machine.outcomes == {"cancelled": 1, "handled": 1}
 
 
+@mostly_asyncio
 async def test_with_stay_one_qemu_comes_after_another(machine):
     with anyio.fail_after(60):
         async with machine.host(Work(), "kernel=1&stay=true") as server:
@@ -200,6 +216,7 @@ async def test_with_stay_one_qemu_comes_after_another(machine):
     assert machine.outcomes == {"handled": 20}
 
 
+@mostly_asyncio
 async def test_a_second_qemu_at_the_same_time_is_turned_away(machine):
     work = Work()
     with anyio.fail_after(60):

@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 from children import Child, opened, run_beside
-from device_machine import HOST_GONE, DeviceMachine
+from device_machine import HOST_GONE, NO_ANSWER, DeviceMachine, mostly_asyncio
 from micro_guest import ALL_RIGHT, ENDLESS, REVERSE, Work
 from remote_parts import carry, served
 from waiting import until
@@ -22,10 +22,6 @@ from vmibridge.recording.recorder import Recorder
 
 pytestmark = pytest.mark.anyio
 
-# The host is a process of its own, or the commands are.
-on_asyncio = pytest.mark.parametrize(
-    "anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"]
-)
 HOST = Path(__file__).parents[1] / "helpers/device_host.py"
 
 
@@ -99,24 +95,25 @@ async def kill_a_host(machine, host):
             assert await line_of(child) == "1\n"
             assert await line_of(child) == "100\n"
             child.kill()
-            # At the next look at the doorbell, or in the call that was open.
-            assert await qemu.wait() == HOST_GONE
+            # QEMU would abort at a connection that is reset, as that of a process is that was
+            # killed and has not read all that it was sent: so there is a keeper.
+            assert await qemu.wait() in (HOST_GONE, NO_ANSWER)
 
 
-@on_asyncio
+@mostly_asyncio
 async def test_a_guest_sees_that_its_host_was_killed(machine, host):
     for _ in range(2):
         await kill_a_host(machine, host)
 
 
-@on_asyncio
+@mostly_asyncio
 @pytest.mark.slow
 async def test_a_host_that_is_killed_again_and_again_never_hangs_a_guest(machine, host):
     for _ in range(50):
         await kill_a_host(machine, host)
 
 
-@on_asyncio
+@mostly_asyncio
 async def test_a_host_that_was_stopped_for_longer_than_the_timeout_goes_on(machine, host):
     """QEMU gives accesses up meanwhile. What comes too late would kill the device."""
     child = host("kernel=1&timeout=300ms&hold=1ms")
@@ -133,7 +130,7 @@ async def test_a_host_that_was_stopped_for_longer_than_the_timeout_goes_on(machi
             assert await qemu.wait() == ALL_RIGHT
 
 
-@on_asyncio
+@mostly_asyncio
 async def test_calls_by_the_device_are_recorded_and_replayed(machine, tmp_path):
     path = tmp_path / "run.mcap"
     with anyio.fail_after(60):
@@ -161,6 +158,7 @@ async def test_calls_by_the_device_are_recorded_and_replayed(machine, tmp_path):
         assert (result.compared, result.different) == (40, 0)
 
 
+@mostly_asyncio
 async def test_a_server_elsewhere_answers_calls_by_the_device(machine, tmp_path):
     url, work = f"unix:{tmp_path / 'remote.sock'}", Work()
     backend = open_backend(f"vfio-user:unix:{machine.socket}?kernel=2")

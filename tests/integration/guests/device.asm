@@ -230,6 +230,13 @@ next:
     sti
 %else
     pause
+%if !PATIENT && !PLUG
+    inc r13d
+    test r13d, 0xFFFF                   ; a host that was killed has not said so
+    jnz .wait
+    cmp dword [rbx], -1
+    je .gone
+%endif
 %endif
     jmp .wait
 .untaken:                               ; the ring was acknowledged, and the call was not taken
@@ -239,6 +246,7 @@ next:
 %else
     cmp dword [rbx], -1
     jne .wait
+.gone:
     END 0x13
 %endif
 .answered:

@@ -43,6 +43,7 @@ from vmibridge.aio.listening import sleep_late
 from vmibridge.aio.loops import loop_door, while_readable
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.device.interrupts import Interrupts
+from vmibridge.backends.device.keeper import keep
 from vmibridge.backends.device.mailbox import Mailbox
 from vmibridge.backends.device.memory import GuestRanges
 from vmibridge.backends.device.pending import Pending
@@ -140,6 +141,8 @@ class Connection:
                 soon = partial(loop_door(), copy_context().run)
                 tasks.start_soon(in_own_thread, watch.run, soon)
                 tasks.start_soon(self._expect_version)
+                kept = self.socket.fileno(), self.mailbox.descriptor, self.slots.count
+                tasks.start_soon(keep, *kept)
                 try:
                     await while_readable(self.socket, self._take)
                 except (anyio.EndOfStream, OSError, ValueError) as error:
@@ -190,7 +193,7 @@ class Connection:
         self._interrupts.close()
         self.mailbox.close()
         os.close(self._wake)
-        self.socket.close()
+        self.stream.close()
 
     # --- what comes -----------------------------------------------------------------
 

@@ -218,6 +218,25 @@ async def test_a_stop_leaves_state_4_and_no_generation(tmp_path):
     assert [(each.vcpu, each.reason) for each in served.end.vcpus] == [(1, "stopped")]
 
 
+async def test_what_is_unread_at_the_end_does_not_reset_the_connection(tmp_path):
+    """QEMU 11.1.3 aborts when its connection is reset."""
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            reading, writing = os.pipe()
+            with served.connection.lock:
+                client.send(read(0, 4, 7) * 300)
+                client.send(dma_map(0, 0x1000), [writing])
+                client.send(read(0, 4, 7))
+                os.close(writing)
+            served.backend.stop()
+            await until(lambda: served.end is not None)
+            with pytest.raises(EOFError):
+                while True:
+                    await beside(client.receive)
+            assert os.read(reading, 1) == b"", "its descriptors are closed, too"
+            os.close(reading)
+
+
 async def test_what_is_not_ours_is_not_taken(tmp_path):
     async with serving(tmp_path) as served:
         with await served.connect() as client:
