@@ -168,6 +168,13 @@ class TestFiles:
             with pytest.raises(BackendSpecError, match=f"wrong-{which}"):
                 tls_context(parse_url(f"tls:localhost:1?{options}"), server_side=True)
 
+    @pytest.mark.parametrize("which", ["cert", "key", "ca"])
+    def test_one_that_may_not_be_looked_for_is_told(self, made, which):
+        files = dict(part.split("=") for part in made.of("localhost").split("&"))
+        options = "&".join(f"{k}={v}" for k, v in {**files, which: "x" * 300}.items())
+        with pytest.raises(BackendSpecError, match=r"x{300}: File name too long"):
+            tls_context(parse_url(f"tls:localhost:1?{options}"), server_side=True)
+
 
 class TestPeersThatDoNotKeepToIt:
     async def test_garbage_is_hung_up_on(self, made):

@@ -29,7 +29,11 @@ def tls_context(url: TlsUrl, *, server_side: bool) -> ssl.SSLContext:
     # Without a function OpenSSL asks the terminal for a pass phrase.
     no_phrase = str
     for file in (url.cert, url.key, url.ca):
-        if not Path(file).is_file():
+        try:
+            is_there = Path(file).is_file()
+        except OSError as error:  # in a folder that may not be entered, for one
+            raise BackendSpecError(f"{url}: {file}: {error.strerror}") from error
+        if not is_there:
             raise BackendSpecError(f"{url}: {file}: there is no such file")
     try:
         context.load_cert_chain(url.cert, url.key, no_phrase)
