@@ -14,6 +14,7 @@ import pytest
 from children import Child, opened, run_beside
 from device_machine import HOST_GONE, NO_ANSWER, DeviceMachine, mostly_asyncio
 from micro_guest import ALL_RIGHT, ENDLESS, REVERSE, Work
+from patience import HUNG
 from remote_parts import carry, served
 from waiting import until
 
@@ -80,14 +81,14 @@ async def test_a_handler_that_blocks_the_loop_does_not_hold_the_monitor(machine,
     work = Blocks(tmp_path / "qmp")
     work.invert = partial(Blocks.invert, work)
     option = ("-qmp", f"unix:{tmp_path / 'qmp'},server=on,wait=off")
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(work):
             assert await machine.run(*option, COUNT=10, CPUS=cpus) == ALL_RIGHT
     assert work.answers[1]["return"]["status"] == "running"
 
 
 async def kill_a_host(machine, host):
-    with anyio.fail_after(60), host("kernel=1&timeout=1s") as child:
+    with anyio.fail_after(HUNG), host("kernel=1&timeout=1s") as child:
         async with opened(machine.command(COUNT=ENDLESS, timeout=1000)) as qemu:
             assert await line_of(child) == "1\n"
             assert await line_of(child) == "100\n"
@@ -113,7 +114,7 @@ async def test_a_host_that_is_killed_again_and_again_never_hangs_a_guest(machine
 @mostly_asyncio
 async def test_a_host_that_was_stopped_for_longer_than_the_timeout_goes_on(machine, host):
     """QEMU gives accesses up meanwhile. What comes too late would kill the device."""
-    with anyio.fail_after(60), host("kernel=1&timeout=300ms&hold=1ms") as child:
+    with anyio.fail_after(HUNG), host("kernel=1&timeout=300ms&hold=1ms") as child:
         command = machine.command(COUNT=2_000, PATIENT=1, timeout=300)
         async with opened(command) as qemu:
             assert await line_of(child) == "1\n"
@@ -129,7 +130,7 @@ async def test_a_host_that_was_stopped_for_longer_than_the_timeout_goes_on(machi
 @mostly_asyncio
 async def test_calls_by_the_device_are_recorded_and_replayed(machine, tmp_path):
     path = tmp_path / "run.mcap"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with Recorder(path) as recorder, machine.host(Work(), taps=[recorder]):
             given = {"METHOD": REVERSE, "COUNT": 20, "CPUS": 2}
             assert await machine.run(**given) == ALL_RIGHT
@@ -164,7 +165,7 @@ async def test_a_server_elsewhere_answers_calls_by_the_device(machine, tmp_path)
         await until(machine.socket.exists)
         statuses.append(await machine.run(METHOD=REVERSE, COUNT=20, CPUS=2))
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(url, work) as server, anyio.create_task_group() as tasks:
             tasks.start_soon(run)
             agent, end = await carry(backend, url)

@@ -4,6 +4,7 @@ import anyio
 import pytest
 from gdb_machine import machine_of
 from micro_guest import ALL, ALL_RIGHT, CPUID, Work
+from patience import HUNG
 
 from vmibridge import Bridge, BridgeServer, open_backend
 from vmibridge.errors import BackendError
@@ -25,7 +26,7 @@ async def serve(machine, options):
 
 async def test_a_site_that_never_held_a_trap_instruction_fails_the_run(machine):
     """The guest comes there all the same: it is the instruction behind a CPUID of two bytes."""
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, COUNT=30):
             right = machine.sites[0]
             why = f"site={right + 2:#x} held no CPUID, VMCALL or VMMCALL when the guest came there"
@@ -37,7 +38,7 @@ async def test_a_site_that_never_held_a_trap_instruction_fails_the_run(machine):
 async def test_a_file_of_sites_has_those_of_several_programs(machine, tmp_path):
     """One of them may be something else in this program, but not all."""
     sites = tmp_path / "sites"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=ALL, COUNT=30):
             listed = [*machine.sites, machine.sites[0] + 3]
             sites.write_text("".join(f"{each:#x}\n" for each in listed))
@@ -50,7 +51,7 @@ async def test_a_file_of_sites_has_those_of_several_programs(machine, tmp_path):
 
 
 async def test_a_guest_that_comes_to_no_site_is_logged(machine, caplog):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, COUNT=1):
             assert await serve(machine, "site=0x7fff0000") == 0
     assert "the guest came to none of the sites" in caplog.text
@@ -65,7 +66,7 @@ async def test_a_host_may_come_before_its_qemu(machine):
         places = "&".join(f"site={each:#x}" for each in machine.sites)
         traps.append(await serve(machine, f"{places}&within=60"))
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, COUNT=1):
             # Its sites are known from here on.
             machine.process.kill()
