@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 SAY := @printf 'make: %s\n'
 
-.PHONY: help setup system system-light system-guests system-libraries check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux guest-tools plugin guest-headers images test-containers lock clean
+.PHONY: help setup system system-light system-guests system-libraries system-containers check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux guest-tools plugin guest-headers images test-containers lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -194,11 +194,30 @@ guest-headers: setup  ## guest/include/handlers, made of the ready-made handlers
 	done
 	@$(BIN)/vmibridge guest-header vmibridge.handlers --lang rust -o guest/include/handlers/handlers.rs
 
-images: setup  ## the images of docker/, with podman or docker
+# podman needs the others to run containers with networks, and names netavark and iptables nowhere; debootstrap
+# makes the images that others build upon where no registry can be reached.
+system-containers:
+	@missing=; \
+	for each in podman runc debootstrap iptables; do \
+		command -v $$each >/dev/null || [ -x /usr/sbin/$$each ] || missing="$$missing $$each"; \
+	done; \
+	for each in netavark aardvark-dns; do \
+		[ -x /usr/lib/podman/$$each ] || [ -x /usr/libexec/podman/$$each ] || missing="$$missing $$each"; \
+	done; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "make: installs$$missing"; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	else \
+		echo "make: containers need these packages:$$missing; as root: apt-get install$$missing" >&2; \
+	fi
+
+images: setup  ## the images of docker/ and those that its profiles take as they are, with podman or docker
+	@docker info >/dev/null 2>&1 || $(MAKE) --no-print-directory system-containers
 	@$(BIN)/python docker/build_images.py
 
-test-containers: setup linux  ## builds the images and runs them side by side, with podman; minutes
-	$(PYTEST) -q -m containers tests/containers
+test-containers: setup linux system-containers  ## builds the images and runs them side by side, with podman; minutes
+	$(PYTEST) -q -rs -m containers tests/containers
 
 # The build backend is among both: the checkout is installed by it, without one of its own.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \

@@ -4,7 +4,7 @@
 
 Each vCPU sends a trap, its handler sleeps 50 ms, and the next trap comes with the answer.
 So 1,000 vCPUs have at the best 20,000 answers a second. Four sides take their turns, in a process
-that collects garbage after 30,000 new objects, as the commands do:
+that collects garbage after 50,000 new objects, as the commands do:
 
 - *engine*: `BridgeServer` with its default settings, which have no soft deadline.
 - *soft*: the same with a soft deadline of 10 s, which is armed for each trap and not met.
@@ -31,12 +31,13 @@ from common import LOOPS, QUEUE, REQUEST, ClosedLoop, Loop, Sleep, make_events, 
 from vmibridge import BridgeContext, BridgeResponse, BridgeServer, OutcomeKind, TrapEvent
 from vmibridge.bridge.contract import STANDARD_MAGIC
 from vmibridge.bridge.registers import read_packet, write_response
+from vmibridge.cli.event_loop import COLLECT_AFTER
 from vmibridge.vm.trap import TrapFilter
 
 SLEEP = 0.05
 TIMEOUT = 60.0
 SOFT_TIMEOUT = 10.0
-RARELY, OFTEN = 30_000, 700
+RARELY, OFTEN = COLLECT_AFTER, 700
 """New objects after which garbage is collected: by the commands, and by Python itself."""
 
 

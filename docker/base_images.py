@@ -120,7 +120,10 @@ def _base(engine: Runner, reference: str, name: str, wanted: str) -> Base:
 def make_stand_in(engine: Runner, image: str, tag: str, wanted: str) -> None:
     """Raises `BuildError`."""
     if engine.name != "podman" or os.geteuid() or not shutil.which("debootstrap"):
-        raise BuildError(f"{image}: no registry, and no podman with debootstrap, as root")
+        raise BuildError(
+            f"{image}: no registry, and no podman with debootstrap, as root: see"
+            " `make system-containers`"
+        )
     with tempfile.TemporaryDirectory(prefix="vmibridge-base-") as name:
         context = Path(name)
         root = context / "root"

@@ -34,6 +34,7 @@ from base_images import (
 )
 from container_engine import BuildError, Runner
 from debian import archive, pip_mounts
+from normal_image import normalize
 from registry import RegistryError, digest_of
 from source_state import SourceState, labels, source_state
 
@@ -48,6 +49,7 @@ IMAGES = {
 STAGES = {"builder": "bridge"}
 """Images that are a stage, of their own name, of another's Dockerfile."""
 BUILD_SECONDS = 3600
+SAVE_SECONDS = 900
 
 
 class Engine(Runner):
@@ -98,8 +100,19 @@ class Engine(Runner):
             )
             if done.returncode:
                 raise BuildError(f"{name}: the build for {each} failed")
+            if is_clean and self.name == "podman":
+                self._normalize(own)
         if len(wanted) > 1:
             self._list(tag, wanted)
+
+    def _normalize(self, tag: str) -> None:
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            place = Path(name) / "image"
+            saved = ("save", "--quiet", "--format=docker-dir", "-o", str(place), tag)
+            self.printed(*saved, seconds=SAVE_SECONDS)
+            normalize(place)
+            identity = self.printed("pull", "--quiet", f"dir:{place}", seconds=SAVE_SECONDS)
+        self.printed("tag", identity, tag)
 
     def _list(self, tag: str, platforms: Sequence[str]) -> None:
         # One of before: `manifest create` adds to none, and `rmi` would remove an image.
@@ -159,7 +172,7 @@ def bases(name: str) -> list[str]:
 def other_images() -> list[str]:
     """Those that compose.yaml takes as they are."""
     text = (FOLDER / "compose.yaml").read_text()
-    named = re.findall(r"^ +image: (\S+)$", text, re.MULTILINE)
+    named = re.findall(r"^ +image: (?:\$\{\w+:-)?([^\s}]+)\}?$", text, re.MULTILINE)
     return [image for image in dict.fromkeys(named) if image not in IMAGES.values()]
 
 
@@ -178,7 +191,7 @@ def engine_name(asked: str | None) -> str:
         (each for each in ([asked] if asked else ["podman", "docker"]) if shutil.which(each)), None
     )
     if found is None:
-        raise BuildError(f"needs {asked or 'podman or docker'}")
+        raise BuildError(f"needs {asked or 'podman or docker'}: see `make system-containers`")
     return found
 
 
@@ -214,6 +227,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="vmibridge-") as folder:
             engine = Engine(engine_name(options.engine), Path(folder))
             state = source_state(options.source)
+            if not options.names:
+                for image in other_images():
+                    engine.bring_as_it_is(image)
             for each in options.names or IMAGES:
                 engine.build(
                     each,

@@ -55,7 +55,7 @@ class Runner:
             **options,
         )
 
-    def printed(self, *arguments: str, seconds: float = 60) -> str:
+    def printed(self, *arguments: str, seconds: float = 300) -> str:
         """What it prints. Raises `BuildError` with its message if it fails."""
         try:
             done = self.run(*arguments, seconds=seconds, capture_output=True, text=True)

@@ -32,6 +32,7 @@ RUN --mount=type=bind,source=docker/harden-root,target=/mnt/harden-root \
     groupadd --gid 10000 vmibridge \
     && useradd --uid 10002 --gid vmibridge --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin qemu \
     && install -d -o root -g vmibridge -m 0770 /run/vmibridge \
+    && install -d -o qemu -g vmibridge -m 0750 /disks \
     && sh /mnt/harden-root
 
 # What is in it, in the words of CycloneDX.

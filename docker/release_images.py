@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--unsigned", action="store_true", help="do not sign")
     parser.add_argument("--verify", action="store_true", help="make nothing, check FOLDER")
     parser.add_argument("--json", action="store_true", help="print what release.json has")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"there is no image {', '.join(sorted(unknown))}")
     if not options.verify and (options.key is None) != options.unsigned:

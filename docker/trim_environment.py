@@ -34,7 +34,8 @@ def main(folder: Path) -> None:
         strip(path)
     for record in sorted(packages.glob("*.dist-info/RECORD")):
         record.write_text(renewed(record, stripped))
-    for cache in sorted(packages.rglob("__pycache__")):
+    # pip compiles scripts in bin, too.
+    for cache in sorted(folder.rglob("__pycache__")):
         shutil.rmtree(cache)
     mode = PycInvalidationMode.UNCHECKED_HASH
     if not compileall.compile_dir(packages, quiet=1, invalidation_mode=mode):

@@ -196,3 +196,14 @@ def test_sigterm_stops_one_that_is_to_ignore_the_signals_of_a_terminal(started, 
     assert run.returncode == 128 + signal.SIGTERM
     assert [(trap["outcome"], trap["output"]) for trap in traps] == [("handled", "in time")]
     assert end["reason"] == "stopped"
+
+
+@every_loop
+@every_signal
+def test_a_signal_ends_the_wait_for_a_vm_that_is_not_there(loop, number, children):
+    spec = "qemu-gdb:unix:none.sock?site=1&within=3600"
+    line = ["run", "--backend", spec, "--handlers", "vmibridge.handlers.hello", *loop]
+    child = children.start(command(*line))
+    assert "waiting for QEMU at unix:none.sock, for 3600 s" in child.stderr.readline()
+    child.send_signal(number)
+    assert child.wait() == 128 + number

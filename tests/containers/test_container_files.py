@@ -267,5 +267,22 @@ def test_variables_say_what_is_run(config):
 
 def test_each_variable_is_documented():
     used = set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()))
-    told = set(lines_of(ROOT / "docs/containers.md", r"\| `(VMIBRIDGE_\w+)` \|.*"))
+    told = set(lines_of(ROOT / "docs/deployment.md", r"\| `(VMIBRIDGE_\w+)` \|.*"))
     assert used == told
+
+
+def test_a_bridge_of_breakpoints_is_not_started_again_beside_a_qemu_that_has_ended(config):
+    for profile in ("gdb", "kvm"):
+        bridge = config(profile)["services"][f"bridge-{profile}"]
+        assert bridge["restart"] == "no"
+        assert "within=60" in bridge["command"][bridge["command"].index("--backend") + 1]
+
+
+def test_a_guest_of_ones_own_is_given_by_variables(config):
+    own = {"KERNEL": "", "INITRD": "", "DISK": "/disks/a.qcow2", "MEMORY": "512", "SMP": "4"}
+    given = {f"VMIBRIDGE_{name}": value for name, value in own.items()}
+    for profile in PROFILES:
+        services = config(profile, VMIBRIDGE_DISKS="/srv/disks", **given)["services"]
+        (qemu,) = [services[name] for name in services if name.startswith("qemu")]
+        assert given.items() <= {**qemu["environment"]}.items()
+        assert "/srv/disks:/disks" in qemu["volumes"]

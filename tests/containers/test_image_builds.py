@@ -55,6 +55,9 @@ class FakeEngine(build_images.Engine):
     def _reach(self):
         return []
 
+    def _normalize(self, tag):
+        self.ran.append(("normalize", tag))
+
     def builds(self):
         return [list(arguments) for arguments in self.ran if arguments[0] == "build"]
 
@@ -124,6 +127,8 @@ def test_several_platforms_are_an_image_each_and_a_list(tmp_path):
         True
     ] * 2
     assert all("--no-cache" in each for each in builds)
+    normal = [each[1] for each in engine.ran if each[0] == "normalize"]
+    assert normal == ["localhost/x:1-amd64", "localhost/x:1-arm64"]
     assert [
         each for each in engine.ran if each[:2] in {("manifest", "create"), ("manifest", "add")}
     ] == [

@@ -242,6 +242,12 @@ def test_it_wants_to_be_told_whether_to_sign(words, command, tmp_path):
     assert "one of --key KEY and --unsigned" in told
 
 
+def test_names_may_follow_options(command, tmp_path):
+    status, _, told = command(tmp_path, "--unsigned", "--source", "https://source.test", "bridg")
+    assert status == 2
+    assert "there is no image bridg" in told
+
+
 @pytest.mark.parametrize("state", [{"is_changed": True}, {"epoch": None}])
 def test_a_changed_checkout_is_not_released(state, command, tmp_path, monkeypatch):
     monkeypatch.setattr(release_images, "source_state", lambda url: STATE._replace(**state))

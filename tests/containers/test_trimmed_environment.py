@@ -29,6 +29,10 @@ def environment(tmp_path):
     source = package / "__init__.py"
     source.write_text("VALUE = frozenset({'a', 'b', 'c'})\n")
     py_compile.compile(str(source))
+    script = tmp_path / "bin/script.py"
+    script.parent.mkdir()
+    script.write_text("print()\n")
+    py_compile.compile(str(script))
     code = "int answer(void) { return 42; }\n"
     command = [needs("gcc"), "-g", "-shared", "-fPIC", "-x", "c", "-", "-o", package / "native.so"]
     subprocess.run(command, input=code, text=True, check=True)
@@ -83,7 +87,7 @@ def test_the_list_of_files_has_what_is_there(environment):
 
 def test_bytecode_does_not_go_by_time_stamps(environment):
     trimmed(environment)
-    (compiled,) = packages_of(environment).rglob("*.pyc")
+    (compiled,) = environment.rglob("*.pyc")
     assert compiled.read_bytes()[4:8] == UNCHECKED.to_bytes(4, "little")
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from children import Child, run
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 120
+COMPOSE = (sys.executable, "-m", "podman_compose")
+SECONDS = 300
 TRAP = re.compile(r"^\d+ +\S+ +(cpuid|vmcall|vmmcall)\d\d ")
 KERNEL = "console=ttyS0 quiet panic=-1 no_timer_check"
 
@@ -20,21 +21,31 @@ KERNEL = "console=ttyS0 quiet panic=-1 no_timer_check"
 class Compose:
     """The services of one profile."""
 
-    def __init__(self, engine, profile, guest, **variables):
+    def __init__(self, engine, profile, guest, name="", **variables):
         self.engine = engine
-        self.project = f"vmibridge-test-{os.getpid()}-{profile}"
-        self._environment = {
+        self.project = f"vmibridge-test-{os.getpid()}-{name or profile}"
+        self.environment = {
             **engine.environment,
             "COMPOSE_PROFILES": profile,
+            "COMPOSE_PROJECT_NAME": self.project,
+            "VMIBRIDGE_COMPOSE": " ".join(COMPOSE),
             "VMIBRIDGE_GUEST": str(guest),
             "VMIBRIDGE_OUTCOMES": "true",
             **variables,
         }
 
     def compose(self, *arguments):
-        command = [sys.executable, "-m", "podman_compose", "-p", self.project]
-        line = [*command, "-f", ROOT / "docker/compose.yaml", *arguments]
-        return run(line, seconds=SECONDS, env=self._environment)
+        line = [*COMPOSE, "-f", ROOT / "docker/compose.yaml", *arguments]
+        return run(line, seconds=SECONDS, env=self.environment)
+
+    def vm(self, *arguments):
+        """`docker/vm`, with these arguments."""
+        return run([ROOT / "docker/vm", *arguments], seconds=2 * SECONDS, env=self.environment)
+
+    def containers(self):
+        """The names of those that are there."""
+        label = f"label=com.docker.compose.project={self.project}"
+        return self.podman("ps", "-a", "--filter", label, "--format={{.Names}}").stdout.split()
 
     def podman(self, *arguments):
         return self.engine.run(*arguments, seconds=SECONDS, capture_output=True, text=True)
@@ -53,12 +64,19 @@ class Compose:
 
     def await_traps(self, service, count):
         """Wait until it has told of so many."""
+        self._await(service, TRAP.match, count)
+
+    def await_line(self, service, words):
+        """Wait until it has said them in a line."""
+        self._await(service, lambda line: words in line)
+
+    def _await(self, service, matches, count=1):
         command = ["podman", "logs", "--follow", self.name(service)]
         with Child(
-            command, seconds=SECONDS, env=self.engine.environment, stderr=subprocess.DEVNULL
+            command, seconds=SECONDS, env=self.engine.environment, stderr=subprocess.STDOUT
         ) as following:
             for line in following.stdout:
-                count -= bool(TRAP.match(line))
+                count -= bool(matches(line))
                 if count <= 0:
                     break
         assert count <= 0, self.logs(service)
@@ -100,6 +118,7 @@ class Compose:
 
     def recordings(self, service, folder):
         """Those of the volume, by their names."""
+        folder.mkdir(parents=True, exist_ok=True)
         done = self.podman("cp", f"{self.name(service)}:/recordings", str(folder))
         assert done.returncode == 0, done.stderr
         return sorted(folder.rglob("*.mcap"))
@@ -110,15 +129,23 @@ def kernel(**words):
 
 
 @contextmanager
-def composed(engine, profile, guest, **variables):
-    """Up, and down again with all that was made."""
+def planned(engine, profile, guest, **variables):
+    """Nothing is up yet; down again with all that was made."""
     compose = Compose(engine, profile, guest, **variables)
     try:
-        done = compose.compose("up", "-d", "--no-build")
-        assert done.returncode == 0, done.stderr
         yield compose
     finally:
         compose.compose("down", "-v", "-t", "5")
+
+
+@contextmanager
+def composed(engine, profile, guest, *files, **variables):
+    """Up, with `files` over compose.yaml; and down again with all that was made."""
+    with planned(engine, profile, guest, **variables) as compose:
+        overrides = [word for file in files for word in ("-f", file)]
+        done = compose.compose(*overrides, "up", "-d", "--no-build")
+        assert done.returncode == 0, done.stderr
+        yield compose
 
 
 def inspected(recording):

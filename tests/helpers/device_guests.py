@@ -31,16 +31,16 @@ def build_device_guest(
     return flat(linked)
 
 
-def ivshmem(socket: Path) -> list[str]:
+def ivshmem(socket: Path, slots: int = SLOTS) -> list[str]:
     """QEMU's options for the device."""
     return [
         *("-chardev", f"socket,path={socket},id=slots"),
-        *("-device", f"ivshmem-doorbell,chardev=slots,vectors={SLOTS}"),
+        *("-device", f"ivshmem-doorbell,chardev=slots,vectors={slots}"),
     ]
 
 
-def vfio_user(socket: Path) -> list[str]:
-    """The same for vfio-user."""
+def vfio_user(socket: Path, _slots: int = SLOTS) -> list[str]:
+    """The same for vfio-user, which says itself how many slots there are."""
     where = {"path": str(socket), "type": "unix"}
     return ["-device", json.dumps({"driver": "vfio-user-pci", "rombar": 0, "socket": where})]
 

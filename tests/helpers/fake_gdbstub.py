@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager, suppress
 
 import anyio
 import pytest
+from patience import HUNG
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, GuestMemoryError
 from vmibridge.backends import open_backend
@@ -224,7 +225,7 @@ class Stage:
 
     @asynccontextmanager
     async def playing(self):
-        with anyio.fail_after(60):
+        with anyio.fail_after(HUNG):
             async with anyio.create_task_group() as outside:
                 await outside.start(self.stub.serve)
                 yield self.stub

@@ -1,6 +1,7 @@
 """Handlers that do one thing each, a tap that keeps what it is told, and a run to the end."""
 
 import anyio
+from patience import HUNG
 
 from vmibridge import (
     Bridge,
@@ -104,7 +105,7 @@ async def serve(backend, target, *taps, **options):
     """Run to the end: the outcomes."""
     bridge = target if isinstance(target, Bridge) else Bridge(target)
     async with backend:
-        with anyio.fail_after(10):
+        with anyio.fail_after(HUNG):
             return [
                 each async for each in BridgeServer(backend, bridge, taps=taps, **options).run()
             ]

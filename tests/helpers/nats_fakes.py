@@ -4,6 +4,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 from nats_parts import plain_client, settle
+from patience import HUNG
 from waiting import until
 
 from vmibridge.bridge.contract import STANDARD_MAGIC
@@ -138,7 +139,7 @@ async def passed(fake):
     place = f"{fake.inbox}.passed"
     count = len(fake.frames(Ping | Pong))
     await fake.client.publish(place, pack(Pong() if isinstance(fake, FakeAgent) else Ping()))
-    with anyio.fail_after(10):
+    with anyio.fail_after(HUNG):
         await until(lambda: len(fake.frames(Ping | Pong)) > count)
 
 

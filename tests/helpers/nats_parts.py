@@ -11,6 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 from children import Child
+from patience import HUNG
 from remote_parts import AT, Adds, carry
 
 from vmibridge import BridgePacket, BridgeResponse, method
@@ -104,7 +105,7 @@ async def settle(client):
 async def fail(url):
     """Why an agent and a server do not come up; each in one error, at once."""
     said = []
-    with anyio.fail_after(20):
+    with anyio.fail_after(HUNG):
         for attempt in (carry(Guest(1, 1), url), AgentServer([url], lambda _: Work()).run()):
             with pytest.raises(BackendError) as raised:
                 await attempt

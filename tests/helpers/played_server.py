@@ -4,6 +4,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
+from patience import HUNG
 
 from vmibridge import BridgePacket
 from vmibridge.bridge.contract import STANDARD_MAGIC
@@ -62,7 +63,7 @@ class FakeServer:
 
     async def greet(self, answer=None):
         """Take the next connection, hear its HELLO and answer it."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(HUNG):
             while not self.accepted:
                 self.came = anyio.Event()
                 await self.came.wait()
@@ -80,7 +81,7 @@ class FakeServer:
 
     async def next(self):
         """The next frame that is no PING."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(HUNG):
             while True:
                 while not self.frames:
                     self.frames += await self.connection.receive()
@@ -120,7 +121,7 @@ async def beside(backend, url, *, ends=True, **options):
             else:
                 agent.stop(now=True)
                 tasks.cancel_scope.cancel()
-            with anyio.fail_after(10):
+            with anyio.fail_after(HUNG):
                 while not hasattr(agent, "end") and ends:
                     await anyio.sleep(0.001)
         tasks.cancel_scope.cancel()

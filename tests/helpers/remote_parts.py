@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import anyio
 from base_handlers import EchoHandler
+from patience import HUNG
 
 from vmibridge import BridgeHandler, BridgeResponse, method
 from vmibridge.bridge.contract import STANDARD_MAGIC
@@ -139,7 +140,7 @@ class FakeAgent:
             connection.close()
 
     async def next(self):
-        with anyio.fail_after(10):
+        with anyio.fail_after(HUNG):
             if not self.frames:
                 self.frames += await self.connection.receive()
         return self.frames.pop(0)
@@ -154,7 +155,7 @@ class FakeAgent:
         return welcome
 
     async def is_hung_up_on(self):
-        with anyio.fail_after(10):
+        with anyio.fail_after(HUNG):
             try:
                 while True:
                     self.frames += await self.connection.receive()

@@ -17,6 +17,10 @@ from vmibridge import BridgeResponse, TrapReason, method
 HEADER = INCLUDE / "vmibridge_device.h"
 SYSFS, DRIVER = INCLUDE / "vmibridge_sysfs.h", INCLUDE / "vmibridge_driver.h"
 slow = pytest.mark.slow
+# What differs between the loops is tested without a VM.
+on_asyncio = pytest.mark.parametrize(
+    "anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"]
+)
 
 
 @pytest.mark.parametrize("width", [64, 32])
@@ -76,7 +80,7 @@ def test_those_of_linux_programs_compile_with_a_c_library(tmp_path, header, comp
     )  # fmt: skip
 
 
-@pytest.fixture(params=["ivshmem-system", "ivshmem-new", "vfio-user-new"])
+@pytest.fixture(params=["ivshmem-system", pytest.param("ivshmem-new", marks=slow), "vfio-user-new"])
 def calling(request, tmp_path):
     """`calling(kernel=0)`: a machine of each carrier; vfio-user is in new QEMUs only."""
     carrier, _, which = request.param.rpartition("-")
@@ -97,7 +101,10 @@ CALLS = {
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("form", CALLS)
+@on_asyncio
+@pytest.mark.parametrize(
+    "form", [each if each in ("64", "kernel") else pytest.param(each, marks=slow) for each in CALLS]
+)
 async def test_a_guest_without_a_system_calls_and_checks_every_answer(calling, tmp_path, form):
     given = CALLS[form]
     is_kernel = given["SPACE"] != "IN_SLOT"
@@ -113,6 +120,7 @@ async def test_a_guest_without_a_system_calls_and_checks_every_answer(calling, t
 
 
 @pytest.mark.anyio
+@on_asyncio
 async def test_a_guest_in_assembly_calls_by_the_include(calling, build_guest):
     machine = calling()
     image = build_guest("device_inc", COUNT=300)
@@ -122,6 +130,7 @@ async def test_a_guest_in_assembly_calls_by_the_include(calling, build_guest):
 
 @slow
 @pytest.mark.anyio
+@on_asyncio
 @pytest.mark.parametrize("machine_type", ["pc", "microvm,pcie=on"])
 async def test_on_other_machines(calling, tmp_path, machine_type):
     machine = calling()
@@ -134,8 +143,9 @@ async def test_on_other_machines(calling, tmp_path, machine_type):
 
 
 @pytest.mark.anyio
-async def test_a_guest_without_the_device_finds_none(any_qemu, tmp_path):
-    machine = CallingMachine(any_qemu, tmp_path)
+@on_asyncio
+async def test_a_guest_without_the_device_finds_none(qemu, tmp_path):
+    machine = CallingMachine(qemu, tmp_path)
     image = build_device_guest(tmp_path, "device_calls", SPACE="NONE")
     ended = await run_beside(machine.command(image, device=False))
     assert (ended.returncode, ended.stdout.strip()) == (WRONG, b"no device")
@@ -168,6 +178,7 @@ class Patient(StandardHandler):
 
 
 @pytest.mark.anyio
+@on_asyncio
 async def test_a_call_that_does_not_end_well_says_how(calling, tmp_path):
     machine, handler = calling(), Patient()
     image = build_device_guest(tmp_path, "device_states")
@@ -176,6 +187,7 @@ async def test_a_call_that_does_not_end_well_says_how(calling, tmp_path):
 
 
 @pytest.mark.anyio
+@on_asyncio
 async def test_a_guest_sees_that_its_host_has_stopped(calling, tmp_path):
     machine, handler = calling(), Patient()
     image = build_device_guest(tmp_path, "device_states", GONE=1)
@@ -183,8 +195,9 @@ async def test_a_guest_sees_that_its_host_has_stopped(calling, tmp_path):
 
 
 @pytest.mark.anyio
+@on_asyncio
 @pytest.mark.parametrize("width", [64, pytest.param(32, marks=slow)])
-@pytest.mark.parametrize("space", ["IN_SLOT", "OWN"])
+@pytest.mark.parametrize("space", ["IN_SLOT", pytest.param("OWN", marks=slow)])
 async def test_methods_are_called_by_generated_headers(calling, tmp_path, width, space):
     """With addresses of the kernel's own, and with buffers that go through the slot."""
     write_header(tmp_path / "called.h", Called, "c")

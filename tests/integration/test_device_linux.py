@@ -1,13 +1,15 @@
-"""Programs of a real Linux call by the device, through sysfs and by the driver (ivshmem)."""
+"""Programs of a real Linux call by the device, through sysfs and by the driver: both carriers."""
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import anyio
 import pytest
 from children import run_beside
-from device_guests import SLOTS, ivshmem
+from device_guests import CARRIERS, SLOTS, shared_memory
 from linux_guest import LIMIT, LinuxGuest, booted, built_guest, exchange
+from needs import needs
 
 from vmibridge import Bridge, BridgeServer, open_backend
 
@@ -26,14 +28,20 @@ class DeviceLinux:
     """The Linux guest in a QEMU with the device."""
 
     guest: LinuxGuest
-    machine: str = "q35"
+    carrier: str
 
-    async def boot(self, what, *extra, options="", device=ivshmem, **kernel):
-        """What came of it, and the outcomes by their kind."""
-        socket, kinds = self.guest.place / "s", Counter()
-        command = self.guest.command(what, *extra, *device(socket), count=COUNT, **kernel)
-        command[command.index("-M") + 1] = self.machine
-        async with open_backend(f"ivshmem:unix:{socket}?slots={SLOTS}{options}") as backend:
+    async def boot(self, what, *, kernel=0, has_device=True):
+        """What came of it, and the outcomes by their kind. With `kernel`, memory is shared."""
+        place, kinds = self.guest.place, Counter()
+        socket = place / "s"
+        spec = f"{self.carrier}:unix:{socket}?slots={SLOTS + kernel}&kernel={kernel}"
+        file = place / "ram" if self.carrier == "ivshmem" else Path()
+        if kernel and self.carrier == "ivshmem":
+            spec += f"&memory={file}"
+        extra = shared_memory(file, 256, "q35") if kernel else ("-M", "q35")
+        device = CARRIERS[self.carrier](socket, SLOTS + kernel) if has_device else []
+        command = self.guest.command(what, *extra, *device, count=COUNT)
+        async with open_backend(spec) as backend:
             server = BridgeServer(backend, Bridge(exchange()), timeout=30)
 
             async def consume():
@@ -49,9 +57,12 @@ class DeviceLinux:
         return booted(done.returncode, done.stdout), kinds
 
 
-@pytest.fixture
-def linux(any_qemu, tmp_path):
-    return DeviceLinux(LinuxGuest(any_qemu, tmp_path, built_guest(), tmp_path))
+@pytest.fixture(params=["ivshmem-system", "ivshmem-new", "vfio-user-new"])
+def linux(request, tmp_path):
+    carrier, _, which = request.param.rpartition("-")
+    is_new = which == "new"
+    qemu = request.getfixturevalue("qemu") if is_new else needs("qemu-system-x86_64")
+    return DeviceLinux(LinuxGuest(qemu, tmp_path, built_guest(), tmp_path), carrier)
 
 
 def told(how, uid, number):
@@ -65,21 +76,31 @@ def without_slots(lines):
     return [" ".join([*each[:5], "{}:", *each[6:]]) for each in words], slots
 
 
-async def test_root_and_a_plain_user_call_through_sysfs_and_by_the_driver_eight_at_once(linux):
-    boot, kinds = await linux.boot("sysfs,driver")
+@pytest.mark.parametrize(
+    ("ways", "kernel"), [(("sysfs", "driver"), 0), (("shared",), 2)], ids=["copied", "shared"]
+)
+async def test_root_and_a_plain_user_call_eight_at_once(linux, ways, kernel):
+    """With buffers that are copied through the slot, and with memory of the programs' own."""
+    boot, kinds = await linux.boot(",".join(ways), kernel=kernel)
     assert boot.lines[-1] == "all right", boot.lines
     lines, slots = without_slots(boot.lines)
-    assert lines == [
-        each for how in ("sysfs", "driver") for each in told(how, 0, 1) + told(how, 1000, PROGRAMS)
-    ]
-    # Those that ran at a time had a slot each.
-    assert all(0 <= slot < SLOTS for slot in slots)
-    assert kinds["handled"] == 2 * (1 + PROGRAMS) * (5 + COUNT + 2)
+    assert lines == [each for how in ways for each in told(how, 0, 1) + told(how, 1000, PROGRAMS)]
+    # Those that are the kernel's are given to nobody.
+    assert all(kernel <= slot < SLOTS + kernel for slot in slots)
+    assert kinds["handled"] == len(ways) * (1 + PROGRAMS) * (5 + COUNT + 2)
     assert set(kinds) <= {"handled", "waiting"}
 
 
+async def test_memory_is_not_shared_with_a_host_that_believes_no_space(linux):
+    boot, _ = await linux.boot("shared")
+    assert boot.lines[-1] == "WRONG"
+    assert {line.partition("WRONG: ")[2] for line in boot.lines if "shared uid" in line} == {
+        f"Operation not supported, {COUNT} calls"
+    }
+
+
 async def test_a_guest_without_the_device_says_so(linux):
-    boot, _ = await linux.boot("sysfs", device=lambda socket: [])
+    boot, _ = await linux.boot("sysfs", has_device=False)
     assert boot.lines[-1] == "WRONG"
     assert {line for line in boot.lines if line.startswith("device")} == {
         f"device sysfs uid {uid} slot 0: WRONG: No such device, {COUNT} calls" for uid in (0, 1000)

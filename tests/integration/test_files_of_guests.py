@@ -5,6 +5,7 @@ import struct
 import anyio
 import pytest
 from file_parts import tree
+from patience import HUNG
 from served_machine import shared_ram_reads
 
 from vmibridge import Bridge, BridgeServer, OutcomeKind, open_backend
@@ -68,7 +69,7 @@ async def test_a_guest_in_qemu_does_the_same(machine, tmp_path, monkeypatch, sha
             " -machine memory-backend=ram"
         )
         arguments = f",ram={tmp_path}/ram"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(files(folder)):
             command = {"guest": "files", "SIZE": size, "PIECE": 1 << 20, "SMALL": 1}
             assert await machine.run(arguments, options=options, **command) == 33

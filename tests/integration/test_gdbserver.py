@@ -11,6 +11,7 @@ import anyio
 import pytest
 from children import opened, run
 from needs import needs
+from patience import HUNG
 
 from vmibridge.backends import open_backend
 from vmibridge.backends.qemu.gdb import commands
@@ -50,7 +51,7 @@ async def gdbserver(program):
 async def test_registers_memory_and_breakpoints_of_a_program(program):
     path, symbols = program
     send, stops = anyio.create_memory_object_stream(10)
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with gdbserver(path) as (where, process):
             client = GdbClient(await connect(where))
             async with reading(client), send, stops:
@@ -92,7 +93,7 @@ async def test_registers_memory_and_breakpoints_of_a_program(program):
 async def test_a_register_that_is_written_is_what_the_program_goes_on_with(program):
     path, symbols = program
     send, stops = anyio.create_memory_object_stream(10)
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with gdbserver(path) as (where, _):
             client = GdbClient(await connect(where))
             async with reading(client), send, stops:
@@ -119,7 +120,7 @@ async def test_a_register_that_is_written_is_what_the_program_goes_on_with(progr
 
 async def test_it_is_no_backend_because_it_has_no_physical_memory(program):
     path, symbols = program
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with gdbserver(path) as (where, _):
             backend = open_backend(f"qemu-gdb:{where}?site={symbols['trap']:#x}")
             with pytest.raises(BackendError, match="not QEMU's"):

@@ -12,6 +12,7 @@ from nats_parts import (
     ask,
     nats_server,
 )
+from patience import HUNG
 from remote_parts import Echo, carry, served
 from waiting import until
 
@@ -43,7 +44,7 @@ async def run(url, image, *handlers, options=""):
     async def on_outcome(outcome):
         outcomes.append(outcome)
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(url, *handlers, on_outcome=on_outcome) as server:
             agent, end = await carry(open_backend(f"unicorn:{image}{options}"), url)
             await until(lambda: not server.vms)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 from nats_parts import ON_ASYNCIO, nats_server, plain_client, settle
+from patience import HUNG
 from waiting import until
 
 from vmibridge.errors import BackendError
@@ -112,7 +113,7 @@ class TestAway:
         time.sleep(0.01)
         assert client.uptime() == still >= before
         nats.start()
-        with anyio.fail_after(20):
+        with anyio.fail_after(HUNG):
             await back.wait()
         await until(lambda: client.uptime() > still)
 
@@ -136,7 +137,7 @@ class TestAway:
 
         monkeypatch.setattr(type(client.nats._transport), "wait_closed", wait_closed)
         nats.stop()
-        with anyio.fail_after(20):
+        with anyio.fail_after(HUNG):
             await waited.wait()
             await client.nats.close()
         assert end.cancelled()
@@ -155,7 +156,7 @@ class TestAway:
 
         monkeypatch.setattr(NatsClient, "settle", lose)
         lost = "NATS has closed the connection"
-        with pytest.raises(BackendError, match=lost), anyio.fail_after(20):
+        with pytest.raises(BackendError, match=lost), anyio.fail_after(HUNG):
             await AgentServer([nats.url], lambda _: None).run()
 
 

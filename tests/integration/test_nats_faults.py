@@ -11,6 +11,7 @@ from nats_parts import (
     Work,
     serve_processes,
 )
+from patience import HUNG
 from remote_parts import AT, carry, served
 from waiting import until
 
@@ -58,7 +59,7 @@ class TestFailures:
                     killed.process.kill()
 
                 tasks.start_soon(kill)
-                with anyio.fail_after(120):
+                with anyio.fail_after(HUNG):
                     agent, end = await carry(vm, url)
             assert killed.process.wait() == -signal.SIGKILL
             ran = [each.ran() for each in processes]
@@ -165,7 +166,7 @@ class TestFailures:
             tasks.start_soon(lambda: carry(vm, f"{nats.url}?silence=0.2", deadline=0.1))
             await until(lambda: len(vm.resumed) > 10)
             nats.stop()
-            with anyio.fail_after(20):
+            with anyio.fail_after(HUNG):
                 await until(lambda: len(vm.resumed) == 60)
         assert vm.wrong
 

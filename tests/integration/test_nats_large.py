@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 from nats_parts import AT, ask, nats_server
+from patience import HUNG
 from remote_parts import carry, served
 
 from vmibridge import BridgeHandler, BridgeResponse, method
@@ -80,7 +81,7 @@ async def test_a_handler_runs_once_over_a_slow_link(tmp_path, caplog, code, end)
         assert (await vm.call(ask(code))).rax == SIZE
 
     vm = FakeGuest(guest, memory={AT: bytes(SIZE)}, vm="web")
-    with nats_server(tmp_path, "max_payload: 65536") as nats, anyio.fail_after(120):
+    with nats_server(tmp_path, "max_payload: 65536") as nats, anyio.fail_after(HUNG):
         async with slow_link(nats.port) as port:
             slow = f"nats://127.0.0.1:{port}"
             of_server, of_agent = (slow, nats.url) if end == "server" else (nats.url, slow)

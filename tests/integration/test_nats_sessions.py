@@ -4,6 +4,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 from nats_parts import ON_ASYNCIO, Work, ask, nats_server
+from patience import HUNG
 from remote_parts import carry, served
 from waiting import until
 
@@ -33,7 +34,7 @@ class Watch(Tap):
 @asynccontextmanager
 async def lost_in_a_trap(tmp_path, watch, work, guest, silence):
     """A NATS that has stopped, with a trap at its handler whose agent is lost; then to the end."""
-    with nats_server(tmp_path) as nats, anyio.fail_after(60):
+    with nats_server(tmp_path) as nats, anyio.fail_after(HUNG):
         limits, settings = AgentLimits(silence=silence), ServerSettings(timeout=3600)
         async with (
             served(nats.url, work, taps=lambda _: [watch], limits=limits, settings=settings),

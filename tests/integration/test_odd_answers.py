@@ -3,6 +3,7 @@
 import anyio
 import pytest
 from odd_objects import NO_VALUES, OUTPUTS, Flags, Level, Whole
+from patience import HUNG
 from remote_parts import carry, served
 
 from vmibridge import BridgeHandler, BridgePacket, BridgeResponse, OutcomeKind
@@ -48,7 +49,7 @@ async def test_each_is_answered_over_a_connection_and_the_vm_goes_on(tmp_path):
         outcomes.append(outcome)
 
     url = f"unix:{tmp_path / 'x.sock'}"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(url, Gives(), on_outcome=on_outcome) as server:
             await carry(FakeGuest(guest), url)
             while server.vms:

@@ -8,6 +8,7 @@ import re
 
 import anyio
 import pytest
+from patience import HUNG
 
 from vmibridge import BridgeHandler, BridgeResponse, TrapReason
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
@@ -55,7 +56,7 @@ class Witness(BridgeHandler[None]):
 
 async def results(machine, witness, arguments="", **given):
     """What the guest says of each case, in its order."""
-    with anyio.fail_after(120):
+    with anyio.fail_after(HUNG):
         async with machine.host(witness):
             options = "-serial stdio"
             assert (
@@ -87,7 +88,7 @@ async def test_a_trap_leaves_what_the_hardware_leaves(machine, kind):
 @pytest.mark.parametrize("options", ["-icount shift=0", "-accel tcg,one-insn-per-tb=on"])
 async def test_it_does_in_other_modes_of_the_translator(machine, options):
     witness = Witness()
-    with anyio.fail_after(120):
+    with anyio.fail_after(HUNG):
         async with machine.host(witness):
             more = f"-serial stdio {options}"
             assert await machine.run(guest="states", options=more, KIND=VMCALL) == ALL_RIGHT
@@ -137,7 +138,7 @@ async def test_flags_of_the_system_stay_when_a_vcpu_is_stopped_in_a_trap(
     said = tmp_path / "said"
     options = f"-serial file:{said} -no-reboot"
     handler = Stopped()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with anyio.create_task_group() as handler.tasks, machine.host(handler):
             command = machine.start(f",inside={inside}", guest="kicked", options=options, KIND=kind)
             async with command as handler.qemu:

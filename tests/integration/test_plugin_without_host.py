@@ -10,6 +10,7 @@ import anyio
 import msgspec
 import pytest
 from micro_guest import Work
+from patience import HUNG
 
 from vmibridge.backends.qemu.process import QemuProcess
 
@@ -49,7 +50,7 @@ class Polling:
 @pytest.mark.parametrize("inside", ["on", "off"])
 async def test_a_poll_without_a_host_is_native_or_skipped(machine, absent, how, without, inside):
     arguments = f",absent={absent},inside={inside}"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with Polling(machine, arguments, how) as guest:
             assert await guest.letter() == without
             for _ in range(2):
@@ -68,7 +69,7 @@ async def test_a_poll_waits_for_a_host_and_sees_nothing_of_its_change(machine, h
         while True:
             letters.append(await guest.letter())
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with Polling(machine, f",absent=wait,inside={inside}", how) as guest:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(listen, guest)
@@ -95,7 +96,7 @@ async def end(qemu, way):
 
 @pytest.mark.parametrize("way", ["quit", "SIGTERM"])
 async def test_a_qemu_whose_vcpu_waits_for_a_host_can_be_ended(machine, way):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with Polling(machine, ",absent=wait,patience=3000", VMCALL) as guest:
             await end(guest.qemu, way)
             assert await guest.qemu.wait() == 0
@@ -103,7 +104,7 @@ async def test_a_qemu_whose_vcpu_waits_for_a_host_can_be_ended(machine, way):
 
 async def test_a_guest_whose_vcpu_waits_can_be_paused_reset_and_goes_on(machine):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with Polling(machine, ",absent=wait,patience=3000", VMCALL) as guest:
             await guest.qemu.qmp.execute("stop")
             status = await guest.qemu.qmp.execute("query-status", Status)
@@ -134,7 +135,7 @@ async def test_a_qemu_whose_host_is_stopped_in_a_trap_can_be_ended(machine, way)
             taken.set()
             await anyio.sleep_forever()
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         listener = await anyio.create_unix_listener(machine.socket)
         async with listener, anyio.create_task_group() as tasks:
             tasks.start_soon(listener.serve, host)

@@ -21,6 +21,7 @@ from micro_guest import (
     OfAnother,
     Work,
 )
+from patience import HUNG
 from served_machine import shared_ram_reads
 
 from vmibridge import open_backend
@@ -41,7 +42,7 @@ under_tcg = pytest.mark.parametrize("machine", ["system", "new"], indirect=True)
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_every_trap_instruction_of_every_vcpu_is_answered(machine, cpus):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         assert await machine.run(work, HOW=ALL, CPUS=cpus, COUNT=90) == ALL_RIGHT
     assert machine.outcomes == {"handled": 90 * cpus}
     assert work.calls == dict.fromkeys(range(cpus), 90)
@@ -50,7 +51,7 @@ async def test_every_trap_instruction_of_every_vcpu_is_answered(machine, cpus):
 
 
 async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         assert await machine.run(Work(), METHOD=REVERSE, CPUS=2, COUNT=50) == ALL_RIGHT
     assert machine.outcomes == {"handled": 100}
 
@@ -61,7 +62,7 @@ async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
 @pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_many_thousand_traps_of_two_vcpus(machine, count):
     work = Work()
-    with anyio.fail_after(180):
+    with anyio.fail_after(HUNG):
         assert await machine.run(work, CPUS=2, COUNT=count) == ALL_RIGHT
     assert work.calls == {0: count, 1: count}
 
@@ -70,7 +71,7 @@ async def test_many_thousand_traps_of_two_vcpus(machine, count):
 @pytest.mark.parametrize(("user", "ring"), [(0, 0), (1, 3)])
 async def test_the_handler_of_undefined_instructions_finds_every_hypercall(machine, user, ring):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         assert await machine.run(work, ud=True, HOW=VMCALL, USER=user, COUNT=90) == ALL_RIGHT
     assert machine.outcomes == {"handled": 90}
     assert work.where == {("vmcall", 3, 64, ring)}
@@ -80,13 +81,13 @@ async def test_the_handler_of_undefined_instructions_finds_every_hypercall(machi
 @pytest.mark.parametrize("cpus", [1, 2])
 @pytest.mark.parametrize("ud", [False, True], ids=["sites", "ud"])
 async def test_what_is_not_ours_runs_natively(machine, cpus, ud):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         status = await machine.run(OfAnother(), ud=ud, HOW=ALL, CPUS=cpus, COUNT=30, NATIVE=1)
     assert (status, machine.outcomes) == (ALL_RIGHT, {})
 
 
 async def test_with_kvm_too_what_is_not_ours_runs_natively(machine):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         assert await machine.run(OfAnother(), HOW=CPUID, CPUS=2, COUNT=30, NATIVE=1) == ALL_RIGHT
     assert not machine.outcomes
 
@@ -95,7 +96,7 @@ async def test_with_kvm_too_what_is_not_ours_runs_natively(machine):
 async def test_a_host_that_stops_leaves_a_guest_that_runs_natively(machine, cpus):
     """It makes calls without end: when it is let go, it sees that they are not answered."""
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         guest = machine.guest(HOW=CPUID, CPUS=cpus, COUNT=ENDLESS)
         async with guest, machine.host(work) as server:
             await work.begun.wait()
@@ -106,7 +107,7 @@ async def test_a_host_that_stops_leaves_a_guest_that_runs_natively(machine, cpus
 
 async def test_a_host_that_is_cancelled_in_a_trap_lets_go_of_the_guest(machine):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, METHOD=HOLD, COUNT=ENDLESS):
             with anyio.CancelScope() as scope:
                 async with machine.host(work):
@@ -116,7 +117,7 @@ async def test_a_host_that_is_cancelled_in_a_trap_lets_go_of_the_guest(machine):
 
 
 async def test_a_guest_that_runs_can_be_joined_and_left_again(machine):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, NATIVE=1, COUNT=ENDLESS):
             await machine.command("cont")
             async with open_backend(machine.spec()):
@@ -141,7 +142,7 @@ async def test_breakpoints_are_armed_after_a_reset(machine):
         machine.backend.was_reset()
 
     work.at_hundred = reset
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, COUNT=ENDLESS), machine.host(work) as server:
             await work.again.wait()
             server.stop()
@@ -158,7 +159,7 @@ async def test_a_monitor_tells_of_a_reset(machine, tmp_path):
             await anyio.sleep(0.01)
 
     work.at_hundred = reset
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with (
             machine.guest("-qmp", f"unix:{own},server=on,wait=off", HOW=CPUID, COUNT=ENDLESS),
             machine.host(work, f"&qmp={own}") as server,
@@ -169,7 +170,7 @@ async def test_a_monitor_tells_of_a_reset(machine, tmp_path):
 
 
 async def test_without_its_monitor_a_guest_is_served_all_the_same(machine, tmp_path, caplog):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         status = await machine.run(Work(), f"&qmp={tmp_path / 'none'}", COUNT=50)
     assert (status, machine.outcomes) == (ALL_RIGHT, {"handled": 50})
     assert "its monitor does not report resets" in caplog.text
@@ -181,7 +182,7 @@ async def test_memory_that_qemu_shares_is_read_from_its_file(machine, tmp_path, 
     found = shared_ram_reads(monkeypatch)
     backend = f"memory-backend-file,id=ram,size=32M,mem-path={ram},share=on"
     more = ["-object", backend, "-machine", "memory-backend=ram"]
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with (
             machine.guest(*more, METHOD=REVERSE, COUNT=20),
             machine.host(Work(), f"&ram={ram}"),
@@ -201,7 +202,7 @@ async def test_a_memory_file_that_is_none_is_told(machine, tmp_path):
 
 async def test_a_qemu_that_is_killed_in_a_trap_is_lost(machine):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.guest(METHOD=HOLD), machine.host(work):
             await work.begun.wait()
             machine.process.send_signal(signal.SIGKILL)

@@ -10,6 +10,7 @@ import anyio
 import pytest
 from gdb_machine import machine_of
 from micro_guest import ALL_RIGHT, CPUID, VMCALL, VMMCALL, Work
+from patience import HUNG
 
 pytestmark = pytest.mark.anyio
 
@@ -27,7 +28,7 @@ async def run(machine, build_guest, handler, **defines):
     machine.sites = list(dict.fromkeys(struct.unpack_from("<2I", image.read_bytes(), 32)))
     if defines["CASE"] in (BASE, OTHER_BASE, SHADOW, REWRITTEN, KICKED):
         machine.sites.pop()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.booted("-S", "-kernel", str(image)), machine.host(handler):
             pass
     return machine.status
@@ -95,7 +96,7 @@ async def test_a_boot_sector_at_07c0_goes_on_behind_its_trap(machine, build_gues
     (offset,) = struct.unpack_from("<H", image.read_bytes(), 508)
     machine.sites = [0x7C00 + offset]
     disk = f"file={image},format=raw,if=floppy"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.booted("-S", "-drive", disk), machine.host(Work()):
             pass
     assert machine.status == ALL_RIGHT

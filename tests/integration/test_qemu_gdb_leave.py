@@ -8,6 +8,7 @@ import anyio
 import pytest
 from gdb_machine import machine_of
 from micro_guest import Work
+from patience import HUNG
 
 from vmibridge import open_backend
 from vmibridge.backends.qemu.gdb.packets import encode
@@ -29,7 +30,7 @@ class Poller:
 
     @asynccontextmanager
     async def polling(self, *more):
-        with anyio.fail_after(120):
+        with anyio.fail_after(HUNG):
             async with self.machine.booted(*more, "-kernel", str(self.image)):
                 yield
                 assert self.machine.process.returncode is None, "the guest saw something else"

@@ -10,6 +10,7 @@ import anyio
 import pytest
 from gdb_machine import machine_of
 from micro_guest import ALL, CPUID, ENDLESS, INVERT, MASK64, Work
+from patience import HUNG
 from qcow2 import empty_disk
 
 from vmibridge import BridgeResponse, method, open_backend
@@ -65,7 +66,7 @@ any_accelerator = pytest.mark.parametrize("machine", ["system", "new", "kvm"], i
 @any_accelerator
 async def test_a_vm_that_is_stopped_and_let_go_on_is_served(machine):
     work = Held()
-    with anyio.fail_after(120):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, COUNT=ENDLESS), machine.host(work) as server:
             for _ in range(5):
                 await work.further(10)
@@ -80,7 +81,7 @@ async def test_a_vm_that_is_stopped_and_let_go_on_is_served(machine):
 
 async def test_a_stop_in_a_trap_is_carried_out_behind_it(machine, tmp_path):
     work = Held()
-    with anyio.fail_after(120):
+    with anyio.fail_after(HUNG):
         async with (
             machine.guest(HOW=CPUID, COUNT=ENDLESS),
             machine.host(work, f"&stop-log={tmp_path / 'log'}") as server,
@@ -98,7 +99,7 @@ async def test_a_stop_in_a_trap_is_carried_out_behind_it(machine, tmp_path):
 
 async def test_a_vm_that_is_let_go_on_in_a_trap_stays_in_it(machine):
     work = Held()
-    with anyio.fail_after(120):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, COUNT=ENDLESS), machine.host(work) as server:
             await work.hold_the_next()
             count = work.count
@@ -115,7 +116,7 @@ async def test_a_vm_that_is_let_go_on_in_a_trap_stays_in_it(machine):
 async def test_the_answer_to_a_trap_that_a_reset_took_is_dropped(machine, caplog):
     """Nobody tells the host of it."""
     work = Held()
-    with anyio.fail_after(120):
+    with anyio.fail_after(HUNG):
         async with machine.guest(HOW=CPUID, COUNT=ENDLESS), machine.host(work) as server:
             await work.hold_the_next()
             await machine.command("system_reset")
@@ -130,7 +131,7 @@ async def test_the_answer_to_a_trap_that_a_reset_took_is_dropped(machine, caplog
 async def test_a_vm_that_others_had_paused_before_the_host_came_stays_paused(machine, tmp_path):
     work, own = Held(), tmp_path / "q2"
     monitor = ("-qmp", f"unix:{own},server=on,wait=off")
-    with anyio.fail_after(120):
+    with anyio.fail_after(HUNG):
         async with machine.guest(*monitor, HOW=CPUID, NATIVE=1, COUNT=ENDLESS):
             await machine.command("cont")
             await machine.command("stop")

@@ -18,6 +18,7 @@ from micro_guest import (
     VMMCALL,
     Work,
 )
+from patience import HUNG
 from served_machine import shared_ram_reads
 from waiting import until
 
@@ -51,7 +52,7 @@ class Migration(msgspec.Struct):
 @pytest.mark.no_cover
 async def test_two_vcpus_at_a_time(machine, how):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(work):
             assert await machine.run(HOW=how, COUNT=600, AP_COUNT=450) == ALL_RIGHT
     assert {(width, ring) for *_, width, ring in work.where} == {(64, 0)}
@@ -62,7 +63,7 @@ async def test_two_vcpus_at_a_time(machine, how):
 @pytest.mark.no_cover
 async def test_a_slow_handler_holds_its_own_vcpu_alone(machine):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with (
             machine.host(work),
             machine.start(COUNT=1000, AP_COUNT=1, AP_METHOD=SLOW) as qemu,
@@ -80,7 +81,7 @@ async def test_a_slow_handler_holds_its_own_vcpu_alone(machine):
 @pytest.mark.parametrize("count", [2500, pytest.param(100_000, marks=pytest.mark.slow)])
 async def test_many_thousand_traps_of_two_vcpus(machine, count):
     work = Work()
-    with anyio.fail_after(200):
+    with anyio.fail_after(HUNG):
         async with machine.host(work):
             assert await machine.run(HOW=CPUID, COUNT=count, AP_COUNT=count) == ALL_RIGHT
     assert machine.outcomes == {"handled": 2 * count}
@@ -91,7 +92,7 @@ async def test_many_thousand_traps_of_two_vcpus(machine, count):
 @pytest.mark.parametrize("arguments", ["", ",absent=wait"])
 async def test_a_reset_begins_anew_with_traps_that_are_answered(machine, arguments):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(work), machine.start(arguments, COUNT=MANY) as qemu:
             await until(lambda: work.calls[0] > FEW)
             await qemu.qmp.execute("system_reset")
@@ -103,7 +104,7 @@ async def test_a_reset_begins_anew_with_traps_that_are_answered(machine, argumen
 async def test_a_reset_in_a_trap_comes_after_its_answer(machine):
     """QEMU waits with a reset, as with a pause, until no vCPU is in a trap."""
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with (
             machine.host(work),
             machine.start(METHOD=SLOW, COUNT=MANY) as qemu,
@@ -124,7 +125,7 @@ async def test_a_reset_in_a_trap_comes_after_its_answer(machine):
 @pytest.mark.no_cover
 async def test_a_paused_guest_sends_no_traps_and_goes_on(machine):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(work), machine.start(COUNT=MANY) as qemu:
             await until(lambda: work.calls[0] > FEW)
             await qemu.qmp.execute("stop")
@@ -140,7 +141,7 @@ async def test_a_paused_guest_sends_no_traps_and_goes_on(machine):
 async def test_a_guest_that_is_saved_to_a_file_goes_on_in_another_qemu(machine, tmp_path):
     """Each of its calls is made once, with both."""
     work, saved = Work(), f"file:{tmp_path / 'state'}"
-    with anyio.fail_after(90):
+    with anyio.fail_after(HUNG):
         async with machine.host(work), machine.start(COUNT=MANY) as first:
             await until(lambda: work.calls[0] > FEW)
             await first.qmp.execute("stop")
@@ -167,7 +168,7 @@ async def migration(qemu):
 async def test_a_qemu_that_quits_in_a_trap_cancels_its_handler(machine):
     """It does not wait for the answer: the vCPU gives the trap up."""
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(work), machine.start(METHOD=SLOW) as qemu:
             await work.begun.wait()
             await qemu.quit()
@@ -181,7 +182,7 @@ async def test_a_qemu_that_quits_in_a_trap_cancels_its_handler(machine):
 async def test_a_host_that_follows_another_goes_on_where_it_stopped(machine):
     """With `absent=wait` a guest sees nothing of it."""
     first, second = Work(), Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.start(",absent=wait", COUNT=MANY) as qemu:
             async with machine.host(first) as server:
                 await until(lambda: first.calls[0] > FEW)
@@ -210,7 +211,7 @@ async def killed_after_an_answer(host_command):
 
 
 async def test_a_trap_is_asked_again_when_a_host_that_was_killed_comes_back(machine, host_command):
-    with anyio.fail_after(90):
+    with anyio.fail_after(HUNG):
         async with machine.start(",absent=wait", HOW=CPUID, COUNT=ENDLESS) as qemu:
             for _ in range(3):
                 await killed_after_an_answer(host_command)
@@ -224,7 +225,7 @@ async def test_a_trap_is_asked_again_when_a_host_that_was_killed_comes_back(mach
 
 async def test_a_trap_runs_natively_when_its_host_is_killed(machine, host_command):
     statuses = []
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(killed_after_an_answer, host_command)
             while not machine.socket.exists():
@@ -239,7 +240,7 @@ async def test_memory_that_qemu_shares_is_read_from_its_file(machine, tmp_path, 
     found = shared_ram_reads(monkeypatch)
     options = f"-object memory-backend-file,id=ram,size=32M,mem-path={ram},share=on"
     options += " -machine memory-backend=ram"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(Work()):
             status = await machine.run(f",ram={ram}", options=options, METHOD=REVERSE, COUNT=50)
     assert (status, machine.outcomes) == (ALL_RIGHT, {"handled": 50})
@@ -248,7 +249,7 @@ async def test_memory_that_qemu_shares_is_read_from_its_file(machine, tmp_path, 
 
 
 async def test_a_memory_file_that_is_not_there_is_told(machine, tmp_path):
-    with anyio.fail_after(30):
+    with anyio.fail_after(HUNG):
         assert await machine.run(f",ram={tmp_path / 'none'}") == 1
     assert "cannot open the file of ram=" in machine.done.stderr.decode()
 
@@ -256,7 +257,7 @@ async def test_a_memory_file_that_is_not_there_is_told(machine, tmp_path):
 @pytest.mark.parametrize("how", [CPUID, VMCALL, VMMCALL], ids=["cpuid", "vmcall", "vmmcall"])
 async def test_a_32_bit_guest(machine, how):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(work):
             assert await machine.run(guest="micro32", HOW=how, COUNT=500) == ALL_RIGHT
     assert {(width, ring) for *_, width, ring in work.where} == {(32, 0)}
@@ -264,7 +265,7 @@ async def test_a_32_bit_guest(machine, how):
 
 async def test_a_32_bit_qemu(machine, qemu_i386):
     work, machine.qemu = Work(), qemu_i386
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(work):
             assert await machine.run(guest="micro32", HOW=VMCALL, COUNT=500) == ALL_RIGHT
     assert {(width, ring) for *_, width, ring in work.where} == {(32, 0)}

@@ -22,6 +22,7 @@ from micro_guest import (
     Work,
 )
 from needs import needs
+from patience import HUNG
 
 from vmibridge.backends.qemu.plugin.build import build_plugin
 from vmibridge.errors import BackendError
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.anyio
 
 async def test_each_instruction_is_answered(machine):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(work):
             assert await machine.run(HOW=ALL, COUNT=900) == ALL_RIGHT, machine.done.stderr
     assert machine.outcomes == {"handled": 900}
@@ -40,7 +41,7 @@ async def test_each_instruction_is_answered(machine):
 
 
 async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(Work()):
             assert await machine.run(METHOD=REVERSE, COUNT=200) == ALL_RIGHT
     assert machine.outcomes == {"handled": 200}
@@ -49,7 +50,7 @@ async def test_a_handler_reads_and_writes_the_memory_of_the_guest(machine):
 @pytest.mark.no_cover
 @pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.slow)])
 async def test_many_thousand_traps(machine, count):
-    with anyio.fail_after(120):
+    with anyio.fail_after(HUNG):
         async with machine.host(Work()):
             assert await machine.run(HOW=VMCALL, COUNT=count) == ALL_RIGHT
     assert machine.outcomes == {"handled": count}
@@ -61,7 +62,7 @@ async def test_the_host_may_start_last(machine):
     async def run():
         statuses.append(await machine.run(",absent=wait,verbose=on", COUNT=50))
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run)
             await anyio.sleep(1)
@@ -74,7 +75,7 @@ async def test_the_host_may_start_last(machine):
 
 @pytest.mark.parametrize("arguments", ["", ",absent=wait,patience=0.3"])
 async def test_without_a_host_the_guest_goes_on_natively(machine, arguments):
-    with anyio.fail_after(30):
+    with anyio.fail_after(HUNG):
         assert await machine.run(arguments, HOW=CPUID) == NOT_ANSWERED
 
 
@@ -84,7 +85,7 @@ async def test_a_host_that_stops_lets_the_guest_go_on_natively(machine):
     async def run():
         statuses.append(await machine.run(HOW=CPUID, COUNT=ENDLESS))
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with anyio.create_task_group() as tasks, machine.host(work) as server:
             tasks.start_soon(run)
             await work.begun.wait()
@@ -95,7 +96,7 @@ async def test_a_host_that_stops_lets_the_guest_go_on_natively(machine):
 
 async def test_a_qemu_that_is_killed_in_a_trap_is_lost(machine):
     work = Work()
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with (
             machine.host(work),
             opened(machine.command(METHOD=HOLD)) as process,
@@ -107,7 +108,7 @@ async def test_a_qemu_that_is_killed_in_a_trap_is_lost(machine):
 
 
 async def test_what_is_not_ours_is_not_trapped(machine):
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with machine.host(OfAnother()) as server:
             assert await machine.run(HOW=CPUID) == NOT_ANSWERED
     assert not machine.outcomes
@@ -119,14 +120,14 @@ async def test_what_is_not_ours_is_not_trapped(machine):
     ["magic=x", "patience=soon", "absent=maybe", "cpuid=perhaps", "compat=", "what=1"],
 )
 async def test_a_wrong_argument_is_named(machine, wrong):
-    with anyio.fail_after(30):
+    with anyio.fail_after(HUNG):
         assert await machine.run(f",{wrong}") == 1
     assert f"vmibridge plugin: wrong argument: {wrong}" in machine.done.stderr.decode()
 
 
 async def test_a_socket_is_needed(machine):
     command = [part.partition(",socket=")[0] for part in machine.command()]
-    with anyio.fail_after(30):
+    with anyio.fail_after(HUNG):
         done = await run_beside(command)
     assert done.returncode == 1
     assert b"needs socket=PATH" in done.stderr
@@ -172,6 +173,6 @@ def test_a_qemu_of_another_plugin_api_is_told_both_versions(plugin, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["verbose=maybe", "ram=/none"])
 async def test_an_argument_that_makes_no_sense_ends_qemu(machine, wrong):
-    with anyio.fail_after(30):
+    with anyio.fail_after(HUNG):
         assert await machine.run(f",{wrong}") == 1
     assert b"vmibridge plugin: " in machine.done.stderr

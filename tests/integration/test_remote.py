@@ -4,6 +4,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from base_handlers import StandardHandler
+from patience import HUNG
 from remote_parts import Certificates, Echo, carry, served
 
 from vmibridge import BridgeResponse, method, open_backend
@@ -40,7 +41,7 @@ async def run(ends, image, *handlers, options="", **settings):
         outcomes.append(outcome)
 
     there, here = ends
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(
             there, *handlers, settings=ServerSettings(**settings), on_outcome=on_outcome
         ) as server:
@@ -144,7 +145,7 @@ class TestTime:
             agent, end = await carry(
                 open_backend(f"unicorn:{guest_code(code)}"), here(server), deadline=0.1
             )
-            with anyio.fail_after(10):
+            with anyio.fail_after(HUNG):
                 while not outcomes:
                     await anyio.sleep(0.001)
         assert end.vcpus[0].registers["rax"] == 0xBAD

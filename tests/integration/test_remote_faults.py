@@ -9,6 +9,7 @@ import random
 
 import anyio
 import pytest
+from patience import HUNG
 from remote_parts import AT, Adds, Late, Proxy, served
 
 from vmibridge import BridgePacket, BridgeResponse, method
@@ -89,7 +90,7 @@ async def carry_through(tmp_path, traps, *, every=60, seed=7):
         async with vm:
             agent = Agent(vm, f"unix:{here}", longest_pause=0.01)
             end = await agent.run()
-        with anyio.fail_after(30):
+        with anyio.fail_after(HUNG):
             while server.vms:
                 await anyio.sleep(0.001)
     count = traps // VCPUS * VCPUS
@@ -170,7 +171,7 @@ async def test_a_server_that_is_started_anew_refuses_what_may_have_run(tmp_path,
         except* Lost:
             pass
         async with served(url, Adds(), settings=settings, on_end=on_end) as server:
-            with anyio.fail_after(30):
+            with anyio.fail_after(HUNG):
                 while len(answers) < 2 or server.vms:
                     await anyio.sleep(0.001)
     assert ran == [1]

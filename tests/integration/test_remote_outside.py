@@ -4,6 +4,7 @@ import anyio
 import pytest
 from determinism_parts import MEMORY, ask, loop_of
 from outside_parts import LAST, CutOff, Outer, guest_of
+from patience import HUNG
 from remote_parts import carry, served
 
 from vmibridge import Bridge, BridgeServer, open_backend
@@ -28,7 +29,7 @@ async def recorded_at_a_server(folder, codes=EACH):
     packets = [ask(code, 1 if code == 5 else 20, 0, 1) for code in codes]
     guest = FakeGuest(guest_of(*packets), memory=MEMORY, vm="vm")
     path = folder / "run.mcap"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(url, Outer(), taps=lambda vm: [Recorder(path)]) as server:
             await carry(guest, url)
             while server.vms:
@@ -55,7 +56,7 @@ def test_a_server_records_it_and_a_replay_gives_it(tmp_path, loop):
 async def at_another_server(path, folder, handler, options="", refusal=None):
     url = f"unix:{folder}/s.sock"
     backend = open_backend(f"replay:{path}{options}")
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(url, handler):
             if refusal is None:
                 await carry(backend, url)

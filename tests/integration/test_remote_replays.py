@@ -2,6 +2,7 @@
 
 import anyio
 import pytest
+from patience import HUNG
 from remote_parts import carry, served
 
 from vmibridge import (
@@ -94,7 +95,7 @@ async def carried(url, backend, handler):
     async def on_outcome(outcome):
         outcomes.append(outcome)
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(url, handler, on_outcome=on_outcome) as server:
             agent, end = await carry(backend, url)
             while server.vms:
@@ -135,7 +136,7 @@ async def test_one_that_is_told_to_wait_asks_again(path, tmp_path):
             handler.let_go.set()
 
     url = f"unix:{tmp_path}/s.sock"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(url, handler, on_outcome=on_outcome):
             await carry(backend, url)
     assert waits >= 3
@@ -166,7 +167,7 @@ async def test_what_comes_behind_a_retry_that_was_made_up_is_answered(tmp_path):
 
     backend = open_backend(f"replay:{path}?loop=2")
     url = f"unix:{tmp_path}/s.sock"
-    with anyio.fail_after(60):
+    with anyio.fail_after(HUNG):
         async with served(url, slower, on_outcome=on_outcome):
             agent, _ = await carry(backend, url)
     assert waits >= 3

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 
 import anyio
 import pytest
+from patience import HUNG
 from remote_parts import Certificates, Echo, FakeAgent, frame_of, served, trap
 
 from vmibridge.errors import (
@@ -55,7 +56,7 @@ class Served:
     async def goes_on(self):
         self.seq += 1
         self.link.post(frame_of(trap(self.seq, value=self.seq)))
-        with anyio.fail_after(10):
+        with anyio.fail_after(HUNG):
             (answer,) = await self.link.receive()
         assert (answer.seq, answer.rax) == (self.seq, ~self.seq & MASK)
 
@@ -79,7 +80,7 @@ def connecting(made, port, *, name="agent.example", expects="localhost", **optio
 
 
 async def is_refused(how, kind=ConnectionLostError, match=""):
-    with anyio.fail_after(10), pytest.raises(kind, match=match):
+    with anyio.fail_after(HUNG), pytest.raises(kind, match=match):
         async with how:
             raise AssertionError("welcome")
 
@@ -150,7 +151,7 @@ class TestCertificates:
             async with FakeBackend() as vm, anyio.create_task_group() as tasks:
                 agent = Agent(vm, url, longest_pause=0.01)
                 tasks.start_soon(agent.run)
-                with anyio.fail_after(10):
+                with anyio.fail_after(HUNG):
                     while "is not accepted" not in caplog.text:
                         await anyio.sleep(0.001)
                 agent.stop()
@@ -219,7 +220,7 @@ class TestPeersThatDoNotKeepToIt:
                     await crowd.pop(0).aclose()
                 if number % 100 == 0:
                     await there.goes_on()
-            with anyio.fail_after(30):
+            with anyio.fail_after(HUNG):
                 while there.server.refused < count - len(crowd) - LIMITS.handshakes:
                     await anyio.sleep(0.01)
             await there.goes_on()
@@ -242,7 +243,7 @@ class TestPeersThatDoNotKeepToIt:
             await agent.hello()
             (there,) = server._listener._connections
             pings = encode(Ping()) * 1000
-            with anyio.fail_after(30):
+            with anyio.fail_after(HUNG):
                 while not there.closed:
                     with suppress(BlockingIOError, BrokenPipeError):
                         agent.connection._socket.send(pings)
@@ -265,7 +266,7 @@ async def connecting_raw(made, port):
 
 
 async def hangs_up(peer):
-    with anyio.fail_after(10):
+    with anyio.fail_after(HUNG):
         try:
             while await peer.receive():
                 pass

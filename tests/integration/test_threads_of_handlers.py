@@ -7,6 +7,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from misbehaving import Misbehaves, run_guest
+from patience import HUNG
 
 from vmibridge import BridgeResponse, OutcomeKind, method
 from vmibridge.aio import sockets
@@ -53,7 +54,7 @@ async def test_a_recorder_goes_on(tmp_path):
     async def scenario(caller):
         try:
             await fill(caller, handler)
-            with anyio.fail_after(60):
+            with anyio.fail_after(HUNG):
                 return [(await caller.call(2)).kind for _ in range(3000)]
         finally:
             handler.go_on.set()
@@ -71,7 +72,7 @@ async def test_sockets_are_made_found_and_removed(tmp_path):
     async def scenario(caller):
         try:
             await fill(caller, handler)
-            with anyio.fail_after(60):
+            with anyio.fail_after(HUNG):
                 for _ in range(2):
                     sockets.close((await sockets.listen_unix(path, 0o600)).socket)
                 listener = socket.create_server(("127.0.0.1", 0))
@@ -98,7 +99,7 @@ async def test_a_recording_is_opened_and_read(tmp_path):
     async def scenario(caller):
         try:
             await fill(caller, handler)
-            with anyio.fail_after(60):
+            with anyio.fail_after(HUNG):
                 async with ReplayBackend(file) as backend:
                     return await backend._walk.source.read_on() != []
         finally:

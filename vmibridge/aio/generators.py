@@ -21,12 +21,12 @@ error, trio with the end of the run, and asyncio not at all.
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncGenerator
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator, Callable
 from operator import attrgetter
 from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 import anyio
+from sniffio import current_async_library
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -47,19 +47,16 @@ class Owner(Protocol):
     """Gets the scope that the task is in from `holder`."""
     holder: Any
 
-    @property
-    def is_current(self) -> bool:
-        """Whether this runs in the task of the handler itself."""
-
 
 LEFT: Final = object()
-"""In place of the task of an owner that was left. It is no task: a callback of the loop runs in the
-context of the handler, and in none."""
+"""In place of the task of an owner that was left, and is not to be entered again."""
 NONE_BEGUN: Final[dict[int, object]] = {}
 NONE_LEFT: Final[list[Generator]] = []
 """What an owner has before the first generator: most handlers have none."""
-OWNER: ContextVar[Owner | None] = ContextVar("vmibridge_generators", default=None)
-"""Set in the task of a handler; tasks that it starts have it, too, but are not current."""
+OWNERS: Final[dict[object, Owner]] = {}
+"""By the task of the handler, as its loop has it, from where that is entered to where it is left. A
+context variable would be one for the tasks that the handler starts, too, and two objects for each
+handler that waits."""
 
 
 class _Hooks:
@@ -67,11 +64,23 @@ class _Hooks:
 
     def __init__(self) -> None:
         self._loop = sys.get_asyncgen_hooks()
+        self._current_task: Callable[[], object] = asyncio.current_task
+        if current_async_library() == "trio":
+            import trio
+
+            self._current_task = trio.lowlevel.current_task
+
+    def _owner(self) -> Owner | None:
+        """That of the task that this runs in."""
+        try:
+            return OWNERS.get(self._current_task())
+        except RuntimeError:  # in a thread of the handler, or no task
+            return None
 
     def begin(self, generator: Generator) -> None:
         """A generator has its first step."""
-        owner = OWNER.get()
-        if owner is not None and owner.is_current:
+        owner = self._owner()
+        if owner is not None:
             if not owner.begun:
                 # It may still be `NONE_BEGUN`, which is that of all.
                 owner.begun, owner.left = {}, []
@@ -81,8 +90,8 @@ class _Hooks:
 
     def leave(self, generator: Generator) -> None:
         """A generator is in its middle, and nothing refers to it any more."""
-        owner = OWNER.get()
-        if owner is not None and id(generator) in owner.begun and owner.is_current:
+        owner = self._owner()
+        if owner is not None and id(generator) in owner.begun:
             owner.left.append(generator)
             # Where the scope is not the same, the generator may have opened it.
             same_scope = owner.current(owner.holder) is owner.begun[id(generator)]

@@ -42,7 +42,7 @@ from typing import Any, ClassVar, Protocol, Self
 import anyio
 from anyio._backends import _asyncio as anyio_on_asyncio
 
-from vmibridge.aio.generators import LEFT, NONE_BEGUN, NONE_LEFT, OWNER, Generator, Owner
+from vmibridge.aio.generators import LEFT, NONE_BEGUN, NONE_LEFT, OWNERS, Generator, Owner
 
 
 class HandlerScope(Owner, Protocol):
@@ -136,7 +136,7 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
             task = asyncio.current_task()
             assert task is not None
             self.begin(task)
-        OWNER.set(self)
+        OWNERS[self.task] = self
         return self
 
     def __exit__(
@@ -152,17 +152,10 @@ class AsyncioHandlerScope(anyio_on_asyncio.CancelScope):
         try:
             return bool(super().__exit__(kind, error, traceback))
         finally:
-            # Else circles, which only the garbage collector would end: a task has a context, and
-            # that has its owner.
+            OWNERS.pop(self.task, None)
+            # Else circles, which only the garbage collector would end.
             self.mark = self.holder = None
             self.task = LEFT
-
-    @property
-    def is_current(self) -> bool:
-        try:
-            return asyncio.current_task() is self.task
-        except RuntimeError:  # in a thread of the handler
-            return False
 
     @property
     def is_left_open(self) -> bool:

@@ -12,12 +12,11 @@ from operator import attrgetter
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self
 
-import trio
 from trio import CancelScope
 from trio._core._run import CancelStatus
 from trio.lowlevel import current_task
 
-from vmibridge.aio.generators import LEFT, NONE_BEGUN, NONE_LEFT, OWNER, Generator
+from vmibridge.aio.generators import LEFT, NONE_BEGUN, NONE_LEFT, OWNERS, Generator
 
 _MAX_UNUSED = 1024
 _UNUSED: Final[list[CancelStatus]] = []
@@ -54,7 +53,7 @@ class TrioHandlerScope:
             status._parent = parent
             parent._children.add(status)
         task._activate_cancel_status(status)
-        OWNER.set(self)
+        OWNERS[task] = self
         return self
 
     def __exit__(
@@ -66,27 +65,25 @@ class TrioHandlerScope:
         task, status = self.task, self.mark
         if task._child_nurseries or task._cancel_status is not status:
             self.close_left()
-        # Else circles, which only the garbage collector would end: a task has a context, and that
-        # has its owner.
+        OWNERS.pop(task, None)
+        # Else circles, which only the garbage collector would end.
         self.mark = self.holder = None
         self.task = LEFT
         scope = status._scope
         if error is not None or scope._cancel_called or task._cancel_status is not status:
             return bool(scope.__exit__(kind, error, traceback))
-        task._activate_cancel_status(status._parent)
-        is_clean = not (status._tasks or status._children or status.effectively_cancelled)
-        status.close()
+        parent = status._parent
+        task._activate_cancel_status(parent)
         scope._cancel_status = None
-        if is_clean and len(_UNUSED) < _MAX_UNUSED:
+        if status._tasks or status._children or status.effectively_cancelled:
+            status.close()
+            return False
+        # As `close` does where nothing is under it.
+        status._parent = None
+        parent._children.remove(status)
+        if len(_UNUSED) < _MAX_UNUSED:
             _UNUSED.append(status)
         return False
-
-    @property
-    def is_current(self) -> bool:
-        try:
-            return trio.lowlevel.current_task() is self.task
-        except RuntimeError:
-            return False
 
     @property
     def is_left_open(self) -> bool:

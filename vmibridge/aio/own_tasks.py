@@ -9,7 +9,7 @@ trap. So a task is made by the loop itself, and is still one of the task group:
   task is in its `HandlerScope` from the start, so it has one scope and not three.
 - What one of them raises ends the group, and comes out of it.
 
-On trio a nursery does all of this, and the group of anyio has one.
+On trio a nursery does all of this, and the group of anyio has one (`start_trio`).
 
 This takes what is not public in anyio: see `handler_scope`, and the nursery of a task group.
 """
@@ -17,16 +17,14 @@ This takes what is not public in anyio: see `handler_scope`, and the nursery of 
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 import anyio
 from anyio._backends import _asyncio as anyio_on_asyncio
 from anyio.abc import TaskGroup
 
 from vmibridge.aio.handler_scope import AsyncioHandlerScope
-
-Start: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]]], object]
-"""Start a task that runs a function without arguments."""
 
 
 class OwnTasks:
@@ -108,8 +106,17 @@ def own_tasks(group: TaskGroup) -> OwnTasks | None:
     return OwnTasks(group) if isinstance(group, anyio_on_asyncio.TaskGroup) else None
 
 
-def starter(group: TaskGroup) -> Start:
-    """What starts a task in a group, which has to be entered, and returns nothing of it."""
+def starter(
+    group: TaskGroup, function: Callable[[], Coroutine[Any, Any, None]]
+) -> Callable[[], object]:
+    """What starts a task that runs `function` in a group, which has to be entered.
+
+    It returns nothing of that.
+    """
     nursery = getattr(group, "_nursery", None)
-    start: Start = group.start_soon if nursery is None else nursery.start_soon
-    return start
+    if nursery is None:
+        return partial(group.start_soon, function)
+    # Only here: trio is an extra.
+    from vmibridge.aio.start_trio import trio_starter
+
+    return trio_starter(nursery, function)

@@ -75,16 +75,18 @@ def _run(tokens: list[str]) -> int:
         from cyclopts import CycloptsError
 
         from vmibridge.cli.app import app_for
+        from vmibridge.cli.environment import Environment
     except ModuleNotFoundError:
         return _fail(str(MissingExtraError("the command line", "cli")), 2)
+    environment = Environment()
     try:
-        status = app_for(tokens)(
+        status = app_for(tokens, environment)(
             tokens, exit_on_error=False, print_error=False, result_action="return_value"
         )
     except CycloptsError as error:
         return _fail(f"{_wrong_usage(error, tokens)}; see 'vmibridge {_command(tokens)}--help'", 2)
     except _USAGE_ERRORS as error:
-        return _fail(str(error), 2)
+        return _fail(environment.explained(str(error)), 2)
     except VmiBridgeError as error:
         return _fail(str(error), 1)
     except ImportError as error:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from cyclopts import App
 
 from vmibridge import __version__
+from vmibridge.cli.environment import Environment
 from vmibridge.cli.help import HelpFormatter
 
 _GROUPS = {
@@ -133,7 +134,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """From the name of a command to its function and its summary."""
 
 
-def app_for(tokens: Iterable[str]) -> App:
+def app_for(tokens: Iterable[str], environment: Environment | None = None) -> App:
     """The whole command line, for these arguments."""
     given = set(tokens)
     app = App(
@@ -142,6 +143,7 @@ def app_for(tokens: Iterable[str]) -> App:
         version=__version__,
         help_formatter=HelpFormatter(),
         help_format="plaintext",
+        config=environment or Environment(),
     )
     groups = {name: App(name=name, help=text) for name, text in _GROUPS.items()}
     for group in groups.values():

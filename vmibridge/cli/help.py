@@ -3,6 +3,8 @@
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from vmibridge.cli.environment import variable_of
+
 if TYPE_CHECKING:
     from cyclopts.help import HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
@@ -56,8 +58,9 @@ def _text(entry: "HelpEntry") -> str:
     parts = [_plain(entry.description)]
     if entry.choices:
         parts.append(f"[choices: {', '.join(entry.choices)}]")
-    if entry.env_var:
-        parts.append(f"[env var: {', '.join(entry.env_var)}]")
+    named = [variable for name in entry.names if (variable := variable_of(name))]
+    if variables := dict.fromkeys([*(entry.env_var or ()), *named[:1]]):
+        parts.append(f"[env var: {', '.join(variables)}]")
     if entry.default is not None:
         parts.append(f"[default: {entry.default}]")
     if entry.required:

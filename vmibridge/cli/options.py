@@ -58,7 +58,6 @@ RENAME = Parameter(
 
 HEALTH_SOCKET = Parameter(
     group=CHECKS,
-    env_var="VMIBRIDGE_HEALTH_SOCKET",
     help="A unix socket where the event loop answers vmibridge health; an empty path is none.",
 )
 
@@ -78,7 +77,6 @@ Outcomes: TypeAlias = Annotated[
     Parameter(
         name="--outcomes",
         negative="--quiet",
-        env_var="VMIBRIDGE_OUTCOMES",
         group=CHECKS,
         help="Show each trap; --quiet: failures, one line a minute, and the summary.",
     ),
@@ -87,7 +85,6 @@ ExitZero: TypeAlias = Annotated[
     bool,
     Parameter(
         negative=(),
-        env_var="VMIBRIDGE_EXIT_ZERO",
         help="End with status 0, and not 129, 130 or 143, after a signal that stops.",
     ),
 ]

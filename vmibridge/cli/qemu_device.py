@@ -98,8 +98,8 @@ def attach(
     QEMU is 11.1 or later; its guest takes the device as any that is hot-plugged. Ctrl-C unplugs it
     and waits until QEMU has no more of it, for which the guest has to let go.
 
-    Exit status: 0 when QEMU or the user has ended it, 1 when the device cannot be plugged in or a
-    handler module failed, 2 for wrong usage.
+    Exit status: 0 when QEMU has ended, 130 after Ctrl-C, 1 when the device cannot be plugged in or
+    a handler module failed, 2 for wrong usage.
 
     Example: vmibridge qemu attach --qmp qmp.sock --handlers vmibridge.handlers.hello
     """

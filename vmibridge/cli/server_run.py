@@ -142,12 +142,16 @@ async def run_server(life: Life) -> int:
     received: list[int] = []
     failures: list[VmiBridgeError] = []
     run = anyio.CancelScope()
+    is_up = False
 
     def stop(number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping; %s", number.name, _MORE[min(len(received), 2)])
         life.health.stop_begins()
         server.stop(now=now)
-        if now:
+        if not is_up:
+            # A backend may wait for its VM for as long as it is told to.
+            run.cancel()
+        elif now:
             # The reader of standard output may have stopped reading.
             run.deadline = anyio.current_time() + LAST_LINES
 
@@ -173,6 +177,7 @@ async def run_server(life: Life) -> int:
                 async with AsyncExitStack() as stack:
                     for context in life.contexts:
                         await stack.enter_async_context(context)
+                    is_up = True
                     if life.beside is not None:
                         tasks.start_soon(_run_beside, life.beside, server, failures)
                     outcomes = server.run(life.until)

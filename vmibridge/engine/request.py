@@ -78,7 +78,7 @@ Invariants
 """
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -243,12 +243,10 @@ class Worker:
     Or the task of one request alone: see `workers`.
     """
 
-    __slots__ = ("context", "has_place", "on_wait", "request", "retires", "scope", "task")
+    __slots__ = ("context", "has_place", "request", "retires", "scope", "task")
 
     task: "asyncio.Task[object] | None"
     """Its own, on asyncio: a handler may cancel it behind the engine's back."""
-    on_wait: Callable[[], None]
-    """Called once for a trap, right before the worker is first suspended at it."""
     scope: HandlerScope
     """What is cancelled to overtake it. A spent one is replaced, together with `request`."""
     request: "Request"

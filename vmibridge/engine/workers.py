@@ -50,7 +50,7 @@ from vmibridge.aio.coroutines import asyncio_task, run_inline
 from vmibridge.aio.generators import watch_generators
 from vmibridge.aio.handler_scope import AsyncioHandlerScope
 from vmibridge.aio.loops import handler_scopes
-from vmibridge.aio.own_tasks import OwnTasks, Start, own_tasks, starter
+from vmibridge.aio.own_tasks import OwnTasks, own_tasks, starter
 from vmibridge.bridge.context import BridgeContext, Source
 from vmibridge.bridge.dispatch import Bridge, Entry
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
@@ -154,17 +154,18 @@ class Workers:
         self._cancelled = anyio.get_cancelled_exc_class()
         self._stopping = self._cancelling = self._logged_narrow = False
         self._narrowest = backend.architecture.narrowest
-        self._start: Start
+        self._start: Callable[[], object]
         self._starting = 0  # workers of trio that have not run yet
         self._own_tasks: OwnTasks | None = None
         self._all: set[Worker] = set()
+        self._on_wait = self._suspended  # once: each worker would have its own
 
     def start(self, tasks: TaskGroup) -> None:
         """Answer traps, in tasks of this group, until the lanes are closed and empty.
 
         The group does not end before `guest_ended`.
         """
-        self._start, self._own_tasks = starter(tasks), own_tasks(tasks)
+        self._start, self._own_tasks = starter(tasks, self._work), own_tasks(tasks)
         watch_generators()
         self.deadlines.start(tasks)
         self._promote()
@@ -178,7 +179,6 @@ class Workers:
         # On trio it is asked for in vain, at the price of an error.
         worker.task = None if self._own_tasks is None else asyncio_task()
         worker.has_place = worker.retires = False
-        worker.on_wait = partial(self._suspended, worker)
         self._all.add(worker)
         try:
             while not worker.retires:
@@ -195,15 +195,18 @@ class Workers:
                         raise
         finally:
             self._all.discard(worker)
-            # Else circles, which only the garbage collector would end.
-            del worker.on_wait
+            # Else a circle, which only the garbage collector would end.
             worker.request.worker = None
-        if self.lanes.has_ready:
+        if self._own_tasks is None and self.lanes.ready > self._starting and not self.lanes.idle:
+            # One for each: waiting for one worker, those of a turn would sleep and wake in waves.
+            self._starting += 1
+            self._start()
+        elif self.lanes.has_ready:
             self._promote()
 
     async def _answer_traps(self, worker: Worker) -> bool:
         """Answer traps while there are any; returns whether to go on with a new scope."""
-        lanes, request, on_wait = self.lanes, worker.request, worker.on_wait
+        lanes, request, on_wait = self.lanes, worker.request, partial(self._on_wait, worker)
         while True:
             event = lanes.get_nowait()
             if event is None:
@@ -260,7 +263,7 @@ class Workers:
             # Whichever of them runs first takes the first trap.
             count = self._starting = min(max(1, lanes.ready), _AT_ONCE)
         for _ in range(count):
-            self._start(self._work)
+            self._start()
 
     # --- one trap -------------------------------------------------------------------
 

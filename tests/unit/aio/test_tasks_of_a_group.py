@@ -1,17 +1,20 @@
-"""Tasks of asyncio that a task group holds without a handle of anyio's for each."""
+"""Tasks that a task group holds without a handle of anyio's for each."""
 
 import asyncio
 from contextlib import suppress
+from contextvars import ContextVar
 
 import anyio
 import anyio.lowlevel
 import pytest
+import trio
 
 from vmibridge.aio.handler_scope import AsyncioHandlerScope
 from vmibridge.aio.own_tasks import own_tasks, starter
 
 LOOPS = [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True}), ("trio", {})]
 on_asyncio = pytest.mark.parametrize("anyio_backend", LOOPS[:2], ids=["asyncio", "uvloop"])
+on_trio = pytest.mark.parametrize("anyio_backend", LOOPS[2:], ids=["trio"])
 pytestmark = pytest.mark.anyio
 
 
@@ -200,6 +203,74 @@ async def test_what_a_starter_starts_ends_before_its_group():
         steps.append(True)
 
     async with anyio.create_task_group() as group:
-        starter(group)(body)
+        starter(group, body)()
         assert not steps
     assert steps == [True]
+
+
+async def test_what_a_starter_starts_is_cancelled_with_its_group():
+    async def body():
+        begun.set()
+        await anyio.sleep_forever()
+
+    begun = anyio.Event()
+    async with anyio.create_task_group() as group:
+        start_one = starter(group, body)
+        start_one()
+        await begun.wait()
+        group.cancel_scope.cancel()
+        start_one()
+
+
+async def test_an_error_in_what_a_starter_starts_ends_its_group():
+    async def fails():
+        raise LookupError
+
+    async def run():
+        async with anyio.create_task_group() as group:
+            starter(group, fails)()
+            await anyio.sleep_forever()
+
+    with pytest.RaisesGroup(LookupError):
+        await run()
+
+
+async def test_a_group_that_has_ended_starts_nothing():
+    async with anyio.create_task_group() as group:
+        start_one = starter(group, anyio.lowlevel.checkpoint)
+    with pytest.raises(RuntimeError):
+        start_one()
+
+
+@on_trio
+async def test_a_task_of_trio_is_as_one_of_its_nursery():
+    """In what trio shows of it to others, and what it shows to the task."""
+
+    class Instrument(trio.abc.Instrument):
+        def task_spawned(self, task):
+            spawned.append(task)
+
+    async def body():
+        task = trio.lowlevel.current_task()
+        with pytest.raises(LookupError):
+            variable.get()
+        variable.set("the task's")
+        seen.append((task.name, task.parent_nursery, task.parent_nursery.child_tasks))
+        with anyio.move_on_after(60):
+            async with trio.open_nursery() as inner:
+                inner.start_soon(anyio.sleep, 0)
+        assert await anyio.to_thread.run_sync(trio.from_thread.run, anyio.sleep, 0) is None
+
+    variable = ContextVar("variable")
+    spawned, seen = [], []
+    instrument = Instrument()
+    async with anyio.create_task_group() as group:
+        start_one = starter(group, body)
+        nursery = group._nursery
+        trio.lowlevel.add_instrument(instrument)
+        # Not what is set where it is started, but where its starter was made.
+        variable.set("the caller's")
+        start_one()
+        (own,) = spawned
+        trio.lowlevel.remove_instrument(instrument)
+    assert seen == [(f"{__name__}.{body.__qualname__}", nursery, {own})]

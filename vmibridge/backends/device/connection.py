@@ -43,6 +43,7 @@ from vmibridge.aio.listening import sleep_late
 from vmibridge.aio.loops import loop_door, while_readable
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.device.interrupts import Interrupts
+from vmibridge.backends.device.keeper import keep
 from vmibridge.backends.device.mailbox import Mailbox
 from vmibridge.backends.device.memory import GuestRanges
 from vmibridge.backends.device.pending import Pending
@@ -140,6 +141,8 @@ class Connection:
                 soon = partial(loop_door(), copy_context().run)
                 tasks.start_soon(in_own_thread, watch.run, soon)
                 tasks.start_soon(self._expect_version)
+                kept = self.socket.fileno(), self.mailbox.descriptor, self.slots.count
+                tasks.start_soon(keep, *kept)
                 try:
                     await while_readable(self.socket, self._take)
                 except (anyio.EndOfStream, OSError, ValueError) as error:
@@ -161,8 +164,8 @@ class Connection:
 
     @property
     def is_qemu(self) -> bool:
-        """Whether it has spoken the protocol, and did not only connect."""
-        return self._protocol.has_begun
+        """Whether it has spoken the protocol, or its guest has called: it did not only connect."""
+        return self._protocol.has_begun or bool(self.used)
 
     def end(self) -> None:
         """Answer what is open, as if nobody were there, and hang up. Takes the lock."""

@@ -51,6 +51,7 @@ class IvshmemConnection(Connection):
         `find_memory` is called once, when a guest has rung: QEMU connects before it has memory.
         """
         super().__init__(connected, slots, Limits(), on_call, on_abandoned)
+        self._is_stranger = False
         self._find_memory: Callable[[], GuestRanges] | None = find_memory
         self._memory = mmap.mmap(self.mailbox.descriptor, self.mailbox.size)
         self._doorbells: list[int] = []
@@ -93,6 +94,8 @@ class IvshmemConnection(Connection):
                         await sockets.receive(self.socket, 4096)
                 except (anyio.EndOfStream, OSError) as error:
                     ended = error
+                    # The end of one that has not read what it was sent.
+                    self._is_stranger = isinstance(error, ConnectionError) and not self.used
                 finally:
                     self.end()
                     tasks.cancel_scope.cancel()
@@ -101,6 +104,11 @@ class IvshmemConnection(Connection):
             self._free()
         if ended is not None:
             raise ended
+
+    @property
+    def is_qemu(self) -> bool:
+        """Whether it has read the greeting, as far as is known, and did not only connect."""
+        return not self._is_stranger
 
     async def _send(self, message: ivshmem.Message) -> None:
         passed = [] if message.descriptor is None else [message.descriptor]

@@ -83,7 +83,7 @@ the bytes from one to the next, the offset of the payload in a slot; the generat
 with each reset and each server, and is 0 when the server has stopped; the microseconds that a
 doorbell may be held, the milliseconds after which QEMU gives an access up (0: unknown), the
 interrupts; how many slots from 0 are the kernel's; three that are 0."""
-_GENERATION_AT: Final = 32
+GENERATION_AT: Final = 32
 SPACE: Final = struct.Struct("<QII")
 """An entry of page 1, at 16 times the slot: root, flags with the paging mode, and 4 bytes for the
 kernel's own use."""
@@ -317,7 +317,7 @@ class Slots:
         for slot in range(self.count):
             if self.state(slot) in (STATE_CALLED, STATE_TAKEN):
                 self._store(slot_offset(slot) + STATE_AT, STATE_UNMATCHED)
-        self._store(_GENERATION_AT, 0)
+        self._store(GENERATION_AT, 0)
 
     @property
     def open_calls(self) -> list[Call]:

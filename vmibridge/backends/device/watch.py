@@ -79,6 +79,8 @@ class Watch:
         """How much had been received when something was left to be received."""
         self._alone: int | None = None
         """How often the loop had turned when it stood still."""
+        self._told = -1
+        """How often it had turned when it was told of news: once is enough."""
 
     def run(self, soon: Callable[..., Any]) -> None:
         """Until the connection is over. Blocks; `soon` runs a function on its loop."""
@@ -101,8 +103,10 @@ class Watch:
                         self._look()
                 except Exception as error:
                     watched.hang_up(error)
-                has_news = watched.has_news
-            if has_news:
+                is_new = watched.has_news and self._told != watched.loop_turns
+                if is_new:
+                    self._told = watched.loop_turns
+            if is_new:
                 soon(watched.deliver_for_thread)
 
     def _look(self) -> None:

@@ -229,10 +229,10 @@ async def test_what_is_unread_at_the_end_does_not_reset_the_connection(tmp_path)
                 client.send(read(0, 4, 7))
                 os.close(writing)
             served.backend.stop()
+            await until(lambda: served.end is not None)
             with pytest.raises(EOFError):
                 while True:
                     await beside(client.receive)
-            await until(lambda: served.end is not None)
             assert os.read(reading, 1) == b"", "its descriptors are closed, too"
             os.close(reading)
 

@@ -1,6 +1,7 @@
 """The host's end of ivshmem-doorbell, with a guest that is a few lines of Python."""
 
 import os
+import socket
 from contextlib import asynccontextmanager
 
 import anyio
@@ -224,6 +225,16 @@ async def test_a_second_guest_is_refused_and_the_next_one_begins_anew(serving):
             assert (await guest.call(0, REQUEST))[0] == STATE_ANSWERED
         host.server.stop()
     assert host.outcomes == ["handled", "handled"]
+
+
+@pytest.mark.anyio
+async def test_who_only_connects_does_not_end_the_run(serving):
+    async with serving() as host:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(str(host.path))
+        async with next_guest(host.path) as guest:
+            assert (await guest.call(0, REQUEST))[0] == STATE_ANSWERED
+    assert host.end == [("halted", "QEMU has hung up")]
 
 
 @asynccontextmanager

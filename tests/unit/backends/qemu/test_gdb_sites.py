@@ -117,6 +117,30 @@ def test_the_options_of_a_spec(elves):
     assert parse_spec("tcp:localhost:1234", "ud-handler=1")[1] == []
 
 
+def test_a_file_of_sites_has_an_address_a_line(tmp_path):
+    path = tmp_path / "sites"
+    path.write_text("# of two programs\n0x40104a vmmcall calls\n\n  32  # decimal\n0x10\n")
+    assert parse_spec("unix:/run/s", f"site=0x10&sites={path}")[1] == [0x10, 0x40104A, 32]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("0x10\n\nmain\n", "sites:3: 'main' is not an address"),
+        ("-1\n", "sites:1: '-1' is not an address"),
+        ("0x10000000000000000\n", "sites:1: '0x10000000000000000' is not an address"),
+        ("# none\n", "sites: has no address"),
+        ("0x10\n" * 300_000, "sites: is larger than 1 MiB"),
+        (None, "sites: No such file or directory"),
+    ],
+)
+def test_a_file_of_sites_that_is_wrong(tmp_path, text, why):
+    if text is not None:
+        (tmp_path / "sites").write_text(text)
+    with pytest.raises(BackendSpecError, match=why):
+        open_backend(f"qemu-gdb:unix:/s?sites={tmp_path}/sites")
+
+
 @pytest.mark.parametrize(
     ("rest", "why"),
     [
@@ -131,6 +155,7 @@ def test_the_options_of_a_spec(elves):
         ("unix:/s?ud-handler=1&ud-handler=2", "ud-handler is given twice"),
         ("unix:/s?symbol=a", "symbol=a needs elf=PATH"),
         ("unix:/s?site=1&breakpoints=soft", "breakpoints"),
+        ("unix:/s?site=1&within=-1", "within=-1 is not a number, 0 to 3600"),
         ("unix:/s?what=1", "no option 'what'; there are site, symbol, elf, ud-handler"),
     ],
 )

@@ -387,3 +387,9 @@ async def test_a_path_is_taken_over_only_from_a_host_that_has_gone(stage, option
 def test_a_wrong_spec(rest):
     with pytest.raises(BackendSpecError):
         open_backend(f"qemu-plugin:{rest}")
+
+
+async def test_where_it_listens_is_logged(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        async with open_backend(f"qemu-plugin:unix:{tmp_path}/s", vm="web"):
+            assert f"vm web: listening at unix:{tmp_path}/s" in caplog.text

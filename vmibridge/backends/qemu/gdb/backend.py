@@ -97,9 +97,7 @@ class QemuGdbBackend(Backend):
         """Connect, which pauses a VM that runs. Raises `BackendError`."""
         spec = f"qemu-gdb:{self.where}"
         try:
-            with fail_after_listening(_CONNECT):
-                # Connecting pauses the VM, so who has paused it is not to be seen afterwards.
-                self._theirs = await self._was_paused()
+            with fail_after_listening(_CONNECT + self.options.within):
                 connection = await self._connect()
         except TimeoutError as error:
             raise BackendError(f"{spec}: no answer") from error
@@ -131,14 +129,21 @@ class QemuGdbBackend(Backend):
             return False
 
     async def _connect(self) -> socket.socket:
-        """QEMU makes its socket a moment before it listens."""
-        until = anyio.current_time() + _REFUSES
+        """QEMU makes its socket a moment before it listens, and may itself come later."""
+        within, is_told = self.options.within, False
+        until = anyio.current_time() + max(_REFUSES, within)
         while True:
             try:
+                # Connecting pauses the VM, so who has paused it is not to be seen afterwards.
+                self._theirs = await self._was_paused()
                 return await connect(self.where)
-            except ConnectionRefusedError:
-                if anyio.current_time() >= until:
+            except (ConnectionRefusedError, FileNotFoundError) as error:
+                may_come = within or isinstance(error, ConnectionRefusedError)
+                if not may_come or anyio.current_time() >= until:
                     raise
+            if within and not is_told:
+                is_told = True
+                log.info("vm %s: waiting for QEMU at %s, for %g s", self.vm, self.where, within)
             await anyio.sleep(0.02)
 
     async def _get_ready(self) -> None:
@@ -267,7 +272,26 @@ class QemuGdbBackend(Backend):
                 shield.cancel()
         if refused is not None:
             raise BackendError(f"qemu-gdb:{self.where}: {refused}")
+        self._check_sites()
         return self._end()
+
+    def _check_sites(self) -> None:
+        """Raises `BackendError` for a site that a guest which has ended met, and never as a trap.
+
+        In another program its address may hold something else; so may those of a file of sites,
+        which are of several programs, and count together.
+        """
+        trapped, others = self._inspector.trapped, self._inspector.others
+        never = [at for at in others if at not in trapped]
+        wrong = [at for at in never if at in self.options.site or not trapped]
+        if wrong and not self._stopped:
+            found = others[wrong[0]].hex(" ") or "nothing that can be read"
+            raise BackendError(
+                f"qemu-gdb:{self.where}: site={wrong[0]:#x} held no CPUID, VMCALL or VMMCALL when"
+                f" the guest came there, but {found}; name the address of the instruction itself"
+            )
+        if not trapped and self.sites:
+            log.warning("vm %s: the guest came to none of the sites", self.vm)
 
     def stop(self) -> None:
         """Remove the breakpoints and leave the VM, which runs on."""

@@ -102,6 +102,10 @@ class Inspector:
         """The one of them at the handler of undefined instructions."""
         self.saved: dict[int, bytes] = {}
         """The code at software breakpoints that change memory."""
+        self.trapped: set[int] = set()
+        """Breakpoints that were met by trap instructions."""
+        self.others: dict[int, bytes] = {}
+        """Sites that were met as something else, and the first bytes of what."""
         self._memory = memory
         self._monitor = monitor
         self._layout = layout
@@ -175,8 +179,11 @@ class Inspector:
             found, patched = decode_trap(restored, segment.width), True
         if found is None or (where.frame is not None and found[0] is TrapReason.CPUID):
             if where.frame is None:
+                self.others.setdefault(address, code[:3])
                 self._warn(address, f"no trap instruction there, but {code[:3].hex(' ') or 'none'}")
             return None
+        if where.point is not None:
+            self.trapped.add(where.point)
         result = Code(*found, segment.width, address, _may_shadow(before), patched)
         self._windows.pop(address, None)
         # What `known` can tell by RIP and these bytes alone: RIP is linear in 64-bit code only, and

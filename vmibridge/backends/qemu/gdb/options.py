@@ -1,11 +1,11 @@
 """The options of a `qemu-gdb:` spec."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from vmibridge.backends.qemu.gdb.sites import sites_of
+from vmibridge.backends.qemu.gdb.sites import listed_sites, sites_of
 from vmibridge.errors import BackendSpecError
 from vmibridge.vm.spec import parse_options
 
@@ -36,6 +36,10 @@ class QemuGdbOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a trap does when the run has ended and no host is there."""
     ram: str = ""
     """The file in which QEMU keeps guest memory and shares it."""
+    sites: str = ""
+    """A file of sites: an address a line."""
+    within: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+    """Seconds that QEMU may take until it listens."""
 
 
 def parse_spec(where: str, options: str) -> tuple[QemuGdbOptions, list[int]]:
@@ -50,12 +54,14 @@ def parse_spec(where: str, options: str) -> tuple[QemuGdbOptions, list[int]]:
     given = parse_options(spec, options, QemuGdbOptions, _NUMBERS, _LISTS)
     elf = Path(given.elf) if given.elf else None
     sites = sites_of(spec, list(given.site), elf, list(given.symbol))
+    if given.sites:
+        sites = list(dict.fromkeys([*sites, *listed_sites(spec, Path(given.sites))]))
     if given.ud_handler is not None and not 0 <= given.ud_handler < 1 << 64:
         raise BackendSpecError(f"{spec}: ud-handler={given.ud_handler:#x} is not an address")
     if given.leave == "skip" and not sites:
         raise BackendSpecError(f"{spec}: leave=skip needs sites: without them no code is known")
     if not sites and given.ud_handler is None:
         raise BackendSpecError(
-            f"{spec}: needs a site=ADDRESS, a symbol=NAME, or ud-handler=ADDRESS"
+            f"{spec}: needs a site=ADDRESS, a symbol=NAME, sites=FILE, or ud-handler=ADDRESS"
         )
     return given, sites

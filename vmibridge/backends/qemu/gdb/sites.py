@@ -1,4 +1,4 @@
-"""Where the trap instructions are: addresses, and symbols of an ELF file.
+"""Where the trap instructions are: addresses, those of a file of sites, and symbols of an ELF file.
 
 Needs the extra `gdb` for ELF files only.
 """
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from vmibridge.errors import BackendSpecError, MissingExtraError
 from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION, decode_trap
+from vmibridge.vm.spec import parse_size
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
 
 _MAX_SYMBOLS = 4_000_000
+_MAX_LISTED = 1 << 20
+"""Bytes of a file of sites."""
 
 
 def sites_of(spec: str, addresses: list[int], elf: Path | None, symbols: list[str]) -> list[int]:
@@ -35,6 +38,36 @@ def sites_of(spec: str, addresses: list[int], elf: Path | None, symbols: list[st
     except OSError as error:
         raise BackendSpecError(f"{spec}: elf={elf}: {error.strerror}") from error
     return list(dict.fromkeys(found))
+
+
+def listed_sites(spec: str, path: Path) -> list[int]:
+    """The addresses in a file of sites: the first word of each line; `#` begins a comment.
+
+    Raises `BackendSpecError` for a line without an address, and for a file that has none.
+    """
+    where = f"{spec}: sites={path}"
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_LISTED + 1)
+    except OSError as error:
+        raise BackendSpecError(f"{where}: {error.strerror}") from error
+    if len(data) > _MAX_LISTED:
+        raise BackendSpecError(f"{where}: is larger than {_MAX_LISTED >> 20} MiB")
+    found: list[int] = []
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+        word = line.partition("#")[0].split()[:1]
+        if not word:
+            continue
+        try:
+            address = parse_size(word[0])
+        except ValueError:
+            address = -1
+        if not 0 <= address < 1 << 64:
+            raise BackendSpecError(f"{where}:{number}: {word[0][:40]!r} is not an address")
+        found.append(address)
+    if not found:
+        raise BackendSpecError(f"{where}: has no address")
+    return found
 
 
 def _sites_in(

@@ -115,6 +115,7 @@ class QemuPluginBackend(Backend):
         except (OSError, BackendError) as error:
             why = reason(error, self.path) if isinstance(error, OSError) else error
             raise BackendError(f"qemu-plugin:unix:{self.path}: {why}") from error
+        log.info("vm %s: listening at unix:%s", self.vm, self.path)
 
     async def close(self) -> None:
         self._listener.close()

@@ -1,0 +1,164 @@
+"""What starts QEMU and compose: scripts and lists that need no container."""
+
+import re
+import stat
+from pathlib import Path
+
+import build_images
+import pytest
+from children import run
+
+from vmibridge.cli.app import COMMANDS, app_for
+from vmibridge.cli.environment import variable_of
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """`programs(NAME)`: a program that prints its arguments, one a line; gives a PATH with it."""
+
+    def make(name, text='printf "%s\\n" "$@"'):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return f"{path.parent}:/usr/bin:/bin"
+
+    return make
+
+
+# --- QEMU's container -------------------------------------------------------------------
+
+
+@pytest.fixture
+def entry(programs):
+    """`entry(ARGUMENT..., NAME=VALUE...)`: QEMU's arguments by its entry point, or why not."""
+
+    def start(*arguments, **variables):
+        given = {f"VMIBRIDGE_{name}": str(value) for name, value in variables.items()}
+        environment = {"PATH": programs("qemu-system-x86_64"), **given}
+        done = run([DOCKER / "qemu-entrypoint", *arguments], env=environment)
+        assert done.returncode in (0, 1)
+        return done.stderr if done.returncode else done.stdout.splitlines()
+
+    return start
+
+
+def test_without_variables_arguments_are_those_of_qemu(entry):
+    assert entry("--version") == ["--version"]
+    assert entry("-m", "1 2", KERNEL="", APPEND="quiet", DISK="", MEMORY="") == ["-m", "1 2"]
+
+
+def test_variables_are_arguments(entry, tmp_path):
+    for name in ("kernel", "initrd", "a,b.qcow2", "raw.img"):
+        (tmp_path / name).touch()
+    assert entry(
+        "-nodefaults",
+        KERNEL=tmp_path / "kernel",
+        INITRD=tmp_path / "initrd",
+        APPEND="console=ttyS0 count=1",
+        DISK=tmp_path / "a,b.qcow2",
+        MEMORY=512,
+        SMP="4,sockets=2",
+        QEMU_OPTIONS="-cpu max -no-shutdown",
+    ) == [
+        *("-nodefaults", "-kernel", f"{tmp_path}/kernel", "-initrd", f"{tmp_path}/initrd"),
+        *("-append", "console=ttyS0 count=1"),
+        *("-drive", f"if=virtio,format=qcow2,file={tmp_path}/a,,b.qcow2"),
+        *("-m", "512", "-smp", "4,sockets=2", "-cpu", "max", "-no-shutdown"),
+    ]
+    assert f"if=virtio,format=raw,file={tmp_path}/raw.img" in entry(DISK=tmp_path / "raw.img")
+
+
+@pytest.mark.parametrize("name", ["KERNEL", "INITRD", "DISK"])
+def test_a_file_that_is_not_there_is_named(entry, name):
+    assert entry(**{name: "/none"}).startswith("qemu-entrypoint: /none: is not there, or ")
+
+
+# --- docker/vm --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vm(programs, tmp_path):
+    """`vm(WORD..., NAME=VALUE...)` with a compose that prints its words and three variables."""
+    names = ("COMPOSE_PROFILES", "COMPOSE_PROJECT_NAME", "VMIBRIDGE_KVM_GROUP")
+    lines = [f'echo "{name}=${{{name}:-}}"' for name in names]
+    path = programs("compose", "\n".join(['echo "$@"', *lines, "exit ${STATUS:-0}"]))
+
+    def start(*words, **variables):
+        environment = {"PATH": path, "VMIBRIDGE_COMPOSE": "compose", **variables}
+        return run([DOCKER / "vm", *words], env=environment)
+
+    return start
+
+
+def test_words_are_those_of_compose(vm):
+    done = vm("up", "-d", COMPOSE_PROFILES="gdb", COMPOSE_PROJECT_NAME="web")
+    assert done.stdout.splitlines()[:3] == [
+        f"-f {DOCKER}/compose.yaml up -d",
+        "COMPOSE_PROFILES=gdb",
+        "COMPOSE_PROJECT_NAME=web",
+    ]
+    assert "COMPOSE_PROJECT_NAME=vmibridge" in vm("ps").stdout
+    assert vm("ps", STATUS="3").returncode == 3
+
+
+def test_the_group_of_kvm_is_that_of_this_host(vm):
+    device = Path("/dev/kvm")
+    group = str(device.stat().st_gid) if device.exists() else ""
+    assert f"VMIBRIDGE_KVM_GROUP={group}\n" in vm("ps").stdout
+    assert "VMIBRIDGE_KVM_GROUP=7\n" in vm("ps", VMIBRIDGE_KVM_GROUP="7").stdout
+
+
+def test_a_profile_that_there_is_not_is_named(vm):
+    done = vm(COMPOSE_PROFILES="xen")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "vm: COMPOSE_PROFILES=xen: is not plugin, tls, nats, gdb or kvm\n"
+
+
+def test_without_docker_and_podman_it_says_what_it_needs(programs, tmp_path):
+    path = programs("nothing").partition(":")[0]
+    for tool in ("sh", "dirname", "readlink"):
+        (Path(path) / tool).symlink_to(Path("/usr/bin") / tool)
+    done = run([DOCKER / "vm"], env={"PATH": path})
+    assert (done.returncode, done.stderr) == (
+        1,
+        "vm: needs docker with its plugin compose, or podman-compose\n",
+    )
+
+
+# --- what is listed ---------------------------------------------------------------------
+
+
+def test_scripts_can_be_executed():
+    for name in ("vm", "qemu-entrypoint", "make-certificates"):
+        assert (DOCKER / name).stat().st_mode & stat.S_IXUSR, name
+
+
+def test_variables_of_the_list_are_those_of_options():
+    known = set()
+    for name in COMMANDS:
+        command = app_for(name.split())
+        for word in name.split():
+            command = command[word]
+        known |= {variable_of(each.name) for each in command.assemble_argument_collection()}
+    named = re.findall(r"^# (VMIBRIDGE_\w+)=", (DOCKER / "options.env").read_text(), re.MULTILINE)
+    assert named
+    assert set(named) <= known
+
+
+def test_images_are_those_that_the_profiles_use():
+    text = (DOCKER / "compose.yaml").read_text()
+    used = set(re.findall(r"^ +image: (?:\$\{\w+:-)?([\w./:-]+)", text, re.MULTILINE))
+    assert used <= {*build_images.IMAGES.values(), *build_images.other_images()}
+    assert build_images.other_images() == ["docker.io/library/nats:2.15-scratch"]
+
+
+def test_what_containers_need_is_installed_by_the_makefile():
+    text = (ROOT / "Makefile").read_text()
+    target = text.partition("\nsystem-containers:\n")[2].partition("\n\n")[0]
+    listed = " ".join(re.findall(r"for each in (.*?);", target)).split()
+    assert listed == ["podman", "runc", "debootstrap", "iptables", "netavark", "aardvark-dns"]
+    assert "test-containers: setup linux system-containers" in text
