@@ -20,7 +20,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final, Self
+from typing import Annotated, ClassVar, Final, Self
 
 import anyio
 import msgspec
@@ -91,11 +91,14 @@ class DeviceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DeviceBackend(Backend):
     """One QEMU with the device. Raises `BackendSpecError` if an option is out of range."""
 
+    scheme: ClassVar[str] = "vfio-user"
+    """What its specs begin with, before the colon."""
+
     def __init__(self, path: Path, options: DeviceOptions | None = None, vm: str = "vm") -> None:
         super().__init__(vm)
         self.path = path
         self.options: DeviceOptions = options or DeviceOptions()
-        given, spec = self.options, f"vfio-user:unix:{path}"
+        given, spec = self.options, f"{self.scheme}:unix:{path}"
         if not 0 <= given.mode <= 0o777:
             raise BackendSpecError(f"{spec}: mode={given.mode:#o} is not the mode of a file")
         if given.hold > given.timeout / 4:
@@ -123,15 +126,21 @@ class DeviceBackend(Backend):
     @classmethod
     def from_spec(cls, where: str, options: str, vm: str) -> Self:
         """From the parts of `vfio-user:WHERE?OPTIONS`. Raises `BackendSpecError`."""
+        path = cls._path_of(where)
+        numbers = {"slots": "a number of slots", "kernel": "a number of slots"}
+        spec = f"{cls.scheme}:{where}"
+        given = parse_options(spec, options, DeviceOptions, numbers, durations=("hold", "timeout"))
+        return cls(path, given, vm)
+
+    @classmethod
+    def _path_of(cls, where: str) -> Path:
         kind, _, path = where.partition(":")
         if kind != "unix" or not path:
             raise BackendSpecError(
-                "vfio-user: needs the path of a socket, as in vfio-user:unix:/run/vmibridge.sock"
+                f"{cls.scheme}: needs the path of a socket, as in"
+                f" {cls.scheme}:unix:/run/vmibridge.sock"
             )
-        numbers = {"slots": "a number of slots", "kernel": "a number of slots"}
-        spec = f"vfio-user:{where}"
-        given = parse_options(spec, options, DeviceOptions, numbers, durations=("hold", "timeout"))
-        return cls(Path(path), given, vm)
+        return Path(path)
 
     async def open(self) -> None:
         """Listen. Raises `BackendError` when another one does, or the path cannot be had."""
@@ -139,7 +148,7 @@ class DeviceBackend(Backend):
             self._listener = await sockets.listen_unix(self.path, self.options.mode)
         except (OSError, BackendError) as error:
             why = reason(error, self.path) if isinstance(error, OSError) else error
-            raise BackendError(f"vfio-user:unix:{self.path}: {why}") from error
+            raise BackendError(f"{self.scheme}:unix:{self.path}: {why}") from error
 
     async def close(self) -> None:
         self._listener.close()

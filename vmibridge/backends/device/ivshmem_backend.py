@@ -22,7 +22,6 @@ from vmibridge.backends.device.ivshmem_connection import IvshmemConnection
 from vmibridge.backends.device.memory import GuestRanges
 from vmibridge.backends.device.memory_file import FileRanges
 from vmibridge.backends.device.slots import MAX_SLOTS
-from vmibridge.errors import BackendError, BackendSpecError
 from vmibridge.vm.spec import parse_options
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -48,35 +47,23 @@ class IvshmemOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class IvshmemBackend(DeviceBackend):
     """One QEMU with the device. Raises `BackendSpecError` if an option is out of range."""
 
+    scheme = "ivshmem"
+
     def __init__(self, path: Path, options: IvshmemOptions | None = None, vm: str = "vm") -> None:
         given = options or IvshmemOptions()
         same = DeviceOptions(
             slots=given.slots, kernel=given.kernel, hold=0, mode=given.mode, stay=given.stay
         )
-        try:
-            super().__init__(path, same, vm)
-        except BackendSpecError as error:
-            raise BackendSpecError(_of_this_device(error)) from error
+        super().__init__(path, same, vm)
         self._memory = given.memory
 
     @classmethod
     def from_spec(cls, where: str, options: str, vm: str) -> Self:
         """From the parts of `ivshmem:WHERE?OPTIONS`. Raises `BackendSpecError`."""
-        kind, _, path = where.partition(":")
-        if kind != "unix" or not path:
-            raise BackendSpecError(
-                "ivshmem: needs the path of a socket, as in ivshmem:unix:/run/vmibridge.sock"
-            )
+        path = cls._path_of(where)
         numbers = {"slots": "a number of slots", "kernel": "a number of slots"}
-        given = parse_options(f"ivshmem:{where}", options, IvshmemOptions, numbers)
-        return cls(Path(path), given, vm)
-
-    async def open(self) -> None:
-        """Listen. Raises `BackendError` when another one does, or the path cannot be had."""
-        try:
-            await super().open()
-        except BackendError as error:
-            raise BackendError(_of_this_device(error)) from error
+        given = parse_options(f"{cls.scheme}:{where}", options, IvshmemOptions, numbers)
+        return cls(path, given, vm)
 
     def _connect(self, connected: socket.socket) -> IvshmemConnection:
         given = self.options
@@ -94,7 +81,3 @@ class IvshmemBackend(DeviceBackend):
                     "vm %s: guest memory cannot be reached: %s: %s", self.vm, self._memory, why
                 )
         return GuestRanges()
-
-
-def _of_this_device(error: BackendError) -> str:
-    return str(error).replace("vfio-user:", "ivshmem:", 1)

@@ -22,7 +22,7 @@ Invariants:
 import errno
 import fcntl
 import os
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final, NamedTuple
@@ -94,6 +94,17 @@ class GuestRanges:
             self._starts.insert(at, mapping.address)
             self._ranges[mapping.address] = _Range(mapping, descriptor, file or (0, 0))
         return why
+
+    def map_file(self, mapping: DmaMap, descriptor: int) -> None:
+        """Add a range of a file that is the guest's memory by its user's word.
+
+        It has to be a regular file, and to overlap no other range. Its descriptor is taken over.
+        """
+        about = os.fstat(descriptor)
+        file = about.st_dev, about.st_ino
+        self._known.add(file)
+        insort(self._starts, mapping.address)
+        self._ranges[mapping.address] = _Range(mapping, descriptor, file)
 
     def unmap(self, address: int, size: int) -> int:
         """Remove a range, which has to be one as it was added; returns an errno, or 0."""

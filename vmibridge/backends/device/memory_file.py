@@ -8,7 +8,7 @@ import os
 import stat
 from typing import Final
 
-from vmibridge.backends.device.memory import GuestRanges, _Range
+from vmibridge.backends.device.memory import GuestRanges
 from vmibridge.backends.device.vfio_user import DmaMap
 
 __all__ = ["FileRanges"]
@@ -29,14 +29,11 @@ class FileRanges(GuestRanges):
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode) or not about.st_size:
                 raise ValueError("is not a regular file with bytes in it")
-            file = about.st_dev, about.st_ino
-            self._known.add(file)
             for start, end in ((0, _VIDEO), (_HIGH, _SPLIT)):
                 size = min(end, about.st_size) - start
                 if size > 0:
                     mapping = DmaMap(start, size, start, readable=True, writable=True)
-                    self._starts.append(start)
-                    self._ranges[start] = _Range(mapping, os.dup(descriptor), file)
+                    self.map_file(mapping, os.dup(descriptor))
         except BaseException:
             self.clear()
             raise
