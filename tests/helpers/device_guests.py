@@ -59,9 +59,16 @@ def shared_memory(file: Path, megabytes: int, machine: str) -> list[str]:
 class CallingMachine(ServedMachine):
     """A QEMU with the device, and its host. Its memory is shared if slots are the kernel's."""
 
-    def __init__(self, qemu: str, folder: Path, carrier: str = "ivshmem", kernel: int = 0) -> None:
+    def __init__(
+        self,
+        qemu: str,
+        folder: Path,
+        carrier: str = "ivshmem",
+        kernel: int = 0,
+        accel: str = "tcg",
+    ) -> None:
         super().__init__()
-        self.qemu, self.carrier, self.kernel = qemu, carrier, kernel
+        self.qemu, self.carrier, self.kernel, self.accel = qemu, carrier, kernel, accel
         self.socket, self.file = folder / "s", folder / "ram"
         self.spec = f"{carrier}:unix:{self.socket}?slots={SLOTS}&kernel={kernel}"
         if carrier == "ivshmem" and kernel:
@@ -75,7 +82,7 @@ class CallingMachine(ServedMachine):
             file = self.file if self.carrier == "ivshmem" else Path()
             memory = shared_memory(file, 64, machine)
         return [
-            *(self.qemu, "-accel", "tcg", *memory, "-m", "64", "-nodefaults"),
+            *(self.qemu, "-accel", self.accel, *memory, "-m", "64", "-nodefaults"),
             *("-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(image)),
             *("-device", "isa-debug-exit,iobase=0xf4,iosize=4", *extra),
             *(CARRIERS[self.carrier](self.socket) if device else ()),

@@ -42,6 +42,9 @@ PACKAGES = {
 }
 """Debian's packages that have them."""
 
+has_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.W_OK), reason="no /dev/kvm to write to")
+"""Mark of a test that runs where there is KVM, and is skipped elsewhere, in CI as well."""
+
 
 def may_skip() -> bool:
     return not os.environ.get("CI") and os.geteuid() != 0

@@ -69,7 +69,9 @@ def test_a_driver_of_windows_is_linked_to_its_kernel_alone(tmp_path, processor, 
     assert libraries == {"ntoskrnl.exe", "HAL.dll"}
 
 
-@pytest.mark.parametrize(("compiler", "language"), [("gcc", "gnu11"), ("g++", "gnu++11")])
+@pytest.mark.parametrize(
+    ("compiler", "language"), [("gcc", "gnu11"), pytest.param("g++", "gnu++11", marks=slow)]
+)
 @pytest.mark.parametrize("header", [SYSFS, DRIVER], ids=["sysfs", "driver"])
 def test_those_of_linux_programs_compile_with_a_c_library(tmp_path, header, compiler, language):
     warnings = [each for each in STRICT if each != "-ffreestanding"]
@@ -103,7 +105,7 @@ CALLS = {
 @pytest.mark.anyio
 @on_asyncio
 @pytest.mark.parametrize(
-    "form", [each if each in ("64", "kernel") else pytest.param(each, marks=slow) for each in CALLS]
+    "form", [each if each == "kernel" else pytest.param(each, marks=slow) for each in CALLS]
 )
 async def test_a_guest_without_a_system_calls_and_checks_every_answer(calling, tmp_path, form):
     given = CALLS[form]

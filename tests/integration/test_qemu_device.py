@@ -3,19 +3,19 @@
 The guest checks the answers. `make qemu` brings a QEMU that has the device.
 """
 
-import os
 import signal
 
 import anyio
 import pytest
 from device_machine import FAULT, HOST_GONE, NO_ANSWER, DeviceMachine, mostly_asyncio
 from micro_guest import ALL_RIGHT, ENDLESS, HOLD, NOT_ANSWERED, REVERSE, SLOW, OfAnother, Work
+from needs import has_kvm
 from patience import HUNG
 from waiting import until
 
 pytestmark = pytest.mark.anyio
 
-has_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.W_OK), reason="no /dev/kvm to write to")
+MANY = 200_000
 KVM = pytest.param("kvm", marks=[has_kvm, pytest.mark.slow])
 
 
@@ -26,7 +26,7 @@ def machine(qemu, build_guest, tmp_path, request):
 
 @mostly_asyncio
 @pytest.mark.parametrize("user", [0, 1], ids=["ring0", "ring3"])
-@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize("cpus", [pytest.param(1, marks=pytest.mark.slow), 2])
 async def test_each_call_is_answered(machine, user, cpus):
     work = Work()
     with anyio.fail_after(HUNG):
@@ -39,12 +39,33 @@ async def test_each_call_is_answered(machine, user, cpus):
 
 @mostly_asyncio
 @pytest.mark.no_cover
-@pytest.mark.parametrize("count", [2000, pytest.param(200_000, marks=pytest.mark.slow)])
-async def test_many_thousand_calls(machine, count):
-    with anyio.fail_after(60 + count / 50):
-        async with machine.host(Work()):
-            assert await machine.run(COUNT=count) == ALL_RIGHT
-    assert machine.outcomes == {"handled": count}
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        # Held for long: a busy machine does not make polls of these.
+        pytest.param("kernel=8&hold=100ms", {}, id="ring0"),
+        pytest.param("kernel=0&hold=100ms", {"USER": 1}, id="ring3"),
+        pytest.param("kernel=8&hold=0s", {"HALT": 1}, id="MSI"),
+    ],
+)
+async def test_many_thousand_calls(machine, options, form):
+    with anyio.fail_after(MANY / 50):
+        async with machine.host(Work(), options):
+            assert await machine.run(COUNT=MANY, **form) == ALL_RIGHT
+    assert machine.outcomes == {"handled": MANY}
+
+
+@mostly_asyncio
+@has_kvm
+async def test_under_kvm_ring_3_calls(qemu, build_guest, tmp_path):
+    """On microvm: where KVM is nested, an exit takes long, and q35's firmware makes too many."""
+    machine = DeviceMachine(qemu, build_guest, tmp_path, "kvm")
+    with anyio.fail_after(HUNG):
+        async with machine.host(Work(), "kernel=0"):
+            assert await machine.run(machine="microvm", COUNT=300, USER=1) == ALL_RIGHT
+    assert machine.outcomes == {"handled": 300}
+    assert machine.events[0].ring == 3
 
 
 @mostly_asyncio
@@ -102,6 +123,7 @@ async def test_nobody_reads_memory_that_no_kernel_vouches_for(machine, space):
     assert machine.events[0].ring == 3
 
 
+@mostly_asyncio
 @pytest.mark.parametrize("halt", [0, 1], ids=["polls", "waits for MSI"])
 async def test_a_late_answer_holds_neither_the_vcpu_nor_the_monitor(machine, halt):
     work = Work()
@@ -194,6 +216,7 @@ async def test_a_guest_that_is_reset_calls_on(machine):
             assert await qemu.wait() != FAULT
 
 
+@mostly_asyncio
 async def test_a_reset_abandons_the_call_that_is_open(machine):
     work = Work()
     with anyio.fail_after(HUNG):

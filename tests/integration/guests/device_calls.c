@@ -7,6 +7,7 @@
  *   -DUSER=1         the calls are made in ring 3
  *   -DINTERRUPT=1    waits by halting until the interrupt, and wants to have seen one
  *   -DECAM=0xe0000000 -DASSIGN=0xc0000000   config space is there, and nobody has assigned BARs
+ *   -DLAST_BUS=255   how far it looks
  */
 #include "device_start.h"
 
@@ -40,6 +41,9 @@ enum { NONE, PHYSICAL, OWN, IN_SLOT };
 #endif
 #ifndef ASSIGN
 #define ASSIGN 0
+#endif
+#ifndef LAST_BUS
+#define LAST_BUS 255
 #endif
 
 static unsigned char bytes[2 * EXCHANGE_SIZE];
@@ -86,7 +90,7 @@ static volatile void *at(uint64_t address)
 
 static const char *guest(void)
 {
-    struct vmibridge_pci pci = {(volatile uint8_t *)(uintptr_t)ECAM, 255, ASSIGN};
+    struct vmibridge_pci pci = {(volatile uint8_t *)(uintptr_t)ECAM, LAST_BUS, ASSIGN};
     struct vmibridge_device device;
     struct vmibridge_pci_place place;
 

@@ -2,11 +2,12 @@
 
 import os
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import anyio
 import pytest
 from base_handlers import EchoHandler, StandardHandler
+from fuzzing import fuzzing
 from ivshmem_guest import NUMBER, ivshmem_guest
 from waiting import until
 
@@ -251,21 +252,78 @@ async def next_guest(path):
         await anyio.sleep(0.001)
 
 
+def touch_at_random(random, guest):
+    """Mutate one thing of a guest's memory, its doorbells or its interrupts."""
+    slot = random.randrange(SLOTS)
+    match random.randrange(8):
+        case 0:
+            guest.memory[random.randrange(len(guest.memory))] = random.randrange(256)
+        case 1:
+            guest.memory[8 * random.randrange(1024)] ^= 1 << random.randrange(8)
+        case 2 | 3:
+            at = slot_offset(slot) + random.randrange(64)
+            guest.memory[at : at + 8] = random.randbytes(8)
+        case 4:
+            guest.write(slot, REQUEST, random.randrange(4), flags=random.randrange(256))
+        case 5:
+            guest.cancel(slot, random.choice((0, 1, random.getrandbits(32))))
+        case 6:
+            os.eventfd_write(guest.doorbells[slot], random.randrange(1, 1000))
+        case _:
+            with suppress(BlockingIOError):
+                # What the host signals with is the guest's as well.
+                os.eventfd_write(guest.interrupts[slot], (1 << 63) - 1)
+            guest.ring(slot)
+
+
 @pytest.mark.anyio
-async def test_what_guests_write_into_their_slots_raises_nothing(serving):
+@pytest.mark.parametrize(
+    "rounds", [300, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.no_cover])]
+)
+async def test_what_guests_write_into_their_slots_raises_nothing(serving, rounds):
     """Random bytes in slots and doorbells, with rings in between; then it serves as before."""
     async with serving() as host, ivshmem_guest(host.path, SLOTS) as guest:
-        for _ in range(300):
-            slot = os.urandom(1)[0] % SLOTS
-            at = slot_offset(slot) + os.urandom(1)[0] % 64
-            guest.memory[at : at + 8] = os.urandom(8)
-            if os.urandom(1)[0] & 1:
-                guest.write(slot, REQUEST, os.urandom(1)[0] % 4, flags=os.urandom(1)[0])
+        host.slow.go_on.set()
+        with fuzzing() as random:
+            for _ in range(rounds):
+                touch_at_random(random, guest)
+                if random.random() < 0.25:
+                    await anyio.sleep(0)
+        for slot in range(SLOTS):
+            guest.write(slot, REQUEST)
             guest.ring(slot)
-            await anyio.sleep(0)
         await until(lambda: all(guest.state(each) not in (1, 3) for each in range(SLOTS)))
         for slot in range(SLOTS):
+            # By chance the number of the first may be that of the last random one.
+            await guest.call(slot, REQUEST)
             assert (await guest.call(slot, REQUEST))[0] == STATE_ANSWERED
+    assert host.outcomes.count("handled") >= SLOTS
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("guests", [20, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_who_talks_or_goes_in_the_greeting_does_no_harm(serving, guests):
+    """The device says nothing; what does say something gets the slots, and no more. A hundred
+    mutations each: bytes, and how much of the greeting is read before the end."""
+    async with serving("&stay=true") as host:
+        with fuzzing() as random:
+            for _ in range(guests):
+                with socket.socket(socket.AF_UNIX) as stranger:
+                    stranger.connect(str(host.path))
+                    stranger.setblocking(False)
+                    for _ in range(random.randrange(1 + 2 + 2 * SLOTS)):
+                        await anyio.wait_readable(stranger)
+                        data, passed, _, _ = socket.recv_fds(stranger, NUMBER.size, 1)
+                        for each in passed:
+                            os.close(each)
+                        if not data:
+                            break
+                    with suppress(ConnectionError):
+                        stranger.send(random.randbytes(100))
+        async with next_guest(host.path) as guest:
+            assert (await guest.call(0, REQUEST))[0] == STATE_ANSWERED
+        host.server.stop()
+    assert host.outcomes == ["handled"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
 """The device side of vfio-user: what each message gets, and that none does harm."""
 
 import errno
-import os
 import struct
-from random import Random
 
 import pytest
+from fuzzing import fuzzing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vfio_client import (
@@ -384,12 +383,8 @@ def test_no_capabilities_do_harm(text):
 
 @pytest.mark.slow
 def test_a_million_mutations_do_no_harm():
-    seed = int(os.environ.get("VMIBRIDGE_FUZZ_SEED", "0")) or int.from_bytes(
-        os.urandom(4), "little"
-    )
-    random = Random(seed)
     pieces = [SESSION[at : at + 4] for at in range(0, len(SESSION), 4)]
-    try:
+    with fuzzing() as random:
         for _ in range(1_000_000 // 4):
             session = bytearray(SESSION)
             for _ in range(4):
@@ -404,6 +399,3 @@ def test_a_million_mutations_do_no_harm():
                     case _:
                         session[at:at] = random.randbytes(random.randrange(1, 20))
             play(bytes(session), [random.randrange(len(session) + 1)], random.random() < 0.5)
-    except BaseException as error:
-        error.add_note(f"VMIBRIDGE_FUZZ_SEED={seed}")
-        raise
