@@ -1,8 +1,7 @@
 """Slots that a guest writes at random, a million times, and while they are read."""
 
-import os
-import signal
-from typing import NoReturn
+import subprocess
+import sys
 
 import pytest
 from fuzzing import fuzzing
@@ -80,43 +79,46 @@ def test_each_call_that_is_taken_is_answered_once_whatever_was_written(rounds: i
     assert taken > rounds / 10
 
 
-def rewrite(memory: int, at: int) -> NoReturn:
-    """Write two calls over each other, without an end."""
-    calls = [
-        CALL.pack(slots.MAGIC + odd, odd, odd, *[odd] * 4, 1, 2 * odd, odd, 1 + odd, 0)
-        for odd in (0, 1)
-    ]
-    try:
-        while True:
-            for call in calls:
-                os.pwrite(memory, call, at)
-    finally:
-        os._exit(1)
+REWRITE = """
+import os, sys
+memory, at, *calls = sys.argv[1:]
+memory, at, calls = int(memory), int(at), [bytes.fromhex(call) for call in calls]
+while True:
+    for call in calls:
+        os.pwrite(memory, call, at)
+"""
+"""Writes calls over each other, without an end."""
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_slot_that_is_rewritten_while_it_is_read_is_taken_as_it_was_copied(rounds: int) -> None:
     """The guest is another process."""
+    calls = [
+        CALL.pack(slots.MAGIC + odd, odd, odd, *[odd] * 4, 1, 2 * odd, odd, 1 + odd, 0).hex()
+        for odd in (0, 1)
+    ]
     with Mailbox(1) as mailbox:
-        at, writer = slot_offset(0), os.fork()
-        if not writer:
-            rewrite(mailbox.descriptor, at)
-        taken = answers = 0
-        try:
-            while taken < rounds:
-                call = mailbox.slots.take(0)
-                if call is None:
-                    continue
-                taken += 1
-                kept = call.magic, call.values, call.flags, call.space, call.number
-                assert call.magic - slots.MAGIC in (0, 1)
-                assert {call.request, call.method, *call.values, call.space} <= {0, 1}
-                assert call.flags in (0, 2)
-                assert call.number in (1, 2)
-                assert mailbox.slots.take(0) is None, "it is open"
-                answers += mailbox.slots.answer(call, ANSWER)
-                assert kept == (call.magic, call.values, call.flags, call.space, call.number)
-        finally:
-            os.kill(writer, signal.SIGKILL)
-            os.waitpid(writer, 0)
-        assert answers == taken
+        command = [sys.executable, "-I", "-S", "-c", REWRITE, str(mailbox.descriptor)]
+        command += [str(slot_offset(0)), *calls]
+        with subprocess.Popen(command, pass_fds=[mailbox.descriptor]) as writer:
+            try:
+                take_and_answer(mailbox.slots, rounds)
+            finally:
+                writer.kill()
+
+
+def take_and_answer(device: Slots, rounds: int) -> None:
+    taken = 0
+    while taken < rounds:
+        call = device.take(0)
+        if call is None:
+            continue
+        taken += 1
+        kept = call.magic, call.values, call.flags, call.space, call.number
+        assert call.magic - slots.MAGIC in (0, 1)
+        assert {call.request, call.method, *call.values, call.space} <= {0, 1}
+        assert call.flags in (0, 2)
+        assert call.number in (1, 2)
+        assert device.take(0) is None, "it is open"
+        assert device.answer(call, ANSWER)
+        assert kept == (call.magic, call.values, call.flags, call.space, call.number)
