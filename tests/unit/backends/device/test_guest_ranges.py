@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmibridge.backends.device.memory import MAX_RANGES, GuestRanges, read_piece, write_piece
+from vmibridge.backends.device.memory_file import FileRanges
 from vmibridge.backends.device.vfio_user import DmaMap
 from vmibridge.errors import GuestMemoryError
 
@@ -60,6 +61,33 @@ def test_a_file_is_read_once_qemu_has_said_the_same(ranges):
     (piece,) = ranges.pieces(0x10_0000, 3, write=True)
     assert write_piece(piece, b"xyz")
     assert ranges.read(0x10_0000, 4) == b"xyzB"
+
+
+def test_a_file_that_the_user_names_is_believed_where_each_machine_has_it(tmp_path):
+    file = tmp_path / "ram"
+    file.write_bytes(b"low" + bytes((1 << 20) - 3) + b"high" + bytes(PAGE - 4))
+    ranges = FileRanges(str(file))
+    assert ranges.read(0, 3) == b"low"
+    assert ranges.read(1 << 20, 4) == b"high"
+    (piece,) = ranges.pieces((1 << 20) + 4, 2, write=True)
+    assert write_piece(piece, b"er")
+    assert file.read_bytes()[1 << 20 :].startswith(b"higher")
+    for hole in (0xA_0000, 0xF_FFFF, (1 << 20) + PAGE):
+        assert ranges.read(hole, 1) is None
+        with pytest.raises(GuestMemoryError):
+            list(ranges.pieces(hole, 1))
+    ranges.clear()
+    assert len(ranges) == 0
+
+
+def test_what_is_no_file_with_bytes_is_not_memory(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "empty").touch()
+    for name in ("fifo", "empty"):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            FileRanges(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError):
+        FileRanges(str(tmp_path / "none"))
 
 
 def test_a_file_that_has_not_what_qemu_says_is_never_read(ranges):
