@@ -62,7 +62,7 @@ async def test_under_kvm_ring_3_calls(qemu, build_guest, tmp_path):
     """On microvm: where KVM is nested, an exit takes long, and q35's firmware makes too many."""
     machine = DeviceMachine(qemu, build_guest, tmp_path, "kvm")
     with anyio.fail_after(HUNG):
-        async with machine.host(Work(), "kernel=0"):
+        async with machine.host(Work(), "kernel=0&hold=100ms"):
             assert await machine.run(machine="microvm", COUNT=300, USER=1) == ALL_RIGHT
     assert machine.outcomes == {"handled": 300}
     assert machine.events[0].ring == 3

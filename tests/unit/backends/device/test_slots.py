@@ -220,6 +220,7 @@ def test_the_mailbox_cannot_be_cut_short_or_grown() -> None:
         assert struct.unpack_from("<9I", header)[8] == mailbox.slots.generation
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
