@@ -3,9 +3,10 @@
 import errno
 import os
 import stat
+import tempfile
 from pathlib import Path
 
-__all__ = ["is_own_file", "reason", "replaceable"]
+__all__ = ["is_own_file", "reason", "replaceable", "write_whole"]
 
 
 def reason(error: OSError, target: Path) -> str:
@@ -24,6 +25,25 @@ def replaceable(target: Path) -> Path:
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "is not a regular file; name another one", str(target))
     return target.resolve()
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """Write a file that gets its name when it is whole: until then what had the name stays.
+
+    `target` is what `replaceable` gives. Raises `OSError`.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - mkstemp opened it
+            file.write(data)
+            # What mkstemp denies to others, unlike `open`.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(descriptor, 0o666 & ~umask)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def is_own_file(path: Path) -> bool:

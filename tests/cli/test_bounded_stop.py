@@ -166,6 +166,20 @@ def test_so_it_is_for_a_run_and_an_agent(children, image, blocks, tmp_path):
 
 # --- while it starts ------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("command_line", ["run", "agent"])
+def test_a_backend_that_waits_for_its_vm_is_not_waited_for(
+    children, handlers, tmp_path, command_line
+):
+    others = {"run": ["--handlers", handlers], "agent": ["--connect", "unix:no.sock"]}
+    backend = "qemu-gdb:unix:no-qemu.sock?within=3600&site=0x1000"
+    line = command(command_line, "--backend", backend, *others[command_line])
+    with children.start(line, cwd=tmp_path) as process:
+        status, told = stopped(process, "waiting for QEMU")
+    assert status == 128 + signal.SIGTERM
+    assert "not ended" not in told
+
+
 AS_INIT = """
 import os, subprocess, sys
 with subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True) as outer:

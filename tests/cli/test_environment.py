@@ -95,7 +95,7 @@ def test_an_empty_variable_is_as_one_that_is_not_set():
     [
         ("TIMEOUT", "soon", "VMIBRIDGE_TIMEOUT 'soon': is no number"),
         ("TIMEOUT", "-1", "VMIBRIDGE_TIMEOUT: must be above 0 seconds, got -1.0"),
-        ("JSON", "maybe", 'VMIBRIDGE_JSON: unable to convert "maybe" into bool'),
+        ("JSON", "maybe", "VMIBRIDGE_JSON 'maybe': is neither true nor false"),
         ("LOG_LEVEL", "loud", 'Invalid value "loud" for VMIBRIDGE_LOG_LEVEL'),
         ("CONFIG", "/none.toml", "VMIBRIDGE_CONFIG: /none.toml: No such file"),
         ("HANDLERS", f"{HELLO} /none.py", "VMIBRIDGE_HANDLERS: /none.py: there is no such file"),
@@ -113,6 +113,14 @@ def test_a_wrong_value_is_one_line_that_names_the_variable(name, value, told, mo
     assert status == 2
     assert "\n" not in line
     assert told in line
+
+
+def test_what_the_message_names_counts_more_than_a_value_that_it_has_in_it(monkeypatch, said):
+    monkeypatch.setenv("VMIBRIDGE_UVLOOP", "true")
+    monkeypatch.setenv("VMIBRIDGE_ASYNC_BACKEND", "trio")
+    status, line = said("run", "--backend=unicorn:x", f"--handlers={HELLO}")
+    told = "vmibridge: VMIBRIDGE_UVLOOP: uvloop is for asyncio, so it does not go with trio"
+    assert (status, line) == (2, told)
 
 
 def test_an_option_that_was_given_is_named_as_it_was(monkeypatch, said):

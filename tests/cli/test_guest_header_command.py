@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
+from functools import partial
 
 import pytest
 from children import run
@@ -64,6 +66,28 @@ def test_check_compares_with_the_file_and_says_what_to_run(folder):
     told = f"vmibridge: a file.inc: is not what the handlers say; {again}"
     assert (done.returncode, done.stderr) == (1, told)
     assert (folder / "a file.inc").read_bytes() == before
+
+
+def test_what_was_there_stays_until_the_new_one_is_whole(folder):
+    """As on a volume that is full."""
+    (folder / "notes.h").write_text("the old one")
+    done = run(
+        command("guest-header", "notes.py", "-o", "notes.h"),
+        cwd=folder,
+        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, 100)),
+    )
+    assert done.returncode == 1
+    assert done.stderr == "vmibridge: notes.h: File too large\n"
+    assert (folder / "notes.h").read_text() == "the old one"
+    assert sorted(each.name for each in folder.iterdir()) == ["notes.h", "notes.py"]
+
+
+def test_a_link_and_a_device_stay_what_they_are(folder):
+    (folder / "real.h").write_text("the old one")
+    (folder / "notes.h").symlink_to("real.h")
+    assert header(folder, "notes.py", "-o", "notes.h").returncode == 0
+    assert (folder / "notes.h").is_symlink()
+    assert header(folder, "notes.py", "-o", "/dev/stdout").stdout == (folder / "real.h").read_text()
 
 
 def test_json_is_what_a_header_is_made_of(folder):

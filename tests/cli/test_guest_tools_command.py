@@ -102,6 +102,13 @@ class TestWhatIsBuilt:
             "guest", "tools", "-o", "made", "--target", "linux-x64", env=with_path(place)
         )
         assert (done.returncode, done.stderr) == (1, "vmibridge: vmib: cc failed: status 1\n")
+        assert not (tmp_path / "made").exists()
+
+    def test_a_folder_that_was_there_stays(self, vmibridge, tmp_path):
+        place = linked(tmp_path / "place", ("cc", shutil.which("false")))
+        (tmp_path / "made").mkdir()
+        target = ("-o", "made/in", "--target", "linux-x64")
+        assert vmibridge("guest", "tools", *target, env=with_path(place)).returncode == 1
         assert [*(tmp_path / "made").iterdir()] == []
 
 

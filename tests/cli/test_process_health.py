@@ -207,8 +207,8 @@ def test_a_second_process_at_the_path_ends_and_the_first_one_goes_on(started, vm
             serve.send_signal(send)
             again = serve_options("--listen", "unix:y.sock", "--health-socket", SOCKET)
             done = vmibridge(*again)
-            told = "vmibridge: --health-socket health.sock: address already in use\n"
-            assert (done.returncode, done.stderr) == (2, told)
+            told = f"vmibridge: --health-socket {SOCKET}: address already in use; name another path"
+            assert (done.returncode, done.stderr) == (2, f"{told}\n")
         await_health(SOCKET, process=serve)
 
 

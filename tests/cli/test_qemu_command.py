@@ -82,6 +82,19 @@ def test_outcomes_go_to_a_file(start, guest, folder):
     assert (folder / "r.mcap").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("word", ["false", "true"])
+def test_a_word_for_outcomes_says_whether_they_are_shown_and_is_no_file(start, guest, folder, word):
+    guest(5)
+    options = ["--handlers", "handlers.py", "--outcomes", word]
+    status, out, err = ended(start(*options))
+    assert (status, out) == (ALL_RIGHT, "")
+    assert err.splitlines()[-1] == "5 traps: 5 handled"
+    assert err.count("handled") == (6 if word == "true" else 1)
+    assert not (folder / word).exists()
+    status, _, err = ended(start(*options, "--outcomes-max-size", "1MiB"))
+    assert (status, err.count("give --outcomes FILE, too")) == (2, 1)
+
+
 def test_a_signal_ends_qemu_through_its_monitor(start, guest, folder):
     guest(2_000_000_000)
     process = start("--handlers", "handlers.py", "--json", "--outcomes", "/dev/stdout")

@@ -4,11 +4,14 @@ Whoever may not is refused in bounded time and memory, and the VM that is served
 """
 
 import datetime
+import errno
 import os
+import re
 import resource
 import socket
 import ssl
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import anyio
 import pytest
@@ -175,6 +178,22 @@ class TestFiles:
         options = "&".join(f"{k}={v}" for k, v in {**files, which: "x" * 300}.items())
         with pytest.raises(BackendSpecError, match=r"x{300}: File name too long"):
             tls_context(parse_url(f"tls:localhost:1?{options}"), server_side=True)
+
+    @pytest.mark.parametrize("which", ["cert", "key", "ca"])
+    def test_one_that_may_not_be_read_is_named_and_no_other(self, made, which, monkeypatch):
+        options = made.of("localhost")
+        refused = dict(part.split("=") for part in options.split("&"))[which]
+        plain = Path.open
+
+        def opened(path, *arguments, **named):
+            if str(path) == refused:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return plain(path, *arguments, **named)
+
+        monkeypatch.setattr(Path, "open", opened)
+        url = parse_url(f"tls:localhost:1?{options}")
+        with pytest.raises(BackendSpecError, match=f": {re.escape(refused)}: Permission denied$"):
+            tls_context(url, server_side=True)
 
 
 class TestPeersThatDoNotKeepToIt:

@@ -42,6 +42,14 @@ _USAGE_ERRORS = (
 )
 
 
+_KINDS = {
+    "int": "is no whole number",
+    "float": "is no number",
+    "bool": "is neither true nor false",
+}
+"""What is wrong with a value that is not of its type."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     tokens = sys.argv[1:] if arguments is None else list(arguments)
@@ -113,9 +121,9 @@ def _wrong_usage(error: "CycloptsError", tokens: list[str]) -> str:
     missing = re.search(r" parameter (\S+) requires an argument", text)
     if isinstance(error, MissingArgumentError) and missing and missing[1] not in tokens:
         return f"{missing[1]} is missing"
-    wrong = re.search(r"Invalid value for (\S+): unable to convert \"(.*)\" into (int|float)", text)
-    if isinstance(error, CoercionError) and wrong:
-        return f"{wrong[1]} {wrong[2]!r}: is no {'whole ' if wrong[3] == 'int' else ''}number"
+    wrong = re.search(r"Invalid value for (\S+): unable to convert \"(.*)\" into (\w+)", text)
+    if isinstance(error, CoercionError) and wrong and wrong[3] in _KINDS:
+        return f"{wrong[1]} {wrong[2]!r}: {_KINDS[wrong[3]]}"
     return text if text.endswith("...") else text.removesuffix(".")
 
 

@@ -104,19 +104,29 @@ async def _serve(
     bound = StopBound(_STOPPING, exit_zero=exit_zero)
     failures: list[VmiBridgeError] = []
     ends: dict[str, GuestEnd] = {}
+    opening: set[anyio.CancelScope] = set()
 
     def stop(number: signal.Signals, now: bool) -> None:
         log.info("%s: stopping the guest", number.name)
         health.stop_begins()
         for _, agent in carried:
             agent.stop(now=now)
+        for scope in opening:
+            # A backend may wait for its VM for as long as it is told to.
+            scope.cancel()
 
     async def carry(backend: Backend, agent: Agent) -> None:
+        scope = anyio.CancelScope()
+        opening.add(scope)
         try:
-            async with backend:
-                ends[agent.vm] = await agent.run()
+            with scope:
+                async with backend:
+                    opening.discard(scope)
+                    ends[agent.vm] = await agent.run()
         except VmiBridgeError as error:  # one of a recording is no `BackendError`
             failures.append(error)
+        finally:
+            opening.discard(scope)
 
     async with anyio.create_task_group() as tasks:
         stopping = partial(stop_on_signals, bound=bound)

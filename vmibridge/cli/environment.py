@@ -52,12 +52,14 @@ class Environment:
 
     def explained(self, message: str) -> str:
         """A message about an option, where the option came from here: with the variable's name."""
-        for option, value in self._used.items():
-            variable = variable_of(option)
+        used = [(variable_of(option), option, value) for option, value in self._used.items()]
+        for variable, option, _ in used:
             assert variable is not None, "it was used"
             told = re.sub(rf"{re.escape(option)}(?![\w-])", variable, message)
             if told != message:
                 return told
+        for variable, _, value in used:
+            assert variable is not None, "it was used"
             if variable not in message and any(part in message for part in _parts(value)):
                 return f"{variable}: {message}"
         return message

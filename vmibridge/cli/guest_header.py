@@ -16,7 +16,7 @@ from vmibridge.cli.streams import json_line
 from vmibridge.config import find_handlers
 from vmibridge.config.source_files import source_files
 from vmibridge.errors import ConfigError, VmiBridgeError
-from vmibridge.files import reason
+from vmibridge.files import reason, replaceable, write_whole
 from vmibridge.guest_header import Language, header_text, models_of
 
 
@@ -70,8 +70,12 @@ def guest_header(
 
 
 def _write(target: Path, text: str) -> None:
+    data = text.encode()
     try:
-        target.write_text(text, "utf-8", newline="\n")
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)  # a pipe or a device, such as /dev/stdout
+        else:
+            write_whole(replaceable(target), data)
     except OSError as error:
         raise VmiBridgeError(f"{target}: {reason(error, target)}") from error
 

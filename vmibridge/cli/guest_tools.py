@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
@@ -112,6 +113,7 @@ def _built(build: _Build, compiler: str, folder: Path) -> Path:
         if path.name not in _PLATFORMS or path.name == build.platform
     )
     target = folder / build.name
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         place = replaceable(target)
@@ -126,6 +128,11 @@ def _built(build: _Build, compiler: str, folder: Path) -> Path:
             made.replace(place)
     except OSError as error:
         raise VmiBridgeError(f"{target}: cannot be made: {reason(error, target)}") from error
+    finally:
+        # Those that were made for nothing; the ones that have a file stay.
+        with suppress(OSError):
+            for each in new:
+                each.rmdir()
     return target
 
 

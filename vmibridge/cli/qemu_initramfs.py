@@ -1,8 +1,6 @@
 """`vmibridge qemu initramfs`: programs into what a Linux kernel starts from."""
 
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +8,7 @@ from cyclopts import Parameter
 
 from vmibridge.cli.options import Output
 from vmibridge.errors import ConfigError, VmiBridgeError
-from vmibridge.files import reason, replaceable
+from vmibridge.files import reason, replaceable, write_whole
 from vmibridge.guest_files import guest_file
 from vmibridge.text import printable
 
@@ -37,25 +35,9 @@ def make_initramfs(
     if output.exists() and any(output.samefile(program) for program in programs):
         raise ConfigError(f"{output}: is one of the programs; name another file with -o")
     try:
-        _write(replaceable(output), b"".join(packed(files)))
+        write_whole(replaceable(output), b"".join(packed(files)))
     except OSError as error:
         why = reason(error, output)
         raise VmiBridgeError(f"{output}: cannot be written: {why}") from error
     sys.stdout.write(f"{printable(str(output))}\n")
     return 0
-
-
-def _write(target: Path, data: bytes) -> None:
-    """The file gets its name when it is whole."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(descriptor, "wb") as file:  # noqa: PTH123 - mkstemp opened it
-            file.write(data)
-            # What mkstemp denies to others, unlike `open`.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(descriptor, 0o666 & ~umask)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -46,7 +46,8 @@ from vmibridge.cli.event_loop import check_loop, logging_to, prints_beside, run_
 from vmibridge.cli.logs import log_handler
 from vmibridge.cli.options import HANDLERS, bytes_of
 from vmibridge.cli.outcome_file import OutcomeFile
-from vmibridge.cli.output import Writer, stream_writer
+from vmibridge.cli.output import StreamWriter, Writer, stream_writer
+from vmibridge.cli.quiet_output import QuietWriter
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
 from vmibridge.cli.signals import exit_status, stop_at_hangup, stop_on_signals
@@ -65,6 +66,8 @@ _QUITTING = 10.0
 _KVM = "/dev/kvm"
 _LISTENS = 10.0
 """Seconds in which QEMU is expected to listen."""
+_YES, _NO = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+"""What cyclopts takes for a switch."""
 
 
 def run_qemu(
@@ -131,7 +134,11 @@ def run_qemu(
         str, Parameter(help="Further options of the backend, as in a spec: site=0x1000&...")
     ] = "",
     outcomes: Annotated[
-        Path | None, Parameter(help="Where outcomes go; by default to standard error.")
+        str | None,
+        Parameter(
+            help="The file where outcomes go; by default standard error. true: there; false: there,"
+            " failures, one line a minute and the summary alone."
+        ),
     ] = None,
     outcomes_max_size: Annotated[
         str | None,
@@ -162,7 +169,8 @@ def run_qemu(
         handlers=bool(handlers),
         of_plugin=not (patience is compat is None and not plugin_options),
     )
-    most_outcomes = _most_outcomes(outcomes, outcomes_max_size)
+    shown, outcome_file = _shown(outcomes)
+    most_outcomes = _most_outcomes(outcome_file, outcomes_max_size)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmibridge-")))
         where = socket or folder / "vmi.sock"
@@ -206,7 +214,8 @@ def run_qemu(
                 health = Health()
                 main = partial(_run_alone, process, health)
                 return run_telling(given.loop, main, health, given.health_socket)
-        writer = _outcome_writer(outcomes, most_outcomes, stack, as_json=given.json)
+        lines = _outcome_writer(outcome_file, most_outcomes, stack, as_json=given.json)
+        writer = lines if shown else QuietWriter(lines, as_json=given.json)
         if via == "gdb" and ram is not None:
             asked.append(f"ram={quote(str(ram))}")
         if via == "gdb" and not {"-D", "-d", "-trace", "--trace"} & {*arguments}:
@@ -382,6 +391,16 @@ async def _watch(qemu: QemuProcess, server: BridgeServer) -> None:
     server.stop()
 
 
+def _shown(outcomes: str | None) -> tuple[bool, Path | None]:
+    """Whether each trap is shown, and the file; what says yes or no is none.
+
+    Images set `VMIBRIDGE_OUTCOMES=false` for all commands, where others have a switch of that name.
+    """
+    if outcomes is None or outcomes.lower() in (*_YES, *_NO):
+        return outcomes is None or outcomes.lower() in _YES, None
+    return True, Path(outcomes)
+
+
 def _most_outcomes(path: Path | None, size: str | None) -> int | None:
     most = bytes_of("--outcomes-max-size", size)
     if most is not None and path is None:
@@ -391,7 +410,7 @@ def _most_outcomes(path: Path | None, size: str | None) -> int | None:
 
 def _outcome_writer(
     path: Path | None, most: int | None, stack: ExitStack, *, as_json: bool
-) -> Writer:
+) -> StreamWriter:
     if path is None:
         return stream_writer(sys.stderr.fileno(), as_json=as_json)
     file = OutcomeFile(path, most)

@@ -50,7 +50,7 @@ async def health_socket(path: str) -> AsyncIterator[UnixListener]:
     try:
         listener = await listen_unix(Path(path), _MODE)
     except BackendError as error:
-        raise ConfigError(f"--health-socket {path}: {error}") from error
+        raise ConfigError(f"--health-socket {path}: {error}; name another path") from error
     except OSError as error:
         raise ConfigError(f"--health-socket {path}: {reason(error, Path(path))}") from error
     try:

@@ -170,7 +170,8 @@ async def test_another_process_at_the_path_keeps_it(path):
         with pytest.raises(ConfigError) as error:
             async with health_socket(path):
                 raise AssertionError
-        assert str(error.value) == f"--health-socket {path}: address already in use"
+        told = f"--health-socket {path}: address already in use; name another path"
+        assert str(error.value) == told
         assert (await ask(path))["reasons"][0]["text"] == "the first one"
 
 

@@ -31,6 +31,9 @@ def tls_context(url: TlsUrl, *, server_side: bool) -> ssl.SSLContext:
     for file in (url.cert, url.key, url.ca):
         try:
             is_there = Path(file).is_file()
+            if is_there:
+                # OpenSSL does not say which of them may not be read.
+                Path(file).open("rb").close()
         except OSError as error:  # in a folder that may not be entered, for one
             raise BackendSpecError(f"{url}: {file}: {error.strerror}") from error
         if not is_there:
