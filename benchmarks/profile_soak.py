@@ -90,8 +90,9 @@ class Profile:
         return sum(sizes(path.parent, f"{path.name}*").values())
 
     def said(self, service: str, *options: str) -> str:
-        done = self.engine.run("logs", *options, self.ids[service], capture_output=True, text=True)
-        return done.stdout + done.stderr
+        command = ("logs", *options, self.ids[service])
+        done = self.engine.run(*command, seconds=COMMAND_SECONDS, capture_output=True, text=True)
+        return str(done.stdout + done.stderr)
 
 
 def sizes(folder: Path, names: str) -> dict[str, int]:
