@@ -153,6 +153,33 @@ async def test_a_guest_finds_out_what_is_wrong(linux):
     }
 
 
+class WrongInTheThirdRound(StandardHandler):
+    """Answers like `exchange`, but the third buffer of calls by CPUID is not taken."""
+
+    REQUEST = 0x0200
+
+    def __init__(self):
+        self._honest = exchange()
+        self._rounds = 0
+
+    async def handle(self, vmi, packet):
+        answer = await self._honest.handle(vmi, packet)
+        if vmi.event.reason is TrapReason.CPUID and packet.method == REVERSE:
+            self._rounds += 1
+            if self._rounds == 3:
+                return answer.with_value1(answer.value1 - 1)
+        return answer
+
+
+@on_asyncio
+async def test_programs_that_have_time_call_until_an_answer_is_wrong(linux):
+    with anyio.fail_after(LIMIT):
+        boot = await linux.boot("few", WrongInTheThirdRound(), count=COUNT, kernel="seconds=100000")
+    assert boot.lines[-1] == "WRONG"
+    told = [line.split(": ", 1)[1].partition(",")[0] for line in boot.lines if " cpu 0: " in line]
+    assert told == [*["right"] * 6, "WRONG: the buffer was not taken", "right", "right"]
+
+
 @on_asyncio
 async def test_a_policy_that_denies_programs_serves_the_kernel(linux):
     policy = Policy(rings=frozenset({0}))
