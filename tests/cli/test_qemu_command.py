@@ -226,7 +226,7 @@ def test_a_qemu_that_fails_before_it_listens_is_told(start, folder):
     [
         ([], MACHINE, "give --handlers that answer, or the --socket where a host listens"),
         (["--socket", "s"], ["-enable-kvm"], "with KVM the plugin is loaded and never trapped to"),
-        (["--socket", "s", "--accel", "kvm"], MACHINE, "use TCG, or --via gdb"),
+        (["--socket", "s", "--accel", "kvm"], MACHINE, "use TCG, --via gdb or --via device"),
         (["--socket", "s", "--via", "gdb"], MACHINE, "--handlers are needed here"),
         (
             ["--handlers", "handlers.py", "--via", "gdb", "--patience", "1"],

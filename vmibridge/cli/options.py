@@ -62,6 +62,14 @@ HEALTH_SOCKET = Parameter(
 )
 
 HealthSocket: TypeAlias = Annotated[str | None, HEALTH_SOCKET]
+MonitorSocket: TypeAlias = Annotated[
+    Path,
+    Parameter(help="The socket of QEMU's monitor, as of -qmp unix:PATH,server=on,wait=off."),
+]
+BackendOptions: TypeAlias = Annotated[
+    str, Parameter(help="Further options of the backend, as behind the ? of a spec.")
+]
+
 Sources: TypeAlias = Annotated[list[str], HANDLERS]
 OptionalSources: TypeAlias = Annotated[list[str] | None, HANDLERS]
 Recording: TypeAlias = Annotated[Path, PIPED]

@@ -26,7 +26,13 @@ from vmibridge.backends.device.backend import DeviceBackend
 from vmibridge.backends.qemu.qmp import Qmp
 from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import HANDLERS, Outcomes, bytes_of
+from vmibridge.cli.options import (
+    HANDLERS,
+    BackendOptions,
+    MonitorSocket,
+    Outcomes,
+    bytes_of,
+)
 from vmibridge.cli.quiet_output import stdout_writer
 from vmibridge.cli.server_options import ServerOptions
 from vmibridge.cli.server_run import Life, Prepared, run_server
@@ -82,14 +88,12 @@ def device_args(
 
 def attach(
     *,
-    qmp: Annotated[Path, Parameter(help="The socket of QEMU's monitor (QMP).")],
+    qmp: MonitorSocket,
     handlers: Annotated[list[str], HANDLERS],
     bus: Annotated[
         str | None, Parameter(help="The bus, where QEMU has several: on q35 a pcie-root-port.")
     ] = None,
-    backend_options: Annotated[
-        str, Parameter(help="Options of the backend, as in a spec: kernel=16&slots=32...")
-    ] = "",
+    backend_options: BackendOptions = "",
     outcomes: Outcomes = True,
     options: ServerOptions | None = None,
 ) -> int:

@@ -44,7 +44,7 @@ from vmibridge.backends.qemu.plugin.build import kept_plugin
 from vmibridge.backends.qemu.process import QemuProcess
 from vmibridge.cli.event_loop import check_loop, logging_to, prints_beside, run_telling
 from vmibridge.cli.logs import log_handler
-from vmibridge.cli.options import HANDLERS, bytes_of
+from vmibridge.cli.options import HANDLERS, BackendOptions, bytes_of
 from vmibridge.cli.outcome_file import OutcomeFile
 from vmibridge.cli.output import StreamWriter, Writer, stream_writer
 from vmibridge.cli.quiet_output import QuietWriter
@@ -130,9 +130,7 @@ def run_qemu(
         bool,
         Parameter(negative=(), help="Keep guest memory in a file, for reads that need no trip."),
     ] = False,
-    backend_options: Annotated[
-        str, Parameter(help="Further options of the backend, as in a spec: site=0x1000&...")
-    ] = "",
+    backend_options: BackendOptions = "",
     outcomes: Annotated[
         str | None,
         Parameter(

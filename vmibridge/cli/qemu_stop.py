@@ -2,13 +2,13 @@
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from vmibridge.backends.qemu.stopping import Ending, Way, stop_qemu
 from vmibridge.cli.event_loop import run_on
+from vmibridge.cli.options import MonitorSocket
 from vmibridge.errors import BackendError, ConfigError, QmpError
 
 _MAX_NAME = 255
@@ -17,10 +17,7 @@ _MAX_NAME = 255
 
 def stop(
     *,
-    qmp: Annotated[
-        Path,
-        Parameter(help="The socket of QEMU's monitor, as of -qmp unix:PATH,server=on,wait=off."),
-    ],
+    qmp: MonitorSocket,
     powerdown: Annotated[
         bool,
         Parameter(negative=(), help="Press the power button, and wait for the guest to shut down."),

@@ -17,7 +17,7 @@ __all__ = ["told_when_slow"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
-_AFTER = 2.0
+_AFTER = 10.0
 """Seconds to the first line; from each to the next it is twice as long."""
 
 

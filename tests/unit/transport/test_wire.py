@@ -177,7 +177,7 @@ class TestTraps:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("reason", 0), ("reason", 7), ("width", 8), ("ring", 4), ("length", 16), ("seq", 0)],
+        [("reason", 0), ("reason", 8), ("width", 8), ("ring", 4), ("length", 16), ("seq", 0)],
     )
     def test_one_that_no_machine_has_is_an_error(self, field, value):
         frame = trap_frame(TrapEvent(1, TrapReason.CPUID, Registers()), 5000)

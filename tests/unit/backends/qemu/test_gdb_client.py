@@ -47,12 +47,19 @@ async def test_a_trap_that_is_not_ours_is_stepped_over_by_its_own_vcpu(stage):
 
 
 @pytest.mark.parametrize("code", [b"\x90" * 15, b"", b"\x0f\x01"])
-async def test_a_site_without_a_trap_instruction_is_stepped_over_and_told(stage, code, caplog):
+async def test_a_site_without_a_trap_instruction_is_stepped_over_and_fails_the_run(
+    stage, code, caplog
+):
     stage.stub.memory[SITE] = code
-    async with stage.run() as stub:
-        for _ in range(3):
-            await stub.call(ADD)
-        await stub.stop(b"W00")
+    with pytest.raises(ExceptionGroup) as raised:
+        async with stage.run() as stub:
+            for _ in range(3):
+                await stub.call(ADD)
+            await stub.stop(b"W00")
+    error = raised.value
+    while isinstance(error, ExceptionGroup):  # a group for each task group of the loop
+        (error,) = error.exceptions
+    assert "site=0x401000 held no CPUID, VMCALL or VMMCALL" in str(error)
     assert not stage.outcomes
     seen = code.ljust(15, b"\0")[:3].hex(" ")
     assert [record.message for record in caplog.records if "no trap" in record.message] == [
