@@ -80,7 +80,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "qemu attach": (
             "qemu_device:attach",
-            "Plug the PCI device into a QEMU that runs, and answer its guest.",
+            "Plug the device into a QEMU that runs, answer its guest, and unplug it at the end.",
         ),
         "qemu build-plugin": (
             "qemu_plugin:build_qemu_plugin",
@@ -88,7 +88,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "qemu device-args": (
             "qemu_device:device_args",
-            "Print what QEMU needs to have the PCI device.",
+            "Print what QEMU 11.1 needs to have the device: arguments for a shell, or XML.",
         ),
         "qemu fetch": (
             "qemu_fetch:fetch_qemu",
