@@ -25,7 +25,6 @@ pytestmark = pytest.mark.no_cover
 
 NOT_THE_SAME = {
     "backend": "several VMs, or the one of an agent",
-    "backend_options": "of the backend of --via, or of the device",
     "config": "all of the file, or its handlers alone",
     "files": "recordings, or recordings and folders of them",
     "ignore": "fields of two recordings, or rules for what handlers answer",
@@ -33,7 +32,6 @@ NOT_THE_SAME = {
     "log_level": "a replay has a level more, and is quiet by default",
     "name": "what a recording is kept as: an option of put, an argument of get",
     "outcomes": "whether each trap is shown, or the file that qemu run shows them in",
-    "qmp": "of a QEMU that is to end, or of one that gets the device",
     "timeout": "by default that of the server, or the recorded one; both from ServerSettings",
     "to": "a format, or where a recording is kept",
     "until": "when a run ends, or the last trap that is listed",

@@ -60,7 +60,6 @@ async def test_a_site_without_a_trap_instruction_is_stepped_over_and_fails_the_r
     while isinstance(error, ExceptionGroup):  # a group for each task group of the loop
         (error,) = error.exceptions
     assert "site=0x401000 held no CPUID, VMCALL or VMMCALL" in str(error)
-    assert not stage.outcomes
     seen = code.ljust(15, b"\0")[:3].hex(" ")
     assert [record.message for record in caplog.records if "no trap" in record.message] == [
         f"vm vm: at {SITE:#x}: no trap instruction there, but {seen}"
