@@ -34,6 +34,7 @@ NEEDS = {
     "vmibridge.aio.clock_trio": "trio",
     "vmibridge.aio.handler_scope_trio": "trio",
     "vmibridge.aio.parking_trio": "trio",
+    "vmibridge.aio.start_trio": "trio",
     "vmibridge.pytest_plugin": "test",  # by pytest, which has itself
     "vmibridge.recording": "recording",
     "vmibridge.recording.export.parquet": "parquet",
