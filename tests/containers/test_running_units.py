@@ -38,8 +38,7 @@ def files(upper, qemu, guest):
         shutil.copytree(ROOT / name, checkout / name)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir"]
     run([*build, checkout / "dist", ROOT], check=True, seconds=600)
-    (upper / "usr/bin").mkdir(parents=True)
-    (upper / "usr/bin/qemu-system-x86_64").symlink_to(Path(qemu).resolve())
+    _install_qemu(upper, Path(qemu).resolve())
     for name in ("vmlinuz", "initrd"):
         target = upper / "var/lib/vmibridge-qemu-linux" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +51,14 @@ def files(upper, qemu, guest):
     handlers.mkdir(parents=True)
     shutil.copy(ROOT / "guest/linux/exchange.py", handlers)
     _certificates(upper / "etc/vmibridge")
+
+
+def _install_qemu(upper, program):
+    """That of the tests as the system's own. One of a checkout may be where systemd has a /tmp."""
+    if not program.is_relative_to("/usr"):
+        shutil.copytree(program.parent, upper / "opt/qemu", symlinks=True)
+        (upper / "usr/bin").mkdir(parents=True)
+        (upper / "usr/bin/qemu-system-x86_64").symlink_to(f"/opt/qemu/{program.name}")
 
 
 def _certificates(folder):
