@@ -80,9 +80,9 @@ def bridge(engine, tmp_path):
     def run(*options, mount="type=volume,dst=/recordings", loop=1, blocks_at=-1):
         (work / "probe.py").write_text(HANDLERS.replace("BLOCKS_AT", str(blocks_at)))
         words = ["--detach", "--read-only", "--cap-drop=ALL", "--network=none"]
-        words += [f"--volume={work}:/work:ro", f"--mount={mount}", IMAGES["bridge"], "run"]
-        words += ["--backend", f"replay:/work/guest.mcap?loop={loop}"]
-        words += ["--handlers", "/work/probe.py", *options]
+        words += [f"--volume={work}:/files:ro", f"--mount={mount}", IMAGES["bridge"], "run"]
+        words += ["--backend", f"replay:/files/guest.mcap?loop={loop}"]
+        words += ["--handlers", "/files/probe.py", *options]
         done = engine.run("run", *words, seconds=SECONDS, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         name = done.stdout.strip()
