@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docker"))
+sys.path.insert(0, str(ROOT / "docker"))  # scripts, which are no package
 from build_images import IMAGES, Engine  # noqa: E402
 
 BARS = {"size": 70.0, "ready": 1.5, "memory": 60.0}

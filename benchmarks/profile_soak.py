@@ -145,7 +145,7 @@ def compose(engine: Engine, *arguments: str) -> None:
     ) as process:
         try:
             status = process.wait(COMMAND_SECONDS)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: what it has started ends with it
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise

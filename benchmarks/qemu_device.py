@@ -123,7 +123,7 @@ async def one(stage: Stage, side: str, calls: int, *, reads: bool) -> tuple[floa
                     if seen in (1, calls):
                         cpu = time.process_time() + cpu_seconds(qemu.pid)
                         marks.append((cpu, time.perf_counter()))
-            except BaseException:
+            except BaseException:  # a cancellation, too: nobody else would end it
                 qemu.kill()
                 raise
             assert await anyio.to_thread.run_sync(qemu.wait) == ALL_RIGHT

@@ -44,7 +44,7 @@ def started(children, tmp_path, handlers, image, monkeypatch):
         line += ["--record", "volume/recordings", "--health-socket", SOCKET]
         shell = MOUNTED.format(filled=filled, line=shlex.join(map(os.fspath, line)))
         with (
-            open(os.devnull, "w") as nowhere,  # noqa: PTH123
+            Path(os.devnull).open("w") as nowhere,
             children.start([*unshare, "sh", "-c", shell], cwd=tmp_path, stdout=nowhere) as process,
         ):
             process.volume = Path(f"/proc/{process.pid}/root{tmp_path}/volume")

@@ -1,16 +1,14 @@
 """podman, and the images that are built with it."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from build_images import IMAGES, BuildError, Engine, bases, other_images
 from children import run
 from needs import needs
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docker"))
-from build_images import IMAGES, BuildError, Engine, bases, other_images  # noqa: E402
 
 PROGRAMS = ["podman", "runc", "debootstrap", "iptables"]
 """What `make system-containers` installs and looks for."""

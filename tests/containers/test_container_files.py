@@ -8,6 +8,8 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+import build_images
+import locked_install
 import pytest
 import yaml
 from children import run
@@ -17,9 +19,6 @@ from vmibridge.cli import main
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-sys.path.insert(0, str(DOCKER))
-import build_images  # noqa: E402
-import locked_install  # noqa: E402
 
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 PROFILES = {

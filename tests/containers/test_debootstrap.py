@@ -1,15 +1,13 @@
 """How a debootstrap ends that takes too long, with a fake of it: nothing of it is left behind."""
 
 import os
-import sys
 import threading
 from pathlib import Path
 
+import debian
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docker"))
-import debian  # noqa: E402
 
 FAKE = """#!/bin/sh
 # A fake: it never ends, and neither does the program that it has started.

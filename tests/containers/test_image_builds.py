@@ -7,19 +7,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 
+import base_images
+import build_images
+import image_sbom
 import pytest
+import source_state
+from base_images import Base
+from container_engine import BuildError
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from registry import RegistryError, digest_of
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docker"))
-import base_images  # noqa: E402
-import build_images  # noqa: E402
-import image_sbom  # noqa: E402
-import source_state  # noqa: E402
-from base_images import Base  # noqa: E402
-from container_engine import BuildError  # noqa: E402
-from registry import RegistryError, digest_of  # noqa: E402
 
 DIGEST = f"sha256:{'5a' * 32}"
 BASE = Base("3fe1", "localhost/stand-in/python:3.13-slim-trixie-amd64", DIGEST)

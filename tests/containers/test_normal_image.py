@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from normal_image import normalize
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docker"))
-from normal_image import normalize  # noqa: E402
 
 
 @pytest.fixture

@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import release_images
+from release_folder import ReleaseError, sha256_of, verify, write_sums
+from source_state import PREFIX, SourceState
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docker"))
-import release_images  # noqa: E402
-from release_folder import ReleaseError, sha256_of, verify, write_sums  # noqa: E402
-from source_state import PREFIX, SourceState  # noqa: E402
 
 STATE = SourceState("1.2.3", "c0" * 20, 1_700_000_000, False, "https://source.test/x")
 FAKE_COSIGN = """#!{python}

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import trim_environment
 from needs import needs
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docker"))
-import trim_environment  # noqa: E402
 
 UNCHECKED = 1
 """The flags of bytecode that is valid whatever its source is (PEP 552)."""
