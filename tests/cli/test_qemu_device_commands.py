@@ -4,16 +4,22 @@ import json
 import os
 import shlex
 import signal
+import socket
 from pathlib import Path
 from xml.etree import ElementTree
 
+import anyio
 import pytest
 from children import run
 from needs import needs
 from probe_guest import command
 from test_qemu_command import ALL_RIGHT, HANDLERS, MACHINE, ended
 
+from vmibridge.aio import sockets
 from vmibridge.backends.device.arguments import DEVICE_NAME
+from vmibridge.backends.device.migration import BLOCKER_NAME
+from vmibridge.backends.qemu.qmp import Qmp
+from vmibridge.errors import QmpError
 
 GUESTS = Path(__file__).parents[1] / "integration/guests"
 
@@ -52,6 +58,31 @@ def test_run_starts_qemu_with_the_device_and_answers(start, guest):
     assert err.splitlines()[-1] == "50 traps: 50 handled"
 
 
+def migration_error(monitor):
+    """What QEMU says against a migration; `None`: it migrates."""
+
+    async def migrate():
+        async with Qmp(await sockets.connect(socket.AF_UNIX, str(monitor))) as qmp:
+            try:
+                await qmp.execute("migrate", uri="exec:cat >/dev/null")
+            except QmpError as error:
+                return str(error)
+            return None
+
+    return anyio.run(migrate)
+
+
+def test_run_has_qemu_refuse_to_migrate_what_the_device_does_not_go_with(start, guest, folder):
+    guest(PLUG=1)
+    options = ["--via", "device", "--accel", "tcg", "--handlers", "handlers.py", "--json"]
+    monitor = f"unix:{folder / 'qmp'},server=on,wait=off"
+    running = start("run", *options, "--", "-M", "q35", "-qmp", monitor, *MACHINE)
+    assert json.loads(running.stderr.readline())["outcome"] == "handled"
+    assert BLOCKER_NAME in migration_error(folder / "qmp")
+    running.send_signal(signal.SIGINT)
+    assert ended(running)[0] == 130
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -72,14 +103,17 @@ def test_attach_plugs_the_device_in_and_out_of_a_qemu_that_runs(
     guest(PLUG=1)
     ram = "memory-backend-memfd,id=ram,size=32M,share=on"
     monitor = f"unix:{folder / 'qmp'},server=on,wait=off"
-    options = ["-accel", "tcg", "-M", "pc,memory-backend=ram", "-object", ram, "-qmp", monitor]
+    other = f"unix:{folder / 'other'},server=on,wait=off"
+    options = ["-accel", "tcg", "-M", "pc,memory-backend=ram", "-object", ram]
+    options += ["-qmp", monitor, "-qmp", other]
     machine = children.start([qemu, *options, *MACHINE], cwd=folder)
-    while not (folder / "qmp").exists():
+    while not (folder / "other").exists():
         assert machine.poll() is None
     for _ in range(2):
         attached = start("attach", "--qmp", "qmp", "--handlers", "handlers.py", "--json")
         for _ in range(20):
             assert json.loads(attached.stdout.readline())["outcome"] == "handled"
+        assert BLOCKER_NAME in migration_error(folder / "other")
         attached.send_signal(signal.SIGINT)
         status, out, err = ended(attached)
         assert status == 130
@@ -87,6 +121,7 @@ def test_attach_plugs_the_device_in_and_out_of_a_qemu_that_runs(
         assert "not let go" not in err
         assert "not unplugged" not in err
         assert machine.poll() is None, "QEMU lives on"
+    assert migration_error(folder / "other") is None
     machine.kill_all()
     machine.wait()
 
@@ -118,8 +153,27 @@ def test_device_args_are_lines_of_a_domain(start):
     assert json.loads(values[1])["x-msg-timeout"] == 1000
 
 
+def test_device_args_have_what_qemu_refuses_to_migrate(start, folder):
+    status, out, _ = ended(start("device-args", "/run/s", "--refuse-migration", "image.vdi"))
+    assert status == 0
+    arguments = shlex.split(out)
+    node = json.loads(arguments[arguments.index("-blockdev") + 1])
+    assert (node["node-name"], node["file"]["filename"]) == (
+        BLOCKER_NAME,
+        str(folder / "image.vdi"),
+    )
+    assert (folder / "image.vdi").stat().st_size == 1024
+
+
 @pytest.mark.parametrize(
-    "options", [["--memory", "x"], ["--timeout", "0"], ["--libvirt", "--memory", "1GiB"]]
+    "options",
+    [
+        ["--memory", "x"],
+        ["--timeout", "0"],
+        ["--libvirt", "--memory", "1GiB"],
+        ["--libvirt", "--refuse-migration", "image.vdi"],
+        ["--refuse-migration", "no/folder"],
+    ],
 )
 def test_device_args_refuses_what_makes_no_sense(start, options):
     assert ended(start("device-args", "/run/s", *options))[0] == 2

@@ -5,8 +5,8 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,12 @@ from vmibridge.backends.device.arguments import (
     libvirt_domain,
 )
 from vmibridge.backends.device.backend import DeviceBackend
+from vmibridge.backends.device.migration import (
+    BLOCKER_NAME,
+    blocker_arguments,
+    blocker_properties,
+    write_blocker,
+)
 from vmibridge.backends.qemu.qmp import Qmp
 from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.logs import log_handler
@@ -62,6 +68,13 @@ def device_args(
         Parameter(help="Size of guest memory, as in 512MiB: with what makes it shared."),
     ] = None,
     timeout: _TIMEOUT = 5.0,
+    refuse_migration: Annotated[
+        Path | None,
+        Parameter(
+            help="Write an image of 1 KiB to this file, and print an option for it: QEMU then"
+            " refuses to migrate or to save the guest, which the device does not go with."
+        ),
+    ] = None,
     libvirt: Annotated[
         bool, Parameter(negative=(), help="The lines of a domain of libvirt instead.")
     ] = False,
@@ -78,10 +91,18 @@ def device_args(
     if libvirt:
         if memory is not None:
             raise ConfigError("--memory goes without --libvirt: a domain has its own <memory>")
+        if refuse_migration is not None:
+            raise ConfigError("--refuse-migration goes without --libvirt")
         for line in libvirt_domain(path, timeout).splitlines():
             sys.stdout.write(f"{printable(line)}\n")
         return 0
     arguments = device_arguments(path, timeout, bytes_of("--memory", memory))
+    if refuse_migration is not None:
+        try:
+            write_blocker(refuse_migration)
+        except OSError as error:
+            raise ConfigError(f"--refuse-migration {refuse_migration}: {error.strerror}") from error
+        arguments += blocker_arguments(refuse_migration)
     sys.stdout.write(f"{shlex.join(arguments)}\n")
     return 0
 
@@ -118,7 +139,7 @@ def attach(
         writer = stdout_writer(as_json=given.json, outcomes=outcomes)
         server = prepared.server([backend])
         health = prepared.health(server)
-        plug = Plug(qmp, backend, bus)
+        plug = Plug(qmp, backend, bus, Path(folder, "image.vdi"))
         life = Life(
             [*prepared.taps, plug.connected(), backend, writer],
             server,
@@ -134,10 +155,14 @@ def attach(
 
 
 class Plug:
-    """The device of a QEMU that runs: plugged in while the server runs, unplugged when it stops."""
+    """The device of a QEMU that runs: plugged in while the server runs, unplugged when it stops.
 
-    def __init__(self, path: Path, backend: DeviceBackend, bus: str | None) -> None:
+    Meanwhile QEMU has the image `blocker` open, for which it refuses to migrate or save the guest.
+    """
+
+    def __init__(self, path: Path, backend: DeviceBackend, bus: str | None, blocker: Path) -> None:
         self._path, self._backend, self._bus = path, backend, bus
+        self._blocker = blocker
         self._qmp: Qmp
         backend.before_hanging_up = self.unplug
 
@@ -154,15 +179,12 @@ class Plug:
 
     async def plug(self) -> None:
         """Plug it in. Raises `QmpError` with what QEMU says."""
+        await self._refuse_migration()
         backend = self._backend
-        # Any: to the type checker each of these might be the timeout of the command itself.
-        arguments: dict[str, Any] = {
-            name.replace("-", "_"): value
-            for name, value in device_properties(backend.path, backend.options.timeout).items()
-        }
+        properties = device_properties(backend.path, backend.options.timeout)
         if self._bus is not None:
-            arguments["bus"] = self._bus
-        await self._qmp.execute("device_add", **arguments)
+            properties = {**properties, "bus": self._bus}
+        await self._execute("device_add", properties)
         log.info("the device is plugged in: its id is %s", DEVICE_NAME)
 
     async def unplug(self) -> None:
@@ -173,6 +195,7 @@ class Plug:
                 with anyio.fail_after(_UNPLUG):
                     async for event in deleted:
                         if msgspec.json.decode(event.data, type=_Deleted).device == DEVICE_NAME:
+                            await self._allow_migration()
                             return
         except TimeoutError:
             log.warning(
@@ -183,6 +206,28 @@ class Plug:
             )
         except (QmpError, msgspec.MsgspecError) as error:
             log.warning("the device was not unplugged: %s", error)
+
+    async def _refuse_migration(self) -> None:
+        write_blocker(self._blocker)
+        # A host that was killed has left its own.
+        await self._allow_migration()
+        try:
+            await self._execute("blockdev-add", blocker_properties(self._blocker))
+        except QmpError as error:
+            log.warning(
+                "QEMU will not refuse to migrate or to save the guest, whose device would be dead"
+                " afterwards: %s",
+                error,
+            )
+
+    async def _allow_migration(self) -> None:
+        with suppress(QmpError):
+            await self._qmp.execute("blockdev-del", node_name=BLOCKER_NAME)
+
+    async def _execute(self, command: str, arguments: Mapping[str, object]) -> None:
+        # Any: to the type checker each of these might be the timeout of the command itself.
+        given: dict[str, Any] = {name.replace("-", "_"): each for name, each in arguments.items()}
+        await self._qmp.execute(command, **given)
 
 
 def _check_timeout(timeout: float) -> None:

@@ -30,6 +30,7 @@ from cyclopts import Parameter
 from vmibridge.backends import open_backend
 from vmibridge.backends.device.arguments import device_arguments
 from vmibridge.backends.device.backend import DeviceBackend
+from vmibridge.backends.device.migration import blocker_arguments, write_blocker
 from vmibridge.backends.qemu.find import (
     GDB_NEEDS,
     PLUGIN_NEEDS,
@@ -188,6 +189,8 @@ def run_qemu(
             backend = device
             size = None if has_memory_backend(arguments) else memory_size(arguments)
             command += device_arguments(where, device.options.timeout, size)
+            write_blocker(folder / "image.vdi")
+            command += blocker_arguments(folder / "image.vdi")
         elif via == "gdb":
             command += ["-S", "-gdb", f"unix:{_escaped(where)},server=on,wait=off"]
         else:
