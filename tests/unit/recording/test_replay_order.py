@@ -1,6 +1,7 @@
 """Handlers that wait and have state: unchanged, they replay the same, on virtual time."""
 
 import time
+from functools import partial
 
 import anyio
 import pytest
@@ -14,6 +15,7 @@ from determinism_parts import (
     assert_same,
     call,
     record,
+    replay,
 )
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
@@ -218,6 +220,56 @@ def test_deadlines_pass_as_they_did_where_a_loop_stood_still(tmp_path, then, now
         if not now:
             how["virtual"] = False
             assert assert_same(path, ["vm"], lambda _: Bridge(ReadsSlowly(now)), **how) == 3
+
+
+class EndsAtItsDeadline(BridgeHandler[object]):
+    """Its sleep has ended when its deadline passes, though it has not gone on yet."""
+
+    MAGIC, REQUEST = MAGIC, 1
+
+    def __init__(self, pause, stands):
+        self.pause, self.stands, self.count = pause, stands, 0
+
+    @method(1, timeout=0.03)
+    async def sleeps(self, vmi, packet):
+        await anyio.sleep(self.pause)
+        self.count += 1
+
+    @method(2)
+    async def holds_up(self, vmi, packet):
+        await anyio.sleep(0.02)
+        virtual_time().pass_by(self.stands)
+        return BridgeResponse(value1=0x100)
+
+    @method(3)
+    async def counts(self, vmi, packet):
+        return BridgeResponse(value1=0x100 + self.count)
+
+
+def test_what_went_on_after_its_deadline_does_so_by_a_clock_that_is_late(tmp_path):
+    """uvloop's timers are early where its loop has looked at its clock long ago: what ended there
+    before a deadline may end after it by the clock of a replay."""
+
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(vm.call, ask(1))
+            tasks.start_soon(partial(vm.call, ask(2), vcpu=1))
+        await anyio.sleep(0.5)
+        assert (await vm.call(ask(3))).rax == 0x101
+
+    path = tmp_path / "run.mcap"
+
+    def ends_after(pause):
+        return lambda _: Bridge(EndsAtItsDeadline(pause, 0.05))
+
+    record(path, {"vm": guest}, ends_after(0.035), virtual=True)
+    with RecordingReader(path) as reader:
+        steps = [step.kind for _, step in reader.messages(STEP) if step.seq == 1]
+    assert steps[-3:] == ["cut off", "resumed", "ended"]
+    assert assert_same(path, ["vm"], ends_after(0.08)) == 3
+    # One that does not end any more is not waited for.
+    (result,) = replay(path, ["vm"], ends_after(3600))
+    assert (result.compared, result.first.packet) == (3, ask(3))
 
 
 @pytest.mark.parametrize("now", ["asyncio", "trio"])

@@ -49,11 +49,12 @@ from vmibridge.recording.replay.not_asked import NotAsked
 from vmibridge.recording.replay.open_requests import MAX_OPEN, OpenRequests
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.order import RecordedOrder
+from vmibridge.recording.replay.player import Awaited
 from vmibridge.recording.replay.request import MADE, ReplayedRequest
 from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.tally import Tally
 from vmibridge.recording.replay.verdict import Verdict
-from vmibridge.recording.replay.walk import Awaited, Walk
+from vmibridge.recording.replay.walk import Walk
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 

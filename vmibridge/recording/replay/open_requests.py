@@ -17,9 +17,10 @@ from vmibridge.bridge.outcome import Outcome, OutcomeKind
 from vmibridge.recording.messages import PlainTrap, Reply
 from vmibridge.recording.replay.compare import is_cut, is_same
 from vmibridge.recording.replay.options import ReplayOptions
+from vmibridge.recording.replay.player import Awaited
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.tally import Tally
-from vmibridge.recording.replay.walk import Awaited, Walk
+from vmibridge.recording.replay.walk import Walk
 from vmibridge.vm.conductor import Conductor
 from vmibridge.vm.trap import TrapEvent
 

@@ -22,8 +22,9 @@ from vmibridge.bridge.outside import MAX_KEY
 from vmibridge.errors import OutsideRefusedError
 from vmibridge.recording.messages import Outside
 from vmibridge.recording.replay.options import ReplayOptions
+from vmibridge.recording.replay.player import Awaited
 from vmibridge.recording.replay.request import NO_CALL, ReplayedRequest
-from vmibridge.recording.replay.walk import Awaited, Walk
+from vmibridge.recording.replay.walk import Walk
 from vmibridge.vm.conductor import OutsideCall
 from vmibridge.vm.trap import TrapEvent
 

@@ -39,74 +39,35 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from enum import Enum
 from pathlib import Path
-from typing import Protocol
 
 import anyio
 
 from vmibridge.aio.clock import VirtualTime, loop_clock, virtual_time
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.recording.file.reader import TimedMessage
-from vmibridge.recording.messages import PlainTrap, RecordedMessage, Reply, Session
+from vmibridge.recording.messages import PlainTrap, RecordedMessage, Session, Step
+from vmibridge.recording.replay.player import Awaited, Player, Unfolding
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVms, all_apart
 from vmibridge.vm.backend import TrapSink, feed_held
 from vmibridge.vm.trap import TrapEvent
 
-__all__ = ["Awaited", "Walk"]
+__all__ = ["Walk"]
 
 _PATIENCE = 0.5
 """Seconds that the walk waits for a handler while others are held."""
 _TINY = 1e-9
 _MAX_LOOKS = 100
 """How often a message is looked at again in other turns of the loop."""
+_LATER = 1e-3
+"""Seconds until it is looked at again where that takes time."""
 _CHECK = 0.1
 """Seconds between two looks whether the walk has gone on."""
 _STUCK = 10
 _STUCK_ELSEWHERE = 100
 """How many in vain mean that it is stuck: by the handler in question, or by another one. Looks and
 not seconds, as the process may stand still meanwhile."""
-
-
-class Player(Protocol):
-    """One VM, as the walk plays it."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing of it is played any more."""
-
-    @property
-    def is_owed(self) -> bool:
-        """Whether a trap of it waits for its answer."""
-
-    def play(self, message: TimedMessage, after: object) -> bool:
-        """Play a message; `after`: the one behind it. `False`: it is not its time yet."""
-
-    def play_plain(self, time: int, event: TrapEvent, then: Reply | PlainTrap) -> bool:
-        """Play a trap with its reply. `False`: they are to be played one after the other."""
-
-    def at_end(self) -> None:
-        """Nothing more was recorded: what is open is answered as it comes."""
-
-
-class Unfolding(Protocol):
-    """Who plays a plain trap."""
-
-    def unfold(self) -> object:
-        """Have it played as any other: there is a request that the walk waits for."""
-
-
-class Awaited(Enum):
-    """What the walk waits for a request to be."""
-
-    TAKEN = "taken"
-    BEGUN = "begun"
-    RESUMED = "resumed"
-    ENDED = "ended"
-    FETCHED = "given what came from outside"
-    TOLD = "told to wait"
-    ANSWERED = "answered"
 
 
 class Walk:
@@ -372,6 +333,26 @@ class Walk:
         self._pause = self._clock()
         self.poke()
         return True
+
+    def looks_later(self) -> bool:
+        """As `looks_again`, and time goes on meanwhile: what a handler waits for may come."""
+        if not self.looks_again():
+            return False
+        self._pause += _LATER
+        return True
+
+    def is_held(self, request: ReplayedRequest) -> bool:
+        """Whether its handler waits for nothing but its step."""
+        return request in self._held
+
+    def next_step(self, request: ReplayedRequest) -> str | None:
+        """What was recorded next of its handler, by what was read of the file so far."""
+        first = request.event
+        for place in range(self._place + 1, len(self._batch)):
+            message = self._message_at(place)
+            if isinstance(message, Step) and (message.vm, message.seq) == (first.vm, first.seq):
+                return message.kind
+        return None
 
     def feed_later(
         self, sink: TrapSink, event: TrapEvent, refuse: Callable[[TrapEvent], object]
