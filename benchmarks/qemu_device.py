@@ -2,8 +2,8 @@
 
     python benchmarks/qemu_device.py [--qemu PATH] [--events N] [--rounds N] [--accel tcg] [--json]
 
-All sides have the same QEMU, whose guest makes calls one after the other and checks every answer, on
-one vCPU; under KVM from ring 3.
+All sides have the same QEMU, whose guest makes calls one after the other on one vCPU, and checks
+every answer; under KVM from ring 3.
 
 - *device*: the engine with the backend `vfio-user` and an async handler; a call is a slot in shared
   memory, and a write to its doorbell.
