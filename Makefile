@@ -168,6 +168,8 @@ bench: setup qemu linux  ## what a trap costs, and how many may wait; minutes, p
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/qemu_plugin.py
 	$(BIN)/python benchmarks/qemu_gdb.py
+	$(BIN)/python benchmarks/qemu_device.py
+	$(BIN)/python benchmarks/device_memory.py
 	$(BIN)/python benchmarks/file_transfer.py
 	$(BIN)/python benchmarks/linux_boot.py
 	$(BIN)/python benchmarks/remote.py

@@ -15,40 +15,37 @@ where they are there.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import LOOPS, Loop, pin, run
-
-from vmibridge import (
-    Bridge,
-    BridgeContext,
-    BridgeHandler,
-    BridgePacket,
-    BridgeResponse,
-    BridgeServer,
-    OutcomeKind,
-    open_backend,
+from common import (
+    ALL_RIGHT,
+    LOOPS,
+    ROOT,
+    Figures,
+    Invert,
+    Loop,
+    assemble,
+    measured,
+    options_of,
+    pin,
+    qemu_command,
+    report,
+    run,
 )
-from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
-ROOT = Path(__file__).parents[1]
-GUEST = ROOT / "tests/integration/guests/micro.asm"
+from vmibridge import Bridge, BridgeServer, open_backend
+
 VMCALL = 2
-ALL_RIGHT = 33
-"""Exit status of QEMU."""
-MASK64 = (1 << 64) - 1
 
 BY_HAND = """
 import os, time
@@ -92,50 +89,32 @@ print("events", events, "seconds", time.perf_counter() - begin)
 """
 
 
-class Invert(BridgeHandler[None]):
-    """Inverts value1, without waiting for anything."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = 0x0100
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
-
-    async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[None]:
-        return BridgeResponse(~packet.value1 & MASK64)
-
-
 @contextmanager
-def guest(qemu: str, image: Path, stub: Path) -> Iterator[None]:
-    """QEMU with the guest, stopped at its begin; it has to end well."""
+def guest(qemu: str, image: Path, stub: Path, accel: str = "tcg") -> Iterator[int]:
+    """QEMU's process id, with the guest stopped at its begin; it has to end well."""
     stub.unlink(missing_ok=True)
-    options = "-accel tcg -m 32 -nodefaults -display none -no-reboot -S"
-    with subprocess.Popen(
-        [
-            *(qemu, *options.split(), "-kernel", str(image)),
-            *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
-            *("-gdb", f"unix:{stub},server=on,wait=off"),
-        ]
-    ) as process:
+    command = [*qemu_command(qemu, image, accel), "-S", "-gdb", f"unix:{stub},server=on,wait=off"]
+    with subprocess.Popen(command) as process:
         try:
             while not stub.exists():
                 time.sleep(0.01)
-            yield
+            yield process.pid
             status = process.wait(30)
             assert status == ALL_RIGHT, f"the guest was not answered as it should be: {status}"
         finally:
             process.kill()
 
 
-async def engine(stub: Path, site: int, events: int) -> float:
-    """Events a second."""
-    begin = end = 0.0
+def site_of(image: Path) -> int:
+    """Where the guest's VMCALL is: in the table behind the header, site_cpuid, site_vmcall, ..."""
+    site: int = struct.unpack_from("<Q", image.read_bytes(), 40)[0]
+    return site
+
+
+async def engine(stub: Path, site: int, events: int, pid: int) -> Figures:
     async with open_backend(f"qemu-gdb:unix:{stub}?site={site:#x}") as backend:
         server = BridgeServer(backend, Bridge(Invert()), timeout=60.0)
-        async for _ in server.run():
-            end = time.perf_counter()
-            begin = begin or end
-    assert server.summary.outcomes[OutcomeKind.HANDLED] == events
-    return (events - 1) / (end - begin)
+        return await measured(server, events, pid)
 
 
 def by_hand(stub: Path, site: int, events: int, script: Path) -> float:
@@ -161,11 +140,7 @@ def version(qemu: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--events", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--loop", choices=LOOPS, action="append")
+    parser = options_of(__doc__, events=10_000, rounds=5)
     parser.add_argument("qemu", nargs="*")
     options = parser.parse_args()
     pin()
@@ -175,53 +150,31 @@ def main() -> None:
         print(f"{options.events} traps, median of {options.rounds} rounds, traps a second")
         print(f"{'QEMU':8} {'loop':8} {'engine':>7} {'gdb':>6} ratio")
     with tempfile.TemporaryDirectory() as folder:
-        image, stub, script = (Path(folder) / name for name in ("guest.bin", "stub", "loop.py"))
-        subprocess.run(
-            [
-                *("nasm", "-f", "bin", f"-DHOW={VMCALL}", f"-DCOUNT={options.events}"),
-                *(str(GUEST), "-o", str(image)),
-            ],
-            check=True,
-        )
-        # The table behind the header: site_cpuid, site_vmcall, ...
-        site: int = struct.unpack_from("<Q", image.read_bytes(), 40)[0]
         for qemu in qemus:
             for name in options.loop or LOOPS:
-                measure(qemu, name, LOOPS[name], image, stub, script, site, options)
+                measure(qemu, name, LOOPS[name], Path(folder), options)
 
 
-def measure(
-    qemu: str,
-    name: str,
-    loop: Loop,
-    image: Path,
-    stub: Path,
-    script: Path,
-    site: int,
-    options: argparse.Namespace,
-) -> None:
+def measure(qemu: str, name: str, loop: Loop, folder: Path, options: argparse.Namespace) -> None:
     ours: list[float] = []
     theirs: list[float] = []
+    image, stub = assemble(folder, "micro", HOW=VMCALL, COUNT=options.events), folder / "stub"
+    site = site_of(image)
     for _ in range(options.rounds):
+        with guest(qemu, image, stub) as pid:
+            ours.append(run(loop, engine, stub, site, options.events, pid).rate)
         with guest(qemu, image, stub):
-            ours.append(run(loop, engine, stub, site, options.events))
-        with guest(qemu, image, stub):
-            theirs.append(by_hand(stub, site, options.events, script))
-    line = {
+            theirs.append(by_hand(stub, site, options.events, folder / "loop.py"))
+    engines, gdbs = statistics.median(ours), statistics.median(theirs)
+    line: dict[str, object] = {
         "qemu": version(qemu),
         "loop": name,
-        "engine": statistics.median(ours),
-        "gdb": statistics.median(theirs),
-        "ratio": statistics.median(ours) / statistics.median(theirs),
+        "engine": engines,
+        "gdb": gdbs,
+        "ratio": engines / gdbs,
     }
-    if options.json:
-        print(json.dumps(line))
-    else:
-        print(
-            f"{line['qemu']:8} {name:8} {line['engine']:7.0f} {line['gdb']:6.0f}"
-            f" {line['ratio']:5.2f}"
-        )
-    sys.stdout.flush()
+    text = f"{line['qemu']:8} {name:8} {engines:7.0f} {gdbs:6.0f} {engines / gdbs:5.2f}"
+    report(options, line, text)
 
 
 if __name__ == "__main__":

@@ -15,53 +15,38 @@ the time is that from the first trap to the last answer.
 """
 
 import argparse
-import json
 import statistics
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import anyio
-from common import LOOPS, REQUEST, Loop, pin, run
-from qemu_gdb import by_hand, guest
-
-from vmibridge import (
-    Bridge,
-    BridgeContext,
-    BridgeHandler,
-    BridgePacket,
-    BridgeResponse,
-    BridgeServer,
-    OutcomeKind,
-    open_backend,
+from common import (
+    ALL_RIGHT,
+    LOOPS,
+    MASK64,
+    Invert,
+    Loop,
+    assemble,
+    options_of,
+    pin,
+    qemu_command,
+    report,
+    run,
+    served,
 )
+from qemu_gdb import by_hand, guest, site_of
+
 from vmibridge.backends.qemu.find import PLUGIN_NEEDS, find_qemu
 from vmibridge.backends.qemu.plugin.build import build_plugin
 from vmibridge.backends.qemu.plugin.protocol import PROTOCOL
 from vmibridge.bridge.contract import STANDARD_MAGIC, STANDARD_VERIFY_VALUE3, STANDARD_VERIFY_VALUE4
 
-ROOT = Path(__file__).parents[1]
-MASK64 = (1 << 64) - 1
-ALL_RIGHT = 33
 TRAP, WELCOME, ANSWER = 2, 16, 18
 _FRAME = struct.Struct("<II")
 _TRAP = struct.Struct("<QBBBBI22Q")
 _ANSWER = struct.Struct("<IIQII4Q")
-
-
-class Invert(BridgeHandler[None]):
-    """What the guest expects: the complement of value1."""
-
-    MAGIC = STANDARD_MAGIC
-    REQUEST = REQUEST
-    VERIFY_VALUE3 = STANDARD_VERIFY_VALUE3
-    VERIFY_VALUE4 = STANDARD_VERIFY_VALUE4
-
-    async def handle(self, vmi: BridgeContext, packet: BridgePacket) -> BridgeResponse[None]:
-        return BridgeResponse(~packet.value1 & MASK64)
 
 
 class Stage:
@@ -72,40 +57,22 @@ class Stage:
         self.plugin = build_plugin(folder / "plugin.so")
         self.socket = folder / "s"
 
-    def image(self, events: int) -> Path:
-        """The guest that makes so many calls."""
-        image = self.folder / f"guest{events}.bin"
-        if not image.exists():
-            source = ROOT / "tests/integration/guests/micro.asm"
-            subprocess.run(
-                ["nasm", "-f", "bin", f"-DCOUNT={events}", source, "-o", image], check=True
-            )
-        return image
+    @property
+    def command(self) -> list[str]:
+        """The guest with the plugin."""
+        image = assemble(self.folder, "micro", COUNT=self.events)
+        plugin = f"file={self.plugin},socket={self.socket}"
+        return [*qemu_command(self.qemu, image), "-plugin", plugin]
 
     async def boot(self) -> None:
-        """The guest with the plugin, to its end."""
-        options = "-accel tcg -m 32 -nodefaults -display none -no-reboot"
-        command = [
-            *(self.qemu, *options.split(), "-kernel", str(self.image(self.events))),
-            *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
-            *("-plugin", f"file={self.plugin},socket={self.socket}"),
-        ]
-        done = await anyio.run_process(command, check=False)
+        """The guest, to its end."""
+        done = await anyio.run_process(self.command, check=False)
         assert done.returncode == ALL_RIGHT, done
 
 
 async def engine(stage: Stage) -> float:
-    times = []
-    async with open_backend(f"qemu-plugin:unix:{stage.socket}") as backend:
-        server = BridgeServer(backend, Bridge(Invert()), timeout=5.0)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(stage.boot)
-            async for _ in server.run():
-                if not times:
-                    times.append(time.perf_counter())
-            times.append(time.perf_counter())
-    assert server.summary.outcomes[OutcomeKind.HANDLED] == stage.events
-    return stage.events / (times[1] - times[0])
+    spec = f"qemu-plugin:unix:{stage.socket}"
+    return (await served(spec, Invert(), stage.command, stage.events)).rate
 
 
 async def bare(stage: Stage) -> float:
@@ -144,18 +111,14 @@ async def bare(stage: Stage) -> float:
 
 def gdb(stage: Stage, events: int) -> float:
     stub = stage.folder / "stub"
-    image = stage.image(events)
-    site = 0x100000 + image.read_bytes().index(b"\x0f\x01\xc1")
+    image = assemble(stage.folder, "micro", COUNT=events)
     with guest(stage.qemu, image, stub):
-        return by_hand(stub, site, events, stage.folder / "loop.py")
+        return by_hand(stub, site_of(image), events, stage.folder / "loop.py")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = options_of(__doc__, events=50_000, rounds=5)
     parser.add_argument("--qemu", help="11.1 or later; by default as `vmibridge qemu run` finds it")
-    parser.add_argument("--events", type=int, default=50_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     qemu = find_qemu(options.qemu, PLUGIN_NEEDS).path
     pin()
@@ -164,8 +127,8 @@ def main() -> None:
         print("loop        bare   engine  ratio     gdb  ratio")
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder), qemu, options.events)
-        for name, loop in LOOPS.items():
-            show(name, options, *compare(stage, loop, options.rounds))
+        for name in options.loop or LOOPS:
+            show(name, options, *compare(stage, LOOPS[name], options.rounds))
 
 
 def compare(stage: Stage, loop: Loop, rounds: int) -> tuple[float, float, float]:
@@ -180,7 +143,7 @@ def compare(stage: Stage, loop: Loop, rounds: int) -> tuple[float, float, float]
 def show(
     name: str, options: argparse.Namespace, by_bare: float, by_engine: float, by_gdb: float
 ) -> None:
-    line = {
+    line: dict[str, object] = {
         "loop": name,
         "bare": by_bare,
         "engine": by_engine,
@@ -188,14 +151,11 @@ def show(
         "gdb": by_gdb,
         "to_gdb": by_engine / by_gdb,
     }
-    if options.json:
-        print(json.dumps(line))
-    else:
-        print(
-            f"{name:8} {by_bare:8.0f} {by_engine:8.0f} {line['to_bare']:6.2f}"
-            f" {by_gdb:7.0f} {line['to_gdb']:6.1f}"
-        )
-    sys.stdout.flush()
+    text = (
+        f"{name:8} {by_bare:8.0f} {by_engine:8.0f} {by_engine / by_bare:6.2f}"
+        f" {by_gdb:7.0f} {by_engine / by_gdb:6.1f}"
+    )
+    report(options, line, text)
 
 
 if __name__ == "__main__":

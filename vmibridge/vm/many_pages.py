@@ -21,6 +21,7 @@ __all__ = [
     "check_pages",
     "part_of",
     "read_pages",
+    "runs",
     "write_pages",
 ]
 
@@ -56,14 +57,14 @@ _LAYOUTS = {4: "I", 8: "Q"}
 async def read_pages(memory: ManyAtOnce, event: TrapEvent, address: int, size: int) -> bytes:
     """`size` bytes at a virtual address. Raises `GuestMemoryError`."""
     pages = await _translated(memory, event, address, size, write=False)
-    return b"".join(await memory.read_each(event, _runs(pages)))
+    return b"".join(await memory.read_each(event, runs(pages)))
 
 
 async def write_pages(memory: ManyAtOnce, event: TrapEvent, pages: Pages, data: bytes) -> None:
     """Put `data` where `check_pages` has looked. Raises `GuestMemoryError`."""
     parts: list[tuple[int, bytes]] = []
     at = 0
-    for physical, count in _runs(pages):
+    for physical, count in runs(pages):
         parts.append((physical, data[at : at + count]))
         at += count
     await memory.write_each(event, parts)
@@ -91,19 +92,19 @@ def part_of(pages: Pages, skip: int, size: int) -> Pages:
     return part
 
 
-def _runs(pages: Pages) -> Pages:
+def runs(pages: Pages) -> Pages:
     """The same memory, where pages that follow each other are one piece."""
-    runs: Pages = []
+    found: Pages = []
     start = end = -1
     for physical, count in pages:
         if physical == end:
             end += count
         else:
             if end > start:
-                runs.append((start, end - start))
+                found.append((start, end - start))
             start, end = physical, physical + count
-    runs.append((start, end - start))
-    return runs
+    found.append((start, end - start))
+    return found
 
 
 async def _translated(

@@ -1,5 +1,5 @@
-"""Large accesses that a backend does at once: the same result as page by page, in whatever way they
-fail, and nothing behind the end of a trap."""
+"""Accesses that a backend does at once, and reads that it does without waiting: the same result as
+page by page, in whatever way they fail, and nothing behind the end of a trap."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +13,7 @@ from vmibridge.errors import GuestMemoryError, GuestPageFaultError
 from vmibridge.testing import FakeBackend
 from vmibridge.vm import memory
 from vmibridge.vm.many_pages import MANY, ManyAtOnce
+from vmibridge.vm.read_now import ReadsNow, read_virtual
 from vmibridge.vm.trap import Registers
 
 START = 0x40_0000
@@ -47,6 +48,25 @@ class AtOnce(FakeBackend):
         return await super().read_physical(event, address, size)
 
 
+class Now(FakeBackend):
+    """A backend that reads without waiting, and counts how often it was to be waited for."""
+
+    asked = 0
+
+    def at_hand(self, address, size):
+        try:
+            return self.memory.read(address, size)
+        except GuestMemoryError:
+            return None
+
+    def read_now(self, event, address, size):
+        return read_virtual(self.at_hand, event, address, size)
+
+    async def read_physical(self, event, address, size):
+        self.asked += 1
+        return await super().read_physical(event, address, size)
+
+
 @pytest.fixture
 def large(monkeypatch):
     """Each access is a large one."""
@@ -69,12 +89,35 @@ ALL = [frame | P | W | U for frame in FRAMES]
 @pytest.mark.parametrize("offset", [0, 5])
 def test_it_reads_and_writes_what_it_would_page_by_page(large, size, offset):
     size = min(size, PAGES * PAGE - offset)
-    one, other = guest(FakeBackend, ALL), guest(AtOnce, ALL)
-    for vmi, _ in (one, other):
+    one, other, third = guest(FakeBackend, ALL), guest(AtOnce, ALL), guest(Now, ALL)
+    for vmi, _ in (one, other, third):
         finish(vmi.memory.check_writable(START + offset, size))
         finish(vmi.memory.write(START + offset, (PATTERN * 3)[:size]))
         assert finish(vmi.memory.read(START + offset, size)) == (PATTERN * 3)[:size]
-    assert one[1].memory.regions == other[1].memory.regions
+    assert one[1].memory.regions == other[1].memory.regions == third[1].memory.regions
+
+
+def test_what_is_at_hand_is_not_waited_for():
+    vmi, vm = guest(Now, ALL)
+    for address, size in ((START, 1), (START + 5, 5 * PAGE + 7), (START, PAGES * PAGE)):
+        whole = b"".join(bytes([number]) * PAGE for number in range(PAGES))
+        start = address - START
+        assert finish(vmi.memory.read(address, size)) == whole[start : start + size]
+    vm.memory.write(FRAMES[1], b"text\0")
+    assert finish(vmi.memory.read_string(START + PAGE)) == "text"
+    assert finish(vmi.memory.read(START, 0)) == b""
+    assert vm.asked == 0
+    vmi.close()
+    with refused(START, "the trap is answered"):
+        finish(vmi.memory.read(START, 1))
+
+
+def test_page_tables_count_as_they_are_at_each_read(large):
+    vmi, vm = guest(Now, ALL)
+    assert finish(vmi.memory.read(START, PAGES * PAGE))[:1] == b"\0"
+    _, other = guest(Now, [*ALL[1:], ALL[0]])
+    vm.memory.regions[0x10_0000] = other.memory.regions[0x10_0000]
+    assert finish(vmi.memory.read(START, PAGES * PAGE))[:1] == b"\1"
 
 
 def test_it_asks_a_few_times_and_not_for_each_page(large):
@@ -94,6 +137,7 @@ def test_a_small_access_and_a_backend_that_cannot_are_as_before():
     assert vm.asked == 4 * 5
     assert MANY == 4 * PAGE
     assert not isinstance(FakeBackend(), ManyAtOnce)
+    assert not isinstance(FakeBackend(), ReadsNow)
 
 
 @settings(max_examples=examples(200), suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,7 +157,7 @@ def test_a_small_access_and_a_backend_that_cannot_are_as_before():
 def test_it_fails_where_it_would_page_by_page(large, rights, missing, ring, cr0, offset, size, how):
     entries = [frame | right for frame, right in zip(FRAMES, rights, strict=True)]
     told = []
-    for backend in (FakeBackend, AtOnce):
+    for backend in (FakeBackend, AtOnce, Now):
         vmi, vm = guest(backend, entries, ring, cr0, missing)
         address, found = START + offset, None
         try:
@@ -126,7 +170,7 @@ def test_it_fails_where_it_would_page_by_page(large, rights, missing, ring, cr0,
         except GuestMemoryError as error:
             found = (type(error), error.address, error.reason)
         told.append((found, vm.memory.regions))
-    assert told[0] == told[1]
+    assert told[0] == told[1] == told[2]
 
 
 def test_a_page_that_is_not_present_is_named(large):

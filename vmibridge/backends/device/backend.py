@@ -29,31 +29,15 @@ from vmibridge.aio import sockets
 from vmibridge.backends.device.connection import Connection
 from vmibridge.backends.device.memory import Piece, read_piece, write_piece
 from vmibridge.backends.device.pending import Pending
-from vmibridge.backends.device.slots import (
-    MAX_SLOTS,
-    PAGING_4_LEVELS,
-    PAGING_5_LEVELS,
-    PAGING_32BIT,
-    PAGING_PAE,
-    SPACE_SLOT,
-    Call,
-    Limits,
-)
+from vmibridge.backends.device.registers import registers_of
+from vmibridge.backends.device.slots import MAX_SLOTS, SPACE_SLOT, Call, Limits
 from vmibridge.bridge.outcome import GONE
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError
 from vmibridge.files import reason
-from vmibridge.vm.arch.x86.registers import (
-    CR0_PE,
-    CR0_PG,
-    CR0_WP,
-    CR4_LA57,
-    CR4_PAE,
-    CR4_PSE,
-    EFER_LMA,
-)
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
+from vmibridge.vm.read_now import read_virtual
 from vmibridge.vm.spec import parse_options
-from vmibridge.vm.trap import Registers, RegisterWrites, TrapEvent, TrapFilter, TrapReason
+from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter, TrapReason
 
 __all__ = ["DeviceBackend", "DeviceOptions"]
 
@@ -61,14 +45,6 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _VECTORS: Final = 4
 _DEVICE = TrapReason.DEVICE
-_CR0 = CR0_PE | CR0_WP | CR0_PG
-_PAGING: Final = {
-    PAGING_4_LEVELS: (_CR0, CR4_PAE, EFER_LMA),
-    PAGING_5_LEVELS: (_CR0, CR4_PAE | CR4_LA57, EFER_LMA),
-    PAGING_PAE: (_CR0, CR4_PAE, 0),
-    PAGING_32BIT: (_CR0, CR4_PSE, 0),
-}
-"""CR0, CR4 and EFER of each paging mode."""
 
 
 class DeviceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -254,39 +230,16 @@ class DeviceBackend(Backend):
         feed(self._sink, event, self._hold, self._decline_event)
 
     def _event_of(self, connection: Connection, call: Call) -> TrapEvent:
-        root, paging = self._space_of(connection, call)
-        cr0, cr4, efer = _PAGING[paging] if root else (0, 0, 0)
-        value1, value2, value3, value4 = call.values
-        registers = Registers(
-            rcx=call.magic,
-            rdx=call.request | call.method << 16,
-            r8=value1,
-            r9=value2,
-            r10=value3,
-            r11=value4,
-            cr0=cr0,
-            cr3=root,
-            cr4=cr4,
-            efer=efer,
-        )
+        kernel = self.options.kernel
         return TrapEvent(
             next(self._seq),
             _DEVICE,
-            registers,
+            registers_of(call, connection.slots, kernel),
             self.vm,
             call.slot,
             width=call.width,
-            ring=0 if call.slot < self.options.kernel else 3,
+            ring=0 if call.slot < kernel else 3,
         )
-
-    def _space_of(self, connection: Connection, call: Call) -> tuple[int, int]:
-        """The root of the page tables that are believed, and their mode; 0: there are none."""
-        if call.space == SPACE_SLOT:
-            return 0, PAGING_4_LEVELS
-        if call.slot < self.options.kernel:
-            return call.space, call.paging
-        found = connection.slots.space_of(call.slot) if self.options.kernel else None
-        return (0, PAGING_4_LEVELS) if found is None else (found.root, found.paging)
 
     def _hold(self, event: TrapEvent) -> None:
         self._full.append(event)
@@ -332,6 +285,19 @@ class DeviceBackend(Backend):
         with connection.lock:
             known = None if connection.is_over else connection.ranges.read(address, size)
         return await self._read_pieces(connection, address, size) if known is None else known
+
+    def read_now(self, event: TrapEvent, address: int, size: int) -> bytes | None:
+        """From the memory's file, page tables and all: that takes no longer than to copy it."""
+        found = self._pending.get(event.seq)
+        if found is None:
+            return None
+        connection, pending = found
+        if pending.call.space == SPACE_SLOT or not self._has_addresses(event, pending.call):
+            return None
+        with connection.lock:
+            if connection.is_over:
+                return None
+            return read_virtual(connection.ranges.read, event, address, size)
 
     async def _read_pieces(self, connection: Connection, address: int, size: int) -> bytes:
         parts: list[bytes] = []
@@ -413,11 +379,14 @@ class DeviceBackend(Backend):
         an address of a caller that nobody vouches for could be that of another's memory."""
         if call.space == SPACE_SLOT:
             return True
-        if not event.registers.cr0 and call.slot >= self.options.kernel:
+        if not self._has_addresses(event, call):
             raise GuestMemoryError(
                 address, f"slot {call.slot} is not the kernel's, and has no address space"
             )
         return False
+
+    def _has_addresses(self, event: TrapEvent, call: Call) -> bool:
+        return bool(event.registers.cr0) or call.slot < self.options.kernel
 
     @staticmethod
     def _payload(connection: Connection, call: Call, address: int, size: int) -> bytes:

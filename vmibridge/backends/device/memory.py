@@ -47,6 +47,19 @@ class _Range(NamedTuple):
     """Device and inode."""
 
 
+class _Readable(NamedTuple):
+    """Addresses that are read here."""
+
+    start: int
+    end: int
+    descriptor: int
+    shift: int
+    """What makes an address an offset in the file."""
+
+
+_NOTHING: Final = _Readable(0, -1, -1, 0)
+
+
 class Piece(NamedTuple):
     """A part of an access that is in one range."""
 
@@ -68,6 +81,8 @@ class GuestRanges:
         self._ranges: dict[int, _Range] = {}
         self._known: set[tuple[int, int]] = set()
         self._different: dict[tuple[int, int], int] = {}
+        self._last: _Readable = _NOTHING
+        """Where `read` found memory last. It counts until a range goes."""
         self.refused: int = 0
         """Descriptors that were not kept: those ranges are reached through QEMU."""
 
@@ -111,6 +126,7 @@ class GuestRanges:
         found = self._ranges.get(address)
         if found is None or found.mapping.size != size:
             return errno.ENOENT
+        self._last = _NOTHING
         self._starts.remove(address)
         del self._ranges[address]
         if found.descriptor is not None:
@@ -119,6 +135,7 @@ class GuestRanges:
 
     def clear(self) -> None:
         """Remove all ranges."""
+        self._last = _NOTHING
         for each in self._ranges.values():
             if each.descriptor is not None:
                 os.close(each.descriptor)
@@ -153,18 +170,27 @@ class GuestRanges:
 
     def read(self, address: int, size: int) -> bytes | None:
         """`size` bytes, if one file has them all; `None`: take the access piece by piece."""
+        last = self._last
+        if not last.start <= address <= last.end - size:
+            last = self._last = self._readable(address)
+            if address + size > last.end:
+                return None
+        try:
+            data = os.pread(last.descriptor, size, address + last.shift)
+        except OSError:
+            return None
+        return data if len(data) == size else None
+
+    def _readable(self, address: int) -> _Readable:
+        """The range of an address, if it can be read here; else an empty one."""
         at = bisect_right(self._starts, address) - 1
         if at < 0:
-            return None
+            return _NOTHING
         start = self._starts[at]
         mapping, descriptor, file = self._ranges[start]
-        within = address - start
         if descriptor is None or file not in self._known or not mapping.readable:
-            return None
-        if within + size > mapping.size:
-            return None
-        data = os.pread(descriptor, size, mapping.offset + within)
-        return data if len(data) == size else None
+            return _NOTHING
+        return _Readable(start, start + mapping.size, descriptor, mapping.offset - start)
 
     def compare(self, piece: Piece, data: bytes) -> bool:
         """What QEMU has for a piece, to learn whether the file has it, too.

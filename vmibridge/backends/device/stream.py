@@ -27,6 +27,8 @@ __all__ = ["MessageStream"]
 _PIECE: Final = 1 << 16
 """Bytes that are received at a time, at most."""
 _CONTROL: Final = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
+_CUT_SHORT: Final = int(socket.MSG_CTRUNC)
+"""As a plain number: an enum's `&` takes a microsecond."""
 _MAX_UNSENT: Final = 4096
 """Messages that are kept for a QEMU that does not read."""
 _IN_TIME: Final = 0.8
@@ -62,7 +64,7 @@ class MessageStream:
         descriptors: list[int] = []
         for _, _, passed in control:
             descriptors += array.array("i", passed[: len(passed) // 4 * 4])
-        if flags & socket.MSG_CTRUNC:
+        if flags & _CUT_SHORT:
             close_all(descriptors)
             raise ValueError("more descriptors with one message than may come")
         if not data:

@@ -46,6 +46,23 @@ class PageWalk(Protocol[R_contra]):
         """Raises `GuestMemoryError`, with the virtual address, where the guest would fault."""
 
 
+class PagesNow(Protocol[R_contra]):
+    """Translates a range of virtual addresses for a read, by memory that need not be waited for."""
+
+    def __call__(
+        self,
+        read: Callable[[int, int], bytes | None],
+        registers: R_contra,
+        address: int,
+        size: int,
+        ring: int,
+    ) -> list[tuple[int, int]] | None:
+        """Physical addresses, each with the bytes from there on, one for each page.
+
+        `None`: it is not done here, or the guest would fault. Then `PageWalk` says why and where.
+        """
+
+
 class RegisterForm(NamedTuple):
     """Where one kind of guest keeps the fields of a request."""
 
@@ -92,6 +109,8 @@ class Architecture(msgspec.Struct, Generic[R], frozen=True, kw_only=True, eq=Fal
     page_root: Callable[[R], int]
     """The physical address of the root of the page tables, which names the address space."""
     walk: PageWalk[R]
+    pages: PagesNow[R] | None = None
+    """A shortcut to what `walk` says of each page of a range; `None`: there is none."""
     forms: Mapping[tuple[TrapReason, int], RegisterForm]
     """By trap instruction and address width."""
     is_guest_request: Callable[[R, int], bool]

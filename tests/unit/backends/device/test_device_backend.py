@@ -1,5 +1,6 @@
 """The backend against a QEMU that is played: who answers an access, when, and what never goes."""
 
+import fcntl
 import os
 import struct
 import threading
@@ -8,12 +9,13 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
-from vfio_client import Client, dma_map, message, read, set_irqs
+from vfio_client import Client, dma_map, dma_unmap, message, read, set_irqs
 from waiting import until
 
 from vmibridge.backends import open_backend
 from vmibridge.backends.device import slots, vfio_user
 from vmibridge.backends.device.backend import DeviceBackend
+from vmibridge.backends.device.memory import read_piece
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, TrapQueueClosedError
 from vmibridge.vm.trap import RegisterWrites, TrapFilter
 
@@ -312,6 +314,38 @@ async def test_memory_is_asked_of_qemu_only_when_no_access_is_held(tmp_path):
                     message(asked.command, asked.body + b"abcd", number=asked.number, flags=1)
                 )
             assert found == [b"abcd"]
+
+
+async def test_memory_that_is_shared_is_read_without_waiting(tmp_path):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            ram = os.memfd_create("ram", os.MFD_ALLOW_SEALING)
+            os.ftruncate(ram, 0x4000)
+            fcntl.fcntl(ram, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            # One page of 1 GiB, whose root is at 0x1000.
+            os.pwrite(ram, (0x2007).to_bytes(8, "little"), 0x1000)
+            os.pwrite(ram, (0x87).to_bytes(8, "little"), 0x2000)
+            os.pwrite(ram, b"abcd", 0x3FFC)
+            await beside(client.ask, dma_map(0, 0x4000), [ram])
+            os.close(ram)
+            reads = served.backend.read_now
+            client.ring(0, space=0x1000)
+            event = await called(served)
+            assert reads(event, 0x3FFC, 4) is None, "QEMU has not said that it is the memory"
+            ranges = served.connection.ranges
+            piece = next(ranges.pieces(0x1000, 8))
+            ranges.compare(piece, read_piece(piece))
+            assert reads(event, 0x3FFC, 4) == b"abcd"
+            assert reads(event, 0x3FFC, 5) is None, "over the end"
+            for slot, space in ((1, slots.SPACE_SLOT), (3, 0x1000)):
+                client.ring(slot, space=space, message_number=101 + slot)
+                other = await called(served)
+                assert reads(other, 0x3FFC, 4) is None, "payload, or a space that nobody believes"
+            client.send(dma_unmap(0, 0x4000))
+            await until(lambda: not ranges)
+            assert reads(event, 0x3FFC, 4) is None
+            await served.answer(event=event)
+            assert reads(event, 0x3FFC, 4) is None
 
 
 async def test_whoever_waits_for_memory_is_let_go_when_qemu_ends(tmp_path):

@@ -63,6 +63,34 @@ def test_a_file_is_read_once_qemu_has_said_the_same(ranges):
     assert ranges.read(0x10_0000, 4) == b"xyzB"
 
 
+def test_a_range_that_has_gone_is_not_read_any_more(ranges):
+    for remove in (lambda: ranges.unmap(PAGE, PAGE), ranges.clear):
+        ranges.map(ram(PAGE, PAGE), memfd())
+        know(ranges, PAGE)
+        assert ranges.read(PAGE, 2) == b"AA"
+        remove()
+        # What is open now may have the number that the file had.
+        other = memfd(pages=1)
+        assert ranges.read(PAGE, 2) is None
+        os.close(other)
+    ranges.map(ram(PAGE, PAGE, offset=PAGE), memfd())
+    know(ranges, PAGE)
+    assert ranges.read(PAGE, 2) == b"BB"
+
+
+def test_each_range_is_read_from_its_own_place(ranges):
+    descriptor = memfd()
+    for number in range(4):
+        offset = (3 - number) * PAGE
+        ranges.map(ram(number * PAGE, PAGE, offset, readable=number != 2), os.dup(descriptor))
+    os.close(descriptor)
+    know(ranges, 0)
+    for number in (0, 1, 3, 0, 2, 1):
+        expected = None if number == 2 else bytes([68 - number]) * 2
+        assert ranges.read(number * PAGE, 2) == expected
+        assert ranges.read((number + 1) * PAGE - 1, 2) is None, "over the end"
+
+
 def test_a_file_that_the_user_names_is_believed_where_each_machine_has_it(tmp_path):
     file = tmp_path / "ram"
     file.write_bytes(b"low" + bytes((1 << 20) - 3) + b"high" + bytes(PAGE - 4))

@@ -53,6 +53,7 @@ from vmibridge.errors import (
 )
 from vmibridge.files import reason
 from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed, feed_held
+from vmibridge.vm.read_now import read_virtual
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -273,6 +274,13 @@ class QemuPluginBackend(Backend):
             return known
         body = await vcpu.access(address, read_memory(address, size), size)
         return _known(address, size, body)
+
+    def read_now(self, event: TrapEvent, address: int, size: int) -> bytes | None:
+        """From the file, page tables and all."""
+        vcpu = self._pending.get(event.seq)
+        if vcpu is None or vcpu.ram is None:
+            return None
+        return read_virtual(vcpu.ram.read, event, address, size)
 
     async def read_each(
         self, event: TrapEvent, places: Sequence[tuple[int, int]]

@@ -5,7 +5,7 @@ from typing import Final
 from vmibridge.vm.arch.architecture import Architecture
 from vmibridge.vm.arch.x86.forms import FORMS, is_guest_request
 from vmibridge.vm.arch.x86.instruction import MAX_INSTRUCTION
-from vmibridge.vm.arch.x86.paging import walk
+from vmibridge.vm.arch.x86.paging import pages, walk
 from vmibridge.vm.arch.x86.registers import ROOTS, Registers, page_root
 
 X86: Final = Architecture(
@@ -25,6 +25,7 @@ X86: Final = Architecture(
     roots=ROOTS,
     page_root=page_root,
     walk=walk,
+    pages=pages,
     forms=FORMS,
     is_guest_request=is_guest_request,
 )
