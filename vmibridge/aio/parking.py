@@ -22,6 +22,18 @@ class Parking:
         finally:
             self._future = None
 
+    async def wait_for(self, seconds: float) -> None:
+        """Wait for `wake`, and no longer than `seconds`.
+
+        By a timer of the loop: uvloop counts in milliseconds, and in the last of them a deadline of
+        anyio 4.16 keeps it busy (`CancelScope._timeout` is called again until it has passed).
+        """
+        timer = asyncio.get_running_loop().call_later(seconds, self.wake)
+        try:
+            await self.wait()
+        finally:
+            timer.cancel()
+
     def wake(self) -> None:
         """Let the task that waits go on; does nothing when there is none."""
         if self._future is not None and not self._future.done():

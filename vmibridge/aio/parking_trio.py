@@ -1,5 +1,6 @@
 """What `loops` needs of trio; imported where trio runs."""
 
+from trio import move_on_after
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
 
 from vmibridge.aio.parking import Parking
@@ -16,6 +17,10 @@ class TrioParking(Parking):
     async def wait(self) -> None:
         self._task = current_task()
         await wait_task_rescheduled(self._cancelled)
+
+    async def wait_for(self, seconds: float) -> None:
+        with move_on_after(seconds):
+            await self.wait()
 
     def _cancelled(self, _: object) -> Abort:
         self._task = None

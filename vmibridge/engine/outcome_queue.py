@@ -69,8 +69,7 @@ class OutcomeQueue:
         # A full queue has producers that wait, and behind them vCPUs: nothing more could gather.
         if len(self.items) < self.capacity:
             self._gathering = parking()
-            with anyio.move_on_after(_DENSE):
-                await self._gathering.wait()
+            await self._gathering.wait_for(_DENSE)
 
     def wake(self) -> None:
         """There is something to get."""
