@@ -64,6 +64,16 @@ done
 failed=0
 for each in $pids; do wait $each || failed=$((failed + 1)); done
 told failed echo $failed
+# And eight that get the same: none takes the transfer of another.
+pids=
+for n in 1 2 3 4 5 6 7 8; do
+    vmib --quiet get host-200001 same-$n &
+    pids="$pids $!"
+done
+failed=0
+for each in $pids; do wait $each || failed=$((failed + 1)); done
+told same-failed echo $failed
+for n in 1 2 3 4 5 6 7 8; do told same-$n hash same-$n; done
 for n in 1 2 3 4 5 6 7 8; do told at-once-$n hash got-$n; done
 """
 
@@ -121,6 +131,8 @@ async def test_every_command_through_sysfs_and_by_the_driver(
     assert pieces == {4032: 4, 5000 - 4032: 4}, "what goes into a slot, and the rest"
     assert told["failed"] == Told(DONE, "0")
     assert {told[f"at-once-{n}"] for n in range(1, 9)} == {hashed(there["driver-x64-200001"])}
+    assert told["same-failed"] == Told(DONE, "0")
+    assert {told[f"same-{n}"] for n in range(1, 9)} == {hashed(noise(200_001))}
     exits = [each.output.reason for each in guest.outcomes if each.handler == "exit"]
     assert exits == [f"by {way}-{width}" for way in WAYS for width in WIDTHS]
     assert {each.event.reason.value for each in guest.outcomes} == {"device"}
