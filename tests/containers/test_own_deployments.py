@@ -75,8 +75,8 @@ def test_the_end_of_qemu_is_that_of_a_composition_with_the_device(engine, guest)
     assert left == []
 
 
-def test_a_device_is_dead_without_its_bridge_which_ends_the_vm(engine, guest):
-    """QEMU does not connect again, and both sides say so."""
+def test_without_its_bridge_a_device_is_dead_and_the_guest_goes_on(engine, guest):
+    """QEMU does not connect again: the bridge says so when it stops."""
     append = f"{KERNEL} vmibridge=sysfs count=1000000"
     with composed(engine, "device", guest, VMIBRIDGE_APPEND=append) as pair:
         pair.await_traps("bridge-device", 100)
