@@ -11,10 +11,10 @@ PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 SAY := @printf 'make: %s\n'
 
-.PHONY: help setup system system-light system-guests system-libraries system-containers check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux bench qemu linux guest-tools plugin guest-headers images test-containers lock clean
+.PHONY: help setup system system-light system-guests system-libraries system-containers check lint types public layers declared package test test-guests test-slow test-install test-libraries test-matrix soak demo demo-linux demo-linux-device bench qemu linux guest-tools plugin guest-headers images test-containers lock clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
 
 setup: system $(INSTALLED)  ## the virtual environment in .venv, from locked versions
 
@@ -156,10 +156,13 @@ demo: $(LIGHT)  ## a real guest calls the ready-made handlers and checks every a
 	@$(BIN)/vmibridge demo
 
 # The command looks in no folder of its own accord: a checkout's QEMU is named to it.
-demo-linux bench: export VMIBRIDGE_QEMU = $(wildcard $(CURDIR)/.qemu/qemu-system-x86_64)
+demo-linux demo-linux-device bench: export VMIBRIDGE_QEMU = $(wildcard $(CURDIR)/.qemu/qemu-system-x86_64)
 
 demo-linux: setup qemu linux  ## a real Linux in QEMU calls from programs and from its kernel
 	@$(BIN)/python guest/linux/demo.py
+
+demo-linux-device: setup qemu linux  ## the same guest calls by a PCI device: through sysfs and by its driver
+	@$(BIN)/python guest/linux/demo.py --via device
 
 bench: setup qemu linux  ## what a trap costs, and how many may wait; minutes, pinned to one core
 	$(BIN)/python benchmarks/dispatch.py

@@ -20,13 +20,14 @@ class Caller(msgspec.Struct, frozen=True):
     """Who asks."""
 
     address_space: int
+    """Or the slot of a device."""
     is_kernel: bool = False
     """It may use the transfers of all address spaces, and may run in any of them."""
 
     @classmethod
     def of(cls, vmi: BridgeContext) -> "Caller":
         """Who made the request."""
-        return cls(vmi.event.address_space, vmi.event.ring == 0)
+        return cls(vmi.event.caller, vmi.event.ring == 0)
 
     def may_use(self, owner: "Caller") -> bool:
         """Whether what the other one has begun is its own."""

@@ -164,7 +164,7 @@ class Fetch(StandardHandler[int]):
             return _failed(packet, errno.EMFILE)
         self._opening += 1
         try:
-            transfer = await self._start(url, vmi.event.address_space)
+            transfer = await self._start(url, vmi.event.caller)
         except FetchError as error:
             return _failed(packet, error.native, error.code)
         except self._network_errors:
@@ -225,7 +225,7 @@ class Fetch(StandardHandler[int]):
         return _success(packet, UNKNOWN_LENGTH if transfer.length is None else transfer.length)
 
     def _find(self, vmi: BridgeContext, packet: BridgePacket) -> Transfer | None:
-        return self._transfers.find(packet.value1, vmi.event.address_space)
+        return self._transfers.find(packet.value1, vmi.event.caller)
 
     async def _start(self, text: str, owner: int) -> Transfer:
         """Request a URL and what it redirects to. Raises `FetchError` and network errors."""

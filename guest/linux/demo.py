@@ -1,10 +1,15 @@
 """The demo of the Linux guest: its programs and its kernel call, and check every answer.
 
-    python guest/linux/demo.py [--count N] [--cpus N]
+    python guest/linux/demo.py [--via plugin|device] [--count N] [--cpus N]
 
-Boots an unmodified Debian kernel in stock QEMU with the plugin, and serves it with the handler of
-`exchange.py` in this process. Shows what the guest says, and the traps between the lines. Ends with
-0 when the guest says that all was right.
+Boots an unmodified Debian kernel in stock QEMU, and serves it with the handler of `exchange.py` in
+this process. Shows what the guest says, and the traps between the lines. Ends with 0 when the guest
+says that all was right.
+
+| via | who calls |
+|---|---|
+| plugin | programs and a kernel module, by CPUID, VMCALL and VMMCALL |
+| device | programs: through sysfs, by the driver, and by the driver with memory of their own |
 """
 
 import argparse
@@ -14,12 +19,15 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import anyio
 from anyio.abc import Process
 from anyio.streams.text import TextReceiveStream
 
-from vmibridge import Bridge, BridgeResponse, BridgeServer, Outcome, open_backend
+from vmibridge import Bridge, BridgeResponse, BridgeServer, Outcome, TrapReason, open_backend
+from vmibridge.backends.device.arguments import device_arguments
+from vmibridge.backends.device.backend import DeviceOptions
 from vmibridge.backends.qemu.plugin.build import build_plugin
 from vmibridge.config import load_handlers
 from vmibridge.text import printable
@@ -28,6 +36,36 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LINUX = ROOT / ".linux"
 SECONDS = 180.0
+MEBIBYTES = 256
+"""Of the guest's memory."""
+
+
+class Way(NamedTuple):
+    """How the guest reaches the host."""
+
+    backend: str
+    """Its spec."""
+    arguments: list[str]
+    """QEMU's, for this way alone."""
+    calls: str
+    """What the guest does: `vmibridge=` of its kernel's command line."""
+
+
+def by_plugin(folder: Path) -> Way:
+    """Build the plugin in this folder, where the socket is made, too."""
+    plugin, socket = build_plugin(folder / "vmibridge-plugin.so"), folder / "socket"
+    arguments = ["-M", "pc", "-plugin", f"file={plugin},socket={socket}"]
+    return Way(f"qemu-plugin:unix:{socket}", arguments, "user,kernel")
+
+
+def by_device(folder: Path) -> Way:
+    """The first slot is the kernel's: so the host believes the spaces that the driver enters."""
+    socket = folder / "socket"
+    device = device_arguments(socket, DeviceOptions().timeout, MEBIBYTES << 20)
+    return Way(f"vfio-user:unix:{socket}?kernel=1", ["-M", "q35", *device], "sysfs,driver,shared")
+
+
+WAYS = {"plugin": by_plugin, "device": by_device}
 
 
 class Traps:
@@ -43,7 +81,9 @@ class Traps:
     async def show(self, server: BridgeServer) -> None:
         async for outcome in server.run():
             event, packet = outcome.event, outcome.packet
-            instruction = f"{event.reason.value}{event.width}"
+            instruction = event.reason.value
+            if event.reason is not TrapReason.DEVICE:
+                instruction += str(event.width)
             self.counts[event.ring, instruction] += 1
             kind = (event.ring, instruction, packet.request, packet.method, outcome.kind)
             if kind not in self._shown and packet.request:
@@ -53,9 +93,10 @@ class Traps:
     @staticmethod
     def line(outcome: Outcome, instruction: str) -> str:
         event, packet = outcome.event, outcome.packet
+        lane = "slot" if event.reason is TrapReason.DEVICE else "vcpu"
         answer = BridgeResponse() if outcome.response is None else outcome.response
         return (
-            f"vcpu {event.vcpu} ring {event.ring} {instruction:9} "
+            f"{lane} {event.vcpu} ring {event.ring} {instruction:9} "
             f"{outcome.handler}/{packet.method:04x} {f'{packet.value1:x} {packet.value2:x}':22} "
             f"{outcome.kind.value:8} {f'{answer.value1 or 0:x} {answer.value2 or 0:x}':22} "
             f"{answer.output or ''}"
@@ -82,20 +123,20 @@ async def show_guest(process: Process) -> bool:
     return right
 
 
-async def run(plugin: Path, socket: Path, options: argparse.Namespace) -> bool:
+async def run(way: Way, options: argparse.Namespace) -> bool:
     kernel = (
-        f"console=ttyS0 quiet panic=-1 no_timer_check vmibridge=user,kernel count={options.count}"
+        f"console=ttyS0 quiet panic=-1 no_timer_check vmibridge={way.calls} count={options.count}"
     )
     command = [
         qemu(),
-        *f"-accel tcg -M pc -m 256 -smp {options.cpus} -nodefaults -display none".split(),
-        *("-no-reboot", "-serial", "stdio", "-plugin", f"file={plugin},socket={socket}"),
+        *f"-accel tcg -m {MEBIBYTES} -smp {options.cpus} -nodefaults -display none".split(),
+        *("-no-reboot", "-serial", "stdio", *way.arguments),
         *("-kernel", str(LINUX / "vmlinuz"), "-initrd", str(LINUX / "initrd")),
         *("-append", kernel),
     ]
     traps = Traps()
     with anyio.fail_after(SECONDS):
-        async with open_backend(f"qemu-plugin:unix:{socket}") as backend:
+        async with open_backend(way.backend) as backend:
             bridge = Bridge(*load_handlers([str(HERE / "exchange.py")]))
             server = BridgeServer(backend, bridge)
             async with (
@@ -105,7 +146,7 @@ async def run(plugin: Path, socket: Path, options: argparse.Namespace) -> bool:
                 tasks.start_soon(traps.show, server)
                 right = await show_guest(process)
                 if await process.wait():
-                    # It may have ended before any vCPU was there, for which the server waits.
+                    # It may have ended before it connected, for which the server waits.
                     server.stop()
     traps.tell()
     return right and process.returncode == 0
@@ -113,6 +154,9 @@ async def run(plugin: Path, socket: Path, options: argparse.Namespace) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--via", choices=WAYS, default="plugin", help="how it calls; default plugin"
+    )
     parser.add_argument("--count", type=int, default=20, help="calls of each kind; default 20")
     parser.add_argument("--cpus", type=int, default=2, help="CPUs of the guest; default 2")
     options = parser.parse_args()
@@ -122,8 +166,7 @@ def main() -> int:
     if subprocess.run([HERE / "build-guest"], check=False).returncode:
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        plugin = build_plugin(Path(folder, "vmibridge-plugin.so"))
-        right = anyio.run(run, plugin, Path(folder, "socket"), options)
+        right = anyio.run(run, WAYS[options.via](Path(folder)), options)
     print("demo-linux: passed" if right else "demo-linux: FAILED", file=sys.stderr)
     return 0 if right else 1
 

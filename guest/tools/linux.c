@@ -1,68 +1,10 @@
 /* The platform layer for Linux, x64 and x86: system calls, without a C library. */
+#include "linux_calls.h"
 #include "numbers.h"
 #include "platform.h"
 #include "text.h"
 
 #ifdef __x86_64__
-
-enum {
-    SYS_READ = 0, SYS_WRITE = 1, SYS_OPEN = 2, SYS_CLOSE = 3, SYS_STAT = 4, SYS_LSEEK = 8, SYS_MMAP = 9,
-    SYS_SIGACTION = 13, SYS_IOCTL = 16, SYS_PREAD = 17, SYS_PWRITE = 18, SYS_NANOSLEEP = 35,
-    SYS_FLOCK = 73, SYS_TRUNCATE = 77, SYS_RENAME = 82, SYS_CLOCK = 228, SYS_EXIT = 231,
-    SYS_MEMFD = 319
-};
-
-static long call6(long number, long first, long second, long third, long fourth, long fifth,
-                  long sixth)
-{
-    long result;
-    register long r10 __asm__("r10") = fourth;
-    register long r8 __asm__("r8") = fifth;
-    register long r9 __asm__("r9") = sixth;
-
-    __asm__ volatile("syscall"
-                     : "=a"(result)
-                     : "a"(number), "D"(first), "S"(second), "d"(third), "r"(r10), "r"(r8), "r"(r9)
-                     : "rcx", "r11", "memory");
-    return result;
-}
-
-static long call3(long number, long first, long second, long third)
-{
-    return call6(number, first, second, third, 0, 0, 0);
-}
-
-static long call4(long number, long first, long second, long third, long fourth)
-{
-    return call6(number, first, second, third, fourth, 0, 0);
-}
-
-static long seek(platform_file file, int whence, uint64_t *place)
-{
-    long result = call3(SYS_LSEEK, file, 0, whence);
-
-    *place = (uint64_t)result;
-    return result < 0 ? result : 0;
-}
-
-static long at_offset(long number, platform_file file, const void *data, size_t size,
-                      uint64_t offset)
-{
-    return call6(number, file, (long)data, (long)size, (long)offset, 0, 0);
-}
-
-static long resize(platform_file file, uint64_t size)
-{
-    return call3(SYS_TRUNCATE, file, (long)size, 0);
-}
-
-static long map(size_t size, long rights, long flags)
-{
-    return call6(SYS_MMAP, 0, (long)size, rights, flags, -1, 0);
-}
-
-/* Where the kernel's struct has the mode. */
-enum { STAT_SIZE = 144, STAT_MODE = 24 };
 
 __asm__(".globl _start\n"
         "_start:\n"
@@ -72,61 +14,6 @@ __asm__(".globl _start\n"
         "    call vmib_begin\n");
 
 #else
-
-/* MMAP is the old one, which takes its arguments in memory; TRUNCATE is of 64 bits. */
-enum {
-    SYS_READ = 3, SYS_WRITE = 4, SYS_OPEN = 5, SYS_CLOSE = 6, SYS_RENAME = 38, SYS_IOCTL = 54,
-    SYS_MMAP = 90, SYS_LLSEEK = 140, SYS_FLOCK = 143, SYS_NANOSLEEP = 162, SYS_SIGACTION = 174,
-    SYS_PREAD = 180, SYS_PWRITE = 181, SYS_TRUNCATE = 194, SYS_STAT = 195, SYS_EXIT = 252, SYS_CLOCK = 265,
-    SYS_MEMFD = 356
-};
-
-static long call5(long number, long first, long second, long third, long fourth, long fifth)
-{
-    long result;
-
-    __asm__ volatile("int $0x80"
-                     : "=a"(result)
-                     : "a"(number), "b"(first), "c"(second), "d"(third), "S"(fourth), "D"(fifth)
-                     : "memory");
-    return result;
-}
-
-static long call3(long number, long first, long second, long third)
-{
-    return call5(number, first, second, third, 0, 0);
-}
-
-static long call4(long number, long first, long second, long third, long fourth)
-{
-    return call5(number, first, second, third, fourth, 0);
-}
-
-static long seek(platform_file file, int whence, uint64_t *place)
-{
-    return call5(SYS_LLSEEK, file, 0, 0, (long)place, whence);
-}
-
-static long at_offset(long number, platform_file file, const void *data, size_t size,
-                      uint64_t offset)
-{
-    return call5(number, file, (long)data, (long)size, (long)(uint32_t)offset,
-                 (long)(uint32_t)(offset >> 32));
-}
-
-static long resize(platform_file file, uint64_t size)
-{
-    return call3(SYS_TRUNCATE, file, (long)(uint32_t)size, (long)(uint32_t)(size >> 32));
-}
-
-static long map(size_t size, long rights, long flags)
-{
-    const long arguments[6] = {0, (long)size, rights, flags, -1, 0};
-
-    return call3(SYS_MMAP, (long)arguments, 0, 0);
-}
-
-enum { STAT_SIZE = 96, STAT_MODE = 16 };
 
 __asm__(".globl _start\n"
         "_start:\n"
@@ -139,16 +26,8 @@ __asm__(".globl _start\n"
 
 #endif
 
-/* asm-generic/fcntl.h, and linux/fcntl.h of x86. */
-enum {
-    READ_ONLY = 0, WRITE_ONLY = 1, READ_WRITE = 2, CREATE = 0100, LARGE_FILE = 0100000,
-    CLOSE_ON_EXEC = 02000000
-};
 enum { EINTR = 4, EAGAIN = 11, TCGETS = 0x5401, LOCK_ALONE = 2 | 4 };
-enum { SEEK_TO_START = 0, SEEK_TO_END = 2 };
-/* linux/mman.h: readable and writable; private, anonymous, populated. */
-enum { MAP_RIGHTS = 1 | 2, MAP_FLAGS = 0x02 | 0x20 | 0x8000 };
-enum { MAX_AT_ONCE = 1 << 30, MAX_ERRNO = 4095 };
+enum { MAX_AT_ONCE = 1 << 30 };
 
 static long error_number;
 
@@ -178,10 +57,9 @@ static bool done(long result)
 
 void *platform_pages(size_t size)
 {
-    const unsigned long result = (unsigned long)map(size, MAP_RIGHTS, MAP_FLAGS);
+    const long result = map(size, MAP_RIGHTS, MAP_FLAGS, -1);
 
-    /* An address may have its highest bit set in 32-bit code. */
-    return result >= -(unsigned long)MAX_ERRNO ? NULL : (void *)result;
+    return is_error(result) ? NULL : (void *)result;
 }
 
 struct timespan { long seconds, nanoseconds; };

@@ -87,4 +87,15 @@ const char *platform_why(void);
    return. */
 void platform_on_fault(void (*told)(void));
 
+/* --- the PCI device --------------------------------------------------------------------------- */
+
+struct text;
+struct vmibridge_slot;
+
+enum platform_way { PLATFORM_DRIVER, PLATFORM_SYSFS };
+
+/* Take a slot, which is kept to the end of the program; its buffers are in the slot. If it failed, `why` has
+   the reason, and is left alone where there is no such device. */
+bool platform_open_slot(enum platform_way way, struct vmibridge_slot *slot, struct text *why);
+
 #endif

@@ -8,18 +8,18 @@
 #include "text.h"
 #include "transfer.h"
 
-enum { ROOM = 64 << 10, MAX_LINE = 4096, TOUCHES = 8 };
+enum { MAX_LINE = 4096, TOUCHES = 8 };
+enum { WORDS = 2016 }; /* bytes for a name or a URL in a slot of the device: half of it */
 /* Of the handlers log, environment and fetch, which have no typed methods. */
 enum { INVALID = VMIBRIDGE_KIND_INVALID_PARAMETERS };
 
-/* For what the host reads or writes: these pages are written to, so they are there. */
-static unsigned char buffer[ROOM] __attribute__((aligned(4096)));
-static unsigned char words[ROOM] __attribute__((aligned(4096)));
+static struct shared shared;
 
+/* What the host reads or writes: these pages are written to, so they are there. */
 static void touch(void)
 {
-    vmibridge_touch_pages((uintptr_t)buffer, sizeof buffer, true);
-    vmibridge_touch_pages((uintptr_t)words, sizeof words, true);
+    vmibridge_touch_pages((uintptr_t)shared.buffer, shared.buffer_size, true);
+    vmibridge_touch_pages((uintptr_t)shared.words, shared.words_size, true);
 }
 
 /* A method of the host that takes and gives values. */
@@ -52,10 +52,11 @@ static void to_words(const char *text)
 {
     const size_t size = text_length(text) + 1;
 
-    if (size > sizeof words) {
-        fail(EXIT_USAGE, "a text of more than %u bytes", (unsigned)sizeof words - 1);
+    shared = host_memory(WORDS);
+    if (size > shared.words_size) {
+        fail(EXIT_USAGE, "a text of more than %u bytes", (unsigned)shared.words_size - 1);
     }
-    memcpy(words, text, size);
+    memcpy(shared.words, text, size);
 }
 
 static void output(const void *data, size_t size)
@@ -87,6 +88,7 @@ bool log_level(const char *text, unsigned *level)
 static void log_line(unsigned level, size_t start, size_t size)
 {
     struct vmibridge_response response;
+    const unsigned char *buffer = shared.buffer;
     size_t part;
 
     do {
@@ -97,7 +99,7 @@ static void log_line(unsigned level, size_t start, size_t size)
                 part--;
             }
         }
-        expect(ask(LEVELS[level], VMIBRIDGE_ADDRESS(buffer + start), part, 0, &response));
+        expect(ask(LEVELS[level], host_address(buffer + start), part, 0, &response));
         start += part;
         size -= part;
     } while (size);
@@ -106,11 +108,12 @@ static void log_line(unsigned level, size_t start, size_t size)
 static void log_input(unsigned level)
 {
     const platform_file input = platform_standard(PLATFORM_INPUT);
+    unsigned char *buffer = shared.buffer;
     size_t start, length = 0, size;
     ptrdiff_t count;
 
     for (;;) {
-        count = platform_read(input, buffer + length, sizeof buffer - length);
+        count = platform_read(input, buffer + length, shared.buffer_size - length);
         if (count < 0) {
             fail(EXIT_LOCAL, "standard input: %s", platform_why());
         }
@@ -126,7 +129,7 @@ static void log_input(unsigned level)
                 start = at + 1;
             }
         }
-        if (!start && length == sizeof buffer) {
+        if (!start && length == shared.buffer_size) {
             log_line(level, 0, length);
             start = length;
         }
@@ -142,8 +145,10 @@ static void log_input(unsigned level)
 
 void log_words(unsigned level, int count, char **given)
 {
-    struct text text = text_in((char *)buffer, sizeof buffer);
+    struct text text;
 
+    shared = host_memory(0);
+    text = text_in((char *)shared.buffer, shared.buffer_size);
     if (!count) {
         log_input(level);
         return;
@@ -152,7 +157,7 @@ void log_words(unsigned level, int count, char **given)
         text_add(&text, "%s%s", i ? " " : "", given[i]);
     }
     if (text.length + 1 == text.size) {
-        fail(EXIT_USAGE, "a text of more than %u bytes", (unsigned)sizeof buffer - 2);
+        fail(EXIT_USAGE, "a text of more than %u bytes", (unsigned)shared.buffer_size - 2);
     }
     log_line(level, 0, text.length);
 }
@@ -162,17 +167,23 @@ void log_words(unsigned level, int count, char **given)
 void print_environment(const char *name)
 {
     struct vmibridge_response response;
-    unsigned char *room = buffer;
-    vmibridge_word size = sizeof buffer;
+    unsigned char *room;
+    vmibridge_word size;
     vmibridge_status status;
 
     to_words(name);
+    room = shared.buffer;
+    size = shared.buffer_size;
     for (;;) {
-        status = ask(vmibridge_environment_get, VMIBRIDGE_ADDRESS(words), VMIBRIDGE_ADDRESS(room),
+        status = ask(vmibridge_environment_get, host_address(shared.words), host_address(room),
                      size, &response);
         /* value2 is the capacity that it takes: the native code is not there in 32-bit code. */
         if (vmibridge_kind_of(status) != VMIBRIDGE_KIND_FAILED || response.value2 <= size) {
             break;
+        }
+        if (by()->room) {
+            fail(EXIT_LOCAL, "a value of %l bytes, and the slot of the device has room for %l",
+                 (uint64_t)response.value2 - 1, (uint64_t)size - 1);
         }
         size = response.value2;
         room = platform_pages(size);
@@ -219,7 +230,7 @@ void fetch(const char *url, const char *path)
     uint64_t size = UINT64_MAX, done = 0;
 
     to_words(url);
-    expect_fetched(ask(vmibridge_fetch_open, VMIBRIDGE_ADDRESS(words), 0, 0, &response));
+    expect_fetched(ask(vmibridge_fetch_open, host_address(shared.words), 0, 0, &response));
     handle = response.value2;
     expect_fetched(ask(vmibridge_fetch_length, handle, 0, 0, &response));
     /* An unknown length has all bits set, in each width. */
@@ -229,16 +240,16 @@ void fetch(const char *url, const char *path)
     own_file_open(&own, path, url);
     progress_begin(&progress, url, size, 0);
     for (;;) {
-        expect_fetched(ask(vmibridge_fetch_read, handle, VMIBRIDGE_ADDRESS(buffer), sizeof buffer,
-                           &response));
+        expect_fetched(ask(vmibridge_fetch_read, handle, host_address(shared.buffer),
+                           shared.buffer_size, &response));
         if (!response.value2) {
             break;
         }
-        if (response.value2 > sizeof buffer) {
+        if (response.value2 > shared.buffer_size) {
             fail(EXIT_FAILED, "the host has put %l bytes where there is room for %u",
-                 (uint64_t)response.value2, (unsigned)sizeof buffer);
+                 (uint64_t)response.value2, (unsigned)shared.buffer_size);
         }
-        own_file_write(&own, done, buffer, response.value2);
+        own_file_write(&own, done, shared.buffer, response.value2);
         done += response.value2;
         progress_show(&progress, done);
     }
@@ -281,7 +292,7 @@ void ping(void)
         host_did_not_answer();
     }
     print(out, "vmibridge: version %u.%u by %s, %s\n", (unsigned)(host.version >> 16),
-          (unsigned)(host.version & 0xffff), how_name(host.how), sizeof(void *) == 8 ? "x64" : "x86");
+          (unsigned)(host.version & 0xffff), way_name(host.way), sizeof(void *) == 8 ? "x64" : "x86");
     print(out, "features:");
     for (unsigned i = 0; i < sizeof FEATURES / sizeof *FEATURES; i++) {
         if (host.features & FEATURES[i].bit) {
@@ -290,7 +301,7 @@ void ping(void)
         }
     }
     print(out, "%s\n", has_features ? "" : " none");
-    if (vmibridge_deadlines(host.how, &soft, &hard)) {
+    if (vmibridge_deadlines_by(by(), &soft, &hard)) {
         print(out, "deadlines: ");
         if (soft) {
             print_time("soft", soft);
@@ -299,23 +310,23 @@ void ping(void)
         print_time("hard", hard);
         print(out, "\n");
     }
-    if (vmibridge_limit(host.how, VMIBRIDGE_LIMIT_ACCESS, &limit)) {
+    if (vmibridge_limit_by(by(), VMIBRIDGE_LIMIT_ACCESS, &limit)) {
         print(out, "limits: %u bytes in one piece", limit);
-        if (vmibridge_limit(host.how, VMIBRIDGE_LIMIT_IN_FLIGHT, &limit)) {
+        if (vmibridge_limit_by(by(), VMIBRIDGE_LIMIT_IN_FLIGHT, &limit)) {
             print(out, ", %u requests in flight", limit);
         }
-        if (vmibridge_limit(host.how, VMIBRIDGE_LIMIT_RESULT_TIMEOUT, &limit)) {
+        if (vmibridge_limit_by(by(), VMIBRIDGE_LIMIT_RESULT_TIMEOUT, &limit)) {
             print_time(", results kept for", limit);
         }
         print(out, "\n");
     }
-    if (!vmibridge_self_test(host.how)) {
+    if (!vmibridge_self_test_by(by())) {
         fail(EXIT_NO_ANSWER, "a register does not get through: %s cannot be used",
-             how_name(host.how));
+             way_name(host.way));
     }
     for (unsigned i = 0; i < ROUNDS; i++) {
         begun = platform_microseconds();
-        vmibridge_ask_host(host.how, VMIBRIDGE_HOST_VERSION, 0, &response);
+        vmibridge_ask_host_by(by(), VMIBRIDGE_HOST_VERSION, 0, &response);
         took = platform_microseconds() - begun;
         least = took < least ? took : least;
     }
@@ -326,7 +337,7 @@ void call(uint32_t magic, uint16_t request, uint16_t number, const vmibridge_wor
 {
     const struct vmibridge_packet packet = {magic,     request,   number,   values[0],
                                             values[1], values[2], values[3]};
-    const struct vmibridge_response response = vmibridge_call(host.how, &packet);
+    const struct vmibridge_response response = vmibridge_send(by(), &packet);
     const bool is_stamped = vmibridge_stamped(&response);
 
     print(platform_standard(PLATFORM_OUTPUT), "0x%x 0x%x 0x%x 0x%x %s\n", (uint64_t)response.value1,

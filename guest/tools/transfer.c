@@ -16,12 +16,17 @@
 #include "sha256.h"
 #include "text.h"
 
-/* Bytes of a piece, unless the host takes less; no more than PUT and GET carry. */
+/* Bytes of a piece, unless the host takes less; no more than PUT and GET carry, and a slot of the device has
+   room for beside the other values of the request. */
 static uint32_t piece_size(void)
 {
+    const struct vmibridge_caller *caller = by();
     uint32_t limit, size = VMIBRIDGE_FILES_PUT_DATA_LIMIT;
 
-    if (vmibridge_limit(host.how, VMIBRIDGE_LIMIT_ACCESS, &limit) && limit && limit < size) {
+    if (caller->room) {
+        size = (uint32_t)(caller->room_size - sizeof ((struct vmibridge_method_call *)0)->block);
+    }
+    if (vmibridge_limit_by(caller, VMIBRIDGE_LIMIT_ACCESS, &limit) && limit && limit < size) {
         size = limit;
     }
     return size;

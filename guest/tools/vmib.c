@@ -22,7 +22,8 @@ static const char USAGE[] =
     "  exit STATUS [REASON]          how this guest ends, for the host\n"
     "  call REQUEST METHOD [V...]    one request with up to 4 values; prints those of the answer\n"
     "\n"
-    "  --by HOW            cpuid, vmcall or vmmcall; cpuid, which is defined everywhere\n"
+    "  --by HOW            cpuid, vmcall, vmmcall, or of the PCI device driver or sysfs; without it\n"
+    "                      cpuid, which is defined everywhere, and if no host answers, the device\n"
     "  --timeout SECONDS   how long one request may be told to wait; 300; 0 is without end\n"
     "  --level LEVEL       of log: " LOG_LEVELS "; info\n"
     "  --magic MAGIC       of call; 0x42494d56\n"
@@ -34,7 +35,7 @@ static const char USAGE[] =
 
 /* The command line, without what options take away. */
 struct line {
-    enum vmibridge_how how;
+    enum way way;
     uint32_t magic, timeout;
     unsigned level;
     bool replaces;
@@ -86,12 +87,12 @@ static int option(struct line *line, char **arguments, int count)
         misused("takes a value: ", name);
     }
     if (text_is(name, "--by")) {
-        line->how = VMIBRIDGE_CPUID;
-        while (!text_is(value, how_name(line->how))) {
-            if (line->how == VMIBRIDGE_VMMCALL) {
-                misused("--by is cpuid, vmcall or vmmcall, not ", value);
+        line->way = BY_CPUID;
+        while (!text_is(value, way_name(line->way))) {
+            line->way = (enum way)(line->way + 1);
+            if (!way_name(line->way)) {
+                misused("--by is cpuid, vmcall, vmmcall, driver or sysfs, not ", value);
             }
-            line->how = (enum vmibridge_how)(line->how + 1);
         }
     } else if (text_is(name, "--timeout")) {
         line->timeout = 1000 * (uint32_t)number_of(value, 1000000, "--timeout is 0 to 1000000, not ");
@@ -221,7 +222,7 @@ static const struct command {
 int vmib(int count, char **arguments)
 {
     static char doing[4352];
-    struct line line = {VMIBRIDGE_CPUID, VMIBRIDGE_MAGIC, 300000, 1, false, 0, NULL};
+    struct line line = {BY_ANY, VMIBRIDGE_MAGIC, 300000, 1, false, 0, NULL};
     struct text text = text_in(doing, sizeof doing);
     const struct command *command = NULL;
 
@@ -248,7 +249,7 @@ int vmib(int count, char **arguments)
         text_add(&text, " as %s", line.operands[2]);
     }
     host.doing = doing;
-    host.how = line.how;
+    host.way = line.way;
     host.timeout = line.timeout;
     host_begin();
     command->run(&line);

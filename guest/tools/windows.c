@@ -454,6 +454,15 @@ const char *platform_why(void)
     return told;
 }
 
+/* --- the PCI device -------------------------------------------------------------------------- */
+
+bool platform_open_slot(enum platform_way way, struct vmibridge_slot *slot, struct text *why)
+{
+    /* There is no driver that would hand slots to programs. */
+    (void)way, (void)slot, (void)why;
+    return false;
+}
+
 /* --- instructions ---------------------------------------------------------------------------- */
 
 static void (*on_fault)(void);

@@ -157,6 +157,15 @@ class TestWithoutAHost:
         assert done.returncode == NO_HOST
         assert done.stderr.startswith("vmib: ping: no host answered")
 
+    @pytest.mark.parametrize(
+        ("way", "missing"),
+        [("driver", "driver of the PCI device"), ("sysfs", "PCI device of vmibridge")],
+    )
+    def test_a_device_that_is_not_there_is_named(self, vmib, way, missing):
+        done = vmib("--by", way, "ping")
+        assert (done.returncode, done.stdout) == (NO_HOST, "")
+        assert done.stderr == f"vmib: ping: no host answered: there is no {missing}\n"
+
     def test_a_call_shows_what_the_instruction_left(self, vmib):
         done = vmib("call", "1", "0x10", "7")
         assert done.returncode == NO_HOST
@@ -173,7 +182,7 @@ class TestWithoutAHost:
             (["get", "a/.."], "get takes a FILE here: a/.."),
             (["--nope", "ping"], "no option: --nope"),
             (["ping", "--by"], "takes a value: --by"),
-            (["--by", "int3", "ping"], "--by is cpuid, vmcall or vmmcall, not int3"),
+            (["--by", "int3", "ping"], "--by is cpuid, vmcall, vmmcall, driver or sysfs, not "),
             (["--timeout", "soon", "ping"], "--timeout is 0 to 1000000, not soon"),
             (["--timeout", "0x", "ping"], "--timeout is 0 to 1000000, not 0x"),
             (["--level", "loud", "log"], "--level is debug, info, warning or error, not loud"),

@@ -1,5 +1,6 @@
 """What can be said of Dockerfiles and compose.yaml without running them."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 import yaml
 from children import run
 
+from vmibridge import open_backend
+from vmibridge.backends.device.arguments import device_arguments
+from vmibridge.backends.device.backend import DeviceOptions
 from vmibridge.backends.qemu.plugin.build import _FLAGS
 from vmibridge.cli import main
 
@@ -27,6 +31,7 @@ PROFILES = {
     "nats": {"qemu", "nats", "agent-nats", "server-1", "server-2", "server-3"},
     "gdb": {"qemu-gdb", "bridge-gdb"},
     "kvm": {"qemu-kvm", "bridge-kvm"},
+    "device": {"qemu-device", "bridge-device"},
 }
 GROUP = 10000
 USERS = {"vmibridge": 10001, "vmibridge-qemu": 10002}
@@ -268,6 +273,22 @@ def test_each_variable_is_documented():
     used = set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()))
     told = set(lines_of(ROOT / "docs/deployment.md", r"\| `(VMIBRIDGE_\w+)` \|.*"))
     assert used == told
+
+
+def test_the_device_is_that_of_the_bridge_and_has_memory_that_is_shared(config):
+    services = config("device", VMIBRIDGE_MEMORY="512")["services"]
+    command = services["qemu-device"]["command"]
+    socket, timeout = Path("/run/vmibridge/device.sock"), DeviceOptions().timeout
+    *memory, _, device = device_arguments(socket, timeout, 512 << 20)
+    assert json.loads(command[command.index("-device") + 1]) == json.loads(device)
+    shared = memory[1].replace(str(512 << 20), "512M")
+    assert shared in command
+    assert f"q35,{memory[3]}" in command
+    assert services["qemu-device"]["environment"]["VMIBRIDGE_HOST_AT"] == str(socket)
+    bridge = services["bridge-device"]
+    assert bridge["restart"] == "no"
+    spec = bridge["command"][bridge["command"].index("--backend") + 1].partition("=")[2]
+    assert open_backend(spec).path == socket
 
 
 def test_a_bridge_of_breakpoints_is_not_started_again_beside_a_qemu_that_has_ended(config):

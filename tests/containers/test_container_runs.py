@@ -129,6 +129,19 @@ def test_a_stock_qemu_is_served_by_breakpoints_at_the_sites_of_the_guests_build(
     assert len(inspected(recording)[0]) == traps >= 6 * COUNT
 
 
+def test_a_guest_calls_by_the_device(engine, guest, tmp_path):
+    append = kernel(vmibridge="sysfs,driver,shared", count=COUNT, programs=2)
+    with composed(engine, "device", guest, VMIBRIDGE_APPEND=append) as pair:
+        pair.await_traps("bridge-device", 1)
+        assert pair.is_healthy("bridge-device")
+        assert pair.wait("qemu-device") == 0
+        assert_all_right(pair.logs("qemu-device"), callers=9)
+        assert pair.wait("bridge-device") == 0
+        traps = pair.traps("bridge-device")
+        (recording,) = pair.recordings("bridge-device", tmp_path)
+    assert len(inspected(recording)[0]) == traps >= 9 * COUNT
+
+
 def test_qemu_gets_kvm_when_the_device_is_passed_through(engine):
     device = Path("/dev/kvm")
     if not os.access(device, os.R_OK | os.W_OK):

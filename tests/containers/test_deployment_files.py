@@ -1,7 +1,9 @@
 """What starts QEMU and compose: scripts and lists that need no container."""
 
 import re
+import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import build_images
@@ -77,13 +79,36 @@ def test_a_file_that_is_not_there_is_named(entry, name):
     assert entry(**{name: "/none"}).startswith("qemu-entrypoint: /none: is not there, or ")
 
 
+def test_qemu_is_started_when_a_host_listens(entry, tmp_path):
+    """Not for a socket that a host has left behind when it was killed."""
+    path = tmp_path / "device.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    ended = []
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(lambda: ended.append(entry("-m", "1", HOST_AT=path)))
+        assert not ended
+        with socket.socket(socket.AF_UNIX) as host:
+            path.unlink()
+            host.bind(str(path))
+            host.listen()
+            starting.result(timeout=60)
+            host.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                host.accept()
+    assert ended == [["-m", "1"]]
+
+
 # --- docker/vm --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def vm(programs, tmp_path):
-    """`vm(WORD..., NAME=VALUE...)` with a compose that prints its words and three variables."""
-    names = ("COMPOSE_PROFILES", "COMPOSE_PROJECT_NAME", "VMIBRIDGE_KVM_GROUP")
+    """`vm(WORD..., NAME=VALUE...)` with a compose that prints its words and four variables."""
+    names = (
+        *("COMPOSE_PROFILES", "COMPOSE_PROJECT_NAME"),
+        *("VMIBRIDGE_KVM_GROUP", "VMIBRIDGE_ACCEL"),
+    )
     lines = [f'echo "{name}=${{{name}:-}}"' for name in names]
     path = programs("compose", "\n".join(['echo "$@"', *lines, "exit ${STATUS:-0}"]))
 
@@ -112,10 +137,24 @@ def test_the_group_of_kvm_is_that_of_this_host(vm):
     assert "VMIBRIDGE_KVM_GROUP=7\n" in vm("ps", VMIBRIDGE_KVM_GROUP="7").stdout
 
 
+def test_the_device_is_on_kvm_where_this_host_has_it(vm):
+    base, more = f"-f {DOCKER}/compose.yaml", f"-f {DOCKER}/kvm.yaml"
+    for accel, files in (("tcg", base), ("kvm", f"{base} {more}")):
+        done = vm("ps", COMPOSE_PROFILES="device", VMIBRIDGE_ACCEL=accel)
+        assert (done.stdout.splitlines()[0], done.stderr) == (f"{files} ps", "")
+        assert f"VMIBRIDGE_ACCEL={accel}\n" in done.stdout
+    done = vm("ps", COMPOSE_PROFILES="device")
+    if Path("/dev/kvm").exists():
+        assert done.stdout.startswith(f"{base} {more} ps\n")
+    else:
+        assert done.stdout.startswith(f"{base} ps\n")
+        assert done.stderr == "vm: there is no /dev/kvm here: QEMU runs under TCG\n"
+
+
 def test_a_profile_that_there_is_not_is_named(vm):
     done = vm(COMPOSE_PROFILES="xen")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "vm: COMPOSE_PROFILES=xen: is not plugin, tls, nats, gdb or kvm\n"
+    assert done.stderr == "vm: COMPOSE_PROFILES=xen: is not plugin, tls, nats, gdb, kvm or device\n"
 
 
 def test_without_docker_and_podman_it_says_what_it_needs(programs, tmp_path):

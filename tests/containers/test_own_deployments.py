@@ -63,7 +63,32 @@ def test_a_site_that_holds_no_trap_instruction_fails_the_composition(engine, gue
     assert left == []
 
 
-@pytest.mark.parametrize("profile", ["plugin", "gdb"])
+def test_the_end_of_qemu_is_that_of_a_composition_with_the_device(engine, guest):
+    append = f"{KERNEL} vmibridge=sysfs count={COUNT} programs=2"
+    chosen = {"VMIBRIDGE_APPEND": append, "VMIBRIDGE_ACCEL": "tcg"}
+    with planned(engine, "device", guest, **chosen) as plan:
+        done = plan.vm()
+        left = plan.containers()
+    assert done.returncode == 0, done.stderr
+    said = told(done.stdout.splitlines())
+    assert (said[-1], sum("right" in line for line in said)) == ("all right", 4)
+    assert left == []
+
+
+def test_without_its_bridge_a_device_is_dead_and_the_guest_goes_on(engine, guest):
+    """QEMU does not connect again: the bridge says so when it stops."""
+    append = f"{KERNEL} vmibridge=sysfs count=1000000"
+    with composed(engine, "device", guest, VMIBRIDGE_APPEND=append) as pair:
+        pair.await_traps("bridge-device", 100)
+        assert pair.stop("bridge-device") == 0
+        assert pair.wait("qemu-device") == 0
+        said = told(pair.logs("qemu-device"))
+        lines = pair.logs("bridge-device")
+    assert said[-1] == "WRONG"
+    assert [line for line in lines if "QEMU does not connect again" in line]
+
+
+@pytest.mark.parametrize("profile", ["plugin", "gdb", "device"])
 def test_a_qemu_that_does_not_start_ends_the_composition_with_its_status(engine, guest, profile):
     with planned(engine, profile, guest, VMIBRIDGE_KERNEL="/guest/none") as plan:
         done = plan.vm()

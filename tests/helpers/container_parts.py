@@ -14,7 +14,7 @@ from children import Child, run
 ROOT = Path(__file__).parents[2]
 COMPOSE = (sys.executable, "-m", "podman_compose")
 SECONDS = 300
-TRAP = re.compile(r"^\d+ +\S+ +(cpuid|vmcall|vmmcall)\d\d ")
+TRAP = re.compile(r"^\d+ +\S+ +(cpuid|vmcall|vmmcall|device)\d\d ")
 KERNEL = "console=ttyS0 quiet panic=-1 no_timer_check"
 
 

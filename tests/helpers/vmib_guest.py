@@ -3,13 +3,16 @@
 import sys
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import anyio
-from children import run
-from linux_guest import LIMIT, Boot, LinuxGuest, built_guest
+from children import run, run_beside
+from device_guests import CARRIERS, SLOTS
+from linux_guest import LIMIT, Boot, LinuxGuest, booted, built_guest
 
-from vmibridge import Bridge, Outcome
+from vmibridge import Bridge, BridgeServer, Outcome, open_backend
+from vmibridge.handlers.files import Files
 
 WIDTHS = {"x64": "vmib", "x86": "vmib-x86"}
 INIT = """#!/bin/busybox sh
@@ -52,10 +55,23 @@ def built_tools(folder: Path, *options: str) -> Path:
     return folder
 
 
+def noise(size: int) -> bytes:
+    return Random(size).randbytes(size)
+
+
+def files_in(folder, **settings):
+    return Files(Files.Settings(folder=str(folder), sync=False, **settings))
+
+
+def contents(folder):
+    """All files that are there, by name: also what begins with a dot."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 class VmibGuest:
     """Boots guests with vmib for x64 and for x86."""
 
-    def __init__(self, qemu: str, plugin: Path, tools: Path, place: Path) -> None:
+    def __init__(self, qemu: str, plugin: Path | None, tools: Path, place: Path) -> None:
         self.base = built_guest()
         self.tools = tools
         self.folder = place / "linux"
@@ -81,6 +97,30 @@ class VmibGuest:
             boot = await self.linux.boot("", bridge, **options)
         self.outcomes = boot.outcomes
         return told_by(boot)
+
+    async def boot_by_device(
+        self, script: str, bridge: Bridge, carrier: str, **options: int | str
+    ) -> dict[str, Told]:
+        """The same without the plugin: with the device, and its driver as /vmibridge.ko."""
+        self.pack(script)
+        # Linux unpacks one archive after the other. The driver is in that of the whole guest.
+        own = self.folder / "initrd"
+        own.write_bytes((self.base / "initrd").read_bytes() + own.read_bytes())
+        socket, self.outcomes = self.linux.place / "s", []
+        command = self.linux.command("", "-M", "q35", *CARRIERS[carrier](socket, SLOTS), **options)
+        async with open_backend(f"{carrier}:unix:{socket}?slots={SLOTS}") as backend:
+            server = BridgeServer(backend, bridge, timeout=30)
+
+            async def consume() -> None:
+                async for outcome in server.run():
+                    self.outcomes.append(outcome)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(consume)
+                with anyio.fail_after(LIMIT):
+                    done = await run_beside(command)
+                server.stop()
+        return told_by(booted(done.returncode, done.stdout))
 
     async def boot_alone(self, script: str) -> dict[str, Told]:
         """The same without the plugin."""

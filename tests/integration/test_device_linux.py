@@ -77,10 +77,13 @@ def without_slots(lines):
 
 
 @pytest.mark.parametrize(
-    ("ways", "kernel"), [(("sysfs", "driver"), 0), (("shared",), 2)], ids=["copied", "shared"]
+    ("ways", "kernel"),
+    [(("sysfs", "driver"), 0), (("sysfs", "driver", "shared"), 2)],
+    ids=["copied", "shared"],
 )
 async def test_root_and_a_plain_user_call_eight_at_once(linux, ways, kernel):
-    """With buffers that are copied through the slot, and with memory of the programs' own."""
+    """With buffers that are copied through the slot, and with memory of the programs' own: for that
+    the driver is loaded once more, to a device that programs had enabled through sysfs before."""
     boot, kinds = await linux.boot(",".join(ways), kernel=kernel)
     assert boot.lines[-1] == "all right", boot.lines
     lines, slots = without_slots(boot.lines)

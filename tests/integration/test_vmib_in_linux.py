@@ -2,18 +2,16 @@
 
 import logging
 import re
-from random import Random
 
 import anyio
 import pytest
 from fetch_parts import BIG, Site, serving
-from vmib_guest import WIDTHS, Told, VmibGuest, built_tools, hashed
+from vmib_guest import WIDTHS, Told, VmibGuest, built_tools, contents, files_in, hashed, noise
 
 from vmibridge import Bridge, method
 from vmibridge.handlers.environment import Environment
 from vmibridge.handlers.exit import Exit
 from vmibridge.handlers.fetch import Fetch
-from vmibridge.handlers.files import Files
 from vmibridge.handlers.log import Log
 
 pytestmark = [
@@ -29,10 +27,6 @@ HOSTILE = ("../up", "/etc/hosts", "a//b", "a/./b", "nul", "COM1.txt", "a:b", ".v
 """None of them is a name."""
 LARGE = 2 << 20
 """Bytes of a file that a program is killed over."""
-
-
-def noise(size: int) -> bytes:
-    return Random(size).randbytes(size)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +46,6 @@ def shared(tmp_path):
     folder = tmp_path / "shared"
     folder.mkdir()
     return folder
-
-
-def files_in(folder, **settings):
-    return Files(Files.Settings(folder=str(folder), sync=False, **settings))
-
-
-def contents(folder):
-    """All files that are there, by name: also what begins with a dot."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class OddLog(Log):

@@ -73,10 +73,6 @@ def retry_key(event: TrapEvent, packet: BridgePacket) -> RetryKey:
 
     With the ring: what was begun for a program may not go on with a kernel's rights. Without the
     values: which of them make another request is for the handler to say (`retry_values`), and the
-    engine that gets the trap decides by a finer key. Of a call by a device with its slot, which is
-    one caller's: most have no address space that tells them apart.
+    engine that gets the trap decides by a finer key.
     """
-    who = event.address_space
-    if event.reason is TrapReason.DEVICE:
-        who = ~event.vcpu
-    return who, event.ring, packet.magic, packet.request, packet.method
+    return event.caller, event.ring, packet.magic, packet.request, packet.method

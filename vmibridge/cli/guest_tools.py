@@ -40,32 +40,32 @@ class _Build(NamedTuple):
     """Its file."""
     compilers: tuple[str, ...]
     platform: str
-    """The source that the other platform has not."""
+    """What the names of the sources begin with that the other platform has not."""
     flags: tuple[str, ...]
     last: tuple[str, ...] = ()
     """What comes behind the sources."""
 
 
 _BUILDS: dict[Target, _Build] = {
-    "linux-x64": _Build("vmib", ("cc", "gcc", "clang"), "linux.c", ("-m64", *_LINUX)),
-    "linux-x86": _Build("vmib-x86", ("cc", "gcc", "clang"), "linux.c", ("-m32", *_LINUX)),
+    "linux-x64": _Build("vmib", ("cc", "gcc", "clang"), "linux", ("-m64", *_LINUX)),
+    "linux-x86": _Build("vmib-x86", ("cc", "gcc", "clang"), "linux", ("-m32", *_LINUX)),
     "windows-x64": _Build(
         "vmib.exe",
         ("x86_64-w64-mingw32-gcc",),
-        "windows.c",
+        "windows",
         (*_WINDOWS, "-Wl,-e,vmib_begin"),
         ("-lkernel32",),
     ),
     "windows-x86": _Build(
         "vmib-x86.exe",
         ("i686-w64-mingw32-gcc",),
-        "windows.c",
+        "windows",
         # The calling conventions of 32-bit code put a line before a name.
         (*_WINDOWS, "-Wl,-e,_vmib_begin"),
         ("-lkernel32",),
     ),
 }
-_PLATFORMS = {build.platform for build in _BUILDS.values()}
+_PLATFORMS = tuple({build.platform for build in _BUILDS.values()})
 
 
 def build_tools(
@@ -100,7 +100,7 @@ def build_tools(
 
 
 def _without_compiler(build: _Build) -> str:
-    what = "mingw-w64" if build.platform == "windows.c" else "gcc"
+    what = "mingw-w64" if build.platform == "windows" else "gcc"
     return f"{build.name}: left out, there is no {' or '.join(build.compilers)}: install {what}"
 
 
@@ -110,7 +110,7 @@ def _built(build: _Build, compiler: str, folder: Path) -> Path:
     units = sorted(
         path
         for path in source.glob("*.c")
-        if path.name not in _PLATFORMS or path.name == build.platform
+        if path.name.startswith(build.platform) or not path.name.startswith(_PLATFORMS)
     )
     target = folder / build.name
     new = [each for each in (folder, *folder.parents) if not each.exists()]

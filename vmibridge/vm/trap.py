@@ -17,6 +17,7 @@ __all__ = ["RegisterWrites", "Registers", "TrapEvent", "TrapFilter", "TrapReason
 
 # Asking an Enum for a member takes as long as a call before Python 3.12.
 _CPUID = TrapReason.CPUID
+_DEVICE = TrapReason.DEVICE
 _CALLS = frozenset((TrapReason.VMCALL, TrapReason.VMMCALL, TrapReason.DEVICE))
 
 
@@ -59,6 +60,15 @@ class TrapEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         """
         registers = self.registers
         return architecture_of(registers).page_root(registers)
+
+    @property
+    def caller(self) -> int:
+        """What tells callers apart: the address space, or of a call by a device its slot.
+
+        Most calls by a device have no address space, and a slot is one caller's. It is `~vcpu`,
+        which no address space is.
+        """
+        return ~self.vcpu if self.reason is _DEVICE else self.address_space
 
 
 class RegisterWrites(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

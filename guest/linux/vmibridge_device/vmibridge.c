@@ -509,6 +509,9 @@ static int bridge_probe(struct pci_dev *pci, const struct pci_device_id *id)
     error = pci_enable_device(pci);
     if (error)
         goto free;
+    /* Enabled through sysfs, a device stays so when its driver is unloaded, and Linux forgets its power
+       state. Then enabling it does not set that again, and without it there are no interrupts. */
+    pci_set_power_state(pci, PCI_D0);
     /* Exclusive: what has a driver is not mapped through sysfs. */
     error = pci_request_regions_exclusive(pci, "vmibridge");
     if (error)

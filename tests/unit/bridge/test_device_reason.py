@@ -53,6 +53,12 @@ def test_a_retry_comes_by_the_same_slot():
     assert retry_key(event(vcpu=0), packet) != retry_key(space, packet)
 
 
+def test_its_caller_is_its_slot_and_that_of_others_their_address_space():
+    registers = Registers(rcx=MAGIC, cr3=0x5000)
+    assert TrapEvent(1, TrapReason.VMCALL, registers, vcpu=5).caller == 0x5000
+    assert TrapEvent(1, TrapReason.DEVICE, registers, vcpu=5).caller == ~5
+
+
 def test_it_travels():
     assert trap_event(trap_frame(event(), 1000), "vm") == event()
 

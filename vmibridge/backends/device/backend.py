@@ -161,6 +161,12 @@ class DeviceBackend(Backend):
         """Answer what is open as if nobody were there, and hang up: the device is dead then."""
         self._is_stopped = True
         if self._connection is not None and self.before_hanging_up is None:
+            if self._connection.is_qemu:
+                log.info(
+                    "vm %s: hangs up. QEMU does not connect again: unplug and plug the device, or"
+                    " start QEMU again",
+                    self.vm,
+                )
             self._connection.end()
         self._over.set()
 
