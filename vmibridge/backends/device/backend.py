@@ -279,7 +279,6 @@ class DeviceBackend(Backend):
         """Write the answer into the slot. Raises `BackendError` when QEMU is gone."""
         connection, pending = self._pending.pop(event.seq)
         connection.answer(pending, None if writes is None else writes.values)
-        connection.take_at_once()
 
     # --- memory -----------------------------------------------------------------------
 

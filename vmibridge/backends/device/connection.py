@@ -74,7 +74,7 @@ log: logging.Logger = logging.getLogger(__name__)
 _HANDSHAKE: Final = 5.0
 """Seconds."""
 _AT_ONCE: Final = 16
-"""Receptions of the loop that follow each other without one of its turns."""
+"""Receptions of the thread that follow each other."""
 
 
 class Connection:
@@ -121,7 +121,6 @@ class Connection:
         self._transfers: dict[int, Transfer] = {}
         self._transfer_room = anyio.Semaphore(1)
         self.loop_turns = 0
-        self._at_once = 0
         self.broken: Exception | None = None
         self.is_over = False
 
@@ -199,7 +198,6 @@ class Connection:
 
     def _take(self) -> bool:
         """The socket can be read, on the loop."""
-        self._at_once = _AT_ONCE
         self._take_some()
         return not self.is_over
 
@@ -212,15 +210,6 @@ class Connection:
             self.loop_turns += 1
             self._receive()
         self._deliver()
-
-    def take_at_once(self) -> None:
-        """Take what has come already: the next call often comes while its answer is sent."""
-        if self._at_once and not self.is_over:
-            self._at_once -= 1
-            try:
-                self._take_some()
-            except Exception as error:
-                self.hang_up(error)
 
     def hang_up(self, error: Exception) -> None:
         """For the task that receives: the end that it sees now wakes it."""
