@@ -4,6 +4,10 @@ This one is for asyncio. `parking_trio` has the one for trio, `loops.parking` ch
 """
 
 import asyncio
+import math
+
+_UVLOOP_TICK = 0.001
+"""Seconds."""
 
 
 class Parking:
@@ -23,12 +27,19 @@ class Parking:
             self._future = None
 
     async def wait_for(self, seconds: float) -> None:
-        """Wait for `wake`, and no longer than `seconds`.
+        """Wait for `wake`, and no longer than `seconds`, which may be infinite.
 
         By a timer of the loop: uvloop counts in milliseconds, and in the last of them a deadline of
-        anyio 4.16 keeps it busy (`CancelScope._timeout` is called again until it has passed).
+        anyio 4.16 keeps it busy (`CancelScope._timeout` is called again until it has passed). There
+        it waits for one millisecond at least.
         """
-        timer = asyncio.get_running_loop().call_later(seconds, self.wake)
+        if seconds == math.inf:
+            await self.wait()
+            return
+        loop = asyncio.get_running_loop()
+        if not isinstance(loop, asyncio.BaseEventLoop):
+            seconds = max(seconds, _UVLOOP_TICK)
+        timer = loop.call_later(seconds, self.wake)
         try:
             await self.wait()
         finally:

@@ -19,7 +19,7 @@ class TrioParking(Parking):
         await wait_task_rescheduled(self._cancelled)
 
     async def wait_for(self, seconds: float) -> None:
-        with move_on_after(seconds):
+        with move_on_after(max(0.0, seconds)):
             await self.wait()
 
     def _cancelled(self, _: object) -> Abort:

@@ -35,6 +35,8 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
+from vmibridge.aio.loops import parking
+from vmibridge.aio.parking import Parking
 from vmibridge.bridge.context import BridgeContext
 from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
 from vmibridge.engine.replies import Replies
@@ -73,7 +75,7 @@ class Deadlines:
         self._conductor = conductor
         self._watched: set[Request] = set()
         self._wake_at = math.inf
-        self._poke = anyio.Event()
+        self._poke: Parking | None = None
         self._guest_ended = False
         self._tasks: TaskGroup | None = None
 
@@ -93,8 +95,7 @@ class Deadlines:
         request.hard_deadline = started + hard
         request.deadline = deadline = min(request.hard_deadline, started + soft)
         self._watched.add(request)
-        if deadline < self._wake_at:
-            self._poke.set()
+        self._wake_by(deadline)
 
     def rearm(self, request: Request) -> None:
         """Watch a request that has another trap; its hard deadline stays."""
@@ -135,13 +136,14 @@ class Deadlines:
     def _wake_by(self, at: float) -> None:
         # Only for an earlier deadline: a poke costs two task switches, and with deadlines of
         # one length, the usual case, the first one that was armed stays the earliest.
-        if at < self._wake_at:
-            self._poke.set()
+        if at < self._wake_at and self._poke is not None:
+            self._poke.wake()
 
     # --- the watchdog ---------------------------------------------------------------
 
     async def watch(self) -> None:
         """Act on the deadlines, until this is cancelled."""
+        self._poke = parking()
         while True:
             now = self._clock()
             # The loop may have been held up: what is due is answered in the order of its deadlines.
@@ -164,11 +166,8 @@ class Deadlines:
                 min((request.deadline for request in self._watched), default=math.inf),
                 self._retries.pending.next_expiry,
             )
-            # A new one after the deadlines were looked at, with no wait in between: arming an
-            # earlier deadline pokes this one, and the poke is not lost.
-            self._poke = anyio.Event()
-            with anyio.move_on_after(self._wake_at - now):
-                await self._poke.wait()
+            # Nothing was waited for since the deadlines were looked at: no poke was lost.
+            await self._poke.wait_for(self._wake_at - now)
 
     def _tell_to_wait(self, request: Request) -> None:
         """The soft deadline: answer WAIT, and let the handler go on if it has begun."""

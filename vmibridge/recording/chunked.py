@@ -26,7 +26,9 @@ from typing import Any, Literal
 
 import anyio
 
+from vmibridge.aio.loops import parking
 from vmibridge.aio.own_thread import in_own_thread
+from vmibridge.aio.parking import Parking
 from vmibridge.bridge.dispatch import one_line
 from vmibridge.engine.taps import Hindrance
 from vmibridge.errors import RecordingError
@@ -102,7 +104,7 @@ class ChunkedRecording(ABC):
         """Whether what is written now is tried once more, and not again."""
         self._unwritten = 0
         self._unwritten_traps = 0
-        self._wake: anyio.Event | None = None
+        self._wake: Parking | None = None
         self._room: anyio.Event | None = None
 
     async def _open(self, files: RecordingParts) -> None:
@@ -187,17 +189,16 @@ class ChunkedRecording(ABC):
         if self._rotation is not None:
             self._rotation.cut(len(chunk))
         if self._wake is not None:
-            self._wake.set()
+            self._wake.wake()
 
     async def _write_on(self) -> None:
         """Write chunks as they are cut, and what is left at each interval."""
+        self._wake = parking()
         while True:
-            self._wake = anyio.Event()
             if self.hindrance is not None:
                 await anyio.sleep(_AGAIN)
             elif not self._waiting:
-                with anyio.move_on_after(self._interval):
-                    await self._wake.wait()
+                await self._wake.wait_for(self._interval)
             with anyio.CancelScope(shield=True):
                 await self._write_waiting()
 

@@ -1,5 +1,7 @@
 """Where one task waits until another wakes it, on each loop."""
 
+import math
+
 import anyio
 import pytest
 from anyio._backends import _asyncio as anyio_on_asyncio
@@ -25,14 +27,16 @@ async def test_a_task_waits_until_it_is_woken():
     assert woken
 
 
-async def test_it_waits_no_longer_than_it_is_to():
-    await parking().wait_for(0.001)
+@pytest.mark.parametrize("seconds", [-1, 0, 0.0001, 0.001])
+async def test_it_waits_no_longer_than_it_is_to(seconds):
+    await parking().wait_for(seconds)
 
 
-async def test_one_that_is_woken_before_that_goes_on():
+@pytest.mark.parametrize("seconds", [LONG, math.inf])
+async def test_one_that_is_woken_before_that_goes_on(seconds):
     place = parking()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(place.wait_for, LONG)
+        tasks.start_soon(place.wait_for, seconds)
         await anyio.wait_all_tasks_blocked()
         place.wake()
 
