@@ -14,6 +14,7 @@ import locked_install
 import pytest
 import yaml
 from children import run
+from container_engine import NPROC
 
 from vmibridge import open_backend
 from vmibridge.backends.device.arguments import device_arguments
@@ -195,6 +196,7 @@ def test_each_service_is_confined(profile, config):
         assert service["security_opt"] == ["no-new-privileges"], name
         assert int(service["user"].partition(":")[0]) >= 10000, name
         assert {"mem_limit", "cpus", "pids_limit"} <= service.keys(), name
+        assert service["ulimits"] == {"nofile": 4096, "nproc": NPROC}, name
         assert not {"privileged", "cap_add", "ports"} & service.keys(), name
 
 
@@ -267,6 +269,15 @@ def test_variables_say_what_is_run(config):
     assert "/srv/guest:/guest:ro" in read["services"]["qemu"]["volumes"]
     command = read["services"]["bridge"]["command"]
     assert command[command.index("--handlers") + 1] == "/handlers/own.py"
+
+
+def test_an_image_of_ones_own_is_never_built_under_its_name(config):
+    own = config("tls", VMIBRIDGE_IMAGE="localhost/own")["services"]
+    for name, service in config("tls")["services"].items():
+        assert (ROOT / service["build"]["dockerfile"]).exists()
+        is_own = own[name]["image"] == "localhost/own"
+        assert is_own == (name in ("agent", "server"))
+        assert (ROOT / own[name]["build"]["dockerfile"]).exists() != is_own
 
 
 def test_each_variable_is_documented():

@@ -151,10 +151,91 @@ def test_the_device_is_on_kvm_where_this_host_has_it(vm):
         assert done.stderr == "vm: there is no /dev/kvm here: QEMU runs under TCG\n"
 
 
-def test_a_profile_that_there_is_not_is_named(vm):
-    done = vm(COMPOSE_PROFILES="xen")
+@pytest.mark.parametrize("words", [(), ("up", "-d")])
+def test_a_profile_that_there_is_not_is_named(vm, words):
+    done = vm(*words, COMPOSE_PROFILES="gbd")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "vm: COMPOSE_PROFILES=xen: is not plugin, tls, nats, gdb, kvm or device\n"
+    known = "plugin, tls, nats, gdb, kvm or device"
+    assert done.stderr == f"vm: COMPOSE_PROFILES=gbd: gbd is not {known}\n"
+    done = vm(*words, COMPOSE_PROFILES="gdb,gbd")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"vm: COMPOSE_PROFILES=gdb,gbd: gbd is not {known}\n"
+
+
+def test_compose_takes_several_profiles_and_those_of_other_files(vm):
+    for profiles, words in (
+        ("gdb,tls", ["down"]),
+        ("*", ["down"]),
+        ("tls,own", ["-f", "own.yaml", "up"]),
+    ):
+        done = vm(*words, COMPOSE_PROFILES=profiles)
+        assert done.returncode == 0
+        assert f"COMPOSE_PROFILES={profiles}\n" in done.stdout
+    done = vm(COMPOSE_PROFILES="gdb,tls")
+    assert (done.returncode, "gdb,tls: one at a time" in done.stderr) == (1, True)
+
+
+@pytest.fixture
+def engine(programs):
+    """`engine(CASES)`: a docker whose containers have the names of their services.
+
+    CASES, of a `case` of sh for all its words, go before what it does by itself.
+    """
+
+    def make(cases):
+        lines = [
+            'words="$*"',
+            *("case $words in", cases),
+            'ps*service=*) echo "${words##*service=}" ;;',
+            '"logs --follow "*) echo "the console" ;;',
+            '"inspect "* | "wait "*) echo 0 ;;',
+            "esac",
+        ]
+        programs("docker", "\n".join(lines))
+
+    return make
+
+
+@pytest.mark.parametrize("words", [(), ("up", "-d"), ("-f", "own.yaml", "create")])
+def test_an_image_that_is_not_there_is_named_before_compose_would_build_it(vm, engine, words):
+    engine('"image inspect localhost/none") exit 1 ;;')
+    done = vm(*words, VMIBRIDGE_IMAGE="localhost/none")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        *(1, ""),
+        "vm: there is no image localhost/none; build it, or pull it: docker pull localhost/none\n",
+    )
+    assert vm(*words, VMIBRIDGE_IMAGE="localhost/own").returncode == 0
+    assert vm("down", VMIBRIDGE_IMAGE="localhost/none").returncode == 0
+
+
+def test_a_server_that_is_started_again_is_named_once_while_qemu_goes_on(vm, engine, tmp_path):
+    """QEMU ends when the engine was asked twice about the other one, so again after the first."""
+    looks = tmp_path / "looks"
+    looks.touch()
+    engine(f"""
+        "inspect "*" agent") echo 3 ;;
+        "inspect "*" server") echo 0; echo look >>{looks} ;;
+        "logs --tail "*" agent") printf '%s\\n' started "no such file" "no such file" ;;
+        "wait qemu") until [ "$(wc -l <{looks})" -ge 2 ]; do sleep 0.05; done; echo 0 ;;
+    """)
+    done = vm(COMPOSE_PROFILES="tls")
+    assert (done.returncode, done.stdout) == (0, "the console\n")
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("vm: ")]
+    assert said.startswith("vm: agent has ended and is started again")
+    assert done.stderr.endswith(f"{said}\nstarted\nno such file\n")
+
+
+def test_a_console_that_does_not_end_is_left_when_qemu_has_ended(vm, engine, tmp_path):
+    """As that of podman may be, for a container that ends at once."""
+    follower = tmp_path / "follower"
+    engine(f"""
+        "logs --follow "*) echo "the console"; echo $$ >{follower}; exec sleep 600 ;;
+        "wait qemu") until [ -s {follower} ]; do sleep 0.05; done; echo 7 ;;
+    """)
+    done = vm()
+    assert (done.returncode, done.stdout) == (7, "the console\n")
+    assert "vm: QEMU has ended, and its console has not for 5 s" in done.stderr
+    assert not Path("/proc", follower.read_text().strip()).exists()
 
 
 def test_without_docker_and_podman_it_says_what_it_needs(programs, tmp_path):

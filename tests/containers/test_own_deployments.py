@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from children import Child
 from container_parts import KERNEL, composed, inspected, kernel, planned
 
 pytestmark = pytest.mark.containers
@@ -104,6 +106,24 @@ def test_a_bridge_that_cannot_serve_ends_a_vm_that_waits_for_it(engine, guest):
     assert done.returncode == 1, done.stdout
     assert "bridge-gdb has ended with 2, and QEMU has not" in done.stderr
     assert "/handlers/none.py: there is no such file" in done.stderr
+
+
+def test_a_bridge_that_is_started_again_and_again_is_named_while_qemu_waits(engine, guest):
+    """Without settings of podman, which may ask for more open files than this host allows."""
+    with planned(engine, "plugin", guest, VMIBRIDGE_MODULE="/handlers/none.py") as plan:
+        plan.environment.pop("CONTAINERS_CONF", None)
+        command = [ROOT / "docker/vm"]
+        with Child(command, env=plan.environment, seconds=300, stderr=subprocess.STDOUT) as vm:
+            lines = iter(vm.stdout)
+            named = next((line for line in lines if line.startswith("vm: bridge has ended")), None)
+            reason = next((line for line in lines if "/handlers/none.py: there is" in line), None)
+            vm.terminate()
+            rest = vm.stdout.read()
+            status = vm.wait()
+        left = plan.containers()
+    assert named, rest
+    assert reason, rest
+    assert (status, left) == (143, [])
 
 
 # --- many VMs ---------------------------------------------------------------------------
