@@ -118,10 +118,12 @@ class LoopOptions:
         return "uvloop"
 
 
-def bytes_of(option: str, text: str | None) -> int | None:
-    """A size as options have it: 1048576, 0x100000, 1MiB; `None`: not given.
+def bytes_of(
+    option: str, text: str | None, *, least: int = 1, such_as: str = "256MiB"
+) -> int | None:
+    """A size as options have it: 1048576, 0x100000, 1M, 1MiB; `None`: not given.
 
-    Raises `ConfigError`.
+    Raises `ConfigError`, which shows `such_as`, also for less than `least` bytes.
     """
     if text is None:
         return None
@@ -131,8 +133,9 @@ def bytes_of(option: str, text: str | None) -> int | None:
         size = parse_size(text)
     except ValueError:
         size = 0
-    if size <= 0:
-        raise ConfigError(f"{option} {text[:40]}: is not a size; give one as in 256MiB")
+    if size < least:
+        what = f"is less than {least} bytes" if size > 0 else "is not a size"
+        raise ConfigError(f"{option} {text[:40]}: {what}; give one as in {such_as}")
     return size
 
 

@@ -21,15 +21,17 @@ _MODE = re.compile("0o[0-7]{1,3}")
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(us|ms|s|)")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
-_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_UNIT = re.compile("([KMG])(?:iB)?$")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def parse_size(text: str) -> int:
-    """Bytes, in decimal or hex, with KiB, MiB or GiB behind. Raises `ValueError`."""
-    for unit, factor in _UNITS.items():
-        if text.endswith(unit):
-            return int(text.removesuffix(unit), 0) * factor
-    return int(text, 0)
+    """Bytes, in decimal or hex, with K, M or G, or KiB, MiB or GiB behind, in units of 1024.
+
+    Raises `ValueError`.
+    """
+    unit = _UNIT.search(text)
+    return int(text, 0) if unit is None else int(text[: unit.start()], 0) * _UNITS[unit[1]]
 
 
 def parse_duration(text: str) -> float:

@@ -31,6 +31,8 @@ from vmibridge.backends.device.memory import Piece, read_piece, write_piece
 from vmibridge.backends.device.pending import Pending
 from vmibridge.backends.device.registers import registers_of
 from vmibridge.backends.device.slots import MAX_SLOTS, SPACE_SLOT, Call, Limits
+from vmibridge.backends.device.stream import MessageStream
+from vmibridge.backends.device.vfio_user import refusal
 from vmibridge.bridge.outcome import GONE
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError
 from vmibridge.files import reason
@@ -44,6 +46,8 @@ __all__ = ["DeviceBackend", "DeviceOptions"]
 log: logging.Logger = logging.getLogger(__name__)
 
 _VECTORS: Final = 4
+_TURNED_AWAY: Final = 1.0
+"""Seconds after which what is connected and says nothing is a QEMU, as with ivshmem."""
 _DEVICE = TrapReason.DEVICE
 
 
@@ -86,6 +90,8 @@ class DeviceBackend(Backend):
             raise BackendSpecError(f"{spec}: kernel={given.kernel} of {given.slots} slots")
         self.before_hanging_up: Callable[[], Awaitable[None]] | None = None
         """Awaited by `run` after `stop`, while QEMU is still answered: unplugs the device."""
+        self.qemu_goes_on: bool = True
+        """Whether QEMU outlives the run: then `stop` logs how the device works again."""
         self._listener: sockets.UnixListener
         self._seq = itertools.count(1)
         self._pending: dict[int, tuple[Connection, Pending]] = {}
@@ -125,6 +131,7 @@ class DeviceBackend(Backend):
         except (OSError, BackendError) as error:
             why = reason(error, self.path) if isinstance(error, OSError) else error
             raise BackendError(f"{self.scheme}:unix:{self.path}: {why}") from error
+        log.info("vm %s: listening at unix:%s", self.vm, self.path)
 
     async def close(self) -> None:
         self._listener.close()
@@ -136,9 +143,7 @@ class DeviceBackend(Backend):
 
             def take(connected: socket.socket) -> None:
                 if self._connection is not None:
-                    # Also a check of health, again and again.
-                    log.debug("vm %s: another one came while a QEMU is there", self.vm)
-                    connected.close()
+                    tasks.start_soon(self._turn_away, connected)
                     return
                 try:
                     self._connection = self._connect(connected)
@@ -161,7 +166,7 @@ class DeviceBackend(Backend):
         """Answer what is open as if nobody were there, and hang up: the device is dead then."""
         self._is_stopped = True
         if self._connection is not None and self.before_hanging_up is None:
-            if self._connection.is_qemu:
+            if self._connection.is_qemu and self.qemu_goes_on:
                 log.info(
                     "vm %s: hangs up. QEMU does not connect again: unplug and plug the device, or"
                     " start QEMU again",
@@ -179,6 +184,22 @@ class DeviceBackend(Backend):
             kernel_slots=given.kernel,
         )
         return Connection(connected, given.slots, limits, self._take, self._abandon)
+
+    async def _turn_away(self, connected: socket.socket) -> None:
+        """Hang up on what connects while a QEMU is there. A check of health has hung up by then."""
+        stream = MessageStream(connected, 0)
+        try:
+            with anyio.move_on_after(_TURNED_AWAY):
+                await sockets.send(connected, refusal(await sockets.receive(connected, 4096)))
+            log.warning(
+                "vm %s: turned away another QEMU: one at a time is served at unix:%s",
+                self.vm,
+                self.path,
+            )
+        except (anyio.EndOfStream, OSError):
+            pass
+        finally:
+            stream.close()
 
     async def _serve(self, connection: Connection) -> None:
         why = "QEMU has hung up"

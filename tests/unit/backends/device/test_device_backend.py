@@ -1,5 +1,6 @@
 """The backend against a QEMU that is played: who answers an access, when, and what never goes."""
 
+import errno
 import fcntl
 import os
 import struct
@@ -9,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
-from vfio_client import Client, dma_map, dma_unmap, message, read, set_irqs
+from vfio_client import Client, dma_map, dma_unmap, message, read, set_irqs, version
 from waiting import until
 
 from vmibridge.backends import open_backend
@@ -279,6 +280,29 @@ async def test_what_only_connects_is_no_qemu(tmp_path):
             await beside(client.receive)
 
 
+async def test_another_qemu_is_turned_away_with_a_warning_and_a_check_of_health_without(
+    tmp_path, caplog
+):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            (await anyio.connect_unix(served.backend.path)).close()
+            async with await anyio.connect_unix(served.backend.path) as other:
+                await other.send(version(number=5))
+                number, command, _, flags, error = vfio_user.HEADER.unpack(await other.receive())
+                assert (number, command, error) == (5, vfio_user.VERSION, errno.EBUSY)
+                assert flags == vfio_user.REPLY | vfio_user.ERROR
+                with pytest.raises(anyio.EndOfStream):
+                    await other.receive()
+            client.ring()
+            await called(served)
+            await served.answer(1)
+            assert (await beside(client.receive)).number == 100
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warnings == [
+        f"vm vm: turned away another QEMU: one at a time is served at unix:{tmp_path}/s"
+    ]
+
+
 async def test_of_a_full_queue_only_calls_that_are_open_wait(tmp_path):
     async with serving(tmp_path, "hold=1ms&slots=1") as served:
         with await served.connect() as client:
@@ -445,6 +469,25 @@ def test_a_spec_needs_a_path():
     for where in ("vfio-user:", "vfio-user:unix:", "vfio-user:tcp:localhost:1"):
         with pytest.raises(BackendSpecError, match="path of a socket"):
             open_backend(where)
+
+
+@pytest.mark.parametrize("scheme", ["vfio-user", "ivshmem"])
+async def test_it_logs_where_it_listens(tmp_path, caplog, scheme):
+    with caplog.at_level("INFO"):
+        async with open_backend(f"{scheme}:unix:{tmp_path}/s", vm="web"):
+            assert f"vm web: listening at unix:{tmp_path}/s" in caplog.text
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+async def test_it_logs_how_the_device_works_again_for_a_qemu_that_goes_on(
+    tmp_path, caplog, goes_on
+):
+    with caplog.at_level("INFO"):
+        async with serving(tmp_path) as served:
+            served.backend.qemu_goes_on = goes_on
+            with await served.connect():
+                served.backend.stop()
+    assert ("unplug and plug the device" in caplog.text) is goes_on
 
 
 async def test_where_another_listens_it_does_not(tmp_path):
