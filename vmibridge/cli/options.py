@@ -6,6 +6,7 @@ type: `json: Annotated[Json, Parameter(help="One JSON object a handler.")] = Fal
 Options that are settings of a server are in `setting_options`.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
@@ -137,6 +138,14 @@ def bytes_of(
         what = f"is less than {least} bytes" if size > 0 else "is not a size"
         raise ConfigError(f"{option} {text[:40]}: {what}; give one as in {such_as}")
     return size
+
+
+def check_seconds(option: str, given: float, within: tuple[float, float] | None = None) -> None:
+    """Raises `ConfigError` for what is outside of `within`, by default for what is not above 0."""
+    least, most = within or (0.0, sys.float_info.max)
+    if not least <= given <= most or (within is None and not given):
+        wanted = "above 0" if within is None else f"from {least:g} to {most:g}"
+        raise ConfigError(f"{option} {given:g}: give seconds {wanted}")
 
 
 def named_backend(text: str, unnamed: str) -> "Backend":

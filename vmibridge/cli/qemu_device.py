@@ -43,6 +43,7 @@ from vmibridge.cli.options import (
     MonitorSocket,
     Outcomes,
     bytes_of,
+    check_seconds,
 )
 from vmibridge.cli.quiet_output import stdout_writer
 from vmibridge.cli.server_options import ServerOptions
@@ -129,8 +130,7 @@ def device_args(
         return 0
     _refuse({"slots": slots, "memory-file": memory_file}, "goes with --ivshmem only")
     timeout = _TIMEOUT if timeout is None else timeout
-    if not 0.05 <= timeout <= 3600:
-        raise ConfigError(f"--timeout {timeout:g}: give seconds from 0.05 to 3600")
+    check_seconds("--timeout", timeout, (0.05, 3600))
     if libvirt:
         _refuse({"memory": memory}, "goes without --libvirt: a domain has its own <memory>")
         _refuse({"refuse-migration": refuse_migration}, "goes without --libvirt")

@@ -119,6 +119,7 @@ def parse_options(
     unknown, given twice, or wrong.
     """
     values: dict[str, str | float | list[str | float]] = {}
+    texts: dict[str, str] = {}
     for name, value in read_options(spec, options, kind.__struct_encode_fields__, lists):
         parsed: str | float = value
         try:
@@ -131,22 +132,29 @@ def parse_options(
         except ValueError as error:
             if isinstance(error, BackendSpecError):
                 raise
-            wanted = numbers.get(name, "a duration, such as 2ms or 5s")
+            types = {each.encode_name: each.type for each in msgspec.structs.fields(kind)}
+            wanted = numbers.get(name) or _wanted_duration(types[name])
             raise BackendSpecError(f"{spec}: {name}={value} is not {wanted}") from None
         if name in lists:
             several = values.setdefault(name, [])
             assert isinstance(several, list)
             several.append(parsed)
         else:
-            values[name] = parsed
+            values[name], texts[name] = parsed, value
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise BackendSpecError(f"{spec}: {_why(values, kind) or error}") from None
+        raise BackendSpecError(f"{spec}: {_why(values, texts, kind, durations) or error}") from None
 
 
-def _why(values: Mapping[str, object], kind: type[msgspec.Struct]) -> str | None:
-    """What is wrong with the values of options, in the words of those who write them."""
+def _why(
+    values: Mapping[str, object],
+    texts: Mapping[str, str],
+    kind: type[msgspec.Struct],
+    durations: Collection[str],
+) -> str | None:
+    """What is wrong with the values of options, in the words of those who write them; `texts` are
+    those of options that are no lists."""
     fields = msgspec.structs.fields(kind)
     missing = [field.encode_name for field in fields if field.required]
     if missing and not values.keys() >= {*missing}:
@@ -159,8 +167,15 @@ def _why(values: Mapping[str, object], kind: type[msgspec.Struct]) -> str | None
         try:
             msgspec.convert(values.get(name, field.default), field.type, strict=False)
         except msgspec.ValidationError:
-            return f"{name}={values.get(name)} is not {_wanted(field.type)}"
+            wanted = _wanted_duration if name in durations else _wanted
+            return f"{name}={texts.get(name, values.get(name))} is not {wanted(field.type)}"
     return None
+
+
+def _wanted_duration(kind: Any) -> str:
+    """The same of a duration, whose type has both bounds."""
+    (limits,) = get_args(kind)[1:]
+    return f"a duration of {limits.ge:g} to {limits.le:g} s, in us, ms or s"
 
 
 def _wanted(kind: Any) -> str:

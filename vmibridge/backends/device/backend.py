@@ -49,6 +49,7 @@ _VECTORS: Final = 4
 _TURNED_AWAY: Final = 1.0
 """Seconds after which what is connected and says nothing is a QEMU, as with ivshmem."""
 _DEVICE = TrapReason.DEVICE
+_NO_SPACE: Final = "slot {} is not the kernel's, and has no address space"
 
 
 class DeviceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -308,7 +309,7 @@ class DeviceBackend(Backend):
         """From the slot, the memory's file, or QEMU. If cancelled, QEMU's reply is dropped."""
         connection, pending = self._of(event, address)
         if self._is_payload(event, pending.call, address):
-            return self._payload(connection, pending.call, address, size)
+            return self._payload(connection, event, pending.call, address, size)
         with connection.lock:
             known = None if connection.is_over else connection.ranges.read(address, size)
         return await self._read_pieces(connection, address, size) if known is None else known
@@ -367,7 +368,7 @@ class DeviceBackend(Backend):
                 try:
                     connection.slots.write_payload(pending.call.slot, address, data)
                 except ValueError as error:
-                    raise GuestMemoryError(address, str(error)) from error
+                    raise self._outside(event, pending.call, address, error) from error
             return
         with connection.lock:
             _check(connection, address)
@@ -407,22 +408,33 @@ class DeviceBackend(Backend):
         if call.space == SPACE_SLOT:
             return True
         if not self._has_addresses(event, call):
-            raise GuestMemoryError(
-                address, f"slot {call.slot} is not the kernel's, and has no address space"
-            )
+            raise GuestMemoryError(address, _NO_SPACE.format(call.slot))
         return False
 
     def _has_addresses(self, event: TrapEvent, call: Call) -> bool:
         return bool(event.registers.cr0) or call.slot < self.options.kernel
 
-    @staticmethod
-    def _payload(connection: Connection, call: Call, address: int, size: int) -> bytes:
+    def _payload(
+        self, connection: Connection, event: TrapEvent, call: Call, address: int, size: int
+    ) -> bytes:
         with connection.lock:
             _check(connection, address)
             try:
                 return connection.slots.read_payload(call.slot, address, size)
             except ValueError as error:
-                raise GuestMemoryError(address, str(error)) from error
+                raise self._outside(event, call, address, error) from error
+
+    def _outside(
+        self, event: TrapEvent, call: Call, address: int, error: ValueError
+    ) -> GuestMemoryError:
+        """For offsets that are not in the slot: most are addresses of a program without a space."""
+        why = f"{error}, which is all that slot {call.slot} reaches by this call"
+        if not self._has_addresses(event, call):
+            why = (
+                f"{error}; {_NO_SPACE.format(call.slot)}, so its caller passes offsets in the slot,"
+                " and no addresses: see docs/device-guests.md"
+            )
+        return GuestMemoryError(address, why)
 
     def _of(self, event: TrapEvent, address: int) -> tuple[Connection, Pending]:
         found = self._pending.get(event.seq)

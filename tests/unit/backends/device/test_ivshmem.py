@@ -345,6 +345,17 @@ def test_a_wrong_spec_says_what_is_wrong(spec, message):
 
 
 @pytest.mark.anyio
+async def test_a_memory_file_that_cannot_be_made_is_said_before_a_guest_comes(tmp_path):
+    memory = tmp_path / "none/m"
+    with pytest.raises(BackendError, match=r"memory=.*/none/m: there is no folder .*/none$"):
+        async with open_backend(f"ivshmem:unix:{tmp_path / 's'}?memory={memory}"):
+            pass
+    (tmp_path / "none").mkdir()
+    async with open_backend(f"ivshmem:unix:{tmp_path / 's'}?memory={memory}"):
+        assert not memory.exists(), "QEMU makes it"
+
+
+@pytest.mark.anyio
 async def test_a_socket_that_cannot_be_had_is_said(tmp_path):
     (tmp_path / "s").write_text("")
     with pytest.raises(BackendError, match=r"ivshmem:unix:.*/s: exists, and is not a socket"):
