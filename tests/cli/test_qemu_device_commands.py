@@ -12,7 +12,7 @@ import anyio
 import msgspec
 import pytest
 from children import run
-from needs import needs
+from needs import has_kvm, needs
 from probe_guest import command
 from test_qemu_command import ALL_RIGHT, HANDLERS, MACHINE, ended
 
@@ -59,15 +59,20 @@ def test_run_starts_qemu_with_the_device_and_answers(start, guest):
     assert err.splitlines()[-1] == "50 traps: 50 handled"
 
 
-@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs /dev/kvm")
-def test_run_says_that_it_takes_kvm_and_how_it_would_not(start, guest):
-    guest(COUNT=5)
-    options = ["--via", "device", "--handlers", "handlers.py"]
-    status, _, err = ended(start("run", *options, "--", "-M", "q35", *MACHINE))
-    assert status == ALL_RIGHT
-    assert err.startswith("vmibridge: QEMU runs under KVM; --accel tcg selects TCG\n")
-    _, _, err = ended(start("run", *options, "--accel", "kvm", "--", "-M", "q35", *MACHINE))
-    assert "QEMU runs under" not in err
+@has_kvm
+@pytest.mark.parametrize("accel", [None, "kvm", "tcg"])
+def test_run_says_that_it_takes_kvm_and_how_it_would_not(start, folder, accel):
+    fake = folder / "qemu"
+    version = "case $1 in --version) echo QEMU emulator version 11.1.0; exit;; esac"
+    fake.write_text(f'#!/bin/sh\n{version}\nprintf "%s\\n" "$@" >arguments\n')
+    fake.chmod(0o700)
+    options = ["--via", "device", "--handlers", "handlers.py", "--qemu", str(fake)]
+    _, _, err = ended(start("run", *options, *([] if accel is None else ["--accel", accel])))
+    says = "vmibridge: QEMU runs under KVM; --accel tcg selects TCG\n"
+    assert err.startswith(says) is (accel is None)
+    assert "QEMU runs under" not in err.removeprefix(says)
+    arguments = (folder / "arguments").read_text().splitlines()
+    assert arguments[:2] == ["-accel", accel or "kvm"]
 
 
 def logged(process, text):
