@@ -233,6 +233,11 @@ def test_a_qemu_that_fails_before_it_listens_is_told(start, folder):
             MACHINE,
             "--patience, --compat and --plugin-options go with --via plugin only",
         ),
+        (
+            ["--handlers", "handlers.py", "--via", "gdb", "--absent", "native"],
+            MACHINE,
+            "--plugin, --absent, --patience, --compat and --plugin-options go with",
+        ),
         (["--handlers", "handlers.py", "--backend-options", "x=1"], MACHINE, "no option 'x'"),
         (["--handlers", "handlers.py", "--share-memory"], ["-m", "much"], "is not a memory size"),
     ],
@@ -252,6 +257,12 @@ def test_an_old_qemu_is_told(start, folder):
     status, _, err = ended(start("--handlers", "handlers.py", "--qemu", str(old)))
     assert status == 1
     assert f"no QEMU of 11.1 or later ({old} is 7.2)" in err
+    assert "--via gdb works with older ones" in err
+    assert "--qemu PATH" not in err, "that is given"
+    options = ["--handlers", "handlers.py", "--via", "device"]
+    status, _, err = ended(start(*options, "--qemu", str(old)))
+    assert status == 1
+    assert "the backend ivshmem: works with older ones" in err
 
 
 def test_the_plugin_is_built(folder):

@@ -203,8 +203,8 @@ def test_options_that_make_no_sense_are_refused(stop):
         (["--snapshot", ""], "--snapshot: a name has 1 to 255 bytes"),
         (["--snapshot", "a\nb"], "--snapshot: a name has 1 to 255 bytes"),
         (["--snapshot", "x" * 256], "--snapshot: a name has 1 to 255 bytes"),
-        (["--within", "0"], "--within: 0.0 is not a number of seconds"),
-        (["--within", "nan"], "--within: nan is not a number of seconds"),
+        (["--within", "0"], "--within 0: give seconds above 0"),
+        (["--within", "nan"], "--within nan: give seconds above 0"),
     ]:
         status, said = stop(*options)
         assert (status, told in said) == (2, True), said

@@ -144,6 +144,9 @@ class TestAFileInParts:
         done = vmibridge("replay", truncated, "--handlers", source)
         assert done.returncode == 0
         assert "the file ends here: it is truncated" in done.stderr
+        clean = f"{truncated.removesuffix('.mcap')}-clean.mcap"
+        recover = f"what can be read of it: vmibridge recover {truncated} -o {clean}"
+        assert f"the file is truncated; {recover}" in done.stderr
 
     def test_fails_a_strict_replay(self, vmibridge, truncated, source):
         done = vmibridge("replay", truncated, "--handlers", source, "--strict")

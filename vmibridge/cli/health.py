@@ -19,7 +19,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vmibridge.cli.options import HealthSocket, Json
+from vmibridge.cli.options import HealthSocket, Json, check_seconds
 from vmibridge.errors import BackendError, ConfigError
 from vmibridge.health.ask import CHECKS, WITHIN, ask_health
 
@@ -59,8 +59,7 @@ def health(
 
     Example: vmibridge health --ready --health-socket /run/vmibridge/health.sock
     """
-    if not 0 < within < float("inf"):
-        raise ConfigError(f"--within: {within} is not a number of seconds")
+    check_seconds("--within", within)
     checks = [name for name, given in zip(CHECKS, (live, started, ready), strict=True) if given]
     if len(checks) > 1:
         raise ConfigError(f"--{checks[0]} and --{checks[1]}: ask one of them at a time")

@@ -14,6 +14,7 @@ import msgspec
 from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import trap_cells
 from vmibridge.recording.export.jsonl import trap_record
+from vmibridge.recording.file.damage import recover_line
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Session
 from vmibridge.recording.outside_text import outside_line
@@ -125,10 +126,7 @@ class Listing:
         if reader.problem_count > len(reader.problems):
             self._write_line(counted(reader.problem_count - len(reader.problems), "more problem"))
         if truncated or reader.problem_count > written:
-            what = "truncated" if truncated else "damaged"
-            clean = reader.path.with_name(f"{reader.path.stem}-clean.mcap")
-            hint = f"vmibridge recover {reader.path} -o {clean}"
-            self._write_line(printable(f"the file is {what}; what can be read of it: {hint}"))
+            self._write_line(printable(recover_line(reader.path, truncated=truncated)))
 
     def _follow(self) -> str:
         return f"vmibridge inspect --follow {self._reader.path} shows what comes"

@@ -6,6 +6,7 @@ type: `json: Annotated[Json, Parameter(help="One JSON object a handler.")] = Fal
 Options that are settings of a server are in `setting_options`.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
@@ -118,10 +119,12 @@ class LoopOptions:
         return "uvloop"
 
 
-def bytes_of(option: str, text: str | None) -> int | None:
-    """A size as options have it: 1048576, 0x100000, 1MiB; `None`: not given.
+def bytes_of(
+    option: str, text: str | None, *, least: int = 1, such_as: str = "256MiB"
+) -> int | None:
+    """A size as options have it: 1048576, 0x100000, 1M, 1MiB; `None`: not given.
 
-    Raises `ConfigError`.
+    Raises `ConfigError`, which shows `such_as`, also for less than `least` bytes.
     """
     if text is None:
         return None
@@ -131,9 +134,18 @@ def bytes_of(option: str, text: str | None) -> int | None:
         size = parse_size(text)
     except ValueError:
         size = 0
-    if size <= 0:
-        raise ConfigError(f"{option} {text[:40]}: is not a size; give one as in 256MiB")
+    if size < least:
+        what = f"is less than {least} bytes" if size > 0 else "is not a size"
+        raise ConfigError(f"{option} {text[:40]}: {what}; give one as in {such_as}")
     return size
+
+
+def check_seconds(option: str, given: float, within: tuple[float, float] | None = None) -> None:
+    """Raises `ConfigError` for what is outside of `within`, by default for what is not above 0."""
+    least, most = within or (0.0, sys.float_info.max)
+    if not least <= given <= most or (within is None and not given):
+        wanted = "above 0" if within is None else f"from {least:g} to {most:g}"
+        raise ConfigError(f"{option} {given:g}: give seconds {wanted}")
 
 
 def named_backend(text: str, unnamed: str) -> "Backend":

@@ -1,6 +1,8 @@
 """`vmibridge qemu device-args` and `vmibridge qemu attach`: the PCI device, for QEMUs of others."""
 
 import logging
+import os
+import re
 import shlex
 import socket
 import sys
@@ -20,15 +22,18 @@ from vmibridge.backends.device.arguments import (
     DEVICE_NAME,
     device_arguments,
     device_properties,
+    ivshmem_arguments,
     libvirt_domain,
 )
 from vmibridge.backends.device.backend import DeviceBackend
+from vmibridge.backends.device.ivshmem_backend import IvshmemOptions
 from vmibridge.backends.device.migration import (
     BLOCKER_NAME,
     blocker_arguments,
     blocker_properties,
     write_blocker,
 )
+from vmibridge.backends.device.slots import MAX_SLOTS
 from vmibridge.backends.qemu.qmp import Qmp
 from vmibridge.cli.event_loop import logging_to, prints_beside, run_telling
 from vmibridge.cli.logs import log_handler
@@ -38,6 +43,7 @@ from vmibridge.cli.options import (
     MonitorSocket,
     Outcomes,
     bytes_of,
+    check_seconds,
 )
 from vmibridge.cli.quiet_output import stdout_writer
 from vmibridge.cli.server_options import ServerOptions
@@ -47,12 +53,17 @@ from vmibridge.text import printable
 
 log: logging.Logger = logging.getLogger(__name__)
 
+_NOT_HOT = "does not support hotplugging"
+"""QEMU's words of a bus (system/qdev-monitor.c), as of `pcie.0` of a q35."""
+_PORT = "start QEMU with -device pcie-root-port,id=rp0,chassis=1, and give --bus rp0"
+_SPEC = re.compile("(vfio-user|ivshmem|unix):")
 _UNPLUG = 10.0
 """Seconds that a guest has to let go of the device."""
-_TIMEOUT = Annotated[
-    float,
-    Parameter(help="Seconds after which QEMU gives an access up; the host has to know the same."),
-]
+_TIMEOUT = 5.0
+"""Seconds after which QEMU gives an access up, as the backend has it by default."""
+_LEAST_MEMORY = 1 << 20
+_LONGEST_PATH = 107
+"""Bytes of a socket's path (unix(7), sun_path, less its NUL)."""
 
 
 class _Deleted(msgspec.Struct):
@@ -60,14 +71,20 @@ class _Deleted(msgspec.Struct):
 
 
 def device_args(
-    path: Annotated[Path, Parameter(help="The socket where the host listens.")],
+    path: Annotated[str, Parameter(help="The socket where the host listens.")],
     /,
     *,
     memory: Annotated[
         str | None,
         Parameter(help="Size of guest memory, as in 512MiB: with what makes it shared."),
     ] = None,
-    timeout: _TIMEOUT = 5.0,
+    timeout: Annotated[
+        float | None,
+        Parameter(
+            help="Seconds after which QEMU gives an access up; the host has to know the same; 5 by"
+            " default."
+        ),
+    ] = None,
     refuse_migration: Annotated[
         Path | None,
         Parameter(
@@ -78,25 +95,49 @@ def device_args(
     libvirt: Annotated[
         bool, Parameter(negative=(), help="The lines of a domain of libvirt instead.")
     ] = False,
+    ivshmem: Annotated[
+        bool,
+        Parameter(negative=(), help="The device ivshmem-doorbell instead, for QEMU 7.2 and later."),
+    ] = False,
+    slots: Annotated[
+        int | None,
+        Parameter(help="With --ivshmem: slots, as the backend's option slots; 64 by default."),
+    ] = None,
+    memory_file: Annotated[
+        Path | None,
+        Parameter(
+            help="With --ivshmem and --memory: the file of guest memory, as the backend's option"
+            " memory."
+        ),
+    ] = None,
 ) -> int:
     """Print what QEMU 11.1 needs to have the device: arguments for a shell, or XML.
 
-    The host listens there before QEMU starts, by the backend vfio-user:unix:PATH.
+    The host listens there before QEMU starts, by the backend vfio-user:unix:PATH, or, with
+    --ivshmem, ivshmem:unix:PATH.
 
     Exit status: 0; 2 for wrong usage.
 
     Example: vmibridge qemu device-args /run/vmibridge.sock --memory 512MiB
     """
-    _check_timeout(timeout)
+    where = _socket_path(path)
+    size = bytes_of("--memory", memory, least=_LEAST_MEMORY, such_as="512MiB")
+    if ivshmem:
+        others = {"timeout": timeout, "refuse-migration": refuse_migration, "libvirt": libvirt}
+        _refuse(others, "goes without --ivshmem")
+        arguments = _ivshmem_arguments(where, slots, size, memory_file)
+        sys.stdout.write(f"{shlex.join(arguments)}\n")
+        return 0
+    _refuse({"slots": slots, "memory-file": memory_file}, "goes with --ivshmem only")
+    timeout = _TIMEOUT if timeout is None else timeout
+    check_seconds("--timeout", timeout, (0.05, 3600))
     if libvirt:
-        if memory is not None:
-            raise ConfigError("--memory goes without --libvirt: a domain has its own <memory>")
-        if refuse_migration is not None:
-            raise ConfigError("--refuse-migration goes without --libvirt")
-        for line in libvirt_domain(path, timeout).splitlines():
+        _refuse({"memory": memory}, "goes without --libvirt: a domain has its own <memory>")
+        _refuse({"refuse-migration": refuse_migration}, "goes without --libvirt")
+        for line in libvirt_domain(where, timeout).splitlines():
             sys.stdout.write(f"{printable(line)}\n")
         return 0
-    arguments = device_arguments(path, timeout, bytes_of("--memory", memory))
+    arguments = device_arguments(where, timeout, size)
     if refuse_migration is not None:
         try:
             write_blocker(refuse_migration)
@@ -184,7 +225,11 @@ class Plug:
         properties = device_properties(backend.path, backend.options.timeout)
         if self._bus is not None:
             properties = {**properties, "bus": self._bus}
-        await self._execute("device_add", properties)
+        try:
+            await self._execute("device_add", properties)
+        except QmpError as error:
+            hint = f": {_PORT}" if _NOT_HOT in str(error) else ""
+            raise QmpError(f"{error}{hint}") from error
         log.info("the device is plugged in: its id is %s", DEVICE_NAME)
 
     async def unplug(self) -> None:
@@ -230,6 +275,39 @@ class Plug:
         await self._qmp.execute(command, **given)
 
 
-def _check_timeout(timeout: float) -> None:
-    if not 0.05 <= timeout <= 3600:
-        raise ConfigError(f"--timeout {timeout:g}: give seconds from 0.05 to 3600")
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Raises `ConfigError` for one that is given."""
+    for name, given in options.items():
+        if given not in (None, False):
+            raise ConfigError(f"--{name} {why}")
+
+
+def _socket_path(text: str) -> Path:
+    """Raises `ConfigError` for what no host could listen at, and for a backend's spec."""
+    if not text:
+        raise ConfigError("the path of the socket is empty: give one as in /run/vmibridge.sock")
+    if _SPEC.match(text):
+        raise ConfigError(
+            f"{text[:80]}: is a spec of a backend: give the path of its socket alone, and for"
+            " ivshmem: --ivshmem"
+        )
+    path = Path(text)
+    if (size := len(os.fsencode(path.absolute()))) > _LONGEST_PATH:
+        raise ConfigError(
+            f"{text[:80]}: has {size} bytes from the root on: the path of a socket has at most"
+            f" {_LONGEST_PATH}"
+        )
+    return path
+
+
+def _ivshmem_arguments(
+    path: Path, slots: int | None, size: int | None, file: Path | None
+) -> list[str]:
+    """Raises `ConfigError` for a number of slots that there cannot be, and for half of a memory."""
+    slots = IvshmemOptions().slots if slots is None else slots
+    if not 1 <= slots <= MAX_SLOTS:
+        raise ConfigError(f"--slots {slots}: give a number from 1 to {MAX_SLOTS}")
+    if (size is None) != (file is None):
+        raise ConfigError("--memory and --memory-file: with --ivshmem, give both or neither")
+    memory = None if size is None or file is None else (size, file)
+    return ivshmem_arguments(path, slots, memory)

@@ -65,6 +65,11 @@ _PATIENCE, _MARGIN = 30.0, 10.0
 _QUITTING = 10.0
 """Seconds that QEMU has to end in, by its monitor and by SIGTERM."""
 _KVM = "/dev/kvm"
+_FOR_OLDER = {
+    "plugin": "--via gdb works with older ones",
+    "device": "the backend ivshmem: works with older ones, and so does --via gdb",
+}
+"""By `--via`, for a user whose QEMU is too old."""
 _LISTENS = 10.0
 """Seconds in which QEMU is expected to listen."""
 _YES, _NO = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
@@ -108,9 +113,12 @@ def run_qemu(
         Path | None, Parameter(help="Where host and QEMU meet; by default a path of its own.")
     ] = None,
     absent: Annotated[
-        Literal["native", "skip", "wait"],
-        Parameter(help="Without a host: run instructions natively, skip them, or wait for a host."),
-    ] = "native",
+        Literal["native", "skip", "wait"] | None,
+        Parameter(
+            help="Without a host: run instructions natively, which is the default, skip them, or"
+            " wait for a host."
+        ),
+    ] = None,
     patience: Annotated[
         float | None,
         Parameter(
@@ -166,7 +174,7 @@ def run_qemu(
         via,
         kvm="kvm" in (accel, *accelerators(arguments)),
         handlers=bool(handlers),
-        of_plugin=not (patience is compat is None and not plugin_options),
+        of_plugin=bool(plugin_options) or {absent, patience, compat, plugin} != {None},
     )
     shown, outcome_file = _shown(outcomes)
     most_outcomes = _most_outcomes(outcome_file, outcomes_max_size)
@@ -176,7 +184,7 @@ def run_qemu(
         # The device has it shared by itself.
         shares = share_memory and via != "device"
         ram = stack.enter_context(_memory_file()) if shares else None
-        found = find_qemu(qemu, GDB_NEEDS if via == "gdb" else PLUGIN_NEEDS)
+        found = find_qemu(qemu, GDB_NEEDS if via == "gdb" else PLUGIN_NEEDS, _FOR_OLDER.get(via))
         command = [found.path]
         asked = [backend_options] if backend_options else []
         backend: Backend | None = None
@@ -186,6 +194,7 @@ def run_qemu(
             command += _shared_memory(ram, arguments)
         if via == "device":
             device = DeviceBackend.from_spec(f"unix:{where}", backend_options, "vm")
+            device.qemu_goes_on = False
             backend = device
             size = None if has_memory_backend(arguments) else memory_size(arguments)
             command += device_arguments(where, device.options.timeout, size)
@@ -200,7 +209,7 @@ def run_qemu(
                 {
                     "file": _escaped(plugin or _built_plugin()),
                     "socket": _escaped(where),
-                    "absent": absent,
+                    "absent": absent or "native",
                     "patience": f"{patience:g}",
                     "compat": compat,
                     "ram": None if ram is None else _escaped(ram),
@@ -235,16 +244,20 @@ def _check_way(via: str, *, kvm: bool, handlers: bool, of_plugin: bool) -> None:
     if via == "gdb" and not handlers:
         raise ConfigError("--via gdb: the host connects to QEMU, so --handlers are needed here")
     if via != "plugin" and of_plugin:
-        raise ConfigError("--patience, --compat and --plugin-options go with --via plugin only")
+        raise ConfigError(
+            "--plugin, --absent, --patience, --compat and --plugin-options go with --via plugin"
+            " only"
+        )
 
 
 def _best_accelerator() -> str:
-    """KVM where this user may use it; else TCG, and why is said."""
+    """KVM where this user may use it; else TCG. A line says which, and why or what changes it."""
     try:
         os.close(os.open(_KVM, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         sys.stderr.write(f"vmibridge: {_KVM}: {error.strerror}; QEMU runs under TCG\n")
         return "tcg"
+    sys.stderr.write("vmibridge: QEMU runs under KVM; --accel tcg selects TCG\n")
     return "kvm"
 
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from vmibridge.backends.qemu.stopping import Ending, Way, stop_qemu
 from vmibridge.cli.event_loop import run_on
-from vmibridge.cli.options import MonitorSocket
+from vmibridge.cli.options import MonitorSocket, check_seconds
 from vmibridge.errors import BackendError, ConfigError, QmpError
 
 _MAX_NAME = 255
@@ -44,8 +44,7 @@ def stop(
         snapshot.isprintable() and 0 < len(snapshot.encode()) <= _MAX_NAME
     ):
         raise ConfigError(f"--snapshot: a name has 1 to {_MAX_NAME} bytes that can be printed")
-    if not 0 < within < float("inf"):
-        raise ConfigError(f"--within: {within} is not a number of seconds")
+    check_seconds("--within", within)
     way = snapshot if snapshot is not None else Way.POWERDOWN if powerdown else Way.QUIT
     try:
         ending = run_on("asyncio", partial(stop_qemu, qmp, way, within))

@@ -10,24 +10,25 @@
 import re
 from collections.abc import Sequence
 
+from vmibridge.cli.options import bytes_of
 from vmibridge.errors import ConfigError
 
 __all__ = ["keep_of", "rotate_of"]
 
-_SIZE = re.compile(r"([0-9]{1,12})([KMG])(?:iB)?")
+_SIZE = re.compile(r"[0-9]{1,12}[KMG](?:iB)?")
 _TIME = re.compile(r"([0-9]{1,12})([smhd])")
 _COUNT = re.compile(r"[0-9]{1,12}")
-_FACTORS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def rotate_of(given: Sequence[str]) -> tuple[int | None, int | None]:
     """The most bytes and seconds of a file, where they are given. Raises `ConfigError`."""
     size = age = None
     for text in given:
-        if (match := _SIZE.fullmatch(text)) is not None and size is None:
-            size = _value(match)
+        if _SIZE.fullmatch(text) and size is None:
+            size = bytes_of("--rotate", text)
         elif (match := _TIME.fullmatch(text)) is not None and age is None:
-            age = _value(match)
+            age = int(match[1]) * _SECONDS[match[2]]
         else:
             raise ConfigError(
                 f"--rotate {text[:40]}: is not a size or a time; give one of each, as in 256M and"
@@ -40,8 +41,8 @@ def keep_of(given: Sequence[str]) -> tuple[int | None, int | None]:
     """The most bytes and files of a folder, where they are given. Raises `ConfigError`."""
     size = files = None
     for text in given:
-        if (match := _SIZE.fullmatch(text)) is not None and size is None:
-            size = _value(match)
+        if _SIZE.fullmatch(text) and size is None:
+            size = bytes_of("--keep", text)
         elif _COUNT.fullmatch(text) and files is None:
             files = int(text)
         else:
@@ -50,7 +51,3 @@ def keep_of(given: Sequence[str]) -> tuple[int | None, int | None]:
                 " 10 and 2G"
             )
     return size, files
-
-
-def _value(match: re.Match[str]) -> int:
-    return int(match[1]) * _FACTORS[match[2]]

@@ -1,6 +1,6 @@
 """Reports a handler that holds up the event loop, while it does.
 
-A handler that blocks, or computes for long, stops every vCPU and every deadline of the server, and
+A handler that blocks, or computes for long, stops every trap and every deadline of the server, and
 nothing on the loop can say so. A thread of its own can: it looks at the stack of the loop's thread.
 
 Theory of operation
@@ -169,7 +169,7 @@ class LoopWatch:
 
 def _log(blocked: Blocked) -> None:
     log.warning(
-        "vm %s: handler %s holds up the event loop, and with it every vCPU: method %#06x, at %s,"
+        "vm %s: handler %s holds up the event loop, and with it every trap: method %#06x, at %s,"
         " for %.1f s so far",
         blocked.vm,
         blocked.handler,

@@ -21,15 +21,17 @@ _MODE = re.compile("0o[0-7]{1,3}")
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(us|ms|s|)")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
-_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_UNIT = re.compile("([KMG])(?:iB)?$")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def parse_size(text: str) -> int:
-    """Bytes, in decimal or hex, with KiB, MiB or GiB behind. Raises `ValueError`."""
-    for unit, factor in _UNITS.items():
-        if text.endswith(unit):
-            return int(text.removesuffix(unit), 0) * factor
-    return int(text, 0)
+    """Bytes, in decimal or hex, with K, M or G, or KiB, MiB or GiB behind, in units of 1024.
+
+    Raises `ValueError`.
+    """
+    unit = _UNIT.search(text)
+    return int(text, 0) if unit is None else int(text[: unit.start()], 0) * _UNITS[unit[1]]
 
 
 def parse_duration(text: str) -> float:
@@ -117,6 +119,7 @@ def parse_options(
     unknown, given twice, or wrong.
     """
     values: dict[str, str | float | list[str | float]] = {}
+    texts: dict[str, str] = {}
     for name, value in read_options(spec, options, kind.__struct_encode_fields__, lists):
         parsed: str | float = value
         try:
@@ -129,22 +132,29 @@ def parse_options(
         except ValueError as error:
             if isinstance(error, BackendSpecError):
                 raise
-            wanted = numbers.get(name, "a duration, such as 2ms or 5s")
+            types = {each.encode_name: each.type for each in msgspec.structs.fields(kind)}
+            wanted = numbers.get(name) or _wanted_duration(types[name])
             raise BackendSpecError(f"{spec}: {name}={value} is not {wanted}") from None
         if name in lists:
             several = values.setdefault(name, [])
             assert isinstance(several, list)
             several.append(parsed)
         else:
-            values[name] = parsed
+            values[name], texts[name] = parsed, value
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise BackendSpecError(f"{spec}: {_why(values, kind) or error}") from None
+        raise BackendSpecError(f"{spec}: {_why(values, texts, kind, durations) or error}") from None
 
 
-def _why(values: Mapping[str, object], kind: type[msgspec.Struct]) -> str | None:
-    """What is wrong with the values of options, in the words of those who write them."""
+def _why(
+    values: Mapping[str, object],
+    texts: Mapping[str, str],
+    kind: type[msgspec.Struct],
+    durations: Collection[str],
+) -> str | None:
+    """What is wrong with the values of options, in the words of those who write them; `texts` are
+    those of options that are no lists."""
     fields = msgspec.structs.fields(kind)
     missing = [field.encode_name for field in fields if field.required]
     if missing and not values.keys() >= {*missing}:
@@ -157,8 +167,15 @@ def _why(values: Mapping[str, object], kind: type[msgspec.Struct]) -> str | None
         try:
             msgspec.convert(values.get(name, field.default), field.type, strict=False)
         except msgspec.ValidationError:
-            return f"{name}={values.get(name)} is not {_wanted(field.type)}"
+            wanted = _wanted_duration if name in durations else _wanted
+            return f"{name}={texts.get(name, values.get(name))} is not {wanted(field.type)}"
     return None
+
+
+def _wanted_duration(kind: Any) -> str:
+    """The same of a duration, whose type has both bounds."""
+    (limits,) = get_args(kind)[1:]
+    return f"a duration of {limits.ge:g} to {limits.le:g} s, in us, ms or s"
 
 
 def _wanted(kind: Any) -> str:

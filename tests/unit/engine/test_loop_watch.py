@@ -17,7 +17,7 @@ from vmibridge.engine.taps import Tap
 
 pytestmark = pytest.mark.anyio
 
-HELD = "holds up the event loop"
+HELD = "holds up the event loop, and with it every trap"
 SOON = 0.02
 
 

@@ -1,6 +1,7 @@
 """What QEMU is given to have the device: arguments, `device_add`, and a domain of libvirt.
 
-Guest memory has to be a memfd that is shared: then it is read here, and not through QEMU.
+Guest memory has to be a memfd that is shared: then it is read here, and not through QEMU. With
+ivshmem, which hands no memory over, it is a file that both know.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,13 @@ from xml.sax.saxutils import quoteattr
 
 import msgspec
 
-__all__ = ["DEVICE_NAME", "device_arguments", "device_properties", "libvirt_domain"]
+__all__ = [
+    "DEVICE_NAME",
+    "device_arguments",
+    "device_properties",
+    "ivshmem_arguments",
+    "libvirt_domain",
+]
 
 DEVICE_NAME: Final = "vmibridge"
 """The id of the device in QEMU."""
@@ -42,6 +49,26 @@ def device_arguments(socket: Path, timeout: float, memory: int | None) -> list[s
         ram = f"memory-backend-memfd,id={_RAM},size={memory},share=on"
         arguments = ["-object", ram, "-machine", f"memory-backend={_RAM}", *arguments]
     return arguments
+
+
+def ivshmem_arguments(socket: Path, slots: int, memory: tuple[int, Path] | None) -> list[str]:
+    """For QEMU's command line, with `ivshmem-doorbell`; `memory`: bytes of the guest's, and the
+    file that it is in, `None`: the host reaches none."""
+    chardev = f"{DEVICE_NAME}-slots"
+    arguments = [
+        *("-chardev", f"socket,id={chardev},path={_escaped(socket)}"),
+        *("-device", f"ivshmem-doorbell,id={DEVICE_NAME},chardev={chardev},vectors={slots}"),
+    ]
+    if memory is not None:
+        size, file = memory
+        ram = f"memory-backend-file,id={_RAM},size={size},mem-path={_escaped(file)},share=on"
+        arguments = ["-object", ram, "-machine", f"memory-backend={_RAM}", *arguments]
+    return arguments
+
+
+def _escaped(path: Path) -> str:
+    """As a value among QEMU's options, where a comma is doubled."""
+    return str(path.absolute()).replace(",", ",,")
 
 
 def libvirt_domain(socket: Path, timeout: float) -> str:

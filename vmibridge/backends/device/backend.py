@@ -31,6 +31,8 @@ from vmibridge.backends.device.memory import Piece, read_piece, write_piece
 from vmibridge.backends.device.pending import Pending
 from vmibridge.backends.device.registers import registers_of
 from vmibridge.backends.device.slots import MAX_SLOTS, SPACE_SLOT, Call, Limits
+from vmibridge.backends.device.stream import MessageStream
+from vmibridge.backends.device.vfio_user import refusal
 from vmibridge.bridge.outcome import GONE
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError
 from vmibridge.files import reason
@@ -44,7 +46,10 @@ __all__ = ["DeviceBackend", "DeviceOptions"]
 log: logging.Logger = logging.getLogger(__name__)
 
 _VECTORS: Final = 4
+_TURNED_AWAY: Final = 1.0
+"""Seconds after which what is connected and says nothing is a QEMU, as with ivshmem."""
 _DEVICE = TrapReason.DEVICE
+_NO_SPACE: Final = "slot {} is not the kernel's, and has no address space"
 
 
 class DeviceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +91,8 @@ class DeviceBackend(Backend):
             raise BackendSpecError(f"{spec}: kernel={given.kernel} of {given.slots} slots")
         self.before_hanging_up: Callable[[], Awaitable[None]] | None = None
         """Awaited by `run` after `stop`, while QEMU is still answered: unplugs the device."""
+        self.qemu_goes_on: bool = True
+        """Whether QEMU outlives the run: then `stop` logs how the device works again."""
         self._listener: sockets.UnixListener
         self._seq = itertools.count(1)
         self._pending: dict[int, tuple[Connection, Pending]] = {}
@@ -125,6 +132,7 @@ class DeviceBackend(Backend):
         except (OSError, BackendError) as error:
             why = reason(error, self.path) if isinstance(error, OSError) else error
             raise BackendError(f"{self.scheme}:unix:{self.path}: {why}") from error
+        log.info("vm %s: listening at unix:%s", self.vm, self.path)
 
     async def close(self) -> None:
         self._listener.close()
@@ -136,9 +144,7 @@ class DeviceBackend(Backend):
 
             def take(connected: socket.socket) -> None:
                 if self._connection is not None:
-                    # Also a check of health, again and again.
-                    log.debug("vm %s: another one came while a QEMU is there", self.vm)
-                    connected.close()
+                    tasks.start_soon(self._turn_away, connected)
                     return
                 try:
                     self._connection = self._connect(connected)
@@ -161,7 +167,7 @@ class DeviceBackend(Backend):
         """Answer what is open as if nobody were there, and hang up: the device is dead then."""
         self._is_stopped = True
         if self._connection is not None and self.before_hanging_up is None:
-            if self._connection.is_qemu:
+            if self._connection.is_qemu and self.qemu_goes_on:
                 log.info(
                     "vm %s: hangs up. QEMU does not connect again: unplug and plug the device, or"
                     " start QEMU again",
@@ -179,6 +185,22 @@ class DeviceBackend(Backend):
             kernel_slots=given.kernel,
         )
         return Connection(connected, given.slots, limits, self._take, self._abandon)
+
+    async def _turn_away(self, connected: socket.socket) -> None:
+        """Hang up on what connects while a QEMU is there. A check of health has hung up by then."""
+        stream = MessageStream(connected, 0)
+        try:
+            with anyio.move_on_after(_TURNED_AWAY):
+                await sockets.send(connected, refusal(await sockets.receive(connected, 4096)))
+            log.warning(
+                "vm %s: turned away another QEMU: one at a time is served at unix:%s",
+                self.vm,
+                self.path,
+            )
+        except (anyio.EndOfStream, OSError):
+            pass
+        finally:
+            stream.close()
 
     async def _serve(self, connection: Connection) -> None:
         why = "QEMU has hung up"
@@ -286,7 +308,7 @@ class DeviceBackend(Backend):
         """From the slot, the memory's file, or QEMU. If cancelled, QEMU's reply is dropped."""
         connection, pending = self._of(event, address)
         if self._is_payload(event, pending.call, address):
-            return self._payload(connection, pending.call, address, size)
+            return self._payload(connection, event, pending.call, address, size)
         with connection.lock:
             known = None if connection.is_over else connection.ranges.read(address, size)
         return await self._read_pieces(connection, address, size) if known is None else known
@@ -345,7 +367,7 @@ class DeviceBackend(Backend):
                 try:
                     connection.slots.write_payload(pending.call.slot, address, data)
                 except ValueError as error:
-                    raise GuestMemoryError(address, str(error)) from error
+                    raise self._outside(event, pending.call, address, error) from error
             return
         with connection.lock:
             _check(connection, address)
@@ -385,22 +407,33 @@ class DeviceBackend(Backend):
         if call.space == SPACE_SLOT:
             return True
         if not self._has_addresses(event, call):
-            raise GuestMemoryError(
-                address, f"slot {call.slot} is not the kernel's, and has no address space"
-            )
+            raise GuestMemoryError(address, _NO_SPACE.format(call.slot))
         return False
 
     def _has_addresses(self, event: TrapEvent, call: Call) -> bool:
         return bool(event.registers.cr0) or call.slot < self.options.kernel
 
-    @staticmethod
-    def _payload(connection: Connection, call: Call, address: int, size: int) -> bytes:
+    def _payload(
+        self, connection: Connection, event: TrapEvent, call: Call, address: int, size: int
+    ) -> bytes:
         with connection.lock:
             _check(connection, address)
             try:
                 return connection.slots.read_payload(call.slot, address, size)
             except ValueError as error:
-                raise GuestMemoryError(address, str(error)) from error
+                raise self._outside(event, call, address, error) from error
+
+    def _outside(
+        self, event: TrapEvent, call: Call, address: int, error: ValueError
+    ) -> GuestMemoryError:
+        """For offsets that are not in the slot: most are addresses of a program without a space."""
+        why = f"{error}, which is all that slot {call.slot} reaches by this call"
+        if not self._has_addresses(event, call):
+            why = (
+                f"{error}; {_NO_SPACE.format(call.slot)}, so its caller passes offsets in the slot,"
+                " and no addresses: see docs/device-guests.md"
+            )
+        return GuestMemoryError(address, why)
 
     def _of(self, event: TrapEvent, address: int) -> tuple[Connection, Pending]:
         found = self._pending.get(event.seq)

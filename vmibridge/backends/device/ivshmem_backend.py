@@ -15,6 +15,7 @@ import socket
 from pathlib import Path
 from typing import Annotated, Self
 
+import anyio
 import msgspec
 
 from vmibridge.backends.device.backend import DeviceBackend, DeviceOptions
@@ -22,6 +23,7 @@ from vmibridge.backends.device.ivshmem_connection import IvshmemConnection
 from vmibridge.backends.device.memory import GuestRanges
 from vmibridge.backends.device.memory_file import FileRanges
 from vmibridge.backends.device.slots import MAX_SLOTS
+from vmibridge.errors import BackendError
 from vmibridge.vm.spec import parse_options
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -64,6 +66,18 @@ class IvshmemBackend(DeviceBackend):
         numbers = {"slots": "a number of slots", "kernel": "a number of slots"}
         given = parse_options(f"{cls.scheme}:{where}", options, IvshmemOptions, numbers)
         return cls(path, given, vm)
+
+    async def open(self) -> None:
+        """Listen. Raises `BackendError` also if there is no folder for the file of guest memory,
+        which QEMU makes, and which is opened when a guest has rung."""
+        if self._memory is not None:
+            folder = anyio.Path(self._memory).parent
+            if not await folder.is_dir():
+                raise BackendError(
+                    f"{self.scheme}:unix:{self.path}: memory={self._memory}: there is no folder"
+                    f" {folder}"
+                )
+        await super().open()
 
     def _connect(self, connected: socket.socket) -> IvshmemConnection:
         given = self.options

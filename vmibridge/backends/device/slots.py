@@ -390,7 +390,7 @@ class Slots:
     @staticmethod
     def _payload(slot: int, offset: int, size: int) -> int:
         if size < 0 or not PAYLOAD_AT <= offset <= PAGE - size:
-            raise ValueError(f"{offset:#x}: {size} bytes are not in the payload of a slot")
+            raise ValueError(f"{size} bytes are not in the payload of a slot")
         return slot_offset(slot) + offset
 
     def _store(self, offset: int, value: int) -> None:

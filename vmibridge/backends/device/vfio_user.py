@@ -440,3 +440,11 @@ class VfioUser:
             flags, body, descriptors = REPLY | ERROR, b"", ()
         head = HEADER.pack(number, command, HEADER.size + len(body), flags, error)
         self.out.append((head + body, descriptors))
+
+
+def refusal(message: bytes) -> bytes:
+    """A reply of `EBUSY` to a message that has come first, or nothing where it is none."""
+    if len(message) < HEADER.size:
+        return b""
+    number, command, _, _, _ = HEADER.unpack_from(message)
+    return HEADER.pack(number, command, HEADER.size, REPLY | ERROR, errno.EBUSY)

@@ -31,19 +31,21 @@ class Qemu(msgspec.Struct, frozen=True):
     version: tuple[int, int]
 
 
-def find_qemu(asked: str | None, need: tuple[int, int]) -> Qemu:
+def find_qemu(asked: str | None, need: tuple[int, int], for_older: str | None = None) -> Qemu:
     """The QEMU to use: `asked`, or the first that is new enough.
+
+    `for_older` is what the error says that works with older ones.
 
     Looked for, in order: `VMIBRIDGE_QEMU`, the user's cache, `PATH`. Never in the current folder,
     which may be anybody's: the Makefile names that of a checkout. Raises `BackendError` with what
     was found instead, and what to do.
     """
     wanted = ".".join(map(str, need))
-    asked = asked or os.environ.get("VMIBRIDGE_QEMU")
+    named = asked or os.environ.get("VMIBRIDGE_QEMU")
     found = []
     cache = cache_folder()
     fetched = [] if cache is None else [str(cache / FETCHED)]
-    for place in [asked] if asked else [*fetched, NAME]:
+    for place in [named] if named else [*fetched, NAME]:
         path = shutil.which(place)
         if path is None:
             continue
@@ -52,13 +54,16 @@ def find_qemu(asked: str | None, need: tuple[int, int]) -> Qemu:
             return Qemu(str(Path(path).absolute()), version)
         what = "says no version" if version is None else f"is {version[0]}.{version[1]}"
         found.append(f"{place} {what}")
-    if asked and not found:
-        raise BackendError(f"{asked}: there is no such program")
-    hint = "`vmibridge qemu fetch` brings one to a Debian; --qemu PATH names another"
-    if need > GDB_NEEDS:
-        hint += "; --via gdb works with older ones"
+    if named and not found:
+        raise BackendError(f"{named}: there is no such program")
+    hints = ["`vmibridge qemu fetch` brings one to a Debian"]
+    if not asked:
+        hints.append("--qemu PATH names another")
+    if for_older is not None:
+        hints.append(for_older)
     raise BackendError(
-        f"no QEMU of {wanted} or later ({'; '.join(found) or f'no {NAME} at all'}): {hint}"
+        f"no QEMU of {wanted} or later ({'; '.join(found) or f'no {NAME} at all'}):"
+        f" {'; '.join(hints)}"
     )
 
 

@@ -6,6 +6,7 @@ next place that has the looks and the CRC of a chunk.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 from mcap.opcode import Opcode
@@ -107,6 +108,13 @@ class ChunkSearch:
         opcode, length = FRAME.unpack(frame)
         fits: bool = 0 < opcode <= Opcode.DATA_END and offset + FRAME.size + length <= file_size
         return fits
+
+
+def recover_line(path: Path, *, truncated: bool) -> str:
+    """What is wrong with a file that has problems, and the command that makes a clean one."""
+    what = "truncated" if truncated else "damaged"
+    clean = path.with_name(f"{path.stem}-clean.mcap")
+    return f"the file is {what}; what can be read of it: vmibridge recover {path} -o {clean}"
 
 
 def problem_lines(problems: Sequence[object], count: int, where: str = "") -> list[str]:

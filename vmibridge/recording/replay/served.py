@@ -17,7 +17,7 @@ from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import ConfigError
-from vmibridge.recording.file.damage import problem_lines
+from vmibridge.recording.file.damage import problem_lines, recover_line
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, TRAP, Session
 from vmibridge.recording.replay.backend import ReplayBackend
@@ -138,7 +138,10 @@ class ServedRecording:
             yield from (
                 f"vm {backend.vm}: the recording says: {gap}" for gap in backend.conductor.gaps
             )
-        yield from problem_lines(self.reader.problems, self.reader.problem_count, f"{self._path}: ")
+        reader = self.reader
+        yield from problem_lines(reader.problems, reader.problem_count, f"{self._path}: ")
+        if reader.problem_count > reader.is_written:
+            yield f"{self._path}: {recover_line(self._path, truncated=not reader.complete)}"
 
     def result(self) -> FileResult:
         """What came of it so far."""

@@ -1,5 +1,6 @@
 """The backend against a QEMU that is played: who answers an access, when, and what never goes."""
 
+import errno
 import fcntl
 import os
 import struct
@@ -9,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 import pytest
-from vfio_client import Client, dma_map, dma_unmap, message, read, set_irqs
+from vfio_client import Client, dma_map, dma_unmap, message, read, set_irqs, version
 from waiting import until
 
 from vmibridge.backends import open_backend
@@ -17,6 +18,7 @@ from vmibridge.backends.device import slots, vfio_user
 from vmibridge.backends.device.backend import DeviceBackend
 from vmibridge.backends.device.memory import read_piece
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, TrapQueueClosedError
+from vmibridge.vm.spec import parse_size
 from vmibridge.vm.trap import RegisterWrites, TrapFilter
 
 pytestmark = pytest.mark.anyio
@@ -279,6 +281,29 @@ async def test_what_only_connects_is_no_qemu(tmp_path):
             await beside(client.receive)
 
 
+async def test_another_qemu_is_turned_away_with_a_warning_and_a_check_of_health_without(
+    tmp_path, caplog
+):
+    async with serving(tmp_path) as served:
+        with await served.connect() as client:
+            await (await anyio.connect_unix(served.backend.path)).aclose()
+            async with await anyio.connect_unix(served.backend.path) as other:
+                await other.send(version(number=5))
+                number, command, _, flags, error = vfio_user.HEADER.unpack(await other.receive())
+                assert (number, command, error) == (5, vfio_user.VERSION, errno.EBUSY)
+                assert flags == vfio_user.REPLY | vfio_user.ERROR
+                with pytest.raises(anyio.EndOfStream):
+                    await other.receive()
+            client.ring()
+            await called(served)
+            await served.answer(1)
+            assert (await beside(client.receive)).number == 100
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warnings == [
+        f"vm vm: turned away another QEMU: one at a time is served at unix:{tmp_path}/s"
+    ]
+
+
 async def test_of_a_full_queue_only_calls_that_are_open_wait(tmp_path):
     async with serving(tmp_path, "hold=1ms&slots=1") as served:
         with await served.connect() as client:
@@ -441,10 +466,86 @@ def test_a_wrong_option_is_refused(options):
         open_backend(f"vfio-user:unix:/tmp/s?{options}")
 
 
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ("hold=10", "a duration of 0 to 1 s, in us, ms or s"),
+        ("hold=-1", "a duration of 0 to 1 s, in us, ms or s"),
+        ("timeout=1e9", "a duration of 0.05 to 3600 s, in us, ms or s"),
+        ("slots=0x200", "a whole number, 1 to 256"),
+    ],
+)
+def test_a_wrong_number_is_shown_as_it_was_given_with_unit_and_range(option, wanted):
+    with pytest.raises(BackendSpecError, match=f"s: {option} is not {wanted}$"):
+        open_backend(f"vfio-user:unix:/s?{option}")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512),
+        ("0x10", 16),
+        ("4K", 4096),
+        ("1MiB", 1 << 20),
+        ("2G", 2 << 30),
+        ("1GiB", 1 << 30),
+    ],
+)
+def test_sizes_have_units_of_1024(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "1B", "1KB", "1iB", "1k", "1KiBs"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="invalid literal"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("kernel", [0, 2])
+async def test_addresses_of_a_program_are_no_offsets_in_its_slot(tmp_path, kernel):
+    async with serving(tmp_path, f"kernel={kernel}&hold=1s&timeout=10s") as served:
+        with await served.connect() as client:
+            client.ring(0, space=slots.SPACE_SLOT)
+            event = await called(served)
+            for access in (
+                served.backend.read_physical(event, 0x7FFE_1000, 20),
+                served.backend.write_physical(event, 0x7FFE_1000, bytes(20)),
+            ):
+                with pytest.raises(GuestMemoryError) as raised:
+                    await access
+                told = str(raised.value)
+                assert told.count("0x7ffe1000") == 1
+                assert "20 bytes are not in the payload of a slot" in told
+                named = "is not the kernel's, and has no address space" in told
+                assert named is (kernel == 0)
+                assert ("docs/device-guests.md" in told) is (kernel == 0)
+            await served.answer(1)
+            await beside(client.receive)
+
+
 def test_a_spec_needs_a_path():
     for where in ("vfio-user:", "vfio-user:unix:", "vfio-user:tcp:localhost:1"):
         with pytest.raises(BackendSpecError, match="path of a socket"):
             open_backend(where)
+
+
+@pytest.mark.parametrize("scheme", ["vfio-user", "ivshmem"])
+async def test_it_logs_where_it_listens(tmp_path, caplog, scheme):
+    with caplog.at_level("INFO"):
+        async with open_backend(f"{scheme}:unix:{tmp_path}/s", vm="web"):
+            assert f"vm web: listening at unix:{tmp_path}/s" in caplog.text
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+async def test_it_logs_how_the_device_works_again_for_a_qemu_that_goes_on(
+    tmp_path, caplog, goes_on
+):
+    with caplog.at_level("INFO"):
+        async with serving(tmp_path) as served:
+            served.backend.qemu_goes_on = goes_on
+            with await served.connect():
+                served.backend.stop()
+    assert ("unplug and plug the device" in caplog.text) is goes_on
 
 
 async def test_where_another_listens_it_does_not(tmp_path):

@@ -211,12 +211,13 @@ async def test_a_host_that_stops_answers_open_calls_and_says_that_it_is_gone(ser
 
 
 @pytest.mark.anyio
-async def test_a_second_guest_is_refused_and_the_next_one_begins_anew(serving):
+async def test_a_second_guest_is_refused_and_the_next_one_begins_anew(serving, caplog):
     async with serving("&stay=true") as host:
         async with ivshmem_guest(host.path, SLOTS) as guest:
             with pytest.raises(AssertionError, match="the server has hung up"):
                 async with ivshmem_guest(host.path, SLOTS):
                     pass
+            assert "turned away another QEMU" in caplog.text
             await guest.call(0, REQUEST)
             generation = guest.header()[8]
         await anyio.sleep(0)
@@ -341,6 +342,17 @@ async def test_who_talks_or_goes_in_the_greeting_does_no_harm(serving, guests):
 def test_a_wrong_spec_says_what_is_wrong(spec, message):
     with pytest.raises(BackendSpecError, match=message.replace("?", r"\?")):
         open_backend(spec)
+
+
+@pytest.mark.anyio
+async def test_a_memory_file_that_cannot_be_made_is_said_before_a_guest_comes(tmp_path):
+    memory = tmp_path / "none/m"
+    with pytest.raises(BackendError, match=r"memory=.*/none/m: there is no folder .*/none$"):
+        async with open_backend(f"ivshmem:unix:{tmp_path / 's'}?memory={memory}"):
+            pass
+    (tmp_path / "none").mkdir()
+    async with open_backend(f"ivshmem:unix:{tmp_path / 's'}?memory={memory}"):
+        assert not memory.exists(), "QEMU makes it"
 
 
 @pytest.mark.anyio

@@ -60,9 +60,12 @@ def test_an_old_one_does_for_gdb_alone(place):
     assert find_qemu(None, GDB_NEEDS).path == old
     told = f"no QEMU of 11.1 or later ({NAME} is 7.2): `vmibridge qemu fetch` brings one"
     with pytest.raises(BackendError) as raised:
-        find_qemu(None, PLUGIN_NEEDS)
+        find_qemu(None, PLUGIN_NEEDS, "this works with older ones")
     assert str(raised.value).startswith(told)
-    assert "--via gdb works with older ones" in str(raised.value)
+    hints = "; --qemu PATH names another; this works with older ones"
+    assert str(raised.value).endswith(hints)
+    with pytest.raises(BackendError, match=r"brings one to a Debian$"):
+        find_qemu(old, PLUGIN_NEEDS)
 
 
 def test_what_is_none_is_told(place):

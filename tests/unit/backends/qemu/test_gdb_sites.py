@@ -155,7 +155,7 @@ def test_a_file_of_sites_that_is_wrong(tmp_path, text, why):
         ("unix:/s?ud-handler=1&ud-handler=2", "ud-handler is given twice"),
         ("unix:/s?symbol=a", "symbol=a needs elf=PATH"),
         ("unix:/s?site=1&breakpoints=soft", "breakpoints"),
-        ("unix:/s?site=1&within=-1", "within=-1 is not a number, 0 to 3600"),
+        ("unix:/s?site=1&within=-1", "within=-1 is not a duration of 0 to 3600 s"),
         ("unix:/s?what=1", "no option 'what'; there are site, symbol, elf, ud-handler"),
     ],
 )

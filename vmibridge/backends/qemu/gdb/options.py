@@ -51,7 +51,7 @@ def parse_spec(where: str, options: str) -> tuple[QemuGdbOptions, list[int]]:
         raise BackendSpecError(
             "qemu-gdb: needs a socket, as in qemu-gdb:unix:/run/gdb.sock or qemu-gdb:tcp:::1:1234"
         )
-    given = parse_options(spec, options, QemuGdbOptions, _NUMBERS, _LISTS)
+    given = parse_options(spec, options, QemuGdbOptions, _NUMBERS, _LISTS, ("within",))
     elf = Path(given.elf) if given.elf else None
     sites = sites_of(spec, list(given.site), elf, list(given.symbol))
     if given.sites:
