@@ -31,8 +31,7 @@ from vmibridge.backends.device.memory import Piece, read_piece, write_piece
 from vmibridge.backends.device.pending import Pending
 from vmibridge.backends.device.registers import registers_of
 from vmibridge.backends.device.slots import MAX_SLOTS, SPACE_SLOT, Call, Limits
-from vmibridge.backends.device.stream import MessageStream
-from vmibridge.backends.device.vfio_user import refusal
+from vmibridge.backends.device.turned_away import TurnedAway
 from vmibridge.bridge.outcome import GONE
 from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError
 from vmibridge.files import reason
@@ -46,8 +45,6 @@ __all__ = ["DeviceBackend", "DeviceOptions"]
 log: logging.Logger = logging.getLogger(__name__)
 
 _VECTORS: Final = 4
-_TURNED_AWAY: Final = 1.0
-"""Seconds after which what is connected and says nothing is a QEMU, as with ivshmem."""
 _DEVICE = TrapReason.DEVICE
 _NO_SPACE: Final = "slot {} is not the kernel's, and has no address space"
 
@@ -141,10 +138,11 @@ class DeviceBackend(Backend):
         """Serve the QEMU that connects, until it hangs up."""
         self._sink, self._traps = sink, traps
         async with anyio.create_task_group() as tasks:
+            turned_away = TurnedAway(self.vm, self.path)
 
             def take(connected: socket.socket) -> None:
                 if self._connection is not None:
-                    tasks.start_soon(self._turn_away, connected)
+                    turned_away.take(connected, tasks)
                     return
                 try:
                     self._connection = self._connect(connected)
@@ -185,22 +183,6 @@ class DeviceBackend(Backend):
             kernel_slots=given.kernel,
         )
         return Connection(connected, given.slots, limits, self._take, self._abandon)
-
-    async def _turn_away(self, connected: socket.socket) -> None:
-        """Hang up on what connects while a QEMU is there. A check of health has hung up by then."""
-        stream = MessageStream(connected, 0)
-        try:
-            with anyio.move_on_after(_TURNED_AWAY):
-                await sockets.send(connected, refusal(await sockets.receive(connected, 4096)))
-            log.warning(
-                "vm %s: turned away another QEMU: one at a time is served at unix:%s",
-                self.vm,
-                self.path,
-            )
-        except (anyio.EndOfStream, OSError):
-            pass
-        finally:
-            stream.close()
 
     async def _serve(self, connection: Connection) -> None:
         why = "QEMU has hung up"
