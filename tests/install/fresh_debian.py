@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 from environments import ROOT
@@ -47,14 +46,10 @@ class FreshDebian:
         files = subprocess.run(
             ["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, check=True
         ).stdout
-        archive = target / "checkout.tar"
-        with tarfile.open(archive, "w") as tar:
-            for file in files.decode().split("\0"):
-                if file and os.path.lexists(ROOT / file):
-                    tar.add(ROOT / file, arcname=file)
-        with tarfile.open(archive) as tar:
-            tar.extractall(target, filter="data")
-        archive.unlink()
+        for file in filter(None, files.decode().split("\0")):
+            if os.path.lexists(ROOT / file):
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / file, target / file, follow_symlinks=False)
         for path in (target, *target.rglob("*")):
             os.lchown(path, *self._ids(user))
 
