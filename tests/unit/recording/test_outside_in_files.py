@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from contextlib import closing
 
 import anyio
 import msgspec
@@ -159,7 +160,7 @@ class TestWhatPeopleSee:
 
     def test_a_table_has_them(self, run, tmp_path):
         export(run, tmp_path / "run.sqlite", "sqlite")
-        with sqlite3.connect(tmp_path / "run.sqlite") as tables:
+        with closing(sqlite3.connect(tmp_path / "run.sqlite")) as tables:
             found = [row[0] for row in tables.execute("SELECT outside FROM traps ORDER BY seq")]
         assert json.loads(found[0]) == [{"key": "one", "number": 0, "value": 6}]
         assert json.loads(found[1])[0]["types"][0] == "ConnectionResetError"

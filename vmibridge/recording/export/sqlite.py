@@ -78,6 +78,13 @@ class Sqlite(Exporter):
         self._accesses: list[Row] = []
         self._bytes = 0
         self._database = sqlite3.connect(path, isolation_level=None)
+        try:
+            self._begin()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _begin(self) -> None:
         # Nobody sees the file before it is whole.
         self._run("PRAGMA journal_mode = OFF")
         self._run("PRAGMA synchronous = OFF")
