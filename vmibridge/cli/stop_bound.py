@@ -77,7 +77,9 @@ class StopBound:
         # Not after the line below: whoever holds the lock of the log may be what hangs.
         last = threading.Timer(_SAVING, os._exit, (status,))
         last.daemon = True
-        last.start()
+        # Python 3.12 starts no thread while it ends; by then there is nothing left to be saved.
+        with suppress(RuntimeError):
+            last.start()
         log.error(
             "%s: not ended after %g s: a handler, or a thread, does not end, so the process does",
             number.name,
