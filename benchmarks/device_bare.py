@@ -68,7 +68,7 @@ def bare(path: Path, command: list[str], calls: int) -> Figures:
                 peer, _ = listener.accept()
                 with peer:
                     serve(peer, watch)
-            except BaseException:
+            except BaseException:  # Ctrl-C, too: nobody else would end it
                 qemu.kill()
                 raise
             assert qemu.wait() == ALL_RIGHT

@@ -34,19 +34,24 @@ def told(lines):
 # --- what ends what ---------------------------------------------------------------------
 
 
-def test_the_end_of_qemu_is_that_of_the_composition(engine, guest):
-    """With a processor's breakpoints, as under KVM: three suffice for the program that calls."""
-    chosen = {
-        "VMIBRIDGE_SITES": "sites=/guest/sites-few&breakpoints=hardware",
-        "VMIBRIDGE_APPEND": f"{KERNEL} nokaslr vmibridge=few count={COUNT}",
-    }
-    with planned(engine, "gdb", guest, **chosen) as plan:
+def assert_all_right(engine, profile, guest, **chosen):
+    """A VM of that profile ends with its guest's status, after four lines, and leaves nothing."""
+    with planned(engine, profile, guest, **chosen) as plan:
         done = plan.vm()
         left = plan.containers()
     assert done.returncode == 0, done.stderr
     said = told(done.stdout.splitlines())
     assert (said[-1], sum("right" in line for line in said)) == ("all right", 4)
     assert left == []
+
+
+def test_the_end_of_qemu_is_that_of_the_composition(engine, guest):
+    """With a processor's breakpoints, as under KVM: three suffice for the program that calls."""
+    chosen = {
+        "VMIBRIDGE_SITES": "sites=/guest/sites-few&breakpoints=hardware",
+        "VMIBRIDGE_APPEND": f"{KERNEL} nokaslr vmibridge=few count={COUNT}",
+    }
+    assert_all_right(engine, "gdb", guest, **chosen)
 
 
 def test_a_site_that_holds_no_trap_instruction_fails_the_composition(engine, guest):
@@ -68,13 +73,7 @@ def test_a_site_that_holds_no_trap_instruction_fails_the_composition(engine, gue
 def test_the_end_of_qemu_is_that_of_a_composition_with_the_device(engine, guest):
     append = f"{KERNEL} vmibridge=sysfs count={COUNT} programs=2"
     chosen = {"VMIBRIDGE_APPEND": append, "VMIBRIDGE_ACCEL": "tcg"}
-    with planned(engine, "device", guest, **chosen) as plan:
-        done = plan.vm()
-        left = plan.containers()
-    assert done.returncode == 0, done.stderr
-    said = told(done.stdout.splitlines())
-    assert (said[-1], sum("right" in line for line in said)) == ("all right", 4)
-    assert left == []
+    assert_all_right(engine, "device", guest, **chosen)
 
 
 def test_without_its_bridge_a_device_is_dead_and_the_guest_goes_on(engine, guest):

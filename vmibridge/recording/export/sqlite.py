@@ -80,7 +80,7 @@ class Sqlite(Exporter):
         self._database = sqlite3.connect(path, isolation_level=None)
         try:
             self._begin()
-        except BaseException:
+        except BaseException:  # whatever it is, nobody calls `close`
             self._database.close()
             raise
 

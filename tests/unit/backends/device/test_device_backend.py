@@ -15,10 +15,8 @@ from waiting import until
 
 from vmibridge.backends import open_backend
 from vmibridge.backends.device import slots, vfio_user
-from vmibridge.backends.device.backend import DeviceBackend
 from vmibridge.backends.device.memory import read_piece
-from vmibridge.errors import BackendError, BackendSpecError, GuestMemoryError, TrapQueueClosedError
-from vmibridge.vm.spec import parse_size
+from vmibridge.errors import BackendError, GuestMemoryError, TrapQueueClosedError
 from vmibridge.vm.trap import RegisterWrites, TrapFilter
 
 pytestmark = pytest.mark.anyio
@@ -459,53 +457,6 @@ async def test_what_is_no_eventfd_is_never_written_to(tmp_path):
             os.close(reading)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        *("slots=0", "slots=257", "slots=x", "kernel=65", "hold=-1", "hold=2", "hold=2min"),
-        *("timeout=0", "hold=100ms&timeout=300ms", "mode=600", "stay=maybe", "what=1"),
-    ],
-)
-def test_a_wrong_option_is_refused(options):
-    with pytest.raises(BackendSpecError):
-        open_backend(f"vfio-user:unix:/tmp/s?{options}")
-
-
-@pytest.mark.parametrize(
-    ("option", "wanted"),
-    [
-        ("hold=10", "a duration of 0 to 1 s, in us, ms or s"),
-        ("hold=-1", "a duration of 0 to 1 s, in us, ms or s"),
-        ("timeout=1e9", "a duration of 0.05 to 3600 s, in us, ms or s"),
-        ("slots=0x200", "a whole number, 1 to 256"),
-    ],
-)
-def test_a_wrong_number_is_shown_as_it_was_given_with_unit_and_range(option, wanted):
-    with pytest.raises(BackendSpecError, match=f"s: {option} is not {wanted}$"):
-        open_backend(f"vfio-user:unix:/s?{option}")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("512", 512),
-        ("0x10", 16),
-        ("4K", 4096),
-        ("1MiB", 1 << 20),
-        ("2G", 2 << 30),
-        ("1GiB", 1 << 30),
-    ],
-)
-def test_sizes_have_units_of_1024(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "K", "1B", "1KB", "1iB", "1k", "1KiBs"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="invalid literal"):
-        parse_size(text)
-
-
 @pytest.mark.parametrize("kernel", [0, 2])
 async def test_addresses_of_a_program_are_no_offsets_in_its_slot(tmp_path, kernel):
     async with serving(tmp_path, f"kernel={kernel}&hold=1s&timeout=10s") as served:
@@ -528,19 +479,6 @@ async def test_addresses_of_a_program_are_no_offsets_in_its_slot(tmp_path, kerne
             await beside(client.receive)
 
 
-def test_a_spec_needs_a_path():
-    for where in ("vfio-user:", "vfio-user:unix:", "vfio-user:tcp:localhost:1"):
-        with pytest.raises(BackendSpecError, match="path of a socket"):
-            open_backend(where)
-
-
-@pytest.mark.parametrize("scheme", ["vfio-user", "ivshmem"])
-async def test_it_logs_where_it_listens(tmp_path, caplog, scheme):
-    with caplog.at_level("INFO"):
-        async with open_backend(f"{scheme}:unix:{tmp_path}/s", vm="web"):
-            assert f"vm web: listening at unix:{tmp_path}/s" in caplog.text
-
-
 @pytest.mark.parametrize("goes_on", [True, False])
 async def test_it_logs_how_the_device_works_again_for_a_qemu_that_goes_on(
     tmp_path, caplog, goes_on
@@ -551,10 +489,3 @@ async def test_it_logs_how_the_device_works_again_for_a_qemu_that_goes_on(
             with await served.connect():
                 served.backend.stop()
     assert ("unplug and plug the device" in caplog.text) is goes_on
-
-
-async def test_where_another_listens_it_does_not(tmp_path):
-    async with open_backend(f"vfio-user:unix:{tmp_path / 's'}"):
-        with pytest.raises(BackendError, match="address already in use"):
-            async with DeviceBackend(tmp_path / "s"):
-                raise AssertionError

@@ -211,7 +211,7 @@ async def test_a_host_that_stops_answers_open_calls_and_says_that_it_is_gone(ser
 
 
 @pytest.mark.anyio
-async def test_a_second_guest_is_refused_and_the_next_one_begins_anew(serving, caplog):
+async def test_a_second_guest_is_refused_and_the_next_one_starts_over(serving, caplog):
     async with serving("&stay=true") as host:
         async with ivshmem_guest(host.path, SLOTS) as guest:
             with pytest.raises(AssertionError, match="the server has hung up"):
