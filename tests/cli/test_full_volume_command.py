@@ -96,16 +96,17 @@ def test_files_are_cut_and_handlers_reloaded_and_no_trap_is_lost(
     cuts = reloads = 0
     with children.start(command(*line), cwd=tmp_path, stdout=DEVNULL) as process:
         for told in process.stderr:
-            if "; it goes on in " in told:
-                cuts += 1
-                process.send_signal(signal.SIGHUP if cuts < 6 else signal.SIGTERM)
-                if cuts == 6:
-                    break
+            cut = "; it goes on in " in told
+            cuts += cut
             reloads += ": handlers reloaded, for 1 running VM" in told
-        _, rest = process.communicate()
+            # A reload may take as long as many cuts do.
+            if cuts >= 6 and reloads >= 2:
+                process.terminate()
+                break
+            if cut:
+                process.send_signal(signal.SIGHUP)
+        process.communicate()
     assert process.returncode == 0
-    reloads += rest.count(": handlers reloaded, for 1 running VM")
-    assert reloads > 1
     files = sorted((tmp_path / "runs").glob("*.mcap"), key=lambda each: int(each.stem[4:]))
     assert len(files) > 6
     assert all(file.stat().st_size <= 128 << 10 for file in files)
