@@ -105,12 +105,14 @@ package: setup  ## wheel and sdist in dist/, checked as an index and an installe
 	$(BIN)/check-wheel-contents dist/*.whl
 
 # More workers than there are cores, as many tests wait for a child or for a peer that is silent. Without
-# compiled modules each command that a test runs would compile them again.
-WORKERS := $(shell echo $$(( $$(nproc) < 3 ? $$(nproc) + 2 : 4 )))
+# compiled modules each command that a test runs would compile them again. A test that hangs ends its
+# worker, which says where it stood; the longest takes half a minute, or some minutes on a machine with other work.
+WORKERS := $(shell echo $$(( $$(nproc) < 3 ? $$(nproc) + 4 : 6 )))
+HANGS := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 test: export PYTHONDONTWRITEBYTECODE :=
 test: setup test-guests  ## all tests but the slow ones, with coverage, in up to four processes; minutes
-	$(PYTEST) -q -n $(WORKERS) --dist worksteal --cov --cov-report=term
+	$(PYTEST) -q -n $(WORKERS) --dist worksteal $(HANGS) --cov --cov-report=term
 
 # What many tests need. Without, a plain user's tests are skipped and say so; those of root fail.
 test-guests: setup

@@ -46,3 +46,6 @@ async def test_qemu_refuses_and_names_what_to_unplug(request, tmp_path, carrier,
         if carrier == "vfio-user":
             await process.qmp.execute("blockdev-del", node_name=BLOCKER_NAME)
             await process.qmp.execute("migrate", **MIGRATION)
+        # The guest has not begun: a QEMU that ends before it has read all of its greeting is taken
+        # for one that only looked whether somebody listens, and the run would go on.
+        backend.stop()
