@@ -33,6 +33,8 @@ class Library(BridgeHandler[None]):
     loops: ClassVar[tuple[str, ...]] = ("asyncio", "uvloop")
     shields: ClassVar[bool] = False
     """Whether it shields its clean-up by scopes of anyio, which `Task.cancel` does not respect."""
+    longest_round: ClassVar[int] = 1000
+    """Requests of a round at most: for more there are more rounds."""
 
     def __init__(self, server: Any) -> None:
         self.server = server
@@ -320,6 +322,9 @@ class RedisClient(Library):
 class Httpx(Library):
     loops = ("asyncio", "uvloop", "trio")
     shields = True
+    # It loses connections by itself (see below). With none left each request waits for its
+    # deadline, until the round is over.
+    longest_round = 100
 
     async def __aenter__(self):
         import httpx

@@ -17,15 +17,13 @@ from typing import NamedTuple
 import anyio
 from anyio.to_thread import run_sync as in_thread
 from library_callers import HANDLER_TASK, PLAIN_TASK, Call, Caller, on_trio
-from library_handlers import BRIEF, CHANGE, DEADLINE, HASTY, LEAVE, SLOW
+from library_handlers import BRIEF, CHANGE, DEADLINE, HASTY, LEAVE, SLOW, Library
 from library_servers import Server
 
 from vmibridge import BridgePacket, OutcomeKind
 
 VCPUS = 8
 _ROUNDS = 5
-_LONGEST = 1000
-"""Requests of a round at most: for more there are more rounds."""
 _SILENCE = 60.0
 """Seconds within which a round has come to its end after its last answer."""
 _TURN = 0.02
@@ -33,8 +31,8 @@ _KINDS = (BRIEF, HASTY, SLOW, CHANGE, LEAVE)
 _WEIGHTS = (40, 25, 20, 10, 5)
 
 
-def rounds_of(requests: int) -> int:
-    return max(_ROUNDS, requests // _LONGEST)
+def rounds_of(library: type[Library], requests: int) -> int:
+    return max(_ROUNDS, requests // library.longest_round)
 
 
 class Sample(NamedTuple):
@@ -63,7 +61,7 @@ class Result(NamedTuple):
 class Rounds:
     def __init__(self, caller: Caller, server: Server, requests: int) -> None:
         self._caller, self._library, self._server = caller, caller.library, server
-        self._rounds = rounds_of(requests)
+        self._rounds = rounds_of(type(self._library), requests)
         self._each = requests // self._rounds
         self._random = random.Random(17)
         self._numbers = iter(range(1, 1 << 32))

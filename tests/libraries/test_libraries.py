@@ -99,7 +99,7 @@ def test_deadlines_and_a_killed_server_leave_no_more_than_in_plain_tasks(
         gc.collect()
     ours = run(InHandlers)
     gc.collect()
-    rounds = rounds_of(REQUESTS)
+    rounds = rounds_of(library, REQUESTS)
     outcomes, (first, *_, last) = ours.outcomes, ours.samples
 
     assert sum(outcomes.values()) == sum(plain.outcomes.values()) == REQUESTS // rounds * rounds
