@@ -7,6 +7,7 @@ second are missing.
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -216,6 +217,32 @@ def test_recover_tells_what_was_lost_and_what_is_kept(vmibridge, truncated, tmp_
     assert kept == "clean.mcap: 1 session, 4 traps, 4 replies, 2 notes, 3 steps kept"
     sessions, traps, notes = contents(tmp_path / "clean.mcap")
     assert (len(sessions), len(traps), [each.kind for each in notes]) == (1, 4, ["end", "lost"])
+
+
+RECOVER = "what can be read of it: vmibridge recover run.mcap -o run-clean.mcap"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["export", "{}", "--to", "jsonl", "-o", "-"],
+        ["diff", "{}", "whole.mcap"],
+        ["run", "--backend", "unicorn:{image}", "--answers", "{}", "--exit-zero"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_whoever_reads_what_is_truncated_names_that_command(vmibridge, image, recorded, line):
+    shutil.copy(recorded, recorded.with_name("whole.mcap"))
+    recorded.write_bytes(recorded.read_bytes()[:-100])
+    words = {"image": image(calls(1, 2))}
+    done = vmibridge(*(word.format("run.mcap", **words) for word in line))
+    (told,) = [each for each in done.stderr.splitlines() if "vmibridge recover" in each]
+    assert told.endswith(f"run.mcap: the file is truncated; {RECOVER}")
+    # What comes by a pipe has no name.
+    with recorded.open() as piped:
+        done = vmibridge(*(word.format("-", **words) for word in line), stdin=piped)
+    assert "-: at byte" in done.stderr
+    assert "vmibridge recover" not in done.stderr
 
 
 def test_recover_as_json(vmibridge, truncated):

@@ -54,7 +54,6 @@ def diff(
     from vmibridge.cli.problems import unmatched_in
     from vmibridge.recording.diff.comparison import compare
     from vmibridge.recording.diff.requests import FIELDS
-    from vmibridge.recording.file.damage import problem_lines
     from vmibridge.recording.file.reader import RecordingReader
     from vmibridge.recording.replay.served import check_renamed, sessions_of
 
@@ -68,11 +67,7 @@ def diff(
         if names and str(a) != "-":
             check_renamed(sessions_of(one, with_start=False)[0], names)
         found = compare(one, other, selection=chosen, rename=names, ignored=ignore or ())
-        problems = [
-            line
-            for each in (one, other)
-            for line in problem_lines(each.problems, each.problem_count, f"{each.path}: ")
-        ]
+        problems = one.problem_lines() + other.problem_lines()
         # Behind that: it is one more pass, which may end early.
         nothing = [] if found.compared else [unmatched_in(each, chosen) for each in (one, other)]
     with standard_output() as out:

@@ -7,7 +7,6 @@ error.
 from collections.abc import Mapping
 
 from vmibridge.cli.pipes import say
-from vmibridge.recording.file.damage import problem_lines
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.selection import Selection
 from vmibridge.recording.unmatched import Unmatched
@@ -18,7 +17,7 @@ __all__ = ["counts_text", "say_problems", "say_unmatched", "unmatched_in"]
 
 def say_problems(reader: RecordingReader) -> None:
     """What could not be read, after a pass."""
-    for line in problem_lines(reader.problems, reader.problem_count, f"{reader.path}: "):
+    for line in reader.problem_lines():
         say(line)
 
 

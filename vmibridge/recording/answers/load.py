@@ -23,7 +23,6 @@ from vmibridge.bridge.outcome import GONE, STOPPED, OutcomeKind
 from vmibridge.bridge.packet import BridgePacket
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import RecordingReadError
-from vmibridge.recording.file.damage import problem_lines
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import MemoryAccess, Reply, Session
 from vmibridge.recording.redaction import Redaction
@@ -96,7 +95,7 @@ def load_answers(path: Path) -> Loaded:
         for trap in recorded_traps(reader.messages(), loading.other):
             loading.take(trap)
         loading.end()
-        problems = problem_lines(reader.problems, reader.problem_count, f"{path}: ")
+        problems = reader.problem_lines()
     if not any(vm.count or vm.unusable for vm in loading.vms.values()):
         raise RecordingReadError(f"{path}: there is no request in it")
     return Loaded(path, loading.vms, problems)

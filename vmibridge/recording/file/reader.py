@@ -25,10 +25,18 @@ from mcap.opcode import Opcode
 from mcap.writer import MCAP0_MAGIC
 
 from vmibridge.errors import RecordingReadError, UnknownArchitectureError
-from vmibridge.recording.file.damage import MARK, MARK_AT, ChunkSearch, Problem, Problems
+from vmibridge.recording.file.damage import (
+    MARK,
+    MARK_AT,
+    ChunkSearch,
+    Problem,
+    Problems,
+    problem_lines,
+    recover_line,
+)
 from vmibridge.recording.file.folder import is_locked
 from vmibridge.recording.file.growing import size_with_record
-from vmibridge.recording.file.source import open_recording
+from vmibridge.recording.file.source import STANDARD_INPUT, open_recording
 from vmibridge.recording.file.unpack import CHUNK, FRAME, MAX_CHUNK, MAX_RECORD, text, unpack
 from vmibridge.recording.file.writer import PROFILE
 from vmibridge.recording.messages import (
@@ -154,6 +162,14 @@ class RecordingReader:
     def problem_count(self) -> int:
         """How much could not be read, so far in this pass."""
         return self._problems.count
+
+    def problem_lines(self) -> list[str]:
+        """What could not be read, so far in this pass, for people: the first problems, and then the
+        command that makes a clean file of it, unless it is still being written or a stream."""
+        lines = problem_lines(self.problems, self.problem_count, f"{self.path}: ")
+        if self.problem_count > self.is_written and self.path != STANDARD_INPUT:
+            lines.append(f"{self.path}: {recover_line(self.path, truncated=not self.complete)}")
+        return lines
 
     def messages(self, *kinds: ChannelKind) -> Iterator[TimedMessage]:
         """What was recorded, in order; only of these channels, where any are named.

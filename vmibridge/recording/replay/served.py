@@ -17,7 +17,6 @@ from vmibridge.engine.server import BridgeServer
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import ConfigError
-from vmibridge.recording.file.damage import problem_lines, recover_line
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, TRAP, Session
 from vmibridge.recording.replay.backend import ReplayBackend
@@ -138,10 +137,7 @@ class ServedRecording:
             yield from (
                 f"vm {backend.vm}: the recording says: {gap}" for gap in backend.conductor.gaps
             )
-        reader = self.reader
-        yield from problem_lines(reader.problems, reader.problem_count, f"{self._path}: ")
-        if reader.problem_count > reader.is_written:
-            yield f"{self._path}: {recover_line(self._path, truncated=not reader.complete)}"
+        yield from self.reader.problem_lines()
 
     def result(self) -> FileResult:
         """What came of it so far."""
