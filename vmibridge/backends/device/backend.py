@@ -283,6 +283,9 @@ class DeviceBackend(Backend):
         """Write the answer into the slot. Raises `BackendError` when QEMU is gone."""
         connection, pending = self._pending.pop(event.seq)
         connection.answer(pending, None if writes is None else writes.values)
+        if not self._pending:
+            # No other vCPU waits for the loop.
+            connection.look()
 
     # --- memory -----------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ from vmibridge.aio.loops import loop_door, while_readable
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.device.interrupts import Interrupts
 from vmibridge.backends.device.keeper import keep
+from vmibridge.backends.device.lookahead import Lookahead
 from vmibridge.backends.device.mailbox import Mailbox
 from vmibridge.backends.device.memory import GuestRanges
 from vmibridge.backends.device.pending import Pending
@@ -57,12 +58,7 @@ from vmibridge.backends.device.slots import (
 )
 from vmibridge.backends.device.stream import MessageStream, close_all
 from vmibridge.backends.device.transfer import Transfer
-from vmibridge.backends.device.vfio_user import (
-    Access,
-    Bar,
-    DmaMap,
-    VfioUser,
-)
+from vmibridge.backends.device.vfio_user import Access, Bar, DmaMap, VfioUser
 from vmibridge.backends.device.watch import Watch
 from vmibridge.bridge.outcome import GONE
 from vmibridge.errors import BackendError
@@ -121,6 +117,7 @@ class Connection:
         self._transfers: dict[int, Transfer] = {}
         self._transfer_room = anyio.Semaphore(1)
         self.loop_turns = 0
+        self._lookahead = Lookahead()
         self.broken: Exception | None = None
         self.is_over = False
 
@@ -198,8 +195,23 @@ class Connection:
 
     def _take(self) -> bool:
         """The socket can be read, on the loop."""
+        self._lookahead.turned()
         self._take_some()
         return not self.is_over
+
+    def look(self) -> None:
+        """Take the next call, if it comes at once (`Lookahead`). Takes the lock."""
+        try:
+            self._lookahead.look(self._take_now)
+        except (anyio.EndOfStream, OSError, ValueError) as error:
+            with self.lock:
+                self.hang_up(error)
+        else:
+            self._deliver()
+
+    def _take_now(self) -> bool:
+        with self.lock:
+            return self.is_over or self.broken is not None or self._receive()
 
     def _take_some(self) -> None:
         with self.lock:

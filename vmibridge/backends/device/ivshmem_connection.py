@@ -120,14 +120,12 @@ class IvshmemConnection(Connection):
             else:
                 return
 
-    def _take_some(self) -> None:
-        """Doorbells have rung, or may have."""
-        with self.lock:
-            if self.is_over:
-                return
-            for doorbell, _ in self._rings.poll(0):
-                self._take_ring(self._slot_of[doorbell])
-        self._deliver()
+    def _receive(self) -> bool:
+        """Take what has rung, with the lock held. Returns whether something has."""
+        rung = self._rings.poll(0)
+        for doorbell, _ in rung:
+            self._take_ring(self._slot_of[doorbell])
+        return bool(rung)
 
     def _take_ring(self, slot: int) -> None:
         """Take a call, or that the guest has given one up; with the lock held."""
