@@ -74,8 +74,9 @@ def test_deadlines_and_a_killed_server_leave_no_more_than_in_plain_tasks(
     library, loop, capsys, monkeypatch
 ):
     # Those of pytest keep each record with its exception, and so with all that is in the frames of
-    # the traceback: handlers have theirs logged, and a kill fails many. The last resort prints.
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    # the traceback: handlers have theirs logged, and a kill fails many. What the last resort prints
+    # is kept, too: some kilobytes each.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()])
 
     def run(caller) -> Result:
         with closing(SERVERS[library]()) as server:
