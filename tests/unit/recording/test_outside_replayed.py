@@ -19,6 +19,7 @@ from vmibridge.recording import NewRecording
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import OUTSIDE, Outside
 from vmibridge.recording.recorder import Recorder
+from vmibridge.recording.replay import outside
 from vmibridge.recording.replay.accept import Accepted, write_accepted
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.ignore import IgnoreRule
@@ -63,6 +64,15 @@ def assert_same(result):
 
 
 class TestAnUnchangedHandler:
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def however_long_it_stood_still(cls):
+        """A handler whose timeout passes more than a second before is taken for a changed one; this
+        process may have stood still for longer while it was recorded."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(outside, "_SLACK", 3600)
+            yield
+
     @pytest.mark.parametrize("loop", LOOPS)
     @pytest.mark.parametrize("code", EACH)
     def test_gets_what_it_got(self, tmp_path, loop, code):
