@@ -4,7 +4,8 @@
 |---|---|
 | `send` | an answer costs one system call and no task switch; what there is no room for is kept |
 | `flush` | the caller knows that all that was kept has been sent |
-| `take_at_once` | what a peer sends right after its answer costs no turn of the loop |
+| `take_at_once` | what a peer has sent while its answer went out costs no turn of the loop |
+| `look` | nor does what it sends right after that |
 | `receive` | the same, for a task that awaits what comes |
 
 Invariants:
@@ -13,7 +14,7 @@ Invariants:
   stream of frames is never cut within a frame.
 - What is kept is bounded. A peer that does not read loses its connection (`shutdown`), and the
   task that receives sees the end of it.
-- Other tasks have their turn after `AT_ONCE` receptions.
+- Other tasks have their turn after `AT_ONCE` receptions, or after the time of `Lookahead`.
 - The socket is the caller's, who closes it after `end`, when nothing receives any more.
 """
 
@@ -25,6 +26,7 @@ from contextlib import suppress
 import anyio
 from anyio.lowlevel import checkpoint
 
+from vmibridge.aio.lookahead import Lookahead
 from vmibridge.aio.loops import while_readable
 
 AT_ONCE = 16
@@ -40,7 +42,9 @@ class Duplex:
 
     __slots__ = (
         "_at_once",
+        "_came",
         "_error",
+        "_lookahead",
         "_max_unsent",
         "_sending",
         "_socket",
@@ -61,6 +65,8 @@ class Duplex:
         self._take: Callable[[], bool] = _take_nothing
         self._at_once = AT_ONCE
         self._error: Exception | None = None
+        self._lookahead = Lookahead()
+        self._came = False
 
     # --- what goes -----------------------------------------------------------------
 
@@ -122,6 +128,7 @@ class Duplex:
             return None
         if not data:
             raise anyio.EndOfStream
+        self._came = True
         return data
 
     async def receive(self, size: int) -> bytes:
@@ -162,6 +169,7 @@ class Duplex:
         if self._error is not None:
             raise self._error
         self._at_once = AT_ONCE
+        self._lookahead.turned()
         return self._take()
 
     def take_at_once(self) -> None:
@@ -172,13 +180,33 @@ class Duplex:
         """
         if self._at_once and not self.ended:
             self._at_once -= 1
-            try:
-                self._take()
-            except Exception as error:
-                # For the task that receives: the end that it sees now wakes it.
-                self._error = error
-                self._at_once = 0
-                self.hang_up()
+            self._take_some(self._take)
+
+    def look(self) -> None:
+        """As `take_at_once`, and wait a moment for it (`Lookahead`).
+
+        For where nobody else waits for the loop. Raises nothing.
+        """
+        if self._at_once and not self.ended and not self._take_some(self._look):
+            self.take_at_once()
+
+    def _look(self) -> bool:
+        return self._lookahead.look(self._take_now)
+
+    def _take_now(self) -> bool:
+        self._came = False
+        self._take()
+        return self._came
+
+    def _take_some(self, take: Callable[[], bool]) -> bool:
+        try:
+            return take()
+        except Exception as error:
+            # For the task that receives: the end that it sees now wakes it.
+            self._error = error
+            self._at_once = 0
+            self.hang_up()
+            return True
 
     # --- the end -------------------------------------------------------------------
 

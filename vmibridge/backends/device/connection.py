@@ -40,11 +40,11 @@ from typing import Any, Final
 import anyio
 
 from vmibridge.aio.listening import sleep_late
+from vmibridge.aio.lookahead import Lookahead
 from vmibridge.aio.loops import loop_door, while_readable
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.backends.device.interrupts import Interrupts
 from vmibridge.backends.device.keeper import keep
-from vmibridge.backends.device.lookahead import Lookahead
 from vmibridge.backends.device.mailbox import Mailbox
 from vmibridge.backends.device.memory import GuestRanges
 from vmibridge.backends.device.pending import Pending

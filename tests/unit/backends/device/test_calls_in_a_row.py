@@ -7,7 +7,8 @@ from served_device import Served, beside, called, serving
 from vfio_client import message
 
 from vmibridge import open_backend
-from vmibridge.backends.device import lookahead, slots, vfio_user
+from vmibridge.aio import lookahead
+from vmibridge.backends.device import slots, vfio_user
 from vmibridge.backends.device.connection import Connection
 from vmibridge.vm.trap import RegisterWrites
 
@@ -68,23 +69,6 @@ async def test_is_waited_for_for_a_moment(tmp_path, looks, monkeypatch):
             answer(served, event)
             assert [each.vcpu for each in served.sink.events] == [3, 4]
             assert looks == [False, True]
-
-
-async def test_one_that_calls_slowly_is_looked_for_more_and_more_rarely(
-    tmp_path, looks, looks_once
-):
-    async with serving(tmp_path) as served:
-        with await served.connect() as client:
-            at = []
-            for number in range(300):
-                client.ring(3, number + 1)
-                event = await called(served)
-                before = len(looks)
-                answer(served, event)
-                at += [number] * (len(looks) - before)
-                await beside(client.receive)
-    # After 1, 3, 7, ... answers, and at last after 64.
-    assert at == [0, 2, 6, 14, 30, 62, 126, 191, 256]
 
 
 async def test_the_loop_turns_however_many_calls_there_are(tmp_path, looks, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, BridgeServer, GuestMemoryError
+from vmibridge.aio.duplex import Duplex
 from vmibridge.backends import open_backend
 from vmibridge.backends.qemu.plugin import backend as module
 from vmibridge.backends.qemu.plugin.protocol import REGISTER_NAMES
@@ -127,6 +128,22 @@ class Stage:
 @pytest.fixture
 def stage(tmp_path):
     return Stage(tmp_path / "s")
+
+
+async def test_the_next_trap_is_looked_for_unless_another_vcpu_waits(stage, monkeypatch):
+    looks = []
+    monkeypatch.setattr(Duplex, "_look", lambda _: looks.append(len(stage.work.vcpus)))
+    async with stage.run():
+        one, other = await stage.plugin(0), await stage.plugin(1)
+        await other.send(*trap(WAIT))
+        await stage.work.begun.wait()
+        # This lets the other one end, in a turn of the loop.
+        await one.call(ADD)
+        await other.receive()
+        await one.call(ADD)
+        for each in (one, other):
+            await each.hang_up()
+    assert looks == [2, 3], "how many handlers had begun"
 
 
 async def test_traps_of_ours_are_answered_and_others_run_natively(stage):

@@ -265,7 +265,11 @@ class QemuPluginBackend(Backend):
         if vcpu.gone:
             raise BackendError(GONE)
         await vcpu.send(answer(writes))
-        vcpu.receive_at_once()
+        if self._pending:
+            vcpu.receive_at_once()
+        else:
+            # No other vCPU waits for the loop.
+            vcpu.look()
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """Asks the plugin, or the file. If cancelled, the plugin's reply is dropped later."""

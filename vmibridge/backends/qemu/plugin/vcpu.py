@@ -38,6 +38,8 @@ class Vcpu:
         self._duplex = Duplex(connected, _MAX_UNSENT)
         self.receive_at_once: Callable[[], None] = self._duplex.take_at_once
         """Take what has come already: the next trap often comes while its answer is being sent."""
+        self.look: Callable[[], None] = self._duplex.look
+        """The same, and wait a moment for it."""
         self._reads: deque[_Reply] = deque()
         self._take: Callable[[int, bytes], None] = lambda _kind, _body: None
 
