@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
 
 import anyio
@@ -12,8 +13,10 @@ from waiting import until
 
 from vmibridge.errors import BackendError
 from vmibridge.transport import AgentServer
-from vmibridge.transport.nats.client import NatsClient
+from vmibridge.transport.nats.client import _TURN, NatsClient
+from vmibridge.transport.nats.message import FROM_NATS_SERVER, Messages, pack
 from vmibridge.transport.urls.nats import parse_nats_url
+from vmibridge.transport.wire import Native, Write
 
 pytestmark = ON_ASYNCIO
 
@@ -77,6 +80,46 @@ class TestPublish:
         # 64 KiB that nats-py keeps and the one too many; 128 KiB of ours.
         assert 47 <= len(taken.data) - 1 <= 50
         assert taken.data[:-1] == sent[: len(taken.data) - 1]
+
+    async def test_the_loop_turns_between_the_parts_of_a_large_message(self, tmp_path, monkeypatch):
+        # A frame of 8 MB has as many parts where NATS takes 1 KiB; a server that sends them in one
+        # go can say nothing meanwhile, and counts as silent.
+        taken, turns, in_turn = Messages(FROM_NATS_SERVER), 0, Counter()
+        frame = Write(1, 1, 0, bytes(range(256)) * 2000)
+        come = []
+
+        async def take(message):
+            come.extend(taken.frames(message.data))
+
+        async def turn():
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        with nats_server(tmp_path, "max_payload: 1024") as nats:
+            async with (
+                plain_client(nats.url) as other,
+                NatsClient(parse_nats_url(nats.url), "test") as client,
+                anyio.create_task_group() as tasks,
+            ):
+                await other.subscribe("here", cb=take)
+                await settle(other)
+                publish = client.nats.publish
+
+                async def counted(*args):
+                    in_turn[turns] += 1
+                    await publish(*args)
+
+                monkeypatch.setattr(client.nats, "publish", counted)
+                tasks.start_soon(turn)
+                client.publish("here", pack(frame))
+                client.publish("here", pack(Native(7)))
+                await until(lambda: len(come) == 2)
+                tasks.cancel_scope.cancel()
+        assert come == [frame, Native(7)]
+        assert in_turn.total() > 500
+        assert max(in_turn.values()) <= 2 * _TURN
 
     async def test_a_message_that_nats_takes_not_even_in_parts_is_told(self, tmp_path, caplog):
         with nats_server(tmp_path, "max_payload: 12") as nats:

@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -55,6 +56,10 @@ _LINGER = 0.1
 _MAX_PART = 128 << 10
 """Bytes of each part of a message that NATS does not take whole: parts that come show that their
 sender lives."""
+_TURN = 64
+"""Messages, and parts of one, between two turns of the loop: nats-py waits for nothing until its
+buffer of `_PENDING` bytes is full, and where NATS takes little at once a large frame has thousands
+of parts."""
 _BACKLOG = 64 << 10
 """Bytes that nats-py has and the connection has not; what goes out with the next turn is less."""
 _MAX_LOGGED = 64
@@ -239,25 +244,35 @@ class NatsClient:
     # --- messages -------------------------------------------------------------------
 
     def publish(self, subject: str, message: bytes, reply: str = "") -> None:
-        """Never waits, raises nothing: a message that cannot be sent is lost."""
+        """Never waits, raises nothing: a message that cannot be sent is lost.
+
+        Of one in many parts only the first go at once, so that the loop goes on to turn.
+        """
         try:
             most = self.nats.max_payload
             # A message that fits stays whole: the parts of a trap could come to several servers.
             if len(message) > most:
                 most = min(most, _MAX_PART)
-            for part in parts_of(message, most):
-                self._publish(subject, part, reply)
+            for number, part in enumerate(parts_of(message, most)):
+                if number < _TURN:
+                    self._publish(subject, part, reply)
+                else:
+                    self._keep(subject, part, reply)
         except ValueError as error:
             log.warning("%s: %s", self.url, error)
+
+    def _keep(self, subject: str, part: bytes, reply: str) -> None:
+        """For the writer, up to a bound."""
+        if self._size + len(part) > _MAX_UNSENT:
+            return
+        self._size += len(part)
+        self._unsent.append((subject, part, reply))
+        self._more.set()
 
     def _publish(self, subject: str, part: bytes, reply: str) -> None:
         # Behind what waits already, also when there is room again: the order of messages holds.
         if self._rest is not None or self._unsent:
-            self._size += len(part)
-            if self._size > _MAX_UNSENT:
-                self._size -= len(part)
-                return
-            self._unsent.append((subject, part, reply))
+            self._keep(subject, part, reply)
             return
         try:
             # A coroutine that waits only when nats-py's buffer is full: mostly one step is all of
@@ -278,7 +293,11 @@ class NatsClient:
             self._more = anyio.Event()
             if self._rest is not None:
                 await self._try(self._rest)
-            while self._unsent:
+            for number in itertools.count(1):
+                if not self._unsent:
+                    break
+                if not number % _TURN:
+                    await asyncio.sleep(0)
                 subject, part, reply = self._unsent[0]
                 await self._try(self.nats.publish(subject, part, reply))
                 # Not before it was sent: an empty queue lets `_publish` send past it.
