@@ -29,8 +29,8 @@ from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import HandlerFactory
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
-from vmibridge.errors import BackendError, RecordingError, VmiBridgeError
+from vmibridge.engine.taps import Hindrance, Tap
+from vmibridge.errors import BackendError, VmiBridgeError
 from vmibridge.health.state import Health
 from vmibridge.text import printable
 from vmibridge.transport import AgentLimits, AgentServer
@@ -102,6 +102,7 @@ def serve(
                 exit_zero=given.exit_zero,
             ),
             Health(stop_within=settings.grace + settings.stop_timeout + STOP_MARGIN),
+            recordings,
             outcomes=outcomes,
         )
         command.server = AgentServer(
@@ -122,21 +123,25 @@ class _Recordings:
 
     def __init__(self, options: ServerOptions) -> None:
         """Raises what is wrong with them before anybody comes."""
+        from vmibridge.recording.folder_probe import FolderProbe
+
+        assert options.record is not None
         self._options = options
         self._recorders: WeakSet[Recorder] = WeakSet()
-        self._make_folder()
+        self._probe = FolderProbe(options.record, holds_guests=options.unrecorded != "continue")
         options.recorder()
 
-    def _make_folder(self) -> None:
-        folder = self._options.record
-        assert folder is not None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecordingError(f"{folder}: {error.strerror}") from error
+    @property
+    def hindrance(self) -> Hindrance | None:
+        """Why the next VM could not be recorded."""
+        return self._probe.hindrance
+
+    async def watch(self) -> None:
+        """Keep `hindrance` as it is on the disk."""
+        await self._probe.watch()
 
     def __call__(self, vm: str) -> Sequence[Tap]:
-        self._make_folder()
+        self._probe.make_folder()
         recorder = self._options.recorder(stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."))
         self._recorders.add(recorder)
         return [recorder]
@@ -158,12 +163,14 @@ class _Command:
         options: ServerOptions,
         bound: StopBound,
         health: Health,
+        recordings: "_Recordings | None",
         *,
         outcomes: bool,
     ) -> None:
         self.health = health
         self._bound = bound
         self._sources = sources
+        self._recordings = recordings
         self._options = options
         self._writer = stdout_writer(as_json=options.json, outcomes=outcomes)
         self._received: list[int] = []
@@ -181,6 +188,8 @@ class _Command:
             stopping = partial(stop_on_signals, bound=self._bound)
             await tasks.start(stopping, self._stop, self._received, also)
             tasks.start_soon(reloader.run)
+            if self._recordings is not None:
+                tasks.start_soon(self._recordings.watch)
             try:
                 with self._bound.held(), anyio.CancelScope() as self._scope:
                     async with self._writer:

@@ -38,7 +38,7 @@ from vmibridge.recording.messages import NOTE, SESSION, ChannelKind, Note
 from vmibridge.recording.rotation import Rotation
 from vmibridge.text import counted
 
-__all__ = ["MAX_UNWRITTEN", "ChunkedRecording"]
+__all__ = ["MAX_UNWRITTEN", "NO_ROOM", "ChunkedRecording"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ _SMALL = 256 << 10
 """Bytes of a chunk that the loop compresses: about 300 us."""
 _AGAIN = 1.0
 """Seconds between two tries to write to a volume that is full."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a volume that is full, or of a quota."""
 
 
 class ChunkedRecording(ABC):
@@ -370,7 +371,7 @@ def _is_for_room(error: BaseException | None) -> bool:
     """Whether there was no room: of the file, or of the one that it was to go on in."""
     if isinstance(error, RecordingError):
         error = error.__cause__
-    return isinstance(error, OSError) and error.errno in _NO_ROOM
+    return isinstance(error, OSError) and error.errno in NO_ROOM
 
 
 def _why(error: Exception) -> str:
