@@ -126,6 +126,26 @@ def test_a_server_without_room_for_its_first_vm_says_so_before_it_comes(
             await_health(SOCKET, process=serve)
 
 
+@pytest.mark.parametrize(
+    ("unrecorded", "status"), [("stop", 1), ("continue", 0)], ids=["stop", "continue"]
+)
+def test_a_stop_of_a_server_that_loses_traps_is_no_good_end(
+    started, children, image, unrecorded, status
+):
+    options = ["--unrecorded", unrecorded, "--exit-zero"]
+    with started(NEARLY_FULL - (64 << 10), *options, served=True) as serve:
+        await_health(SOCKET, process=serve)
+        line = command("agent", "--backend", f"web=unicorn:{image(ENDLESS)}")
+        with children.start([*line, "--connect", "unix:x.sock"], stdout=subprocess.DEVNULL):
+            for told in serve.stderr:
+                if "mcap: No space left" in told:  # for traps, as there was room before
+                    break
+            serve.terminate()
+            _, told = serve.communicate()
+    assert serve.returncode == status
+    assert ("not recorded at the stop" in told) == (unrecorded == "stop")
+
+
 def test_a_server_whose_folder_takes_nothing_does_not_begin(children, tmp_path, handlers):
     (tmp_path / "taken").touch()
     line = command("serve", "--listen", "unix:x.sock", "--handlers", handlers, "--record", "taken")

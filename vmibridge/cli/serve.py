@@ -30,9 +30,9 @@ from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import HandlerFactory
 from vmibridge.engine.summary import Summary
 from vmibridge.engine.taps import Hindrance, Tap
-from vmibridge.errors import BackendError, VmiBridgeError
+from vmibridge.errors import BackendError, RecordingError, VmiBridgeError
 from vmibridge.health.state import Health
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
 
@@ -146,6 +146,10 @@ class _Recordings:
         self._recorders.add(recorder)
         return [recorder]
 
+    def lost_since(self, vm: str) -> int:
+        """How many traps of a VM that has ended are missing beyond its `Summary.unrecorded`."""
+        return sum(recorder.lost_since(vm) for recorder in list(self._recorders))
+
     def finish_now(self) -> None:
         """Finish those that are open: see `Recorder.finish_now`."""
         for recorder in list(self._recorders):
@@ -174,6 +178,8 @@ class _Command:
         self._options = options
         self._writer = stdout_writer(as_json=options.json, outcomes=outcomes)
         self._received: list[int] = []
+        self._unwritten = 0
+        """Traps that the stop had no room for."""
         self._failure: VmiBridgeError | None = None
         self._scope: anyio.CancelScope | None = None
         self._writing = anyio.Lock()
@@ -201,6 +207,9 @@ class _Command:
             tasks.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
+        if self._unwritten:
+            traps = counted(self._unwritten, "trap was", "traps were")
+            raise RecordingError(f"{self._options.record}: {traps} not recorded at the stop")
         return exit_status(self._received, zero=self._options.exit_zero) or 0
 
     async def show(self, outcome: Outcome[Any]) -> None:
@@ -214,8 +223,12 @@ class _Command:
             self._lose_reader()
 
     async def show_end(self, vm: str, summary: Summary, counts: dict[str, int]) -> None:
-        """A VM has ended."""
+        """A VM has ended, and its recording is closed."""
         exits = self._exits.leave(vm)
+        if self._recordings is not None and (lost := self._recordings.lost_since(vm)):
+            summary.unrecorded += lost
+            if self._received and self._options.unrecorded != "continue":
+                self._unwritten += lost
         if self._options.json:
             line = msgspec.json.decode(summary_json({vm: summary}, exits))
             line["summary"] |= {"vm": vm, "agent": counts}
