@@ -27,6 +27,8 @@ ARCHITECTURES = {"linux/amd64": "amd64", "linux/arm64": "arm64"}
 MACHINES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 EMULATORS = {"linux/amd64": "qemu-x86_64", "linux/arm64": "qemu-aarch64"}
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
+SBIN = f"{os.defpath}:/usr/sbin:/sbin"
+PACKAGES = "apt-get install qemu-user-static binfmt-support"
 PULL_SECONDS = 120
 MAKE_SECONDS = 1800
 DAY = 86400
@@ -173,12 +175,30 @@ def with_day(shadow: str, day: int) -> str:
 
 
 def need_emulator(wanted: str) -> None:
-    """Raises `BuildError` if programs for the platform cannot run here."""
-    if wanted == native_platform() or (BINFMT / EMULATORS[wanted]).exists():
+    """Raises `BuildError`, which says what to do, if programs for the platform cannot run here."""
+    if wanted == native_platform():
         return
+    emulator = EMULATORS[wanted]
+    entry = BINFMT / emulator
+    try:
+        lines = entry.read_text().splitlines()
+    except OSError:
+        # Its packages leave it to the next boot where they start no service, as in a container. The
+        # command mounts binfmt_misc itself.
+        steps = [] if shutil.which("update-binfmts", path=SBIN) else [PACKAGES]
+        steps.append(f"update-binfmts --enable {emulator}")
+    else:
+        flags = next((line for line in lines if line.startswith("flags:")), "")
+        if lines[:1] == ["enabled"] and "F" in flags.removeprefix("flags:"):
+            return
+        if lines[:1] == ["enabled"]:
+            # Without that flag the emulator is looked for in the container, where it is not.
+            steps = [f"update-binfmts --disable {emulator}", PACKAGES]
+            steps.append(f"update-binfmts --enable {emulator}")
+        else:
+            steps = [f"update-binfmts --enable {emulator}"]
     raise BuildError(
-        f"{wanted}: its programs cannot run here; as root: "
-        "apt-get install qemu-user-static binfmt-support"
+        f"{wanted}: its programs cannot run here ({entry}); as root: {' && '.join(steps)}"
     )
 
 

@@ -106,7 +106,7 @@ def test_without_a_commit_there_is_no_time(tmp_path):
 def emulated(tmp_path, monkeypatch):
     """A kernel that is told how to run the programs of either platform."""
     for emulator in base_images.EMULATORS.values():
-        (tmp_path / emulator).touch()
+        (tmp_path / emulator).write_text(f"enabled\ninterpreter /x/{emulator}\nflags: PF\n")
     monkeypatch.setattr(base_images, "BINFMT", tmp_path)
 
 
@@ -144,11 +144,42 @@ def test_docker_builds_one_platform_at_a_time(tmp_path):
         FakeEngine("docker", tmp_path).build("bridge", platforms=both, state=STATE)
 
 
-def test_a_platform_whose_programs_cannot_run_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_images, "BINFMT", tmp_path / "none")
+INSTALL = "apt-get install qemu-user-static binfmt-support"
+ENABLE = "update-binfmts --enable qemu-aarch64"
+
+
+@pytest.mark.parametrize(
+    ("entry", "has_binfmts", "steps"),
+    [
+        (None, False, f"{INSTALL} && {ENABLE}"),
+        # Installed where no service is started, or binfmt_misc is not mounted.
+        (None, True, ENABLE),
+        ("disabled\nflags: PF\n", True, ENABLE),
+        # Of an emulator that is looked for in the container.
+        (
+            "enabled\ninterpreter /usr/bin/qemu-aarch64\nflags: P\n",
+            True,
+            f"update-binfmts --disable qemu-aarch64 && {INSTALL} && {ENABLE}",
+        ),
+    ],
+    ids=["nothing", "not enabled", "disabled", "not for containers"],
+)
+def test_a_platform_whose_programs_cannot_run_says_all_there_is_to_do(
+    entry, has_binfmts, steps, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(base_images, "BINFMT", tmp_path)
+    monkeypatch.setattr(base_images, "SBIN", str(tmp_path / "sbin"))
     monkeypatch.setattr(base_images.platform, "machine", lambda: "x86_64")
-    with pytest.raises(BuildError, match="apt-get install qemu-user-static binfmt-support"):
+    file = tmp_path / "qemu-aarch64"
+    if entry:
+        file.write_text(entry)
+    if has_binfmts:
+        (tmp_path / "sbin").mkdir()
+        (tmp_path / "sbin/update-binfmts").touch(0o755)
+    with pytest.raises(BuildError) as raised:
         FakeEngine("podman", tmp_path).build("bridge", platforms=["linux/arm64"], state=STATE)
+    told = f"linux/arm64: its programs cannot run here ({file}); as root: {steps}"
+    assert str(raised.value) == told
 
 
 def test_an_unknown_platform_is_refused(capsys, monkeypatch):
