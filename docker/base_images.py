@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from container_engine import BuildError, Runner
-from debian import DebianError, debootstrap
+from debian import DEBOOTSTRAP_SECONDS, EMULATED_TIMES, DebianError, debootstrap
 
 FOLDER = Path(__file__).resolve().parent
 PINS = FOLDER / "base_images.json"
@@ -55,6 +55,11 @@ def native_platform() -> str:
     if machine not in MACHINES:
         raise BuildError(f"{machine}: images are for {', '.join(ARCHITECTURES)}")
     return MACHINES[machine]
+
+
+def times(wanted: str) -> int:
+    """How many times as long as for this machine it may take to run programs of a platform."""
+    return 1 if wanted == native_platform() else EMULATED_TIMES
 
 
 def pins() -> dict[str, str]:
@@ -153,7 +158,8 @@ def _make_debian(image: str, folder: Path, wanted: str) -> int:
     if "/python:" in image:
         packages += ["python3", "python3-venv", "python3-pip"]
     try:
-        epoch = debootstrap(suite[0], folder, packages, ARCHITECTURES[wanted])
+        limit = times(wanted) * DEBOOTSTRAP_SECONDS
+        epoch = debootstrap(suite[0], folder, packages, ARCHITECTURES[wanted], seconds=limit)
     except DebianError as error:
         raise BuildError(f"{image}: {error}") from error
     for pattern in VARYING:

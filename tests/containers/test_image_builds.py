@@ -16,6 +16,7 @@ from base_images import Base
 from container_engine import BuildError
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from debian import DEBOOTSTRAP_SECONDS, DebianError
 from registry import RegistryError, digest_of
 
 ROOT = Path(__file__).parents[2]
@@ -32,11 +33,13 @@ class FakeEngine(build_images.Engine):
         self.name, self.folder, self.environment = name, folder, {}
         self.present, self.refused = set(present), refused
         self.ran = []
+        self.seconds = {}
         self.platform = "linux/amd64"
         """Of the image that was pulled last."""
 
     def run(self, *arguments, **options):
         self.ran.append(arguments)
+        self.seconds[arguments] = options.get("seconds")
         return type("Done", (), {"returncode": 0})
 
     def printed(self, *arguments, **options):
@@ -126,6 +129,8 @@ def test_several_platforms_are_an_image_each_and_a_list(tmp_path):
         True
     ] * 2
     assert all("--no-cache" in each for each in builds)
+    here, emulated = sorted(engine.seconds[tuple(each)] for each in builds)
+    assert emulated == 4 * here
     normal = [each[1] for each in engine.ran if each[0] == "normalize"]
     assert normal == ["localhost/x:1-amd64", "localhost/x:1-arm64"]
     assert [
@@ -142,6 +147,22 @@ def test_docker_builds_one_platform_at_a_time(tmp_path):
     both = ["linux/amd64", "linux/arm64"]
     with pytest.raises(BuildError, match="needs podman"):
         FakeEngine("docker", tmp_path).build("bridge", platforms=both, state=STATE)
+
+
+def test_an_emulated_debootstrap_has_more_time(tmp_path, monkeypatch):
+    limits = {}
+
+    def made(suite, folder, packages, architecture, *, seconds):
+        limits[architecture] = seconds
+        raise DebianError("none is made here")
+
+    monkeypatch.setattr(base_images, "debootstrap", made)
+    monkeypatch.setattr(base_images, "need_emulator", lambda wanted: None)
+    monkeypatch.setattr(base_images.platform, "machine", lambda: "x86_64")
+    for wanted in base_images.ARCHITECTURES:
+        with pytest.raises(BuildError, match="none is made here"):
+            base_images._make_debian("debian:trixie-slim", tmp_path / wanted, wanted)
+    assert limits == {"amd64": DEBOOTSTRAP_SECONDS, "arm64": 4 * DEBOOTSTRAP_SECONDS}
 
 
 INSTALL = "apt-get install qemu-user-static binfmt-support"
