@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from container_engine import BuildError, Runner
-from debian import DebianError, debootstrap
+from debian import DEBOOTSTRAP_SECONDS, EMULATED_TIMES, DebianError, debootstrap
 
 FOLDER = Path(__file__).resolve().parent
 PINS = FOLDER / "base_images.json"
@@ -27,6 +27,8 @@ ARCHITECTURES = {"linux/amd64": "amd64", "linux/arm64": "arm64"}
 MACHINES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 EMULATORS = {"linux/amd64": "qemu-x86_64", "linux/arm64": "qemu-aarch64"}
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
+SBIN = f"{os.defpath}:/usr/sbin:/sbin"
+PACKAGES = "apt-get install qemu-user-static binfmt-support"
 PULL_SECONDS = 120
 MAKE_SECONDS = 1800
 DAY = 86400
@@ -53,6 +55,11 @@ def native_platform() -> str:
     if machine not in MACHINES:
         raise BuildError(f"{machine}: images are for {', '.join(ARCHITECTURES)}")
     return MACHINES[machine]
+
+
+def times(wanted: str) -> int:
+    """How many times as long as for this machine it may take to run programs of a platform."""
+    return 1 if wanted == native_platform() else EMULATED_TIMES
 
 
 def pins() -> dict[str, str]:
@@ -151,7 +158,8 @@ def _make_debian(image: str, folder: Path, wanted: str) -> int:
     if "/python:" in image:
         packages += ["python3", "python3-venv", "python3-pip"]
     try:
-        epoch = debootstrap(suite[0], folder, packages, ARCHITECTURES[wanted])
+        limit = times(wanted) * DEBOOTSTRAP_SECONDS
+        epoch = debootstrap(suite[0], folder, packages, ARCHITECTURES[wanted], seconds=limit)
     except DebianError as error:
         raise BuildError(f"{image}: {error}") from error
     for pattern in VARYING:
@@ -173,12 +181,30 @@ def with_day(shadow: str, day: int) -> str:
 
 
 def need_emulator(wanted: str) -> None:
-    """Raises `BuildError` if programs for the platform cannot run here."""
-    if wanted == native_platform() or (BINFMT / EMULATORS[wanted]).exists():
+    """Raises `BuildError`, which says what to do, if programs for the platform cannot run here."""
+    if wanted == native_platform():
         return
+    emulator = EMULATORS[wanted]
+    entry = BINFMT / emulator
+    try:
+        lines = entry.read_text().splitlines()
+    except OSError:
+        # Its packages leave it to the next boot where they start no service, as in a container. The
+        # command mounts binfmt_misc itself.
+        steps = [] if shutil.which("update-binfmts", path=SBIN) else [PACKAGES]
+        steps.append(f"update-binfmts --enable {emulator}")
+    else:
+        flags = next((line for line in lines if line.startswith("flags:")), "")
+        if lines[:1] == ["enabled"] and "F" in flags.removeprefix("flags:"):
+            return
+        if lines[:1] == ["enabled"]:
+            # Without that flag the emulator is looked for in the container, where it is not.
+            steps = [f"update-binfmts --disable {emulator}", PACKAGES]
+            steps.append(f"update-binfmts --enable {emulator}")
+        else:
+            steps = [f"update-binfmts --enable {emulator}"]
     raise BuildError(
-        f"{wanted}: its programs cannot run here; as root: "
-        "apt-get install qemu-user-static binfmt-support"
+        f"{wanted}: its programs cannot run here ({entry}); as root: {' && '.join(steps)}"
     )
 
 

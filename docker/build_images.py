@@ -31,6 +31,7 @@ from base_images import (
     bring_as_it_is,
     native_platform,
     need_emulator,
+    times,
 )
 from container_engine import BuildError, Runner
 from debian import archive, pip_mounts
@@ -95,7 +96,7 @@ class Engine(Runner):
                 *command,
                 *(["--no-cache"] if is_clean else []),
                 str(ROOT),
-                seconds=BUILD_SECONDS,
+                seconds=times(each) * BUILD_SECONDS,
                 stdout=self.output,
             )
             if done.returncode:

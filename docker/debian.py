@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path("/usr/share/debootstrap/scripts")
 DEBOOTSTRAP_SECONDS = 2700
-"""Emulated it takes many times as long."""
+EMULATED_TIMES = 4
+"""How many times as long anything may take whose programs run in an emulator: it takes several
+times as much CPU, and on a machine with other work 2700 s were not enough."""
 
 
 class DebianError(Exception):
@@ -22,7 +24,12 @@ class DebianError(Exception):
 
 
 def debootstrap(
-    suite: str, folder: Path, packages: Iterable[str], architecture: str | None = None
+    suite: str,
+    folder: Path,
+    packages: Iterable[str],
+    architecture: str | None = None,
+    *,
+    seconds: float = DEBOOTSTRAP_SECONDS,
 ) -> int:
     """The smallest Debian there is, with `packages`. Needs root. Raises `DebianError`.
 
@@ -46,9 +53,9 @@ def debootstrap(
             start_new_session=True,
         )
         try:
-            process.wait(DEBOOTSTRAP_SECONDS)
+            process.wait(seconds)
         except subprocess.TimeoutExpired as error:
-            raise DebianError(f"debootstrap: not done after {DEBOOTSTRAP_SECONDS} s") from error
+            raise DebianError(f"debootstrap: not done after {seconds:g} s") from error
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.no_cover
 VOLUME = '''
 """In a namespace of its own: a command that records into a volume with little room in it.
 
-There is more when the volume was full. With `endless` the command is stopped after that.
+There is more when the volume was full. With `endless` the command is stopped after that; with
+`stopped` there is none, and it is stopped.
 """
 import os, shutil, subprocess, sys
 
@@ -28,7 +29,9 @@ with open("volume/other", "wb") as file:
 with subprocess.Popen(sys.argv[3:], stderr=subprocess.PIPE, text=True) as process:
     for line in process.stderr:
         sys.stderr.write(line)
-        if "No space left on device" in line:
+        if "No space left on device: the guests are held" in line and sys.argv[1] == "stopped":
+            process.terminate()
+        elif "No space left on device" in line and sys.argv[1] != "stopped":
             os.truncate("volume/other", 0)
         if "there is room again" in line and sys.argv[1] == "endless":
             process.terminate()
@@ -84,6 +87,21 @@ def test_or_the_guest_goes_on_and_the_gap_is_told(recorded):
     before, behind = map(whole, files)
     assert len(before) + len(behind) + lost == summary["total"]
     assert behind[0].event.seq == len(before) + lost + 1
+
+
+@pytest.mark.parametrize("more", [[], ["--rotate", "1M"], ["--exit-zero"]], ids=str)
+def test_a_stop_while_guests_are_held_counts_what_is_lost_and_is_no_good_end(recorded, more):
+    status, summary, told, files = recorded("stopped", 40_000, ENDLESS, *more)
+    lost = summary["unrecorded"]
+    assert lost > 0
+    assert f"; {lost} trap" in told
+    assert told.endswith("the recording ends here: No space left on device\n")
+    assert status == 1
+    (file,) = files
+    with RecordingReader(file) as reader:
+        kept = sum(1 for _ in recorded_traps(reader.messages()))
+        assert not reader.complete
+    assert kept + lost == summary["total"]
 
 
 @pytest.mark.parametrize("loop", [[], ["--async-backend", "trio"]], ids=str)

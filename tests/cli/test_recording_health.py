@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +20,11 @@ SOCKET = "health.sock"
 # In namespaces of its own: a volume that nobody else has, and root where it is a plain user.
 MOUNTED = (
     "mount -t tmpfs -o size=16m tmpfs volume"
-    " && mkdir volume/recordings && head -c {filled} /dev/zero > volume/filler; exec {line}"
+    " && mkdir volume/recordings"
+    " && head -c {filled} /dev/zero > volume/filler 2>/dev/null; exec {line}"
 )
 NEARLY_FULL = (16 << 20) - (64 << 10)
+FULL = 16 << 20
 EMPTY = 0
 
 
@@ -92,12 +95,60 @@ def test_a_recording_that_was_asked_for_and_has_ended_is_told_from_a_full_volume
         assert "the recording ends here" in report["reasons"][0]["text"]
 
 
-def test_a_server_whose_vms_cannot_be_recorded_would_answer_none(started, image, children):
+def test_a_server_whose_vms_cannot_be_recorded_would_answer_none(started):
+    """Known before a VM comes."""
     with started(EMPTY, served=True) as serve:
         await_health(SOCKET, process=serve)
         remount(serve, "ro")
-        line = command("agent", "--backend", f"web=unicorn:{image(ENDLESS)}")
-        with children.start([*line, "--connect", "unix:x.sock"]):
-            report = await_health(SOCKET, "not-recording", process=serve)
+        report = await_health(SOCKET, "not-recording", process=serve)
         assert (report["live"], report["ready"]) == (True, False)
-        assert report["reasons"][0]["text"].endswith("Read-only file system")
+        assert report["reasons"][0]["text"].endswith("recordings: Read-only file system")
+        remount(serve, "rw")
+        await_health(SOCKET, process=serve)
+
+
+@every_loop
+@pytest.mark.parametrize("unrecorded", ["stop", "continue"])
+def test_a_server_without_room_for_its_first_vm_says_so_before_it_comes(
+    started, children, image, loop, unrecorded
+):
+    with started(FULL, "--unrecorded", unrecorded, *loop, served=True) as serve:
+        report = await_health(SOCKET, "disk-full", process=serve)
+        is_ready = unrecorded == "continue"
+        assert (report["live"], report["started"], report["ready"]) == (True, True, is_ready)
+        assert report["reasons"][0]["text"].endswith("recordings: No space left on device")
+        # One reason, and not another one of each VM that is held.
+        line = command("agent", "--backend", f"web=unicorn:{image(ENDLESS)}")
+        with children.start([*line, "--connect", "unix:x.sock"], stdout=subprocess.DEVNULL):
+            report = await_health(SOCKET, "disk-full", process=serve)
+            assert report["ready"] == is_ready
+            (serve.volume / "filler").unlink()
+            await_health(SOCKET, process=serve)
+
+
+@pytest.mark.parametrize(
+    ("unrecorded", "status"), [("stop", 1), ("continue", 0)], ids=["stop", "continue"]
+)
+def test_a_stop_of_a_server_that_loses_traps_is_no_good_end(
+    started, children, image, unrecorded, status
+):
+    options = ["--unrecorded", unrecorded, "--exit-zero"]
+    with started(NEARLY_FULL - (64 << 10), *options, served=True) as serve:
+        await_health(SOCKET, process=serve)
+        line = command("agent", "--backend", f"web=unicorn:{image(ENDLESS)}")
+        with children.start([*line, "--connect", "unix:x.sock"], stdout=subprocess.DEVNULL):
+            for told in serve.stderr:
+                if "mcap: No space left" in told:  # for traps, as there was room before
+                    break
+            serve.terminate()
+            _, told = serve.communicate()
+    assert serve.returncode == status
+    assert ("not recorded at the stop" in told) == (unrecorded == "stop")
+
+
+def test_a_server_whose_folder_takes_nothing_does_not_begin(children, tmp_path, handlers):
+    (tmp_path / "taken").touch()
+    line = command("serve", "--listen", "unix:x.sock", "--handlers", handlers, "--record", "taken")
+    with children.start(line, cwd=tmp_path) as serve:
+        _, told = serve.communicate()
+    assert (serve.returncode, told) == (1, "vmibridge: taken: File exists\n")

@@ -16,6 +16,7 @@ from base_images import Base
 from container_engine import BuildError
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from debian import DEBOOTSTRAP_SECONDS, DebianError
 from registry import RegistryError, digest_of
 
 ROOT = Path(__file__).parents[2]
@@ -32,11 +33,13 @@ class FakeEngine(build_images.Engine):
         self.name, self.folder, self.environment = name, folder, {}
         self.present, self.refused = set(present), refused
         self.ran = []
+        self.seconds = {}
         self.platform = "linux/amd64"
         """Of the image that was pulled last."""
 
     def run(self, *arguments, **options):
         self.ran.append(arguments)
+        self.seconds[arguments] = options.get("seconds")
         return type("Done", (), {"returncode": 0})
 
     def printed(self, *arguments, **options):
@@ -106,7 +109,7 @@ def test_without_a_commit_there_is_no_time(tmp_path):
 def emulated(tmp_path, monkeypatch):
     """A kernel that is told how to run the programs of either platform."""
     for emulator in base_images.EMULATORS.values():
-        (tmp_path / emulator).touch()
+        (tmp_path / emulator).write_text(f"enabled\ninterpreter /x/{emulator}\nflags: PF\n")
     monkeypatch.setattr(base_images, "BINFMT", tmp_path)
 
 
@@ -126,6 +129,8 @@ def test_several_platforms_are_an_image_each_and_a_list(tmp_path):
         True
     ] * 2
     assert all("--no-cache" in each for each in builds)
+    here, emulated = sorted(engine.seconds[tuple(each)] for each in builds)
+    assert emulated == 4 * here
     normal = [each[1] for each in engine.ran if each[0] == "normalize"]
     assert normal == ["localhost/x:1-amd64", "localhost/x:1-arm64"]
     assert [
@@ -144,11 +149,58 @@ def test_docker_builds_one_platform_at_a_time(tmp_path):
         FakeEngine("docker", tmp_path).build("bridge", platforms=both, state=STATE)
 
 
-def test_a_platform_whose_programs_cannot_run_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_images, "BINFMT", tmp_path / "none")
+def test_an_emulated_debootstrap_has_more_time(tmp_path, monkeypatch):
+    limits = {}
+
+    def made(suite, folder, packages, architecture, *, seconds):
+        limits[architecture] = seconds
+        raise DebianError("none is made here")
+
+    monkeypatch.setattr(base_images, "debootstrap", made)
+    monkeypatch.setattr(base_images, "need_emulator", lambda wanted: None)
     monkeypatch.setattr(base_images.platform, "machine", lambda: "x86_64")
-    with pytest.raises(BuildError, match="apt-get install qemu-user-static binfmt-support"):
+    for wanted in base_images.ARCHITECTURES:
+        with pytest.raises(BuildError, match="none is made here"):
+            base_images._make_debian("debian:trixie-slim", tmp_path / wanted, wanted)
+    assert limits == {"amd64": DEBOOTSTRAP_SECONDS, "arm64": 4 * DEBOOTSTRAP_SECONDS}
+
+
+INSTALL = "apt-get install qemu-user-static binfmt-support"
+ENABLE = "update-binfmts --enable qemu-aarch64"
+
+
+@pytest.mark.parametrize(
+    ("entry", "has_binfmts", "steps"),
+    [
+        (None, False, f"{INSTALL} && {ENABLE}"),
+        # Installed where no service is started, or binfmt_misc is not mounted.
+        (None, True, ENABLE),
+        ("disabled\nflags: PF\n", True, ENABLE),
+        # Of an emulator that is looked for in the container.
+        (
+            "enabled\ninterpreter /usr/bin/qemu-aarch64\nflags: P\n",
+            True,
+            f"update-binfmts --disable qemu-aarch64 && {INSTALL} && {ENABLE}",
+        ),
+    ],
+    ids=["nothing", "not enabled", "disabled", "not for containers"],
+)
+def test_a_platform_whose_programs_cannot_run_says_all_there_is_to_do(
+    entry, has_binfmts, steps, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(base_images, "BINFMT", tmp_path)
+    monkeypatch.setattr(base_images, "SBIN", str(tmp_path / "sbin"))
+    monkeypatch.setattr(base_images.platform, "machine", lambda: "x86_64")
+    file = tmp_path / "qemu-aarch64"
+    if entry:
+        file.write_text(entry)
+    if has_binfmts:
+        (tmp_path / "sbin").mkdir()
+        (tmp_path / "sbin/update-binfmts").touch(0o755)
+    with pytest.raises(BuildError) as raised:
         FakeEngine("podman", tmp_path).build("bridge", platforms=["linux/arm64"], state=STATE)
+    told = f"linux/arm64: its programs cannot run here ({file}); as root: {steps}"
+    assert str(raised.value) == told
 
 
 def test_an_unknown_platform_is_refused(capsys, monkeypatch):

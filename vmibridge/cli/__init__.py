@@ -87,6 +87,9 @@ def _run(tokens: list[str]) -> int:
     except ModuleNotFoundError:
         return _fail(str(MissingExtraError("the command line", "cli")), 2)
     environment = Environment()
+    if not {"--help", "-h"} & set(tokens):
+        for line in environment.warnings():
+            _warn(line)
     try:
         status = app_for(tokens, environment)(
             tokens, exit_on_error=False, print_error=False, result_action="return_value"
@@ -138,6 +141,10 @@ def _command(tokens: list[str]) -> str:
 
 
 def _fail(message: str, status: int) -> int:
+    _warn(message)
+    return status
+
+
+def _warn(message: str) -> None:
     line = " ".join(printable(part.strip()) for part in message.splitlines() if part.strip())
     sys.stderr.write(f"vmibridge: {line}\n")
-    return status

@@ -1,9 +1,10 @@
 """Options by environment variables: `--soft-timeout` is `VMIBRIDGE_SOFT_TIMEOUT`, and so on.
 
-- The rule makes the name; there is no list of them. Each option of each command has one.
+- The rule makes the name; no list does. Each option of each command has one.
 - An option that is given stands over its variable. An empty variable is as one that is not set.
 - An option that may be given several times has its values with blanks between.
 - What is wrong with a value names the variable, and not the option that nobody wrote.
+- A variable that begins as ours and is of no option is ignored, with a warning: `variables.py`.
 """
 
 import os
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from cyclopts import Token
 
+from vmibridge.cli.variables import PREFIX, warnings_for
+
 if TYPE_CHECKING:
     from cyclopts import App, ArgumentCollection
 
-_PREFIX = "VMIBRIDGE_"
 _WITHOUT = ("--help", "--version")
 _MIN_PART = 3
 """Characters of a value by which a message may be recognized as being about it."""
@@ -26,7 +28,7 @@ def variable_of(option: str) -> str | None:
     """The variable of an option by its long name; `None` for what has none."""
     if not option.startswith("--") or option in _WITHOUT:
         return None
-    return _PREFIX + option[2:].upper().replace("-", "_")
+    return PREFIX + option[2:].upper().replace("-", "_")
 
 
 class Environment:
@@ -49,6 +51,10 @@ class Environment:
             self._used[argument.name] = value
             for index, part in enumerate(argument.env_var_split(value)):
                 argument.append(Token(keyword=variable, value=part, index=index))
+
+    def warnings(self) -> list[str]:
+        """A line for each variable that is misspelt."""
+        return warnings_for(self._variables)
 
     def explained(self, message: str) -> str:
         """A message about an option, where the option came from here: with the variable's name."""

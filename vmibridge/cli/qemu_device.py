@@ -189,6 +189,7 @@ def attach(
             reloader=prepared.reloader(server, health),
             bound=prepared.stop_bound(_UNPLUG),
             exit_zero=given.exit_zero,
+            recorders=prepared.taps,
             health=health,
         )
         main = partial(run_server, life)

@@ -354,6 +354,7 @@ def _serve(
             reloader=prepared.reloader(server, health),
             bound=prepared.stop_bound(_QUITTING, partial(_end_now, qemu)),
             exit_zero=options.exit_zero,
+            recorders=prepared.taps,
             health=health,
         )
         main = partial(run_server, life)

@@ -100,6 +100,7 @@ def run(
             answers=recorded,
             bound=prepared.stop_bound(),
             exit_zero=given.exit_zero,
+            recorders=prepared.taps,
             health=health,
         )
         main = partial(run_server, life)

@@ -29,10 +29,10 @@ from vmibridge.cli.streams import encoded, json_line
 from vmibridge.cli.trap_line import summary_json, summary_text
 from vmibridge.config import HandlerFactory
 from vmibridge.engine.summary import Summary
-from vmibridge.engine.taps import Tap
+from vmibridge.engine.taps import Hindrance, Tap
 from vmibridge.errors import BackendError, RecordingError, VmiBridgeError
 from vmibridge.health.state import Health
-from vmibridge.text import printable
+from vmibridge.text import counted, printable
 from vmibridge.transport import AgentLimits, AgentServer
 from vmibridge.transport.session import Repeated
 
@@ -102,6 +102,7 @@ def serve(
                 exit_zero=given.exit_zero,
             ),
             Health(stop_within=settings.grace + settings.stop_timeout + STOP_MARGIN),
+            recordings,
             outcomes=outcomes,
         )
         command.server = AgentServer(
@@ -122,24 +123,32 @@ class _Recordings:
 
     def __init__(self, options: ServerOptions) -> None:
         """Raises what is wrong with them before anybody comes."""
+        from vmibridge.recording.folder_probe import FolderProbe
+
+        assert options.record is not None
         self._options = options
         self._recorders: WeakSet[Recorder] = WeakSet()
-        self._make_folder()
+        self._probe = FolderProbe(options.record, holds_guests=options.unrecorded != "continue")
         options.recorder()
 
-    def _make_folder(self) -> None:
-        folder = self._options.record
-        assert folder is not None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecordingError(f"{folder}: {error.strerror}") from error
+    @property
+    def hindrance(self) -> Hindrance | None:
+        """Why the next VM could not be recorded."""
+        return self._probe.hindrance
+
+    async def watch(self) -> None:
+        """Keep `hindrance` as it is on the disk."""
+        await self._probe.watch()
 
     def __call__(self, vm: str) -> Sequence[Tap]:
-        self._make_folder()
+        self._probe.make_folder()
         recorder = self._options.recorder(stem=re.sub(r"[^\w.-]", "_", vm).lstrip("."))
         self._recorders.add(recorder)
         return [recorder]
+
+    def lost_since(self, vm: str) -> int:
+        """How many traps of a VM that has ended are missing beyond its `Summary.unrecorded`."""
+        return sum(recorder.lost_since(vm) for recorder in list(self._recorders))
 
     def finish_now(self) -> None:
         """Finish those that are open: see `Recorder.finish_now`."""
@@ -158,15 +167,19 @@ class _Command:
         options: ServerOptions,
         bound: StopBound,
         health: Health,
+        recordings: "_Recordings | None",
         *,
         outcomes: bool,
     ) -> None:
         self.health = health
         self._bound = bound
         self._sources = sources
+        self._recordings = recordings
         self._options = options
         self._writer = stdout_writer(as_json=options.json, outcomes=outcomes)
         self._received: list[int] = []
+        self._unwritten = 0
+        """Traps that the stop had no room for."""
         self._failure: VmiBridgeError | None = None
         self._scope: anyio.CancelScope | None = None
         self._writing = anyio.Lock()
@@ -181,6 +194,8 @@ class _Command:
             stopping = partial(stop_on_signals, bound=self._bound)
             await tasks.start(stopping, self._stop, self._received, also)
             tasks.start_soon(reloader.run)
+            if self._recordings is not None:
+                tasks.start_soon(self._recordings.watch)
             try:
                 with self._bound.held(), anyio.CancelScope() as self._scope:
                     async with self._writer:
@@ -192,6 +207,9 @@ class _Command:
             tasks.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
+        if self._unwritten:
+            traps = counted(self._unwritten, "trap was", "traps were")
+            raise RecordingError(f"{self._options.record}: {traps} not recorded at the stop")
         return exit_status(self._received, zero=self._options.exit_zero) or 0
 
     async def show(self, outcome: Outcome[Any]) -> None:
@@ -205,8 +223,12 @@ class _Command:
             self._lose_reader()
 
     async def show_end(self, vm: str, summary: Summary, counts: dict[str, int]) -> None:
-        """A VM has ended."""
+        """A VM has ended, and its recording is closed."""
         exits = self._exits.leave(vm)
+        if self._recordings is not None and (lost := self._recordings.lost_since(vm)):
+            summary.unrecorded += lost
+            if self._received and self._options.unrecorded != "continue":
+                self._unwritten += lost
         if self._options.json:
             line = msgspec.json.decode(summary_json({vm: summary}, exits))
             line["summary"] |= {"vm": vm, "agent": counts}

@@ -125,6 +125,8 @@ class Life:
     """What answers in the place of handlers."""
     exits: GuestExits = field(default_factory=GuestExits)
     """Of its guests, by now."""
+    recorders: "list[Recorder]" = field(default_factory=list)
+    """Those among `contexts`."""
     bound: StopBound | None = None
     """What ends the process when a stop takes too long."""
     exit_zero: bool = False
@@ -187,6 +189,7 @@ async def run_server(life: Life) -> int:
                         if (exited := exits.take(outcome)) is not None:
                             server.stop(vm=exited)
                         await life.writer.show(outcome)
+                    await _finish(life.recorders, server)
                     await life.writer.end(server.summaries, exits.of)
         except BrokenPipeError:
             failures.append(BackendError("standard output was closed: no outcome can be shown"))
@@ -194,6 +197,14 @@ async def run_server(life: Life) -> int:
             failures.append(error)
         tasks.cancel_scope.cancel()
     return _status(life, received, failures)
+
+
+async def _finish(recorders: "list[Recorder]", server: BridgeServer) -> None:
+    """Write what is left before the summary is shown, which says what of it had no room."""
+    for recorder in recorders:
+        await recorder.finish()
+        for vm, summary in server.summaries.items():
+            summary.unrecorded += recorder.lost_since(vm)
 
 
 def _status(life: Life, received: list[int], failures: list[VmiBridgeError]) -> int:

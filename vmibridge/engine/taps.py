@@ -199,7 +199,9 @@ class Tap:
         included that its own `trap` raised at."""
 
 
-def hindrance_of(taps: Iterable[Tap]) -> Hindrance | None:
-    """The worst of theirs: one that stays, before one that ends by itself."""
+def hindrance_of(taps: Iterable[object]) -> Hindrance | None:
+    """The worst of theirs: one that holds guests, then one that stays."""
     found = [each for tap in taps if (each := getattr(tap, "hindrance", None)) is not None]
-    return min(found, key=lambda each: each.kind == "disk full", default=None)
+    return min(
+        found, key=lambda each: (not each.holds_guests, each.kind == "disk full"), default=None
+    )

@@ -38,7 +38,7 @@ from vmibridge.recording.messages import NOTE, SESSION, ChannelKind, Note
 from vmibridge.recording.rotation import Rotation
 from vmibridge.text import counted
 
-__all__ = ["MAX_UNWRITTEN", "ChunkedRecording"]
+__all__ = ["MAX_UNWRITTEN", "NO_ROOM", "ChunkedRecording"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ _SMALL = 256 << 10
 """Bytes of a chunk that the loop compresses: about 300 us."""
 _AGAIN = 1.0
 """Seconds between two tries to write to a volume that is full."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a volume that is full, or of a quota."""
 
 
 class ChunkedRecording(ABC):
@@ -96,7 +97,11 @@ class ChunkedRecording(ABC):
         self._is_gap = False
         """Whether what comes is given up until there is room."""
         self._lost_of: Counter[str] = Counter()
-        """Of `lost`, with "continue": by VM."""
+        """Of `lost`: by VM."""
+        self._first_vm = ""
+        """Whose traps those are of which no chunk says whose they are."""
+        self._told: dict[str, int] = {}
+        """What `unrecorded` has said of each VM."""
         self._lost_before = 0
         """`lost` when the volume became full."""
         self._full_since = 0.0
@@ -104,12 +109,17 @@ class ChunkedRecording(ABC):
         """Whether what is written now is tried once more, and not again."""
         self._unwritten = 0
         self._unwritten_traps = 0
+        self._writing: anyio.CancelScope
+        self._written_on = anyio.Event()
+        """No chunk is written by `_write_on` any more."""
+        self._is_finished = False
         self._wake: Parking | None = None
         self._room: anyio.Event | None = None
 
     async def _open(self, files: RecordingParts) -> None:
         """Make the first file, now or when there is room. Raises `RecordingError`."""
         self._files = files
+        self._writing = anyio.CancelScope()
         try:
             await in_own_thread(files.open)
         except RecordingError as error:
@@ -117,6 +127,23 @@ class ChunkedRecording(ABC):
                 raise
             self._be_hindered(error)
         self._tell_news()
+
+    async def finish(self) -> None:
+        """Write what is left and the index before the block is left, when every VM has ended: then
+        `lost` and `lost_since` are what they stay. Shielded from cancellation; once more does
+        nothing. Raises nothing for a file that cannot be written: the end of the block does."""
+        if self._is_finished:
+            return
+        self._is_finished = True
+        self._writing.cancel()
+        with anyio.CancelScope(shield=True):
+            await self._written_on.wait()
+            await self._close()
+
+    def lost_since(self, vm: str) -> int:
+        """How many traps of a VM that has ended are missing beyond its `Summary.unrecorded`: those
+        that waited for a volume with room, or were being written, when the recording ended."""
+        return self._lost_of[vm] - self._told.get(vm, 0)
 
     async def _close(self) -> None:
         """Write what is left and the index, and say what is missing."""
@@ -194,13 +221,17 @@ class ChunkedRecording(ABC):
     async def _write_on(self) -> None:
         """Write chunks as they are cut, and what is left at each interval."""
         self._wake = parking()
-        while True:
-            if self.hindrance is not None:
-                await anyio.sleep(_AGAIN)
-            elif not self._waiting:
-                await self._wake.wait_for(self._interval)
-            with anyio.CancelScope(shield=True):
-                await self._write_waiting()
+        try:
+            with self._writing:
+                while True:
+                    if self.hindrance is not None:
+                        await anyio.sleep(_AGAIN)
+                    elif not self._waiting:
+                        await self._wake.wait_for(self._interval)
+                    with anyio.CancelScope(shield=True):
+                        await self._write_waiting()
+        finally:
+            self._written_on.set()
 
     async def _write_waiting(self) -> None:
         """Write all that is collected."""
@@ -240,7 +271,7 @@ class ChunkedRecording(ABC):
         if self.error is not None:
             # It was being written when the recorder was dropped, and counted as lost.
             self.lost -= chunk.traps
-            self._lost_of.subtract(chunk.traps_of)
+            self._lost_of.subtract(self._traps_by_vm(chunk))
         elif self.hindrance is not None:
             self._go_on()
         # A small chunk, or one without traps, makes too little room.
@@ -337,9 +368,14 @@ class ChunkedRecording(ABC):
         """What is not written is lost, and counted."""
         for chunk in (*self._waiting, self._chunk):
             self.lost += chunk.traps
-            self._lost_of.update(chunk.traps_of)
+            self._lost_of.update(self._traps_by_vm(chunk))
         self._waiting.clear()
         self._chunk = ChunkBuilder()
+
+    def _traps_by_vm(self, chunk: ChunkBuilder) -> Counter[str]:
+        counts = Counter(chunk.traps_of)
+        counts[self._first_vm] += chunk.traps - counts.total()
+        return counts
 
     def _fail(self, error: Exception) -> None:
         if self.error is not None:
@@ -370,7 +406,7 @@ def _is_for_room(error: BaseException | None) -> bool:
     """Whether there was no room: of the file, or of the one that it was to go on in."""
     if isinstance(error, RecordingError):
         error = error.__cause__
-    return isinstance(error, OSError) and error.errno in _NO_ROOM
+    return isinstance(error, OSError) and error.errno in NO_ROOM
 
 
 def _why(error: Exception) -> str:

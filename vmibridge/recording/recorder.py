@@ -148,6 +148,8 @@ class Recorder(ChunkedRecording, Tap):
         self._epoch = time.time_ns() - time.monotonic_ns()
         self._taken: float | None = None
         self._sources: dict[str, Source] = {}
+        self._counts_vms = rotation is not None
+        """Whether a chunk counts the traps of each VM: for one VM it need not."""
         self._steps = Steps()
         self._tasks: TaskGroup | None = None
 
@@ -182,13 +184,11 @@ class Recorder(ChunkedRecording, Tap):
         Raises `RecordingError` where `on_error` is "stop" and it cannot be written.
         """
         assert self._tasks is not None
-        # A cancellation from outside would come out of it, and the file would be left open.
+        await self.finish()
+        # A cancellation from outside would come out of it.
         self._tasks.cancel_scope.shield = True
-        self._tasks.cancel_scope.cancel()
         await self._tasks.__aexit__(None, None, None)
         self._tasks = None
-        with anyio.CancelScope(shield=True):
-            await self._close()
         if self.error is not None and self._on_error == "stop" and kind is None:
             raise self.error
 
@@ -214,6 +214,9 @@ class Recorder(ChunkedRecording, Tap):
             )
             return
         self._stops[vm] = stop
+        self._told.pop(vm, None)
+        self._first_vm = self._first_vm or vm
+        self._counts_vms = self._counts_vms or vm != self._first_vm
         if self.error is not None and self._on_error == "stop":
             stop(self.error)
         # A dispatcher of one's own may tell of another packet than that of the trap.
@@ -250,6 +253,8 @@ class Recorder(ChunkedRecording, Tap):
             chunk.part_plain()
         chunk.taken, chunk.taken_at = event, self._epoch + int(taken * 1e9)
         chunk.traps += 1
+        if self._counts_vms:
+            chunk.traps_of[event.vm] = chunk.traps_of.get(event.vm, 0) + 1
         if chunk.traps >= self._cut_at:
             self._cut()
 
@@ -268,7 +273,7 @@ class Recorder(ChunkedRecording, Tap):
         if self._takes_messages:
             chunk = self._chunk
             chunk.traps += 1
-            if self._rotation is not None:
+            if self._counts_vms:
                 chunk.traps_of[event.vm] = chunk.traps_of.get(event.vm, 0) + 1
             if chunk.traps >= self._cut_at:
                 self._cut()
@@ -386,7 +391,8 @@ class Recorder(ChunkedRecording, Tap):
         self._fail(error)
 
     def unrecorded(self, vm: str) -> int:
-        return self._lost_of[vm]
+        self._told[vm] = self._lost_of[vm]
+        return self._told[vm]
 
     def missed_traps(self, vm: str, count: int) -> None:
         self.lost += count

@@ -13,7 +13,7 @@ from waiting import until
 
 from vmibridge import Bridge, BridgeResponse, BridgeServer, method
 from vmibridge.engine.taps import Hindrance
-from vmibridge.errors import RecordingError
+from vmibridge.errors import RecordingError, ServerStateError
 from vmibridge.recording import (
     Note,
     Recorder,
@@ -271,4 +271,70 @@ class TestGoesOn:
         assert len(outcomes) == CALLS
         with RecordingReader(path) as reader:
             assert len(list(recorded_traps(reader.messages()))) + recorder.lost == CALLS
-        assert server.summary.unrecorded <= recorder.lost
+        assert server.summary.unrecorded + recorder.lost_since(vm.vm) == recorder.lost
+
+
+class TestStops:
+    """While the guests are held: what has no room by then is lost, and counted."""
+
+    @ROOMS
+    @pytest.mark.parametrize("options", [{}, {"max_size": 1 << 20}], ids=["one file", "files"])
+    async def test_what_was_answered_and_is_not_written_is_counted(
+        self, path, disk, room, options, caplog
+    ):
+        disk.room = room
+        run = Run(path, **options)
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(run)
+                await until(lambda: is_begun(run.server) and run.recorder.hindrance)
+                run.server.stop()
+        total, vm = run.server.summary.total, run.vm.vm
+        written = len(traps_of(path)) if path.exists() and path.stat().st_size else 0
+        assert run.recorder.lost == total - written > 0
+        assert run.server.summary.unrecorded + run.recorder.lost_since(vm) == run.recorder.lost
+        assert "the recording ends here: " in str(run.error)
+        assert f"; {run.recorder.lost} trap" in caplog.text
+
+    async def test_that_of_each_vm_by_itself_and_before_the_block_is_left(self, path, disk):
+        """Of one recorder for two VMs; one comes before the other."""
+        first, second = FakeGuest(calls(3), vm="first"), FakeGuest(calls(CALLS), vm="second")
+        recorder = Recorder(path, flush_traps=8)
+        disk.room = 0
+        with anyio.fail_after(60), pytest.raises(RecordingError):
+            async with recorder, first, second:
+                server = BridgeServer([first, second], lambda _: Probe(), taps=[recorder])
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(served_to_its_end, server)
+                    await until(lambda: is_begun(server) and recorder.hindrance)
+                    server.stop()
+                await recorder.finish()
+                lost = recorder.lost
+                of_each = {vm: recorder.lost_since(vm) for vm in server.summaries}
+                await recorder.finish()
+                assert (recorder.lost, sum(of_each.values())) == (lost, lost)
+        assert of_each == {vm: each.total for vm, each in server.summaries.items()}
+        assert recorder.lost == lost
+
+    async def test_a_recording_that_is_finished_early_is_whole(self, path):
+        recorder = Recorder(path, flush_interval=1000)
+        async with recorder, FakeGuest(calls(5)) as vm:
+            await serve(vm, recorder)
+            await recorder.finish()
+            assert len(traps_of(path)) == 5
+            messages_of(path)
+        messages_of(path)
+        assert recorder.lost_since(vm.vm) == 0
+
+
+def is_begun(server):
+    """Whether each VM has a trap."""
+    try:
+        return all(each.total for each in server.summaries.values())
+    except ServerStateError:
+        return False
+
+
+async def served_to_its_end(server):
+    async for _ in server.run():
+        pass

@@ -56,7 +56,8 @@ OnOutcome: TypeAlias = Callable[[Outcome[Any]], Awaitable[None]]
 OnEnd: TypeAlias = Callable[[str, Summary, dict[str, int]], Awaitable[None]]
 TapFactory: TypeAlias = Callable[[str], Sequence[Tap]]
 """Given the name of a VM: what sees the traffic of one of its handler sets. A tap that is an
-async context manager is entered and left."""
+async context manager is entered and left. A `hindrance` of its own, of the type of `Tap.hindrance`,
+is that of the next VM."""
 
 _MAX_ENDED = 1024
 """Ids of sessions that are known to have ended, or to have been followed by another."""
@@ -143,8 +144,9 @@ class AgentServer:
 
     @property
     def hindrance(self) -> Hindrance | None:
-        """What keeps a tap of a VM from its work right now: as `BridgeServer.hindrance`."""
-        return hindrance_of(tap for each in self._handler_sets for tap in each.taps)
+        """What keeps a tap of a VM, or of the next one, from its work: as `BridgeServer`'s."""
+        taps = [tap for each in self._handler_sets for tap in each.taps]
+        return hindrance_of([*taps, self._taps])
 
     @property
     def refused(self) -> int:
