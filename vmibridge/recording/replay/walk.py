@@ -14,7 +14,7 @@ and goes on when it has happened again:
 | step `resumed` | the handler may go on, at its time | it has |
 | step `ended` | the handler may go on as often as it likes | it has ended |
 | call of `vmi.outside` | its value is given, at its time | the handler has it |
-| memory access | it is kept for its request | at once |
+| memory access | it is kept for its request | at once, or when a handler that waits for it has it |
 | reply | deadlines pass that passed then | the trap is answered |
 
 So handlers begin, go on and end in the recorded order, in all VMs, and what one leaves behind
@@ -47,6 +47,7 @@ from vmibridge.aio.clock import VirtualTime, loop_clock, virtual_time
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import PlainTrap, RecordedMessage, Session, Step
+from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.player import Awaited, Player, Unfolding
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVms, all_apart
@@ -85,6 +86,10 @@ class Walk:
         self._place = 0
         self._played = 0
         """Messages of the batches before."""
+        self._apart = 0
+        """Plain traps of VMs that are not played: each is two messages."""
+        self.journal: Journal | None = None
+        """Where it is noted what handlers do; `None`: nobody wants to know."""
         self._looks = self._looks_at = 0
         self._checks = self._checks_at = 0
         self._check_from = -math.inf
@@ -214,6 +219,7 @@ class Walk:
             each = self._batch[self._place]
             if isinstance(each, PlainTrap):
                 player = self._players.get(each.event.vm)
+                self._apart += player is None or player.is_over
                 if not (
                     player is None
                     or player.is_over
@@ -245,6 +251,12 @@ class Walk:
         """Go no further until this has happened."""
         self.awaited, self.what = request, what
 
+    def place(self) -> int:
+        """That of the message that is played or comes next, or of the reply that is waited for:
+        how many of these VMs stand before it."""
+        waits = self.awaited is not None and self.what is Awaited.ANSWERED
+        return self._played + self._place + self._apart - waits
+
     def skip(self) -> None:
         """The message behind the one that is played now is played with it."""
         self._place += 1
@@ -269,6 +281,8 @@ class Walk:
                 return done or not request.begun
             case Awaited.ENDED:
                 return request.ended or not request.begun
+            case Awaited.READ:
+                return not request.reads or request.ended or answered
             case Awaited.FETCHED:
                 done = request.outside.awaited is None or request.ended or not request.begun
                 return done or (answered and not request.cut)
@@ -396,7 +410,8 @@ class Walk:
         awaited = self.awaited
         if awaited is None or self._loosen_at != math.inf:
             return
-        if self._held or awaited.needs_more or self._waits_for_outside():
+        needs = awaited.needs_more or awaited.may_need_retry
+        if self._held or needs or self._waits_for_outside():
             self._loosen_at = self._clock() + self._patience
             self.poke()
 
@@ -421,7 +436,8 @@ class Walk:
                 return
         self._patience *= 2
         self._loosen_at = math.inf
-        if self.awaited is not None and self.awaited.needs_more:
+        awaited = self.awaited
+        if awaited is not None and (awaited.needs_more or awaited.needs_retry):
             self.awaited = None
             return
         for request in self._held:
