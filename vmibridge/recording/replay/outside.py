@@ -25,7 +25,8 @@ from vmibridge.recording.messages import Outside
 from vmibridge.recording.replay.journal import EventKind
 from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.player import Awaited
-from vmibridge.recording.replay.request import NO_CALL, ReplayedRequest
+from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.request_parts import NO_CALL
 from vmibridge.recording.replay.walk import Walk
 from vmibridge.vm.conductor import OutsideCall
 from vmibridge.vm.trap import TrapEvent

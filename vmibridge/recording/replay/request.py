@@ -15,7 +15,7 @@ for it again: they share its memory accesses and its final reply.
 | leaves out a call of `vmi.outside` | | yes |
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import anyio
@@ -49,9 +49,6 @@ MADE = 40
 has such numbers, too: so the next one follows the latest of its request."""
 _UNKNOWN = "it is not in the recording"
 CUT = "the recording lacks the end of its output"
-NO_CALL = "no call"
-_CALLED = "it is not in the recording, and was called"
-_NOT_MADE = "in the recording, and not called"
 
 
 class ReplayedRequest:
@@ -125,6 +122,7 @@ class ReplayedRequest:
     recorded_place = 0
     """Where that reply is."""
     _kept: "KeptAccesses | None" = None
+    _is_passed_over = False
     _gate: "anyio.Event | None" = None
     _outside: "RequestOutside | None" = None
     _pending: "deque[tuple[int, MemoryAccess]] | None" = None
@@ -201,10 +199,22 @@ class ReplayedRequest:
         return self.told and self.begun and not (self.ended or self.answered)
 
     @property
-    def needs_retry(self) -> bool:
-        """Whether it does."""
+    def _needs_behind(self) -> bool:
+        if self.needs_more:
+            return True
         engine = self.engine
-        return engine is not None and engine.waits_for_retry(self.event.seq)
+        return self.may_need_retry and engine is not None and engine.waits_for_retry(self.event.seq)
+
+    def pass_over(self) -> bool:
+        """It was waited for; whether that is to end, as it needs what is behind in the file."""
+        self._is_passed_over = self._needs_behind
+        return self._is_passed_over
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether it still needs that, so that it is not waited for again."""
+        self._is_passed_over = self._is_passed_over and self._needs_behind
+        return self._is_passed_over
 
     def gate(self) -> anyio.Event:
         """Set when it may go on, perhaps."""
@@ -334,30 +344,6 @@ class ReplayedRequest:
         then = None if self.reply is None else self.reply.writes
         return then is None or then.values[0] != wait
 
-    def _compare_outside(self, calls: RequestOutside) -> None:
-        """Calls that were made then and are not now; and others, in front: they may be the cause of
-        all else that differs."""
-        if calls.called and (self._strict or self._differences or calls.left):
-            told = (
-                FieldDifference("outside", NO_CALL, f"{key!a}: {_CALLED}") for key in calls.called
-            )
-            self._differences = (*told, *self._differences)
-        if not calls.left:
-            return
-        keys = ", ".join(
-            ascii(key) if count == 1 else f"{key!a} ({count} times)"
-            for key, count in Counter(calls.left).items()
-        )
-        expected = f"{keys}: {_NOT_MADE}"
-        for place, each in enumerate(self._differences):
-            if each.field == "outside":
-                # One that was called or refused may stand for them.
-                told_of = msgspec.structs.replace(each, expected=expected)
-                before, after = self._differences[:place], self._differences[place + 1 :]
-                self._differences = (*before, told_of, *after)
-                return
-        self._differences = (FieldDifference("outside", expected, NO_CALL), *self._differences)
-
     def compare(self, *, whole: bool) -> Difference | None:
         """What is not as it was, when both replies are known; `None`: nothing.
 
@@ -380,7 +366,7 @@ class ReplayedRequest:
         for _, access in self._pending or ():
             self.leave_out(access)
         if self._outside is not None:
-            self._compare_outside(self._outside)
+            self._differences = self._outside.compare(self._differences, strict=self._strict)
         if not self._differences:
             return None
         event = self.event

@@ -1,10 +1,18 @@
 """What few requests of a replay have: calls of `vmi.outside`, and accesses that are kept."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import msgspec
 
 from vmibridge.recording.messages import MemoryAccess, Outside
+from vmibridge.recording.replay.compare import FieldDifference
 
-__all__ = ["KeptAccesses", "RequestOutside"]
+__all__ = ["NO_CALL", "KeptAccesses", "RequestOutside"]
+
+NO_CALL = "no call"
+_CALLED = "it is not in the recording, and was called"
+_NOT_MADE = "in the recording, and not called"
 
 
 class RequestOutside(msgspec.Struct):
@@ -28,6 +36,30 @@ class RequestOutside(msgspec.Struct):
     """Other ones, where all are kept: they have places of their own."""
     read_at: dict[tuple[str, int], int] = {}
     """How many steps its handler had made when the walk came to each, where all are kept."""
+
+    def compare(
+        self, differences: Sequence[FieldDifference], *, strict: bool
+    ) -> Sequence[FieldDifference]:
+        """All that differs, `differences` included: calls that were made then and are not now; and
+        others, in front: they may be the cause of all else that differs."""
+        if self.called and (strict or differences or self.left):
+            told = (
+                FieldDifference("outside", NO_CALL, f"{key!a}: {_CALLED}") for key in self.called
+            )
+            differences = (*told, *differences)
+        if not self.left:
+            return differences
+        keys = ", ".join(
+            ascii(key) if count == 1 else f"{key!a} ({count} times)"
+            for key, count in Counter(self.left).items()
+        )
+        expected = f"{keys}: {_NOT_MADE}"
+        for place, each in enumerate(differences):
+            if each.field == "outside":
+                # One that was called or refused may stand for them.
+                told_of = msgspec.structs.replace(each, expected=expected)
+                return (*differences[:place], told_of, *differences[place + 1 :])
+        return (FieldDifference("outside", expected, NO_CALL), *differences)
 
 
 class KeptAccesses(msgspec.Struct):

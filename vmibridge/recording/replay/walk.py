@@ -209,7 +209,7 @@ class Walk:
                     return
                 self.plain.unfold()
             if self.awaited is not None:
-                if not self._is_met(self.awaited):
+                if not (self._is_met(self.awaited) or self.awaited.is_passed_over):
                     self._may_loosen()
                     return
                 self.awaited = None
@@ -436,9 +436,8 @@ class Walk:
                 return
         self._patience *= 2
         self._loosen_at = math.inf
-        awaited = self.awaited
-        if awaited is not None and (awaited.needs_more or awaited.needs_retry):
-            self.awaited = None
+        if self.awaited is not None and self.awaited.pass_over():
+            self.awaited, self._patience = None, _PATIENCE
             return
         for request in self._held:
             request.loose = True
