@@ -215,8 +215,16 @@ class Journal:
 
     def events(self) -> Iterator[JournalEvent]:
         """All of them, in their order."""
-        for place, time, first, number, kind in _EVENT.iter_unpack(bytes(self._events)):
+        for place, time, first, number, kind in _EVENT.iter_unpack(self._events):
             yield JournalEvent(place, time, self.vms[number], first, EventKind(kind))
+
+    @property
+    def has_waits(self) -> bool:
+        """Whether a handler has waited for anything: then their order matters."""
+        return any(
+            kind in (EventKind.RESUMED, EventKind.THROWN)
+            for *_, kind in _EVENT.iter_unpack(self._events)
+        )
 
     def is_asked(self, place: int) -> bool:
         """Whether there is the trap of a request whose steps are those of now."""
