@@ -20,7 +20,14 @@ from vmibridge.recording.edit.fates import Fate, Fates
 from vmibridge.recording.edit.keeping import CUT, MAX_PIECES, Keeping
 from vmibridge.recording.edit.merging import merged
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import Note, RecordedMessage, Reply, Session
+from vmibridge.recording.messages import (
+    OTHER_VMS,
+    SESSION,
+    Note,
+    RecordedMessage,
+    Reply,
+    Session,
+)
 from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
@@ -38,6 +45,7 @@ Watch: TypeAlias = Callable[[Iterator[TimedMessage], RecordingReader], Iterable[
 _MAX_TEXT = 65_536
 """Characters of a note about problems."""
 _MAX_HELD = 64 << 20
+_MAX_NAMED = 10
 _CHUNK_OF_PIECE = 64 << 10
 """Bytes of a chunk where there may be many files, each of which holds one."""
 
@@ -134,6 +142,8 @@ class Edit:
         """Bytes of sessions, for the files that are to begin yet."""
         self._cut = 0
         self._time = 0
+        self._all_vms: frozenset[str] = frozenset()
+        """Of the sources, where a file may have some of them only."""
 
     def run(self) -> Edited:
         """Raises as `edit`."""
@@ -144,6 +154,13 @@ class Edit:
             self._keeping = Keeping(merged(self._readers), options.selection, every)
             if not self._keeping.kept:
                 raise ConfigError(f"{self._nothing_kept()}; nothing was written")
+        if options.selection.vms or options.split == "vm":
+            self._all_vms = frozenset(
+                session.vm
+                for reader in self._readers
+                for _, session in reader.messages(SESSION)
+                if isinstance(session, Session)
+            )
         with self._stack:
             for place, timed in enumerate(self._messages()):
                 self._time = timed.time
@@ -252,7 +269,21 @@ class Edit:
             if isinstance(self._options.split, int):
                 session = msgspec.structs.replace(session, part=session.part + piece - 1)
             self._write(piece, TimedMessage(time, session), None)
+            self._note_other_vms(name, piece, time)
         return vm.files[piece]
+
+    def _note_other_vms(self, name: str, piece: int, time: int) -> None:
+        """A handler that serves several VMs had the requests of those, too, that are not here."""
+        vms = self._options.selection.vms
+        here = {name} if self._options.split == "vm" else vms
+        others = sorted(self._all_vms - here) if here else []
+        if others:
+            named = ", ".join(others[:_MAX_NAMED])
+            more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
+            text = (
+                f"{OTHER_VMS}{named}{more}, and what handlers that serve several VMs kept of that"
+            )
+            self._write(piece, TimedMessage(time, Note("lost", text, name)), None)
 
     def _note_what_is_missing(
         self, time: int, event: TrapEvent, before: int, here: _Place, piece: int

@@ -259,7 +259,10 @@ class _NewMessages:
             return message.kind == "parked" or not self._journal.has_steps(message.vm)
         if isinstance(message, Outside):
             # Behind its reply: of a handler that was cut off, and goes on all the same.
-            if now is None or request.is_answered:
+            if now is None:
+                return True
+            assert now.reply is not None
+            if request.is_answered and now.reply.kind in _CUT_OFF:
                 return True
             return (message.key, message.number) in now.made
         number = request.recorded

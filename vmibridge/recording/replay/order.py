@@ -151,8 +151,8 @@ class RecordedOrder(Conductor):
         request = self.find(event.seq)
         if request is None or not self.has_steps:
             return None
-        request.steps_made += 1
         if _is_free(request):
+            request.steps_made += 1
             return None
         if request.steps_done < request.steps_allowed and not request.throws:
             self._has_gone_on(request)
@@ -173,6 +173,7 @@ class RecordedOrder(Conductor):
             self._has_gone_on(request)
 
     def _has_gone_on(self, request: ReplayedRequest) -> None:
+        request.steps_made += 1
         if self._walk.journal is not None:
             self._walk.journal.goes_on(request)
         request.steps_done += 1

@@ -34,6 +34,7 @@ from vmibridge.recording.replay.compare import (
     is_same,
     reply_of,
 )
+from vmibridge.recording.replay.player import Awaited
 from vmibridge.recording.replay.request_parts import KeptAccesses, RequestOutside
 from vmibridge.vm.conductor import ConductedEngine
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
@@ -204,6 +205,13 @@ class ReplayedRequest:
             return True
         engine = self.engine
         return self.may_need_retry and engine is not None and engine.waits_for_retry(self.event.seq)
+
+    def may_not_call(self, what: Awaited) -> bool:
+        """Whether its handler, if changed, may not ask for what there is for it from outside, or
+        asks for what comes later. `what`: that is waited for."""
+        if self._outside is None:
+            return False
+        return what is Awaited.FETCHED or (what is Awaited.RESUMED and bool(self._outside.waiting))
 
     def pass_over(self) -> bool:
         """It was waited for; whether that is to end, as it needs what is behind in the file."""

@@ -18,7 +18,7 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import ConfigError
 from vmibridge.recording.file.reader import RecordingReader
-from vmibridge.recording.messages import SESSION, TRAP, Session
+from vmibridge.recording.messages import OTHER_VMS, SESSION, TRAP, Session
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.changes import handler_changes
 from vmibridge.recording.replay.compare import Difference
@@ -134,8 +134,11 @@ class ServedRecording:
         for backend in self.backends:
             handlers = self.bridges[backend.vm].handlers
             yield from handler_changes(backend.session, handlers, has_config=has_config)
+            is_shared = any(handler.shared for handler in handlers)
             yield from (
-                f"vm {backend.vm}: the recording says: {gap}" for gap in backend.conductor.gaps
+                f"vm {backend.vm}: the recording says: {gap}"
+                for gap in backend.conductor.gaps
+                if is_shared or not gap.startswith(OTHER_VMS)
             )
         yield from self.reader.problem_lines()
 

@@ -58,6 +58,9 @@ __all__ = ["Walk"]
 
 _PATIENCE = 0.5
 """Seconds that the walk waits for a handler while others are held."""
+_MAX_PATIENCE = 1.0
+_MAX_LOOSENED = 16
+"""How often those go on before a deadline of the one that is waited for may pass."""
 _TINY = 1e-9
 _MAX_LOOKS = 100
 """How often a message is looked at again in other turns of the loop."""
@@ -104,7 +107,7 @@ class Walk:
         self._full: deque[tuple[TrapSink, TrapEvent, Callable[[TrapEvent], object]]] = deque()
         self._start: tuple[float, int] | None = None
         self._pause = math.inf
-        self._patience = _PATIENCE
+        self._patience, self._loosened = _PATIENCE, 0
         self._loosen_at = math.inf
         self.is_timed: bool = bool(speed)
         """Whether something may have to wait for its time."""
@@ -213,7 +216,7 @@ class Walk:
                     self._may_loosen()
                     return
                 self.awaited = None
-                self._loosen_at, self._patience = math.inf, _PATIENCE
+                self._be_patient()
             if self._full or self._place >= len(self._batch):
                 break
             each = self._batch[self._place]
@@ -380,6 +383,9 @@ class Walk:
         now = self._clock()
         if now < self._pause < math.inf:
             return self._pause - now + _CHECK
+        if self._held and now < self._loosen_at < math.inf and self._loosened < _MAX_LOOSENED:
+            # It may wait for one that is held, as with a lock.
+            return self._loosen_at - now + _CHECK
         if self._checks_at != (at := self._played + self._place):
             self._checks, self._checks_at = 0, at
         if now >= self._check_from:
@@ -411,33 +417,27 @@ class Walk:
         if awaited is None or self._loosen_at != math.inf:
             return
         needs = awaited.needs_more or awaited.may_need_retry
-        if self._held or needs or self._waits_for_outside():
+        if self._held or needs or awaited.may_not_call(self.what):
             self._loosen_at = self._clock() + self._patience
             self.poke()
 
-    def _waits_for_outside(self) -> bool:
-        """Whether a changed handler may not ask for what the walk has for it, or asks for what
-        comes later."""
-        awaited = self.awaited
-        if awaited is None or not awaited.has_outside:
-            return False
-        return self.what is Awaited.FETCHED or (
-            self.what is Awaited.RESUMED and bool(awaited.outside.waiting)
-        )
+    def _be_patient(self) -> None:
+        """Another one is waited for from here on."""
+        self._loosen_at, self._patience, self._loosened = math.inf, _PATIENCE, 0
 
     def _loosen(self) -> None:
         """Who is waited for may wait for who is held, or for what comes next in the file."""
-        if self.awaited is not None and self._waits_for_outside():
+        if self.awaited is not None and self.awaited.may_not_call(self.what):
             self.awaited.outside.awaited = None
             if self.what is Awaited.RESUMED:
-                self.awaited = None
-                self._loosen_at = math.inf
+                self.awaited, self._loosen_at = None, math.inf
                 self.go()
                 return
-        self._patience *= 2
-        self._loosen_at = math.inf
+        self._loosen_at, self._loosened = math.inf, self._loosened + 1
+        self._patience = min(2 * self._patience, _MAX_PATIENCE)
         if self.awaited is not None and self.awaited.pass_over():
-            self.awaited, self._patience = None, _PATIENCE
+            self.awaited = None
+            self._be_patient()
             return
         for request in self._held:
             request.loose = True
