@@ -332,6 +332,19 @@ def test_what_an_edited_recording_lacks_is_told(record, replay, vmibridge, tmp_p
     assert "vm vm: the recording says: missing before this: " in done.stderr
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_vms_that_an_edited_recording_lacks_are_told_where_a_handler_is_shared(
+    record, replay, now, vmibridge, tmp_path, is_shared
+):
+    path, part = record(vms=("web", "db")), tmp_path / "part.mcap"
+    assert vmibridge("edit", str(path), "--vm", "db", "-o", part).returncode == 0
+    if is_shared:
+        now.write_text(SOURCE.replace("    REQUEST =", "    shared = True\n    REQUEST ="))
+    done = replay(part)
+    told = "vm db: the recording says: missing of this recording: VMs web, and what handlers that"
+    assert (told in done.stderr) is is_shared
+
+
 def test_answers_of_now_make_a_new_recording(record, replay, now, tmp_path):
     path, new = record(), tmp_path / "new.mcap"
     now.write_text(WRONG)

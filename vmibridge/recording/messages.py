@@ -263,10 +263,6 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     """At the end: how many traps came to each outcome, and how many ran natively."""
 
 
-OTHER_VMS = "missing of this recording: VMs "
-"""How the text of a note begins that other VMs were left out: it matters where handlers are
-shared."""
-
 RecordedMessage: TypeAlias = Session | TrapEvent | MemoryAccess | Reply | Note | Step | Outside
 
 

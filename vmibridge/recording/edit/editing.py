@@ -20,15 +20,9 @@ from vmibridge.recording.edit.fates import Fate, Fates
 from vmibridge.recording.edit.keeping import CUT, MAX_PIECES, Keeping
 from vmibridge.recording.edit.merging import merged
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import (
-    OTHER_VMS,
-    SESSION,
-    Note,
-    RecordedMessage,
-    Reply,
-    Session,
-)
+from vmibridge.recording.messages import SESSION, Note, RecordedMessage, Reply, Session
 from vmibridge.recording.new_recording import NewRecording
+from vmibridge.recording.other_vms import other_vms_in, other_vms_text
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
 from vmibridge.recording.unmatched import Unmatched
@@ -45,7 +39,6 @@ Watch: TypeAlias = Callable[[Iterator[TimedMessage], RecordingReader], Iterable[
 _MAX_TEXT = 65_536
 """Characters of a note about problems."""
 _MAX_HELD = 64 << 20
-_MAX_NAMED = 10
 _CHUNK_OF_PIECE = 64 << 10
 """Bytes of a chunk where there may be many files, each of which holds one."""
 
@@ -142,8 +135,8 @@ class Edit:
         """Bytes of sessions, for the files that are to begin yet."""
         self._cut = 0
         self._time = 0
-        self._all_vms: frozenset[str] = frozenset()
-        """Of the sources, where a file may have some of them only."""
+        self._source_vms: frozenset[str | None] = frozenset()
+        """Of all sources, where a file may have others."""
 
     def run(self) -> Edited:
         """Raises as `edit`."""
@@ -154,13 +147,10 @@ class Edit:
             self._keeping = Keeping(merged(self._readers), options.selection, every)
             if not self._keeping.kept:
                 raise ConfigError(f"{self._nothing_kept()}; nothing was written")
-        if options.selection.vms or options.split == "vm":
-            self._all_vms = frozenset(
-                session.vm
-                for reader in self._readers
-                for _, session in reader.messages(SESSION)
-                if isinstance(session, Session)
-            )
+        if options.selection.vms or options.split == "vm" or len(self._readers) > 1:
+            # Before anything else is read: a reader reads one thing at a time.
+            sessions = (each for reader in self._readers for each in reader.messages(SESSION))
+            self._source_vms = frozenset(each.message.vm for each in sessions)
         with self._stack:
             for place, timed in enumerate(self._messages()):
                 self._time = timed.time
@@ -274,16 +264,17 @@ class Edit:
 
     def _note_other_vms(self, name: str, piece: int, time: int) -> None:
         """A handler that serves several VMs had the requests of those, too, that are not here."""
-        vms = self._options.selection.vms
-        here = {name} if self._options.split == "vm" else vms
-        others = sorted(self._all_vms - here) if here else []
+        chosen = self._options.selection.vms
+        here = {name} if self._options.split == "vm" else chosen
+        others = sorted(filter(None, self._source_vms - here)) if here else []
         if others:
-            named = ", ".join(others[:_MAX_NAMED])
-            more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
-            text = (
-                f"{OTHER_VMS}{named}{more}, and what handlers that serve several VMs kept of that"
-            )
+            text = other_vms_text(others)
             self._write(piece, TimedMessage(time, Note("lost", text, name)), None)
+
+    def _is_there_again(self, message: RecordedMessage) -> bool:
+        """Whether it is a note of VMs that are in the sources after all: they were split."""
+        names = other_vms_in(message.text) if isinstance(message, Note) else None
+        return names is not None and self._source_vms.issuperset(names)
 
     def _note_what_is_missing(
         self, time: int, event: TrapEvent, before: int, here: _Place, piece: int
@@ -320,7 +311,7 @@ class Edit:
 
     def _take_note(self, timed: TimedMessage, name: str, message: RecordedMessage) -> None:
         vm = self._vm(name)
-        if self._is_lazy and not vm.files:
+        if (self._is_lazy and not vm.files) or self._is_there_again(message):
             return
         if isinstance(message, Note) and message.kind == "end" and vm.cut:
             counts = {word: count for word, count in message.counts.items() if word == "native"}

@@ -72,6 +72,13 @@ class Accepted:
             raise NotReplayedError(f"trap {first} of vm {vm}: too many memory accesses to accept")
         now = None if outcome is None else msgspec.structs.replace(reply_of(outcome, reply), vm=vm)
         self.count += 1
+        self._add(vm, request, now)
+        if now is not None and now.handler is not None:
+            self._changed.add((vm, now.handler))
+
+    def _add(self, vm: str, request: ReplayedRequest, now: Reply | None) -> None:
+        reply, first = request.reply, request.event.seq
+        assert reply is not None
         self._requests[vm, first] = _encode(
             AcceptedRequest(
                 reply.seq,
@@ -84,12 +91,12 @@ class Accepted:
         )
         for seq in request.seqs:
             self._firsts[vm, seq] = first
-        if now is not None and now.handler is not None:
-            self._changed.add((vm, now.handler))
 
     def move(self, vm: str, request: ReplayedRequest) -> None:
-        """A request was compared: its reply may be given at another time."""
+        """A request was compared: what it does may come at another time, though it is the same."""
         place, reply = request.reply_place, request.reply
+        if request.has_outside and request.outside.others and not request.has_too_many:
+            self._add(vm, request, reply)
         if place is not None and place != request.recorded_place and reply is not None:
             self._moved[vm, request.event.seq] = msgspec.msgpack.encode(reply)
 

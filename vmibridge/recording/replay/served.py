@@ -18,7 +18,8 @@ from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
 from vmibridge.errors import ConfigError
 from vmibridge.recording.file.reader import RecordingReader
-from vmibridge.recording.messages import OTHER_VMS, SESSION, TRAP, Session
+from vmibridge.recording.messages import SESSION, TRAP, Session
+from vmibridge.recording.other_vms import other_vms_in
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.changes import handler_changes
 from vmibridge.recording.replay.compare import Difference
@@ -138,7 +139,7 @@ class ServedRecording:
             yield from (
                 f"vm {backend.vm}: the recording says: {gap}"
                 for gap in backend.conductor.gaps
-                if is_shared or not gap.startswith(OTHER_VMS)
+                if is_shared or other_vms_in(gap) is None
             )
         yield from self.reader.problem_lines()
 
