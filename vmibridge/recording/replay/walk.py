@@ -281,9 +281,9 @@ class Walk:
                 return request.begun or answered
             case Awaited.RESUMED:
                 done = request.ended or request.steps_done >= request.steps_allowed
-                return done or not request.begun
+                return done or not request.begun or (answered and not request.cut)
             case Awaited.ENDED:
-                return request.ended or not request.begun
+                return request.ended or not request.begun or (answered and not request.cut)
             case Awaited.READ:
                 return not request.reads or request.ended or answered
             case Awaited.FETCHED:
