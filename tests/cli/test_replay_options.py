@@ -332,6 +332,19 @@ def test_what_an_edited_recording_lacks_is_told(record, replay, vmibridge, tmp_p
     assert "vm vm: the recording says: missing before this: " in done.stderr
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_vms_that_an_edited_recording_lacks_are_told_where_a_handler_is_shared(
+    record, replay, now, vmibridge, tmp_path, is_shared
+):
+    path, part = record(vms=("web", "db")), tmp_path / "part.mcap"
+    assert vmibridge("edit", str(path), "--vm", "db", "-o", part).returncode == 0
+    if is_shared:
+        now.write_text(SOURCE.replace("    REQUEST =", "    shared = True\n    REQUEST ="))
+    done = replay(part)
+    told = "vm db: the recording says: missing of this recording: VMs web, and what handlers that"
+    assert (told in done.stderr) is is_shared
+
+
 def test_answers_of_now_make_a_new_recording(record, replay, now, tmp_path):
     path, new = record(), tmp_path / "new.mcap"
     now.write_text(WRONG)
@@ -409,3 +422,53 @@ def test_in_pdb_it_stops_in_the_handler(
     assert "-> self.count += self.step" in done.stderr
     told = f"{path}: {compared} requests compared, {different} different"
     assert told in done.stdout, done.stderr
+
+
+WAITS = """
+import anyio
+from vmibridge import BridgeHandler, BridgeResponse, method
+
+class Probe(BridgeHandler[object]):
+    MAGIC = 0x12345678
+    REQUEST = 0x0100
+
+    def __init__(self):
+        self.count = 0
+
+    @method(1)
+    async def sum(self, vmi, packet):
+        await anyio.sleep(0.001)
+        self.count += 2
+        await anyio.sleep(0.004)
+        self.count += 1
+        return BridgeResponse(self.count)
+
+    @method(2)
+    async def five(self, vmi, packet):
+        return BridgeResponse(5)
+"""
+NEVER_THE_SAME = WAITS.replace(
+    "self.count += 2", "self.count += id(object()) + __import__('time').time_ns()"
+)
+
+
+@pytest.mark.parametrize("loop", [[], ["--uvloop"], ["--async-backend", "trio"]])
+def test_answers_of_handlers_that_wait_now_replay_the_same(record, replay, now, tmp_path, loop):
+    path, new = record(), tmp_path / "new.mcap"
+    now.write_text(WAITS)
+    done = replay(path, *loop, "--accept", "-o", new)
+    assert done.returncode == 0
+    assert "different again" not in done.stderr
+    assert replay(new, *loop).returncode == 0
+
+
+@pytest.mark.parametrize("loop", [[], ["--uvloop"], ["--async-backend", "trio"]])
+def test_a_new_recording_that_does_not_replay_the_same_is_told(record, replay, now, tmp_path, loop):
+    path, new = record(), tmp_path / "new.mcap"
+    now.write_text(NEVER_THE_SAME)
+    done = replay(path, *loop, "--accept", "-o", new)
+    assert done.returncode == 0
+    assert f"{new}: replayed once more, " in done.stderr
+    assert "of it are different again: trap 1 of vm vm" in done.stderr
+    assert "(value1)" in done.stderr
+    assert replay(new, *loop).returncode == 1

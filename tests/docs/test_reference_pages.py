@@ -246,7 +246,7 @@ def rows_of_overview():
 
 
 def test_every_call_of_guest_memory_is_there():
-    engine = {"attach", "close", "park", "settled"}  # what the engine does with it
+    engine = {"attach", "close", "is_awaited", "park", "settled"}  # what the engine does with it
     calls = {name for name in vars(GuestMemory) if not name.startswith("_")} - engine
     table = rows(section("docs/guide.md", "## Guest memory"))
     assert set(table) == calls

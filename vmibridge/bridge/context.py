@@ -174,6 +174,11 @@ class BridgeContext:
         """The guest runs on for now: accesses to its memory wait for `attach`."""
         self.memory.park()
 
+    @property
+    def waits_for_retry(self) -> bool:
+        """Whether the handler wants guest memory, and the guest runs."""
+        return self._memory is not None and self._memory.is_awaited
+
     def attach(self, event: TrapEvent) -> None:
         """Go on with the trap of a retry."""
         self._first = self._came_with

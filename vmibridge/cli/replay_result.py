@@ -22,6 +22,8 @@ from vmibridge.recording.replay.file_result import FileResult, counts_of, result
 from vmibridge.recording.replay.options import MISSING
 from vmibridge.text import counted, printable
 
+_MAX_NAMED = 5
+
 
 class ReplayPrinter:
     """Tells what a replay finds."""
@@ -52,6 +54,21 @@ class ReplayPrinter:
         """A new recording was made. `renamed`: VMs have other names now than in it."""
         more = "; its VMs are named as before: replay it with the same --rename" if renamed else ""
         self._warn(f"{target}: a new recording, with {counted(count, 'new answer')}{more}")
+
+    def unstable(self, target: Path, found: Sequence[Difference]) -> None:
+        """The new recording was replayed, and these requests are answered in another way again."""
+        if not found:
+            return
+        count = len(found)
+        traps = ", ".join(f"trap {each.seq} of vm {each.vm}" for each in found[:_MAX_NAMED])
+        more = f" and {count - _MAX_NAMED} more" if count > _MAX_NAMED else ""
+        fields = ", ".join(dict.fromkeys(one.field for each in found for one in each.fields))
+        self._warn(
+            f"{target}: replayed once more, {counted(count, 'request')} of it"
+            f" {'is' if count == 1 else 'are'} different again: {traps}{more} ({fields}); the"
+            " handlers give other answers each time, or have tasks, whose order is not recorded:"
+            " see --ignore and vmi.outside, or record these guests again"
+        )
 
     def file(self, result: FileResult) -> None:
         """What came of one recording."""

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.file.source import readable_again
 from vmibridge.recording.messages import Session
 from vmibridge.recording.replay.accept import Accepted, write_accepted
+from vmibridge.recording.replay.compare import Difference
 from vmibridge.recording.replay.file_result import FileResult
 from vmibridge.recording.replay.ignore import IgnoreRule
 from vmibridge.recording.replay.options import ReplayOptions
@@ -130,7 +131,9 @@ class ReplayRun:
                     break
                 self._files[path] = stack.enter_context(readable_again(path))
                 results.append(self._run_file(path, sources, config, timeout, verdict))
-            self._write_accepted(results, verdict)
+            self._write_accepted(
+                results, verdict, partial(self._check, sources, config, rules, timeout)
+            )
             unmatched = self._unmatched(results)
         self._printer.notes(
             f"--break {each.text[:80]!r}: no handler was asked there"
@@ -149,12 +152,71 @@ class ReplayRun:
             accepts=verdict.accepted is not None,
         )
 
-    def _write_accepted(self, results: Sequence[FileResult], verdict: Verdict) -> None:
-        if verdict.accepted is not None and any(each.compared for each in results):
-            source, target = self._files[self._paths[0]], self._target or Path()
-            with output_file(target) as path:
-                write_accepted(source, path, verdict.accepted)
-            self._printer.accepted(verdict.accepted.count, target, renamed=bool(self._renamed))
+    def _write_accepted(
+        self,
+        results: Sequence[FileResult],
+        verdict: Verdict,
+        check: Callable[[Path, Path], None],
+    ) -> None:
+        accepted = verdict.accepted
+        if accepted is None or not any(each.compared for each in results):
+            return
+        source, target = self._files[self._paths[0]], self._target or Path()
+        waits = accepted.count > 0 and accepted.journal.has_waits
+        with output_file(target) as path:
+            write_accepted(source, path, accepted)
+            if waits and target == STDOUT:
+                check(path, target)
+        self._printer.accepted(accepted.count, target, renamed=bool(self._renamed))
+        if waits and target != STDOUT:
+            check(target, target)
+
+    def _check(
+        self,
+        sources: list[str],
+        config: Config,
+        rules: Sequence[IgnoreRule],
+        timeout: float | None,
+        path: Path,
+        target: Path,
+    ) -> None:
+        """Replay the new recording, `target`, which is read as `path`, and tell what differs."""
+        verdict = Verdict(self._selection, rules, limit=self._limit)
+        try:
+            sessions, start = _sessions_of(path, with_start=needs_start(self._selection))
+            verdict.begin_file(start)
+            factory = reload_handlers(sources, config)
+            names = self._names(sessions, all_of_them=factory.has_shared)
+            one = partial(self._differing, path, names, factory, timeout, verdict)
+            found = run_on(self._loop, one, VirtualTime(self._options.speed))
+        except VmiBridgeError as error:
+            self._printer.failed(f"{target}: whether it replays the same is not known: {error}")
+            return
+        self._printer.unstable(target, found)
+
+    async def _differing(
+        self,
+        path: Path,
+        names: Sequence[str | None],
+        factory: HandlerFactory,
+        timeout: float | None,
+        verdict: Verdict,
+    ) -> list[Difference]:
+        found: list[Difference] = []
+        async with serve_recording(
+            path,
+            names,
+            factory,
+            verdict,
+            self._options,
+            renamed=self._renamed,
+            change=partial(self._settings, timeout),
+            on_difference=found.append,
+        ) as served:
+            with ReadingBar(served.reader, f"checking {path}") as bar:
+                async for _ in served.server.run():
+                    bar.step()
+        return found
 
     def _run_file(
         self,

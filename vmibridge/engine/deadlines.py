@@ -125,6 +125,14 @@ class Deadlines:
                 return True
         return False
 
+    def waits_for_retry(self, first: int) -> bool:
+        """Whether the handler of that request waits for a retry, to access guest memory."""
+        return any(
+            request.worker.context.waits_for_retry
+            for request in self._watched
+            if request.worker is not None and _first_of(request) == first
+        )
+
     def time_out(self, first: int) -> bool:
         """Now is its hard deadline. Returns whether its handler runs."""
         for request in self._watched:

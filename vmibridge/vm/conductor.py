@@ -38,6 +38,9 @@ class ConductedEngine(Protocol):
         """The soft deadline of the request that came with trap `first` is now; returns whether it
         has a trap that waits for its handler."""
 
+    def waits_for_retry(self, first: int) -> bool:
+        """Whether its handler waits for a retry, to access guest memory."""
+
     def time_out(self, first: int) -> bool:
         """Its hard deadline is now; returns whether its handler runs."""
 

@@ -72,6 +72,7 @@ class GuestMemory:
         "_event",
         "_physical",
         "_settled",
+        "_waiting",
     )
 
     def __init__(self, physical: PhysicalMemory, event: TrapEvent) -> None:
@@ -79,7 +80,7 @@ class GuestMemory:
         self._event: TrapEvent | None = event
         self._closed = False
         self._attached: anyio.Event | None = None
-        self._accesses = 0
+        self._accesses = self._waiting = 0
         self._settled: anyio.Event | None = None
         self._checked: tuple[TrapEvent, int, int, Pages] | None = None
         """Where `check_writable` has looked last: the trap, address, size, and the pages, which are
@@ -102,6 +103,11 @@ class GuestMemory:
         if self._attached is not None:
             self._attached.set()
             self._attached = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether an access waits for `attach`."""
+        return self._waiting > 0
 
     async def settled(self) -> None:
         """Wait until no access is under way in the VM."""
@@ -200,7 +206,11 @@ class GuestMemory:
             event = self._event
             if event is None:
                 assert self._attached is not None
-                await self._attached.wait()
+                self._waiting += 1
+                try:
+                    await self._attached.wait()
+                finally:
+                    self._waiting -= 1
                 continue
             try:
                 return await access(event, address, what)

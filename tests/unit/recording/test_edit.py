@@ -16,6 +16,7 @@ from vmibridge.recording import MemoryAccess, Note, Session, recorded_traps
 from vmibridge.recording.edit import editing, fates, keeping
 from vmibridge.recording.edit.editing import EditOptions, edit
 from vmibridge.recording.file.reader import TimedMessage
+from vmibridge.recording.other_vms import other_vms_in
 from vmibridge.recording.selection import Selection
 from vmibridge.vm.trap import TrapEvent
 
@@ -142,7 +143,26 @@ def check_notes(found, messages):
         )
         first = found[place][1].seq
         before = [each for each in found[:place] if isinstance(each[1], Note) and each[1].vm == vm]
-        assert [note.kind for _, note in before] == ["lost"] * (first > 1)
+        kinds = [note.kind for _, note in before if other_vms_in(note.text) is None]
+        assert kinds == ["lost"] * (first > 1)
+
+
+def test_a_vm_that_is_left_out_is_noted_until_it_is_there_again(tmp_path):
+    messages = [(0, session("red")), (0, session("blue"))]
+    messages += [(SECOND * seq, trap(seq, vm=vm)) for seq in (1, 2) for vm in ("red", "blue")]
+    path = write_file(tmp_path / "run.mcap", messages)
+    parts = []
+    for vm, other in (("red", "blue"), ("blue", "red")):
+        parts.append(tmp_path / f"{vm}.mcap")
+        edit([path], parts[-1], EditOptions(selection=select(vms=[vm])))
+        (_, first), (_, note), *_ = read(parts[-1])
+        assert (first.vm, note.vm, note.kind, note.seq) == (vm, vm, "lost", None)
+        assert other_vms_in(note.text) == [other]
+        again = edited(tmp_path, parts[-1])
+        assert again == read(parts[-1])
+    both = edited(tmp_path, *parts)
+    assert not any(isinstance(each, Note) for _, each in both)
+    assert sorted(map(repr, both)) == sorted(map(repr, messages))
 
 
 @pytest.mark.no_cover

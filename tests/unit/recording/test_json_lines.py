@@ -15,8 +15,14 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import RecordingReadError
 from vmibridge.recording import json_lines, traps
+from vmibridge.recording.export import write_all
+from vmibridge.recording.export.jsonl import JsonLines
+from vmibridge.recording.export.selected import MISSING
+from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.json_lines import messages_of_lines
-from vmibridge.recording.messages import MemoryAccess, Note
+from vmibridge.recording.messages import MemoryAccess, Note, Session
+from vmibridge.recording.other_vms import other_vms_text
+from vmibridge.recording.selection import Selection
 from vmibridge.vm.trap import TrapEvent
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.mcap"))
@@ -82,9 +88,9 @@ class TestASelection:
             [(5, reply(9, vm=vm)) for vm in "ab"],
         )
         found = imported(export(path, tmp_path / "run.jsonl", vms=["b"]))
-        assert [message.vm for _, message in found] == ["b"] * 4
+        assert [message.vm for _, message in found] == ["b"] * 5
         less = imported(export(path, tmp_path / "less.jsonl", vms=["b"], vcpus=[0]))
-        assert less == found[:3]
+        assert less == found[:4]
 
 
 class TestLinesByHand:
@@ -171,3 +177,31 @@ def test_a_line_without_end_is_not_read_to_its_end(monkeypatch):
     with pytest.raises(RecordingReadError, match="line 1: a line has 100 bytes at most"):
         list(messages_of_lines(Endless(), "lines"))
     assert read == [101]
+
+
+def test_lines_of_a_part_say_what_they_lack(tmp_path):
+    both = [(0, session("red")), (0, session("blue"))]
+    for second in (1, 2, 3):
+        for at, vm in ((10 * second, "red"), (10 * second + 5, "blue")):
+            both += [(at, trap(second, vm=vm, value=second)), (at + 1, reply(second, vm=vm))]
+    path = write_file(tmp_path / "run.mcap", both)
+
+    def notes(**words):
+        lines = tmp_path / "part.jsonl"
+        selection = Selection.parse(**words)
+        with JsonLines(lines.open("wb")) as exporter, RecordingReader(path) as reader:
+            count = len(list(write_all(exporter, reader, selection)))
+        found = imported(lines.read_bytes())
+        at = {vm: [m for _, m in found if m.vm == vm] for vm in ("red", "blue")}
+        for messages in filter(None, at.values()):
+            assert isinstance(messages[0], Session)
+        return count, [(m.vm, m.text) for _, m in found if isinstance(m, Note)]
+
+    assert notes() == (6, [])
+    assert notes(first=2) == (4, [("red", MISSING), ("blue", MISSING)])
+    assert notes(vms=["red"]) == (3, [("red", other_vms_text(["blue"]))])
+    assert notes(vms=["blue"], last=2) == (
+        2,
+        [("blue", other_vms_text(["red"])), ("blue", MISSING)],
+    )
+    assert notes(requests=["0x77"]) == (0, [])

@@ -20,8 +20,9 @@ from vmibridge.recording.edit.fates import Fate, Fates
 from vmibridge.recording.edit.keeping import CUT, MAX_PIECES, Keeping
 from vmibridge.recording.edit.merging import merged
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import Note, RecordedMessage, Reply, Session
+from vmibridge.recording.messages import SESSION, Note, RecordedMessage, Reply, Session
 from vmibridge.recording.new_recording import NewRecording
+from vmibridge.recording.other_vms import other_vms_in, other_vms_text
 from vmibridge.recording.redaction import RedactionRule
 from vmibridge.recording.selection import Selection
 from vmibridge.recording.unmatched import Unmatched
@@ -134,6 +135,8 @@ class Edit:
         """Bytes of sessions, for the files that are to begin yet."""
         self._cut = 0
         self._time = 0
+        self._source_vms: frozenset[str | None] = frozenset()
+        """Of all sources, where a file may have others."""
 
     def run(self) -> Edited:
         """Raises as `edit`."""
@@ -144,6 +147,10 @@ class Edit:
             self._keeping = Keeping(merged(self._readers), options.selection, every)
             if not self._keeping.kept:
                 raise ConfigError(f"{self._nothing_kept()}; nothing was written")
+        if options.selection.vms or options.split == "vm" or len(self._readers) > 1:
+            # Before anything else is read: a reader reads one thing at a time.
+            sessions = (each for reader in self._readers for each in reader.messages(SESSION))
+            self._source_vms = frozenset(each.message.vm for each in sessions)
         with self._stack:
             for place, timed in enumerate(self._messages()):
                 self._time = timed.time
@@ -252,7 +259,22 @@ class Edit:
             if isinstance(self._options.split, int):
                 session = msgspec.structs.replace(session, part=session.part + piece - 1)
             self._write(piece, TimedMessage(time, session), None)
+            self._note_other_vms(name, piece, time)
         return vm.files[piece]
+
+    def _note_other_vms(self, name: str, piece: int, time: int) -> None:
+        """A handler that serves several VMs had the requests of those, too, that are not here."""
+        chosen = self._options.selection.vms
+        here = {name} if self._options.split == "vm" else chosen
+        others = sorted(filter(None, self._source_vms - here)) if here else []
+        if others:
+            text = other_vms_text(others)
+            self._write(piece, TimedMessage(time, Note("lost", text, name)), None)
+
+    def _is_there_again(self, message: RecordedMessage) -> bool:
+        """Whether it is a note of VMs that are in the sources after all: they were split."""
+        names = other_vms_in(message.text) if isinstance(message, Note) else None
+        return names is not None and self._source_vms.issuperset(names)
 
     def _note_what_is_missing(
         self, time: int, event: TrapEvent, before: int, here: _Place, piece: int
@@ -289,7 +311,7 @@ class Edit:
 
     def _take_note(self, timed: TimedMessage, name: str, message: RecordedMessage) -> None:
         vm = self._vm(name)
-        if self._is_lazy and not vm.files:
+        if (self._is_lazy and not vm.files) or self._is_there_again(message):
             return
         if isinstance(message, Note) and message.kind == "end" and vm.cut:
             counts = {word: count for word, count in message.counts.items() if word == "native"}

@@ -77,9 +77,13 @@ def write_all(
 ) -> Generator[RecordedTrap, None, None]:
     """Write what is selected; gives each trap as it is written."""
     traps = SelectedTraps(reader.messages(), selection, exporter.hear, exporter.other, reader)
-    for trap in traps:
-        exporter.add(trap, traps.start)
-        yield trap
+    every = selection == Selection()
+    for trap in traps.every():
+        if every or traps.takes(trap):
+            exporter.add(trap, traps.start)
+            yield trap
+        else:
+            exporter.leave_out(trap)
     exporter.finish()
 
 

@@ -43,6 +43,9 @@ class Exporter(ABC):
     def other(self, place: int, timed: TimedMessage) -> None:
         """A message that belongs to no trap, with its place among all of the recording."""
 
+    def leave_out(self, trap: RecordedTrap) -> None:
+        """A trap is not selected."""
+
     @abstractmethod
     def add(self, trap: RecordedTrap, start: int) -> None:
         """Write a trap. `start` is when the first one of the recording was taken."""

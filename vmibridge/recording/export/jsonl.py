@@ -15,6 +15,7 @@ from typing import BinaryIO, Final
 import msgspec
 
 from vmibridge.recording.export.exporter import OneFileExporter
+from vmibridge.recording.export.selected import LeftOut
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import (
     CHANNELS,
@@ -254,17 +255,30 @@ class JsonLines(OneFileExporter):
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
         self._encode = msgspec.json.Encoder().encode
+        self._left_out = LeftOut()
+        self._has_traps = False
 
     def other(self, place: int, timed: TimedMessage) -> None:
         """A line for each message that belongs to no trap."""
+        self._left_out.hear(timed)
+        self._write(place, timed)
+
+    def leave_out(self, trap: RecordedTrap) -> None:
+        """Lines at the end say so: what is made of them again has a note."""
+        self._left_out.add(trap)
+
+    def _write(self, place: int, timed: TimedMessage) -> None:
         line = printable_json(self._encode(message_record(place, *timed)))
         self._file.write(line + b"\n")
 
     def add(self, trap: RecordedTrap, start: int) -> None:
+        self._has_traps = True
         line = printable_json(self._encode(trap_record(trap, start, full=True)))
         self._file.write(line + b"\n")
 
     def finish(self) -> None:
+        for place, note in self._left_out.notes() if self._has_traps else ():
+            self._write(place, note)
         self._file.flush()
 
 

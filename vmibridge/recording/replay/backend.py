@@ -124,11 +124,16 @@ class ReplayBackend(Backend, Tap):
         VM that is not in it.
         """
         self._name, self.session = await self._walk.join(self, self.options.vm)
+        journal = self._walk.journal = self._tally.journal
         if self.session is not None:
             self.architecture = architecture_of(self.session)
             self._wait = self.session.settings.wait.value1
             self.conductor.begin(self.session)
         self._tally.begin(self._name, self.session, self.stop, self._open.values)
+        if journal is not None:
+            self.conductor.note_steps(journal, self.vm, self._name)
+            # Where nobody wants to know, this is no hook, which costs time.
+            self.handler_stepped = self.conductor.stepped  # type: ignore[method-assign]
 
     @property
     def reader(self) -> RecordingReader:
@@ -198,11 +203,11 @@ class ReplayBackend(Backend, Tap):
         self._stop_for(error)
 
     def trap(self, event: TrapEvent) -> None:
-        if event is self._requests.plain:
-            return
-        request = self._open.get(event.seq)
+        plain = event is self._requests.plain
+        request = None if plain else self._open.get(event.seq)
         if request is not None and not request.taken:
             request.taken = True
+            self.conductor.took(request, event)
             if self._walk.what is Awaited.TAKEN:
                 self._walk.go()
 
@@ -295,8 +300,7 @@ class ReplayBackend(Backend, Tap):
             self._tally.leave_unchecked(why, event, time, denial)
             self._not_asked.add(event.seq)
             return True
-        request = ReplayedRequest(event, time, strict=self.options.strict, keep=self._tally.keeps)
-        self._open[event.seq] = request
+        request = self._requests.begin(time, event)
         request.queued = isinstance(about, Step) and about.kind == "queued"
         if (
             isinstance(about, Reply)
@@ -335,6 +339,7 @@ class ReplayBackend(Backend, Tap):
             return True
         if not request.over:
             request.over, request.reply = True, reply
+            request.recorded_place = self._walk.place()
             request.free = request.free or not request.cut
             request.go_on()
             if request.blocked:
@@ -418,6 +423,7 @@ class ReplayBackend(Backend, Tap):
                 self._ask_again(request)
             else:
                 request.answered, request.outcome, request.writes = True, outcome, writes
+                self.conductor.answered(request)
                 request.drop_retries()
                 request.go_on()
                 if request.over and (request.closes or self.options.order == "vcpu"):
@@ -434,15 +440,10 @@ class ReplayBackend(Backend, Tap):
 
     def _ask_on(self, request: ReplayedRequest) -> None:
         """One more retry, which the recording does not have: so it has a number of its own."""
-        event, unused = request.further_retry()
-        if unused is not None:
-            self._open.pop(unused, None)
-        self._open[event.seq] = request
-        self._feed(request, event)
+        self._feed(request, self._requests.further_retry(request))
 
     def _close(self, request: ReplayedRequest, why: str | None = None) -> None:
-        for seq in (request.event.seq, *request.seqs):
-            self._open.pop(seq, None)
+        self._requests.end(request)
         self.conductor.unwinds(request)
         self._memory.held -= request.held
         self.conductor.fetched.close(request)

@@ -14,7 +14,7 @@ import msgspec
 from vmibridge.bridge.bounds import problem_of
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.errors import ConfigError
-from vmibridge.recording.replay.accept import Accepted
+from vmibridge.recording.replay.accepted import Accepted
 from vmibridge.recording.replay.ignore import IgnoreRule
 from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.own_loop import LoopName

@@ -9,6 +9,7 @@ import anyio
 from vmibridge.errors import GuestMemoryError
 from vmibridge.recording.messages import MemoryAccess
 from vmibridge.recording.replay.open_requests import OpenRequests
+from vmibridge.recording.replay.player import Awaited
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.walk import Walk
 from vmibridge.vm.trap import TrapEvent
@@ -49,9 +50,13 @@ class ReplayedMemory:
             before = request.held
             try:
                 found = take()
+            except GuestMemoryError:
+                self._has_read(request)
+                raise
             finally:
                 self.held -= before - request.held
             if found is not None or request.over:
+                self._has_read(request)
                 return found
             await self._further_accesses(request)
 
@@ -65,9 +70,12 @@ class ReplayedMemory:
             return True
         if self.held > _MAX_HELD and not request.blocked:
             return False
-        self.held += request.attach(access)
+        self.held += request.attach(access, self._walk.place())
         if request.blocked:
             self.arrive()
+            # What the handler does next comes before what is recorded next.
+            request.reads = True
+            self._walk.wait_for(request, Awaited.READ)
         return True
 
     def _request_of(self, event: TrapEvent, address: int) -> ReplayedRequest:
@@ -77,11 +85,21 @@ class ReplayedMemory:
         return request
 
     async def _further_accesses(self, request: ReplayedRequest) -> None:
-        request.blocked = True
+        request.blocked, request.reads = True, False
         arrived = self._arrived
         self._walk.go()
         if not arrived.is_set():
-            await arrived.wait()
+            try:
+                await arrived.wait()
+            except BaseException:  # a cancellation: it takes none
+                self._has_read(request)
+                raise
+
+    def _has_read(self, request: ReplayedRequest) -> None:
+        """A handler that has waited for an access goes on."""
+        if request.reads:
+            request.reads = False
+            self._walk.go()
 
     def arrive(self) -> None:
         """More is known: who waits for an access looks again."""

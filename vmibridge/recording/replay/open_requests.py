@@ -61,6 +61,29 @@ class OpenRequests:
             return self.unfold()
         return self.by_seq.get(seq)
 
+    def begin(self, time: int, event: TrapEvent) -> ReplayedRequest:
+        """A trap that was taken at `time` is asked; its request."""
+        journal = self._walk.journal
+        keep = None if journal is None else journal.access
+        request = ReplayedRequest(event, time, strict=self._strict, keep=keep)
+        if journal is not None:
+            journal.ask(request)
+        self.by_seq[event.seq] = request
+        return request
+
+    def further_retry(self, request: ReplayedRequest) -> TrapEvent:
+        """One more retry of a request, which the recording does not have."""
+        event, unused = request.further_retry()
+        if unused is not None:
+            self.by_seq.pop(unused, None)
+        self.by_seq[event.seq] = request
+        return event
+
+    def end(self, request: ReplayedRequest) -> None:
+        """A request is done."""
+        for seq in (request.event.seq, *request.seqs):
+            self.by_seq.pop(seq, None)
+
     def begin_plain(self, time: int, event: TrapEvent, then: Reply | PlainTrap) -> bool:
         """A trap that was taken at `time` is about to be given to the server; its reply `then` was
         recorded next. `False`: it is not plain, or it is not its time yet."""
@@ -93,7 +116,7 @@ class OpenRequests:
             return None
         then = self._then
         self.plain = self._walk.plain = self.conductor.plain = None
-        request = ReplayedRequest(event, self._time, strict=self._strict, keep=self._tally.keeps)
+        request = ReplayedRequest(event, self._time, strict=self._strict)
         request.taken = request.over = request.closes = request.free = True
         request.reply = then if isinstance(then, Reply) else then.reply()
         self.by_seq[event.seq] = request

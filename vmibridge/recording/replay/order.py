@@ -5,7 +5,9 @@ from collections.abc import Awaitable
 import anyio.lowlevel
 
 from vmibridge.bridge.outcome import OutcomeKind
+from vmibridge.engine.taps import Step as StepKind
 from vmibridge.recording.messages import FORMAT_WITH_STEPS, Note, Outside, Session, Step
+from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.open_requests import OpenRequests
 from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.outside import ReplayedOutside
@@ -37,6 +39,8 @@ class RecordedOrder(Conductor):
         self.gaps: list[str] = []
         """What the file says that it lacks of this VM, as one that was edited does."""
         self._clock = self._last = 0
+        self._vm = ""
+        """Its name now, where a journal is kept."""
         self._walk = walk
         self._requests = requests
         requests.conductor = self
@@ -49,22 +53,48 @@ class RecordedOrder(Conductor):
         self.seed, self._clock = session.seed, session.clock
         self.has_steps = session.format >= FORMAT_WITH_STEPS
 
+    def note_steps(self, journal: Journal, vm: str, recorded: str) -> None:
+        """Note what handlers do. `vm`: the name of now."""
+        walk, self._vm = self._walk, vm
+        journal.join(vm, recorded, walk.place, walk.time_of_now, has_steps=self.has_steps)
+
+    def stepped(self, event: TrapEvent, first: int, step: StepKind) -> None:
+        """A handler has made a step, where they are noted (`Tap.handler_stepped`)."""
+        request, journal = self.find(first), self._walk.journal
+        if request is not None and journal is not None:
+            journal.step(request, step)
+
+    def took(self, request: ReplayedRequest, event: TrapEvent) -> None:
+        """The server has taken a trap of a request."""
+        request.engine = self.engine
+        if self._walk.journal is not None:
+            self._walk.journal.take(request, event)
+
+    def answered(self, request: ReplayedRequest) -> None:
+        """A request was answered for good."""
+        if self._walk.journal is not None:
+            self._walk.journal.answer(request)
+
     def find(self, seq: int) -> ReplayedRequest | None:
         """The request of a trap, or one that was answered and whose handler still unwinds."""
         return self._requests.find(seq) or self._unwinding.get(seq)
 
     def unwinds(self, request: ReplayedRequest) -> None:
         """A request is compared: its handler may go on all the same, having been cut off."""
-        if request.cut and not request.ended and len(self._unwinding) < _MAX_UNWINDING:
+        # A journal has the steps of one that is cut off now, too.
+        is_cut = request.cut or (self._walk.journal is not None and request.answered)
+        if is_cut and not request.ended and len(self._unwinding) < _MAX_UNWINDING:
             for seq in (request.event.seq, *request.seqs):
                 self._unwinding[seq] = request
-        else:
+        if not request.cut or request.ended:
             request.free = True
             request.go_on()
 
     def let_go(self) -> None:
         """The replay has ended: no handler is held any more."""
         self.fetched.is_over = True
+        if self._walk.journal is not None:
+            self._walk.journal.stop(self._vm)
         self._requests.let_go()
         for request in list(self._unwinding.values()):
             request.over = request.free = True
@@ -109,6 +139,8 @@ class RecordedOrder(Conductor):
         if request is not None:
             request.begun, request.ended = True, False
             request.has_turn = False
+            if self._walk.journal is not None:
+                self._walk.journal.step(request, "began")
             # Its reply was read if it did not wait then.
             request.free = request.closes
             if self._walk.what is _BEGUN and request is self._walk.awaited:
@@ -117,7 +149,10 @@ class RecordedOrder(Conductor):
     def step(self, event: TrapEvent) -> Awaitable[None] | None:
         """A handler that was suspended is about to go on."""
         request = self.find(event.seq)
-        if request is None or not self.has_steps or _is_free(request):
+        if request is None or not self.has_steps:
+            return None
+        if _is_free(request):
+            request.steps_made += 1
             return None
         if request.steps_done < request.steps_allowed and not request.throws:
             self._has_gone_on(request)
@@ -138,6 +173,9 @@ class RecordedOrder(Conductor):
             self._has_gone_on(request)
 
     def _has_gone_on(self, request: ReplayedRequest) -> None:
+        request.steps_made += 1
+        if self._walk.journal is not None:
+            self._walk.journal.goes_on(request)
         request.steps_done += 1
         self._walk.go()
 

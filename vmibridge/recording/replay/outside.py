@@ -17,13 +17,16 @@ strict replay; else it is named where something else differs, and in the result.
 from collections.abc import Callable
 
 import anyio
+import msgspec
 
 from vmibridge.bridge.outside import MAX_KEY
 from vmibridge.errors import OutsideRefusedError
 from vmibridge.recording.messages import Outside
+from vmibridge.recording.replay.journal import EventKind
 from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.player import Awaited
-from vmibridge.recording.replay.request import NO_CALL, ReplayedRequest
+from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.replay.request_parts import NO_CALL
 from vmibridge.recording.replay.walk import Walk
 from vmibridge.vm.conductor import OutsideCall
 from vmibridge.vm.trap import TrapEvent
@@ -86,8 +89,10 @@ class ReplayedOutside:
             return True
         self._held += size
         calls.recorded[call] = message
+        if request.keeps:
+            calls.read_at[call] = request.steps_made
         # Another one that waits does so for what is recorded later, if at all.
-        if not message.at_once and (call in calls.waiting or not calls.waiting):
+        if call in calls.waiting or not (message.at_once or calls.waiting):
             calls.awaited = call
             self._walk.wait_for(request, Awaited.FETCHED)
         request.go_on()
@@ -147,7 +152,7 @@ class ReplayedOutside:
             if message is not None:
                 self._held -= _size(message)
                 if request.keeps:
-                    calls.made.add(call)
+                    self._keep_recorded(request, message)
             if calls.awaited == call:
                 calls.awaited = None
                 self._walk.go()
@@ -177,7 +182,20 @@ class ReplayedOutside:
                 call.types,
                 at == 0,
             )
-            request.outside.others.append((at, message))
+            request.outside.others.append(message)
+            if self._walk.journal is not None:
+                self._walk.journal.add(request, EventKind.OUTSIDE, at)
+
+    def _keep_recorded(self, request: ReplayedRequest, message: Outside) -> None:
+        """A recorded call is made: where the walk came to it, or some steps later."""
+        calls, call = request.outside, (message.key, message.number)
+        if calls.read_at.pop(call, None) == request.steps_made or message.is_cut_off:
+            calls.made.add(call)
+            return
+        # Its value was there already: nothing of it is waited for.
+        calls.others.append(msgspec.structs.replace(message, seq=request.event.seq, at_once=True))
+        if self._walk.journal is not None:
+            self._walk.journal.add(request, EventKind.OUTSIDE)
 
     async def _reached(self, request: ReplayedRequest, call: tuple[str, int]) -> Outside | None:
         """What is recorded of a call, when the walk is there; `None`: nothing."""

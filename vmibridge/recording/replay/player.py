@@ -45,6 +45,7 @@ class Awaited(Enum):
     BEGUN = "begun"
     RESUMED = "resumed"
     ENDED = "ended"
+    READ = "given what it waits for of guest memory"
     FETCHED = "given what came from outside"
     TOLD = "told to wait"
     ANSWERED = "answered"

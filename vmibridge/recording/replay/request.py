@@ -15,8 +15,8 @@ for it again: they share its memory accesses and its final reply.
 | leaves out a call of `vmi.outside` | | yes |
 """
 
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import anyio
 import msgspec
@@ -24,7 +24,7 @@ import msgspec
 from vmibridge.bridge.outcome import Outcome
 from vmibridge.bridge.request import request_in
 from vmibridge.errors import GuestMemoryError
-from vmibridge.recording.messages import MemoryAccess, Outside, Reply
+from vmibridge.recording.messages import MemoryAccess, Reply
 from vmibridge.recording.replay.compare import (
     Difference,
     FieldDifference,
@@ -34,6 +34,9 @@ from vmibridge.recording.replay.compare import (
     is_same,
     reply_of,
 )
+from vmibridge.recording.replay.player import Awaited
+from vmibridge.recording.replay.request_parts import KeptAccesses, RequestOutside
+from vmibridge.vm.conductor import ConductedEngine
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 _MAX_PAST = 64
@@ -47,31 +50,6 @@ MADE = 40
 has such numbers, too: so the next one follows the latest of its request."""
 _UNKNOWN = "it is not in the recording"
 CUT = "the recording lacks the end of its output"
-NO_CALL = "no call"
-_CALLED = "it is not in the recording, and was called"
-_NOT_MADE = "in the recording, and not called"
-
-
-class RequestOutside(msgspec.Struct):
-    """The calls of `vmi.outside` of one request, by key and number."""
-
-    recorded: dict[tuple[str, int], Outside] = {}
-    """Those that were read, and are not made yet."""
-    waiting: set[tuple[str, int]] = set()
-    """Those that are made, and wait for what is recorded."""
-    awaited: tuple[str, int] | None = None
-    """What the walk waits for."""
-    called: list[str] = []
-    """Keys of those that are not in the recording, and whose functions were called."""
-    left: list[str] = []
-    """Keys of those that were recorded and are not made."""
-    asked: dict[str, int] = {}
-    """How many were made, by key: they are numbered from 0."""
-    made: set[tuple[str, int]] = set()
-    """Those that came to what they came to then, where all are kept."""
-    others: list[tuple[int, Outside]] = []
-    """Other ones, where all are kept, and when each had come to something by the clock of the
-    recording; 0: with its trap."""
 
 
 class ReplayedRequest:
@@ -92,6 +70,10 @@ class ReplayedRequest:
     answered = False
     blocked = False
     """Whether its handler waits for an access that was not read yet."""
+    engine: "ConductedEngine | None" = None
+    """What it is served by, where its handler is in this process."""
+    reads = False
+    """Whether it was given the access, and has not gone on yet."""
     wants_retry = False
     """Whether it was told to wait now, so that it needs the next retry."""
     taken = False
@@ -111,6 +93,8 @@ class ReplayedRequest:
     turns = 0
     """How often it has lined up."""
     turns_allowed = 0
+    steps_made = 0
+    """How often it went on, held or not."""
     steps_done = 0
     """How often it went on after it was suspended."""
     steps_allowed = 0
@@ -132,6 +116,14 @@ class ReplayedRequest:
     """Why it cannot be compared."""
     seqs: Sequence[int] = ()
     """Of the traps that asked again."""
+    place = 0
+    """That of its trap in the file, where it matters (`journal`)."""
+    reply_place: int | None = None
+    """Where it was answered for good, if that was before the walk came to its reply."""
+    recorded_place = 0
+    """Where that reply is."""
+    _kept: "KeptAccesses | None" = None
+    _is_passed_over = False
     _gate: "anyio.Event | None" = None
     _outside: "RequestOutside | None" = None
     _pending: "deque[tuple[int, MemoryAccess]] | None" = None
@@ -142,12 +134,21 @@ class ReplayedRequest:
     _attached = 0
     _latest = -1
 
-    def __init__(self, event: TrapEvent, time: int, *, strict: bool, keep: bool = False) -> None:
-        """`strict`: the order of accesses counts; `keep`: all that are made are kept."""
+    def __init__(
+        self,
+        event: TrapEvent,
+        time: int,
+        *,
+        strict: bool,
+        keep: "Callable[[ReplayedRequest], int] | None" = None,
+    ) -> None:
+        """`strict`: the order of accesses counts; `keep` notes that one is made which has its place
+        here, and returns that: then all that are made are kept."""
         self.event = event
         self.time = time
         self._strict = strict
-        self.keeps = keep
+        self.keeps = keep is not None
+        self._keep = keep
 
     @property
     def outside(self) -> RequestOutside:
@@ -193,6 +194,36 @@ class ReplayedRequest:
         was told to wait before it was then, or it reads what it had not read by then."""
         return self.blocked or (self.wants_retry and not self.parked)
 
+    @property
+    def may_need_retry(self) -> bool:
+        """Whether its handler may wait for a trap that asks again, to access guest memory."""
+        return self.told and self.begun and not (self.ended or self.answered)
+
+    @property
+    def _needs_behind(self) -> bool:
+        if self.needs_more:
+            return True
+        engine = self.engine
+        return self.may_need_retry and engine is not None and engine.waits_for_retry(self.event.seq)
+
+    def may_not_call(self, what: Awaited) -> bool:
+        """Whether its handler, if changed, may not ask for what there is for it from outside, or
+        asks for what comes later. `what`: that is waited for."""
+        if self._outside is None:
+            return False
+        return what is Awaited.FETCHED or (what is Awaited.RESUMED and bool(self._outside.waiting))
+
+    def pass_over(self) -> bool:
+        """It was waited for; whether that is to end, as it needs what is behind in the file."""
+        self._is_passed_over = self._needs_behind
+        return self._is_passed_over
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether it still needs that, so that it is not waited for again."""
+        self._is_passed_over = self._is_passed_over and self._needs_behind
+        return self._is_passed_over
+
     def gate(self) -> anyio.Event:
         """Set when it may go on, perhaps."""
         if self._gate is None:
@@ -205,8 +236,17 @@ class ReplayedRequest:
             self._gate.set()
             self._gate = None
 
-    def attach(self, access: MemoryAccess) -> int:
-        """One more recorded access; returns the bytes that it holds."""
+    @property
+    def kept(self) -> KeptAccesses:
+        """Its accesses, where all are kept."""
+        if self._kept is None:
+            self._kept = KeptAccesses()
+        return self._kept
+
+    def attach(self, access: MemoryAccess, place: int = 0) -> int:
+        """One more recorded access, there in the file; returns the bytes that it holds."""
+        if self.keeps:
+            self.kept.places.append(place)
         self.pending.append((self._attached, access))
         self._attached += 1
         size = held_size(access)
@@ -238,7 +278,7 @@ class ReplayedRequest:
         data = self._compose(address, size)
         error = None if data is not None else _UNKNOWN
         access = MemoryAccess(self.event.vm, self.event.seq, address, size, data, False, error)
-        self.past.append(access)
+        self._make(access)
         if data is None or self._strict:
             self.differ("read", self._next(), describe(access))
         if data is None:
@@ -246,10 +286,10 @@ class ReplayedRequest:
         return data
 
     @property
-    def all_accesses(self) -> "list[MemoryAccess] | None":
-        """Those that were made now, where all are kept; `None`: they are more than that."""
-        past = self.past
-        return None if len(past) == past.maxlen else list(past)
+    def has_too_many(self) -> bool:
+        """Whether it has made more accesses than are kept."""
+        past = self._past
+        return past is not None and len(past) == past.maxlen
 
     @property
     def latest_accesses(self) -> tuple[MemoryAccess, ...]:
@@ -277,7 +317,7 @@ class ReplayedRequest:
     def write_unrecorded(self, address: int, data: bytes) -> None:
         """It was not written then."""
         access = MemoryAccess(self.event.vm, self.event.seq, address, len(data), data, True)
-        self.past.append(access)
+        self._make(access)
         self.differ("write", self._next(), describe(access))
 
     def differ(self, field: str, expected: str, got: str) -> None:
@@ -312,30 +352,6 @@ class ReplayedRequest:
         then = None if self.reply is None else self.reply.writes
         return then is None or then.values[0] != wait
 
-    def _compare_outside(self, calls: RequestOutside) -> None:
-        """Calls that were made then and are not now; and others, in front: they may be the cause of
-        all else that differs."""
-        if calls.called and (self._strict or self._differences or calls.left):
-            told = (
-                FieldDifference("outside", NO_CALL, f"{key!a}: {_CALLED}") for key in calls.called
-            )
-            self._differences = (*told, *self._differences)
-        if not calls.left:
-            return
-        keys = ", ".join(
-            ascii(key) if count == 1 else f"{key!a} ({count} times)"
-            for key, count in Counter(calls.left).items()
-        )
-        expected = f"{keys}: {_NOT_MADE}"
-        for place, each in enumerate(self._differences):
-            if each.field == "outside":
-                # One that was called or refused may stand for them.
-                told_of = msgspec.structs.replace(each, expected=expected)
-                before, after = self._differences[:place], self._differences[place + 1 :]
-                self._differences = (*before, told_of, *after)
-                return
-        self._differences = (FieldDifference("outside", expected, NO_CALL), *self._differences)
-
     def compare(self, *, whole: bool) -> Difference | None:
         """What is not as it was, when both replies are known; `None`: nothing.
 
@@ -358,7 +374,7 @@ class ReplayedRequest:
         for _, access in self._pending or ():
             self.leave_out(access)
         if self._outside is not None:
-            self._compare_outside(self._outside)
+            self._differences = self._outside.compare(self._differences, strict=self._strict)
         if not self._differences:
             return None
         event = self.event
@@ -381,7 +397,21 @@ class ReplayedRequest:
             self.differ("write" if access.write else "read", text, f"after others: {text}")
         del self.pending[place]
         self.held -= held_size(access)
+        self._make(access, number)
+
+    def _make(self, access: MemoryAccess, number: int | None = None) -> None:
+        """An access is made; `number`: of the recorded one that it is."""
         self.past.append(access)
+        if self._keep is None or self.has_too_many:
+            return
+        kept = self.kept
+        # It stays where it was if it is not to come behind another one, that is made before it.
+        if number is not None and kept.places[number] >= kept.latest:
+            kept.latest = kept.places[number]
+            kept.there.add(number)
+        else:
+            kept.others.append(access)
+            kept.latest = self._keep(self)
 
     def _next(self) -> str:
         return describe(self.pending[0][1]) if self.pending else "no further access"

@@ -19,6 +19,7 @@ from vmibridge.engine.taps import Tap
 from vmibridge.errors import ConfigError
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import SESSION, TRAP, Session
+from vmibridge.recording.other_vms import other_vms_in
 from vmibridge.recording.replay.backend import ReplayBackend
 from vmibridge.recording.replay.changes import handler_changes
 from vmibridge.recording.replay.compare import Difference
@@ -134,8 +135,11 @@ class ServedRecording:
         for backend in self.backends:
             handlers = self.bridges[backend.vm].handlers
             yield from handler_changes(backend.session, handlers, has_config=has_config)
+            is_shared = any(handler.shared for handler in handlers)
             yield from (
-                f"vm {backend.vm}: the recording says: {gap}" for gap in backend.conductor.gaps
+                f"vm {backend.vm}: the recording says: {gap}"
+                for gap in backend.conductor.gaps
+                if is_shared or other_vms_in(gap) is None
             )
         yield from self.reader.problem_lines()
 

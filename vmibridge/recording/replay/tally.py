@@ -7,6 +7,7 @@ from vmibridge.bridge.request import request_in
 from vmibridge.recording.messages import Reply, Session
 from vmibridge.recording.redaction import Redaction
 from vmibridge.recording.replay.compare import Difference
+from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.options import NO_REPLY, ReplayResult
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.request_result import NOT_SELECTED, RequestResult
@@ -43,8 +44,10 @@ class Tally:
         self._redaction = Redaction()
         self._redacts = False
         self._looks_at_each = True
-        self.keeps: bool = verdict.accepted is not None
-        """Whether all accesses of a request are kept."""
+        self.journal: Journal | None = (
+            None if verdict.accepted is None else verdict.accepted.journal
+        )
+        """Of what handlers do, where their answers are accepted."""
 
     def begin(
         self,
@@ -58,7 +61,8 @@ class Tally:
         self._vm = vm
         self._redaction = Redaction(() if session is None else session.redaction)
         self._redacts = bool(self._redaction.rules)
-        self._looks_at_each = self.keeps or self._redacts or self._on_request is not None
+        has_journal = self.journal is not None
+        self._looks_at_each = has_journal or self._redacts or self._on_request is not None
         self.verdict.begin_vm(vm, session, stop, requests)
 
     @property
@@ -116,6 +120,8 @@ class Tally:
             return None, NOT_SELECTED
         whole = not (self._redacts and self.left_out(request.event))
         difference = request.compare(whole=whole)
+        if verdict.accepted is not None:
+            verdict.accepted.move(self._vm, request)
         if difference is None and request.unchecked is not None:
             self._count_unchecked(request.unchecked)
             return None, request.unchecked

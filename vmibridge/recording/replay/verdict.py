@@ -21,7 +21,7 @@ from vmibridge.errors import ConfigError
 from vmibridge.recording.messages import Reply, Session
 from vmibridge.recording.method_names import MethodNames
 from vmibridge.recording.outputs import leaves_of
-from vmibridge.recording.replay.accept import Accepted
+from vmibridge.recording.replay.accepted import Accepted
 from vmibridge.recording.replay.compare import Difference, FieldDifference
 from vmibridge.recording.replay.ignore import Ignored, IgnoreRule
 from vmibridge.recording.replay.last_traps import LastTraps

@@ -14,7 +14,7 @@ and goes on when it has happened again:
 | step `resumed` | the handler may go on, at its time | it has |
 | step `ended` | the handler may go on as often as it likes | it has ended |
 | call of `vmi.outside` | its value is given, at its time | the handler has it |
-| memory access | it is kept for its request | at once |
+| memory access | it is kept for its request | at once, or when a handler that waits for it has it |
 | reply | deadlines pass that passed then | the trap is answered |
 
 So handlers begin, go on and end in the recorded order, in all VMs, and what one leaves behind
@@ -47,6 +47,7 @@ from vmibridge.aio.clock import VirtualTime, loop_clock, virtual_time
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import PlainTrap, RecordedMessage, Session, Step
+from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.player import Awaited, Player, Unfolding
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVms, all_apart
@@ -57,6 +58,9 @@ __all__ = ["Walk"]
 
 _PATIENCE = 0.5
 """Seconds that the walk waits for a handler while others are held."""
+_MAX_PATIENCE = 1.0
+_MAX_LOOSENED = 16
+"""How often those go on before a deadline of the one that is waited for may pass."""
 _TINY = 1e-9
 _MAX_LOOKS = 100
 """How often a message is looked at again in other turns of the loop."""
@@ -85,6 +89,10 @@ class Walk:
         self._place = 0
         self._played = 0
         """Messages of the batches before."""
+        self._apart = 0
+        """Plain traps of VMs that are not played: each is two messages."""
+        self.journal: Journal | None = None
+        """Where it is noted what handlers do; `None`: nobody wants to know."""
         self._looks = self._looks_at = 0
         self._checks = self._checks_at = 0
         self._check_from = -math.inf
@@ -99,7 +107,7 @@ class Walk:
         self._full: deque[tuple[TrapSink, TrapEvent, Callable[[TrapEvent], object]]] = deque()
         self._start: tuple[float, int] | None = None
         self._pause = math.inf
-        self._patience = _PATIENCE
+        self._patience, self._loosened = _PATIENCE, 0
         self._loosen_at = math.inf
         self.is_timed: bool = bool(speed)
         """Whether something may have to wait for its time."""
@@ -204,16 +212,17 @@ class Walk:
                     return
                 self.plain.unfold()
             if self.awaited is not None:
-                if not self._is_met(self.awaited):
+                if not (self._is_met(self.awaited) or self.awaited.is_passed_over):
                     self._may_loosen()
                     return
                 self.awaited = None
-                self._loosen_at, self._patience = math.inf, _PATIENCE
+                self._be_patient()
             if self._full or self._place >= len(self._batch):
                 break
             each = self._batch[self._place]
             if isinstance(each, PlainTrap):
                 player = self._players.get(each.event.vm)
+                self._apart += player is None or player.is_over
                 if not (
                     player is None
                     or player.is_over
@@ -245,6 +254,12 @@ class Walk:
         """Go no further until this has happened."""
         self.awaited, self.what = request, what
 
+    def place(self) -> int:
+        """That of the message that is played or comes next, or of the reply that is waited for:
+        how many of these VMs stand before it."""
+        waits = self.awaited is not None and self.what is Awaited.ANSWERED
+        return self._played + self._place + self._apart - waits
+
     def skip(self) -> None:
         """The message behind the one that is played now is played with it."""
         self._place += 1
@@ -266,9 +281,11 @@ class Walk:
                 return request.begun or answered
             case Awaited.RESUMED:
                 done = request.ended or request.steps_done >= request.steps_allowed
-                return done or not request.begun
+                return done or not request.begun or (answered and not request.cut)
             case Awaited.ENDED:
-                return request.ended or not request.begun
+                return request.ended or not request.begun or (answered and not request.cut)
+            case Awaited.READ:
+                return not request.reads or request.ended or answered
             case Awaited.FETCHED:
                 done = request.outside.awaited is None or request.ended or not request.begun
                 return done or (answered and not request.cut)
@@ -366,6 +383,9 @@ class Walk:
         now = self._clock()
         if now < self._pause < math.inf:
             return self._pause - now + _CHECK
+        if self._held and now < self._loosen_at < math.inf and self._loosened < _MAX_LOOSENED:
+            # It may wait for one that is held, as with a lock.
+            return self._loosen_at - now + _CHECK
         if self._checks_at != (at := self._played + self._place):
             self._checks, self._checks_at = 0, at
         if now >= self._check_from:
@@ -396,33 +416,28 @@ class Walk:
         awaited = self.awaited
         if awaited is None or self._loosen_at != math.inf:
             return
-        if self._held or awaited.needs_more or self._waits_for_outside():
+        needs = awaited.needs_more or awaited.may_need_retry
+        if self._held or needs or awaited.may_not_call(self.what):
             self._loosen_at = self._clock() + self._patience
             self.poke()
 
-    def _waits_for_outside(self) -> bool:
-        """Whether a changed handler may not ask for what the walk has for it, or asks for what
-        comes later."""
-        awaited = self.awaited
-        if awaited is None or not awaited.has_outside:
-            return False
-        return self.what is Awaited.FETCHED or (
-            self.what is Awaited.RESUMED and bool(awaited.outside.waiting)
-        )
+    def _be_patient(self) -> None:
+        """Another one is waited for from here on."""
+        self._loosen_at, self._patience, self._loosened = math.inf, _PATIENCE, 0
 
     def _loosen(self) -> None:
         """Who is waited for may wait for who is held, or for what comes next in the file."""
-        if self.awaited is not None and self._waits_for_outside():
+        if self.awaited is not None and self.awaited.may_not_call(self.what):
             self.awaited.outside.awaited = None
             if self.what is Awaited.RESUMED:
-                self.awaited = None
-                self._loosen_at = math.inf
+                self.awaited, self._loosen_at = None, math.inf
                 self.go()
                 return
-        self._patience *= 2
-        self._loosen_at = math.inf
-        if self.awaited is not None and self.awaited.needs_more:
+        self._loosen_at, self._loosened = math.inf, self._loosened + 1
+        self._patience = min(2 * self._patience, _MAX_PATIENCE)
+        if self.awaited is not None and self.awaited.pass_over():
             self.awaited = None
+            self._be_patient()
             return
         for request in self._held:
             request.loose = True
