@@ -53,6 +53,7 @@ from vmibridge.backends.device.slots import (
     DOORBELL_CANCEL,
     Call,
     Limits,
+    Slots,
     shared_areas,
     slot_of_doorbell,
 )
@@ -96,10 +97,10 @@ class Connection:
         except BaseException:
             os.close(self._wake)
             raise
-        self.slots = self.mailbox.slots
+        self.slots: Slots = self.mailbox.slots
         self.ranges: GuestRanges = GuestRanges()
         self.lock: Lock = Lock()
-        self.released = 0
+        self.released: int = 0
         """Accesses that were acknowledged without an answer."""
         self.used: set[int] = set()
         """Slots that have called."""
@@ -107,7 +108,7 @@ class Connection:
         self._protocol = VfioUser(self, bar, max(1, limits.vectors))
         self._hold = limits.hold_us / 1e6
         self._timeout = limits.timeout_ms / 1e3
-        self.stream = MessageStream(connected, self._timeout)
+        self.stream: MessageStream = MessageStream(connected, self._timeout)
         self._on_call, self._on_abandoned = on_call, on_abandoned
         self._held: dict[int, Pending] = {}
         self._cancelled: set[int] = set()
@@ -116,10 +117,10 @@ class Connection:
         self._max_news = 16 + 4 * slots
         self._transfers: dict[int, Transfer] = {}
         self._transfer_room = anyio.Semaphore(1)
-        self.loop_turns = 0
+        self.loop_turns: int = 0
         self._lookahead = Lookahead()
         self.broken: Exception | None = None
-        self.is_over = False
+        self.is_over: bool = False
 
     # --- its life -------------------------------------------------------------------
 

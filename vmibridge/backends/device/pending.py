@@ -13,10 +13,10 @@ class Pending:
     __slots__ = ("access", "call", "event", "sent_after", "since")
 
     def __init__(self, call: Call, access: Access, since: float, sent_after: float) -> None:
-        self.call = call
+        self.call: Call = call
         self.event: TrapEvent | None = None
         self.access: Access | None = access
         """What QEMU waits for; `None`: it was answered."""
-        self.since = since
-        self.sent_after = sent_after
+        self.since: float = since
+        self.sent_after: float = sent_after
         """When the socket was empty last, before it came."""

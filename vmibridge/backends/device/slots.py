@@ -230,11 +230,11 @@ class Slots:
             raise ValueError(f"{memory.nbytes} bytes are too few for {count} slots")
         self.count = count
         self.limits: Limits = limits or Limits()
-        self.generation = generation & _MASK32
+        self.generation: int = generation & _MASK32
         """Changes with each reset; a driver that sees another one begins anew."""
-        self.repeated = 0
+        self.repeated: int = 0
         """Rings for a call that was taken before."""
-        self.ignored = 0
+        self.ignored: int = 0
         """Rings of a slot without a call in it."""
         self._memory = memory.cast("B")
         # One store of 32 bits each, which a vCPU sees whole; that of `struct` is byte by byte.

@@ -11,6 +11,6 @@ class Transfer:
     __slots__ = ("data", "ended")
 
     def __init__(self) -> None:
-        self.ended = anyio.Event()
+        self.ended: anyio.Event = anyio.Event()
         self.data: bytes | None = None
         """What came; `None`: nothing, it failed."""

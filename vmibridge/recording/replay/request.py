@@ -147,7 +147,7 @@ class ReplayedRequest:
         self.event = event
         self.time = time
         self._strict = strict
-        self.keeps = keep is not None
+        self.keeps: bool = keep is not None
         self._keep = keep
 
     @property
