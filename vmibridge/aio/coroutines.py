@@ -132,6 +132,17 @@ def asyncio_task() -> "asyncio.Task[object] | None":
         return None
 
 
+def cancel_again(cut: BaseException) -> None:
+    """What this task does not take for a cancellation is one when it awaits something next.
+
+    On trio it is so by itself.
+    """
+    task = asyncio_task()
+    if task is not None:
+        task.uncancel()
+        task.cancel(*cut.args)
+
+
 async def forget_cancellation(task: "asyncio.Task[object]") -> None:
     """Take back what a handler did that cancelled the task it was run in."""
     while task.cancelling():

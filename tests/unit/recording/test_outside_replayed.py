@@ -132,6 +132,37 @@ class TestAnUnchangedHandler:
             assert_same(replayed(path, NotHeldUp(), other, outside="refuse"))
 
     @pytest.mark.parametrize("loop", LOOPS)
+    def test_whose_value_came_with_its_deadline_is_cut_off_behind_it(self, tmp_path, loop):
+        class HeldUp(Outer):
+            @method(1)
+            async def waits(self, vmi, packet):
+                time.sleep(0.2)
+                return self.answer()
+
+            @method(5, timeout=0.05)
+            async def too_late(self, vmi, packet):
+                await vmi.outside("late", lambda: self.fetch(1, 0.06))
+                next(self.numbers)
+                await anyio.sleep(0.001)
+                await anyio.sleep(0.001)
+                return self.answer()
+
+        class NotHeldUp(CutOff, HeldUp):
+            @method(1)
+            async def waits(self, vmi, packet):
+                return self.answer()
+
+        async def guest(vm):
+            async with anyio.create_task_group() as tasks:
+                for vcpu, packet in enumerate((ask(5), ask(1))):
+                    tasks.start_soon(partial(vm.call, packet, vcpu=vcpu))
+            await vm.call(ask(1))
+
+        path = recorded(tmp_path / "run.mcap", guest, HeldUp, loop)
+        for other in ("asyncio", "trio"):
+            assert_same(replayed(path, NotHeldUp(), other, outside="refuse"))
+
+    @pytest.mark.parametrize("loop", LOOPS)
     def test_that_gives_no_function_gets_the_same_error(self, tmp_path, loop):
         class Misuses(Outer):
             @method(1)

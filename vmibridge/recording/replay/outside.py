@@ -19,6 +19,7 @@ from collections.abc import Callable
 import anyio
 import msgspec
 
+from vmibridge.aio.coroutines import cancel_again
 from vmibridge.bridge.outside import MAX_KEY
 from vmibridge.errors import OutsideRefusedError
 from vmibridge.recording.messages import Outside
@@ -135,7 +136,7 @@ class ReplayedOutside:
             if found is not None and found.is_cut_off:
                 with anyio.move_on_after(_PATIENCE):
                     await anyio.sleep_forever()
-        except anyio.get_cancelled_exc_class():
+        except anyio.get_cancelled_exc_class() as cut:
             # It is cut off, in the place of then if it was then.
             at = anyio.current_time()
             await self._walk.hold(request, lambda: call in calls.recorded or request.free)
@@ -146,6 +147,9 @@ class ReplayedOutside:
                 self.keep(event, OutsideCall(key, number))
             if found is None or found.is_cut_off or anyio.current_time() > at + _SLACK:
                 raise
+            if request.cut:
+                # By its deadline, of which it heard then when it awaited something else.
+                cancel_again(cut)
         finally:
             calls.waiting.discard(call)
             message = calls.recorded.pop(call, None)
