@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from needs import needs
+from needs import own_namespaces
 from probe_guest import COUNTING, command
 
 from vmibridge.recording import RecordingReader, recorded_traps
@@ -194,7 +194,7 @@ def test_the_first_process_of_a_container_ends_while_it_loads_handlers(children,
     (tmp_path / "slow.py").write_text(
         "import time\nprint('loading', flush=True)\ntime.sleep(3600)\n"
     )
-    inside = [needs("unshare"), "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    inside = own_namespaces("--pid", "--fork", "--mount-proc")
     line = command("run", "--backend", f"unicorn:{image('hlt')}", "--handlers", "slow.py")
     outer = [sys.executable, "-c", AS_INIT, *inside, *line]
     with children.start(outer, cwd=tmp_path) as process:
@@ -240,8 +240,7 @@ sys.exit(process.returncode)
 def silent(tmp_path):
     path = tmp_path / "silent.py"
     path.write_text(SILENT)
-    unshare = needs("unshare")
-    return [unshare, "--map-root-user", "--net", "--mount", sys.executable, path]
+    return [*own_namespaces("--net", "--mount"), sys.executable, path]
 
 
 TCP = "tcp:server.example:7443?anywhere=true"

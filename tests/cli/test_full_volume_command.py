@@ -6,7 +6,7 @@ import sys
 from subprocess import DEVNULL
 
 import pytest
-from needs import needs
+from needs import own_namespaces
 from probe_guest import ENDLESS, command, counted
 
 from vmibridge.recording import RecordingReader, recorded_traps
@@ -44,7 +44,7 @@ sys.exit(process.returncode)
 def recorded(children, image, handlers, tmp_path):
     """Run a guest of this code: status, the summary, what was logged, and the files."""
     (tmp_path / "volume.py").write_text(VOLUME)
-    within = [needs("unshare"), "--map-root-user", "--mount", sys.executable, "volume.py"]
+    within = [*own_namespaces("--mount"), sys.executable, "volume.py"]
 
     def run(how, room, code, *options):
         line = ["run", "--backend", f"unicorn:{image(code)}", "--handlers", handlers]

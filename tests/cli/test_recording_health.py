@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from asked_health import await_health
 from children import run
-from needs import missing
+from needs import own_namespaces
 from probe_guest import ENDLESS, command
 
 LOOPS = {"asyncio": [], "trio": ["--async-backend", "trio"]}
@@ -31,9 +31,7 @@ EMPTY = 0
 @pytest.fixture
 def started(children, tmp_path, handlers, image, monkeypatch):
     """`with started(COMMAND, FILLED, *OPTIONS) as process`; its volume is `process.volume`."""
-    unshare = [shutil.which("unshare") or "unshare", "--map-root-user", "--mount"]
-    if run([*unshare, "true"]).returncode:
-        missing("no namespaces for a plain user: run it as root")
+    unshare = own_namespaces("--mount")
     monkeypatch.chdir(tmp_path)
     Path("volume").mkdir()
     guest = image(ENDLESS)
@@ -79,7 +77,10 @@ def test_a_full_volume_that_leaves_a_gap_is_told_and_traps_are_answered(started,
 
 def remount(process, how):
     """As the kernel does to a volume with errors."""
-    enter = ["nsenter", f"--target={process.pid}", "--user", "--mount", "--preserve-credentials"]
+    enter = ["nsenter", f"--target={process.pid}", "--mount"]
+    if os.geteuid():
+        # As `own_namespaces`.
+        enter += ["--user", "--preserve-credentials"]
     folder = str(Path("volume").absolute())
     run([*enter, "mount", "-o", f"remount,{how}", folder], check=True)
 

@@ -6,6 +6,7 @@ can install it, the test fails: a run is never green for want of what it should 
 
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -38,6 +39,7 @@ PACKAGES = {
     "runc": "runc",
     "rustc": "rustc",
     "systemd-analyze": "systemd",
+    "unshare": "util-linux",
     "x86_64-w64-mingw32-gcc": "gcc-mingw-w64-x86-64",
 }
 """Debian's packages that have them."""
@@ -64,3 +66,14 @@ def needs(program: str) -> str:
         missing(f"no {program}: as root, apt-get install {PACKAGES[program]}")
         raise AssertionError("unreachable")
     return path
+
+
+def own_namespaces(*options: str) -> list[str]:
+    """What runs a command as root in namespaces of its own, such as `--mount`.
+
+    Root needs none of users for that, which cannot be had in a chroot.
+    """
+    line = [needs("unshare"), *(["--map-root-user"] if os.geteuid() else []), *options]
+    if subprocess.run([*line, "true"], check=False).returncode:
+        missing("no namespaces for a plain user: run it as root")
+    return line

@@ -97,6 +97,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(self._executed)
         return future
 
+    async def shutdown_default_executor(self, *timeout: Any) -> None:
+        """As any loop: since Python 3.12 in so many seconds, which are not to be jumped over."""
+        self.executing += 1
+        try:
+            await super().shutdown_default_executor(*timeout)
+        finally:
+            self.executing -= 1
+
     def _executed(self, _: object) -> None:
         self.executing -= 1
 

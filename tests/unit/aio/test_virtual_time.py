@@ -118,6 +118,22 @@ def test_a_call_in_an_executor_of_asyncio_is_not_jumped_over():
     assert run("asyncio", main) == 0
 
 
+def test_the_end_of_an_executor_of_asyncio_is_not_jumped_over(monkeypatch):
+    shut_down = asyncio.BaseEventLoop._do_shutdown
+
+    def slowly(loop, future):
+        time.sleep(0.05)
+        shut_down(loop, future)
+
+    async def main():
+        await asyncio.to_thread(int)
+        return True
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "_do_shutdown", slowly)
+    # From Python 3.12 on, the loop waits for it for five minutes, and warns where they have passed.
+    assert run("asyncio", main)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_sockets_that_nobody_waits_for_do_not_hold_it(loop):
     virtual = VirtualTime()
