@@ -3,6 +3,7 @@
 import math
 import struct
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import anyio
 import msgspec
@@ -72,6 +73,9 @@ class Probe(BridgeHandler[object]):
     REQUEST = 1
     name = "probe"
 
+    def __init__(self):
+        self.let_go = anyio.Event()
+
     @method(1)
     async def add(self, vmi, packet):
         return BridgeResponse(value1=packet.value1 + 1).with_output({"sum": packet.value1 + 1})
@@ -91,7 +95,7 @@ class Probe(BridgeHandler[object]):
 
     @method(4, soft_timeout=0.02)
     async def slow(self, vmi, packet):
-        await anyio.sleep(0.08)
+        await self.let_go.wait()
         return BridgeResponse(value1=7)
 
     @method(5, timeout=0.05)
@@ -103,7 +107,7 @@ def ask(code, value1=0, request=1, **more):
     return BridgePacket(MAGIC, request, code, value1, **more)
 
 
-async def everything(vm):
+async def everything(probe, vm):
     for value in range(5):
         await vm.call(ask(1, value))
     await vm.call(ask(1, 0x10, value2=BIG, value4=1))
@@ -112,8 +116,11 @@ async def everything(vm):
     await vm.call(ask(9))
     await vm.call(ask(1, request=0x77))
     await vm.call(ask(5), vcpu=1)
+    waits = 0
     while (await vm.call(ask(4))).rax == Gate.WAIT:
-        await anyio.sleep(0.01)
+        waits += 1
+        if waits == 3:
+            probe.let_go.set()
 
 
 async def a_few(vm):
@@ -124,12 +131,13 @@ async def a_few(vm):
 
 def record(path):
     async def run():
+        probes = {"red": Probe(), "blue": Probe()}
         async with (
             Recorder(path, redact=["0x0077:value2"]) as recorder,
-            FakeGuest(everything, vm="red", memory=MEMORY_OF_GUEST) as red,
+            FakeGuest(partial(everything, probes["red"]), vm="red", memory=MEMORY_OF_GUEST) as red,
             FakeGuest(a_few, vm="blue") as blue,
         ):
-            server = BridgeServer([red, blue], lambda vm: Bridge(Probe()), taps=[recorder])
+            server = BridgeServer([red, blue], lambda vm: Bridge(probes[vm]), taps=[recorder])
             async for _ in server.run():
                 pass
 

@@ -33,12 +33,15 @@ def ends(request, tmp_path):
     )
 
 
-async def run(ends, image, *handlers, options="", **settings):
-    """Run a guest to its end: how its vCPUs ended, its agent, and the outcomes."""
+async def run(ends, image, *handlers, options="", hear=None, **settings):
+    """Run a guest to its end: how its vCPUs ended, its agent, and the outcomes. `hear` is called
+    with each of these."""
     outcomes = []
 
     async def on_outcome(outcome):
         outcomes.append(outcome)
+        if hear is not None:
+            hear(outcome)
 
     there, here = ends
     with anyio.fail_after(HUNG):
@@ -87,11 +90,16 @@ class Slow(StandardHandler):
 
     def __init__(self):
         self.runs = 0
+        self.told = anyio.Event()
 
-    @method(1)
+    def hear(self, outcome):
+        """The guest was told to wait, or got an answer."""
+        self.told.set()
+
+    @method(1, timeout=3600)
     async def work(self, vmi, packet):
         self.runs += 1
-        await anyio.sleep(0.05)
+        await self.told.wait()
         return BridgeResponse(value1=0x600D)
 
     @method(2)
@@ -121,7 +129,7 @@ class TestTime:
     async def test_a_guest_is_told_to_wait_and_asks_again(self, ends, guest_code):
         handler = Slow()
         vcpus, agent, outcomes = await run(
-            ends, guest_code(POLLING), handler,
+            ends, guest_code(POLLING), handler, hear=handler.hear,
             soft_timeout=0.01, timeout=0.5, fallback=BridgeResponse(value1=0xBAD),
         )  # fmt: skip
         assert vcpus[0].registers["rsi"] == PASSED

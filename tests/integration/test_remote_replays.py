@@ -144,8 +144,7 @@ async def test_one_that_is_told_to_wait_asks_again(path, tmp_path):
 
 
 async def test_what_comes_behind_a_retry_that_was_made_up_is_answered(tmp_path):
-    path, handler = tmp_path / "run.mcap", Probe()
-    handler.let_go.set()
+    path, handler = tmp_path / "run.mcap", Prompt()
 
     async def guest(vm):
         await vm.call(ask(3))

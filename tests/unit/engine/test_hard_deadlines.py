@@ -25,7 +25,7 @@ class TestDeadlines:
 
             @method(1)
             async def by_handler(self, vmi, packet):
-                await anyio.sleep(0.1)
+                await anyio.sleep_forever()
 
             @method(2, timeout=3600)
             async def by_method(self, vmi, packet):
