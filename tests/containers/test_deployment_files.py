@@ -238,6 +238,18 @@ def test_a_console_that_does_not_end_is_left_when_qemu_has_ended(vm, engine, tmp
     assert not Path("/proc", follower.read_text().strip()).exists()
 
 
+def test_a_container_that_was_started_again_while_all_were_taken_down_is_removed(
+    vm, engine, tmp_path
+):
+    removed = tmp_path / "removed"
+    engine(f"""
+        "ps -aq --filter label="*.project=vmibridge) [ -e {removed} ] || echo again ;;
+        "rm -f again") touch {removed} ;;
+    """)
+    assert vm().returncode == 0
+    assert removed.exists()
+
+
 def test_without_docker_and_podman_it_says_what_it_needs(programs, tmp_path):
     path = programs("nothing").partition(":")[0]
     for tool in ("sh", "dirname", "readlink"):
