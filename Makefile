@@ -111,7 +111,7 @@ WORKERS := $(shell echo $$(( $$(nproc) < 3 ? $$(nproc) + 4 : 6 )))
 HANGS := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 test: export PYTHONDONTWRITEBYTECODE :=
-test: setup test-guests  ## all tests but the slow ones, with coverage, in up to four processes; minutes
+test: setup test-guests  ## all tests but the slow ones, with coverage, in up to six processes; minutes
 	$(PYTEST) -q -n $(WORKERS) --dist worksteal $(HANGS) --cov --cov-report=term
 
 # What many tests need. Without, a plain user's tests are skipped and say so; those of root fail.

@@ -4,7 +4,7 @@ order of all that they do; and what it is to accept the answers of a changed one
 import random
 
 import anyio
-from determinism_parts import MAGIC, ask, call, loop_of, record
+from determinism_parts import MAGIC, loop_of, planned_guest, record
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, GuestMemoryError, method
 from vmibridge.errors import OutsideError
@@ -207,21 +207,7 @@ class Case:
 
     def record(self, path, loop="asyncio", *, virtual=True):
         """Record the guests with the handlers that are not changed."""
-
-        def guest_of(plan):
-            async def guest(vm):
-                async with anyio.create_task_group() as tasks:
-                    for vcpu, calls in enumerate(plan):
-                        tasks.start_soon(one, vm, vcpu, calls)
-
-            async def one(vm, vcpu, calls):
-                for place, (request, code, value, gap) in enumerate(calls):
-                    await call(vm, ask(code, value, vcpu, place, request=request), vcpu)
-                    await anyio.sleep(gap / 1e3)
-
-            return guest
-
-        guests = {name: guest_of(plan) for name, plan in self.plans.items()}
+        guests = {name: planned_guest(plan) for name, plan in self.plans.items()}
         bridges = self.bridges(changed=False)
         record(path, guests, bridges, loop, virtual=virtual, **self.settings)
 

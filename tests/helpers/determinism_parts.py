@@ -228,20 +228,24 @@ def random_guests(seed, codes=None):
         for number in range(dice.randrange(1, 5))
     }
 
-    def guest_of(plan):
-        async def guest(vm):
-            async with anyio.create_task_group() as tasks:
-                for vcpu, calls in enumerate(plan):
-                    tasks.start_soon(one, vm, vcpu, calls)
+    return {name: planned_guest(plan) for name, plan in plans.items()}
 
-        async def one(vm, vcpu, calls):
-            for place, (request, code, pause, gap) in enumerate(calls):
-                await call(vm, ask(code, pause, vcpu, place, request=request), vcpu)
-                await anyio.sleep(gap / 1e3)
 
-        return guest
+def planned_guest(plan):
+    """A guest whose vCPUs ask as planned: for each the request, its method, value1, and the
+    milliseconds that follow the answer."""
 
-    return {name: guest_of(plan) for name, plan in plans.items()}
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            for vcpu, calls in enumerate(plan):
+                tasks.start_soon(one, vm, vcpu, calls)
+
+    async def one(vm, vcpu, calls):
+        for place, (request, code, value, gap) in enumerate(calls):
+            await call(vm, ask(code, value, vcpu, place, request=request), vcpu)
+            await anyio.sleep(gap / 1e3)
+
+    return guest
 
 
 def random_settings(seed):

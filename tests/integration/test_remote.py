@@ -93,7 +93,7 @@ class Slow(StandardHandler):
         self.told = anyio.Event()
 
     def hear(self, outcome):
-        """The guest was told to wait, or got an answer."""
+        """The guest has WAIT or an answer: let `work` end."""
         self.told.set()
 
     @method(1, timeout=3600)

@@ -1,7 +1,8 @@
 """When the next trap is looked for without a turn of the event loop, and for how long.
 
 A guest that calls again and again does so right after its answer, and a turn of the loop takes as
-long as all else that a trap needs. So whoever has answered looks for the next one, for a moment.
+long as all else that a trap needs. So a backend that has sent an answer polls its socket for the
+next trap, for a moment.
 That pays only where it comes: after a look in vain the next ones are left out, up to 64 of them.
 The loop turns after half a millisecond in any case.
 """

@@ -1,8 +1,8 @@
 """Whether a folder takes recordings, before there is one to be made: by writing to it.
 
 A server of agents makes a recording when a VM comes. What that VM would find, the probe finds
-before: at the start, and then over and over while the server runs, so that whoever asks for its
-health waits for no disk.
+before: at the start, and then over and over while the server runs, so that a check of
+its health waits for no disk.
 
 | a probe finds | `hindrance` | tried again |
 |---|---|---|

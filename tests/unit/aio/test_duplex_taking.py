@@ -1,4 +1,4 @@
-"""What comes by a socket is taken without a turn of the loop, and its errors are told."""
+"""Received data is taken without a turn of the loop; errors are raised where it is received."""
 
 import anyio
 import pytest
@@ -125,7 +125,7 @@ async def test_nothing_is_taken_before_somebody_receives(pair):
     ids=["raises", "end"],
 )
 @pytest.mark.parametrize("how", [None, "take_at_once", "look"], ids=str)
-async def test_an_error_is_one_of_whoever_receives(pair, does, error, how):
+async def test_an_error_is_raised_by_the_task_that_receives(pair, does, error, how):
     ours, theirs = pair
     taker = Taker(ours)
 

@@ -132,7 +132,8 @@ class ReplayBackend(Backend, Tap):
         self._tally.begin(self._name, self.session, self.stop, self._open.values)
         if journal is not None:
             self.conductor.note_steps(journal, self.vm, self._name)
-            # Where nobody wants to know, this is no hook, which costs time.
+            # Assigned, and not a method: the engine reports steps of handlers only to a tap that
+            # defines this hook, and only a replay with a journal needs them.
             self.handler_stepped = self.conductor.stepped  # type: ignore[method-assign]
 
     @property

@@ -12,7 +12,7 @@ recording brings about the order of now, as a replay of any recording does.
 - Places count the messages of the VMs that are replayed. While the walk waits for the answer to a
   reply, its place is that of the reply.
 - An event has no content: the new answers have it (`accept`).
-- `parked` is left as it was: the guest was told to wait then, and its retries are in the file.
+- `parked` is left as it was: the guest got WAIT in the recording, and its retries are in the file.
 - 29 bytes of memory for an event; a request that is plain now as it was then has one.
 """
 
@@ -49,7 +49,7 @@ class EventKind(IntEnum):
     TRAP = 8
     """The server has taken it, a while after it was given; its number is that of the trap."""
     REPLY = 7
-    """The final one, before the walk came to that of then."""
+    """The final one, given before the walk reached the recorded one."""
 
 
 _KIND_OF: dict[StepKind, EventKind] = {

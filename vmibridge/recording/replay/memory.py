@@ -91,7 +91,7 @@ class ReplayedMemory:
         if not arrived.is_set():
             try:
                 await arrived.wait()
-            except BaseException:  # a cancellation: it takes none
+            except BaseException:  # a cancellation: the walk must not wait for this read any more
                 self._has_read(request)
                 raise
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def looks(monkeypatch):
-    """How often something was received, but not by the loop; whoever looks sees it at once."""
+    """For each reception outside of the loop's callback: whether something had come."""
     seen = []
     take_now = Connection._take_now
 
