@@ -231,9 +231,7 @@ RECOVER = "what can be read of it: vmibridge recover run.mcap -o run-clean.mcap"
     ],
     ids=lambda line: line[0],
 )
-def test_each_reader_of_a_truncated_file_names_recover(
-    vmibridge, image, recorded, line
-):
+def test_each_reader_of_a_truncated_file_names_recover(vmibridge, image, recorded, line):
     shutil.copy(recorded, recorded.with_name("whole.mcap"))
     recorded.write_bytes(recorded.read_bytes()[:-100])
     words = {"image": image(calls(1, 2))}
