@@ -10,15 +10,16 @@ Invariants:
 """
 
 import math
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
 
+from vmibridge.aio.coroutines import asyncio_task
 from vmibridge.bridge.dispatch import one_line
 from vmibridge.bridge.handler import BridgeHandler
-from vmibridge.engine.interruptions import is_being_cancelled
+from vmibridge.engine.interruptions import forget_undelivered, is_being_cancelled
 from vmibridge.errors import HandlerLifeError
 
 
@@ -60,8 +61,7 @@ class Lives:
         with anyio.CancelScope(deadline=anyio.current_time() + self._enter_within) as scope:
             self._entering = scope
             try:
-                with _errors_named(handler, "start"):
-                    await handler.__aenter__()
+                await _in_its_name(handler, "start", handler.__aenter__())
             finally:
                 self._entering = None
             entered, scope.deadline = True, math.inf
@@ -69,8 +69,7 @@ class Lives:
                 yield
             finally:
                 scope.deadline = anyio.current_time() + self._stop_timeout
-                with _errors_named(handler, "end"):
-                    await handler.__aexit__(None, None, None)
+                await _in_its_name(handler, "end", handler.__aexit__(None, None, None))
                 scope.deadline = math.inf
             return
         # Only its own deadline leads to here.
@@ -79,15 +78,15 @@ class Lives:
         raise HandlerLifeError(f"handler {handler.name} did not end in {self._stop_timeout:g} s")
 
 
-@contextmanager
-def _errors_named(handler: BridgeHandler[Any], what: str) -> Iterator[None]:
-    """What the handler raises is a `HandlerLifeError`; a cancellation from around it passes.
+async def _in_its_name(handler: BridgeHandler[Any], what: str, part: Awaitable[object]) -> None:
+    """What a part of its life raises is a `HandlerLifeError`; a cancellation from around it passes.
 
     Anything else that a handler raises is its own, such as `SystemExit`. Raised in a task, those
     that are no `Exception` would end the loop, and with it what the handler has nothing to do with.
+    So is a cancellation of the task that it asks for and does not wait for.
     """
     try:
-        yield
+        await part
     except BaseException as error:
         kinds = (anyio.get_cancelled_exc_class(), BaseExceptionGroup)
         if isinstance(error, kinds) and is_being_cancelled():
@@ -95,3 +94,5 @@ def _errors_named(handler: BridgeHandler[Any], what: str) -> Iterator[None]:
         raise HandlerLifeError(
             f"handler {handler.name} did not {what}: {one_line(error)}"
         ) from error
+    if await forget_undelivered(asyncio_task()):
+        raise HandlerLifeError(f"handler {handler.name} did not {what}: it cancelled its task")

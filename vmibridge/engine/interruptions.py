@@ -7,6 +7,7 @@ wait is taken up again. Where another handler waits in the same task, the cancel
 delivered to it: nothing tells it from one that this handler has asked for.
 """
 
+import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable
@@ -33,6 +34,20 @@ async def forget_stale(error: BaseException) -> None:
     if task is None or is_being_cancelled():
         raise error
     await forget_cancellation(task)
+
+
+async def forget_undelivered(task: "asyncio.Task[object] | None") -> bool:
+    """Take back a cancellation that a handler has asked for with its last step, in this task;
+    returns whether there was one.
+
+    It waits for the next await, whatever that is; without one the task would end as cancelled, and
+    with it all that its group does. On trio there is no such thing.
+    """
+    # Not public, and nothing else tells of it.
+    if task is None or not getattr(task, "_must_cancel", False) or is_being_cancelled():
+        return False
+    await forget_cancellation(task)
+    return True
 
 
 async def wait_again(error: BaseException, wait: Callable[[], Awaitable[None]]) -> None:

@@ -59,7 +59,7 @@ from vmibridge.bridge.request import own_request
 from vmibridge.engine.access_policy import Guard, MeteredMemory
 from vmibridge.engine.deadlines import Deadlines
 from vmibridge.engine.handler_calls import CUT_OFF, HandlerCalls
-from vmibridge.engine.interruptions import is_the_handlers
+from vmibridge.engine.interruptions import forget_undelivered, is_the_handlers
 from vmibridge.engine.lanes import Lanes
 from vmibridge.engine.loop_watch import Blocked
 from vmibridge.engine.outcome_queue import OutcomeProducer
@@ -188,8 +188,10 @@ class Workers:
                     # kept for a retry.
                     with self._handler_scope() as worker.scope:
                         worker.request = Request(worker)
-                        if not await self._answer_traps(worker):
-                            return
+                        goes_on = await self._answer_traps(worker)
+                    await forget_undelivered(worker.task)
+                    if not goes_on:
+                        return
                 except BaseException as error:
                     if not await is_the_handlers(worker, error, self._cancelled):
                         raise
@@ -367,6 +369,7 @@ class Workers:
                     outcome = Outcome(OutcomeKind.CANCELLED, request.packet, error=STOPPED)
                 else:
                     outcome = await self._calls.ask(worker, request, entries)
+            await forget_undelivered(worker.task)
         except BaseException as error:
             if not await is_the_handlers(worker, error, self._cancelled):
                 raise

@@ -1,8 +1,10 @@
 """Handlers that hang while they are entered or left end with the server."""
 
+import asyncio
+
 import anyio
 import pytest
-from misbehaving import Misbehaves, run_guest
+from misbehaving import Misbehaves, on_asyncio, run_guest
 
 from vmibridge import Bridge, BridgeResponse, BridgeServer, method
 from vmibridge.errors import HandlerLifeError
@@ -58,6 +60,21 @@ class HoldsAGroup(Lives):
         self.events.append("left")
 
 
+class CancelsItsTaskAtItsStart(Lives):
+    REQUEST = 2
+
+    async def __aenter__(self):
+        asyncio.current_task().cancel()
+
+
+class CancelsItsTaskAtItsEnd(Lives):
+    REQUEST = 2
+
+    async def __aexit__(self, *_):
+        await anyio.sleep(0)
+        asyncio.current_task().cancel()
+
+
 async def call_once(caller):
     await caller.call()
 
@@ -74,6 +91,20 @@ async def test_leaving_has_stop_timeout_and_the_others_are_left(shared):
         await run_guest(bridge, call_once, stop_timeout=0.1)
     assert first.events == ["entered", "left"]
     assert last.events == ["left"]
+
+
+@on_asyncio
+@pytest.mark.parametrize("shared", [False, True], ids=["of its VM", "shared"])
+@pytest.mark.parametrize(
+    ("kind", "what"), [(CancelsItsTaskAtItsStart, "start"), (CancelsItsTaskAtItsEnd, "end")]
+)
+async def test_one_that_cancels_its_task_with_its_last_step_is_named(kind, what, shared):
+    first = Lives()
+    first.shared = shared
+    cancels = type("Cancels", (kind,), {"shared": shared})()
+    with pytest.raises(HandlerLifeError, match=f"cancels did not {what}: it cancelled its task"):
+        await run_guest(Bridge(first, cancels), call_once)
+    assert first.events == ["entered", "left"]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["of its VM", "shared"])

@@ -182,3 +182,33 @@ async def test_a_handler_that_waits_is_hit_where_it_shares_the_task(made, before
     assert kinds == ["handled"] * (len(before) + 1) + [kind, "handled"]
     assert handler.fired == 1
     assert handler.is_other_task is (kind == "handled")
+
+
+class CancelsItsTaskWhenItIsCutOff(Waits):
+    @method(4, timeout=0.01)
+    async def too_late(self, vmi, packet):
+        try:
+            await anyio.sleep_forever()
+        except asyncio.CancelledError:
+            asyncio.current_task().cancel()
+            return BridgeResponse(value1=4)
+
+
+class CutOffInASharedTask(CancelsItsTaskWhenItIsCutOff):
+    own_task = False
+
+
+class CutOffInTurn(CancelsItsTaskWhenItIsCutOff):
+    serial = True
+
+
+@pytest.mark.parametrize("before", [[], [3]], ids=["first wait", "later wait"])
+@pytest.mark.parametrize(
+    "made", [CancelsItsTaskWhenItIsCutOff, CutOffInASharedTask, CutOffInTurn]
+)
+async def test_one_that_cancels_its_task_when_it_is_cut_off_ends_nothing_else(made, before):
+    """With its very last step, so that nothing of it is there to be cancelled."""
+    events = [trap(seq, code) for seq, code in enumerate([*before, 4, 2, 4, 3], 1)]
+    outcomes, _, _ = await serve(events, made())
+    kinds = [outcome.kind.value for outcome in outcomes]
+    assert kinds == ["handled"] * len(before) + ["timeout", "handled", "timeout", "handled"]

@@ -53,6 +53,8 @@ class _Open:
         """Accesses of the recording, those of now, and calls of now, that were come to."""
         self.is_answered = False
         """Whether its final reply is written."""
+        self.is_late = False
+        """Whether the recorded one was come to, and that of now comes behind it."""
 
 
 class _NewMessages:
@@ -121,7 +123,7 @@ class _NewMessages:
         elif request is None or request.is_answered:
             return
         elif event.kind is EventKind.REPLY:
-            yield from self._answer_early(event, request, message)
+            yield from self._answer_elsewhere(event, request, message)
         elif now is None:
             return
         elif event.kind is EventKind.ACCESS:
@@ -129,10 +131,10 @@ class _NewMessages:
         elif event.kind is EventKind.OUTSIDE:
             yield from self._calls(request, request.called + 1)
 
-    def _answer_early(
+    def _answer_elsewhere(
         self, event: JournalEvent, request: _Open, message: RecordedMessage
     ) -> Iterator[RecordedMessage]:
-        """A request was answered before the walk came to its reply, or right then."""
+        """A request was answered before the walk came to its reply, right then, or later."""
         if request.now is not None:
             if request.now.final in request.traps:
                 yield from self._answer(request, None)
@@ -154,6 +156,8 @@ class _NewMessages:
         request.is_answered = True
         if reply is not None:
             yield reply
+            if request.is_late:
+                self._end(request, reply)
 
     def _accesses(self, request: _Open, to: int) -> Iterator[RecordedMessage]:
         now = request.now
@@ -181,7 +185,7 @@ class _NewMessages:
         elif isinstance(message, TrapEvent):
             yield from self._of_trap(message, place)
         elif isinstance(message, Reply):
-            yield from self._of_reply(message)
+            yield from self._of_reply(message, place)
         elif self._is_kept(message, place):
             yield message
 
@@ -209,7 +213,7 @@ class _NewMessages:
         if self._journal.is_queued(place):
             yield Step(trap.vm, trap.seq, "queued")
 
-    def _of_reply(self, reply: Reply) -> Iterator[RecordedMessage]:
+    def _of_reply(self, reply: Reply, place: int) -> Iterator[RecordedMessage]:
         vm, first = reply.vm, self._first_of(reply)
         request = self._open.get((vm, first))
         now = self._accepted.request(vm, reply.seq)
@@ -228,6 +232,9 @@ class _NewMessages:
         if request is None:
             yield reply
         elif not request.is_answered:
+            request.is_late = self._journal.is_late(place)
+            if request.is_late:
+                return
             yield from self._answer(request, reply)
         self._end(request, reply)
 

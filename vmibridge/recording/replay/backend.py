@@ -312,6 +312,7 @@ class ReplayBackend(Backend, Tap):
             request.over = request.closes = request.free = True
             request.reply = about
             self._walk.skip()
+            request.recorded_place = self._walk.place()
             self._feed(request, event, Awaited.ANSWERED)
             return True
         self._walk.mark(request, time)

@@ -49,7 +49,8 @@ class EventKind(IntEnum):
     TRAP = 8
     """The server has taken it, a while after it was given; its number is that of the trap."""
     REPLY = 7
-    """The final one, given before the walk reached the recorded one."""
+    """The final one, given before the walk reached the recorded one, or when it had gone on from
+    there."""
 
 
 _KIND_OF: dict[StepKind, EventKind] = {
@@ -96,6 +97,7 @@ class Journal:
         self._events = bytearray()
         self._asked = bytearray()
         self._queued = bytearray()
+        self._late = bytearray()
         self._ends: dict[str, int] = {}
         self._steps = Steps()
         self._pending: tuple[ReplayedRequest, int] | None = None
@@ -182,9 +184,12 @@ class Journal:
     def answer(self, request: ReplayedRequest) -> None:
         """A request is answered for good. Where the walk waits for that, its place is that of the
         recorded reply."""
-        if not request.over:
+        place = self._place()
+        if not request.over or place > request.recorded_place:
             self.add(request, EventKind.REPLY)
-            request.reply_place = self._place()
+            request.reply_place = place
+            if request.over and request.event.vm in self._numbers:
+                _set(self._late, request.recorded_place)
         self._steps.lined_up.discard((request.event.vm, request.event.seq))
 
     def add(
@@ -233,6 +238,10 @@ class Journal:
     def is_queued(self, place: int) -> bool:
         """Whether there is the trap of one whose handler has lined up."""
         return _is_set(self._queued, place)
+
+    def is_late(self, place: int) -> bool:
+        """Whether there is the final reply of a request that was answered behind it now."""
+        return _is_set(self._late, place)
 
     def has_steps(self, vm: str) -> bool:
         """Whether the recording of a VM, by its recorded name, has steps."""

@@ -119,7 +119,7 @@ class ReplayedRequest:
     place = 0
     """That of its trap in the file, where it matters (`journal`)."""
     reply_place: int | None = None
-    """Where it was answered for good, if that was before the walk came to its reply."""
+    """Where it was answered for good, if that was not where its reply is."""
     recorded_place = 0
     """Where that reply is."""
     _kept: "KeptAccesses | None" = None
