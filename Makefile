@@ -111,8 +111,17 @@ WORKERS := $(shell echo $$(( $$(nproc) < 3 ? $$(nproc) + 4 : 6 )))
 HANGS := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 test: export PYTHONDONTWRITEBYTECODE :=
-test: setup test-guests  ## all tests but the slow ones, with coverage, in up to six processes; minutes
+test: setup test-guests .pytest_cache/rewritten  ## all tests but the slow ones, with coverage, in up to six processes; minutes
 	$(PYTEST) -q -n $(WORKERS) --dist worksteal $(HANGS) --cov --cov-report=term
+
+# pytest rewrites the assertions of each file once and keeps the result. Where there is none yet, as in a
+# fresh clone, all workers would do the same work at the same time.
+.pytest_cache/rewritten: export PYTHONDONTWRITEBYTECODE :=
+.pytest_cache/rewritten: $(shell find tests -name '*.py') | setup
+	@echo 'make: tests are compiled'
+	@printf '%s\n' "tests/unit" "$$(ls -d tests/*/ | grep -v -e unit/ -e helpers/ -e __pycache__ | tr '\n' ' ')" | \
+		xargs -P 2 -I FOLDERS sh -c '$(PYTEST) --collect-only -qq FOLDERS >/dev/null'
+	@touch $@
 
 # What many tests need. Without, a plain user's tests are skipped and say so; those of root fail.
 test-guests: setup

@@ -14,10 +14,9 @@ import pytest
 import source_state
 from base_images import Base
 from container_engine import BuildError
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from debian import DEBOOTSTRAP_SECONDS, DebianError
 from registry import RegistryError, digest_of
+from sbom_schema import check_sbom
 
 ROOT = Path(__file__).parents[2]
 
@@ -467,5 +466,5 @@ def test_an_sbom_takes_in_that_of_python(written, tmp_path):
 @pytest.mark.parametrize("options", [(), ("--python",), ("--also", "vmibridge-plugin")])
 def test_an_sbom_is_of_the_schema_and_the_same_each_time(options, written):
     text = written(*options)
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    check_sbom(text)
     assert written(*options) == text

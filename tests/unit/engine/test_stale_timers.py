@@ -203,9 +203,7 @@ class CutOffInTurn(CancelsItsTaskWhenItIsCutOff):
 
 
 @pytest.mark.parametrize("before", [[], [3]], ids=["first wait", "later wait"])
-@pytest.mark.parametrize(
-    "made", [CancelsItsTaskWhenItIsCutOff, CutOffInASharedTask, CutOffInTurn]
-)
+@pytest.mark.parametrize("made", [CancelsItsTaskWhenItIsCutOff, CutOffInASharedTask, CutOffInTurn])
 async def test_one_that_cancels_its_task_when_it_is_cut_off_ends_nothing_else(made, before):
     """With its very last step, so that nothing of it is there to be cancelled."""
     events = [trap(seq, code) for seq, code in enumerate([*before, 4, 2, 4, 3], 1)]
