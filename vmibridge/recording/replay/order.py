@@ -218,7 +218,8 @@ class RecordedOrder(Conductor):
         match step.kind:
             case "began":
                 request.turns_allowed += 1
-                request.begun = request.begun and request.turns < request.turns_allowed
+                is_held = request.has_turn and request.turns >= request.turns_allowed
+                request.begun = request.begun and not is_held
                 what = Awaited.BEGUN
             case "resumed" | "thrown":
                 request.steps_allowed += 1
