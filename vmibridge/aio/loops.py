@@ -46,6 +46,22 @@ def parking() -> Parking:
     return Parking()
 
 
+class _Nothing:
+    """Nothing is of this class."""
+
+
+def sent_error() -> type[object]:
+    """What a coroutine is sent where it is to raise an exception, on the running loop.
+
+    Trio sends them, as `outcome.Error`. Asyncio throws them: there it is a class of nothing.
+    """
+    if current_async_library() == "trio":
+        from outcome import Error
+
+        return Error
+    return _Nothing
+
+
 def handler_scopes(patience: float) -> Callable[[], HandlerScope]:
     """What makes them for the running loop.
 

@@ -16,6 +16,7 @@ from types import coroutine
 from typing import Any
 
 from vmibridge.aio.coroutines import watched_rest
+from vmibridge.aio.loops import sent_error
 from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.queue_time import Began
@@ -66,6 +67,7 @@ class HandlerWatch:
         """The same holds for its plain trap."""
         self.lined_up: set[Worker] = set()
         """Who waits to begin; whoever ends its request takes it out."""
+        self._sent_error = sent_error()
         self.suspensions: int = 0
         """How often any of them was suspended, or has ended after it was."""
         self.outside: set[BridgeContext] = set()
@@ -159,7 +161,8 @@ class HandlerWatch:
         self, worker: Worker, throws: object, step: Callable[..., object], *arguments: object
     ) -> object:
         if arguments and self._is_step(worker):
-            self._tell(worker, "thrown" if step == throws else "resumed")
+            is_thrown = step == throws or isinstance(arguments[0], self._sent_error)
+            self._tell(worker, "thrown" if is_thrown else "resumed")
         return self._run(worker, step, *arguments)
 
     def _run(self, worker: Worker, step: Callable[..., object], *arguments: object) -> object:
@@ -194,7 +197,8 @@ class HandlerWatch:
                         yield from turn.__await__()
                     except BaseException as error:  # the same
                         step, reply = body.throw, error
-                self._tell(worker, "thrown" if step == body.throw else "resumed")
+                is_thrown = step == body.throw or isinstance(reply, self._sent_error)
+                self._tell(worker, "thrown" if is_thrown else "resumed")
             try:
                 wish = self._run(worker, step, reply)
             except StopIteration as end:

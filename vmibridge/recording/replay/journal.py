@@ -9,8 +9,8 @@ the new recording gets the steps of now, where they were made: each event has th
 message that the walk was about to play, and stands before that one. Then a replay of the new
 recording brings about the order of now, as a replay of any recording does.
 
-- Places count the messages of the VMs that are replayed. While the walk waits for the answer to a
-  reply, its place is that of the reply.
+- Places count the messages of the VMs that are replayed. While the walk waits for the effect of a
+  message, such as the answer to a reply, its place is that of the message.
 - An event has no content: the new answers have it (`accept`).
 - `parked` is left as it was: the guest got WAIT in the recording, and its retries are in the file.
 - 29 bytes of memory for an event; a request that is plain now as it was then has one.

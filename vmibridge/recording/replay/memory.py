@@ -5,6 +5,7 @@ from functools import partial
 from typing import TypeVar
 
 import anyio
+import anyio.lowlevel
 
 from vmibridge.errors import GuestMemoryError
 from vmibridge.recording.messages import MemoryAccess
@@ -91,6 +92,8 @@ class ReplayedMemory:
         if not arrived.is_set():
             try:
                 await arrived.wait()
+                # One that is cut off meanwhile gets nothing any more. On trio it might.
+                await anyio.lowlevel.checkpoint_if_cancelled()
             except BaseException:  # a cancellation: the walk must not wait for this read any more
                 self._has_read(request)
                 raise

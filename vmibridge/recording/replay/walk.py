@@ -56,6 +56,9 @@ from vmibridge.vm.trap import TrapEvent
 
 __all__ = ["Walk"]
 
+_EFFECTS = (Awaited.ANSWERED, Awaited.FETCHED, Awaited.READ)
+"""What is waited for of replies, values from outside, and memory accesses. What other handlers do
+meanwhile is before it."""
 _PATIENCE = 0.5
 """Seconds that the walk waits for a handler while others are held."""
 _MAX_PATIENCE = 1.0
@@ -255,9 +258,9 @@ class Walk:
         self.awaited, self.what = request, what
 
     def place(self) -> int:
-        """That of the message that is played or comes next, or of the reply that is waited for:
-        how many of these VMs stand before it."""
-        waits = self.awaited is not None and self.what is Awaited.ANSWERED
+        """That of the message that is played or comes next, or of the one whose effect is waited
+        for: how many of these VMs stand before it."""
+        waits = self.awaited is not None and self.what in _EFFECTS
         return self._played + self._place + self._apart - waits
 
     def skip(self) -> None:
