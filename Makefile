@@ -71,13 +71,13 @@ $(LIGHT): requirements-demo.lock pyproject.toml | system-light
 	@$(PIP_INSTALL) --require-hashes -r requirements-demo.lock
 	@$(PIP_INSTALL) --no-build-isolation -e .
 	@$(BIN)/python -m pip check --disable-pip-version-check
-	@touch $@
+	@mkdir -p $(@D) && touch $@
 
 $(INSTALLED): requirements.lock $(LIGHT) | system
 	$(SAY) 'adds what tests and checks need to $(VENV): a minute or two, 1.2 GB'
 	@$(PIP_INSTALL) --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip check --disable-pip-version-check
-	@touch $@
+	@mkdir -p $(@D) && touch $@
 
 check: lint types public layers declared package  ## format, lint, types, public names, layers, declared imports, what is uploaded
 
@@ -121,7 +121,7 @@ test: setup test-guests .pytest_cache/rewritten  ## all tests but the slow ones,
 	@echo 'make: tests are compiled'
 	@printf '%s\n' "tests/unit" "$$(ls -d tests/*/ | grep -v -e unit/ -e helpers/ -e __pycache__ | tr '\n' ' ')" | \
 		xargs -P 2 -I FOLDERS sh -c '$(PYTEST) --collect-only -qq FOLDERS >/dev/null'
-	@touch $@
+	@mkdir -p $(@D) && touch $@
 
 # What many tests need. Without, a plain user's tests are skipped and say so; those of root fail.
 test-guests: setup

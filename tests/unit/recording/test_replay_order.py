@@ -310,3 +310,17 @@ def test_when_a_handler_went_on_and_ended_is_recorded(tmp_path):
     assert Step("vm", 2, "ended") in steps
     assert [each.kind for each in steps if each.seq == 3] == ["parked", "resumed", "ended"]
     assert all(each.seq != 1 for each in steps), "it never waited"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_that_a_handler_went_on_as_it_was_cut_off_is_recorded(tmp_path, loop):
+    async def guest(vm):
+        await vm.call(ask(5, 2))
+        await vm.call(ask(5, 1))
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Counts()), loop, virtual=loop != "uvloop")
+    with RecordingReader(path) as reader:
+        steps = [message for _, message in reader.messages(STEP)]
+    assert [each.kind for each in steps if each.seq == 1] == ["resumed", "ended"]
+    assert [each.kind for each in steps if each.seq == 2] == ["cut off", "thrown", "ended"]
