@@ -5,6 +5,7 @@ import gc
 import logging
 import threading
 from contextlib import AsyncExitStack, suppress
+from itertools import product
 from pathlib import Path
 
 import anyio
@@ -47,20 +48,6 @@ def raising(name, error):
         raise error()
 
     BEHAVIOURS[f"raises {name}"] = raises
-
-    async def raises_late(vmi):
-        await anyio.lowlevel.checkpoint()
-        raise error()
-
-    BEHAVIOURS[f"raises {name} late"] = raises_late
-
-    async def raises_on_its_way_out(vmi):
-        try:
-            await anyio.sleep_forever()
-        finally:
-            raise error()
-
-    BEHAVIOURS[f"raises {name} on its way out"] = raises_on_its_way_out
 
 
 for each_name, each_error in {
@@ -270,13 +257,21 @@ async def computes_between_waits(vmi):
 
 
 NAMES = sorted(BEHAVIOURS)
+WHEN = ["at once", "when it has waited", "when it is cut off"]
+DEEDS = list(product(WHEN, NAMES))
 
 
 class Misbehaving(Misbehaves):
     """Does what value1 says."""
 
     async def handle(self, vmi, packet):
-        return await BEHAVIOURS[NAMES[packet.value1]](vmi)
+        when, name = DEEDS[packet.value1]
+        if when == "when it has waited":
+            await anyio.lowlevel.checkpoint()
+        elif when == "when it is cut off":
+            with suppress(anyio.get_cancelled_exc_class()):
+                await anyio.sleep_forever()
+        return await BEHAVIOURS[name](vmi)
 
 
 class Good(Misbehaves):
@@ -292,7 +287,7 @@ class Good(Misbehaves):
 
 
 def test_there_are_behaviours_enough():
-    assert len(NAMES) >= 30
+    assert len(DEEDS) >= 90
 
 
 def open_files():
@@ -307,7 +302,7 @@ def threads():
 
 
 plans = st.lists(
-    st.lists(st.sampled_from(range(len(NAMES))), min_size=1, max_size=5), min_size=1, max_size=3
+    st.lists(st.sampled_from(range(len(DEEDS))), min_size=1, max_size=5), min_size=1, max_size=3
 )
 
 
