@@ -71,13 +71,13 @@ $(LIGHT): requirements-demo.lock pyproject.toml | system-light
 	@$(PIP_INSTALL) --require-hashes -r requirements-demo.lock
 	@$(PIP_INSTALL) --no-build-isolation -e .
 	@$(BIN)/python -m pip check --disable-pip-version-check
-	@mkdir -p $(@D) && touch $@
+	@touch $@
 
 $(INSTALLED): requirements.lock $(LIGHT) | system
 	$(SAY) 'adds what tests and checks need to $(VENV): a minute or two, 1.2 GB'
 	@$(PIP_INSTALL) --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip check --disable-pip-version-check
-	@mkdir -p $(@D) && touch $@
+	@touch $@
 
 check: lint types public layers declared package  ## format, lint, types, public names, layers, declared imports, what is uploaded
 

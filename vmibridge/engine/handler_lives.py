@@ -10,8 +10,9 @@ Invariants:
 """
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -61,7 +62,7 @@ class Lives:
         with anyio.CancelScope(deadline=anyio.current_time() + self._enter_within) as scope:
             self._entering = scope
             try:
-                await _in_its_name(handler, "start", handler.__aenter__())
+                await _in_its_name(handler, "start", handler.__aenter__)
             finally:
                 self._entering = None
             entered, scope.deadline = True, math.inf
@@ -69,7 +70,8 @@ class Lives:
                 yield
             finally:
                 scope.deadline = anyio.current_time() + self._stop_timeout
-                await _in_its_name(handler, "end", handler.__aexit__(None, None, None))
+                leave = partial(handler.__aexit__, None, None, None)
+                await _in_its_name(handler, "end", leave)
                 scope.deadline = math.inf
             return
         # Only its own deadline leads to here.
@@ -78,7 +80,9 @@ class Lives:
         raise HandlerLifeError(f"handler {handler.name} did not end in {self._stop_timeout:g} s")
 
 
-async def _in_its_name(handler: BridgeHandler[Any], what: str, part: Awaitable[object]) -> None:
+async def _in_its_name(
+    handler: BridgeHandler[Any], what: str, part: Callable[[], Awaitable[object]]
+) -> None:
     """What a part of its life raises is a `HandlerLifeError`; a cancellation from around it passes.
 
     Anything else that a handler raises is its own, such as `SystemExit`. Raised in a task, those
@@ -86,7 +90,7 @@ async def _in_its_name(handler: BridgeHandler[Any], what: str, part: Awaitable[o
     So is a cancellation of the task that it asks for and does not wait for.
     """
     try:
-        await part
+        await part()
     except BaseException as error:
         kinds = (anyio.get_cancelled_exc_class(), BaseExceptionGroup)
         if isinstance(error, kinds) and is_being_cancelled():

@@ -185,11 +185,12 @@ class Journal:
         """A request is answered for good. Where the walk waits for that, its place is that of the
         recorded reply."""
         place = self._place()
-        if not request.over or place > request.recorded_place:
+        is_late = request.reply is not None and place > request.recorded_place
+        if is_late or not request.over:
             self.add(request, EventKind.REPLY)
             request.reply_place = place
-            if request.over and request.event.vm in self._numbers:
-                _set(self._late, request.recorded_place)
+        if is_late and request.event.vm in self._numbers:
+            _set(self._late, request.recorded_place)
         self._steps.lined_up.discard((request.event.vm, request.event.seq))
 
     def add(
