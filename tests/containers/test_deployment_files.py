@@ -235,7 +235,7 @@ def test_a_console_that_does_not_end_is_left_when_qemu_has_ended(vm, engine, tmp
     done = vm()
     assert (done.returncode, done.stdout) == (7, "the console\n")
     assert "vm: QEMU has ended, and its console has not for 5 s" in done.stderr
-    assert not Path("/proc", follower.read_text().strip()).exists()
+    # That it is ended, a fixture of all tests sees.
 
 
 def test_a_container_that_was_started_again_while_all_were_taken_down_is_removed(
