@@ -57,6 +57,8 @@ class FreshDebian:
         """A script for bash, in the home of this user, with nothing of our environment."""
         command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-ec"]
         mounts = [
+            # Else what makes namespaces inside cannot: its root has to be a mount.
+            f"mount --bind '{self.root}' '{self.root}'",
             f"mount -t proc proc '{self.root}/proc'",
             f"mkdir -p '{self.root}/dev/pts'",
             # Terminals of its own, which some tests make.
