@@ -8,7 +8,7 @@ from pathlib import Path
 
 import build_images
 import pytest
-from children import run
+from children import descendants, left_processes, run
 
 from vmibridge.cli.app import COMMANDS, app_for
 from vmibridge.cli.environment import variable_of
@@ -227,7 +227,7 @@ def test_a_server_that_is_started_again_is_named_once_while_qemu_goes_on(vm, eng
 
 def test_a_console_that_does_not_end_is_left_when_qemu_has_ended(vm, engine, tmp_path):
     """As that of podman may be, for a container that ends at once."""
-    follower = tmp_path / "follower"
+    follower, known = tmp_path / "follower", descendants()
     engine(f"""
         "logs --follow "*) echo "the console"; echo $$ >{follower}; exec sleep 600 ;;
         "wait qemu") until [ -s {follower} ]; do sleep 0.05; done; echo 7 ;;
@@ -235,7 +235,7 @@ def test_a_console_that_does_not_end_is_left_when_qemu_has_ended(vm, engine, tmp
     done = vm()
     assert (done.returncode, done.stdout) == (7, "the console\n")
     assert "vm: QEMU has ended, and its console has not for 5 s" in done.stderr
-    # That it is ended, a fixture of all tests sees.
+    assert left_processes(known) == []
 
 
 def test_a_container_that_was_started_again_while_all_were_taken_down_is_removed(
