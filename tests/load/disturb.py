@@ -3,11 +3,14 @@
 Two things happen beside it, until it ends:
 
 - `--busy` processes compute, so that the command gets a share of each core only;
-- one after the other, processes of the command are stopped at random for up to `--pause` seconds
-  and go on then, as if the scheduler had forgotten them.
+- one after the other, processes of the command, or single threads of them, are held at random for
+  up to `--pause` seconds and go on then, as if the scheduler had forgotten them. A process is
+  stopped. A thread gets no processor, nearly, while the busy ones want them all, and the other
+  threads of its process go on: what watches a clock then sees what it never would in a process
+  that stands still as a whole.
 
 A test that fails here and passes on a quiet machine trusts a time. Only descendants of the command
-are stopped: what runs elsewhere is left alone. The exit status is that of the command. The same
+are held: what runs elsewhere is left alone. The exit status is that of the command. The same
 `--seed` chooses in the same way, from processes that are never quite the same.
 """
 
@@ -63,8 +66,41 @@ def running(root: int) -> list[int]:
     return sorted(set(found) - stopped)
 
 
-def pause_one(root: int, seconds: float, chance: random.Random) -> bool:
-    """Stop one of them for up to so many seconds; whether there was one."""
+def threads(root: int) -> list[int]:
+    """The threads of the processes below `root`."""
+    found: list[int] = []
+    for each in running(root):
+        with suppress(OSError):
+            found += [int(task.name) for task in Path(f"/proc/{each}/task").iterdir()]
+    return found
+
+
+def starve_one(root: int, seconds: float, chance: random.Random) -> bool:
+    """Starve a thread of them for up to so many seconds; whether there was one."""
+    there = threads(root)
+    if not there:
+        return False
+    chosen = chance.choice(there)
+    nothing = os.sched_param(0)
+    try:
+        if os.sched_getscheduler(chosen) != os.SCHED_OTHER:
+            return False
+        os.sched_setscheduler(chosen, os.SCHED_IDLE, nothing)
+    except OSError:
+        return False  # it has ended meanwhile
+    try:
+        time.sleep(chance.uniform(0, seconds))
+    finally:
+        # The threads and children that it has started meanwhile have got it from it, and theirs.
+        for each in {chosen, *threads(root)}:
+            with suppress(OSError):
+                if os.sched_getscheduler(each) == os.SCHED_IDLE:
+                    os.sched_setscheduler(each, os.SCHED_OTHER, nothing)
+    return True
+
+
+def stop_one(root: int, seconds: float, chance: random.Random) -> bool:
+    """Stop a process of them for up to so many seconds; whether there was one."""
     there = running(root)
     if not there:
         return False
@@ -96,7 +132,8 @@ def disturb(command: list[str], seconds: float, chance: random.Random) -> int:
     pauses = 0
     try:
         while process.poll() is None:
-            pauses += pause_one(process.pid, seconds, chance)
+            hold = chance.choice([stop_one, starve_one])
+            pauses += hold(process.pid, seconds, chance)
             time.sleep(chance.uniform(0, 2 * BETWEEN))
     except KeyboardInterrupt:
         process.wait()
