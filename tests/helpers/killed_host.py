@@ -1,6 +1,6 @@
 """A host that takes files from a guest until it is killed: `killed_host.py FOLDER SEED`.
 
-It says the number of each piece that it has taken, and of each file that has its name.
+It takes each piece when it is told to by a line, and says then how many of its file are left.
 """
 
 import sys
@@ -11,6 +11,9 @@ import anyio
 from file_parts import files_guest, noise
 
 from vmibridge.handlers.files import Mode
+
+PIECE = 10_000
+"""Bytes of a file that come at a time."""
 
 
 def content(number: int) -> bytes:
@@ -25,13 +28,13 @@ async def main(folder: Path, seed: int) -> None:
             data = content(number)
             mode = random.choice([Mode.CREATE, Mode.REPLACE])
             handle = (await guest.begin(f"sub/{number}", len(data), mode)).value
-            for at in range(0, len(data), 10_000):
-                await guest.put(handle, at, data[at : at + 10_000])
-                sys.stdout.write("piece\n")
+            for at in range(0, len(data), PIECE):
+                if not sys.stdin.readline():
+                    return
+                await guest.put(handle, at, data[at : at + PIECE])
+                sys.stdout.write(f"{(len(data) - at - 1) // PIECE}\n")
                 sys.stdout.flush()
             await guest.end(handle)
-            sys.stdout.write("file\n")
-            sys.stdout.flush()
 
 
 if __name__ == "__main__":
