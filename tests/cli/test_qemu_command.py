@@ -110,7 +110,8 @@ def test_a_signal_ends_qemu_through_its_monitor(start, guest, folder):
 @pytest.mark.no_cover
 @pytest.mark.parametrize(
     "options",
-    [["--handlers", "handlers.py"], ["--socket", "vmi.sock"]],
+    # Where the host is absent for a while the guest waits: else it would end.
+    [["--handlers", "handlers.py"], ["--socket", "vmi.sock", "--absent", "wait"]],
     ids=["with its host", "with a host elsewhere"],
 )
 def test_it_is_ready_from_when_qemu_runs(start, guest, folder, options):

@@ -4,6 +4,7 @@ order of all that they do; and what it is to accept the answers of a changed one
 import random
 
 import anyio
+import trio
 from determinism_parts import MAGIC, loop_of, planned_guest, record
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, GuestMemoryError, method
@@ -13,6 +14,8 @@ from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.served import serve_recording
 from vmibridge.recording.replay.verdict import Verdict
 
+_ORDER_OF_TRIO = trio._core._run._r
+"""What says in which order tasks of trio go on that could go on in any."""
 CODES = range(1, 7)
 SOFT, HARD = 5, 6
 """Methods with a soft deadline, and with a hard one."""
@@ -167,10 +170,12 @@ KINDS = (Programs, SerialPrograms, SharedPrograms)
 
 
 class Case:
-    """What a seed says: guests, handlers, and their changed versions."""
+    """What a seed says: guests, handlers, and their changed versions; and the order of trio, which
+    is the same each time that something is recorded, accepted or replayed."""
 
     def __init__(self, seed, vms=4, vcpus=4, *, codes=CODES):
         """`codes`: of the methods that are asked."""
+        self.seed = seed
         dice = random.Random(seed)
         self.programs = [{code: random_program(dice) for code in CODES} for _ in KINDS]
         self.changed = [
@@ -207,9 +212,21 @@ class Case:
 
     def record(self, path, loop="asyncio", *, virtual=True):
         """Record the guests with the handlers that are not changed."""
+        _ORDER_OF_TRIO.seed(self.seed)
         guests = {name: planned_guest(plan) for name, plan in self.plans.items()}
         bridges = self.bridges(changed=False)
         record(path, guests, bridges, loop, virtual=virtual, **self.settings)
+
+    def replay(self, path, loop, differences):
+        """Replay them with the changed handlers."""
+        _ORDER_OF_TRIO.seed(self.seed)
+        bridges = self.bridges(changed=True)
+        replay(path, list(self.plans), bridges, loop, differences=differences)
+
+    def accept(self, source, target, loop):
+        """Accept the answers of the changed handlers; returns how many are new."""
+        _ORDER_OF_TRIO.seed(self.seed)
+        return accept(source, target, list(self.plans), self.bridges(changed=True), loop)[0]
 
 
 def replay(path, names, bridges, loop="asyncio", *, accept=False, differences=None):

@@ -62,6 +62,16 @@ def sent_error() -> type[object]:
     return _Nothing
 
 
+def hears_next() -> Callable[[object], bool]:
+    """What tells, on the running loop, whether the step of a suspended coroutine that comes next
+    does nothing yet, and the one behind it hears that its task is cancelled."""
+    if current_async_library() == "trio":
+        from vmibridge.aio.checkpoints_trio import hears_next
+
+        return hears_next
+    return lambda _: False
+
+
 def handler_scopes(patience: float) -> Callable[[], HandlerScope]:
     """What makes them for the running loop.
 

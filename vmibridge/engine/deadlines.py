@@ -133,6 +133,10 @@ class Deadlines:
             if request.worker is not None and _first_of(request) == first
         )
 
+    def is_watched(self, first: int) -> bool:
+        """Whether the handler of that request runs, or waits to begin."""
+        return any(_first_of(request) == first for request in self._watched)
+
     def time_out(self, first: int) -> bool:
         """Now is its hard deadline. Returns whether its handler runs."""
         for request in self._watched:

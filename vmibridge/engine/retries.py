@@ -65,8 +65,11 @@ class Retries:
     def find(self, event: TrapEvent, packet: BridgePacket, first: Entry) -> Request | None:
         """The request that this trap asks for again; `None`: it is a new request."""
         key = self._key(event, packet, first)
-        if self._conductor is None or self._conductor.is_retry(event):
+        if self._conductor is None:
             return self.pending.find(key)
+        first_seq = self._conductor.retry_of(event)
+        if first_seq is not None:
+            return self.pending.of(key, first_seq)
         # It was none then: what it would be a retry of had expired.
         self._summary.uncollected += self.pending.forget(key)
         return None
@@ -149,6 +152,13 @@ class PendingRequests:
             if request.state is not State.RETRIED:
                 return request
         return requests[0]
+
+    def of(self, key: Hashable, seq: int) -> Request | None:
+        """The request that came with trap `seq`, if it is kept."""
+        for request in self.by_key.get(key, ()):
+            if request.first_seq == seq:
+                return request
+        return None
 
     def keep(self, request: Request, outcome: Outcome[Any], now: float) -> int:
         """Keep the result of a request in state KEPT. Returns how many older ones had to go."""

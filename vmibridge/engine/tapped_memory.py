@@ -20,9 +20,9 @@ class TappedMemory:
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """`size` bytes. Raises what the memory behind it raises."""
         taps = self._taps
-        own = taps.stepping is not None
-        if own:
-            taps.reading.add(event.seq)
+        own = taps.stepping
+        if own is not None:
+            taps.reading.add(own)
         try:
             data = await self._physical.read_physical(event, address, size)
             if taps.read(event, address, size, data, None):
@@ -31,16 +31,16 @@ class TappedMemory:
             taps.read(event, address, size, None, error.reason)
             raise
         finally:
-            if own:
-                taps.reading.discard(event.seq)
+            if own is not None:
+                taps.reading.discard(own)
         return data
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """All of `data` or nothing. Raises what the memory behind it raises."""
         taps = self._taps
-        own = taps.stepping is not None
-        if own:
-            taps.reading.add(event.seq)
+        own = taps.stepping
+        if own is not None:
+            taps.reading.add(own)
         try:
             await self._physical.write_physical(event, address, data)
             if taps.wrote(event, address, data, None):
@@ -49,5 +49,5 @@ class TappedMemory:
             taps.wrote(event, address, data, error.reason)
             raise
         finally:
-            if own:
-                taps.reading.discard(event.seq)
+            if own is not None:
+                taps.reading.discard(own)

@@ -71,8 +71,8 @@ class Taps:
         self.handler_stepped: Stepped | None = self._hook("handler_stepped")
         self.stepping: BridgeContext | None = None
         """Whose handler makes a step right now; `None` in a task beside it."""
-        self.reading: set[int] = set()
-        """Traps whose handlers wait for guest memory, in their own task."""
+        self.reading: set[BridgeContext] = set()
+        """Those whose handlers wait for guest memory, in their own task."""
         self.session_event: Callable[[SessionEvent], None] | None = self._hook("session_event")
         self.handlers_reloaded: Callable[..., None] | None = self._hook("handlers_reloaded")
         self.ran_natively: Callable[[TrapEvent], None] | None = (

@@ -5,7 +5,8 @@ one test otherwise.
 
 A *step* is what a handler does from one suspension to the next. An access to guest memory that is
 waited for does not count: a VM answers at once or later, and a recording has the access itself.
-Nor does what a handler waits for inside of `vmi.outside`: a replay does not call that function.
+Nor does what a handler waits for inside of `vmi.outside`: a replay does not call that function. A
+handler that was cut off hears of it in one step, which takes two on trio (`hears_next`).
 """
 
 import secrets
@@ -16,7 +17,7 @@ from types import coroutine
 from typing import Any
 
 from vmibridge.aio.coroutines import watched_rest
-from vmibridge.aio.loops import sent_error
+from vmibridge.aio.loops import hears_next, sent_error
 from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.queue_time import Began
@@ -68,6 +69,7 @@ class HandlerWatch:
         self.lined_up: set[Worker] = set()
         """Who waits to begin; whoever ends its request takes it out."""
         self._sent_error = sent_error()
+        self._hears_next = hears_next()
         self.suspensions: int = 0
         """How often any of them was suspended, or has ended after it was."""
         self.outside: set[BridgeContext] = set()
@@ -145,7 +147,7 @@ class HandlerWatch:
         self.suspensions += 1
         try:
             if conductor is None:
-                rest = watched_rest(body, wish, partial(self._step, worker, body.throw))
+                rest = watched_rest(body, wish, partial(self._step, worker, body))
             else:
                 rest = self._conducted(worker, body, wish, conductor)
             last: Answer = yield from rest
@@ -153,9 +155,11 @@ class HandlerWatch:
         finally:
             self._tell(worker, "ended")
 
-    def _is_step(self, worker: Worker) -> bool:
+    def _is_step(self, worker: Worker, body: Any) -> bool:
         context = worker.context
-        return context.event.seq not in self.taps.reading and context not in self.outside
+        if context in self.taps.reading or context in self.outside:
+            return False
+        return not (worker.request.is_overtaken and self._hears_next(body))
 
     def _is_cancelled(self, worker: Worker, sent: object) -> bool:
         """Whether what a handler is sent is that it is cut off. On trio each sleep ends with a
@@ -163,10 +167,10 @@ class HandlerWatch:
         return worker.request.is_overtaken and isinstance(sent, self._sent_error)
 
     def _step(
-        self, worker: Worker, throws: object, step: Callable[..., object], *arguments: object
+        self, worker: Worker, body: Any, step: Callable[..., object], *arguments: object
     ) -> object:
-        if arguments and self._is_step(worker):
-            is_thrown = step == throws or self._is_cancelled(worker, arguments[0])
+        if arguments and self._is_step(worker, body):
+            is_thrown = step == body.throw or self._is_cancelled(worker, arguments[0])
             self._tell(worker, "thrown" if is_thrown else "resumed")
         return self._run(worker, step, *arguments)
 
@@ -195,7 +199,7 @@ class HandlerWatch:
                 raise
             except BaseException as error:  # all that is thrown in is the handler's to catch
                 step, reply = body.throw, error
-            if self._is_step(worker):
+            if self._is_step(worker, body):
                 turn = conductor.step(worker.context.event)
                 if turn is not None:
                     try:

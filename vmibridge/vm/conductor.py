@@ -41,6 +41,9 @@ class ConductedEngine(Protocol):
     def waits_for_retry(self, first: int) -> bool:
         """Whether its handler waits for a retry, to access guest memory."""
 
+    def is_watched(self, first: int) -> bool:
+        """Whether its handler runs, or waits to begin."""
+
     def time_out(self, first: int) -> bool:
         """Its hard deadline is now; returns whether its handler runs."""
 
@@ -87,8 +90,9 @@ class Conductor(Protocol):
         """A deadline has passed of the request that came with trap `first`, and nobody has said
         so. Returns the seconds after which to ask again; 0: it passes now."""
 
-    def is_retry(self, event: TrapEvent) -> bool:
-        """Whether a trap asks again for what was told to wait."""
+    def retry_of(self, event: TrapEvent) -> int | None:
+        """The first trap of the request that this one asks for again; `None`: it asks for none. If
+        that is not kept, it is a new request."""
 
     def wall_time(self, event: TrapEvent) -> int:
         """When the trap was taken: nanoseconds since the Unix epoch."""

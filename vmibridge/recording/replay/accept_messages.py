@@ -55,6 +55,8 @@ class _Open:
         """Whether its final reply is written."""
         self.is_late = False
         """Whether the recorded one was come to, and that of now comes behind it."""
+        self.is_anew = False
+        """Whether it has asked anew for what was told to wait."""
 
 
 class _NewMessages:
@@ -68,7 +70,8 @@ class _NewMessages:
         self._unwinding: dict[tuple[str, int], None] = {}
         """Those of them whose recorded reply was come to, and whose handlers may make steps."""
         self._firsts: dict[tuple[str, int], int] = {}
-        """From the retries of these to their first traps."""
+        """From the retries of these to their first traps, and from traps that were told to wait to
+        those that ask anew."""
         self._redactions: dict[str, Redaction] = {}
         self._changes: dict[str, Counter[str]] = {}
 
@@ -155,7 +158,7 @@ class _NewMessages:
             reply = self._as_now(now.reply)
         request.is_answered = True
         if reply is not None:
-            yield reply
+            yield msgspec.structs.replace(reply, retry_of=None) if request.is_anew else reply
             if request.is_late:
                 self._end(request, reply)
 
@@ -187,7 +190,7 @@ class _NewMessages:
         elif isinstance(message, Reply):
             yield from self._of_reply(message, place)
         elif self._is_kept(message, place):
-            yield message
+            yield self._as_asked(message)
 
     def _of_note(self, note: Note) -> Iterator[RecordedMessage]:
         if note.kind == "end":
@@ -195,13 +198,28 @@ class _NewMessages:
             counts = {name: count + change[name] for name, count in note.counts.items()}
             yield msgspec.structs.replace(note, counts=counts, text=_total(counts, note))
             return
-        request = self._open.get((note.vm or "", -1 if note.retry_of is None else note.retry_of))
-        if request is not None and note.seq is not None:
-            request.traps.add(note.seq)
-            self._firsts[note.vm or "", note.seq] = request.first
+        vm, seq = note.vm or "", note.seq
+        request = None
+        if note.retry_of is not None:
+            request = self._open.get((vm, self._firsts.get((vm, note.retry_of), note.retry_of)))
+        if request is not None and seq is not None:
+            if self._journal.is_anew(vm, seq):
+                self._ask_anew(vm, request, self._open[vm, seq])
+                return
+            request.traps.add(seq)
+            self._firsts[vm, seq] = request.first
         now = self._accepted.request(note.vm, note.seq)
         if now is None or now.reply is not None:
             yield note
+
+    def _ask_anew(self, vm: str, before: _Open, request: _Open) -> None:
+        """What was of the one is of the other from here on."""
+        del self._open[vm, before.first]
+        for seq in before.traps:
+            self._firsts[vm, seq] = request.first
+        request.traps |= before.traps
+        request.recorded = before.recorded
+        request.is_anew = True
 
     def _of_trap(self, trap: TrapEvent, place: int) -> Iterator[RecordedMessage]:
         now = self._accepted.request(trap.vm, trap.seq)
@@ -226,7 +244,7 @@ class _NewMessages:
         if now is not None and now.reply is not None and reply.seq == now.final:
             change[reply.kind.value] -= 1
             change[now.reply.kind.value] += 1
-        elif reply.kind is OutcomeKind.WAITING:
+        elif reply.kind is OutcomeKind.WAITING and not self._is_moved(reply, first):
             yield reply
             return
         if request is None:
@@ -237,6 +255,11 @@ class _NewMessages:
                 return
             yield from self._answer(request, reply)
         self._end(request, reply)
+
+    def _is_moved(self, reply: Reply, first: int) -> bool:
+        """Whether it is the final one of its request, and given in another place now."""
+        moved = self._accepted.moved(reply.vm, first)
+        return moved is not None and moved.seq == reply.seq
 
     def _end(self, request: _Open | None, reply: Reply) -> None:
         """The recorded final reply of a request was come to."""
@@ -275,6 +298,13 @@ class _NewMessages:
         number = request.recorded
         request.recorded += 1
         return (now is None or number in now.there) and not request.is_answered
+
+    def _as_asked(self, message: MemoryAccess | Outside | Step) -> RecordedMessage:
+        """With the trap that it is of now."""
+        request = self._open.get((message.vm, self._first_of(message)))
+        if request is None or not request.is_anew:
+            return message
+        return msgspec.structs.replace(message, seq=request.first)
 
     def _first_of(self, message: MemoryAccess | Outside | Step | Reply) -> int:
         """The trap that its request came with."""

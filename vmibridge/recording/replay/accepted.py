@@ -1,6 +1,7 @@
 """The new answers of a replay that are accepted, and what has to be known to write them."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import msgspec
 
@@ -79,13 +80,14 @@ class Accepted:
     def _add(self, vm: str, request: ReplayedRequest, now: Reply | None) -> None:
         reply, first = request.reply, request.event.seq
         assert reply is not None
+        of = partial(msgspec.structs.replace, vm=vm, seq=request.first)
         self._requests[vm, first] = _encode(
             AcceptedRequest(
                 reply.seq,
                 now,
-                [msgspec.structs.replace(each, vm=vm, seq=first) for each in request.kept.others],
+                [of(each) for each in request.kept.others],
                 request.kept.there,
-                [msgspec.structs.replace(each, vm=vm) for each in request.outside.others],
+                [of(each) for each in request.outside.others],
                 request.outside.made,
             )
         )
@@ -95,10 +97,11 @@ class Accepted:
     def move(self, vm: str, request: ReplayedRequest) -> None:
         """A request was compared: what it does may come at another time, though it is the same."""
         place, reply = request.reply_place, request.reply
-        if request.has_outside and request.outside.others and not request.has_too_many:
+        has_others = request.has_outside and request.outside.others
+        if (has_others or request.asked_anew is not None) and not request.has_too_many:
             self._add(vm, request, reply)
         if place is not None and place != request.recorded_place and reply is not None:
-            self._moved[vm, request.event.seq] = msgspec.msgpack.encode(reply)
+            self._moved[vm, request.first] = msgspec.msgpack.encode(reply)
 
     def moved(self, vm: str, first: int) -> Reply | None:
         """The recorded reply of a request, if it is given earlier."""

@@ -232,6 +232,11 @@ class ReplayBackend(Backend, Tap):
         """Whether a trap of it waits for its answer."""
         return bool(self._unanswered) or self._requests.plain is not None
 
+    @property
+    def needs_behind(self) -> bool:
+        """Whether a handler of it waits for what is behind in the file."""
+        return any(each.needs_behind for each in self._open.values())
+
     def at_end(self) -> None:
         """Nothing more was recorded: what is open is answered as it comes."""
         self._requests.let_go()
@@ -323,11 +328,12 @@ class ReplayBackend(Backend, Tap):
     def _walk_retry(self, request: ReplayedRequest, event: TrapEvent) -> None:
         request.seqs = (*request.seqs, event.seq)
         self._open[event.seq] = request
+        retry = event, self._walk.place()
         if request.wants_retry:
             request.wants_retry = False
-            self._feed(request, event)
+            self._feed_retry(request, *retry)
         elif not request.answered:
-            request.retries.append(event)
+            request.retries.append(retry)
 
     def _walk_reply(self, time: int, reply: Reply) -> bool:
         request = None if self._is_later else self._open.get(reply.seq)
@@ -339,6 +345,10 @@ class ReplayBackend(Backend, Tap):
             return False
         if reply.kind is OutcomeKind.WAITING and not request.final_wait:
             return True
+        if reply.kind is OutcomeKind.WAITING and request.wants_retry and request.is_forgotten:
+            # It was told so before, and the server has forgotten it, as it had then.
+            request.wants_retry, request.answered = False, True
+            self.conductor.answered(request)
         if not request.over:
             request.over, request.reply = True, reply
             request.recorded_place = self._walk.place()
@@ -383,8 +393,10 @@ class ReplayBackend(Backend, Tap):
                 queue.append(event)
                 return
             self._busy[event.vcpu] = deque()
-        # Where an agent carries it, no tap tells that it was taken.
-        if self._has_server or what is Awaited.ANSWERED:
+        # Where an agent carries it, no tap tells that it was taken. And a trap that asks again may
+        # be given while the walk waits for something: that comes first.
+        is_told = self._has_server or what is Awaited.ANSWERED
+        if is_told and self._walk.awaited is None:
             self._walk.wait_for(request, what)
         self._put(event)
 
@@ -421,10 +433,11 @@ class ReplayBackend(Backend, Tap):
                 waits = request.is_told_to_wait(writes, self._wait)
             else:
                 waits = outcome is not None and outcome.kind is OutcomeKind.WAITING
+            request.outcome, request.writes = outcome, writes
             if waits and not request.final_wait:
                 self._ask_again(request)
             else:
-                request.answered, request.outcome, request.writes = True, outcome, writes
+                request.answered = True
                 self.conductor.answered(request)
                 request.drop_retries()
                 request.go_on()
@@ -434,11 +447,16 @@ class ReplayBackend(Backend, Tap):
 
     def _ask_again(self, request: ReplayedRequest) -> None:
         if request.retries:
-            self._feed(request, request.retries.popleft())
+            self._feed_retry(request, *request.retries.popleft())
         elif request.over and request.reply is not None:
             self._ask_on(request)
         elif not request.over:
             request.wants_retry = True
+
+    def _feed_retry(self, request: ReplayedRequest, event: TrapEvent, place: int) -> None:
+        if request.is_forgotten:
+            self.conductor.asks_anew(request, event, place)
+        self._feed(request, event)
 
     def _ask_on(self, request: ReplayedRequest) -> None:
         """One more retry, which the recording does not have: so it has a number of its own."""

@@ -13,6 +13,8 @@ recording brings about the order of now, as a replay of any recording does.
   message, such as the answer to a reply, its place is that of the message.
 - An event has no content: the new answers have it (`accept`).
 - `parked` is left as it was: the guest got WAIT in the recording, and its retries are in the file.
+  Where its handler has not begun by then now, the server forgets it, and the retry asks anew: it is
+  the first trap of a request of its own.
 - 29 bytes of memory for an event; a request that is plain now as it was then has one.
 """
 
@@ -98,6 +100,7 @@ class Journal:
         self._asked = bytearray()
         self._queued = bytearray()
         self._late = bytearray()
+        self._anew: set[tuple[str, int]] = set()
         self._ends: dict[str, int] = {}
         self._steps = Steps()
         self._pending: tuple[ReplayedRequest, int] | None = None
@@ -130,6 +133,14 @@ class Journal:
         if request.event.vm in self._numbers:
             _set(self._asked, request.place)
 
+    def ask_anew(self, request: ReplayedRequest) -> None:
+        """The trap that asked again then is that of a new request now."""
+        number = self._numbers.get(request.event.vm)
+        if number is not None:
+            self._flush()
+            _set(self._asked, request.place)
+            self._anew.add((self.vms[number], request.first))
+
     def stop(self, now: str) -> None:
         """Nothing of a VM is played any more."""
         number = self._numbers.pop(now, None)
@@ -150,7 +161,7 @@ class Journal:
 
     def step(self, request: ReplayedRequest, step: StepKind) -> None:
         """A handler has made a step."""
-        vm, first = request.event.vm, request.event.seq
+        vm, first = request.event.vm, request.first
         number = self._numbers.get(vm)
         if step == "parked" or number is None or not self.has_steps(self.vms[number]):
             return
@@ -191,7 +202,7 @@ class Journal:
             request.reply_place = place
         if is_late and request.event.vm in self._numbers:
             _set(self._late, request.recorded_place)
-        self._steps.lined_up.discard((request.event.vm, request.event.seq))
+        self._steps.lined_up.discard((request.event.vm, request.first))
 
     def add(
         self,
@@ -208,7 +219,7 @@ class Journal:
         self._flush()
         at = self._clock() if time is None else time
         self._events += _EVENT.pack(
-            self._place(), max(at or 0, 0), request.event.seq if seq is None else seq, number, kind
+            self._place(), max(at or 0, 0), request.first if seq is None else seq, number, kind
         )
 
     def _flush(self) -> None:
@@ -239,6 +250,10 @@ class Journal:
     def is_queued(self, place: int) -> bool:
         """Whether there is the trap of one whose handler has lined up."""
         return _is_set(self._queued, place)
+
+    def is_anew(self, vm: str, seq: int) -> bool:
+        """Whether a trap, which asked again then, asks anew now; `vm` by its recorded name."""
+        return (vm, seq) in self._anew
 
     def is_late(self, place: int) -> bool:
         """Whether there is the final reply of a request that was answered behind it now."""

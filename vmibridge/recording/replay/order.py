@@ -42,6 +42,8 @@ class RecordedOrder(Conductor):
         self._vm = ""
         """Its name now, where a journal is kept."""
         self._walk = walk
+        self._going: ReplayedRequest | None = None
+        """Whose handler is about to make a step."""
         self._requests = requests
         requests.conductor = self
         self._unwinding: dict[int, ReplayedRequest] = {}
@@ -69,6 +71,13 @@ class RecordedOrder(Conductor):
         request.engine = self.engine
         if self._walk.journal is not None:
             self._walk.journal.take(request, event)
+
+    def asks_anew(self, request: ReplayedRequest, event: TrapEvent, place: int) -> None:
+        """A request was told to wait before its handler had begun, and is asked by this trap, which
+        has that place in the file."""
+        request.ask_anew(event.seq, place)
+        if self._walk.journal is not None:
+            self._walk.journal.ask_anew(request)
 
     def answered(self, request: ReplayedRequest) -> None:
         """A request was answered for good."""
@@ -138,7 +147,7 @@ class RecordedOrder(Conductor):
         request = self.find(event.seq)
         if request is not None:
             request.begun, request.ended = True, False
-            request.has_turn = False
+            request.has_turn, request.has_run = False, True
             if self._walk.journal is not None:
                 self._walk.journal.step(request, "began")
             # Its reply was read if it did not wait then.
@@ -177,7 +186,9 @@ class RecordedOrder(Conductor):
         if self._walk.journal is not None:
             self._walk.journal.goes_on(request)
         request.steps_done += 1
+        self._going = request
         self._walk.go()
+        self._going = None
 
     def play(self, time: int, message: object) -> bool:
         """Another message than those of traps and memory. `False`: it is not its time yet.
@@ -205,8 +216,13 @@ class RecordedOrder(Conductor):
         if not self._walk.is_due(time):
             return False
         if step.kind in ("parked", "cut off"):
-            # It has read by then what was read: without its trap it would wait for the next one.
-            if request.has_pending and self._walk.looks_again():
+            if step.kind == "parked" and request.cut:
+                # An accepted recording: it was cut off before the guest of then was told to wait.
+                return True
+            # It has made by then the step before, and read what was read: without its trap it would
+            # wait for the next one.
+            is_ahead = request is self._going or request.has_pending
+            if is_ahead and self._walk.looks_again():
                 return False
             request.cut = step.kind == "cut off"
             if request.cut and not self._may_be_cut_off(request, time):
@@ -269,11 +285,14 @@ class RecordedOrder(Conductor):
     def let_pass(self, request: ReplayedRequest, kind: OutcomeKind) -> bool:
         """A deadline passed then: now, too. `False`: it is too early."""
         assert self.engine is not None
-        first = request.event.seq
+        first = request.first
         if kind is OutcomeKind.TIMEOUT:
             passed = self.engine.time_out(first)
         else:
             request.final_wait = request.queued and not request.turns_allowed
+            if request.wants_retry:
+                # It was told so before.
+                return True
             passed = self.engine.tell_to_wait(first)
         # A handler that has just begun is not suspended yet, or it never will be.
         return passed or request.ended or not self._walk.looks_again()
@@ -282,14 +301,18 @@ class RecordedOrder(Conductor):
         """A deadline has passed that nobody has let pass. As long as the recording says when it
         did, it passes then: the loop of then, or that of now, may have stood still."""
         request = self.find(first)
-        if request is None or request.over or not self.has_steps:
+        if request is None or not self.has_steps:
             return 0.0
+        if request.over:
+            return 0.0 if request.has_run else self._walk.makes_way(request)
         return self._walk.postpones(request)
 
-    def is_retry(self, event: TrapEvent) -> bool:
-        """Whether a trap asks again for what was told to wait."""
+    def retry_of(self, event: TrapEvent) -> int | None:
+        """The first trap of the request that a trap asks for again, as it did then."""
         request = self.find(event.seq)
-        return request is not None and request.event.seq != event.seq
+        if request is None or request.event.seq == event.seq:
+            return None
+        return request.first
 
     def wall_time(self, event: TrapEvent) -> int:
         """When the trap was taken."""

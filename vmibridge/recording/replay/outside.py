@@ -91,7 +91,7 @@ class ReplayedOutside:
         self._held += size
         calls.recorded[call] = message
         if request.keeps:
-            calls.read_at[call] = request.steps_made
+            calls.read_at[call] = request.progress
         # Another one that waits does so for what is recorded later, if at all.
         if call in calls.waiting or not (message.at_once or calls.waiting):
             calls.awaited = call
@@ -152,11 +152,13 @@ class ReplayedOutside:
                 cancel_again(cut)
         finally:
             calls.waiting.discard(call)
+            progress = request.progress
+            calls.given += 1
             message = calls.recorded.pop(call, None)
             if message is not None:
                 self._held -= _size(message)
                 if request.keeps:
-                    self._keep_recorded(request, message)
+                    self._keep_recorded(request, message, progress)
             if calls.awaited == call:
                 calls.awaited = None
                 self._walk.go()
@@ -190,10 +192,12 @@ class ReplayedOutside:
             if self._walk.journal is not None:
                 self._walk.journal.add(request, EventKind.OUTSIDE, at)
 
-    def _keep_recorded(self, request: ReplayedRequest, message: Outside) -> None:
-        """A recorded call is made: where the walk came to it, or some steps later."""
+    def _keep_recorded(
+        self, request: ReplayedRequest, message: Outside, progress: tuple[int, ...]
+    ) -> None:
+        """A recorded call is made: where the walk came to it, or when more had been done."""
         calls, call = request.outside, (message.key, message.number)
-        if calls.read_at.pop(call, None) == request.steps_made or message.is_cut_off:
+        if calls.read_at.pop(call, None) == progress or message.is_cut_off:
             calls.made.add(call)
             return
         # Its value was there already: nothing of it is waited for.

@@ -21,6 +21,10 @@ class Player(Protocol):
     def is_owed(self) -> bool:
         """Whether a trap of it waits for its answer."""
 
+    @property
+    def needs_behind(self) -> bool:
+        """Whether a handler of it cannot go on before more of the recording is read."""
+
     def play(self, message: TimedMessage, after: object) -> bool:
         """Play a message; `after`: the one behind it. `False`: it is not its time yet."""
 

@@ -35,7 +35,7 @@ from vmibridge.recording.replay.compare import (
     reply_of,
 )
 from vmibridge.recording.replay.player import Awaited
-from vmibridge.recording.replay.request_parts import KeptAccesses, RequestOutside
+from vmibridge.recording.replay.request_parts import KeptAccesses, RequestOutside, composed
 from vmibridge.vm.conductor import ConductedEngine
 from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
@@ -114,10 +114,14 @@ class ReplayedRequest:
     """Whether WAIT was the last that it was told: its handler had not begun."""
     unchecked: str | None = None
     """Why it cannot be compared."""
+    has_run = False
+    """Whether its handler has begun now."""
     seqs: Sequence[int] = ()
     """Of the traps that asked again."""
-    place = 0
-    """That of its trap in the file, where it matters (`journal`)."""
+    place: int = 0
+    """That of its trap in the file, where it matters (`journal`); of the one that asked anew."""
+    asked_anew: int | None = None
+    """The trap that asked for it anew."""
     reply_place: int | None = None
     """Where it was answered for good, if that was not where its reply is."""
     recorded_place = 0
@@ -128,7 +132,7 @@ class ReplayedRequest:
     _outside: "RequestOutside | None" = None
     _pending: "deque[tuple[int, MemoryAccess]] | None" = None
     _past: "deque[MemoryAccess] | None" = None
-    _retries: "deque[TrapEvent] | None" = None
+    _retries: "deque[tuple[TrapEvent, int]] | None" = None
     _differences: Sequence[FieldDifference] = ()
     _made: int | None = None
     _attached = 0
@@ -151,11 +155,35 @@ class ReplayedRequest:
         self._keep = keep
 
     @property
+    def first(self) -> int:
+        """The trap that it came with, or that asked for it anew."""
+        return self.event.seq if self.asked_anew is None else self.asked_anew
+
+    @property
     def outside(self) -> RequestOutside:
         """Its calls of `vmi.outside`."""
         if self._outside is None:
             self._outside = RequestOutside()
         return self._outside
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether it was told to wait before its handler had begun, so that the server does not
+        know of it any more."""
+        engine = self.engine
+        return not self.has_run and engine is not None and not engine.is_watched(self.first)
+
+    def ask_anew(self, seq: int, place: int) -> None:
+        """Its trap is another one, there in the file: what it does from now on is behind that."""
+        self.place, self.asked_anew = place, seq
+        if self.keeps:
+            self.kept.latest = place
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """How far its handler is: for which trap it has made how many steps, calls of `vmi.outside`
+        and accesses; of those as many as are kept."""
+        return self.first, self.steps_made, self.outside.given, len(self._past or ())
 
     @property
     def has_outside(self) -> bool:
@@ -182,8 +210,8 @@ class ReplayedRequest:
         return self._past
 
     @property
-    def retries(self) -> "deque[TrapEvent]":
-        """Traps that asked again then, and were not needed yet."""
+    def retries(self) -> "deque[tuple[TrapEvent, int]]":
+        """Traps that asked again then, and were not needed yet; with their places in the file."""
         if self._retries is None:
             self._retries = deque()
         return self._retries
@@ -200,11 +228,13 @@ class ReplayedRequest:
         return self.told and self.begun and not (self.ended or self.answered)
 
     @property
-    def _needs_behind(self) -> bool:
+    def needs_behind(self) -> bool:
+        """Whether its handler cannot go on before more of the recording is read: that, or it waits
+        for a trap that asks again."""
         if self.needs_more:
             return True
         engine = self.engine
-        return self.may_need_retry and engine is not None and engine.waits_for_retry(self.event.seq)
+        return self.may_need_retry and engine is not None and engine.waits_for_retry(self.first)
 
     def may_not_call(self, what: Awaited) -> bool:
         """Whether its handler, if changed, may not ask for what there is for it from outside, or
@@ -215,13 +245,13 @@ class ReplayedRequest:
 
     def pass_over(self) -> bool:
         """It was waited for; whether that is to end, as it needs what is behind in the file."""
-        self._is_passed_over = self._needs_behind
+        self._is_passed_over = self.needs_behind
         return self._is_passed_over
 
     @property
     def is_passed_over(self) -> bool:
         """Whether it still needs that, so that it is not waited for again."""
-        self._is_passed_over = self._is_passed_over and self._needs_behind
+        self._is_passed_over = self._is_passed_over and self.needs_behind
         return self._is_passed_over
 
     def gate(self) -> anyio.Event:
@@ -275,7 +305,8 @@ class ReplayedRequest:
 
     def read_unrecorded(self, address: int, size: int) -> bytes:
         """The bytes there, as far as other accesses tell. Raises `GuestMemoryError`."""
-        data = self._compose(address, size)
+        later = (access for _, access in self.pending if not access.write)
+        data = composed((*reversed(self.past), *later), address, size)
         error = None if data is not None else _UNKNOWN
         access = MemoryAccess(self.event.vm, self.event.seq, address, size, data, False, error)
         self._make(access)
@@ -415,22 +446,6 @@ class ReplayedRequest:
 
     def _next(self) -> str:
         return describe(self.pending[0][1]) if self.pending else "no further access"
-
-    def _compose(self, address: int, size: int) -> bytes | None:
-        """Put together from what was read or written already, then from what was read later."""
-        found, known = bytearray(size), bytearray(size)
-        later = (access for _, access in self.pending if not access.write)
-        for access in (*reversed(self.past), *later):
-            data = access.data
-            if data is None or access.error is not None:
-                continue
-            first = max(address, access.address)
-            last = min(address + size, access.address + len(data))
-            for at in range(first, last):
-                if not known[at - address]:
-                    found[at - address] = data[at - access.address]
-                    known[at - address] = 1
-        return bytes(found) if all(known) else None
 
 
 def held_size(access: MemoryAccess) -> int:

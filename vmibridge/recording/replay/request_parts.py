@@ -1,14 +1,15 @@
-"""What few requests of a replay have: calls of `vmi.outside`, and accesses that are kept."""
+"""What few requests of a replay have: calls of `vmi.outside`, accesses that are kept, and memory
+that is known from other accesses only."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from vmibridge.recording.messages import MemoryAccess, Outside
 from vmibridge.recording.replay.compare import FieldDifference
 
-__all__ = ["NO_CALL", "KeptAccesses", "RequestOutside"]
+__all__ = ["NO_CALL", "KeptAccesses", "RequestOutside", "composed"]
 
 NO_CALL = "no call"
 _CALLED = "it is not in the recording, and was called"
@@ -34,8 +35,10 @@ class RequestOutside(msgspec.Struct):
     """Those that came to what they came to then, and where they did; where all are kept."""
     others: list[Outside] = []
     """Other ones, where all are kept: they have places of their own."""
-    read_at: dict[tuple[str, int], int] = {}
-    """How many steps its handler had made when the walk came to each, where all are kept."""
+    given: int = 0
+    """How many have ended."""
+    read_at: dict[tuple[str, int], tuple[int, ...]] = {}
+    """How far its handler was when the walk came to each, where all are kept."""
 
     def compare(
         self, differences: Sequence[FieldDifference], *, strict: bool
@@ -73,3 +76,20 @@ class KeptAccesses(msgspec.Struct):
     """Those that do not, and those that are not recorded."""
     latest: int = -1
     """The place of the last one that was made."""
+
+
+def composed(accesses: Iterable[MemoryAccess], address: int, size: int) -> bytes | None:
+    """The bytes there, put together from accesses: those that come first tell. `None`: they do not
+    tell of each."""
+    found, known = bytearray(size), bytearray(size)
+    for access in accesses:
+        data = access.data
+        if data is None or access.error is not None:
+            continue
+        first = max(address, access.address)
+        last = min(address + size, access.address + len(data))
+        for at in range(first, last):
+            if not known[at - address]:
+                found[at - address] = data[at - access.address]
+                known[at - address] = 1
+    return bytes(found) if all(known) else None

@@ -48,6 +48,7 @@ from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import PlainTrap, RecordedMessage, Session, Step
 from vmibridge.recording.replay.journal import Journal
+from vmibridge.recording.replay.patience import CHECK, Patience
 from vmibridge.recording.replay.player import Awaited, Player, Unfolding
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVms, all_apart
@@ -65,16 +66,8 @@ _MAX_PATIENCE = 1.0
 _MAX_LOOSENED = 16
 """How often those go on before a deadline of the one that is waited for may pass."""
 _TINY = 1e-9
-_MAX_LOOKS = 100
-"""How often a message is looked at again in other turns of the loop."""
 _LATER = 1e-3
-"""Seconds until it is looked at again where that takes time."""
-_CHECK = 0.1
-"""Seconds between two looks whether the walk has gone on."""
-_STUCK = 10
-_STUCK_ELSEWHERE = 100
-"""How many in vain mean that it is stuck: by the handler in question, or by another one. Looks and
-not seconds, as the process may stand still meanwhile."""
+"""Seconds until a message is looked at again where that takes time."""
 
 
 class Walk:
@@ -96,9 +89,7 @@ class Walk:
         """Plain traps of VMs that are not played: each is two messages."""
         self.journal: Journal | None = None
         """Where it is noted what handlers do; `None`: nobody wants to know."""
-        self._looks = self._looks_at = 0
-        self._checks = self._checks_at = 0
-        self._check_from = -math.inf
+        self._at_place = Patience()
         self._at_end = False
         self.plain: Unfolding | None = None
         """Who plays a plain trap: the walk waits for its answer."""
@@ -345,10 +336,7 @@ class Walk:
 
     def looks_again(self) -> bool:
         """Whether to play this message in a moment, when other tasks have run; not for ever."""
-        if self._looks_at != (at := self._played + self._place):
-            self._looks, self._looks_at = 0, at
-        self._looks += 1
-        if self._looks > _MAX_LOOKS:
+        if not self._at_place.looks_again(self._played + self._place):
             return False
         self._pause = self._clock()
         self.poke()
@@ -385,17 +373,36 @@ class Walk:
         """Seconds until a deadline may pass that did not pass then; 0: the walk is stuck."""
         now = self._clock()
         if now < self._pause < math.inf:
-            return self._pause - now + _CHECK
+            return self._pause - now + CHECK
         if self._held and now < self._loosen_at < math.inf and self._loosened < _MAX_LOOSENED:
             # It may wait for one that is held, as with a lock.
-            return self._loosen_at - now + _CHECK
-        if self._checks_at != (at := self._played + self._place):
-            self._checks, self._checks_at = 0, at
-        if now >= self._check_from:
-            self._checks += 1
-            self._check_from = now + _CHECK
-        most = _STUCK if self.awaited in (None, request) else _STUCK_ELSEWHERE
-        return 0.0 if self._checks > most else _CHECK
+            return self._loosen_at - now + CHECK
+        elsewhere = self.awaited not in (None, request)
+        is_stuck = self._at_place.is_stuck(self._played + self._place, now, elsewhere=elsewhere)
+        return 0.0 if is_stuck and not self._passes_over() else CHECK
+
+    def makes_way(self, request: ReplayedRequest) -> float:
+        """Seconds until the deadline of a request may pass whose reply was read, and whose handler
+        has not begun: it may wait for the place of one that waits for what is behind."""
+        if self._at_end or not self._is_needed_behind():
+            return 0.0
+        if self.awaited is request:
+            self._passes_over()
+        return CHECK
+
+    def _is_needed_behind(self) -> bool:
+        return any(each.needs_behind for each in self._players.values())
+
+    def _passes_over(self) -> bool:
+        """Whether to go on in the file, stuck: what is waited for may wait for another handler, as
+        for its place, and that one for what is behind."""
+        if self.awaited is None or not self._is_needed_behind():
+            return False
+        self.awaited = None
+        self._at_place.start_again()
+        self._be_patient()
+        self.poke()
+        return True
 
     # --- handlers that are held -----------------------------------------------------
 

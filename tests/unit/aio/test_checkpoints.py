@@ -1,0 +1,58 @@
+"""How a handler hears that it is cut off: in one step on asyncio, in two on trio."""
+
+from types import coroutine
+
+import anyio
+import pytest
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
+
+from vmibridge.aio.loops import hears_next
+
+pytestmark = pytest.mark.anyio
+
+
+@coroutine
+def watched(body):
+    """Await it; returns what was said of each of its steps but the first, and its result."""
+    hears, said = hears_next(), []
+    step, reply = body.send, None
+    while True:
+        try:
+            wish = step(reply)
+        except StopIteration as end:
+            return said, end.value
+        try:
+            step, reply = body.send, (yield wish)
+        except BaseException as error:  # it is the body's to catch
+            step, reply = body.throw, error
+        said.append(hears(body))
+
+
+async def test_the_first_of_two_steps_only_looks_whether_the_task_is_cancelled(anyio_backend_name):
+    with anyio.CancelScope() as scope:
+
+        async def body():
+            await checkpoint()
+            scope.cancel()
+            await cancel_shielded_checkpoint()
+            try:
+                await checkpoint()
+            except anyio.get_cancelled_exc_class():
+                return "heard"
+
+        said, result = await watched(body())
+    assert result == "heard"
+    # Nobody is cancelled; a step of the body; and one or two that hear of it.
+    assert said == [False, False, *([True, False] if anyio_backend_name == "trio" else [False])]
+
+
+async def test_one_that_is_shielded_hears_of_nothing():
+    with anyio.CancelScope() as scope:
+
+        async def body():
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await checkpoint()
+            return "went on"
+
+        assert await watched(body()) == ([False], "went on")

@@ -1,0 +1,120 @@
+"""What is accepted of requests that were told to wait, then or now."""
+
+import anyio
+import pytest
+from changed_parts import accept, replay
+from determinism_parts import MAGIC, ask, call, record
+
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.messages import Note, Reply, Step
+
+LOOPS = ["asyncio", "trio"]
+FIRST, PATIENT, CUT_OFF = 1, 2, 3
+"""Methods: one that has the only place, and two that are told to wait; one of them is cut off when
+that takes long."""
+
+
+class Slow(BridgeHandler[object]):
+    """Its first method takes so many milliseconds, which are in each output."""
+
+    MAGIC, REQUEST = MAGIC, 1
+
+    def __init__(self, first):
+        self.first = first
+        self.count = 0
+
+    def answer(self):
+        self.count += 1
+        return BridgeResponse(value1=0x100 + self.count).with_output([self.count, self.first])
+
+    @method(FIRST, timeout=600)
+    async def has_the_place(self, vmi, packet):
+        await anyio.sleep(self.first / 1e3)
+        return self.answer()
+
+    @method(PATIENT, soft_timeout=0.007, timeout=600)
+    async def is_told_to_wait(self, vmi, packet):
+        await anyio.sleep(0.012)
+        return self.answer()
+
+    @method(CUT_OFF, soft_timeout=0.007)
+    async def is_cut_off(self, vmi, packet):
+        return await self.is_told_to_wait(vmi, packet)
+
+
+def guest(code):
+    """A guest that asks for the place, then for this method."""
+
+    async def run(vm):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call, vm, ask(FIRST), 0)
+            await anyio.sleep(0.0005)
+            await call(vm, ask(code), 1)
+
+    return run
+
+
+def messages(path):
+    with RecordingReader(path) as reader:
+        return [message for _, message in reader.messages()]
+
+
+def accepted(folder, code, then, now, loop):
+    """Record with the one handler, accept the answers of the other; the messages of both."""
+    first, second, third = (folder / f"{name}.mcap" for name in "abc")
+    guests = {"vm": guest(code)}
+    record(first, guests, lambda _: Bridge(Slow(then)), loop, virtual=True, in_flight=1)
+    accept(first, second, ["vm"], lambda _: Bridge(Slow(now)), loop)
+    for other in LOOPS:
+        differences = []
+        replay(second, ["vm"], lambda _: Bridge(Slow(now)), other, differences=differences)
+        assert differences == []
+    assert accept(second, third, ["vm"], lambda _: Bridge(Slow(now)), loop)[0] == 0
+    assert third.read_bytes() == second.read_bytes()
+    return messages(first), messages(second)
+
+
+def replies(found, code):
+    return [each for each in found if isinstance(each, Reply) and each.packet.method == code]
+
+
+def has_retry(found):
+    return any(isinstance(each, Note) and each.kind == "retry" for each in found)
+
+
+def steps_of(found, seq):
+    return [each.kind for each in found if isinstance(each, Step) and each.seq == seq]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_has_not_begun_when_it_is_told_to_wait_is_asked_anew(tmp_path, loop):
+    """The server forgets it, so the trap that asked again then is that of a new request now."""
+    then, now = accepted(tmp_path, PATIENT, 1, 100_000, loop)
+    first, last = replies(then, PATIENT)
+    assert has_retry(then)
+    assert "began" in steps_of(then, first.seq)
+    assert not has_retry(now)
+    assert [(each.kind, each.retry_of) for each in replies(now, PATIENT)] == [
+        (first.kind, None),
+        (last.kind, None),
+    ]
+    assert steps_of(now, first.seq) == ["queued", "parked"]
+    assert steps_of(now, last.seq) == ["resumed", "ended"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_is_cut_off_before_it_was_told_to_wait(tmp_path, loop):
+    then, now = accepted(tmp_path, CUT_OFF, 1, 20_000, loop)
+    first, _ = replies(then, CUT_OFF)
+    assert has_retry(now)
+    assert [each.kind.value for each in replies(now, CUT_OFF)] == ["waiting", "timeout"]
+    assert steps_of(now, first.seq) == ["queued", "cut off", "parked"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_was_told_to_wait_before_it_began_and_is_so_now(tmp_path, loop):
+    then, now = accepted(tmp_path, PATIENT, 30, 31, loop)
+    waits = replies(then, PATIENT)[:-1]
+    assert len(waits) > 1
+    assert replies(now, PATIENT)[:-1] == waits

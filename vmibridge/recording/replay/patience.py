@@ -1,0 +1,44 @@
+"""How long a walk over a recording stays at a place of the file (`walk`).
+
+Looks and not seconds are counted, as the process may stand still meanwhile.
+"""
+
+__all__ = ["CHECK", "Patience"]
+
+_MAX_LOOKS = 100
+"""How often a message is looked at again in other turns of the loop."""
+CHECK = 0.1
+"""Seconds between two looks whether the walk has gone on."""
+_STUCK = 10
+_STUCK_ELSEWHERE = 100
+"""How many in vain mean that it is stuck: by the handler in question, or by another one."""
+
+
+class Patience:
+    """That of one walk. Places count messages."""
+
+    def __init__(self) -> None:
+        self._looks = self._looks_at = 0
+        self._checks = self._checks_at = 0
+        self._check_from = 0.0
+
+    def looks_again(self, place: int) -> bool:
+        """Whether to play the message there in a moment, and not at once; not for ever."""
+        if self._looks_at != place:
+            self._looks, self._looks_at = 0, place
+        self._looks += 1
+        return self._looks <= _MAX_LOOKS
+
+    def is_stuck(self, place: int, now: float, *, elsewhere: bool) -> bool:
+        """Whether the walk has been there for too many checks. `now`: in seconds of its clock;
+        `elsewhere`: it waits for another handler than that which is asked for."""
+        if self._checks_at != place:
+            self._checks, self._checks_at = 0, place
+        if now >= self._check_from:
+            self._checks += 1
+            self._check_from = now + CHECK
+        return self._checks > (_STUCK_ELSEWHERE if elsewhere else _STUCK)
+
+    def start_again(self) -> None:
+        """It is about to go on."""
+        self._checks = 0
