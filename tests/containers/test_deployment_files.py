@@ -162,6 +162,20 @@ def test_a_profile_that_there_is_not_is_named(vm, words):
     assert done.stderr == f"vm: COMPOSE_PROFILES=gdb,gbd: gbd is not {known}\n"
 
 
+def test_a_variable_that_is_not_used_is_named(vm):
+    known = {"VMIBRIDGE_MEMORY": "512", "VMIBRIDGE_KVM_GROUP": "7"}
+    assert vm("up", "-d", **known).stderr == ""
+    done = vm("up", "-d", VMIBRIDGE_MEMROY="512", VMIBRIDGE_TIMEOUT="3", **known)
+    assert done.returncode == 0
+    why = "it is no variable of compose.yaml, and options go into the file VMIBRIDGE_ENV_FILE"
+    assert sorted(done.stderr.splitlines()) == [
+        f"vm: VMIBRIDGE_MEMROY is ignored: {why}",
+        f"vm: VMIBRIDGE_TIMEOUT is ignored: {why}",
+    ]
+    # Which have variables of their own.
+    assert vm("-f", "own.yaml", "up", VMIBRIDGE_OWN="1").stderr == ""
+
+
 def test_compose_takes_several_profiles_and_those_of_other_files(vm):
     for profiles, words in (
         ("gdb,tls", ["down"]),
