@@ -276,9 +276,12 @@ def changed_bridges(vm, asked, change):
 
 
 def loop_of(name, *, virtual, speed=0.0):
-    """What `anyio.run` makes that loop of."""
+    """What `anyio.run` makes that loop of. Virtual time begins with a time of its own: that of the
+    machine would decide what comes first of what is due together, within rounding."""
     if virtual:
-        backend, options = virtual_loop("trio" if name == "trio" else "asyncio", VirtualTime(speed))
+        clock = VirtualTime(speed)
+        clock.now = 1000.0
+        backend, options = virtual_loop("trio" if name == "trio" else "asyncio", clock)
         return {"backend": backend, "backend_options": options}
     backend = "trio" if name == "trio" else "asyncio"
     return {"backend": backend, "backend_options": {"use_uvloop": True} if name == "uvloop" else {}}

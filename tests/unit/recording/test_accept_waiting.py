@@ -1,13 +1,20 @@
 """What is accepted of requests that were told to wait, then or now."""
 
+import gc
+
 import anyio
 import pytest
 from changed_parts import accept, replay
 from determinism_parts import MAGIC, ask, call, record
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import Note, Reply, Step
+from vmibridge.recording.replay import accept_messages
+from vmibridge.recording.replay.accepted import Accepted
+from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 LOOPS = ["asyncio", "trio"]
 FIRST, PATIENT, CUT_OFF = 1, 2, 3
@@ -118,3 +125,23 @@ def test_what_was_told_to_wait_before_it_began_and_is_so_now(tmp_path, loop):
     waits = replies(then, PATIENT)[:-1]
     assert len(waits) > 1
     assert replies(now, PATIENT)[:-1] == waits
+
+
+def test_what_is_told_to_wait_and_never_asked_for_again_is_forgotten():
+    count = 20_000
+    accepted = Accepted()
+    place = 0
+    accepted.journal.join("vm", "vm", lambda: place, int, has_steps=True)
+    found = []
+    for seq in range(1, count + 1):
+        event = TrapEvent(seq, TrapReason.VMCALL, Registers(), "vm")
+        accepted.journal.ask(ReplayedRequest(event, 0, strict=False))
+        place += 2
+        found += [(0, event), (0, Reply("vm", seq, 0, OutcomeKind.WAITING, ask(PATIENT)))]
+    known = []
+    for number, (_, message) in enumerate(accept_messages.accepted_messages(found, accepted)):
+        assert message is found[number][1]
+        if message.seq == count:
+            known.append(sum(type(each) is accept_messages._Open for each in gc.get_objects()))
+    assert len(known) == 2
+    assert max(known) < count

@@ -68,7 +68,8 @@ class _NewMessages:
         self._vms = frozenset(accepted.journal.vms)
         self._open: dict[tuple[str, int], _Open] = {}
         self._unwinding: dict[tuple[str, int], None] = {}
-        """Those of them whose recorded reply was come to, and whose handlers may make steps."""
+        """Those of them whose recorded reply was come to, and whose handlers may make steps; and
+        those that are told to wait, and perhaps never asked for again."""
         self._firsts: dict[tuple[str, int], int] = {}
         """From the retries of these to their first traps, and from traps that were told to wait to
         those that ask anew."""
@@ -203,6 +204,7 @@ class _NewMessages:
         if note.retry_of is not None:
             request = self._open.get((vm, self._firsts.get((vm, note.retry_of), note.retry_of)))
         if request is not None and seq is not None:
+            self._unwinding.pop((vm, request.first), None)
             if self._journal.is_anew(vm, seq):
                 self._ask_anew(vm, request, self._open[vm, seq])
                 return
@@ -246,6 +248,8 @@ class _NewMessages:
             change[now.reply.kind.value] += 1
         elif reply.kind is OutcomeKind.WAITING and not self._is_moved(reply, first):
             yield reply
+            if request is not None:
+                self._keep_for_now((vm, request.first))
             return
         if request is None:
             yield reply
@@ -268,13 +272,19 @@ class _NewMessages:
         key = reply.vm, request.first
         for seq in request.traps:
             self._firsts.pop((reply.vm, seq), None)
-        if reply.kind not in _CUT_OFF:
+        if reply.kind in _CUT_OFF:
+            self._keep_for_now(key)
+        else:
+            self._unwinding.pop(key, None)
             del self._open[key]
-            return
+
+    def _keep_for_now(self, key: tuple[str, int]) -> None:
         self._unwinding[key] = None
         if len(self._unwinding) > _MAX_UNWINDING:
             oldest = next(iter(self._unwinding))
-            del self._unwinding[oldest], self._open[oldest]
+            del self._unwinding[oldest]
+            for seq in self._open.pop(oldest).traps:
+                self._firsts.pop((oldest[0], seq), None)
 
     def _is_kept(self, message: MemoryAccess | Outside | Step, place: int) -> bool:
         """Whether it is as it was."""
