@@ -2,6 +2,7 @@
 order of all that they do; and what it is to accept the answers of a changed one."""
 
 import random
+from contextlib import contextmanager
 
 import anyio
 import trio
@@ -14,8 +15,6 @@ from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.served import serve_recording
 from vmibridge.recording.replay.verdict import Verdict
 
-_ORDER_OF_TRIO = trio._core._run._r
-"""What says in which order tasks of trio go on that could go on in any."""
 CODES = range(1, 7)
 SOFT, HARD = 5, 6
 """Methods with a soft deadline, and with a hard one."""
@@ -166,6 +165,18 @@ class SharedPrograms(Programs):
     REQUEST, shared = 3, True
 
 
+@contextmanager
+def trio_in_order(seed):
+    """Tasks of trio that could go on in any order do so in that of the seed."""
+    run = trio._core._run
+    run._r.seed(seed)
+    before, run._ALLOW_DETERMINISTIC_SCHEDULING = run._ALLOW_DETERMINISTIC_SCHEDULING, True
+    try:
+        yield
+    finally:
+        run._ALLOW_DETERMINISTIC_SCHEDULING = before
+
+
 KINDS = (Programs, SerialPrograms, SharedPrograms)
 
 
@@ -212,21 +223,22 @@ class Case:
 
     def record(self, path, loop="asyncio", *, virtual=True):
         """Record the guests with the handlers that are not changed."""
-        _ORDER_OF_TRIO.seed(self.seed)
         guests = {name: planned_guest(plan) for name, plan in self.plans.items()}
         bridges = self.bridges(changed=False)
-        record(path, guests, bridges, loop, virtual=virtual, **self.settings)
+        with trio_in_order(self.seed):
+            record(path, guests, bridges, loop, virtual=virtual, **self.settings)
 
     def replay(self, path, loop, differences):
         """Replay them with the changed handlers."""
-        _ORDER_OF_TRIO.seed(self.seed)
         bridges = self.bridges(changed=True)
-        replay(path, list(self.plans), bridges, loop, differences=differences)
+        with trio_in_order(self.seed):
+            replay(path, list(self.plans), bridges, loop, differences=differences)
 
     def accept(self, source, target, loop):
         """Accept the answers of the changed handlers; returns how many are new."""
-        _ORDER_OF_TRIO.seed(self.seed)
-        return accept(source, target, list(self.plans), self.bridges(changed=True), loop)[0]
+        bridges = self.bridges(changed=True)
+        with trio_in_order(self.seed):
+            return accept(source, target, list(self.plans), bridges, loop)[0]
 
 
 def replay(path, names, bridges, loop="asyncio", *, accept=False, differences=None):

@@ -3,7 +3,7 @@
 `Deadlines.watch` is the watchdog of one VM. It sleeps until the earliest deadline of all requests
 that it watches, and is poked when an earlier one comes in. A request is watched from the first time
 that its handler is suspended. A cancel scope with a deadline for each trap would cost more than all
-the rest of its way; here a request that is answered in time pays for one entry in a set.
+the rest of its way; here a request that is answered in time pays for one entry in a dict.
 
 | | has not begun (`QUEUED`) | runs, with a trap | runs, without a trap (`PARKED`) |
 |---|---|---|---|
@@ -73,7 +73,8 @@ class Deadlines:
         self._clock = clock
         self._stepped = stepped
         self._conductor = conductor
-        self._watched: set[Request] = set()
+        # In the order in which they came, so that those that are due together pass in that order.
+        self._watched: dict[Request, None] = {}
         self._wake_at = math.inf
         self._poke: Parking | None = None
         self._guest_ended = False
@@ -94,7 +95,7 @@ class Deadlines:
             soft, hard = with_slack(soft), with_slack(hard)
         request.hard_deadline = started + hard
         request.deadline = deadline = min(request.hard_deadline, started + soft)
-        self._watched.add(request)
+        self._watched[request] = None
         self._wake_by(deadline)
 
     def rearm(self, request: Request) -> None:
@@ -107,7 +108,7 @@ class Deadlines:
 
     def disarm(self, request: Request) -> None:
         """Its handler has ended, in time."""
-        self._watched.discard(request)
+        self._watched.pop(request, None)
 
     def keep(self, request: Request, outcome: Outcome[Any]) -> None:
         """Its handler has ended in time, and no trap is there to get the result."""
@@ -258,7 +259,7 @@ class Deadlines:
     ) -> None:
         was_pending = request.retry_of is not None
         state = request.on(cause)
-        self._watched.discard(request)
+        self._watched.pop(request, None)
         worker = request.take_worker()
         # First the memory, then the cancellation: on its way out the handler may still run, and
         # what it reads then would be of a guest that runs again.

@@ -68,11 +68,7 @@ class Retries:
         if self._conductor is None:
             return self.pending.find(key)
         first_seq = self._conductor.retry_of(event)
-        if first_seq is not None:
-            return self.pending.of(key, first_seq)
-        # It was none then: what it would be a retry of had expired.
-        self._summary.uncollected += self.pending.forget(key)
-        return None
+        return None if first_seq is None else self.pending.of(key, first_seq)
 
     def join(self, request: Request, retry: Request) -> Outcome[Any] | None:
         """What `retry`, which was taken just now, is answered at once.
@@ -184,14 +180,6 @@ class PendingRequests:
         while (first := next(iter(self._results), None)) is not None and first.expires <= now:
             self._drop(first)
         return before - len(self._results)
-
-    def forget(self, key: Hashable) -> int:
-        """Drop the results of this key; returns how many."""
-        kept = [each for each in self.by_key.get(key, ()) if each.state is State.KEPT]
-        for request in kept:
-            self._results.pop(request)
-            self._drop(request)
-        return len(kept)
 
     def _drop(self, request: Request) -> None:
         request.on(Cause.EXPIRE)

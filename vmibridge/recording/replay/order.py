@@ -21,6 +21,8 @@ __all__ = ["RecordedOrder"]
 
 
 _BEGUN = Awaited.BEGUN
+_HEARS = ("resumed", "thrown")
+"""In which steps a handler hears that it was cut off."""
 _AT_ENDS = (Awaited.ENDED, Awaited.RESUMED)
 _MAX_GAPS = 10
 _MAX_UNWINDING = 16_384
@@ -216,13 +218,14 @@ class RecordedOrder(Conductor):
         if not self._walk.is_due(time):
             return False
         if step.kind in ("parked", "cut off"):
-            if step.kind == "parked" and request.cut:
-                # An accepted recording: it was cut off before the guest of then was told to wait.
+            if step.kind == "parked" and (request.cut or request.ended):
+                # An accepted recording: its answer came before the guest of then was told to wait.
                 return True
             # It has made by then the step before, and read what was read: without its trap it would
             # wait for the next one.
-            is_ahead = request is self._going or request.has_pending
-            if is_ahead and self._walk.looks_again():
+            if request is self._going and self._walk.looks_again():
+                return False
+            if request.has_pending and self._walk.lets_go_on(request):
                 return False
             request.cut = step.kind == "cut off"
             if request.cut and not self._may_be_cut_off(request, time):
@@ -257,10 +260,13 @@ class RecordedOrder(Conductor):
         """
         if not self._walk.is_as_late(request, time):
             return False
-        waits = request.begun and not request.ended and not self._walk.is_held(request)
-        if not waits or self._walk.next_step(request) != "resumed":
+        if not request.begun or request.ended:
             return True
-        return not self._walk.looks_later()
+        after = self._walk.next_step(request)
+        if not self._walk.is_held(request):
+            return after != "resumed" or not self._walk.looks_later()
+        # What it waited for then did not come: a step that it can make is one more than then.
+        return after in _HEARS or not self._walk.lets_go_on(request)
 
     async def outside(self, event: TrapEvent, key: str, number: int) -> OutsideCall | None:
         """A handler calls `vmi.outside`."""

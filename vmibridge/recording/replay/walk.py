@@ -349,6 +349,13 @@ class Walk:
         self._pause += _LATER
         return True
 
+    def lets_go_on(self, request: ReplayedRequest) -> bool:
+        """Let a handler go on, if it is held, and look again when it has; not for ever."""
+        if request in self._held:
+            request.loose = True
+            request.go_on()
+        return self.looks_again()
+
     def is_held(self, request: ReplayedRequest) -> bool:
         """Whether its handler waits for nothing but its step."""
         return request in self._held
