@@ -205,8 +205,9 @@ class _NewMessages:
             request = self._open.get((vm, self._firsts.get((vm, note.retry_of), note.retry_of)))
         if request is not None and seq is not None:
             self._unwinding.pop((vm, request.first), None)
-            if self._journal.is_anew(vm, seq):
-                self._ask_anew(vm, request, self._open[vm, seq])
+            anew = self._open.get((vm, seq)) if self._journal.is_anew(vm, seq) else None
+            if anew is not None and anew is not request:
+                self._ask_anew(vm, request, anew)
                 return
             request.traps.add(seq)
             self._firsts[vm, seq] = request.first
@@ -276,14 +277,15 @@ class _NewMessages:
             self._keep_for_now(key)
         else:
             self._unwinding.pop(key, None)
-            del self._open[key]
+            self._open.pop(key, None)
 
     def _keep_for_now(self, key: tuple[str, int]) -> None:
         self._unwinding[key] = None
         if len(self._unwinding) > _MAX_UNWINDING:
             oldest = next(iter(self._unwinding))
             del self._unwinding[oldest]
-            for seq in self._open.pop(oldest).traps:
+            request = self._open.pop(oldest, None)
+            for seq in () if request is None else request.traps:
                 self._firsts.pop((oldest[0], seq), None)
 
     def _is_kept(self, message: MemoryAccess | Outside | Step, place: int) -> bool:
