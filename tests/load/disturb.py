@@ -3,11 +3,12 @@
 Two things happen beside it, until it ends:
 
 - `--busy` processes compute, so that the command gets a share of each core only;
-- one after the other, processes of the command, or single threads of them, are held at random for
-  up to `--pause` seconds and go on then, as if the scheduler had forgotten them. A process is
-  stopped. A thread gets no processor, nearly, while the busy ones want them all, and the other
-  threads of its process go on: what watches a clock then sees what it never would in a process
-  that stands still as a whole.
+- one after the other, processes of the command are stopped at random for up to `--pause` seconds
+  and go on then, as if the scheduler had forgotten them.
+
+With `--starve` every other time a single thread is held: it gets no processor, nearly, while the
+busy ones want them all, and the other threads of its process go on. What watches a clock then sees
+what it never would in a process that stands still as a whole.
 
 A test that fails here and passes on a quiet machine trusts a time. Only descendants of the command
 are held: what runs elsewhere is left alone. The exit status is that of the command. The same
@@ -21,9 +22,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 BETWEEN = 0.05
 """Seconds, on average, between the end of a pause and the next one."""
@@ -126,13 +128,18 @@ def stop_one(root: int, seconds: float, chance: random.Random) -> bool:
     return True
 
 
-def disturb(command: list[str], seconds: float, chance: random.Random) -> int:
+Hold: TypeAlias = Callable[[int, float, random.Random], bool]
+
+
+def disturb(
+    command: list[str], seconds: float, chance: random.Random, holds: Sequence[Hold]
+) -> int:
     """Run the command to its end, with pauses; its exit status."""
     process = subprocess.Popen(command)
     pauses = 0
     try:
         while process.poll() is None:
-            hold = chance.choice([stop_one, starve_one])
+            hold = chance.choice(holds)
             pauses += hold(process.pid, seconds, chance)
             time.sleep(chance.uniform(0, 2 * BETWEEN))
     except KeyboardInterrupt:
@@ -146,13 +153,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--busy", type=int, default=6, help="processes that compute beside it")
     parser.add_argument("--pause", type=float, default=0.6, help="longest pause, in seconds")
+    parser.add_argument("--starve", action="store_true", help="single threads, too")
     parser.add_argument("--seed", type=int, default=None, help="of what is chosen; else random")
     parser.add_argument("command", nargs="+", help="what is run, after --")
     given = parser.parse_args()
     # So that nothing stays stopped, and nothing computes on.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with busy(given.busy):
-        return disturb(given.command, given.pause, random.Random(given.seed))
+        holds = [stop_one, starve_one] if given.starve else [stop_one]
+        return disturb(given.command, given.pause, random.Random(given.seed), holds)
 
 
 if __name__ == "__main__":
