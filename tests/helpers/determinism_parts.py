@@ -144,6 +144,12 @@ class Counts(BridgeHandler[object]):
             await anyio.sleep(packet.value1 / 1e3)
         return self.answer(scope.cancelled_caught)
 
+    @method(13, soft_timeout=0.006)
+    async def reads_when_asked_again(self, vmi, packet):
+        await anyio.sleep(packet.value1 * 4 / 1e3)
+        number = next(self.count)
+        return self.answer(number, (await vmi.memory.read(0x1000 + packet.value1, 1))[0])
+
 
 class Serial(BridgeHandler[object]):
     MAGIC, REQUEST = MAGIC, 2
@@ -207,13 +213,14 @@ def assert_same(path, names, make, *, unchecked=(), **how):
     return sum(result.compared for result in results)
 
 
-KINDS = [*[(1, code) for code in range(1, 13)], (2, 1), (2, 1), (3, 1), (3, 1), (4, 1), (4, 2)]
+KINDS = [*[(1, code) for code in range(1, 14)], (2, 1), (2, 1), (3, 1), (3, 1), (4, 1), (4, 2)]
 
 
-def random_guests(seed, codes=None):
+def random_guests(seed, codes=None, *, alike=False):
     """One to four guests of one to eight vCPUs: what each asks, and when, by the seed.
 
-    `codes`: of the methods of `Counts` those alone.
+    `codes`: of the methods of `Counts` those alone; `alike`: vCPUs ask for the same, so that a
+    retry of one may be for the request of another.
     """
     dice = random.Random(seed)
     kinds = [each for each in KINDS if codes is None or each[0] != 1 or each[1] in codes]
@@ -228,12 +235,12 @@ def random_guests(seed, codes=None):
         for number in range(dice.randrange(1, 5))
     }
 
-    return {name: planned_guest(plan) for name, plan in plans.items()}
+    return {name: planned_guest(plan, alike=alike) for name, plan in plans.items()}
 
 
-def planned_guest(plan):
+def planned_guest(plan, *, alike=False):
     """A guest whose vCPUs ask as planned: for each the request, its method, value1, and the
-    milliseconds that follow the answer."""
+    milliseconds that follow the answer. Unless `alike`, value2 and value3 are of the vCPU."""
 
     async def guest(vm):
         async with anyio.create_task_group() as tasks:
@@ -242,7 +249,8 @@ def planned_guest(plan):
 
     async def one(vm, vcpu, calls):
         for place, (request, code, value, gap) in enumerate(calls):
-            await call(vm, ask(code, value, vcpu, place, request=request), vcpu)
+            own = () if alike else (vcpu, place)
+            await call(vm, ask(code, value, *own, request=request), vcpu)
             await anyio.sleep(gap / 1e3)
 
     return guest

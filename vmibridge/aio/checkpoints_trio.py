@@ -14,14 +14,25 @@ _CHECKPOINT: Final = checkpoint.__code__
 _FIRST: Final = cancel_shielded_checkpoint.__code__
 
 
+def _parent_of_first(body: Any) -> Any:
+    """The code of what has called for the first suspension of a checkpoint; `None`: a coroutine is
+    not suspended there."""
+    parent = None
+    while body is not None:
+        code = getattr(body, "cr_code", None)
+        if code is _FIRST:
+            return parent
+        parent, body = code, getattr(body, "cr_await", None)
+    return None
+
+
 def hears_next(body: Any) -> bool:
     """Whether all that a suspended coroutine of the current task does when it goes on is to suspend
     itself again, and to hear then that the task is cancelled."""
-    if current_effective_deadline() != -math.inf:
-        return False
-    while body is not None:
-        below = getattr(body, "cr_await", None)
-        if getattr(body, "cr_code", None) is _CHECKPOINT:
-            return getattr(below, "cr_code", None) is _FIRST
-        body = below
-    return False
+    return current_effective_deadline() == -math.inf and _parent_of_first(body) is _CHECKPOINT
+
+
+def hears_nothing(body: Any) -> bool:
+    """Whether a coroutine is suspended where it cannot be cancelled, having got what it asked for:
+    as in `Lock.acquire`, which would keep the lock."""
+    return _parent_of_first(body) not in (None, _CHECKPOINT)

@@ -72,6 +72,16 @@ def hears_next() -> Callable[[object], bool]:
     return lambda _: False
 
 
+def hears_nothing() -> Callable[[object], bool]:
+    """What tells, on the running loop, whether a suspended coroutine cannot be cancelled where it
+    is. On asyncio a scope tells."""
+    if current_async_library() == "trio":
+        from vmibridge.aio.checkpoints_trio import hears_nothing
+
+        return hears_nothing
+    return lambda _: False
+
+
 def handler_scopes(patience: float) -> Callable[[], HandlerScope]:
     """What makes them for the running loop.
 

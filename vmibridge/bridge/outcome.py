@@ -16,6 +16,7 @@ request that was told to wait has an outcome for each of its traps: *waiting*, u
 retry gets the result.
 """
 
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Generic
 
@@ -31,6 +32,21 @@ STOPPED = "the server stopped"
 """The error of a trap that was cancelled by the end of the server."""
 GONE = "the VM is gone"
 """The error of a trap whose vCPU ended or was lost while it waited."""
+_TOO_LATE = re.compile(r"no answer within ([0-9.e+-]{1,24}) s")
+
+
+def too_late(timeout: float) -> str:
+    """The error of a trap whose hard deadline passed after so many seconds."""
+    return f"no answer within {timeout:g} s"
+
+
+def timeout_in(error: str | None) -> float | None:
+    """The seconds that such an error tells; `None`: it is another one."""
+    found = None if error is None else _TOO_LATE.fullmatch(error)
+    try:
+        return None if found is None else float(found[1])
+    except ValueError:
+        return None
 
 
 class OutcomeKind(Enum):

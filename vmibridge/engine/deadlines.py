@@ -38,7 +38,7 @@ from anyio.abc import TaskGroup
 from vmibridge.aio.loops import parking
 from vmibridge.aio.parking import Parking
 from vmibridge.bridge.context import BridgeContext
-from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind
+from vmibridge.bridge.outcome import GONE, STOPPED, Outcome, OutcomeKind, too_late
 from vmibridge.engine.replies import Replies
 from vmibridge.engine.request import Cause, Request, State, first_trap
 from vmibridge.engine.retries import Retries, told_to_wait
@@ -138,6 +138,20 @@ class Deadlines:
         """Whether the handler of that request runs, or waits to begin."""
         return any(_first_of(request) == first for request in self._watched)
 
+    def timeout_of(self, first: int) -> float | None:
+        """The seconds of its hard deadline; `None`: it is not watched."""
+        for request in self._watched:
+            if _first_of(request) == first:
+                return request.terms.timeout
+        return None
+
+    def allow(self, first: int, seconds: float) -> None:
+        """Its hard deadline is in so many seconds."""
+        for request in self._watched:
+            if _first_of(request) == first:
+                request.deadline = request.hard_deadline = self._clock() + seconds
+                self._wake_by(request.deadline)
+
     def time_out(self, first: int) -> bool:
         """Now is its hard deadline. Returns whether its handler runs."""
         for request in self._watched:
@@ -227,7 +241,7 @@ class Deadlines:
     def _overtake_late(self, request: Request) -> None:
         """The hard deadline."""
         self._tell(request, "cut off")
-        error = f"no answer within {request.terms.timeout:g} s"
+        error = too_late(request.terms.timeout)
         self._overtake(request, Cause.HARD_DEADLINE, OutcomeKind.TIMEOUT, error)
 
     def _overtake(

@@ -16,8 +16,10 @@ from functools import partial
 from types import coroutine
 from typing import Any
 
+import anyio
+
 from vmibridge.aio.coroutines import watched_rest
-from vmibridge.aio.loops import hears_next, sent_error
+from vmibridge.aio.loops import hears_next, hears_nothing, sent_error
 from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.queue_time import Began
@@ -70,6 +72,8 @@ class HandlerWatch:
         """Who waits to begin; whoever ends its request takes it out."""
         self._sent_error = sent_error()
         self._hears_next = hears_next()
+        self._hears_nothing = hears_nothing()
+        self._cancelled = anyio.get_cancelled_exc_class()
         self.suspensions: int = 0
         """How often any of them was suspended, or has ended after it was."""
         self.outside: set[BridgeContext] = set()
@@ -205,7 +209,8 @@ class HandlerWatch:
                     try:
                         yield from turn.__await__()
                     except BaseException as error:  # the same
-                        step, reply = body.throw, error
+                        if not (isinstance(error, self._cancelled) and self._hears_nothing(body)):
+                            step, reply = body.throw, error
                 is_thrown = step == body.throw or self._is_cancelled(worker, reply)
                 self._tell(worker, "thrown" if is_thrown else "resumed")
             try:

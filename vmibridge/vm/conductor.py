@@ -44,6 +44,12 @@ class ConductedEngine(Protocol):
     def is_watched(self, first: int) -> bool:
         """Whether its handler runs, or waits to begin."""
 
+    def timeout_of(self, first: int) -> float | None:
+        """The seconds of its hard deadline; `None`: its handler neither runs nor waits to begin."""
+
+    def allow(self, first: int, seconds: float) -> None:
+        """Its hard deadline is in so many seconds, from now on."""
+
     def time_out(self, first: int) -> bool:
         """Its hard deadline is now; returns whether its handler runs."""
 

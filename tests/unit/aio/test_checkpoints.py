@@ -6,15 +6,15 @@ import anyio
 import pytest
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
-from vmibridge.aio.loops import hears_next
+from vmibridge.aio.loops import hears_next, hears_nothing
 
 pytestmark = pytest.mark.anyio
 
 
 @coroutine
-def watched(body):
-    """Await it; returns what was said of each of its steps but the first, and its result."""
-    hears, said = hears_next(), []
+def watched(body, hears):
+    """Await it; returns what `hears` says of each of its steps but the first, and its result."""
+    said = []
     step, reply = body.send, None
     while True:
         try:
@@ -40,7 +40,7 @@ async def test_the_first_of_two_steps_only_looks_whether_the_task_is_cancelled(a
             except anyio.get_cancelled_exc_class():
                 return "heard"
 
-        said, result = await watched(body())
+        said, result = await watched(body(), hears_next())
     assert result == "heard"
     # Nobody is cancelled; a step of the body; and one or two that hear of it.
     assert said == [False, False, *([True, False] if anyio_backend_name == "trio" else [False])]
@@ -55,4 +55,15 @@ async def test_one_that_is_shielded_hears_of_nothing():
                 await checkpoint()
             return "went on"
 
-        assert await watched(body()) == ([False], "went on")
+        assert await watched(body(), hears_next()) == ([False], "went on")
+
+
+async def test_one_that_has_the_lock_is_not_cancelled_as_it_takes_it(anyio_backend_name):
+    lock = anyio.Lock()
+
+    async def body():
+        async with lock:
+            await checkpoint()
+
+    said, _ = await watched(body(), hears_nothing())
+    assert said == [anyio_backend_name == "trio", False]

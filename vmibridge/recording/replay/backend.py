@@ -332,7 +332,15 @@ class ReplayBackend(Backend, Tap):
         if request.wants_retry:
             request.wants_retry = False
             self._feed_retry(request, *retry)
-        elif not request.answered:
+        elif request.answered:
+            return
+        elif self.options.order == "recorded" and self.conductor.is_refused(request, event.seq):
+            self._vcpus.add(event.vcpu)
+            self._unanswered[event.seq] = event
+            request.refused = event.seq
+            self._walk.wait_for(request, Awaited.REFUSED)
+            self._put(event)
+        else:
             request.retries.append(retry)
 
     def _walk_reply(self, time: int, reply: Reply) -> bool:
@@ -427,6 +435,7 @@ class ReplayBackend(Backend, Tap):
                 del self._busy[event.vcpu]
         request = self._open.get(event.seq)
         if request is not None:
+            is_refused, request.refused = request.refused == event.seq, None
             # It may have run natively: no tap saw it.
             request.taken = request.told = True
             if writes is not None:
@@ -434,7 +443,9 @@ class ReplayBackend(Backend, Tap):
             else:
                 waits = outcome is not None and outcome.kind is OutcomeKind.WAITING
             request.outcome, request.writes = outcome, writes
-            if waits and not request.final_wait:
+            if waits and is_refused:
+                request.told = False
+            elif waits and not request.final_wait:
                 self._ask_again(request)
             else:
                 request.answered = True

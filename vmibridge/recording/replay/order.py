@@ -7,6 +7,12 @@ import anyio.lowlevel
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.engine.taps import Step as StepKind
 from vmibridge.recording.messages import FORMAT_WITH_STEPS, Note, Outside, Session, Step
+from vmibridge.recording.replay.ahead import (
+    comes_outside,
+    is_refused,
+    next_step,
+    timeout_then,
+)
 from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.open_requests import OpenRequests
 from vmibridge.recording.replay.options import ReplayOptions
@@ -21,6 +27,8 @@ __all__ = ["RecordedOrder"]
 
 
 _BEGUN = Awaited.BEGUN
+_JITTER = 0.005
+"""Seconds by which a loop may be late."""
 _HEARS = ("resumed", "thrown")
 """In which steps a handler hears that it was cut off."""
 _AT_ENDS = (Awaited.ENDED, Awaited.RESUMED)
@@ -41,6 +49,8 @@ class RecordedOrder(Conductor):
         self.gaps: list[str] = []
         """What the file says that it lacks of this VM, as one that was edited does."""
         self._clock = self._last = 0
+        self._recorded = ""
+        """The name of the VM in the recording."""
         self._vm = ""
         """Its name now, where a journal is kept."""
         self._walk = walk
@@ -54,7 +64,7 @@ class RecordedOrder(Conductor):
 
     def begin(self, session: Session) -> None:
         """This is what was recorded of the VM."""
-        self.seed, self._clock = session.seed, session.clock
+        self.seed, self._clock, self._recorded = session.seed, session.clock, session.vm
         self.has_steps = session.format >= FORMAT_WITH_STEPS
 
     def note_steps(self, journal: Journal, vm: str, recorded: str) -> None:
@@ -70,9 +80,15 @@ class RecordedOrder(Conductor):
 
     def took(self, request: ReplayedRequest, event: TrapEvent) -> None:
         """The server has taken a trap of a request."""
+        if request.engine is None:
+            request.given = self._walk.time_of_now()
         request.engine = self.engine
         if self._walk.journal is not None:
             self._walk.journal.take(request, event)
+
+    def is_refused(self, request: ReplayedRequest, retry: int) -> bool:
+        """Whether a trap that asks again was told to wait at once then (`ahead`)."""
+        return self.is_asked and is_refused(self._walk.ahead(), self._recorded, request, retry)
 
     def asks_anew(self, request: ReplayedRequest, event: TrapEvent, place: int) -> None:
         """A request was told to wait before its handler had begun, and is asked by this trap, which
@@ -210,7 +226,7 @@ class RecordedOrder(Conductor):
         request = self.find(step.seq)
         if request is None or not self.is_asked:
             return True
-        if request.answered and not request.cut:
+        if (request.answered and not request.cut) or request.is_in_time:
             return True
         if step.kind == "queued":
             request.queued = True
@@ -218,21 +234,7 @@ class RecordedOrder(Conductor):
         if not self._walk.is_due(time):
             return False
         if step.kind in ("parked", "cut off"):
-            if step.kind == "parked" and (request.cut or request.ended):
-                # An accepted recording: its answer came before the guest of then was told to wait.
-                return True
-            # It has made by then the step before, and read what was read: without its trap it would
-            # wait for the next one.
-            if request is self._going and self._walk.looks_again():
-                return False
-            if request.has_pending and self._walk.lets_go_on(request):
-                return False
-            request.cut = step.kind == "cut off"
-            if request.cut and not self._may_be_cut_off(request, time):
-                return False
-            request.parked = True
-            kind = OutcomeKind.WAITING if step.kind == "parked" else OutcomeKind.TIMEOUT
-            return self.let_pass(request, kind)
+            return self._play_deadline(request, time, is_hard=step.kind == "cut off")
         self._walk.mark(request, time)
         match step.kind:
             case "began":
@@ -251,6 +253,53 @@ class RecordedOrder(Conductor):
         self._walk.wait_for(request, what)
         return True
 
+    def _play_deadline(self, request: ReplayedRequest, time: int, *, is_hard: bool) -> bool:
+        if not is_hard and (request.cut or request.ended):
+            # An accepted recording: its answer came before the guest of then was told to wait.
+            return True
+        if is_hard and self._is_in_time(request, time):
+            request.is_in_time = request.free = True
+            request.go_on()
+            return True
+        # It has made by then the step before, and read what was read: without its trap it would
+        # wait for the next one.
+        if request is self._going and self._walk.looks_again():
+            return False
+        if request.has_pending and self._walk.lets_go_on(request):
+            return False
+        request.cut = is_hard
+        if request.cut and not self._may_be_cut_off(request, time):
+            return False
+        request.parked = True
+        return self.let_pass(request, OutcomeKind.TIMEOUT if is_hard else OutcomeKind.WAITING)
+
+    def _is_in_time(self, request: ReplayedRequest, time: int) -> bool:
+        """Whether a handler that was cut off then, at a time, is changed so that it would not have
+        been: what it waits for now was there well before the deadline, or that is a later one."""
+        assert self.engine is not None
+        if not request.has_run:
+            return False
+        then = timeout_then(self._walk.ahead(), self._recorded, request)
+        passed = (time - request.time) / 1e9
+        # Else the loop stood still then, or the recording is an accepted one.
+        if then is None or not 0.99 * then <= passed <= 1.05 * then + _JITTER:
+            return False
+        now = self.engine.timeout_of(request.first)
+        if now is None:
+            return False
+        since = self._walk.held_since(request)
+        if not self._walk.is_held(request) and comes_outside(
+            self._walk.ahead(), self._recorded, request
+        ):
+            since = None
+        at = time if since is None else since
+        needed = (at - max(request.time, request.given or 0)) / 1e9
+        if now <= 1.1 * then + _JITTER and needed >= 0.9 * then - _JITTER:
+            return False
+        # It was held from then on.
+        self.engine.allow(request.first, now - needed)
+        return True
+
     def _may_be_cut_off(self, request: ReplayedRequest, time: int) -> bool:
         """Whether a hard deadline that passed then may pass now; else the walk goes on when it may.
 
@@ -262,7 +311,7 @@ class RecordedOrder(Conductor):
             return False
         if not request.begun or request.ended:
             return True
-        after = self._walk.next_step(request)
+        after = next_step(self._walk.ahead(), self._recorded, request)
         if not self._walk.is_held(request):
             return after != "resumed" or not self._walk.looks_later()
         # What it waited for then did not come: a step that it can make is one more than then.
@@ -307,7 +356,7 @@ class RecordedOrder(Conductor):
         """A deadline has passed that nobody has let pass. As long as the recording says when it
         did, it passes then: the loop of then, or that of now, may have stood still."""
         request = self.find(first)
-        if request is None or not self.has_steps:
+        if request is None or not self.has_steps or request.is_in_time:
             return 0.0
         if request.over:
             return 0.0 if request.has_run else self._walk.makes_way(request)

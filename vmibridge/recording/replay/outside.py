@@ -208,11 +208,15 @@ class ReplayedOutside:
     async def _reached(self, request: ReplayedRequest, call: tuple[str, int]) -> Outside | None:
         """What is recorded of a call, when the walk is there; `None`: nothing."""
         recorded = request.outside.recorded
-        while call not in recorded and not request.free:
-            gate = request.gate()
-            self._walk.go()
-            if not gate.is_set():
-                await gate.wait()
+        request.asks_since = self._walk.now()
+        try:
+            while call not in recorded and not request.free:
+                gate = request.gate()
+                self._walk.go()
+                if not gate.is_set():
+                    await gate.wait()
+        finally:
+            request.asks_since = None
         return recorded.get(call)
 
     def _count(self, request: ReplayedRequest | None, key: str) -> None:

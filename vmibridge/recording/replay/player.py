@@ -52,4 +52,5 @@ class Awaited(Enum):
     READ = "given what it waits for of guest memory"
     FETCHED = "given what came from outside"
     TOLD = "told to wait"
+    REFUSED = "told to wait at once, by a trap beside that which waits"
     ANSWERED = "answered"

@@ -72,6 +72,9 @@ class ReplayedRequest:
     """Whether its handler waits for an access that was not read yet."""
     engine: "ConductedEngine | None" = None
     """What it is served by, where its handler is in this process."""
+    asks_since: float | None = None
+    """Since when its handler waits for a call of `vmi.outside` that was not read yet: by the clock
+    of the loop."""
     reads = False
     """Whether it was given the access, and has not gone on yet."""
     wants_retry = False
@@ -114,6 +117,13 @@ class ReplayedRequest:
     """Whether WAIT was the last that it was told: its handler had not begun."""
     unchecked: str | None = None
     """Why it cannot be compared."""
+    given: int | None = None
+    """When the server took its first trap, by the clock of the recording; `None`: as then, or time
+    is not that of the recording."""
+    is_in_time = False
+    """Whether its handler was cut off then, and is not now."""
+    refused: int | None = None
+    """A trap that asks again and is told to wait at once, as another one waits."""
     has_run = False
     """Whether its handler has begun now."""
     seqs: Sequence[int] = ()

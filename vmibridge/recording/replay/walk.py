@@ -37,7 +37,7 @@ handler is held.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -46,7 +46,7 @@ import anyio
 from vmibridge.aio.clock import VirtualTime, loop_clock, virtual_time
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.recording.file.reader import TimedMessage
-from vmibridge.recording.messages import PlainTrap, RecordedMessage, Session, Step
+from vmibridge.recording.messages import PlainTrap, RecordedMessage, Session
 from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.patience import CHECK, Patience
 from vmibridge.recording.replay.player import Awaited, Player, Unfolding
@@ -66,6 +66,8 @@ _MAX_PATIENCE = 1.0
 _MAX_LOOSENED = 16
 """How often those go on before a deadline of the one that is waited for may pass."""
 _TINY = 1e-9
+_MAX_AHEAD = 1024
+"""Messages that are looked at for what comes of a request."""
 _LATER = 1e-3
 """Seconds until a message is looked at again where that takes time."""
 
@@ -97,7 +99,8 @@ class Walk:
         self.what: Awaited = Awaited.TAKEN
         self.running: int = 0
         """Handlers that have begun and not ended."""
-        self._held: dict[ReplayedRequest, None] = {}
+        self._held: dict[ReplayedRequest, float] = {}
+        """With the time since when, by the clock of the loop."""
         self._full: deque[tuple[TrapSink, TrapEvent, Callable[[TrapEvent], object]]] = deque()
         self._start: tuple[float, int] | None = None
         self._pause = math.inf
@@ -283,6 +286,8 @@ class Walk:
             case Awaited.FETCHED:
                 done = request.outside.awaited is None or request.ended or not request.begun
                 return done or (answered and not request.cut)
+            case Awaited.REFUSED:
+                return request.refused is None or answered
             case Awaited.TOLD:
                 # The answer waits for an access that is under way.
                 return request.told or answered or request.blocked
@@ -311,10 +316,13 @@ class Walk:
     def time_of_now(self) -> int | None:
         """What was recorded at this moment has this time, in nanoseconds; `None`: time is not that
         of the recording."""
+        return self._recorded_time(self._clock())
+
+    def _recorded_time(self, clock: float) -> int | None:
         if self._virtual is None or self._start is None:
             return None
         since, first = self._start
-        return first + round((self._clock() - since) * 1e9)
+        return first + round((clock - since) * 1e9)
 
     def mark(self, request: ReplayedRequest, at: int) -> None:
         """A request is given to the server, or its handler may go on: at that time then."""
@@ -356,18 +364,26 @@ class Walk:
             request.go_on()
         return self.looks_again()
 
+    def now(self) -> float:
+        """By the clock of the loop, in seconds."""
+        return self._clock()
+
     def is_held(self, request: ReplayedRequest) -> bool:
         """Whether its handler waits for nothing but its step."""
         return request in self._held
 
-    def next_step(self, request: ReplayedRequest) -> str | None:
-        """What was recorded next of its handler, by what was read of the file so far."""
-        first = request.event
-        for place in range(self._place + 1, len(self._batch)):
+    def held_since(self, request: ReplayedRequest) -> int | None:
+        """Since when that is so, or since when it waits in a call of `vmi.outside`, as
+        `time_of_now`; `None`: it does not, or that is not known."""
+        since = self._held.get(request, request.asks_since)
+        return None if since is None else self._recorded_time(since)
+
+    def ahead(self) -> Iterator[RecordedMessage]:
+        """What comes behind the message that is played, as far as it was read; not all of it."""
+        for place in range(self._place + 1, min(len(self._batch), self._place + _MAX_AHEAD)):
             message = self._message_at(place)
-            if isinstance(message, Step) and (message.vm, message.seq) == (first.vm, first.seq):
-                return message.kind
-        return None
+            if message is not None:
+                yield message
 
     def feed_later(
         self, sink: TrapSink, event: TrapEvent, refuse: Callable[[TrapEvent], object]
@@ -415,7 +431,7 @@ class Walk:
 
     async def hold(self, request: ReplayedRequest, may_go: Callable[[], bool]) -> None:
         """Hold a handler until it may go on."""
-        self._held[request] = None
+        self._held[request] = self._clock()
         self._may_loosen()
         try:
             # What a handler waited for is its own by now, such as a lock, and a primitive of trio

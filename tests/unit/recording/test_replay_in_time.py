@@ -1,0 +1,110 @@
+"""A handler that was cut off then, and is changed so that it answers in time now: it is found."""
+
+import anyio
+import pytest
+from determinism_parts import MAGIC, Counts, ask, assert_same, call, record, replay
+
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+
+LOOPS = ["asyncio", "trio"]
+TIMEOUT = 0.2
+
+
+async def sleep(handler, vmi, seconds):
+    await anyio.sleep(seconds)
+
+
+async def take_the_lock(handler, vmi, seconds):
+    async with handler.lock:
+        await anyio.sleep(seconds)
+
+
+async def acquire_the_lock(handler, vmi, seconds):
+    await handler.lock.acquire()
+    try:
+        await anyio.sleep(seconds)
+    finally:
+        handler.lock.release()
+
+
+async def ask_outside(handler, vmi, seconds):
+    await vmi.outside("key", lambda: anyio.sleep(seconds))
+
+
+class Awaits(BridgeHandler[object]):
+    MAGIC, REQUEST = MAGIC, 1
+
+    def __init__(self, what, seconds):
+        self.what, self.seconds = what, seconds
+
+    async def __aenter__(self):
+        self.lock = anyio.Lock()
+        return self
+
+    async def __aexit__(self, *_):
+        return None
+
+    @method(1, timeout=TIMEOUT)
+    async def ask(self, vmi, packet):
+        await self.what(self, vmi, self.seconds)
+        return BridgeResponse(value1=7)
+
+
+class HasLonger(Awaits):
+    @method(1, timeout=5)
+    async def ask(self, vmi, packet):
+        await self.what(self, vmi, self.seconds)
+        return BridgeResponse(value1=7)
+
+
+async def guest(vm):
+    for number in range(2):
+        await vm.call(ask(1, number))
+
+
+@pytest.fixture(params=LOOPS)
+def path(request, tmp_path):
+    file = tmp_path / "run.mcap"
+    first = {"vm": guest}
+    record(file, first, lambda _: Bridge(Awaits(sleep, 10)), request.param, virtual=True)
+    return file
+
+
+def differences(path, loop, handler):
+    (result,) = replay(path, ["vm"], lambda _: Bridge(handler), loop)
+    assert result.compared == 2
+    fields = () if result.first is None else result.first.fields
+    return result.different, [each.got for each in fields if each.field == "outcome"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+class TestACutOffHandler:
+    @pytest.mark.parametrize("seconds", [0, 0.01, 0.1])
+    @pytest.mark.parametrize("what", [sleep, take_the_lock, acquire_the_lock, ask_outside])
+    def test_that_answers_in_time_now_is_found(self, path, loop, what, seconds):
+        assert differences(path, loop, Awaits(what, seconds)) == (2, ["handled"])
+
+    @pytest.mark.parametrize("seconds", [0.3, 0.9, 10])
+    @pytest.mark.parametrize("what", [sleep, take_the_lock, acquire_the_lock, ask_outside])
+    def test_that_is_too_late_now_is_the_same(self, path, loop, what, seconds):
+        assert differences(path, loop, Awaits(what, seconds)) == (0, [])
+
+    def test_that_has_longer_now_is_found(self, path, loop):
+        assert differences(path, loop, HasLonger(sleep, 1)) == (2, ["handled"])
+        assert differences(path, loop, HasLonger(sleep, 10)) == (2, [])
+
+
+@pytest.mark.parametrize("now", LOOPS)
+@pytest.mark.parametrize("then", LOOPS)
+def test_retries_of_other_vcpus_that_are_told_to_wait_at_once(tmp_path, then, now):
+    """As one waits with the handler: which needs a trap to read memory."""
+
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            for vcpu, pause in enumerate([0, 0.001, 0.03]):
+                await anyio.sleep(pause)
+                tasks.start_soon(call, vm, ask(13, 20), vcpu, 0.002)
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Counts()), then, virtual=True)
+    assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), loop=now) == 3

@@ -1,0 +1,52 @@
+"""What the recording has of a request behind the message that is played, by what was read so far.
+
+`ahead` are the messages behind it, `vm` is the name of the VM in the recording.
+"""
+
+from collections.abc import Iterable
+
+from vmibridge.bridge.outcome import OutcomeKind, timeout_in
+from vmibridge.recording.messages import Outside, RecordedMessage, Reply, Step
+from vmibridge.recording.replay.request import ReplayedRequest
+
+__all__ = ["comes_outside", "is_refused", "next_step", "timeout_then"]
+
+
+def next_step(ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest) -> str | None:
+    """What its handler does next."""
+    for each in ahead:
+        if isinstance(each, Step) and (each.vm, each.seq) == (vm, request.event.seq):
+            return each.kind
+    return None
+
+
+def timeout_then(
+    ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest
+) -> float | None:
+    """The seconds of the hard deadline that has passed then; `None`: its reply does not come soon,
+    or tells of none."""
+    seqs = (request.event.seq, *request.seqs)
+    for each in ahead:
+        if isinstance(each, Reply) and each.vm == vm and each.seq in seqs:
+            return timeout_in(each.error)
+    return None
+
+
+def comes_outside(ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest) -> bool:
+    """Whether a call of `vmi.outside` comes."""
+    key = vm, request.event.seq
+    return any(isinstance(each, Outside) and (each.vm, each.seq) == key for each in ahead)
+
+
+def is_refused(
+    ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest, retry: int
+) -> bool:
+    """Whether a trap that asks again, and is played now, was told to wait at once then, as another
+    one waited with the handler."""
+    for each in ahead:
+        if isinstance(each, Step) and (each.vm, each.seq) == (vm, request.event.seq):
+            if each.kind == "parked":
+                return False
+        elif isinstance(each, Reply) and (each.vm, each.seq) == (vm, retry):
+            return each.kind is OutcomeKind.WAITING
+    return False
