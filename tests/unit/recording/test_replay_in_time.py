@@ -94,6 +94,18 @@ class TestACutOffHandler:
         assert differences(path, loop, HasLonger(sleep, 10)) == (2, [])
 
 
+async def spin(handler, vmi, seconds):
+    while True:
+        await anyio.sleep(0)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_one_that_only_lets_the_loop_turn_comes_to_its_deadline(tmp_path, loop):
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Awaits(sleep, 0)), loop, virtual=True)
+    assert differences(path, loop, Awaits(spin, 0)) == (2, ["timeout"])
+
+
 @pytest.mark.parametrize("now", LOOPS)
 @pytest.mark.parametrize("then", LOOPS)
 def test_retries_of_other_vcpus_that_are_told_to_wait_at_once(tmp_path, then, now):

@@ -167,9 +167,17 @@ class RecordingReader:
         """What could not be read, so far in this pass, for people: the first problems, and then the
         command that makes a clean file of it, unless it is still being written or a stream."""
         lines = problem_lines(self.problems, self.problem_count, f"{self.path}: ")
-        if self.problem_count > self.is_written and self.path != STANDARD_INPUT:
-            lines.append(f"{self.path}: {recover_line(self.path, truncated=not self.complete)}")
+        if (advice := self.advice) is not None:
+            lines.append(f"{self.path}: {advice}")
         return lines
+
+    @property
+    def advice(self) -> str | None:
+        """The command that makes a clean file of it; `None`: it is one, so far in this pass, or is
+        still being written, or is a stream."""
+        if self.problem_count <= self.is_written or self.path == STANDARD_INPUT:
+            return None
+        return recover_line(self.path, truncated=not self.complete)
 
     def messages(self, *kinds: ChannelKind) -> Iterator[TimedMessage]:
         """What was recorded, in order; only of these channels, where any are named.

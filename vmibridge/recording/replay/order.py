@@ -180,6 +180,7 @@ class RecordedOrder(Conductor):
             return None
         if _is_free(request):
             request.steps_made += 1
+            self._walk.further_step()
             return None
         if request.steps_done < request.steps_allowed and not request.throws:
             self._has_gone_on(request)

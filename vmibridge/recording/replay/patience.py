@@ -1,10 +1,17 @@
-"""How long a walk over a recording stays at a place of the file (`walk`).
+"""How long a walk over a recording stays at a place of the file (`walk`), and at a time.
 
 Looks and not seconds are counted, as the process may stand still meanwhile.
 """
 
 __all__ = ["CHECK", "Patience"]
 
+
+_SPIN = 1000
+_SPIN_TIME = 0.1
+"""So many steps of handlers, between which virtual time has not passed, take so many seconds: a
+handler that never waits for anything would let no deadline pass."""
+_LEAST = 1e-6
+"""Seconds of virtual time that are none."""
 _MAX_LOOKS = 100
 """How often a message is looked at again in other turns of the loop."""
 CHECK = 0.1
@@ -21,6 +28,7 @@ class Patience:
         self._looks = self._looks_at = 0
         self._checks = self._checks_at = 0
         self._check_from = 0.0
+        self._steps, self._steps_at = 0, 0.0
 
     def looks_again(self, place: int) -> bool:
         """Whether to play the message there in a moment, and not at once; not for ever."""
@@ -38,6 +46,17 @@ class Patience:
             self._checks += 1
             self._check_from = now + CHECK
         return self._checks > (_STUCK_ELSEWHERE if elsewhere else _STUCK)
+
+    def step(self, now: float) -> float:
+        """A handler makes a step that was not recorded; returns the seconds that are to pass."""
+        # Each look at a virtual clock may be the least bit later.
+        if now > self._steps_at + _LEAST:
+            self._steps, self._steps_at = 0, now
+        self._steps += 1
+        if self._steps < _SPIN:
+            return 0.0
+        self._steps = 0
+        return _SPIN_TIME
 
     def start_again(self) -> None:
         """It is about to go on."""

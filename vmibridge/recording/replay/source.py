@@ -68,7 +68,10 @@ class RecordedVms:
                 return name, message if isinstance(message, Session) else None
             names[name] = None
         if wanted is None:
-            raise RecordingReadError(f"{self._path}: there is no trap in it")
+            why = f"{self._path}: there is no trap in it"
+            if (advice := self.reader.advice) is not None:
+                why += f"; {advice}"
+            raise RecordingReadError(why)
         if names:
             raise BackendSpecError(
                 f"replay:{self._path}: has no VM {wanted!r}; there are {', '.join(names)}"

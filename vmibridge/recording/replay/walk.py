@@ -342,6 +342,11 @@ class Walk:
         self.poke()
         return False
 
+    def further_step(self) -> None:
+        """A handler makes a step that was not recorded."""
+        if self._virtual is not None and (passed := self._at_place.step(self._clock())):
+            self._virtual.pass_by(passed)
+
     def looks_again(self) -> bool:
         """Whether to play this message in a moment, when other tasks have run; not for ever."""
         if not self._at_place.looks_again(self._played + self._place):
