@@ -82,6 +82,7 @@ FIELDS = {
         "seed": maybe(number),
         "clock": number,
         "part": number,
+        "accepted": flag,
     },
     TrapEvent: {
         "seq": seq,

@@ -111,6 +111,9 @@ class Session(msgspec.Struct, frozen=True, omit_defaults=True):
     """Nanoseconds from the times of its messages to those that its handlers got."""
     part: int = 1
     """Which file this is of a recording that has several: each of them begins with the sessions."""
+    accepted: bool = False
+    """Whether answers are those of a replay, which were accepted: then the times of what handlers
+    do are not those of the guest."""
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

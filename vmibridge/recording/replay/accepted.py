@@ -117,6 +117,7 @@ class Accepted:
 
     def session(self, then: Session) -> Session:
         """The session of a VM, with the handlers that answered what was accepted."""
+        then = msgspec.structs.replace(then, accepted=True)
         now = {each.name: each for each in self._handlers.get(then.vm, ())}
         if not now:
             return then
