@@ -38,6 +38,8 @@ Watch: TypeAlias = Callable[[Iterator[TimedMessage], RecordingReader], Iterable[
 
 _MAX_TEXT = 65_536
 """Characters of a note about problems."""
+_MISSING = "from here on, traps of this VM between those that are here are missing, too"
+_IN_ANOTHER = "from here on, traps of this VM between those that are here are in another part"
 _MAX_HELD = 64 << 20
 _CHUNK_OF_PIECE = 64 << 10
 """Bytes of a chunk where there may be many files, each of which holds one."""
@@ -137,6 +139,8 @@ class Edit:
         self._time = 0
         self._source_vms: frozenset[str | None] = frozenset()
         """Of all sources, where a file may have others."""
+        self._joined: frozenset[str | None] = frozenset()
+        """Those of which several parts are among the sources."""
 
     def run(self) -> Edited:
         """Raises as `edit`."""
@@ -149,8 +153,10 @@ class Edit:
                 raise ConfigError(f"{self._nothing_kept()}; nothing was written")
         if options.selection.vms or options.split == "vm" or len(self._readers) > 1:
             # Before anything else is read: a reader reads one thing at a time.
-            sessions = (each for reader in self._readers for each in reader.messages(SESSION))
-            self._source_vms = frozenset(each.message.vm for each in sessions)
+            found = [{each.message.vm for each in one.messages(SESSION)} for one in self._readers]
+            self._source_vms = frozenset().union(*found)
+            times = Counter(vm for vms in found for vm in vms)
+            self._joined = frozenset(vm for vm, count in times.items() if count > 1)
         with self._stack:
             for place, timed in enumerate(self._messages()):
                 self._time = timed.time
@@ -272,7 +278,10 @@ class Edit:
             self._write(piece, TimedMessage(time, Note("lost", text, name)), None)
 
     def _is_there_again(self, message: RecordedMessage) -> bool:
-        """Whether it is a note of VMs that are in the sources after all: they were split."""
+        """Whether it is a note of VMs, or of traps, that are in the sources after all: those were
+        split."""
+        if isinstance(message, Note) and message.text == _IN_ANOTHER:
+            return message.vm in self._joined
         names = other_vms_in(message.text) if isinstance(message, Note) else None
         return names is not None and self._source_vms.issuperset(names)
 
@@ -284,7 +293,8 @@ class Edit:
             return
         if here.traps:
             here.has_gaps = True
-            text = "from here on, traps of this VM between those that are here are missing, too"
+            is_split = isinstance(self._options.split, int)
+            text = _IN_ANOTHER if is_split else _MISSING
         else:
             traps = counted(before, "trap")
             text = f"missing before this: {traps} of this VM, and what handlers kept of that"
