@@ -13,7 +13,7 @@ from vmibridge import (
 from vmibridge.testing import FakeGuest
 
 MAGIC = 0x1234_5678
-SOFT = 0.01
+SOFT = 0.02
 
 
 class Slow(BridgeHandler[str]):

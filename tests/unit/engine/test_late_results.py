@@ -118,12 +118,16 @@ class TestResults:
             assert (await vm.call(WORK)).rax == Gate.WAIT
             slow.go_on.set()
             await anyio.sleep(8 * SOFT)
-            assert (await vm.call(WORK)).rax == 105
+            # Its handler runs again, and may be late on a machine with other work.
+            while (answer := (await vm.call(WORK)).rax) == Gate.WAIT:
+                pass
+            assert answer == 105
 
         outcomes, summary = await serve(guest, slow, result_timeout=2 * SOFT)
-        assert kinds(outcomes) == ["waiting", "handled"]
+        first, *waits, last = kinds(outcomes)
+        assert (first, {*waits} - {"waiting"}, last) == ("waiting", set(), "handled")
         assert slow.runs == [5, 5]
-        assert (summary.uncollected, summary.retries) == (1, 0)
+        assert (summary.uncollected, summary.retries) == (1, len(waits))
 
     async def test_that_are_left_at_the_end_are_counted(self):
         slow = Slow()
