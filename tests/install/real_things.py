@@ -31,6 +31,7 @@ from vmibridge.testing import FakeGuest, drive
 MAGIC = 0x42494D56
 NEEDS = {
     "vmibridge.cli": "cli",
+    "vmibridge.aio.checkpoints_trio": "trio",
     "vmibridge.aio.clock_trio": "trio",
     "vmibridge.aio.handler_scope_trio": "trio",
     "vmibridge.aio.parking_trio": "trio",
