@@ -1,6 +1,6 @@
 """A host that takes files from a guest until it is killed: `killed_host.py FOLDER SEED`.
 
-It takes each piece when it is told to by a line, and says then how many of its file are left.
+For each line that it reads it takes one piece, and prints how many pieces of its file are left.
 """
 
 import sys

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 BETWEEN = 0.05
 """Seconds, on average, between the end of a pause and the next one."""
@@ -77,12 +77,8 @@ def threads(root: int) -> list[int]:
     return found
 
 
-def starve_one(root: int, seconds: float, chance: random.Random) -> bool:
-    """Starve a thread of them for up to so many seconds; whether there was one."""
-    there = threads(root)
-    if not there:
-        return False
-    chosen = chance.choice(there)
+def starve(root: int, chosen: int, seconds: float) -> bool:
+    """Starve a thread for so many seconds; whether it was there."""
     nothing = os.sched_param(0)
     try:
         if os.sched_getscheduler(chosen) != os.SCHED_OTHER:
@@ -91,9 +87,9 @@ def starve_one(root: int, seconds: float, chance: random.Random) -> bool:
     except OSError:
         return False  # it has ended meanwhile
     try:
-        time.sleep(chance.uniform(0, seconds))
+        time.sleep(seconds)
     finally:
-        # The threads and children that it has started meanwhile have got it from it, and theirs.
+        # Threads and children that it has started meanwhile have inherited this.
         for each in {chosen, *threads(root)}:
             with suppress(OSError):
                 if os.sched_getscheduler(each) == os.SCHED_IDLE:
@@ -101,12 +97,8 @@ def starve_one(root: int, seconds: float, chance: random.Random) -> bool:
     return True
 
 
-def stop_one(root: int, seconds: float, chance: random.Random) -> bool:
-    """Stop a process of them for up to so many seconds; whether there was one."""
-    there = running(root)
-    if not there:
-        return False
-    chosen = chance.choice(there)
+def stop(root: int, chosen: int, seconds: float) -> bool:
+    """Stop a process for so many seconds; whether it was there."""
     try:
         # By a handle, which never becomes that of another process.
         handle = os.pidfd_open(chosen)
@@ -118,7 +110,7 @@ def stop_one(root: int, seconds: float, chance: random.Random) -> bool:
             return False
         signal.pidfd_send_signal(handle, signal.SIGSTOP)
         try:
-            time.sleep(chance.uniform(0, seconds))
+            time.sleep(seconds)
         finally:
             signal.pidfd_send_signal(handle, signal.SIGCONT)
     except ProcessLookupError:
@@ -128,7 +120,15 @@ def stop_one(root: int, seconds: float, chance: random.Random) -> bool:
     return True
 
 
-Hold: TypeAlias = Callable[[int, float, random.Random], bool]
+class Hold(NamedTuple):
+    """One way to hold a part of the command."""
+
+    find: Callable[[int], list[int]]
+    """The numbers of what there is below a process."""
+    hold: Callable[[int, int, float], bool]
+
+
+STOP, STARVE = Hold(running, stop), Hold(threads, starve)
 
 
 def disturb(
@@ -139,8 +139,10 @@ def disturb(
     pauses = 0
     try:
         while process.poll() is None:
-            hold = chance.choice(holds)
-            pauses += hold(process.pid, seconds, chance)
+            way = chance.choice(holds)
+            if there := way.find(process.pid):
+                one = chance.choice(there)
+                pauses += way.hold(process.pid, one, chance.uniform(0, seconds))
             time.sleep(chance.uniform(0, 2 * BETWEEN))
     except KeyboardInterrupt:
         process.wait()
@@ -160,7 +162,7 @@ def main() -> int:
     # So that nothing stays stopped, and nothing computes on.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with busy(given.busy):
-        holds = [stop_one, starve_one] if given.starve else [stop_one]
+        holds = [STOP, STARVE] if given.starve else [STOP]
         return disturb(given.command, given.pause, random.Random(given.seed), holds)
 
 

@@ -34,7 +34,7 @@ def hold(folder, seed, then, now):
 # Where trio hears of a cancellation, in two steps; a step, and the cut-off behind it.
 @example(seed=209, then="asyncio", now="trio")
 @example(seed=977, then="asyncio", now="asyncio")
-# What is told to wait, or cut off, before it has begun.
+# Requests that get WAIT, or are cut off, before their handlers have begun.
 @example(seed=322, then="trio", now="asyncio")
 @example(seed=1127, then="trio", now="trio")
 # A call of `vmi.outside` behind another one; an access in the midst of which a retry came; a retry

@@ -18,7 +18,7 @@ from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 LOOPS = ["asyncio", "trio"]
 FIRST, PATIENT, CUT_OFF = 1, 2, 3
-"""Methods: one that has the only place, and two that are told to wait; one of them is cut off when
+"""Methods: one that has the only place, and two whose guests get WAIT; one of them is cut off when
 that takes long."""
 
 
@@ -95,7 +95,7 @@ def steps_of(found, seq):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_what_has_not_begun_when_it_is_told_to_wait_is_asked_anew(tmp_path, loop):
+def test_the_retry_of_a_request_that_has_not_begun_at_its_wait_is_a_new_request(tmp_path, loop):
     """The server forgets it, so the trap that asked again then is that of a new request now."""
     then, now = accepted(tmp_path, PATIENT, 1, 100_000, loop)
     first, last = replies(then, PATIENT)

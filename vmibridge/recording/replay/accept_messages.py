@@ -55,8 +55,8 @@ class _Open:
         """Whether its final reply is written."""
         self.is_late = False
         """Whether the recorded one was come to, and that of now comes behind it."""
-        self.is_anew = False
-        """Whether it has asked anew for what was told to wait."""
+        self.is_restarted = False
+        """Whether a trap that was a retry is the first one of it."""
 
 
 class _NewMessages:
@@ -69,10 +69,10 @@ class _NewMessages:
         self._open: dict[tuple[str, int], _Open] = {}
         self._unwinding: dict[tuple[str, int], None] = {}
         """Those of them whose recorded reply was come to, and whose handlers may make steps; and
-        those that are told to wait, and perhaps never asked for again."""
+        those that are answered WAIT, and perhaps never retried."""
         self._firsts: dict[tuple[str, int], int] = {}
-        """From the retries of these to their first traps, and from traps that were told to wait to
-        those that ask anew."""
+        """From the retries of these to their first traps, and from traps that were answered WAIT
+        to those that restart their requests."""
         self._redactions: dict[str, Redaction] = {}
         self._changes: dict[str, Counter[str]] = {}
 
@@ -159,7 +159,7 @@ class _NewMessages:
             reply = self._as_now(now.reply)
         request.is_answered = True
         if reply is not None:
-            yield msgspec.structs.replace(reply, retry_of=None) if request.is_anew else reply
+            yield msgspec.structs.replace(reply, retry_of=None) if request.is_restarted else reply
             if request.is_late:
                 self._end(request, reply)
 
@@ -205,9 +205,9 @@ class _NewMessages:
             request = self._open.get((vm, self._firsts.get((vm, note.retry_of), note.retry_of)))
         if request is not None and seq is not None:
             self._unwinding.pop((vm, request.first), None)
-            anew = self._open.get((vm, seq)) if self._journal.is_anew(vm, seq) else None
-            if anew is not None and anew is not request:
-                self._ask_anew(vm, request, anew)
+            restarted = self._open.get((vm, seq)) if self._journal.is_restart(vm, seq) else None
+            if restarted is not None and restarted is not request:
+                self._restart(vm, request, restarted)
                 return
             request.traps.add(seq)
             self._firsts[vm, seq] = request.first
@@ -215,14 +215,14 @@ class _NewMessages:
         if now is None or now.reply is not None:
             yield note
 
-    def _ask_anew(self, vm: str, before: _Open, request: _Open) -> None:
-        """What was of the one is of the other from here on."""
+    def _restart(self, vm: str, before: _Open, request: _Open) -> None:
+        """What the one request still has in the recording is of the other."""
         del self._open[vm, before.first]
         for seq in before.traps:
             self._firsts[vm, seq] = request.first
         request.traps |= before.traps
         request.recorded = before.recorded
-        request.is_anew = True
+        request.is_restarted = True
 
     def _of_trap(self, trap: TrapEvent, place: int) -> Iterator[RecordedMessage]:
         now = self._accepted.request(trap.vm, trap.seq)
@@ -314,7 +314,7 @@ class _NewMessages:
     def _as_asked(self, message: MemoryAccess | Outside | Step) -> RecordedMessage:
         """With the trap that it is of now."""
         request = self._open.get((message.vm, self._first_of(message)))
-        if request is None or not request.is_anew:
+        if request is None or not request.is_restarted:
             return message
         return msgspec.structs.replace(message, seq=request.first)
 

@@ -98,7 +98,7 @@ class Accepted:
         """A request was compared: what it does may come at another time, though it is the same."""
         place, reply = request.reply_place, request.reply
         has_others = request.has_outside and request.outside.others
-        if (has_others or request.asked_anew is not None) and not request.has_too_many:
+        if (has_others or request.restarted_by is not None) and not request.has_too_many:
             self._add(vm, request, reply)
         if place is not None and place != request.recorded_place and reply is not None:
             self._moved[vm, request.first] = msgspec.msgpack.encode(reply)

@@ -41,8 +41,8 @@ def comes_outside(ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRe
 def is_refused(
     ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest, retry: int
 ) -> bool:
-    """Whether a trap that asks again, and is played now, was told to wait at once then, as another
-    one waited with the handler."""
+    """Whether a retry, which is played now, was answered WAIT at once in the recording, because an
+    earlier one was pending."""
     for each in ahead:
         if isinstance(each, Step) and (each.vm, each.seq) == (vm, request.event.seq):
             if each.kind == "parked":

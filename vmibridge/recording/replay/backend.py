@@ -466,7 +466,7 @@ class ReplayBackend(Backend, Tap):
 
     def _feed_retry(self, request: ReplayedRequest, event: TrapEvent, place: int) -> None:
         if request.is_forgotten:
-            self.conductor.asks_anew(request, event, place)
+            self.conductor.restart(request, event, place)
         self._feed(request, event)
 
     def _ask_on(self, request: ReplayedRequest) -> None:

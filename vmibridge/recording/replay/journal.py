@@ -13,8 +13,8 @@ recording brings about the order of now, as a replay of any recording does.
   message, such as the answer to a reply, its place is that of the message.
 - An event has no content: the new answers have it (`accept`).
 - `parked` is left as it was: the guest got WAIT in the recording, and its retries are in the file.
-  Where its handler has not begun by then now, the server forgets it, and the retry asks anew: it is
-  the first trap of a request of its own.
+  Where its handler has not begun by then now, the server forgets it, and the retry is the first
+  trap of a new request.
 - 29 bytes of memory for an event; a request that is plain now as it was then has one.
 """
 
@@ -100,7 +100,7 @@ class Journal:
         self._asked = bytearray()
         self._queued = bytearray()
         self._late = bytearray()
-        self._anew: set[tuple[str, int]] = set()
+        self._restarts: set[tuple[str, int]] = set()
         self._ends: dict[str, int] = {}
         self._steps = Steps()
         self._pending: tuple[ReplayedRequest, int] | None = None
@@ -133,13 +133,13 @@ class Journal:
         if request.event.vm in self._numbers:
             _set(self._asked, request.place)
 
-    def ask_anew(self, request: ReplayedRequest) -> None:
+    def restart(self, request: ReplayedRequest) -> None:
         """The trap that asked again then is that of a new request now."""
         number = self._numbers.get(request.event.vm)
         if number is not None:
             self._flush()
             _set(self._asked, request.place)
-            self._anew.add((self.vms[number], request.first))
+            self._restarts.add((self.vms[number], request.first))
 
     def stop(self, now: str) -> None:
         """Nothing of a VM is played any more."""
@@ -251,9 +251,9 @@ class Journal:
         """Whether there is the trap of one whose handler has lined up."""
         return _is_set(self._queued, place)
 
-    def is_anew(self, vm: str, seq: int) -> bool:
-        """Whether a trap, which asked again then, asks anew now; `vm` by its recorded name."""
-        return (vm, seq) in self._anew
+    def is_restart(self, vm: str, seq: int) -> bool:
+        """Whether a recorded retry is the first trap of a new request now; `vm`: as recorded."""
+        return (vm, seq) in self._restarts
 
     def is_late(self, place: int) -> bool:
         """Whether there is the final reply of a request that was answered behind it now."""

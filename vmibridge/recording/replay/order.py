@@ -89,15 +89,15 @@ class RecordedOrder(Conductor):
             self._walk.journal.take(request, event)
 
     def is_refused(self, request: ReplayedRequest, retry: int) -> bool:
-        """Whether a trap that asks again was told to wait at once then (`ahead`)."""
+        """Whether a retry was answered WAIT at once in the recording (`ahead`)."""
         return self.is_asked and is_refused(self._walk.ahead(), self._recorded, request, retry)
 
-    def asks_anew(self, request: ReplayedRequest, event: TrapEvent, place: int) -> None:
-        """A request was told to wait before its handler had begun, and is asked by this trap, which
-        has that place in the file."""
-        request.ask_anew(event.seq, place)
+    def restart(self, request: ReplayedRequest, event: TrapEvent, place: int) -> None:
+        """A request was answered WAIT before its handler had begun, so that this retry, which has
+        that place in the file, is the first trap of a new one."""
+        request.restart(event.seq, place)
         if self._walk.journal is not None:
-            self._walk.journal.ask_anew(request)
+            self._walk.journal.restart(request)
 
     def answered(self, request: ReplayedRequest) -> None:
         """A request was answered for good."""

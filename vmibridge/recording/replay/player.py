@@ -52,5 +52,5 @@ class Awaited(Enum):
     READ = "given what it waits for of guest memory"
     FETCHED = "given what came from outside"
     TOLD = "told to wait"
-    REFUSED = "told to wait at once, by a trap beside that which waits"
+    REFUSED = "rid of a retry that is answered WAIT at once"
     ANSWERED = "answered"

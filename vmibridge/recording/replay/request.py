@@ -123,15 +123,15 @@ class ReplayedRequest:
     is_in_time = False
     """Whether its handler was cut off then, and is not now."""
     refused: int | None = None
-    """A trap that asks again and is told to wait at once, as another one waits."""
+    """A retry that is to be answered WAIT at once, because an earlier one is pending."""
     has_run = False
     """Whether its handler has begun now."""
     seqs: Sequence[int] = ()
     """Of the traps that asked again."""
     place: int = 0
-    """That of its trap in the file, where it matters (`journal`); of the one that asked anew."""
-    asked_anew: int | None = None
-    """The trap that asked for it anew."""
+    """That of its trap in the file, where it matters (`journal`); of the one that restarts it."""
+    restarted_by: int | None = None
+    """The retry that is its first trap now: the server had forgotten it."""
     reply_place: int | None = None
     """Where it was answered for good, if that was not where its reply is."""
     recorded_place = 0
@@ -166,8 +166,8 @@ class ReplayedRequest:
 
     @property
     def first(self) -> int:
-        """The trap that it came with, or that asked for it anew."""
-        return self.event.seq if self.asked_anew is None else self.asked_anew
+        """The trap that it came with, or that restarts it."""
+        return self.event.seq if self.restarted_by is None else self.restarted_by
 
     @property
     def outside(self) -> RequestOutside:
@@ -178,14 +178,14 @@ class ReplayedRequest:
 
     @property
     def is_forgotten(self) -> bool:
-        """Whether it was told to wait before its handler had begun, so that the server does not
+        """Whether it was answered WAIT before its handler had begun, so that the server does not
         know of it any more."""
         engine = self.engine
         return not self.has_run and engine is not None and not engine.is_watched(self.first)
 
-    def ask_anew(self, seq: int, place: int) -> None:
+    def restart(self, seq: int, place: int) -> None:
         """Its trap is another one, there in the file: what it does from now on is behind that."""
-        self.place, self.asked_anew = place, seq
+        self.place, self.restarted_by = place, seq
         if self.keeps:
             self.kept.latest = place
 
