@@ -312,15 +312,19 @@ def record(path, guests, make, loop="asyncio", *, virtual=False, **settings):
     anyio.run(main, **loop_of(loop, virtual=virtual))
 
 
-def replay(path, names, make, loop="asyncio", *, virtual=True, speed=0.0, order="recorded"):
-    """Replay VMs together; returns the result of each."""
+def replay(
+    path, names, make, loop="asyncio", *, virtual=True, speed=0.0, order="recorded", prefix=""
+):
+    """Replay VMs together, called PREFIX and their names; returns the result of each."""
 
     async def main():
         walk = Walk(path, 0.0 if virtual else speed)
         async with AsyncExitStack() as stack:
             vms = [
                 await stack.enter_async_context(
-                    ReplayBackend(path, ReplayOptions(vm=name, order=order), name, walk=walk)
+                    ReplayBackend(
+                        path, ReplayOptions(vm=name, order=order), prefix + name, walk=walk
+                    )
                 )
                 for name in names
             ]

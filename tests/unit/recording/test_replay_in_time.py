@@ -70,8 +70,8 @@ def path(request, tmp_path):
     return file
 
 
-def differences(path, loop, handler):
-    (result,) = replay(path, ["vm"], lambda _: Bridge(handler), loop)
+def differences(path, loop, handler, prefix=""):
+    (result,) = replay(path, ["vm"], lambda _: Bridge(handler), loop, prefix=prefix)
     assert result.compared == 2
     fields = () if result.first is None else result.first.fields
     return result.different, [each.got for each in fields if each.field == "outcome"]
@@ -88,6 +88,9 @@ class TestACutOffHandler:
     @pytest.mark.parametrize("what", [sleep, take_the_lock, acquire_the_lock, ask_outside])
     def test_that_is_too_late_now_is_the_same(self, path, loop, what, seconds):
         assert differences(path, loop, Awaits(what, seconds)) == (0, [])
+
+    def test_that_answers_in_time_now_is_found_by_another_name_of_its_vm(self, path, loop):
+        assert differences(path, loop, Awaits(sleep, 0.01), "renamed-") == (2, ["handled"])
 
     def test_that_has_longer_now_is_found(self, path, loop):
         assert differences(path, loop, HasLonger(sleep, 1)) == (2, ["handled"])
@@ -106,9 +109,10 @@ def test_one_that_only_lets_the_loop_turn_comes_to_its_deadline(tmp_path, loop):
     assert differences(path, loop, Awaits(spin, 0)) == (2, ["timeout"])
 
 
+@pytest.mark.parametrize("prefix", ["", "renamed-"])
 @pytest.mark.parametrize("now", LOOPS)
 @pytest.mark.parametrize("then", LOOPS)
-def test_retries_of_other_vcpus_that_are_told_to_wait_at_once(tmp_path, then, now):
+def test_retries_of_other_vcpus_that_are_told_to_wait_at_once(tmp_path, then, now, prefix):
     """As one waits with the handler: which needs a trap to read memory."""
 
     async def guest(vm):
@@ -119,4 +123,5 @@ def test_retries_of_other_vcpus_that_are_told_to_wait_at_once(tmp_path, then, no
 
     path = tmp_path / "run.mcap"
     record(path, {"vm": guest}, lambda _: Bridge(Counts()), then, virtual=True)
-    assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), loop=now) == 3
+    how = {"loop": now, "prefix": prefix}
+    assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), **how) == 3
