@@ -324,3 +324,39 @@ def test_that_a_handler_went_on_as_it_was_cut_off_is_recorded(tmp_path, loop):
         steps = [message for _, message in reader.messages(STEP)]
     assert [each.kind for each in steps if each.seq == 1] == ["resumed", "ended"]
     assert [each.kind for each in steps if each.seq == 2] == ["cut off", "thrown", "ended"]
+
+
+class HoldsUpTheLoop(Counts):
+    """What came first then does so by real time, too, where it is waited for."""
+
+    name = "counts"
+
+    def __init__(self, seconds, other):
+        super().__init__()
+        self.seconds, self.other = seconds, other
+
+    @method(1)
+    async def at_once(self, vmi, packet):
+        await anyio.sleep(0.05)
+        time.sleep(self.seconds)
+        await anyio.sleep(0.05)
+        return self.answer()
+
+    @method(2)
+    async def later(self, vmi, packet):
+        await anyio.sleep(self.other)
+        return self.answer()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_a_process_that_stands_still_lets_nobody_overtake(tmp_path, loop):
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(vm.call, ask(1))
+            tasks.start_soon(partial(vm.call, ask(2), vcpu=1))
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(HoldsUpTheLoop(0, 0.2)), virtual=True)
+    # The second one is held, and nobody is patient for longer than half a second.
+    early = HoldsUpTheLoop(0.7, 0.01)
+    assert assert_same(path, ["vm"], lambda _: Bridge(early), loop=loop, virtual=False) == 2

@@ -19,7 +19,6 @@ What is held is bounded (`memory`), and not by the file.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from vmibridge.bridge.dispatch import Bridge
 from vmibridge.bridge.outcome import GONE, Outcome, OutcomeKind
 from vmibridge.engine.settings import ServerSettings
 from vmibridge.engine.taps import Tap
-from vmibridge.errors import BackendError, BackendSpecError
+from vmibridge.errors import BackendSpecError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
 from vmibridge.recording.messages import (
     MemoryAccess,
@@ -42,20 +41,20 @@ from vmibridge.recording.messages import (
     architecture_of,
 )
 from vmibridge.recording.replay import options as reasons
-from vmibridge.recording.replay.carried import CarriedTraps
 from vmibridge.recording.replay.compare import Difference
+from vmibridge.recording.replay.delivery import Delivery
 from vmibridge.recording.replay.memory import ReplayedMemory
 from vmibridge.recording.replay.not_asked import NotAsked
 from vmibridge.recording.replay.open_requests import MAX_OPEN, OpenRequests
 from vmibridge.recording.replay.options import ReplayOptions, ReplayResult
 from vmibridge.recording.replay.order import RecordedOrder
 from vmibridge.recording.replay.player import Awaited
-from vmibridge.recording.replay.request import MADE, ReplayedRequest
+from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.tally import Tally
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.replay.walk import Walk
-from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd, feed
+from vmibridge.vm.backend import Backend, GuestEnd, TrapSink, VcpuEnd
 from vmibridge.vm.trap import RegisterWrites, TrapEvent, TrapFilter
 
 _DEADLINES = (OutcomeKind.WAITING, OutcomeKind.TIMEOUT, OutcomeKind.CANCELLED)
@@ -87,23 +86,25 @@ class ReplayBackend(Backend, Tap):
         self._walk = walk or Walk(path, options.speed)
         self._tally = Tally(vm, verdict or Verdict(), on_difference, on_request)
         self._name = vm
-        self._wait = ServerSettings().wait.value1
         self._has_begun = self._is_later = False
-        self._has_server = False
         self._requests = OpenRequests(self._walk, self._tally, options)
         self._open = self._requests.by_seq
-        self._unanswered = self._requests.unanswered
         self._plays_plain = False
         self._not_asked = NotAsked()
-        self._busy: dict[int, deque[TrapEvent]] = {}
-        self._vcpus: set[int] = set()
         self._stopped = False
         self.conductor: RecordedOrder = RecordedOrder(self._walk, self._requests, options)
         self._tally.result.outside = self.conductor.fetched.called
         self._memory = ReplayedMemory(self._walk, self._requests)
-        self._carried = CarriedTraps()
+        self._traps = Delivery(
+            self._walk,
+            self._requests,
+            self.conductor,
+            self._memory,
+            self._tally,
+            self.stop,
+            by_vcpu=options.order == "vcpu",
+        )
         self._stop_for: Callable[[Exception], None]
-        self._sink: TrapSink
 
     @property
     def result(self) -> ReplayResult:
@@ -127,7 +128,7 @@ class ReplayBackend(Backend, Tap):
         journal = self._walk.journal = self._tally.journal
         if self.session is not None:
             self.architecture = architecture_of(self.session)
-            self._wait = self.session.settings.wait.value1
+            self._traps.wait = self.session.settings.wait.value1
             self.conductor.begin(self.session)
         self._tally.begin(self._name, self.session, self.stop, self._open.values)
         if journal is not None:
@@ -146,17 +147,17 @@ class ReplayBackend(Backend, Tap):
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Play the recording to its end."""
-        self._sink = sink
+        self._traps.sink = sink
         self._walk.present(self._name)
         try:
             await self._walk.drive(self)
         finally:
             self.conductor.let_go()
         for request in dict.fromkeys(self._open.values()):
-            self._close(request, "the recording ends before its answer")
+            self._traps.close(request, "the recording ends before its answer")
         ends = [
             VcpuEnd(vcpu, "stopped" if self._stopped else "halted", "the recording ends here")
-            for vcpu in sorted(self._vcpus)
+            for vcpu in sorted(self._traps.vcpus)
         ]
         return GuestEnd(tuple(ends))
 
@@ -172,30 +173,21 @@ class ReplayBackend(Backend, Tap):
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Take the answer. Raises `BackendError` for a trap that waits for none."""
-        if event is self._requests.plain:
-            if writes is not None:
-                return  # `answered` comes
-            self._requests.unfold()
-        event = self._carried.end(event)
-        if event.seq not in self._unanswered:
-            raise BackendError(f"trap {event.seq} was answered before, or never played")
-        if writes is None or not self._has_server:
-            # No tap sees one that is not ours, and none where an agent carries them.
-            self._answer(event, None, writes)
+        self._traps.resume(event, writes)
 
     async def read_physical(self, event: TrapEvent, address: int, size: int) -> bytes:
         """The recorded bytes. Waits where the recording was not read as far."""
-        return await self._memory.read(self._carried.played(event), address, size)
+        return await self._memory.read(self._traps.played(event), address, size)
 
     async def write_physical(self, event: TrapEvent, address: int, data: bytes) -> None:
         """As it went then. Waits where the recording was not read as far."""
-        await self._memory.write(self._carried.played(event), address, data)
+        await self._memory.write(self._traps.played(event), address, data)
 
     def begin(
         self, vm: str, bridge: Bridge, settings: ServerSettings, stop: Callable[[Exception], None]
     ) -> None:
         self._stop_for = stop
-        self._has_server = True
+        self._traps.has_server = True
         self._plays_plain = self.options.order == "recorded"
         self._tally.verdict.hear_handlers(self._name, bridge.handlers)
 
@@ -218,7 +210,7 @@ class ReplayBackend(Backend, Tap):
         if event is requests.plain and requests.end_plain(outcome):
             self._walk.go()
         else:
-            self._answer(event, outcome)
+            self._traps.answer(event, outcome)
 
     # --- what the walk plays --------------------------------------------------------
 
@@ -230,7 +222,7 @@ class ReplayBackend(Backend, Tap):
     @property
     def is_owed(self) -> bool:
         """Whether a trap of it waits for its answer."""
-        return bool(self._unanswered) or self._requests.plain is not None
+        return bool(self._traps.unanswered) or self._requests.plain is not None
 
     @property
     def needs_behind(self) -> bool:
@@ -251,8 +243,7 @@ class ReplayBackend(Backend, Tap):
         if not self._requests.begin_plain(time, event, then):
             return False
         self._has_begun = True
-        self._vcpus.add(event.vcpu)
-        feed(self._sink, event, self._hold, self._refuse)
+        self._traps.give_plain(event)
         return True
 
     def play(self, message: TimedMessage, after: object) -> bool:
@@ -280,13 +271,15 @@ class ReplayBackend(Backend, Tap):
             return True
         if self._tally.is_behind(event, time):
             return True
-        if not self._walk.is_due(time) or (event.vcpu in self._busy and self.conductor.is_asked):
+        if not self._walk.is_due(time) or (
+            self._traps.is_busy(event.vcpu) and self.conductor.is_asked
+        ):
             # Its vCPU has not gone on yet, and what comes next is to come after this.
             return False
         if len(self._open) >= MAX_OPEN:
-            if self._unanswered:
+            if self._traps.unanswered:
                 return False
-            self._close(next(iter(self._open.values())), reasons.NO_REPLY)
+            self._traps.close(next(iter(self._open.values())), reasons.NO_REPLY)
         if event.seq in self._open:
             self._tally.leave_unchecked(reasons.TWICE, event, time)
             return True
@@ -318,11 +311,11 @@ class ReplayBackend(Backend, Tap):
             request.reply = about
             self._walk.skip()
             request.recorded_place = self._walk.place()
-            self._feed(request, event, Awaited.ANSWERED)
+            self._traps.give(request, event, Awaited.ANSWERED)
             return True
         self._walk.mark(request, time)
         waits = self.conductor.is_asked and not request.queued
-        self._feed(request, event, Awaited.BEGUN if waits else Awaited.TAKEN)
+        self._traps.give(request, event, Awaited.BEGUN if waits else Awaited.TAKEN)
         return True
 
     def _walk_retry(self, request: ReplayedRequest, event: TrapEvent) -> None:
@@ -331,15 +324,11 @@ class ReplayBackend(Backend, Tap):
         retry = event, self._walk.place()
         if request.wants_retry:
             request.wants_retry = False
-            self._feed_retry(request, *retry)
+            self._traps.give_retry(request, *retry)
         elif request.answered:
             return
         elif self.options.order == "recorded" and self.conductor.is_refused(request, event.seq):
-            self._vcpus.add(event.vcpu)
-            self._unanswered[event.seq] = event
-            request.refused = event.seq
-            self._walk.wait_for(request, Awaited.REFUSED)
-            self._put(event)
+            self._traps.give_refused(request, event)
         else:
             request.retries.append(retry)
 
@@ -348,7 +337,7 @@ class ReplayBackend(Backend, Tap):
         if request is None:
             self._not_asked.hear(reply)
             return True
-        is_owed = reply.seq in self._unanswered and self.conductor.engine is not None
+        is_owed = reply.seq in self._traps.unanswered and self.conductor.engine is not None
         if is_owed and not self._walk_deadline(time, request, reply):
             return False
         if reply.kind is OutcomeKind.WAITING and not request.final_wait:
@@ -367,9 +356,9 @@ class ReplayBackend(Backend, Tap):
             if request.wants_retry:
                 # The recorded retries are used up: it is slower now.
                 request.wants_retry = False
-                self._ask_on(request)
+                self._traps.ask_on(request)
         if request.answered:
-            self._close(request)
+            self._traps.close(request)
         elif self.options.order == "recorded":
             self._walk.wait_for(request, Awaited.ANSWERED)
             request.closes = True
@@ -380,102 +369,9 @@ class ReplayBackend(Backend, Tap):
             return True
         if reply.kind is OutcomeKind.CANCELLED:
             if reply.error == GONE:
-                self._sink.abandon(self._carried.carried(self._unanswered[reply.seq]))
+                self._traps.abandon(reply.seq)
         elif not self.conductor.has_steps:
             return self._walk.is_due(time) and self.conductor.let_pass(request, reply.kind)
         elif reply.kind is OutcomeKind.WAITING and not request.final_wait:
             self._walk.wait_for(request, Awaited.TOLD)
         return True
-
-    # --- requests -------------------------------------------------------------------
-
-    def _feed(
-        self, request: ReplayedRequest, event: TrapEvent, what: Awaited = Awaited.TAKEN
-    ) -> None:
-        self._vcpus.add(event.vcpu)
-        self._unanswered[event.seq] = event
-        request.taken = request.told = request.parked = False
-        if self.options.order == "vcpu":
-            queue = self._busy.get(event.vcpu)
-            if queue is not None:
-                queue.append(event)
-                return
-            self._busy[event.vcpu] = deque()
-        # Where an agent carries it, no tap tells that it was taken. And a trap that asks again may
-        # be given while the walk waits for something: that comes first.
-        is_told = self._has_server or what is Awaited.ANSWERED
-        if is_told and self._walk.awaited is None:
-            self._walk.wait_for(request, what)
-        self._put(event)
-
-    def _put(self, event: TrapEvent) -> None:
-        if not self._has_server:
-            event = self._carried.carry(event, made_up=event.seq >> MADE != 0)
-        feed(self._sink, event, self._hold, self._refuse)
-
-    def _hold(self, event: TrapEvent) -> None:
-        self._walk.feed_later(self._sink, event, self._refuse)
-
-    def _refuse(self, event: TrapEvent) -> None:
-        self._requests.unfold()
-        self._unanswered.pop(self._carried.end(event).seq, None)
-        self.stop()
-
-    def _answer(
-        self, event: TrapEvent, outcome: Outcome[Any] | None, writes: RegisterWrites | None = None
-    ) -> None:
-        self._requests.find(event.seq)
-        if self._unanswered.pop(event.seq, None) is None:
-            return
-        if self.options.order == "vcpu":
-            queue = self._busy[event.vcpu]
-            if queue:
-                self._put(queue.popleft())
-            else:
-                del self._busy[event.vcpu]
-        request = self._open.get(event.seq)
-        if request is not None:
-            is_refused, request.refused = request.refused == event.seq, None
-            # It may have run natively: no tap saw it.
-            request.taken = request.told = True
-            if writes is not None:
-                waits = request.is_told_to_wait(writes, self._wait)
-            else:
-                waits = outcome is not None and outcome.kind is OutcomeKind.WAITING
-            request.outcome, request.writes = outcome, writes
-            if waits and is_refused:
-                request.told = False
-            elif waits and not request.final_wait:
-                self._ask_again(request)
-            else:
-                request.answered = True
-                self.conductor.answered(request)
-                request.drop_retries()
-                request.go_on()
-                if request.over and (request.closes or self.options.order == "vcpu"):
-                    self._close(request)
-        self._walk.go()
-
-    def _ask_again(self, request: ReplayedRequest) -> None:
-        if request.retries:
-            self._feed_retry(request, *request.retries.popleft())
-        elif request.over and request.reply is not None:
-            self._ask_on(request)
-        elif not request.over:
-            request.wants_retry = True
-
-    def _feed_retry(self, request: ReplayedRequest, event: TrapEvent, place: int) -> None:
-        if request.is_forgotten:
-            self.conductor.restart(request, event, place)
-        self._feed(request, event)
-
-    def _ask_on(self, request: ReplayedRequest) -> None:
-        """One more retry, which the recording does not have: so it has a number of its own."""
-        self._feed(request, self._requests.further_retry(request))
-
-    def _close(self, request: ReplayedRequest, why: str | None = None) -> None:
-        self._requests.end(request)
-        self.conductor.unwinds(request)
-        self._memory.held -= request.held
-        self.conductor.fetched.close(request)
-        self._tally.close(request, why)

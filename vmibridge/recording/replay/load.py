@@ -137,17 +137,19 @@ class LoadBackend(ReplayBackend):
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Play the recording to its end, as often as it is to be."""
-        if self.options.outside == "refuse" and not self._has_server:
+        if self.options.outside == "refuse" and not self._traps.has_server:
             raise BackendSpecError(
                 f"replay:{self.path}: outside=refuse: the handlers run elsewhere, and call what"
                 " they like"
             )
         # With a server in this process it has taps, and nobody asks for figures.
-        return await super().run(traps, sink if self._has_server else _Measured(sink, self.figures))
+        return await super().run(
+            traps, sink if self._traps.has_server else _Measured(sink, self.figures)
+        )
 
     def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> Coroutine[Any, Any, None]:
         """Take the answer. Raises `BackendError` for a trap that waits for none."""
-        if not self._has_server:
+        if not self._traps.has_server:
             self.figures.answered(event)
         return super().resume(event, writes)
 

@@ -3,7 +3,9 @@
 Looks and not seconds are counted, as the process may stand still meanwhile.
 """
 
-__all__ = ["CHECK", "Patience"]
+import math
+
+__all__ = ["CHECK", "Loosening", "Patience"]
 
 
 _SPIN = 1000
@@ -19,6 +21,14 @@ CHECK = 0.1
 _STUCK = 10
 _STUCK_ELSEWHERE = 100
 """How many in vain mean that it is stuck: by the handler in question, or by another one."""
+_LOOSEN = 0.5
+"""Seconds that the walk waits for a handler while others are held."""
+_MAX_LOOSEN = 1.0
+_MAX_LOOSENED = 16
+"""How often those go on before a deadline of the one that is waited for may pass."""
+_REAL_LOOKS = 5
+"""How many looks that is on a clock that goes on while the process, or its loop, stands still."""
+_TINY = 1e-9
 
 
 class Patience:
@@ -61,3 +71,55 @@ class Patience:
     def start_again(self) -> None:
         """It is about to go on."""
         self._checks = 0
+
+
+class Loosening:
+    """When handlers that are held go on all the same, as the one that is waited for does not. Times
+    are of the clock of the loop, in seconds."""
+
+    def __init__(self) -> None:
+        self.at: float = math.inf
+        """When to look again; infinity: nothing is waited for."""
+        self.is_real: bool = True
+        """Whether that clock is real."""
+        self._seconds = _LOOSEN
+        self._count = self._looks = 0
+
+    @property
+    def is_set(self) -> bool:
+        """Whether that is waited for."""
+        return self.at != math.inf
+
+    def set(self, now: float) -> None:
+        """It is waited for from now on."""
+        self._looks = _REAL_LOOKS if self.is_real else 1
+        self.at = now + self._seconds / self._looks
+
+    def unset(self) -> None:
+        """It is not waited for any more."""
+        self.at = math.inf
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is time, now that the loop has turned."""
+        if now < self.at - _TINY:
+            return False
+        self._looks -= 1
+        if self._looks > 0:
+            self.at = now + self._seconds / _REAL_LOOKS
+        return self._looks <= 0
+
+    def after(self, now: float) -> float:
+        """Seconds until the next look; 0: it is not waited for, or was in vain too often."""
+        is_ahead = now < self.at < math.inf and self._count < _MAX_LOOSENED
+        return self.at - now if is_ahead else 0.0
+
+    def happens(self) -> None:
+        """They go on; the next time it takes longer."""
+        self.unset()
+        self._count += 1
+        self._seconds = min(2 * self._seconds, _MAX_LOOSEN)
+
+    def start_again(self) -> None:
+        """Another handler is waited for."""
+        self.unset()
+        self._seconds, self._count = _LOOSEN, 0

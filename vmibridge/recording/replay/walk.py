@@ -24,7 +24,7 @@ those of the loop, where it has `VirtualTime`; else they matter with a `speed` o
 A changed handler may have other steps than the recorded one, and so may the same one on another
 loop. Steps that are not made are left out when it has ended; further ones are made when it is to
 end. Where the walk waits for a handler that waits for one that is held, those that are held go on
-after a while (`_PATIENCE`); where it waits for one that needs what is behind in the file, the walk
+after a while (`Loosening`); where it waits for one that needs what is behind in the file, the walk
 does. Nothing waits for ever.
 
 Most traps are *plain*: the reply is what comes next. Such a trap is played with its reply, and has
@@ -48,7 +48,7 @@ from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import PlainTrap, RecordedMessage, Session
 from vmibridge.recording.replay.journal import Journal
-from vmibridge.recording.replay.patience import CHECK, Patience
+from vmibridge.recording.replay.patience import CHECK, Loosening, Patience
 from vmibridge.recording.replay.player import Awaited, Player, Unfolding
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVms, all_apart
@@ -60,11 +60,6 @@ __all__ = ["Walk"]
 _EFFECTS = (Awaited.ANSWERED, Awaited.FETCHED, Awaited.READ)
 """What is waited for of replies, values from outside, and memory accesses. What other handlers do
 meanwhile is before it."""
-_PATIENCE = 0.5
-"""Seconds that the walk waits for a handler while others are held."""
-_MAX_PATIENCE = 1.0
-_MAX_LOOSENED = 16
-"""How often those go on before a deadline of the one that is waited for may pass."""
 _TINY = 1e-9
 _MAX_AHEAD = 1024
 """Messages that are looked at for what comes of a request."""
@@ -104,8 +99,7 @@ class Walk:
         self._full: deque[tuple[TrapSink, TrapEvent, Callable[[TrapEvent], object]]] = deque()
         self._start: tuple[float, int] | None = None
         self._pause = math.inf
-        self._patience, self._loosened = _PATIENCE, 0
-        self._loosen_at = math.inf
+        self._loosening = Loosening()
         self.is_timed: bool = bool(speed)
         """Whether something may have to wait for its time."""
         self._virtual: VirtualTime | None = None
@@ -132,6 +126,7 @@ class Walk:
         if self._virtual is not None:
             self.is_timed = True
             self._virtual.is_waited = lambda: self.running > 0
+        self._loosening.is_real = self._virtual is None
         return found, session
 
     def leave(self) -> None:
@@ -175,9 +170,9 @@ class Walk:
         if self._is_done(player):
             return
         now = self._clock()
-        with anyio.move_on_after(min(self._pause, self._loosen_at) - now):
+        with anyio.move_on_after(min(self._pause, self._loosening.at) - now):
             await self._poked.wait()
-        if self._clock() >= self._loosen_at - _TINY:
+        if self._loosening.is_due(self._clock()):
             self._loosen()
         self._pause = math.inf
 
@@ -402,9 +397,9 @@ class Walk:
         now = self._clock()
         if now < self._pause < math.inf:
             return self._pause - now + CHECK
-        if self._held and now < self._loosen_at < math.inf and self._loosened < _MAX_LOOSENED:
+        if self._held and (loosened := self._loosening.after(now)):
             # It may wait for one that is held, as with a lock.
-            return self._loosen_at - now + CHECK
+            return loosened + CHECK
         elsewhere = self.awaited not in (None, request)
         is_stuck = self._at_place.is_stuck(self._played + self._place, now, elsewhere=elsewhere)
         return 0.0 if is_stuck and not self._passes_over() else CHECK
@@ -452,27 +447,27 @@ class Walk:
         if self.plain is not None:
             self.plain.unfold()
         awaited = self.awaited
-        if awaited is None or self._loosen_at != math.inf:
+        if awaited is None or self._loosening.is_set:
             return
         needs = awaited.needs_more or awaited.may_need_retry
         if self._held or needs or awaited.may_not_call(self.what):
-            self._loosen_at = self._clock() + self._patience
+            self._loosening.set(self._clock())
             self.poke()
 
     def _be_patient(self) -> None:
         """Another one is waited for from here on."""
-        self._loosen_at, self._patience, self._loosened = math.inf, _PATIENCE, 0
+        self._loosening.start_again()
 
     def _loosen(self) -> None:
         """Who is waited for may wait for who is held, or for what comes next in the file."""
         if self.awaited is not None and self.awaited.may_not_call(self.what):
             self.awaited.outside.awaited = None
             if self.what is Awaited.RESUMED:
-                self.awaited, self._loosen_at = None, math.inf
+                self.awaited = None
+                self._loosening.unset()
                 self.go()
                 return
-        self._loosen_at, self._loosened = math.inf, self._loosened + 1
-        self._patience = min(2 * self._patience, _MAX_PATIENCE)
+        self._loosening.happens()
         if self.awaited is not None and self.awaited.pass_over():
             self.awaited = None
             self._be_patient()
