@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractAsyncContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from vmibridge.cli.replay_result import ReplayPrinter
 from vmibridge.cli.setting_options import with_options
 from vmibridge.config import Config, HandlerFactory, reload_handlers
 from vmibridge.engine.settings import ServerSettings
+from vmibridge.engine.taps import Tap
 from vmibridge.errors import (
     BackendSpecError,
     ConfigError,
@@ -37,6 +38,7 @@ from vmibridge.recording.replay.file_result import FileResult
 from vmibridge.recording.replay.ignore import IgnoreRule
 from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.served import (
+    ServedRecording,
     check_renamed,
     needs_start,
     serve_recording,
@@ -203,16 +205,7 @@ class ReplayRun:
         verdict: Verdict,
     ) -> list[Difference]:
         found: list[Difference] = []
-        async with serve_recording(
-            path,
-            names,
-            factory,
-            verdict,
-            self._options,
-            renamed=self._renamed,
-            change=partial(self._settings, timeout),
-            on_difference=found.append,
-        ) as served:
+        async with self._serve(path, names, factory, timeout, verdict, found.append) as served:
             with ReadingBar(served.reader, f"checking {path}") as bar:
                 async for _ in served.server.run():
                     bar.step()
@@ -281,17 +274,10 @@ class ReplayRun:
             return FileResult(path)
         recorded = {self._renamed.get(name, name): name for name in names if name is not None}
         breaks = Breaks(path, self._breaks, recorded, verdict.end, with_pdb=self._with_pdb)
-        async with serve_recording(
-            path,
-            names,
-            factory,
-            verdict,
-            self._options,
-            renamed=self._renamed,
-            change=partial(self._settings, timeout),
-            taps=[breaks] if self._breaks else [],
-            on_difference=partial(printer.difference, path),
-            file=self._files[path],
+        tell = partial(printer.difference, path)
+        taps = [breaks] if self._breaks else []
+        async with self._serve(
+            path, names, factory, timeout, verdict, tell, taps, self._files[path]
         ) as served:
             for vm, bridge in served.bridges.items():
                 breaks.hear_handlers(vm, bridge.handlers)
@@ -304,6 +290,30 @@ class ReplayRun:
             result = served.result()
         printer.file(result)
         return result
+
+    def _serve(
+        self,
+        path: Path,
+        names: Sequence[str | None],
+        factory: HandlerFactory,
+        timeout: float | None,
+        verdict: Verdict,
+        on_difference: Callable[[Difference], None],
+        taps: Sequence[Tap] = (),
+        file: Path | None = None,
+    ) -> AbstractAsyncContextManager[ServedRecording]:
+        return serve_recording(
+            path,
+            names,
+            factory,
+            verdict,
+            self._options,
+            renamed=self._renamed,
+            change=partial(self._settings, timeout),
+            taps=taps,
+            on_difference=on_difference,
+            file=file,
+        )
 
     def _settings(self, timeout: float | None, recorded: ServerSettings) -> ServerSettings:
         settings = with_options(recorded, {"timeout": timeout})
