@@ -101,7 +101,7 @@ async def test_a_recording_is_opened_and_read(tmp_path):
             await fill(caller, handler)
             with anyio.fail_after(HUNG):
                 async with ReplayBackend(file) as backend:
-                    return await backend._walk.source.read_on() != []
+                    return await backend.walk.source.read_on() != []
         finally:
             handler.go_on.set()
 

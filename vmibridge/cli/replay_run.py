@@ -17,6 +17,7 @@ from vmibridge.cli.progress import ReadingBar, with_progress
 from vmibridge.cli.replay_break import Break, Breaks
 from vmibridge.cli.replay_junit import junit_report
 from vmibridge.cli.replay_result import ReplayPrinter
+from vmibridge.cli.replay_standstill import STILL, StandstillNote
 from vmibridge.cli.setting_options import with_options
 from vmibridge.config import Config, HandlerFactory, reload_handlers
 from vmibridge.engine.settings import ServerSettings
@@ -281,7 +282,12 @@ class ReplayRun:
         ) as served:
             for vm, bridge in served.bridges.items():
                 breaks.hear_handlers(vm, bridge.handlers)
-            with ReadingBar(served.reader, f"replaying {path}") as bar:
+            # Where somebody looks, or it waits as it did then, it is to stand still.
+            is_asked = bool(self._breaks or self._options.speed)
+            still = StandstillNote(
+                path, served, lambda line: printer.notes([line]), None if is_asked else STILL
+            )
+            with ReadingBar(served.reader, f"replaying {path}") as bar, still:
                 async for _ in served.server.run():
                     bar.step()
             if breaks.error is not None:

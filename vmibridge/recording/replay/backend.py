@@ -83,20 +83,21 @@ class ReplayBackend(Backend, Tap):
         self.options = options
         self.session: Session | None = None
         """What served this VM then; known once the backend is open, if the file tells."""
-        self._walk = walk or Walk(path, options.speed)
+        self.walk: Walk = walk or Walk(path, options.speed)
+        """What plays the file, for all VMs that are replayed together."""
         self._tally = Tally(vm, verdict or Verdict(), on_difference, on_request)
         self._name = vm
         self._has_begun = self._is_later = False
-        self._requests = OpenRequests(self._walk, self._tally, options)
+        self._requests = OpenRequests(self.walk, self._tally, options)
         self._open = self._requests.by_seq
         self._plays_plain = False
         self._not_asked = NotAsked()
         self._stopped = False
-        self.conductor: RecordedOrder = RecordedOrder(self._walk, self._requests, options)
+        self.conductor: RecordedOrder = RecordedOrder(self.walk, self._requests, options)
         self._tally.result.outside = self.conductor.fetched.called
-        self._memory = ReplayedMemory(self._walk, self._requests)
+        self._memory = ReplayedMemory(self.walk, self._requests)
         self._traps = Delivery(
-            self._walk,
+            self.walk,
             self._requests,
             self.conductor,
             self._memory,
@@ -124,8 +125,8 @@ class ReplayBackend(Backend, Tap):
         Raises `RecordingReadError` for a file that is not a recording, `BackendSpecError` for a
         VM that is not in it.
         """
-        self._name, self.session = await self._walk.join(self, self.options.vm)
-        journal = self._walk.journal = self._tally.journal
+        self._name, self.session = await self.walk.join(self, self.options.vm)
+        journal = self.walk.journal = self._tally.journal
         if self.session is not None:
             self.architecture = architecture_of(self.session)
             self._traps.wait = self.session.settings.wait.value1
@@ -140,17 +141,21 @@ class ReplayBackend(Backend, Tap):
     @property
     def reader(self) -> RecordingReader:
         """What reads the file; once the backend is open."""
-        return self._walk.source.reader
+        return self.walk.source.reader
+
+    def unanswered(self) -> list[TrapEvent]:
+        """Traps that wait for their answers; any thread may ask."""
+        return [*self._traps.unanswered.copy().values()]
 
     async def close(self) -> None:
-        self._walk.leave()
+        self.walk.leave()
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Play the recording to its end."""
         self._traps.sink = sink
-        self._walk.present(self._name)
+        self.walk.present(self._name)
         try:
-            await self._walk.drive(self)
+            await self.walk.drive(self)
         finally:
             self.conductor.let_go()
         for request in dict.fromkeys(self._open.values()):
@@ -164,12 +169,12 @@ class ReplayBackend(Backend, Tap):
     def stop(self) -> None:
         """Play no further."""
         self._stopped = True
-        self._walk.present(self._name)
+        self.walk.present(self._name)
         self._requests.unfold()
-        self._walk.let_go(self._open.values())
+        self.walk.let_go(self._open.values())
         self.conductor.let_go()
         self._memory.arrive()
-        self._walk.go()
+        self.walk.go()
 
     async def resume(self, event: TrapEvent, writes: RegisterWrites | None) -> None:
         """Take the answer. Raises `BackendError` for a trap that waits for none."""
@@ -201,14 +206,14 @@ class ReplayBackend(Backend, Tap):
         if request is not None and not request.taken:
             request.taken = True
             self.conductor.took(request, event)
-            if self._walk.what is Awaited.TAKEN:
-                self._walk.go()
+            if self.walk.what is Awaited.TAKEN:
+                self.walk.go()
 
     def answered(self, outcome: Outcome[Any]) -> None:
         event, requests = outcome.event, self._requests
         assert event is not None
         if event is requests.plain and requests.end_plain(outcome):
-            self._walk.go()
+            self.walk.go()
         else:
             self._traps.answer(event, outcome)
 
@@ -252,7 +257,7 @@ class ReplayBackend(Backend, Tap):
         if isinstance(what, TrapEvent):
             then = self._tally.next_of(what, after)
             if isinstance(then, Reply) and self.play_plain(time, what, then):
-                self._walk.skip()
+                self.walk.skip()
                 return True
             return self._walk_trap(time, what, after)
         if isinstance(what, MemoryAccess):
@@ -271,7 +276,7 @@ class ReplayBackend(Backend, Tap):
             return True
         if self._tally.is_behind(event, time):
             return True
-        if not self._walk.is_due(time) or (
+        if not self.walk.is_due(time) or (
             self._traps.is_busy(event.vcpu) and self.conductor.is_asked
         ):
             # Its vCPU has not gone on yet, and what comes next is to come after this.
@@ -309,11 +314,11 @@ class ReplayBackend(Backend, Tap):
             # The usual case: nothing else happened before it was answered.
             request.over = request.closes = request.free = True
             request.reply = about
-            self._walk.skip()
-            request.recorded_place = self._walk.place()
+            self.walk.skip()
+            request.recorded_place = self.walk.place()
             self._traps.give(request, event, Awaited.ANSWERED)
             return True
-        self._walk.mark(request, time)
+        self.walk.mark(request, time)
         waits = self.conductor.is_asked and not request.queued
         self._traps.give(request, event, Awaited.BEGUN if waits else Awaited.TAKEN)
         return True
@@ -321,7 +326,7 @@ class ReplayBackend(Backend, Tap):
     def _walk_retry(self, request: ReplayedRequest, event: TrapEvent) -> None:
         request.seqs = (*request.seqs, event.seq)
         self._open[event.seq] = request
-        retry = event, self._walk.place()
+        retry = event, self.walk.place()
         if request.wants_retry:
             request.wants_retry = False
             self._traps.give_retry(request, *retry)
@@ -348,7 +353,7 @@ class ReplayBackend(Backend, Tap):
             self.conductor.answered(request)
         if not request.over:
             request.over, request.reply = True, reply
-            request.recorded_place = self._walk.place()
+            request.recorded_place = self.walk.place()
             request.free = request.free or not request.cut
             request.go_on()
             if request.blocked:
@@ -360,7 +365,7 @@ class ReplayBackend(Backend, Tap):
         if request.answered:
             self._traps.close(request)
         elif self.options.order == "recorded":
-            self._walk.wait_for(request, Awaited.ANSWERED)
+            self.walk.wait_for(request, Awaited.ANSWERED)
             request.closes = True
         return True
 
@@ -371,7 +376,7 @@ class ReplayBackend(Backend, Tap):
             if reply.error == GONE:
                 self._traps.abandon(reply.seq)
         elif not self.conductor.has_steps:
-            return self._walk.is_due(time) and self.conductor.let_pass(request, reply.kind)
+            return self.walk.is_due(time) and self.conductor.let_pass(request, reply.kind)
         elif reply.kind is OutcomeKind.WAITING and not request.final_wait:
-            self._walk.wait_for(request, Awaited.TOLD)
+            self.walk.wait_for(request, Awaited.TOLD)
         return True

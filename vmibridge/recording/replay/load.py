@@ -133,7 +133,7 @@ class LoadBackend(ReplayBackend):
     async def open(self) -> None:
         """Open the file and find the VM. Raises as that of a replay does."""
         await super().open()
-        self._walk.source.play(self._given.loop)
+        self.walk.source.play(self._given.loop)
 
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Play the recording to its end, as often as it is to be."""

@@ -29,6 +29,7 @@ from vmibridge.recording.replay.request_result import RequestResult
 from vmibridge.recording.replay.verdict import Verdict
 from vmibridge.recording.replay.walk import Walk
 from vmibridge.recording.selection import Selection
+from vmibridge.vm.trap import TrapEvent
 
 __all__ = [
     "ServedRecording",
@@ -127,6 +128,19 @@ class ServedRecording:
     def reader(self) -> RecordingReader:
         """What reads the file."""
         return self.backends[0].reader
+
+    @property
+    def place(self) -> int:
+        """How many messages of the file have been played; any thread may ask."""
+        return self.backends[0].walk.place()
+
+    @property
+    def waits_for(self) -> TrapEvent | None:
+        """A trap that is not answered yet; any thread may ask."""
+        awaited = self.backends[0].walk.awaited
+        if awaited is not None:
+            return awaited.event
+        return next((trap for each in self.backends for trap in each.unanswered()), None)
 
     def notes(self, *, has_config: bool) -> Iterator[str]:
         """Which handlers are not the ones that were recorded, and what could not be read.
