@@ -46,4 +46,4 @@ def test_an_answer_that_does_not_come_is_named(tmp_path, monkeypatch, capsys, wa
     assert main(["replay", str(path), "--handlers", str(source)]) == 0
     out, err = capsys.readouterr()
     assert out == f"{path}: 2 requests compared, 0 different\n"
-    assert err.count("--break 2 shows the request") == 1
+    assert err.count("--break 2 shows it") == 1

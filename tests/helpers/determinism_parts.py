@@ -150,6 +150,43 @@ class Counts(BridgeHandler[object]):
         number = next(self.count)
         return self.answer(number, (await vmi.memory.read(0x1000 + packet.value1, 1))[0])
 
+    @method(14)
+    async def first_answer(self, vmi, packet):
+        got = []
+
+        async def one(pause):
+            await anyio.sleep(pause)
+            got.append(pause)
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(one, packet.value1 / 1e3)
+            tasks.start_soon(one, 60)
+        return self.answer(*got)
+
+    @method(15)
+    async def gives_up(self, vmi, packet):
+        with anyio.move_on_after(packet.value1 / 1e3) as scope:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(anyio.sleep, 60)
+                tasks.start_soon(anyio.sleep, 60)
+        return self.answer(scope.cancelled_caught)
+
+    @method(16)
+    async def one_fails(self, vmi, packet):
+        async def fail():
+            await anyio.sleep(packet.value1 / 1e3)
+            raise ValueError("it fails")
+
+        got = []
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(fail)
+                await anyio.sleep(60)
+        except* ValueError as errors:
+            got = [str(each) for each in errors.exceptions]
+        return self.answer(*got)
+
 
 class Serial(BridgeHandler[object]):
     MAGIC, REQUEST = MAGIC, 2
@@ -213,7 +250,7 @@ def assert_same(path, names, make, *, unchecked=(), **how):
     return sum(result.compared for result in results)
 
 
-KINDS = [*[(1, code) for code in range(1, 14)], (2, 1), (2, 1), (3, 1), (3, 1), (4, 1), (4, 2)]
+KINDS = [*[(1, code) for code in range(1, 17)], (2, 1), (2, 1), (3, 1), (3, 1), (4, 1), (4, 2)]
 
 
 def random_guests(seed, codes=None, *, alike=False):

@@ -7,11 +7,14 @@ again to raise `Cancelled` there. On asyncio the first suspension ends with the 
 import math
 from typing import Any, Final
 
-from trio import current_effective_deadline
+from trio import Nursery, current_effective_deadline
 from trio.lowlevel import cancel_shielded_checkpoint, checkpoint
+
+from vmibridge.aio.coroutines import is_suspended_in
 
 _CHECKPOINT: Final = checkpoint.__code__
 _FIRST: Final = cancel_shielded_checkpoint.__code__
+_NURSERY_ENDS: Final = Nursery._nested_child_finished.__code__
 
 
 def _parent_of_first(body: Any) -> Any:
@@ -36,3 +39,8 @@ def hears_nothing(body: Any) -> bool:
     """Whether a coroutine is suspended where it cannot be cancelled, having got what it asked for:
     as in `Lock.acquire`, which would keep the lock."""
     return _parent_of_first(body) not in (None, _CHECKPOINT)
+
+
+def waits_for_tasks(body: Any) -> bool:
+    """Whether a coroutine waits at the end of a nursery."""
+    return is_suspended_in(body, _NURSERY_ENDS)

@@ -14,13 +14,22 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import Context, copy_context
 from operator import call
-from types import coroutine
+from types import CodeType, coroutine
 from typing import Any, Final, TypeVar
 
 R = TypeVar("R")
 
 DONE: Final = object()
 """What `first_step` returns of a body that has ended."""
+
+
+def is_suspended_in(body: Any, code: CodeType) -> bool:
+    """Whether a suspended coroutine, or one that it awaits, runs this code."""
+    while body is not None:
+        if getattr(body, "cr_code", None) is code:
+            return True
+        body = getattr(body, "cr_await", None)
+    return False
 
 
 def _rest(

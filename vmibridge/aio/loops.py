@@ -82,6 +82,19 @@ def hears_nothing() -> Callable[[object], bool]:
     return lambda _: False
 
 
+def waits_for_tasks() -> Callable[[object], bool]:
+    """What tells, on the running loop, whether a suspended coroutine waits for the tasks of a group
+    that it leaves. That they are cancelled it hears on asyncio at once, unless they have ended by
+    then, and on trio when they have ended."""
+    if current_async_library() == "trio":
+        from vmibridge.aio.checkpoints_trio import waits_for_tasks
+
+        return waits_for_tasks
+    from vmibridge.aio.checkpoints_asyncio import waits_for_tasks as waits_on_asyncio
+
+    return waits_on_asyncio
+
+
 def handler_scopes(patience: float) -> Callable[[], HandlerScope]:
     """What makes them for the running loop.
 

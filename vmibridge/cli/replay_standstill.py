@@ -52,6 +52,6 @@ class StandstillNote:
             if trap is not None:
                 self._tell(
                     f"{self._path}: the replay has waited for {self._seconds:g} s for the answer"
-                    f" to trap {trap.seq} of vm {trap.vm}: --break {trap.seq} shows the request, and"
+                    f" to trap {trap.seq} of vm {trap.vm}: --break {trap.seq} shows it, and"
                     " Ctrl-C ends the replay; a handler that may wait for ever needs a timeout"
                 )

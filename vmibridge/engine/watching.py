@@ -19,7 +19,7 @@ from typing import Any
 import anyio
 
 from vmibridge.aio.coroutines import watched_rest
-from vmibridge.aio.loops import hears_next, hears_nothing, sent_error
+from vmibridge.aio.loops import hears_next, hears_nothing, sent_error, waits_for_tasks
 from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.queue_time import Began
@@ -73,6 +73,7 @@ class HandlerWatch:
         self._sent_error = sent_error()
         self._hears_next = hears_next()
         self._hears_nothing = hears_nothing()
+        self._waits_for_tasks = waits_for_tasks()
         self._cancelled = anyio.get_cancelled_exc_class()
         self.suspensions: int = 0
         """How often any of them was suspended, or has ended after it was."""
@@ -204,13 +205,17 @@ class HandlerWatch:
             except BaseException as error:  # all that is thrown in is the handler's to catch
                 step, reply = body.throw, error
             if self._is_step(worker, body):
-                turn = conductor.step(worker.context.event)
-                if turn is not None:
+                while (turn := conductor.step(worker.context.event)) is not None:
                     try:
                         yield from turn.__await__()
                     except BaseException as error:  # the same
-                        if not (isinstance(error, self._cancelled) and self._hears_nothing(body)):
+                        is_cancelled = isinstance(error, self._cancelled)
+                        if is_cancelled and self._waits_for_tasks(body):
+                            # It heard of that then, and went on when its tasks had ended: now.
+                            continue
+                        if not (is_cancelled and self._hears_nothing(body)):
                             step, reply = body.throw, error
+                    break
                 is_thrown = step == body.throw or self._is_cancelled(worker, reply)
                 self._tell(worker, "thrown" if is_thrown else "resumed")
             try:

@@ -6,7 +6,7 @@ import anyio
 import pytest
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
-from vmibridge.aio.loops import hears_next, hears_nothing
+from vmibridge.aio.loops import hears_next, hears_nothing, waits_for_tasks
 
 pytestmark = pytest.mark.anyio
 
@@ -67,3 +67,18 @@ async def test_one_that_has_the_lock_is_not_cancelled_as_it_takes_it(anyio_backe
 
     said, _ = await watched(body(), hears_nothing())
     assert said == [anyio_backend_name == "trio", False]
+
+
+async def test_one_that_waits_for_its_tasks_is_known():
+    async def body():
+        await checkpoint()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep, 60)
+            tasks.cancel_scope.cancel()
+        return "ended"
+
+    (first, *said), result = await watched(body(), waits_for_tasks())
+    assert result == "ended"
+    assert not first
+    assert said
+    assert all(said)

@@ -23,7 +23,7 @@ from vmibridge.recording.messages import REPLY
 
 pytestmark = pytest.mark.no_cover
 
-EVERY_LOOP = frozenset({1, 2, 3, 4, 6, 7, 10, 13})
+EVERY_LOOP = frozenset({1, 2, 3, 4, 6, 7, 10, 13, 14, 15, 16})
 """Methods of `Counts` that no loop does in another order. On trio a scope that is cancelled while a
 sleep in it ends takes the sleep's place."""
 NOT_TRIO = EVERY_LOOP | {5}
