@@ -326,6 +326,50 @@ def test_that_a_handler_went_on_as_it_was_cut_off_is_recorded(tmp_path, loop):
     assert [each.kind for each in steps if each.seq == 2] == ["cut off", "thrown", "ended"]
 
 
+class WaitsForARetry(Counts):
+    name = "counts"
+
+    async def __aenter__(self):
+        self.event = anyio.Event()
+        return self
+
+    async def __aexit__(self, *_):
+        return None
+
+    @method(1)
+    async def at_once(self, vmi, packet):
+        self.event.set()
+        return self.answer()
+
+    @method(2)
+    async def later(self, vmi, packet):
+        with anyio.move_on_after(0.08) as scope:
+            await self.event.wait()
+        return self.answer(scope.cancelled_caught)
+
+    @method(5, soft_timeout=0.005, timeout=0.05)
+    async def too_late(self, vmi, packet):
+        await anyio.sleep(0.01)
+        return self.answer(await vmi.memory.read(0x1000, 1))
+
+
+@pytest.mark.parametrize("now", ["asyncio", "trio"])
+@pytest.mark.parametrize("then", ["asyncio", "trio"])
+def test_one_that_waits_for_a_retry_is_cut_off_in_time(tmp_path, then, now):
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(vm.call, ask(5))
+            tasks.start_soon(partial(vm.call, ask(2), vcpu=1))
+            await anyio.sleep(0.06)
+            await vm.call(ask(1), vcpu=2)
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(WaitsForARetry()), then, virtual=True)
+    never = {"the recording ends before its answer"}
+    how = {"loop": now, "unchecked": never}
+    assert assert_same(path, ["vm"], lambda _: Bridge(WaitsForARetry()), **how) == 2
+
+
 class HoldsUpTheLoop(Counts):
     """What came first then does so by real time, too, where it is waited for."""
 

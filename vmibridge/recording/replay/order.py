@@ -316,7 +316,9 @@ class RecordedOrder(Conductor):
             return True
         after = next_step(self._walk.ahead(), self._recorded, request)
         if not self._walk.is_held(request):
-            return after != "resumed" or not self._walk.looks_later()
+            # On trio who waits for a trap that asks again goes on as it is cut off.
+            stays = after != "resumed" or request.needs_behind
+            return stays or not self._walk.looks_later()
         # What it waited for then did not come: a step that it can make is one more than then.
         return after in _HEARS or not self._walk.lets_go_on(request)
 
