@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
+from sniffio import current_async_library
 
 from vmibridge.bridge.dispatch import Bridge
 from vmibridge.engine.server import BridgeServer
@@ -143,10 +144,12 @@ class ServedRecording:
         return next((trap for each in self.backends for trap in each.unanswered()), None)
 
     def notes(self, *, has_config: bool) -> Iterator[str]:
-        """Which handlers are not the ones that were recorded, and what could not be read.
+        """Which handlers are not the ones that were recorded, and what could not be read; that the
+        event loop is another one, where something is different. Call it on that.
 
         `has_config`: handlers have settings of a file."""
         for backend in self.backends:
+            yield from _other_loop(backend)
             handlers = self.bridges[backend.vm].handlers
             yield from handler_changes(backend.session, handlers, has_config=has_config)
             is_shared = any(handler.shared for handler in handlers)
@@ -168,6 +171,19 @@ class ServedRecording:
             findings=verdict.findings.all(),
             findings_left_out=verdict.findings.left_out,
             kinds=verdict.compared,
+        )
+
+
+def _other_loop(backend: ReplayBackend) -> Iterator[str]:
+    if backend.session is None or not backend.result.different:
+        return
+    # That of uvloop goes on in the same steps.
+    then, now = backend.session.loop, current_async_library()
+    if then and (then == "trio") != (now == "trio"):
+        family = "trio" if then == "trio" else "asyncio"
+        yield (
+            f"vm {backend.vm}: it was recorded on {then}, and handlers may go on in other steps on"
+            f" {now}: replay it on {family} to see what is different there, too"
         )
 
 
