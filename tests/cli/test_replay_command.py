@@ -94,8 +94,8 @@ def test_a_changed_handler_is_caught_at_its_trap(vmibridge, record, source, loop
     assert told[7].startswith("    write of 16 bytes at 0x200000: ")
     assert told[-1] == f"{path}: 40 requests compared, 1 different"
     other_loop = (
-        "vmibridge: vm vm: it was recorded on asyncio, and handlers may go on in other steps on trio:"
-        " replay it on asyncio to see what is different there, too\n"
+        "vmibridge: vm vm: it was recorded on asyncio, and handlers may go on in other steps on"
+        " trio: replay it on asyncio to see what is different there, too\n"
     )
     assert done.stderr == (other_loop if loop == "trio" else "") + (
         "vmibridge: handler probe: probe_memory.py has changed since the recording\n"

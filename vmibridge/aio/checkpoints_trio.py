@@ -10,7 +10,7 @@ from typing import Any, Final
 from trio import Nursery, current_effective_deadline
 from trio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
-from vmibridge.aio.coroutines import is_suspended_in
+from vmibridge.aio.coroutines import awaited_with
 
 _CHECKPOINT: Final = checkpoint.__code__
 _FIRST: Final = cancel_shielded_checkpoint.__code__
@@ -41,6 +41,7 @@ def hears_nothing(body: Any) -> bool:
     return _parent_of_first(body) not in (None, _CHECKPOINT)
 
 
-def waits_for_tasks(body: Any) -> bool:
-    """Whether a coroutine waits at the end of a nursery."""
-    return is_suspended_in(body, _NURSERY_ENDS)
+def tasks_have_ended(body: Any) -> bool:
+    """Whether a coroutine, which goes on, is suspended at the end of a nursery: it goes on when the
+    tasks of that have ended."""
+    return awaited_with(body, _NURSERY_ENDS) is not None

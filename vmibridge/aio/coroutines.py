@@ -23,13 +23,12 @@ DONE: Final = object()
 """What `first_step` returns of a body that has ended."""
 
 
-def is_suspended_in(body: Any, code: CodeType) -> bool:
-    """Whether a suspended coroutine, or one that it awaits, runs this code."""
-    while body is not None:
-        if getattr(body, "cr_code", None) is code:
-            return True
+def awaited_with(body: Any, code: CodeType) -> Any:
+    """What runs this code: a suspended coroutine, or the outermost one that it awaits; `None`:
+    none of them."""
+    while body is not None and getattr(body, "cr_code", None) is not code:
         body = getattr(body, "cr_await", None)
-    return False
+    return body
 
 
 def _rest(

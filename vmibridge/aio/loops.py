@@ -82,17 +82,17 @@ def hears_nothing() -> Callable[[object], bool]:
     return lambda _: False
 
 
-def waits_for_tasks() -> Callable[[object], bool]:
-    """What tells, on the running loop, whether a suspended coroutine waits for the tasks of a group
-    that it leaves. That they are cancelled it hears on asyncio at once, unless they have ended by
-    then, and on trio when they have ended."""
+def tasks_have_ended() -> Callable[[object], bool]:
+    """What tells, on the running loop, whether a suspended coroutine, which goes on, leaves a task
+    group whose tasks have ended: it does the same then whether or not it hears that the group was
+    cancelled."""
     if current_async_library() == "trio":
-        from vmibridge.aio.checkpoints_trio import waits_for_tasks
+        from vmibridge.aio.checkpoints_trio import tasks_have_ended
 
-        return waits_for_tasks
-    from vmibridge.aio.checkpoints_asyncio import waits_for_tasks as waits_on_asyncio
+        return tasks_have_ended
+    from vmibridge.aio.checkpoints_asyncio import tasks_have_ended as ended_on_asyncio
 
-    return waits_on_asyncio
+    return ended_on_asyncio
 
 
 def handler_scopes(patience: float) -> Callable[[], HandlerScope]:

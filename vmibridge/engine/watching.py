@@ -19,7 +19,7 @@ from typing import Any
 import anyio
 
 from vmibridge.aio.coroutines import watched_rest
-from vmibridge.aio.loops import hears_next, hears_nothing, sent_error, waits_for_tasks
+from vmibridge.aio.loops import hears_next, hears_nothing, sent_error, tasks_have_ended
 from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.queue_time import Began
@@ -73,7 +73,7 @@ class HandlerWatch:
         self._sent_error = sent_error()
         self._hears_next = hears_next()
         self._hears_nothing = hears_nothing()
-        self._waits_for_tasks = waits_for_tasks()
+        self._tasks_have_ended = tasks_have_ended()
         self._cancelled = anyio.get_cancelled_exc_class()
         self.suspensions: int = 0
         """How often any of them was suspended, or has ended after it was."""
@@ -210,8 +210,8 @@ class HandlerWatch:
                         yield from turn.__await__()
                     except BaseException as error:  # the same
                         is_cancelled = isinstance(error, self._cancelled)
-                        if is_cancelled and self._waits_for_tasks(body):
-                            # It heard of that then, and went on when its tasks had ended: now.
+                        if is_cancelled and self._tasks_have_ended(body):
+                            # It heard of that then, and of their end in a further step.
                             continue
                         if not (is_cancelled and self._hears_nothing(body)):
                             step, reply = body.throw, error
