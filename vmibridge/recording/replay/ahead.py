@@ -6,44 +6,45 @@
 from collections.abc import Iterable
 
 from vmibridge.bridge.outcome import OutcomeKind, timeout_in
-from vmibridge.recording.messages import Outside, RecordedMessage, Reply, Step
+from vmibridge.recording.file.reader import TimedMessage
+from vmibridge.recording.messages import Outside, Reply, Step
 from vmibridge.recording.replay.request import ReplayedRequest
 
 __all__ = ["comes_outside", "is_refused", "next_step", "timeout_then"]
 
 
-def next_step(ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest) -> str | None:
-    """What its handler does next."""
-    for each in ahead:
+def next_step(
+    ahead: Iterable[TimedMessage], vm: str, request: ReplayedRequest
+) -> tuple[str, int] | None:
+    """What its handler does next, and when, in nanoseconds since the Unix epoch."""
+    for time, each in ahead:
         if isinstance(each, Step) and (each.vm, each.seq) == (vm, request.event.seq):
-            return each.kind
+            return each.kind, time
     return None
 
 
-def timeout_then(
-    ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest
-) -> float | None:
+def timeout_then(ahead: Iterable[TimedMessage], vm: str, request: ReplayedRequest) -> float | None:
     """The seconds of the hard deadline that has passed then; `None`: its reply does not come soon,
     or tells of none."""
     seqs = (request.event.seq, *request.seqs)
-    for each in ahead:
+    for _, each in ahead:
         if isinstance(each, Reply) and each.vm == vm and each.seq in seqs:
             return timeout_in(each.error)
     return None
 
 
-def comes_outside(ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest) -> bool:
+def comes_outside(ahead: Iterable[TimedMessage], vm: str, request: ReplayedRequest) -> bool:
     """Whether a call of `vmi.outside` comes."""
     key = vm, request.event.seq
-    return any(isinstance(each, Outside) and (each.vm, each.seq) == key for each in ahead)
+    return any(isinstance(each, Outside) and (each.vm, each.seq) == key for _, each in ahead)
 
 
 def is_refused(
-    ahead: Iterable[RecordedMessage], vm: str, request: ReplayedRequest, retry: int
+    ahead: Iterable[TimedMessage], vm: str, request: ReplayedRequest, retry: int
 ) -> bool:
     """Whether a retry, which is played now, was answered WAIT at once in the recording, because an
     earlier one was pending."""
-    for each in ahead:
+    for _, each in ahead:
         if isinstance(each, Step) and (each.vm, each.seq) == (vm, request.event.seq):
             if each.kind == "parked":
                 return False

@@ -29,6 +29,8 @@ __all__ = ["RecordedOrder"]
 _BEGUN = Awaited.BEGUN
 _JITTER = 0.005
 """Seconds by which a loop may be late."""
+_EARLY = 2_000_000
+"""Nanoseconds from a deadline to a step of its handler, at most, where a timer was early."""
 _HEARS = ("resumed", "thrown")
 """In which steps a handler hears that it was cut off."""
 _AT_ENDS = (Awaited.ENDED, Awaited.RESUMED)
@@ -66,7 +68,7 @@ class RecordedOrder(Conductor):
     def begin(self, session: Session) -> None:
         """This is what was recorded of the VM."""
         self.seed, self._clock, self._recorded = session.seed, session.clock, session.vm
-        self._is_accepted = session.accepted
+        self._is_accepted, self._is_of_trio = session.accepted, session.loop == "trio"
         self.has_steps = session.format >= FORMAT_WITH_STEPS
 
     def note_steps(self, journal: Journal, vm: str, recorded: str) -> None:
@@ -315,12 +317,14 @@ class RecordedOrder(Conductor):
         if not request.begun or request.ended:
             return True
         after = next_step(self._walk.ahead(), self._recorded, request)
+        kind, at = (None, time) if after is None else after
         if not self._walk.is_held(request):
-            # On trio who waits for a trap that asks again goes on as it is cut off.
-            stays = after != "resumed" or request.needs_behind
-            return stays or not self._walk.looks_later()
+            # Trio's timers are not early: what goes on there cannot be cancelled, or waits for a
+            # trap that asks again. So does what goes on later.
+            is_early = kind == "resumed" and at - time < _EARLY and not self._is_of_trio
+            return not is_early or request.needs_behind or not self._walk.looks_later()
         # What it waited for then did not come: a step that it can make is one more than then.
-        return after in _HEARS or not self._walk.lets_go_on(request)
+        return kind in _HEARS or not self._walk.lets_go_on(request)
 
     async def outside(self, event: TrapEvent, key: str, number: int) -> OutsideCall | None:
         """A handler calls `vmi.outside`."""

@@ -378,12 +378,12 @@ class Walk:
         since = self._held.get(request, request.asks_since)
         return None if since is None else self._recorded_time(since)
 
-    def ahead(self) -> Iterator[RecordedMessage]:
-        """What comes behind the message that is played, as far as it was read; not all of it."""
-        for place in range(self._place + 1, min(len(self._batch), self._place + _MAX_AHEAD)):
-            message = self._message_at(place)
-            if message is not None:
-                yield message
+    def ahead(self) -> Iterator[TimedMessage]:
+        """What comes behind the message that is played, as far as it was read, but for plain traps;
+        not all of it."""
+        for each in self._batch[self._place + 1 : self._place + _MAX_AHEAD]:
+            if not isinstance(each, PlainTrap):
+                yield each
 
     def feed_later(
         self, sink: TrapSink, event: TrapEvent, refuse: Callable[[TrapEvent], object]
