@@ -9,8 +9,8 @@ from vmibridge.aio.coroutines import awaited_with
 _GROUP_ENDS: Final = TaskGroup.__aexit__.__code__
 
 
-def tasks_have_ended(body: Any) -> bool:
-    """Whether a coroutine is suspended at the end of a task group of anyio, whose tasks have ended.
-    They are cancelled as it is: as long as there are any, it waits on when it hears of that."""
+def tasks_left(body: Any) -> bool | None:
+    """Whether the task group of anyio has tasks at whose end a coroutine is suspended; `None`: it
+    is not. They are cancelled as it is: while there are any, it waits on when it hears of that."""
     end = awaited_with(body, _GROUP_ENDS)
-    return end is not None and not end.cr_frame.f_locals["self"]._tasks
+    return None if end is None else bool(end.cr_frame.f_locals["self"]._tasks)

@@ -41,7 +41,7 @@ def hears_nothing(body: Any) -> bool:
     return _parent_of_first(body) not in (None, _CHECKPOINT)
 
 
-def tasks_have_ended(body: Any) -> bool:
-    """Whether a coroutine, which goes on, is suspended at the end of a nursery: it goes on when the
-    tasks of that have ended."""
-    return awaited_with(body, _NURSERY_ENDS) is not None
+def tasks_left(body: Any) -> bool | None:
+    """Whether the nursery has tasks at whose end a coroutine, which goes on, is suspended: it has
+    none, or it would not go on; `None`: it is not suspended there."""
+    return None if awaited_with(body, _NURSERY_ENDS) is None else False

@@ -82,17 +82,20 @@ def hears_nothing() -> Callable[[object], bool]:
     return lambda _: False
 
 
-def tasks_have_ended() -> Callable[[object], bool]:
-    """What tells, on the running loop, whether a suspended coroutine, which goes on, leaves a task
-    group whose tasks have ended: it does the same then whether or not it hears that the group was
-    cancelled."""
+def tasks_left() -> Callable[[object], bool | None]:
+    """What tells, on the running loop, whether a task group has tasks whose end a coroutine waits
+    for that is about to go on; `None`: it does not leave one.
+
+    On trio it has none. On asyncio it may have, as the coroutine hears first that the group was
+    cancelled, and then waits on.
+    """
     if current_async_library() == "trio":
-        from vmibridge.aio.checkpoints_trio import tasks_have_ended
+        from vmibridge.aio.checkpoints_trio import tasks_left
 
-        return tasks_have_ended
-    from vmibridge.aio.checkpoints_asyncio import tasks_have_ended as ended_on_asyncio
+        return tasks_left
+    from vmibridge.aio.checkpoints_asyncio import tasks_left as tasks_left_on_asyncio
 
-    return ended_on_asyncio
+    return tasks_left_on_asyncio
 
 
 def handler_scopes(patience: float) -> Callable[[], HandlerScope]:

@@ -19,7 +19,7 @@ from typing import Any
 import anyio
 
 from vmibridge.aio.coroutines import watched_rest
-from vmibridge.aio.loops import hears_next, hears_nothing, sent_error, tasks_have_ended
+from vmibridge.aio.loops import hears_next, hears_nothing, sent_error, tasks_left
 from vmibridge.bridge.context import BridgeContext, Door, Source
 from vmibridge.bridge.dispatch import Answer, Entry, ask
 from vmibridge.engine.queue_time import Began
@@ -73,7 +73,7 @@ class HandlerWatch:
         self._sent_error = sent_error()
         self._hears_next = hears_next()
         self._hears_nothing = hears_nothing()
-        self._tasks_have_ended = tasks_have_ended()
+        self._tasks_left = tasks_left()
         self._cancelled = anyio.get_cancelled_exc_class()
         self.suspensions: int = 0
         """How often any of them was suspended, or has ended after it was."""
@@ -204,13 +204,15 @@ class HandlerWatch:
                 raise
             except BaseException as error:  # all that is thrown in is the handler's to catch
                 step, reply = body.throw, error
-            if self._is_step(worker, body):
+            # On trio it does not hear that the group is cancelled whose tasks it waits for.
+            is_silent = conductor.loop == "trio" and self._tasks_left(body) is True
+            if not is_silent and self._is_step(worker, body):
                 while (turn := conductor.step(worker.context.event)) is not None:
                     try:
                         yield from turn.__await__()
                     except BaseException as error:  # the same
                         is_cancelled = isinstance(error, self._cancelled)
-                        if is_cancelled and self._tasks_have_ended(body):
+                        if is_cancelled and self._tasks_left(body) is False:
                             # It heard of that then, and of their end in a further step.
                             continue
                         if not (is_cancelled and self._hears_nothing(body)):

@@ -59,6 +59,8 @@ class Conductor(Protocol):
 
     seed: int | None
     """Of the random numbers of the handlers; `None`: they get another one."""
+    loop: str = ""
+    """The event loop of then, in whose steps handlers go on; empty: not known."""
     plain: TrapEvent | None = None
     """A trap whose handler begins as it likes: the conductor is told that it has begun when it is
     suspended, and not before. Nothing is asked or told of one that never is."""

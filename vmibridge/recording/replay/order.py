@@ -68,7 +68,7 @@ class RecordedOrder(Conductor):
     def begin(self, session: Session) -> None:
         """This is what was recorded of the VM."""
         self.seed, self._clock, self._recorded = session.seed, session.clock, session.vm
-        self._is_accepted, self._is_of_trio = session.accepted, session.loop == "trio"
+        self._is_accepted, self.loop = session.accepted, session.loop
         self.has_steps = session.format >= FORMAT_WITH_STEPS
 
     def note_steps(self, journal: Journal, vm: str, recorded: str) -> None:
@@ -321,7 +321,7 @@ class RecordedOrder(Conductor):
         if not self._walk.is_held(request):
             # Trio's timers are not early: what goes on there cannot be cancelled, or waits for a
             # trap that asks again. So does what goes on later.
-            is_early = kind == "resumed" and at - time < _EARLY and not self._is_of_trio
+            is_early = kind == "resumed" and at - time < _EARLY and self.loop != "trio"
             return not is_early or request.needs_behind or not self._walk.looks_later()
         # What it waited for then did not come: a step that it can make is one more than then.
         return kind in _HEARS or not self._walk.lets_go_on(request)
