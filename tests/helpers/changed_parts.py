@@ -42,7 +42,7 @@ def random_program(dice):
     return tuple(random_step(dice) for _ in range(dice.randrange(0, 5)))
 
 
-def changed_program(dice, program):
+def changed_program(dice, program, random_step=random_step):
     """Another version of it: other waits, other values, another order."""
     steps = list(program)
     for _ in range(dice.randrange(1, 4)):
@@ -228,9 +228,9 @@ class Case:
         with trio_in_order(self.seed):
             record(path, guests, bridges, loop, virtual=virtual, **self.settings)
 
-    def replay(self, path, loop, differences):
-        """Replay them with the changed handlers."""
-        bridges = self.bridges(changed=True)
+    def replay(self, path, loop, differences, *, changed=True):
+        """Replay them with the changed handlers, or with those that are not."""
+        bridges = self.bridges(changed=changed)
         with trio_in_order(self.seed):
             replay(path, list(self.plans), bridges, loop, differences=differences)
 

@@ -4,7 +4,7 @@ which the first answer counts, conditions, events that may not come, queues, shi
 import random
 
 import anyio
-from changed_parts import CODES, Case, Programs, random_step
+from changed_parts import CODES, Case, Programs, changed_program, random_step
 
 from vmibridge import Bridge
 
@@ -148,7 +148,7 @@ class SharedIdioms(Idioms):
 
 
 class IdiomCase(Case):
-    """What a seed says: guests, and their handlers."""
+    """What a seed says: guests, and their handlers, with changed versions."""
 
     def __init__(self, seed, *, codes=CODES):
         super().__init__(seed, codes=codes)
@@ -157,8 +157,16 @@ class IdiomCase(Case):
             {code: tuple(random_idiom(dice) for _ in range(dice.randrange(1, 5))) for code in CODES}
             for _ in range(3)
         ]
+        self.changed = [
+            {
+                code: changed_program(dice, each, random_idiom) if dice.random() < 0.4 else each
+                for code, each in programs.items()
+            }
+            for programs in self.programs
+        ]
 
-    def bridges(self, *, changed=False):
-        private, serial, shared = self.programs
-        both = SharedIdioms(shared)
-        return lambda _: Bridge(Idioms(private), SerialIdioms(serial), both)
+    def bridges(self, *, changed):
+        programs, add = (self.changed, self.add) if changed else (self.programs, 0)
+        private, serial, shared = programs
+        both = SharedIdioms(shared, add)
+        return lambda _: Bridge(Idioms(private, add), SerialIdioms(serial, add), both)

@@ -17,6 +17,7 @@ from types import coroutine
 from typing import Any
 
 import anyio
+from sniffio import current_async_library
 
 from vmibridge.aio.coroutines import watched_rest
 from vmibridge.aio.loops import hears_next, hears_nothing, sent_error, tasks_left
@@ -70,6 +71,7 @@ class HandlerWatch:
         """The same holds for its plain trap."""
         self.lined_up: set[Worker] = set()
         """Who waits to begin; whoever ends its request takes it out."""
+        self._is_on_trio = current_async_library() == "trio"
         self._sent_error = sent_error()
         self._hears_next = hears_next()
         self._hears_nothing = hears_nothing()
@@ -205,8 +207,10 @@ class HandlerWatch:
             except BaseException as error:  # all that is thrown in is the handler's to catch
                 step, reply = body.throw, error
             # On trio it does not hear that the group is cancelled whose tasks it waits for.
-            is_silent = conductor.loop == "trio" and self._tasks_left(body) is True
-            if not is_silent and self._is_step(worker, body):
+            if conductor.loop == "trio" and self._tasks_left(body):
+                self._tell(worker, "thrown")
+            elif self._is_step(worker, body):
+                has_heard = False
                 while (turn := conductor.step(worker.context.event)) is not None:
                     try:
                         yield from turn.__await__()
@@ -214,12 +218,17 @@ class HandlerWatch:
                         is_cancelled = isinstance(error, self._cancelled)
                         if is_cancelled and self._tasks_left(body) is False:
                             # It heard of that then, and of their end in a further step.
+                            if self._is_on_trio or has_heard:
+                                conductor.made_none(worker.context.event)
+                            else:
+                                self._tell(worker, "thrown")
+                            has_heard = True
                             continue
                         if not (is_cancelled and self._hears_nothing(body)):
                             step, reply = body.throw, error
                     break
                 is_thrown = step == body.throw or self._is_cancelled(worker, reply)
-                self._tell(worker, "thrown" if is_thrown else "resumed")
+                self._tell(worker, "thrown" if is_thrown and not has_heard else "resumed")
             try:
                 wish = self._run(worker, step, reply)
             except StopIteration as end:

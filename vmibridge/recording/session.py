@@ -60,7 +60,7 @@ def session_of(
             "python": platform.python_version(),
             **{name: _version(name) for name in ("vmibridge", "anyio", "msgspec")},
         },
-        loop=_loop(),
+        loop=loop_name(),
         handlers=tuple(
             recorded_handler(handler, with_settings=not redaction.hides_settings(handler.REQUEST))
             for handler in bridge.handlers
@@ -135,7 +135,8 @@ def _without_secrets(value: object, depth: int = 32) -> object:
     return value
 
 
-def _loop() -> str:
+def loop_name() -> str:
+    """What a recording calls the running loop: asyncio, trio or uvloop."""
     if anyio.get_cancelled_exc_class().__module__.startswith("trio"):
         return "trio"
     return type(asyncio.get_running_loop()).__module__.partition(".")[0]

@@ -83,6 +83,9 @@ class Conductor(Protocol):
     def step(self, event: TrapEvent) -> Awaitable[None] | None:
         """A handler that was suspended is about to go on; what to await first, if anything."""
 
+    def made_none(self, event: TrapEvent) -> None:
+        """The step that it was about to make is none on this loop: it asks for the next one."""
+
     async def outside(self, event: TrapEvent, key: str, number: int) -> OutsideCall | None:
         """A handler calls `vmi.outside`: what came of that then; `None`: it is to be called.
 

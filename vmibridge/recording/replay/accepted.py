@@ -16,6 +16,7 @@ from vmibridge.recording.messages import (
 from vmibridge.recording.replay.compare import reply_of
 from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.session import loop_name
 
 __all__ = ["Accepted", "AcceptedRequest"]
 
@@ -58,12 +59,14 @@ class Accepted:
         self._firsts: dict[tuple[str, int], int] = {}
         """From the VM and any other trap of a request to its first."""
         self._handlers: dict[str, tuple[RecordedHandler, ...]] = {}
+        self._loop = ""
         self._all_handlers = all_handlers
         self._changed: set[tuple[str, str]] = set()
 
     def hear_handlers(self, vm: str, handlers: Iterable[RecordedHandler]) -> None:
-        """What serves a VM now."""
+        """What serves a VM now, on the running loop."""
         self._handlers[vm] = tuple(handlers)
+        self._loop = loop_name()
 
     def keep(self, vm: str, request: ReplayedRequest) -> None:
         """Accept what became of a request. Raises `NotReplayedError`: its accesses are too many."""
@@ -116,8 +119,9 @@ class Accepted:
         return None if data is None else _decode(data)
 
     def session(self, then: Session) -> Session:
-        """The session of a VM, with the handlers that answered what was accepted."""
-        then = msgspec.structs.replace(then, accepted=True)
+        """The session of a VM, with the handlers that answered what was accepted, and the loop in
+        whose steps they did."""
+        then = msgspec.structs.replace(then, accepted=True, loop=self._loop or then.loop)
         now = {each.name: each for each in self._handlers.get(then.vm, ())}
         if not now:
             return then

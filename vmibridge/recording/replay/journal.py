@@ -53,6 +53,8 @@ class EventKind(IntEnum):
     REPLY = 7
     """The final one, given before the walk reached the recorded one, or when it had gone on from
     there."""
+    NOTHING = 9
+    """It was noted before it was known."""
 
 
 _KIND_OF: dict[StepKind, EventKind] = {
@@ -158,6 +160,13 @@ class Journal:
         if request.event.vm in self._numbers:
             self._going = request, len(self._events)
             self.add(request, EventKind.RESUMED)
+
+    def forget(self, request: ReplayedRequest) -> None:
+        """It has not gone on."""
+        going = self._going
+        if going is not None and going[0] is request:
+            self._going = None
+            self._events[going[1] + _KIND_AT] = EventKind.NOTHING
 
     def step(self, request: ReplayedRequest, step: StepKind) -> None:
         """A handler has made a step."""

@@ -213,6 +213,12 @@ class RecordedOrder(Conductor):
         self._walk.go()
         self._going = None
 
+    def made_none(self, event: TrapEvent) -> None:
+        """The recorded step was heard of, and is none here."""
+        request, journal = self.find(event.seq), self._walk.journal
+        if request is not None and journal is not None:
+            journal.forget(request)
+
     def play(self, time: int, message: object) -> bool:
         """Another message than those of traps and memory. `False`: it is not its time yet.
 
