@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vmibridge.errors import ConfigError
 from vmibridge.recording.file.reader import RecordingReader, TimedMessage
-from vmibridge.recording.messages import Note, Reply, Session
+from vmibridge.recording.messages import Note, Reply, Session, Step
 from vmibridge.recording.vm_names import VmNames
 from vmibridge.vm.trap import TrapEvent
 
@@ -32,7 +32,14 @@ def merged(readers: Sequence[RecordingReader]) -> Iterator[TimedMessage]:
     if len(readers) == 1:
         return readers[0].messages()
     streams = [_placed(number, reader) for number, reader in enumerate(readers)]
-    return _Join(readers).messages(merge(*streams, key=lambda each: each.timed.time))
+    return _Join(readers).messages(merge(*streams, key=_when))
+
+
+def _when(placed: _Placed) -> tuple[int, bool]:
+    """What comes first of several recordings. That a handler was queued is recorded with what comes
+    next, such as the trap of another VM, and has its time (`recording.steps`)."""
+    time, message = placed.timed
+    return time, not (isinstance(message, Step) and message.kind == "queued")
 
 
 def _placed(number: int, reader: RecordingReader) -> Iterator[_Placed]:
