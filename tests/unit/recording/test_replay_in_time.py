@@ -1,10 +1,13 @@
 """A handler that was cut off then, and is changed so that it answers in time now: it is found."""
 
+import math
+
 import anyio
 import pytest
 from determinism_parts import MAGIC, Counts, ask, assert_same, call, record, replay
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+from vmibridge.recording.replay import delivery
 
 LOOPS = ["asyncio", "trio"]
 TIMEOUT = 0.2
@@ -125,3 +128,17 @@ def test_retries_of_other_vcpus_that_are_told_to_wait_at_once(tmp_path, then, no
     record(path, {"vm": guest}, lambda _: Bridge(Counts()), then, virtual=True)
     how = {"loop": now, "prefix": prefix}
     assert assert_same(path, ["vm"], lambda _: Bridge(Counts()), **how) == 3
+
+
+class NeverAnswers(Awaits):
+    @method(1, soft_timeout=0.01, timeout=math.inf)
+    async def ask(self, vmi, packet):
+        await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_one_that_is_told_to_wait_for_ever_is_different(tmp_path, monkeypatch, loop):
+    monkeypatch.setattr(delivery, "_MAX_ASKED_ON", 50)
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Awaits(sleep, 0.01)), loop, virtual=True)
+    assert differences(path, loop, NeverAnswers(sleep, 0)) == (2, ["waiting"])

@@ -26,6 +26,9 @@ from vmibridge.vm.trap import RegisterWrites, TrapEvent
 
 __all__ = ["Delivery"]
 
+_MAX_ASKED_ON = 10_000
+"""Retries of a request that the recording does not have: what it waits for may never come."""
+
 
 class Delivery:
     """See the module. `stop` ends the replay of this VM, when the server takes no more."""
@@ -103,6 +106,7 @@ class Delivery:
 
     def ask_on(self, request: ReplayedRequest) -> None:
         """One more retry, which the recording does not have: so it has a number of its own."""
+        request.asked_on += 1
         self.give(request, self._requests.further_retry(request))
 
     def is_busy(self, vcpu: int) -> bool:
@@ -170,9 +174,7 @@ class Delivery:
             request.outcome, request.writes = outcome, writes
             if waits and is_refused:
                 request.told = False
-            elif waits and not request.final_wait:
-                self._ask_again(request)
-            else:
+            elif not (waits and not request.final_wait and self._asks_again(request)):
                 request.answered = True
                 self._conductor.answered(request)
                 request.drop_retries()
@@ -181,13 +183,17 @@ class Delivery:
                     self.close(request)
         self._walk.go()
 
-    def _ask_again(self, request: ReplayedRequest) -> None:
+    def _asks_again(self, request: ReplayedRequest) -> bool:
+        """It is told to wait. `False`: it was told so too often since the recorded answer."""
         if request.retries:
             self.give_retry(request, *request.retries.popleft())
         elif request.over and request.reply is not None:
+            if self.has_server and request.asked_on >= _MAX_ASKED_ON:
+                return False
             self.ask_on(request)
         elif not request.over:
             request.wants_retry = True
+        return True
 
     def close(self, request: ReplayedRequest, why: str | None = None) -> None:
         """It is compared, or told to be unchecked with that reason, and forgotten."""

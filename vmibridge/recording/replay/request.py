@@ -79,6 +79,8 @@ class ReplayedRequest:
     """Whether it was given the access, and has not gone on yet."""
     wants_retry = False
     """Whether it was told to wait now, so that it needs the next retry."""
+    asked_on = 0
+    """How many retries of it there were that the recording does not have."""
     taken = False
     """Whether the server has taken its latest trap."""
     told = False
