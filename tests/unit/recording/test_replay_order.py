@@ -18,7 +18,7 @@ from determinism_parts import (
     replay,
 )
 
-from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, Gate, method
 from vmibridge.aio.clock import virtual_time
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import STEP, TRAP, Step
@@ -368,6 +368,58 @@ def test_one_that_waits_for_a_retry_is_cut_off_in_time(tmp_path, then, now):
     never = {"the recording ends before its answer"}
     how = {"loop": now, "unchecked": never}
     assert assert_same(path, ["vm"], lambda _: Bridge(WaitsForARetry()), **how) == 2
+
+
+class SharedLock(BridgeHandler[object]):
+    """What waits for its lock adds to its log when it has it."""
+
+    MAGIC, REQUEST, shared = MAGIC, 1, True
+
+    async def __aenter__(self):
+        self.lock, self.log = anyio.Lock(), []
+        return self
+
+    async def __aexit__(self, *_):
+        return None
+
+    @method(1)
+    async def work(self, vmi, packet):
+        async with self.lock:
+            self.log.append("in")
+            await anyio.sleep(0.15)
+        return BridgeResponse(value1=0x100 + len(self.log))
+
+    @method(2, soft_timeout=0.03)
+    async def waits(self, vmi, packet):
+        async with self.lock:
+            self.log.append("soft")
+        return BridgeResponse(value1=0x100 + len(self.log))
+
+    @method(3)
+    async def look(self, vmi, packet):
+        return BridgeResponse(value1=0x100 + len(self.log))
+
+
+@pytest.mark.parametrize("now", ["asyncio", "trio"])
+@pytest.mark.parametrize("then", ["asyncio", "trio"])
+def test_handlers_end_with_a_vm_that_did_not_ask_again(tmp_path, then, now):
+    async def stays(vm):
+        await vm.call(ask(1))
+        await anyio.sleep(0.1)
+        assert (await vm.call(ask(3))).rax == 0x101
+
+    async def ends(vm):
+        await anyio.sleep(0.02)
+        assert (await vm.call(ask(2))).rax == Gate.WAIT
+
+    def make():
+        shared = SharedLock()
+        return lambda _: Bridge(shared)
+
+    path = tmp_path / "run.mcap"
+    record(path, {"stays": stays, "ends": ends}, make(), then, virtual=True)
+    how = {"loop": now, "unchecked": {"the recording ends before its answer"}}
+    assert assert_same(path, ["stays", "ends"], make(), **how) == 2
 
 
 class HoldsUpTheLoop(Counts):

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from vmibridge.bridge.outcome import OutcomeKind, timeout_in
 from vmibridge.recording.file.reader import TimedMessage
-from vmibridge.recording.messages import Outside, Reply, Step
+from vmibridge.recording.messages import Note, Outside, Reply, Step
 from vmibridge.recording.replay.request import ReplayedRequest
 
-__all__ = ["comes_outside", "is_refused", "next_step", "timeout_then"]
+__all__ = ["comes_outside", "ends_now", "is_refused", "next_step", "timeout_then"]
 
 
 def next_step(
@@ -50,4 +50,14 @@ def is_refused(
                 return False
         elif isinstance(each, Reply) and (each.vm, each.seq) == (vm, retry):
             return each.kind is OutcomeKind.WAITING
+    return False
+
+
+def ends_now(ahead: Iterable[TimedMessage], vm: str) -> bool:
+    """Whether the VM has ended: nothing of its guest comes any more before the note of that."""
+    for _, each in ahead:
+        if each.vm == vm and isinstance(each, Note) and each.kind == "end":
+            return True
+        if each.vm == vm and not isinstance(each, Step):
+            return False
     return False

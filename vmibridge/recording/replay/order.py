@@ -9,6 +9,7 @@ from vmibridge.engine.taps import Step as StepKind
 from vmibridge.recording.messages import FORMAT_WITH_STEPS, Note, Outside, Session, Step
 from vmibridge.recording.replay.ahead import (
     comes_outside,
+    ends_now,
     is_refused,
     next_step,
     timeout_then,
@@ -246,6 +247,10 @@ class RecordedOrder(Conductor):
             return False
         if step.kind in ("parked", "cut off"):
             return self._play_deadline(request, time, is_hard=step.kind == "cut off")
+        if request.told and not request.cut and step.kind in _HEARS and self._ends_now():
+            # Told to wait, it did not ask again: the server has cancelled its handler with its VM.
+            request.cut = True
+            self.let_pass(request, OutcomeKind.TIMEOUT)
         self._walk.mark(request, time)
         match step.kind:
             case "began":
@@ -263,6 +268,9 @@ class RecordedOrder(Conductor):
         request.go_on()
         self._walk.wait_for(request, what)
         return True
+
+    def _ends_now(self) -> bool:
+        return ends_now(self._walk.ahead(), self._recorded)
 
     def _play_deadline(self, request: ReplayedRequest, time: int, *, is_hard: bool) -> bool:
         if not is_hard and (request.cut or request.ended):
