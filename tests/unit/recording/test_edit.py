@@ -6,6 +6,8 @@ from random import Random
 import msgspec
 import pytest
 import replay_parts
+from determinism_parts import bridges, random_guests
+from determinism_parts import record as record_guests
 from laws import LONG
 from recorded_messages import read, some_messages
 from recorded_session import record, reply, session, trap, write_file
@@ -16,6 +18,7 @@ from vmibridge.recording import MemoryAccess, Note, Session, recorded_traps
 from vmibridge.recording.edit import editing, fates, keeping
 from vmibridge.recording.edit.editing import EditOptions, edit
 from vmibridge.recording.file.reader import TimedMessage
+from vmibridge.recording.messages import Step
 from vmibridge.recording.other_vms import other_vms_in
 from vmibridge.recording.selection import Selection
 from vmibridge.vm.trap import TrapEvent
@@ -182,6 +185,23 @@ def test_what_is_split_and_merged_is_what_it_was(tmp_path):
                 assert sorted(map(repr, both)) == sorted(map(repr, messages)), seed
             for part in parts:
                 part.unlink()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_what_is_split_and_merged_has_the_order_that_it_had(tmp_path, loop):
+    """Also where a handler was queued: that is recorded with what comes next, with its time."""
+    queued = 0
+    for seed in range(20 if LONG else 4):
+        path, guests = tmp_path / f"{seed}.mcap", random_guests(seed)
+        record_guests(path, guests, bridges(), loop, in_flight=2)
+        messages = read(path)
+        queued += sum(isinstance(each, Step) and each.kind == "queued" for _, each in messages)
+        for split in ("vm", SECOND // 100):
+            done = edit([path], tmp_path / "s.mcap", EditOptions(split=split))
+            assert edited(tmp_path, *map(Path, done.files)) == messages, (seed, split)
+            for name in done.files:
+                Path(name).unlink()
+    assert queued > 10
 
 
 # --- each change ------------------------------------------------------------------------
