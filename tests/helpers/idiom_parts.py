@@ -2,24 +2,24 @@
 which the first answer counts, conditions, events that may not come, queues, shields, batches."""
 
 import random
+from functools import partial
 
 import anyio
 from changed_parts import CODES, Case, Programs, changed_program, random_step
 
 from vmibridge import Bridge
 
-IDIOMS = [
-    "race", "group", "fails", "semaphore", "notified", "notify", "event", "set", "queue", "put",
-    "shield", "clean_up", "patience", "batch",
-]  # fmt: skip
-"""What ends by a deadline of its own ends at a time that nothing else does, but for what is put off
-as its process stands still."""
+WITHOUT_DEADLINES = (
+    "race", "group", "fails", "semaphore", "notify", "set", "put", "shield", "clean_up", "batch",
+)  # fmt: skip
+IDIOMS = (*WITHOUT_DEADLINES, "notified", "event", "queue", "patience")
+"""What ends by a deadline of its own ends at a time that nothing else does."""
 
 
-def random_idiom(dice):
+def random_idiom(dice, idioms=IDIOMS):
     if dice.random() < 0.4:
         return random_step(dice)
-    return dice.choice(IDIOMS), dice.choice([1, 2, 3, 5, 8])
+    return dice.choice(idioms), dice.choice([1, 2, 3, 5, 8])
 
 
 class Idioms(Programs):
@@ -150,16 +150,18 @@ class SharedIdioms(Idioms):
 class IdiomCase(Case):
     """What a seed says: guests, and their handlers, with changed versions."""
 
-    def __init__(self, seed, *, codes=CODES):
+    def __init__(self, seed, *, codes=CODES, idioms=IDIOMS):
+        """`idioms`: what handlers are made of, beside the steps of `Programs`."""
         super().__init__(seed, codes=codes)
         dice = random.Random(seed)
+        random_one = partial(random_idiom, idioms=idioms)
         self.programs = [
-            {code: tuple(random_idiom(dice) for _ in range(dice.randrange(1, 5))) for code in CODES}
+            {code: tuple(random_one(dice) for _ in range(dice.randrange(1, 5))) for code in CODES}
             for _ in range(3)
         ]
         self.changed = [
             {
-                code: changed_program(dice, each, random_idiom) if dice.random() < 0.4 else each
+                code: changed_program(dice, each, random_one) if dice.random() < 0.4 else each
                 for code, each in programs.items()
             }
             for programs in self.programs
