@@ -81,7 +81,7 @@ class TestEdit:
             (["run.mcap", "--rename", "gone=x"], "there is no VM 'gone'"),
             (["run.mcap", "--redact", "all"], "is not a redaction"),
             (["run.mcap", "--shift", "soon"], "is not a number of seconds"),
-            (["run.mcap", "--shift", "-1e12"], "is not a number"),
+            (["run.mcap", "--shift", "-1e12"], "is not a number of seconds below 4.61169e+09"),
             (["run.mcap", "--shift", "-4e9"], "before 1970"),
             (["run.mcap", "--split", "0"], "is vm, or a number"),
             (["run.mcap", "--split", "0.000001"], "more than 250 files"),

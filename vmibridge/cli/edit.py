@@ -95,7 +95,8 @@ def _nanoseconds(option: str, text: str) -> int:
     except (ValueError, OverflowError):
         nanoseconds = _MAX_SHIFT
     if abs(nanoseconds) >= _MAX_SHIFT:
-        raise ConfigError(f"{option} {text[:40]!r}: is not a number of seconds")
+        most = f"{_MAX_SHIFT / 1e9:g}"
+        raise ConfigError(f"{option} {text[:40]!r}: is not a number of seconds below {most}")
     return nanoseconds
 
 
