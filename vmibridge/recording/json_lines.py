@@ -19,7 +19,7 @@ another type. An error names the line.
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
@@ -81,10 +81,10 @@ _AROUND: Final = frozenset(("place", "time_ns"))
 class _Trap(msgspec.Struct):
     """A line of a trap: as `FullTrapRecord`, and nearly all of it may be left out."""
 
-    seq: Annotated[int, msgspec.Meta(ge=0)]
+    seq: int
     trap: TrapReason
     vm: str = "vm"
-    vcpu: Annotated[int, msgspec.Meta(ge=0)] = 0
+    vcpu: int = 0
     time: float | None = None
     time_ns: int | None = None
     width: int = 64
