@@ -363,13 +363,23 @@ static inline enum vmibridge_slot_result vmibridge_slot_end(struct vmibridge_slo
     return slot->result = VMIBRIDGE_CALL_ANSWERED;
 }
 
-/* Send one request, and wait for its answer. Without one, all of the response is 0. */
+/*
+ * Send one request, and wait for its answer. Without one, all of the response is 0. A slot with a
+ * `wait` is waited for, too, while the host is still at a call that was given up.
+ */
 static inline enum vmibridge_slot_result vmibridge_slot_call(struct vmibridge_slot *slot,
                                                              const struct vmibridge_packet *packet,
                                                              struct vmibridge_response *response)
 {
-    enum vmibridge_slot_result result = vmibridge_slot_begin(slot, packet);
+    enum vmibridge_slot_result result;
+    uint32_t times;
 
+    /* A host with other work lets go late of a call that was given up, by whoever had the slot. */
+    for (times = 0; (result = vmibridge_slot_begin(slot, packet)) == VMIBRIDGE_CALL_BUSY; times++) {
+        if (!slot->wait || !slot->wait(slot, times)) {
+            break;
+        }
+    }
     if (result != VMIBRIDGE_CALL_ANSWERED) {
         response->value1 = response->value2 = response->value3 = response->value4 = 0;
         return result;

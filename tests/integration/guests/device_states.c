@@ -23,6 +23,14 @@ static bool wait_shortly(struct vmibridge_slot *slot, uint32_t times)
     return times < 2;
 }
 
+static bool wait_on(struct vmibridge_slot *slot, uint32_t times)
+{
+    (void)slot;
+    (void)times;
+    vmibridge_pause();
+    return true;
+}
+
 static const char *states(struct vmibridge_slot *slot)
 {
     struct vmibridge_packet packet = {VMIBRIDGE_MAGIC, REQUEST, ANSWERS, 20, 22, 3, 4};
@@ -96,6 +104,15 @@ static const char *left_behind(const struct vmibridge_device *device)
         result = vmibridge_slot_call(&slot, &packet, &response);
     } while (result == VMIBRIDGE_CALL_BUSY);
     CHECK(result == VMIBRIDGE_CALL_ANSWERED && response.value1 == 42);
+
+    /* One that waits need not ask again. */
+    packet.method = HANGS;
+    CHECK(vmibridge_slot_begin(&slot, &packet) == VMIBRIDGE_CALL_ANSWERED);
+    packet.method = ANSWERS;
+    CHECK(vmibridge_slot_open(device, 1, &next));
+    next.wait = wait_on;
+    CHECK(vmibridge_slot_call(&next, &packet, &response) == VMIBRIDGE_CALL_ANSWERED);
+    CHECK(response.value1 == 42);
     return NULL;
 }
 
