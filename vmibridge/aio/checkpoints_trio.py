@@ -2,6 +2,12 @@
 
 A checkpoint of trio suspends its task once, then looks whether that is cancelled, and suspends it
 again to raise `Cancelled` there. On asyncio the first suspension ends with the exception.
+
+A task that waits at the end of a nursery is not cancelled there: the tasks in it are, and it goes
+on when they have ended. On asyncio it hears of the cancellation first (`checkpoints_asyncio`).
+
+This takes what is not public in trio: `Nursery._nested_child_finished`;
+`tests/unit/aio/test_checkpoints.py` fails if it goes.
 """
 
 import math

@@ -7,6 +7,11 @@ A *step* is what a handler does from one suspension to the next. An access to gu
 waited for does not count: a VM answers at once or later, and a recording has the access itself.
 Nor does what a handler waits for inside of `vmi.outside`: a replay does not call that function. A
 handler that was cut off hears of it in one step, which takes two on trio (`hears_next`).
+
+That a task group is cancelled which it is about to leave, a handler hears on asyncio in a step of
+its own, and then waits for the tasks. On trio it goes on when they have ended (`tasks_left`). So on
+trio that step of a recording is none; on asyncio it is none where trio has recorded, and where the
+tasks have ended by then it is heard of in the next one.
 """
 
 import secrets
