@@ -8,6 +8,7 @@ an `InvalidStateError` in asyncio's loop then.
 
 import errno
 import os
+import select
 import socket
 import stat
 import struct
@@ -145,6 +146,15 @@ async def _remove_stale(path: Path) -> None:
     else:
         found.close()
     raise BackendError("address already in use")
+
+
+def has_hung_up(connected: socket.socket) -> bool:
+    """Whether the other end is closed, or gone, though there may be something to receive yet."""
+    if connected.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(connected, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 async def accept(listener: socket.socket, take: Callable[[socket.socket], None]) -> None:

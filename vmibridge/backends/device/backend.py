@@ -24,6 +24,7 @@ from typing import Annotated, ClassVar, Final, Self
 
 import anyio
 import msgspec
+from anyio.abc import TaskGroup
 
 from vmibridge.aio import sockets
 from vmibridge.backends.device.connection import Connection
@@ -94,6 +95,8 @@ class DeviceBackend(Backend):
         self._seq = itertools.count(1)
         self._pending: dict[int, tuple[Connection, Pending]] = {}
         self._connection: Connection | None = None
+        self._next: socket.socket | None = None
+        """A QEMU that has come after one which has hung up, and is not done with yet."""
         self._ends: dict[int, VcpuEnd] = {}
         self._over = anyio.Event()
         self._is_stopped = False
@@ -137,28 +140,29 @@ class DeviceBackend(Backend):
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Serve the QEMU that connects, until it hangs up."""
         self._sink, self._traps = sink, traps
-        async with anyio.create_task_group() as tasks:
-            turned_away = TurnedAway(self.vm, self.path)
+        try:
+            async with anyio.create_task_group() as tasks:
+                turned_away = TurnedAway(self.vm, self.path)
 
-            def take(connected: socket.socket) -> None:
-                if self._connection is not None:
-                    turned_away.take(connected, tasks)
-                    return
-                try:
-                    self._connection = self._connect(connected)
-                except OSError as error:
-                    log.warning("vm %s: no memory for the slots: %s", self.vm, error.strerror)
-                    connected.close()
-                    return
-                tasks.start_soon(self._serve, self._connection)
+                def take(connected: socket.socket) -> None:
+                    before = self._connection
+                    if before is None:
+                        self._begin(connected, tasks)
+                    elif self.options.stay and self._next is None and before.has_hung_up:
+                        self._next = connected
+                    else:
+                        turned_away.take(connected, tasks)
 
-            tasks.start_soon(sockets.accept, self._listener.socket, take)
-            tasks.start_soon(self._feed_full)
-            await self._over.wait()
-            if self.before_hanging_up is not None and self._connection is not None:
-                # What still calls gets no answer: the engine takes no more.
-                await self.before_hanging_up()
-            tasks.cancel_scope.cancel()
+                tasks.start_soon(sockets.accept, self._listener.socket, take)
+                tasks.start_soon(self._feed_full)
+                await self._over.wait()
+                if self.before_hanging_up is not None and self._connection is not None:
+                    # What still calls gets no answer: the engine takes no more.
+                    await self.before_hanging_up()
+                tasks.cancel_scope.cancel()
+        finally:
+            if self._next is not None:
+                self._next.close()
         return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
 
     def stop(self) -> None:
@@ -184,7 +188,16 @@ class DeviceBackend(Backend):
         )
         return Connection(connected, given.slots, limits, self._take, self._abandon)
 
-    async def _serve(self, connection: Connection) -> None:
+    def _begin(self, connected: socket.socket, tasks: TaskGroup) -> None:
+        try:
+            self._connection = self._connect(connected)
+        except OSError as error:
+            log.warning("vm %s: no memory for the slots: %s", self.vm, error.strerror)
+            connected.close()
+            return
+        tasks.start_soon(self._serve, self._connection, tasks)
+
+    async def _serve(self, connection: Connection, tasks: TaskGroup) -> None:
         why = "QEMU has hung up"
         try:
             await connection.serve()
@@ -199,6 +212,9 @@ class DeviceBackend(Backend):
                 self._lose(connection, why)
         if connection.is_qemu and not self.options.stay:
             self._over.set()
+        if self._next is not None:
+            connected, self._next = self._next, None
+            self._begin(connected, tasks)
 
     def _lose(self, connection: Connection, why: str) -> None:
         waiting = [

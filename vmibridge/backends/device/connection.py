@@ -39,6 +39,7 @@ from typing import Any, Final
 
 import anyio
 
+from vmibridge.aio import sockets
 from vmibridge.aio.listening import sleep_late
 from vmibridge.aio.lookahead import Lookahead
 from vmibridge.aio.loops import loop_door, while_readable
@@ -183,6 +184,11 @@ class Connection:
                 self._news.append((self._end_transfer, (transfer, None)))
             self._transfers.clear()
         self._deliver()
+
+    @property
+    def has_hung_up(self) -> bool:
+        """Whether QEMU has, though that may not have been come to yet."""
+        return sockets.has_hung_up(self.stream.socket)
 
     def _free(self) -> None:
         self._protocol.close()

@@ -14,6 +14,7 @@ from vfio_client import dma_map, dma_unmap, message, read, set_irqs, version
 from waiting import until
 
 from vmibridge.backends.device import slots, vfio_user
+from vmibridge.backends.device.connection import Connection
 from vmibridge.backends.device.memory import read_piece
 from vmibridge.errors import BackendError, GuestMemoryError
 
@@ -208,6 +209,35 @@ async def test_what_only_connects_is_no_qemu(tmp_path):
             await called(served)
             await served.answer(1)
             await beside(client.receive)
+
+
+async def test_a_qemu_is_served_that_comes_before_the_one_that_has_ended_is_done_with(
+    tmp_path, monkeypatch
+):
+    serve, is_free, served_twice = Connection.serve, anyio.Event(), []
+
+    async def done_with_late(connection):
+        try:
+            await serve(connection)
+        finally:
+            await is_free.wait()
+
+    monkeypatch.setattr(Connection, "serve", done_with_late)
+
+    async def call():
+        with await served.connect() as client:
+            client.ring()
+            await called(served)
+            await served.answer(1)
+            served_twice.append((await beside(client.receive)).number)
+
+    async with serving(tmp_path, "stay=true") as served:
+        await call()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            await until(lambda: served.backend._next is not None)
+            is_free.set()
+    assert served_twice == [100, 100]
 
 
 async def test_another_qemu_is_turned_away_with_a_warning_and_a_check_of_health_without(
