@@ -46,6 +46,10 @@ __all__ = ["DeviceBackend", "DeviceOptions"]
 log: logging.Logger = logging.getLogger(__name__)
 
 _VECTORS: Final = 4
+_ENDS: Final = 1.0
+"""Seconds that another QEMU waits for the end of the one before it, with `stay`."""
+_LOOK: Final = 0.01
+"""Seconds from one look at that to the next."""
 _DEVICE = TrapReason.DEVICE
 _NO_SPACE: Final = "slot {} is not the kernel's, and has no address space"
 
@@ -148,8 +152,9 @@ class DeviceBackend(Backend):
                     before = self._connection
                     if before is None:
                         self._begin(connected, tasks)
-                    elif self.options.stay and self._next is None and before.has_hung_up:
+                    elif self.options.stay and self._next is None:
                         self._next = connected
+                        tasks.start_soon(self._wait_for_end, before, turned_away, tasks)
                     else:
                         turned_away.take(connected, tasks)
 
@@ -187,6 +192,20 @@ class DeviceBackend(Backend):
             kernel_slots=given.kernel,
         )
         return Connection(connected, given.slots, limits, self._take, self._abandon)
+
+    async def _wait_for_end(
+        self, before: Connection, turned_away: TurnedAway, tasks: TaskGroup
+    ) -> None:
+        """Another QEMU has come: is the one before about to end? Its socket may be closed a moment
+        after its process was waited for."""
+        with anyio.move_on_after(_ENDS):
+            # There is no event of it.
+            while self._connection is before and not before.has_hung_up:  # noqa: ASYNC110
+                await anyio.sleep(_LOOK)
+            return
+        if self._next is not None and self._connection is before:
+            connected, self._next = self._next, None
+            turned_away.take(connected, tasks)
 
     def _begin(self, connected: socket.socket, tasks: TaskGroup) -> None:
         try:
