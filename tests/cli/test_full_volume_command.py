@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from itertools import chain
 from subprocess import DEVNULL
 
 import pytest
@@ -12,6 +13,7 @@ from probe_guest import ENDLESS, command, counted
 from vmibridge.recording import RecordingReader, recorded_traps
 
 pytestmark = pytest.mark.no_cover
+VCPUS = 4
 
 VOLUME = '''
 """In a namespace of its own: a command that records into a volume with little room in it.
@@ -109,7 +111,7 @@ def test_files_are_cut_and_handlers_reloaded_and_no_trap_is_lost(
     children, image, handlers, tmp_path, loop
 ):
     (tmp_path / "runs").mkdir()
-    line = ["run", "--backend", f"unicorn:{image(ENDLESS)}?vcpus=4", "--handlers", handlers]
+    line = ["run", "--backend", f"unicorn:{image(ENDLESS)}?vcpus={VCPUS}", "--handlers", handlers]
     line += ["--record", "runs", "--rotate", "128K", "--quiet", "--exit-zero", *loop]
     cuts = reloads = 0
     with children.start(command(*line), cwd=tmp_path, stdout=DEVNULL) as process:
@@ -128,6 +130,11 @@ def test_files_are_cut_and_handlers_reloaded_and_no_trap_is_lost(
     files = sorted((tmp_path / "runs").glob("*.mcap"), key=lambda each: int(each.stem[4:]))
     assert len(files) > 6
     assert all(file.stat().st_size <= 128 << 10 for file in files)
-    answered = [trap.event.seq for file in files for trap in whole(file) if trap.reply]
+    *before, last = [[trap.event.seq for trap in whole(file) if trap.reply] for file in files]
+    answered = [*chain(*before), *last]
     # Each once, whichever file it is in.
-    assert sorted(answered) == list(range(1, len(answered) + 1))
+    assert len({*answered}) == len(answered)
+    # When it is stopped, a trap of each vCPU but one may have been overtaken, and not be answered.
+    overtaken = {*range(1, max(answered) + 1)} - {*answered}
+    assert len(overtaken) < VCPUS
+    assert all(seq > max(*chain(*before)) - VCPUS for seq in overtaken)
