@@ -190,27 +190,13 @@ class ReplayRun:
             verdict.begin_file(start)
             factory = reload_handlers(sources, config)
             names = self._names(sessions, all_of_them=factory.has_shared)
-            one = partial(self._differing, path, names, factory, timeout, verdict)
+            serve = partial(self._serve, path, names, factory, timeout, verdict)
+            one = partial(_differing, serve, f"checking {path}")
             found = run_on(self._loop, one, VirtualTime(self._options.speed))
         except VmiBridgeError as error:
             self._printer.failed(f"{target}: whether it replays the same is not known: {error}")
             return
         self._printer.unstable(target, found)
-
-    async def _differing(
-        self,
-        path: Path,
-        names: Sequence[str | None],
-        factory: HandlerFactory,
-        timeout: float | None,
-        verdict: Verdict,
-    ) -> list[Difference]:
-        found: list[Difference] = []
-        async with self._serve(path, names, factory, timeout, verdict, found.append) as served:
-            with ReadingBar(served.reader, f"checking {path}") as bar:
-                async for _ in served.server.run():
-                    bar.step()
-        return found
 
     def _run_file(
         self,
@@ -332,6 +318,18 @@ class ReplayRun:
     def _names(self, sessions: dict[str, Session], *, all_of_them: bool) -> list[str | None]:
         vms, several = self._selection.vms, len(self._paths) > 1
         return vms_asked(sessions, vms, all_of_them=all_of_them, may_lack=several)
+
+
+async def _differing(
+    serve: Callable[[Callable[[Difference], None]], AbstractAsyncContextManager[ServedRecording]],
+    label: str,
+) -> list[Difference]:
+    found: list[Difference] = []
+    async with serve(found.append) as served:
+        with ReadingBar(served.reader, label) as bar:
+            async for _ in served.server.run():
+                bar.step()
+    return found
 
 
 def recordings_in(paths: Iterable[Path]) -> list[Path]:

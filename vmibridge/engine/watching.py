@@ -224,7 +224,7 @@ class HandlerWatch:
                         if is_cancelled and self._tasks_left(body) is False:
                             # It heard of that then, and of their end in a further step.
                             if self._is_on_trio or has_heard:
-                                conductor.made_none(worker.context.event)
+                                conductor.skips(worker.context.event)
                             else:
                                 self._tell(worker, "thrown")
                             has_heard = True

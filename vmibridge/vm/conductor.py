@@ -60,7 +60,7 @@ class Conductor(Protocol):
     seed: int | None
     """Of the random numbers of the handlers; `None`: they get another one."""
     loop: str = ""
-    """The event loop of then, in whose steps handlers go on; empty: not known."""
+    """The event loop that was recorded on, in whose steps handlers go on; empty: not known."""
     plain: TrapEvent | None = None
     """A trap whose handler begins as it likes: the conductor is told that it has begun when it is
     suspended, and not before. Nothing is asked or told of one that never is."""
@@ -83,8 +83,9 @@ class Conductor(Protocol):
     def step(self, event: TrapEvent) -> Awaitable[None] | None:
         """A handler that was suspended is about to go on; what to await first, if anything."""
 
-    def made_none(self, event: TrapEvent) -> None:
-        """The step that it was about to make is none on this loop: it asks for the next one."""
+    def skips(self, event: TrapEvent) -> None:
+        """A handler does not make the step that it was about to: it is none on this loop, and the
+        next one is asked for."""
 
     async def outside(self, event: TrapEvent, key: str, number: int) -> OutsideCall | None:
         """A handler calls `vmi.outside`: what came of that then; `None`: it is to be called.

@@ -29,6 +29,7 @@ from anyio.abc import TaskGroup
 from vmibridge.aio import sockets
 from vmibridge.backends.device.connection import Connection
 from vmibridge.backends.device.memory import Piece, read_piece, write_piece
+from vmibridge.backends.device.next_qemu import NextQemu
 from vmibridge.backends.device.pending import Pending
 from vmibridge.backends.device.registers import registers_of
 from vmibridge.backends.device.slots import MAX_SLOTS, SPACE_SLOT, Call, Limits
@@ -46,10 +47,6 @@ __all__ = ["DeviceBackend", "DeviceOptions"]
 log: logging.Logger = logging.getLogger(__name__)
 
 _VECTORS: Final = 4
-_ENDS: Final = 1.0
-"""Seconds that another QEMU waits for the end of the one before it, with `stay`."""
-_LOOK: Final = 0.01
-"""Seconds from one look at that to the next."""
 _DEVICE = TrapReason.DEVICE
 _NO_SPACE: Final = "slot {} is not the kernel's, and has no address space"
 
@@ -99,8 +96,7 @@ class DeviceBackend(Backend):
         self._seq = itertools.count(1)
         self._pending: dict[int, tuple[Connection, Pending]] = {}
         self._connection: Connection | None = None
-        self._next: socket.socket | None = None
-        """A QEMU that has come after one which has hung up, and is not done with yet."""
+        self._next: NextQemu
         self._ends: dict[int, VcpuEnd] = {}
         self._over = anyio.Event()
         self._is_stopped = False
@@ -144,17 +140,17 @@ class DeviceBackend(Backend):
     async def run(self, traps: TrapFilter, sink: TrapSink) -> GuestEnd:
         """Serve the QEMU that connects, until it hangs up."""
         self._sink, self._traps = sink, traps
+        turned_away = TurnedAway(self.vm, self.path)
+        waiting = self._next = NextQemu(turned_away, lambda: self._connection)
         try:
             async with anyio.create_task_group() as tasks:
-                turned_away = TurnedAway(self.vm, self.path)
 
                 def take(connected: socket.socket) -> None:
                     before = self._connection
                     if before is None:
                         self._begin(connected, tasks)
-                    elif self.options.stay and self._next is None:
-                        self._next = connected
-                        tasks.start_soon(self._wait_for_end, before, turned_away, tasks)
+                    elif self.options.stay:
+                        waiting.take(connected, before, tasks)
                     else:
                         turned_away.take(connected, tasks)
 
@@ -166,8 +162,7 @@ class DeviceBackend(Backend):
                     await self.before_hanging_up()
                 tasks.cancel_scope.cancel()
         finally:
-            if self._next is not None:
-                self._next.close()
+            waiting.close()
         return GuestEnd(tuple(self._ends[lane] for lane in sorted(self._ends)))
 
     def stop(self) -> None:
@@ -193,20 +188,6 @@ class DeviceBackend(Backend):
         )
         return Connection(connected, given.slots, limits, self._take, self._abandon)
 
-    async def _wait_for_end(
-        self, before: Connection, turned_away: TurnedAway, tasks: TaskGroup
-    ) -> None:
-        """Another QEMU has come: is the one before about to end? Its socket may be closed a moment
-        after its process was waited for."""
-        with anyio.move_on_after(_ENDS):
-            # There is no event of it.
-            while self._connection is before and not before.has_hung_up:  # noqa: ASYNC110
-                await anyio.sleep(_LOOK)
-            return
-        if self._next is not None and self._connection is before:
-            connected, self._next = self._next, None
-            turned_away.take(connected, tasks)
-
     def _begin(self, connected: socket.socket, tasks: TaskGroup) -> None:
         try:
             self._connection = self._connect(connected)
@@ -231,8 +212,7 @@ class DeviceBackend(Backend):
                 self._lose(connection, why)
         if connection.is_qemu and not self.options.stay:
             self._over.set()
-        if self._next is not None:
-            connected, self._next = self._next, None
+        if (connected := self._next.pop()) is not None:
             self._begin(connected, tasks)
 
     def _lose(self, connection: Connection, why: str) -> None:

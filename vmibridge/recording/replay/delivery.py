@@ -1,9 +1,9 @@
 """The traps of one VM on their way: given to the server, and answered.
 
 A trap that waits for its answer is *unanswered*. With `order=vcpu` the traps of a vCPU wait for the
-ones before them. A request that is told to wait now, and was not then, asks again: with the retries
-of then, as far as they were read, and behind those with further ones, which have numbers of their
-own.
+ones before them. A request that is answered WAIT now, and was not in the recording, asks again:
+with the recorded retries, as far as they were read, and behind those with further ones, which have
+numbers of their own.
 """
 
 from collections import deque
@@ -50,7 +50,7 @@ class Delivery:
         self.has_server: bool = False
         """Whether what answers is in this process, and tells a tap."""
         self.wait: int | None = ServerSettings().wait.value1
-        """The first value of an answer that tells the guest to wait; `None`: none does."""
+        """`value1` of WAIT; `None`: no answer is known to be one."""
         self.sink: TrapSink
         self._open = requests.by_seq
         self._walk = walk
@@ -91,7 +91,7 @@ class Delivery:
         self._put(event)
 
     def give_refused(self, request: ReplayedRequest, event: TrapEvent) -> None:
-        """A retry is on its way that is to be answered WAIT at once, as it was then."""
+        """A retry is on its way that is to be answered WAIT at once, as in the recording."""
         self.vcpus.add(event.vcpu)
         self.unanswered[event.seq] = event
         request.refused = event.seq
@@ -99,7 +99,7 @@ class Delivery:
         self._put(event)
 
     def give_retry(self, request: ReplayedRequest, event: TrapEvent, place: int) -> None:
-        """A retry of then is on its way, which has that place in the file."""
+        """A recorded retry is on its way, which has that place in the file."""
         if request.is_forgotten:
             self._conductor.restart(request, event, place)
         self.give(request, event)
@@ -114,7 +114,7 @@ class Delivery:
         return vcpu in self._busy
 
     def abandon(self, seq: int) -> None:
-        """The guest of then did not wait for its answer."""
+        """The recorded guest did not wait for its answer."""
         self.sink.abandon(self._carried.carried(self.unanswered[seq]))
 
     def played(self, event: TrapEvent) -> TrapEvent:
@@ -184,7 +184,7 @@ class Delivery:
         self._walk.go()
 
     def _asks_again(self, request: ReplayedRequest) -> bool:
-        """It is told to wait. `False`: it was told so too often since the recorded answer."""
+        """It is answered WAIT. `False`: it was so too often since the recorded answer."""
         if request.retries:
             self.give_retry(request, *request.retries.popleft())
         elif request.over and request.reply is not None:

@@ -214,8 +214,8 @@ class RecordedOrder(Conductor):
         self._walk.go()
         self._going = None
 
-    def made_none(self, event: TrapEvent) -> None:
-        """The recorded step was heard of, and is none here."""
+    def skips(self, event: TrapEvent) -> None:
+        """A recorded step is none on this loop."""
         request, journal = self.find(event.seq), self._walk.journal
         if request is not None and journal is not None:
             journal.forget(request)
@@ -248,7 +248,7 @@ class RecordedOrder(Conductor):
         if step.kind in ("parked", "cut off"):
             return self._play_deadline(request, time, is_hard=step.kind == "cut off")
         if request.told and not request.cut and step.kind in _HEARS and self._ends_now():
-            # Told to wait, it did not ask again: the server has cancelled its handler with its VM.
+            # Answered WAIT, it did not ask again: the server has cancelled its handler with its VM.
             request.cut = True
             self.let_pass(request, OutcomeKind.TIMEOUT)
         self._walk.mark(request, time)
