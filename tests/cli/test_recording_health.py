@@ -77,7 +77,7 @@ def test_a_full_volume_that_leaves_a_gap_is_told_and_traps_are_answered(started,
 
 def remount(process, how):
     """As the kernel does to a volume with errors."""
-    enter = ["nsenter", f"--target={process.pid}", "--mount"]
+    enter = ["nsenter", f"--target={process.pid}", "--mount", "--root"]
     if os.geteuid():
         # As `own_namespaces`.
         enter += ["--user", "--preserve-credentials"]
