@@ -90,6 +90,19 @@ def test_where_it_failed_is_told_without_debug(vmibridge, image, tmp_path):
 
 
 @every_loop
+def test_one_that_raises_keyboard_interrupt_ends_it_as_ctrl_c_does(
+    vmibridge, image, tmp_path, loop
+):
+    (tmp_path / "fails.py").write_text(FAILS.replace("return 1 / 0", "raise KeyboardInterrupt"))
+    line = ["run", "--backend", f"unicorn:{image(ONE_CALL)}", "--handlers", "fails.py", *loop]
+    done = vmibridge(*line, "--record", "run.mcap")
+    assert done.returncode == 128 + signal.SIGINT
+    assert "handler fails failed on method" in done.stderr
+    assert "run.mcap: 1 trap was recorded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@every_loop
 def test_one_that_holds_up_the_loop_is_named_and_a_third_signal_ends_the_process(
     children, image, tmp_path, loop
 ):

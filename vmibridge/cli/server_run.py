@@ -142,7 +142,7 @@ async def run_server(life: Life) -> int:
     """
     server, exits = life.server, life.exits
     received: list[int] = []
-    failures: list[VmiBridgeError] = []
+    failures: list[VmiBridgeError | KeyboardInterrupt] = []
     run = anyio.CancelScope()
     is_up = False
 
@@ -193,7 +193,8 @@ async def run_server(life: Life) -> int:
                     await life.writer.end(server.summaries, exits.of)
         except BrokenPipeError:
             failures.append(BackendError("standard output was closed: no outcome can be shown"))
-        except VmiBridgeError as error:
+        except (VmiBridgeError, KeyboardInterrupt) as error:
+            # No Ctrl-C comes as an exception here: a handler has raised it.
             failures.append(error)
         tasks.cancel_scope.cancel()
     return _status(life, received, failures)
@@ -207,7 +208,9 @@ async def _finish(recorders: "list[Recorder]", server: BridgeServer) -> None:
             summary.unrecorded += recorder.lost_since(vm)
 
 
-def _status(life: Life, received: list[int], failures: list[VmiBridgeError]) -> int:
+def _status(
+    life: Life, received: list[int], failures: list[VmiBridgeError | KeyboardInterrupt]
+) -> int:
     """The exit status of a run that has ended. Raises what it failed by."""
     if life.answers is not None:
         for line in life.answers.lines():
@@ -233,7 +236,7 @@ def _status(life: Life, received: list[int], failures: list[VmiBridgeError]) -> 
 async def _run_beside(
     beside: Callable[[], Coroutine[None, None, None]],
     server: BridgeServer,
-    failures: list[VmiBridgeError],
+    failures: list[VmiBridgeError | KeyboardInterrupt],
 ) -> None:
     try:
         await beside()
