@@ -318,7 +318,7 @@ class ReplayBackend(Backend, Tap):
             request.recorded_place = self.walk.place()
             self._traps.give(request, event, Awaited.ANSWERED)
             return True
-        self.walk.mark(request, time)
+        request.last_step = self.walk.time.mark(time)
         waits = self.conductor.is_asked and not request.queued
         self._traps.give(request, event, Awaited.BEGUN if waits else Awaited.TAKEN)
         return True

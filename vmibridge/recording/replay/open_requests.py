@@ -92,7 +92,7 @@ class OpenRequests:
             then.kind in _SPECIAL
             or not tally.is_simple
             or (requests and (event.seq in requests or len(requests) >= MAX_OPEN))
-            or (self._walk.is_timed and not self._walk.is_due(time))
+            or (self._walk.time.is_timed and not self._walk.is_due(time))
         ):
             return False
         tally.started = tally.started or time

@@ -75,7 +75,7 @@ class RecordedOrder(Conductor):
     def note_steps(self, journal: Journal, vm: str, recorded: str) -> None:
         """Note what handlers do. `vm`: the name of now."""
         walk, self._vm = self._walk, vm
-        journal.join(vm, recorded, walk.place, walk.time_of_now, has_steps=self.has_steps)
+        journal.join(vm, recorded, walk.place, walk.time.recorded_now, has_steps=self.has_steps)
 
     def stepped(self, event: TrapEvent, first: int, step: StepKind) -> None:
         """A handler has made a step, where they are noted (`Tap.handler_stepped`)."""
@@ -86,7 +86,7 @@ class RecordedOrder(Conductor):
     def took(self, request: ReplayedRequest, event: TrapEvent) -> None:
         """The server has taken a trap of a request."""
         if request.engine is None:
-            request.given = self._walk.time_of_now()
+            request.given = self._walk.time.recorded_now()
         request.engine = self.engine
         if self._walk.journal is not None:
             self._walk.journal.take(request, event)
@@ -251,7 +251,7 @@ class RecordedOrder(Conductor):
             # Answered WAIT, it did not ask again: the server has cancelled its handler with its VM.
             request.cut = True
             self.let_pass(request, OutcomeKind.TIMEOUT)
-        self._walk.mark(request, time)
+        request.last_step = self._walk.time.mark(time)
         match step.kind:
             case "began":
                 request.turns_allowed += 1

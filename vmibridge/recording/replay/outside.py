@@ -177,7 +177,7 @@ class ReplayedOutside:
         """
         request = self._find(event.seq)
         if request is not None and request.keeps:
-            at = 0 if call.at_once else self._walk.time_of_now() or 0
+            at = 0 if call.at_once else self._walk.time.recorded_now() or 0
             message = Outside(
                 event.vm,
                 request.event.seq,
@@ -208,7 +208,7 @@ class ReplayedOutside:
     async def _reached(self, request: ReplayedRequest, call: tuple[str, int]) -> Outside | None:
         """What is recorded of a call, when the walk is there; `None`: nothing."""
         recorded = request.outside.recorded
-        request.asks_since = self._walk.now()
+        request.asks_since = self._walk.time.now()
         try:
             while call not in recorded and not request.free:
                 gate = request.gate()

@@ -35,21 +35,20 @@ handler is held.
 """
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import anyio
 
-from vmibridge.aio.clock import VirtualTime, loop_clock, virtual_time
 from vmibridge.aio.own_thread import in_own_thread
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import PlainTrap, RecordedMessage, Session
+from vmibridge.recording.replay.awaited import is_met
 from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.patience import CHECK, Loosening, Patience
 from vmibridge.recording.replay.player import Awaited, Player, Unfolding
+from vmibridge.recording.replay.recorded_time import RecordedTime
 from vmibridge.recording.replay.request import ReplayedRequest
 from vmibridge.recording.replay.source import RecordedVms, all_apart
 from vmibridge.vm.backend import TrapSink, feed_held
@@ -60,7 +59,6 @@ __all__ = ["Walk"]
 _EFFECTS = (Awaited.ANSWERED, Awaited.FETCHED, Awaited.READ)
 """What is waited for of replies, values from outside, and memory accesses. What other handlers do
 meanwhile is before it."""
-_TINY = 1e-9
 _MAX_AHEAD = 1024
 """Messages that are looked at for what comes of a request."""
 _LATER = 1e-3
@@ -73,7 +71,7 @@ class Walk:
     def __init__(self, path: Path, speed: float = 0.0) -> None:
         self.source: RecordedVms
         self._path = path
-        self._speed = speed
+        self.time: RecordedTime = RecordedTime(speed)
         self._users = 0
         self._players: dict[str, Player] = {}
         self._absent: set[str] = set()
@@ -97,13 +95,8 @@ class Walk:
         self._held: dict[ReplayedRequest, float] = {}
         """With the time since when, by the clock of the loop."""
         self._full: deque[tuple[TrapSink, TrapEvent, Callable[[TrapEvent], object]]] = deque()
-        self._start: tuple[float, int] | None = None
         self._pause = math.inf
         self._loosening = Loosening()
-        self.is_timed: bool = bool(speed)
-        """Whether something may have to wait for its time."""
-        self._virtual: VirtualTime | None = None
-        self._clock: Callable[[], float] = time.monotonic
         self._is_driven = False
         self._poked = anyio.Event()
         self._changed = anyio.Event()
@@ -122,11 +115,8 @@ class Walk:
             raise
         self._players[found] = player
         self._absent.add(found)
-        self._virtual, self._clock = virtual_time(), loop_clock()
-        if self._virtual is not None:
-            self.is_timed = True
-            self._virtual.is_waited = lambda: self.running > 0
-        self._loosening.is_real = self._virtual is None
+        self.time.join(lambda: self.running > 0)
+        self._loosening.is_real = not self.time.is_virtual
         return found, session
 
     def leave(self) -> None:
@@ -169,10 +159,10 @@ class Walk:
             return
         if self._is_done(player):
             return
-        now = self._clock()
+        now = self.time.now()
         with anyio.move_on_after(min(self._pause, self._loosening.at) - now):
             await self._poked.wait()
-        if self._loosening.is_due(self._clock()):
+        if self._loosening.is_due(self.time.now()):
             self._loosen()
         self._pause = math.inf
 
@@ -183,7 +173,7 @@ class Walk:
         self._changed = anyio.Event()
 
     async def _read_on(self) -> None:
-        with nullcontext() if self._virtual is None else self._virtual.held():
+        with self.time.held():
             self._batch = await self.source.read_on()
         self._played += self._place
         self._place = 0
@@ -204,7 +194,7 @@ class Walk:
                     return
                 self.plain.unfold()
             if self.awaited is not None:
-                if not (self._is_met(self.awaited) or self.awaited.is_passed_over):
+                if not (is_met(self.awaited, self.what) or self.awaited.is_passed_over):
                     self._may_loosen()
                     return
                 self.awaited = None
@@ -264,74 +254,18 @@ class Walk:
             request.over = request.free = True
             request.go_on()
 
-    def _is_met(self, request: ReplayedRequest) -> bool:
-        answered = request.answered
-        match self.what:
-            case Awaited.TAKEN:
-                return request.taken or answered
-            case Awaited.BEGUN:
-                return request.begun or answered
-            case Awaited.RESUMED:
-                done = request.ended or request.steps_done >= request.steps_allowed
-                return done or not request.begun or (answered and not request.cut)
-            case Awaited.ENDED:
-                return request.ended or not request.begun or (answered and not request.cut)
-            case Awaited.READ:
-                return not request.reads or request.ended or answered
-            case Awaited.FETCHED:
-                done = request.outside.awaited is None or request.ended or not request.begun
-                return done or (answered and not request.cut)
-            case Awaited.REFUSED:
-                return request.refused is None or answered
-            case Awaited.TOLD:
-                # The answer waits for an access that is under way.
-                return request.told or answered or request.blocked
-            case Awaited.ANSWERED:
-                return answered
-
     def is_due(self, at: int) -> bool:
         """Whether what was recorded at a time may happen; else the walk goes on when it may."""
-        virtual, speed = self._virtual, self._speed
-        if virtual is None and not speed:
-            return True
-        now = self._clock()
-        if self._start is None:
-            self._start = (now, at)
-        since, first = self._start
-        due = since + (at - first) / 1e9 / (speed if virtual is None else 1.0)
-        if due <= now + _TINY:
-            return True
         # Where no handler runs, no task has anything to do before.
-        if virtual is not None and not self.running and virtual.jump(due):
-            return True
-        self._pause = due
-        self.poke()
-        return False
-
-    def time_of_now(self) -> int | None:
-        """What was recorded at this moment has this time, in nanoseconds; `None`: time is not that
-        of the recording."""
-        return self._recorded_time(self._clock())
-
-    def _recorded_time(self, clock: float) -> int | None:
-        if self._virtual is None or self._start is None:
-            return None
-        since, first = self._start
-        return first + round((clock - since) * 1e9)
-
-    def mark(self, request: ReplayedRequest, at: int) -> None:
-        """A request is given to the server, or its handler may go on: at that time then."""
-        if self._virtual is None:
-            request.last_step = self._clock(), at
+        return self._pauses_until(self.time.due(at, jumps=not self.running))
 
     def is_as_late(self, request: ReplayedRequest, at: int) -> bool:
         """Whether its handler has had the time that it had then, at `at`; else the walk goes on
         when it has. What it waited for was there perhaps when it was cut off."""
-        if self._virtual is not None or self._speed or request.last_step is None:
-            return True
-        now, then = request.last_step
-        due = now + (at - then) / 1e9
-        if due <= self._clock():
+        return self._pauses_until(self.time.as_late(request.last_step, at))
+
+    def _pauses_until(self, due: float | None) -> bool:
+        if due is None:
             return True
         self._pause = due
         self.poke()
@@ -339,14 +273,14 @@ class Walk:
 
     def further_step(self) -> None:
         """A handler makes a step that was not recorded."""
-        if self._virtual is not None and (passed := self._at_place.step(self._clock())):
-            self._virtual.pass_by(passed)
+        if self.time.is_virtual and (passed := self._at_place.step(self.time.now())):
+            self.time.pass_by(passed)
 
     def looks_again(self) -> bool:
         """Whether to play this message in a moment, when other tasks have run; not for ever."""
         if not self._at_place.looks_again(self._played + self._place):
             return False
-        self._pause = self._clock()
+        self._pause = self.time.now()
         self.poke()
         return True
 
@@ -364,19 +298,15 @@ class Walk:
             request.go_on()
         return self.looks_again()
 
-    def now(self) -> float:
-        """By the clock of the loop, in seconds."""
-        return self._clock()
-
     def is_held(self, request: ReplayedRequest) -> bool:
         """Whether its handler waits for nothing but its step."""
         return request in self._held
 
     def held_since(self, request: ReplayedRequest) -> int | None:
         """Since when that is so, or since when it waits in a call of `vmi.outside`, as
-        `time_of_now`; `None`: it does not, or that is not known."""
+        `RecordedTime.recorded`; `None`: it does not, or that is not known."""
         since = self._held.get(request, request.asks_since)
-        return None if since is None else self._recorded_time(since)
+        return None if since is None else self.time.recorded(since)
 
     def ahead(self) -> Iterator[TimedMessage]:
         """What comes behind the message that is played, as far as it was read, but for plain traps;
@@ -394,7 +324,7 @@ class Walk:
 
     def postpones(self, request: ReplayedRequest) -> float:
         """Seconds until a deadline may pass that did not pass then; 0: the walk is stuck."""
-        now = self._clock()
+        now = self.time.now()
         if now < self._pause < math.inf:
             return self._pause - now + CHECK
         if self._held and (loosened := self._loosening.after(now)):
@@ -431,7 +361,7 @@ class Walk:
 
     async def hold(self, request: ReplayedRequest, may_go: Callable[[], bool]) -> None:
         """Hold a handler until it may go on."""
-        self._held[request] = self._clock()
+        self._held[request] = self.time.now()
         self._may_loosen()
         try:
             # What a handler waited for is its own by now, such as a lock, and a primitive of trio
@@ -451,7 +381,7 @@ class Walk:
             return
         needs = awaited.needs_more or awaited.may_need_retry
         if self._held or needs or awaited.may_not_call(self.what):
-            self._loosening.set(self._clock())
+            self._loosening.set(self.time.now())
             self.poke()
 
     def _be_patient(self) -> None:
