@@ -45,11 +45,12 @@ def _watch(thread: int, source: str, over: Event) -> None:
         wait *= 2
         frame = sys._current_frames().get(thread)  # noqa: SLF001 - the only way to see a thread
         if frame is not None:
+            # There is no line between two of them.
             log.warning(
                 "%s takes long to load: at %s:%d, for %.0f s so far",
                 printable(source),
                 printable(frame.f_code.co_filename),
-                frame.f_lineno,
+                frame.f_lineno or frame.f_code.co_firstlineno,
                 time.monotonic() - began,
             )
         # It would keep what the module has alive.

@@ -211,6 +211,7 @@ def _handler_in(thread: int, asks: CodeType) -> _Seen | None:
             calls = names["self"]
             request = names["request"]
             return _Seen(request, request.started, place, calls.vm, calls.on_blocked)
-        above.append((step.f_code.co_filename, step.f_lineno))
+        # There is no line between two of them.
+        above.append((step.f_code.co_filename, step.f_lineno or step.f_code.co_firstlineno))
         step = step.f_back
     return None

@@ -62,6 +62,17 @@ def test_is_named_again_and_again_until_it_is_loaded(tmp_path, monkeypatch, told
     assert len(told.lines) >= 2
 
 
+def test_and_where_python_is_between_two_lines(tmp_path, told):
+    code = MODULE.replace("thread.told.wait()", "wait(thread.told)")
+    # Of an event, which would show its own line while it is asked.
+    wait = "def wait(told):\n    while not told._flag and monotonic() < end: pass\n"
+    wait += "from time import monotonic; end = monotonic() + 30\n"
+    wait += "wait.__code__ = wait.__code__.replace(co_linetable=b'')\n"
+    (tmp_path / "no_line.py").write_text(wait + code)
+    load_handlers([str(tmp_path / "no_line.py")])
+    assert any(f"{tmp_path / 'no_line.py'}:1, for" in line for line in told.lines)
+
+
 def test_one_that_does_not_is_not(tmp_path, caplog):
     (tmp_path / "quick.py").write_text(MODULE)
     load_handlers([str(tmp_path / "quick.py")])

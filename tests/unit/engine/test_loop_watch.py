@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 import time
+from types import FunctionType
 
 import anyio
 import anyio.lowlevel
@@ -103,6 +104,25 @@ async def test_it_names_handler_method_file_and_line_while_it_blocks(told, waits
     assert len(tap.seen) == 1
     assert (tap.seen[0].handler, tap.seen[0].method) == ("blocks", 1)
     assert tap.seen[0].seconds >= SOON
+
+
+class HasNoLines(Blocks):
+    @method(1)
+    async def block(self, vmi, packet):
+        spin = self.without_lines()
+        spin(self)
+        return BridgeResponse(value1=1)
+
+    @staticmethod
+    def without_lines():
+        """Python itself has a moment without a line between two of them."""
+        return FunctionType(Blocks.spin.__code__.replace(co_linetable=b""), globals())
+
+
+async def test_where_there_is_no_line_it_names_that_of_the_function(told):
+    await run_guest(HasNoLines(told), call_once, blocked_after=SOON)
+    first = Blocks.spin.__code__.co_firstlineno
+    assert any(HELD in line and f"at {__file__}:{first}," in line for line in told.lines)
 
 
 async def test_it_is_counted_in_the_summary_and_told_again_while_it_goes_on(told):
