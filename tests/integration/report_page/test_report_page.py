@@ -131,7 +131,9 @@ class TestFilters:
         begin = min(trap.time for trap in traps)
         # The last of the four, each of which shows half of what was shown before.
         shown = (max(trap.reply_time for trap in traps) - begin) / 2**4
-        page.wait_for_url(lambda url: span_of(url)[1] - span_of(url)[0] < 1.5 * shown, timeout=60_000)
+        page.wait_for_url(
+            lambda url: span_of(url)[1] - span_of(url)[0] < 1.5 * shown, timeout=60_000
+        )
         low, high = span_of(page.url)
         inside = [
             trap for trap in traps if trap.time - begin <= high and trap.reply_time - begin >= low

@@ -1,12 +1,16 @@
 """A handler that was cut off then, and is changed so that it answers in time now: it is found."""
 
 import math
+from functools import partial
 
 import anyio
 import pytest
 from determinism_parts import MAGIC, Counts, ask, assert_same, call, record, replay
 
-from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
+from vmibridge import Bridge, BridgeHandler, BridgeResponse, OutcomeKind, method
+from vmibridge.aio.clock import virtual_time
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.messages import REPLY
 from vmibridge.recording.replay import delivery
 
 LOOPS = ["asyncio", "trio"]
@@ -98,6 +102,73 @@ class TestACutOffHandler:
     def test_that_has_longer_now_is_found(self, path, loop):
         assert differences(path, loop, HasLonger(sleep, 1)) == (2, ["handled"])
         assert differences(path, loop, HasLonger(sleep, 10)) == (2, [])
+
+
+class StandsStill(BridgeHandler[object]):
+    """Where one call holds up the loop, another one is cut off that had waited long enough."""
+
+    MAGIC, REQUEST = MAGIC, 1
+    pause, stands = 0.035, 0.032
+
+    @method(1, timeout=0.03)
+    async def sleeps(self, vmi, packet):
+        await anyio.sleep(self.pause)
+        return BridgeResponse(value1=7)
+
+    @method(2)
+    async def holds_up(self, vmi, packet):
+        await anyio.sleep(0.001)
+        virtual_time().pass_by(self.stands)
+        return BridgeResponse(value1=7)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_one_that_is_not_changed_is_cut_off_where_the_loop_stood_still_until_then(
+    tmp_path, loop, monkeypatch
+):
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(vm.call, ask(1))
+            tasks.start_soon(partial(vm.call, ask(2), vcpu=1))
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(StandsStill()), loop, virtual=True)
+    with RecordingReader(path) as reader:
+        kinds = {reply.packet.method: reply.kind for _, reply in reader.messages(REPLY)}
+    assert kinds == {1: OutcomeKind.TIMEOUT, 2: OutcomeKind.HANDLED}
+    # It had waited long enough, which the loop saw only then; it does not stand still again.
+    monkeypatch.setattr(StandsStill, "pause", 0.002)
+    monkeypatch.setattr(StandsStill, "stands", 0)
+    assert assert_same(path, ["vm"], lambda _: Bridge(StandsStill()), loop=loop) == 2
+
+
+class Queues(BridgeHandler[object]):
+    """With `serial` its requests are answered WAIT before their turn, and asked for once more."""
+
+    MAGIC, REQUEST = MAGIC, 1
+
+    @method(1, soft_timeout=0.01, timeout=2)
+    async def sleeps(self, vmi, packet):
+        for _ in range(8):
+            await anyio.sleep(0.013)
+        return BridgeResponse(value1=7)
+
+
+class IsSerial(Queues):
+    serial = True
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_one_that_is_serial_now_ends(tmp_path, loop):
+    async def guest(vm):
+        async with anyio.create_task_group() as tasks:
+            for vcpu in range(3):
+                tasks.start_soon(call, vm, ask(1), vcpu)
+
+    path = tmp_path / "run.mcap"
+    record(path, {"vm": guest}, lambda _: Bridge(Queues()), loop, virtual=True)
+    (result,) = replay(path, ["vm"], lambda _: Bridge(IsSerial()), loop)
+    assert result.compared == 3
 
 
 async def spin(handler, vmi, seconds):

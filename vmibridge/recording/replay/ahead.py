@@ -5,12 +5,12 @@
 
 from collections.abc import Iterable
 
-from vmibridge.bridge.outcome import OutcomeKind, timeout_in
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import Note, Outside, Reply, Step
 from vmibridge.recording.replay.request import ReplayedRequest
 
-__all__ = ["comes_outside", "ends_now", "is_refused", "next_step", "timeout_then"]
+__all__ = ["comes_outside", "ends_now", "is_refused", "next_step", "reply_then"]
 
 
 def next_step(
@@ -23,13 +23,12 @@ def next_step(
     return None
 
 
-def timeout_then(ahead: Iterable[TimedMessage], vm: str, request: ReplayedRequest) -> float | None:
-    """The seconds of the hard deadline that has passed then; `None`: its reply does not come soon,
-    or tells of none."""
+def reply_then(ahead: Iterable[TimedMessage], vm: str, request: ReplayedRequest) -> Reply | None:
+    """Its next reply; `None`: that does not come soon."""
     seqs = (request.event.seq, *request.seqs)
     for _, each in ahead:
         if isinstance(each, Reply) and each.vm == vm and each.seq in seqs:
-            return timeout_in(each.error)
+            return each
     return None
 
 

@@ -8,7 +8,8 @@ __all__ = ["is_met"]
 
 def is_met(request: ReplayedRequest, what: Awaited) -> bool:
     """Whether that is what it is, or will never be."""
-    answered = request.answered
+    # A handler that was forgotten before it began makes no steps before the next retry.
+    answered = request.answered or (request.wants_retry and request.is_forgotten)
     match what:
         case Awaited.TAKEN:
             return request.taken or answered

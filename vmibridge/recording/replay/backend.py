@@ -195,6 +195,7 @@ class ReplayBackend(Backend, Tap):
         self._traps.has_server = True
         self._plays_plain = self.options.order == "recorded"
         self._tally.verdict.hear_handlers(self._name, bridge.handlers)
+        self.conductor.cut_offs.hear_handlers(bridge.handlers)
 
     def dropped(self, vm: str, error: Exception) -> None:
         """Without these calls it cannot go on: it would wait for ever."""

@@ -1,6 +1,7 @@
 """Which handlers of a replay are not the ones that were recorded."""
 
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from typing import Any
 
 import msgspec
@@ -26,17 +27,29 @@ def handler_changes(
     now = {handler.name: handler for handler in handlers}
     for then in session.handlers:
         handler = now.get(then.name)
-        if handler is None:
-            # The server adds the handshake by itself.
-            if then.name != "host":
-                yield f"handler {then.name}: was recorded, and is not loaded now"
-            continue
-        known = recorded_handler(handler)
-        if known.sha256 != then.sha256:
-            source = then.source or known.source or "its source"
-            yield f"handler {then.name}: {source} has changed since the recording"
-        yield from _module_changes(then, known)
-        yield from _setting_changes(then, settings_text(handler), has_config=has_config)
+        if handler is not None:
+            yield from _changes(then, handler, recorded_handler(handler), has_config=has_config)
+        elif then.name != "host":  # the server adds the handshake by itself
+            yield f"handler {then.name}: was recorded, and is not loaded now"
+
+
+def is_as_recorded(then: RecordedHandler, handler: BridgeHandler[Any]) -> bool:
+    """Whether it is known that nothing of a handler has changed: not its source, nor what it
+    imports of its project, nor what it was made with."""
+    now = recorded_handler(handler)
+    if now.sha256 is None or (then.settings is None and signature(type(handler)).parameters):
+        return False
+    return next(_changes(then, handler, now, has_config=True), None) is None
+
+
+def _changes(
+    then: RecordedHandler, handler: BridgeHandler[Any], now: RecordedHandler, *, has_config: bool
+) -> Iterator[str]:
+    if now.sha256 != then.sha256:
+        source = then.source or now.source or "its source"
+        yield f"handler {then.name}: {source} has changed since the recording"
+    yield from _module_changes(then, now)
+    yield from _setting_changes(then, settings_text(handler), has_config=has_config)
 
 
 def _module_changes(then: RecordedHandler, now: RecordedHandler) -> Iterator[str]:

@@ -7,13 +7,8 @@ import anyio.lowlevel
 from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.engine.taps import Step as StepKind
 from vmibridge.recording.messages import FORMAT_WITH_STEPS, Note, Outside, Session, Step
-from vmibridge.recording.replay.ahead import (
-    comes_outside,
-    ends_now,
-    is_refused,
-    next_step,
-    timeout_then,
-)
+from vmibridge.recording.replay.ahead import ends_now, is_refused
+from vmibridge.recording.replay.cut_offs import HEARS, CutOffs
 from vmibridge.recording.replay.journal import Journal
 from vmibridge.recording.replay.open_requests import OpenRequests
 from vmibridge.recording.replay.options import ReplayOptions
@@ -28,12 +23,6 @@ __all__ = ["RecordedOrder"]
 
 
 _BEGUN = Awaited.BEGUN
-_JITTER = 0.005
-"""Seconds by which a loop may be late."""
-_EARLY = 2_000_000
-"""Nanoseconds from a deadline to a step of its handler, at most, where a timer was early."""
-_HEARS = ("resumed", "thrown")
-"""In which steps a handler hears that it was cut off."""
 _AT_ENDS = (Awaited.ENDED, Awaited.RESUMED)
 _MAX_GAPS = 10
 _MAX_UNWINDING = 16_384
@@ -52,7 +41,6 @@ class RecordedOrder(Conductor):
         self.gaps: list[str] = []
         """What the file says that it lacks of this VM, as one that was edited does."""
         self._clock = self._last = 0
-        self._is_accepted = False
         self._recorded = ""
         """The name of the VM in the recording."""
         self._vm = ""
@@ -63,14 +51,17 @@ class RecordedOrder(Conductor):
         self._requests = requests
         requests.conductor = self
         self._unwinding: dict[int, ReplayedRequest] = {}
+        self.cut_offs: CutOffs = CutOffs(walk)
+        """Of its handlers."""
         self.fetched: ReplayedOutside = ReplayedOutside(walk, self.find, options)
         """What handlers got from outside."""
 
     def begin(self, session: Session) -> None:
         """This is what was recorded of the VM."""
         self.seed, self._clock, self._recorded = session.seed, session.clock, session.vm
-        self._is_accepted, self.loop = session.accepted, session.loop
+        self.loop = session.loop
         self.has_steps = session.format >= FORMAT_WITH_STEPS
+        self.cut_offs.begin(session)
 
     def note_steps(self, journal: Journal, vm: str, recorded: str) -> None:
         """Note what handlers do. `vm`: the name of now."""
@@ -247,7 +238,7 @@ class RecordedOrder(Conductor):
             return False
         if step.kind in ("parked", "cut off"):
             return self._play_deadline(request, time, is_hard=step.kind == "cut off")
-        if request.told and not request.cut and step.kind in _HEARS and self._ends_now():
+        if request.told and not request.cut and step.kind in HEARS and self._ends_now():
             # Answered WAIT, it did not ask again: the server has cancelled its handler with its VM.
             request.cut = True
             self.let_pass(request, OutcomeKind.TIMEOUT)
@@ -276,7 +267,8 @@ class RecordedOrder(Conductor):
         if not is_hard and (request.cut or request.ended):
             # An accepted recording: its answer came before the guest of then was told to wait.
             return True
-        if is_hard and self._is_in_time(request, time):
+        assert self.engine is not None
+        if is_hard and self.cut_offs.is_in_time(request, time, self.engine):
             request.is_in_time = request.free = True
             request.go_on()
             return True
@@ -287,58 +279,10 @@ class RecordedOrder(Conductor):
         if request.has_pending and self._walk.lets_go_on(request):
             return False
         request.cut = is_hard
-        if request.cut and not self._may_be_cut_off(request, time):
+        if request.cut and not self.cut_offs.may_pass(request, time):
             return False
         request.parked = True
         return self.let_pass(request, OutcomeKind.TIMEOUT if is_hard else OutcomeKind.WAITING)
-
-    def _is_in_time(self, request: ReplayedRequest, time: int) -> bool:
-        """Whether a handler that was cut off then, at a time, is changed so that it would not have
-        been: what it waits for now was there well before the deadline, or that is a later one."""
-        assert self.engine is not None
-        if not request.has_run or self._is_accepted:
-            return False
-        then = timeout_then(self._walk.ahead(), self._recorded, request)
-        passed = (time - request.time) / 1e9
-        # Else the loop stood still then.
-        if then is None or not 0.99 * then <= passed <= 1.05 * then + _JITTER:
-            return False
-        now = self.engine.timeout_of(request.first)
-        if now is None:
-            return False
-        since = self._walk.held_since(request)
-        if not self._walk.is_held(request) and comes_outside(
-            self._walk.ahead(), self._recorded, request
-        ):
-            since = None
-        at = time if since is None else since
-        needed = (at - max(request.time, request.given or 0)) / 1e9
-        if now <= 1.1 * then + _JITTER and needed >= 0.9 * then - _JITTER:
-            return False
-        # It was held from then on.
-        self.engine.allow(request.first, now - needed)
-        return True
-
-    def _may_be_cut_off(self, request: ReplayedRequest, time: int) -> bool:
-        """Whether a hard deadline that passed then may pass now; else the walk goes on when it may.
-
-        The handler was resumed after that: so what it waited for was there, and it did not get the
-        cancellation. By the clock of now it may be there later: a timer of uvloop counts from when
-        the loop last looked at its clock, in milliseconds, and so is early.
-        """
-        if not self._walk.is_as_late(request, time):
-            return False
-        if not request.begun or request.ended:
-            return True
-        after = next_step(self._walk.ahead(), self._recorded, request)
-        kind, at = (None, time) if after is None else after
-        if not self._walk.is_held(request):
-            # Trio's timers are not early: what goes on there cannot be cancelled, or waits for a
-            # trap that asks again. So does what goes on later.
-            is_early = kind == "resumed" and at - time < _EARLY and self.loop != "trio"
-            return not is_early or request.needs_behind or not self._walk.looks_later()
-        # What it waited for then did not come: a step that it can make is one more than then.
-        return kind in _HEARS or not self._walk.lets_go_on(request)
 
     async def outside(self, event: TrapEvent, key: str, number: int) -> OutsideCall | None:
         """A handler calls `vmi.outside`."""
