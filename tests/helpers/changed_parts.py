@@ -9,11 +9,15 @@ import trio
 from determinism_parts import MAGIC, loop_of, planned_guest, record
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, GuestMemoryError, method
+from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import OutsideError
+from vmibridge.recording.file.reader import RecordingReader
+from vmibridge.recording.messages import MEMORY, REPLY, TRAP, Reply
 from vmibridge.recording.replay.accept import Accepted, write_accepted
 from vmibridge.recording.replay.options import ReplayOptions
 from vmibridge.recording.replay.served import serve_recording
 from vmibridge.recording.replay.verdict import Verdict
+from vmibridge.vm.trap import TrapEvent
 
 CODES = range(1, 7)
 SOFT, HARD = 5, 6
@@ -264,6 +268,22 @@ def replay(path, names, bridges, loop="asyncio", *, accept=False, differences=No
 
     result = anyio.run(main, **loop_of(loop, virtual=loop != "uvloop"))
     return verdict, result
+
+
+def assert_accesses_are_of_open_traps(path):
+    """Each access stands between the trap that it names and the reply to that."""
+    waiting, unwinding = set(), set()
+    with RecordingReader(path) as reader:
+        for _, message in reader.messages(TRAP, REPLY, MEMORY):
+            key = message.vm, message.seq
+            if isinstance(message, TrapEvent):
+                waiting.add(key)
+            elif isinstance(message, Reply):
+                waiting.remove(key)
+                if message.kind in (OutcomeKind.TIMEOUT, OutcomeKind.CANCELLED):
+                    unwinding.add(key)
+            else:
+                assert key in waiting | unwinding, (path, message)
 
 
 def accept(source, target, names, bridges, loop="asyncio"):

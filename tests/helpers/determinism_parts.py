@@ -320,13 +320,16 @@ def changed_bridges(vm, asked, change):
     return lambda _: Bridge(changed(Counts), changed(Serial), changed(Pool), shared)
 
 
-def loop_of(name, *, virtual, speed=0.0):
+def loop_of(name, *, virtual, speed=0.0, in_turn=True):
     """What `anyio.run` makes that loop of. Virtual time begins with a time of its own: that of the
-    machine would decide what comes first of what is due together, within rounding."""
+    machine would decide what comes first of what is due together, within rounding. Without
+    `in_turn` trio takes what is ready in any order, as it does in real time."""
     if virtual:
         clock = VirtualTime(speed)
         clock.now = 1000.0
         backend, options = virtual_loop("trio" if name == "trio" else "asyncio", clock)
+        if not in_turn:
+            options.pop("instruments", None)
         return {"backend": backend, "backend_options": options}
     backend = "trio" if name == "trio" else "asyncio"
     return {"backend": backend, "backend_options": {"use_uvloop": True} if name == "uvloop" else {}}
@@ -346,7 +349,7 @@ def record(path, guests, make, loop="asyncio", *, virtual=False, **settings):
             async for _ in BridgeServer(vms, make, taps=[recorder], **settings).run():
                 pass
 
-    anyio.run(main, **loop_of(loop, virtual=virtual))
+    anyio.run(main, **loop_of(loop, virtual=virtual, in_turn=False))
 
 
 def replay(

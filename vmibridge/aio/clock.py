@@ -55,9 +55,9 @@ def virtual_loop(loop: str, virtual: VirtualTime) -> tuple[str, dict[str, Any]]:
     `loop` is `asyncio` or `trio`. Raises `ValueError` for others.
     """
     if loop == "trio":
-        from vmibridge.aio.clock_trio import TrioClock
+        from vmibridge.aio.clock_trio import InTurn, TrioClock
 
-        return "trio", {"clock": TrioClock(virtual)}
+        return "trio", {"clock": TrioClock(virtual), "instruments": [InTurn()]}
     if loop != "asyncio":
         raise ValueError(f"{loop} has no virtual time")
     from vmibridge.aio.clock_asyncio import VirtualLoop

@@ -1,7 +1,15 @@
-"""A clock of trio with virtual time. `MockClock` jumps over threads and sockets; this does not."""
+"""A clock of trio with virtual time. `MockClock` jumps over threads and sockets; this does not.
+
+With it goes the order of what is ready. This takes what is not public: the dice `_r` of trio's
+loop. `tests/unit/aio/test_virtual_time.py` fails if they go.
+"""
 
 import math
+import random
+import threading
 import time
+from collections.abc import MutableSequence
+from typing import Any
 
 import trio
 from trio.testing import active_thread_count
@@ -24,12 +32,15 @@ class TrioClock(trio.abc.Clock):
         self.virtual.next_timer = self._next_timer
 
     def current_time(self) -> float:
-        """Virtual seconds."""
+        """Virtual seconds, by the last bit later each time: of equal deadlines trio has them in any
+        order."""
         if self._since is not None:
             # The loop has slept: this is the first that it does after that.
             virtual = self.virtual
             virtual.pass_by(min(self._most, (_real() - self._since) * virtual.rate))
             self._since = None
+        if not self.virtual.is_held:
+            self.virtual.now = math.nextafter(self.virtual.now, math.inf)
         return self.virtual.now
 
     def deadline_to_sleep_time(self, deadline: float) -> float:
@@ -57,6 +68,49 @@ class TrioClock(trio.abc.Clock):
     def _next_timer(self) -> float:
         left = trio.lowlevel.current_statistics().seconds_to_next_deadline
         return self.virtual.now + left
+
+
+class InTurn(trio.abc.Instrument):
+    """Tasks that may run go on in the order in which they became ready, as on asyncio.
+
+    Trio turns it round half of the time, by chance, so that nobody relies on it; then each replay
+    of a changed handler would be another one. Other loops, in other threads, are left alone.
+    """
+
+    def before_run(self) -> None:
+        """The loop begins, in this thread."""
+        # There is no public way to say so.
+        trio._core._run._r = _Dice()  # noqa: SLF001 - see above
+
+    def after_run(self) -> None:
+        """It has ended."""
+        run = trio._core._run  # noqa: SLF001 - see above
+        if isinstance(run._r, _Dice):  # noqa: SLF001 - see above
+            run._r = run._r.before  # noqa: SLF001 - see above
+
+
+class _Dice(random.Random):
+    """The dice of trio, which are for that alone and for where its own clocks begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: random.Random = trio._core._run._r  # noqa: SLF001 - see above
+        self._thread = threading.get_ident()
+
+    def random(self) -> float:
+        """Below one half it turns round what it takes from the end."""
+        return 0.0 if self._is_ours else self.before.random()
+
+    def shuffle(self, x: MutableSequence[Any]) -> None:
+        """In place of that, of what is in order, where Hypothesis is at work."""
+        if self._is_ours:
+            x.reverse()
+        else:
+            self.before.shuffle(x)
+
+    @property
+    def _is_ours(self) -> bool:
+        return threading.get_ident() == self._thread
 
 
 def trio_time() -> VirtualTime | None:

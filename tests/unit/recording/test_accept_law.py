@@ -2,7 +2,7 @@
 nothing, whatever the handler awaits now, and in which order."""
 
 import pytest
-from changed_parts import CODES, EVERY_LOOP, Case
+from changed_parts import CODES, EVERY_LOOP, Case, assert_accesses_are_of_open_traps
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from laws import examples
@@ -20,6 +20,7 @@ def hold(folder, seed, then, now):
     case = Case(seed, codes=CODES if is_one else EVERY_LOOP)
     case.record(first, then)
     case.accept(first, second, now)
+    assert_accesses_are_of_open_traps(second)
     for loop in [now] if is_one else sorted({now, *VIRTUAL}):
         differences = []
         case.replay(second, loop, differences)

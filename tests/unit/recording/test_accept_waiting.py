@@ -4,7 +4,7 @@ import gc
 
 import anyio
 import pytest
-from changed_parts import accept, replay
+from changed_parts import accept, assert_accesses_are_of_open_traps, replay
 from determinism_parts import MAGIC, ask, call, record
 
 from vmibridge import Bridge, BridgeHandler, BridgeResponse, method
@@ -14,6 +14,7 @@ from vmibridge.recording.messages import Note, Reply, Step
 from vmibridge.recording.replay import accept_messages
 from vmibridge.recording.replay.accepted import Accepted
 from vmibridge.recording.replay.request import ReplayedRequest
+from vmibridge.recording.traps import recorded_traps
 from vmibridge.vm.trap import Registers, TrapEvent, TrapReason
 
 LOOPS = ["asyncio", "trio"]
@@ -125,6 +126,41 @@ def test_what_was_told_to_wait_before_it_began_and_is_so_now(tmp_path, loop):
     waits = replies(then, PATIENT)[:-1]
     assert len(waits) > 1
     assert replies(now, PATIENT)[:-1] == waits
+
+
+class Writes(BridgeHandler[object]):
+    """It writes when its guest has asked again."""
+
+    MAGIC, REQUEST = MAGIC, 1
+
+    def __init__(self, data):
+        self.data = data
+
+    @method(1, soft_timeout=0.002)
+    async def write(self, vmi, packet):
+        await vmi.memory.read(0x1000, 4)
+        await anyio.sleep(0.01)
+        await vmi.memory.write(0x1010, self.data)
+        return BridgeResponse(value1=7)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_access_names_the_trap_that_waits_for_its_answer(tmp_path, loop):
+    """So `inspect`, an export, a comparison and `run --answers` find it there."""
+    first, second = tmp_path / "a.mcap", tmp_path / "b.mcap"
+    guests = {"vm": lambda vm: call(vm, ask(1), 0)}
+    record(first, guests, lambda _: Bridge(Writes(b"then")), loop, virtual=True)
+    assert accept(first, second, ["vm"], lambda _: Bridge(Writes(b"now!")), loop)[0] == 1
+    found = []
+    for path in (first, second):
+        assert_accesses_are_of_open_traps(path)
+        with RecordingReader(path) as reader:
+            traps = list(recorded_traps(reader.messages()))
+        writes = [(trap.event.seq, each.data) for trap in traps for each in trap.accesses]
+        found.append([each for each in writes if each[1] in (b"then", b"now!")])
+    (then,), (now,) = found
+    assert then[0] == now[0] > 1
+    assert (then[1], now[1]) == (b"then", b"now!")
 
 
 def test_what_is_told_to_wait_and_never_asked_for_again_is_forgotten():

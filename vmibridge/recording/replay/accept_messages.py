@@ -49,6 +49,8 @@ class _Open:
         self.now = now
         """As it is accepted."""
         self.traps = {first}
+        self.latest = first
+        """The last one of them."""
         self.recorded = self.given = self.called = 0
         """Accesses of the recording, those of now, and calls of now, that were come to."""
         self.is_answered = False
@@ -168,8 +170,9 @@ class _NewMessages:
         assert now is not None
         for access in now.accesses[request.given : to]:
             request.given += 1
-            hidden = self._hidden(now.reply)
-            yield msgspec.structs.replace(access, data=None) if "memory" in hidden else access
+            data = None if "memory" in self._hidden(now.reply) else access.data
+            # An access is made while a trap waits for its answer, and names that.
+            yield msgspec.structs.replace(access, seq=request.latest, data=data)
 
     def _calls(self, request: _Open, to: int) -> Iterator[RecordedMessage]:
         now = request.now
@@ -210,6 +213,7 @@ class _NewMessages:
                 self._restart(vm, request, restarted)
                 return
             request.traps.add(seq)
+            request.latest = seq
             self._firsts[vm, seq] = request.first
         now = self._accepted.request(note.vm, note.seq)
         if now is None or now.reply is not None:

@@ -21,9 +21,10 @@ CHECK = 0.1
 _STUCK = 10
 _STUCK_ELSEWHERE = 100
 """How many in vain mean that it is stuck: by the handler in question, or by another one."""
-_LOOSEN = 0.5
-"""Seconds that the walk waits for a handler while others are held."""
-_MAX_LOOSEN = 1.0
+_LOOSEN = 0.5 + 1 / 8191
+"""Seconds that the walk waits for a handler while others are held. No handler sleeps for just as
+long: of two timers of one moment it is chance which is first."""
+_MAX_LOOSEN = 2 * _LOOSEN
 _MAX_LOOSENED = 16
 """How often those go on before a deadline of the one that is waited for may pass."""
 _REAL_LOOKS = 5

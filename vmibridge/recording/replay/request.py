@@ -271,8 +271,7 @@ class ReplayedRequest(RequestAccesses):
                 self._add(each)
         if whole and outcome is not None and is_cut(reply):
             self.unchecked = self.unchecked or CUT
-        for _, access in self._pending or ():
-            self.leave_out(access)
+        self.leave_out_pending()
         if self._outside is not None:
             self._differences = self._outside.compare(self._differences, strict=self._strict)
         if not self._differences:

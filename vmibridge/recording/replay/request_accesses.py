@@ -44,6 +44,8 @@ class RequestAccesses(ABC):
     _pending: "deque[tuple[int, MemoryAccess]] | None" = None
     _past: "deque[MemoryAccess] | None" = None
     _differences: Sequence[FieldDifference] = ()
+    _told: frozenset[int] = frozenset()
+    """Those of `pending` in whose place something else was made."""
     _attached = 0
     _latest = -1
 
@@ -114,7 +116,7 @@ class RequestAccesses(ABC):
         access = MemoryAccess(self.event.vm, self.event.seq, address, size, data, False, error)
         self._make(access)
         if data is None or self._strict:
-            self.differ("read", self._next(), describe(access))
+            self.differ("read", self._expected(access), describe(access))
         if data is None:
             raise GuestMemoryError(address, _UNKNOWN)
         return data
@@ -152,7 +154,7 @@ class RequestAccesses(ABC):
         """It was not written then."""
         access = MemoryAccess(self.event.vm, self.event.seq, address, len(data), data, True)
         self._make(access)
-        self.differ("write", self._next(), describe(access))
+        self.differ("write", self._expected(access), describe(access))
 
     def differ(self, field: str, expected: str, got: str) -> None:
         """Note a difference; the first 64 are kept."""
@@ -167,6 +169,12 @@ class RequestAccesses(ABC):
         """A recorded access that is not made now."""
         if self._strict or access.write:
             self.differ("write" if access.write else "read", describe(access), "not made")
+
+    def leave_out_pending(self) -> None:
+        """Nor are those that were not made yet, but for those that others were made for."""
+        for number, access in self._pending or ():
+            if number not in self._told:
+                self.leave_out(access)
 
     def _take(self, place: int, number: int, access: MemoryAccess) -> None:
         if number > self._latest:
@@ -196,8 +204,13 @@ class RequestAccesses(ABC):
     def _place_of_new(self) -> int:
         """Note that one is made which has its place here in the file, and return that."""
 
-    def _next(self) -> str:
-        return describe(self.pending[0][1]) if self.pending else "no further access"
+    def _expected(self, access: MemoryAccess) -> str:
+        """What was made in the place of an access that was not recorded."""
+        for number, then in self.pending:
+            if then.write == access.write and number not in self._told:
+                self._told |= {number}
+                return describe(then)
+        return f"no further {'write' if access.write else 'read'}"
 
 
 def held_size(access: MemoryAccess) -> int:
