@@ -82,7 +82,7 @@ class ReplayedOutside:
             return False
         size = _size(message)
         if self._held + size > _MAX_HELD:
-            request.unchecked = _FULL
+            request.leave_unchecked(_FULL)
             return True
         calls = request.outside
         call = (message.key, message.number)
@@ -165,7 +165,7 @@ class ReplayedOutside:
         if found is None or found.is_cut_off or found.left_out:
             calls.made.discard(call)
             if found is not None and found.left_out:
-                request.unchecked = _LEFT_OUT
+                request.leave_unchecked(_LEFT_OUT)
             self._count(request, key)
             return None
         return OutsideCall(key, number, found.data, found.error, found.types, found.at_once)

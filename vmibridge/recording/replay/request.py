@@ -270,7 +270,7 @@ class ReplayedRequest(RequestAccesses):
             for each in differing_fields(reply, now, outcome.output, whole=whole):
                 self._add(each)
         if whole and outcome is not None and is_cut(reply):
-            self.unchecked = self.unchecked or CUT
+            self.leave_unchecked(CUT)
         self.leave_out_pending()
         if self._outside is not None:
             self._differences = self._outside.compare(self._differences, strict=self._strict)

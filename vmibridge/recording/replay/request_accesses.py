@@ -103,7 +103,7 @@ class RequestAccesses(ABC):
                 if access.error is not None:
                     raise GuestMemoryError(address, access.error)
                 if access.data is None:
-                    self.unchecked = "memory was left out of the recording"
+                    self.leave_unchecked("memory was left out of the recording")
                     raise GuestMemoryError(address, "it was left out of the recording")
                 return access.data
         return None
@@ -164,6 +164,10 @@ class RequestAccesses(ABC):
     def _add(self, difference: FieldDifference) -> None:
         if len(self._differences) < _MAX_FIELDS:
             self._differences = (*self._differences, difference)
+
+    def leave_unchecked(self, why: str) -> None:
+        """It cannot be compared; the first reason is told."""
+        self.unchecked = self.unchecked or why
 
     def leave_out(self, access: MemoryAccess) -> None:
         """A recorded access that is not made now."""
