@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import MutableSequence
-from typing import Any
+from typing import Any, Self
 
 import trio
 from trio.testing import active_thread_count
@@ -79,38 +79,50 @@ class InTurn(trio.abc.Instrument):
 
     def before_run(self) -> None:
         """The loop begins, in this thread."""
-        # There is no public way to say so.
-        trio._core._run._r = _Dice()  # noqa: SLF001 - see above
+        run = trio._core._run  # noqa: SLF001 - there is no public way to say so
+        with _Dice.lock:
+            dice = run._r  # noqa: SLF001 - see above
+            if not isinstance(dice, _Dice):
+                dice = run._r = _Dice(dice)  # noqa: SLF001 - see above
+            dice.threads.add(threading.get_ident())
 
     def after_run(self) -> None:
         """It has ended."""
         run = trio._core._run  # noqa: SLF001 - see above
-        if isinstance(run._r, _Dice):  # noqa: SLF001 - see above
-            run._r = run._r.before  # noqa: SLF001 - see above
+        with _Dice.lock:
+            dice = run._r  # noqa: SLF001 - see above
+            if isinstance(dice, _Dice):
+                dice.threads.discard(threading.get_ident())
+                if not dice.threads:
+                    run._r = dice.before  # noqa: SLF001 - see above
 
 
 class _Dice(random.Random):
     """The dice of trio, which are for that alone and for where its own clocks begin."""
 
-    def __init__(self) -> None:
+    lock = threading.Lock()
+    """Held while the dice of trio are changed for others."""
+
+    def __new__(cls, *_: object) -> Self:
+        """Without arguments, which are seeds."""
+        return super().__new__(cls)
+
+    def __init__(self, before: random.Random) -> None:
         super().__init__()
-        self.before: random.Random = trio._core._run._r  # noqa: SLF001 - see above
-        self._thread = threading.get_ident()
+        self.before: random.Random = before
+        self.threads: set[int] = set()
+        """Those with loops in virtual time."""
 
     def random(self) -> float:
         """Below one half it turns round what it takes from the end."""
-        return 0.0 if self._is_ours else self.before.random()
+        return 0.0 if threading.get_ident() in self.threads else self.before.random()
 
     def shuffle(self, x: MutableSequence[Any]) -> None:
         """In place of that, of what is in order, where Hypothesis is at work."""
-        if self._is_ours:
+        if threading.get_ident() in self.threads:
             x.reverse()
         else:
             self.before.shuffle(x)
-
-    @property
-    def _is_ours(self) -> bool:
-        return threading.get_ident() == self._thread
 
 
 def trio_time() -> VirtualTime | None:

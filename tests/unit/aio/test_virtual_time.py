@@ -245,16 +245,17 @@ def test_what_is_due_at_one_time_comes_in_the_order_in_which_it_was_set(loop):
 
 
 def test_and_other_loops_of_trio_are_left_alone(monkeypatch):
-    """While one is in virtual time, another one in its thread, and when it has ended."""
+    """While one is in virtual time, and another one that ends before it; and when it has ended."""
     dice = trio._core._run._r
 
-    async def other():
+    async def throw():
         return trio._core._run._r.random()
 
     async def main():
-        first = await anyio.to_thread.run_sync(trio.run, other)
-        return first, trio._core._run._r.random()
+        other = await anyio.to_thread.run_sync(trio.run, throw)
+        another = await anyio.to_thread.run_sync(run, "trio", throw)
+        return other, another, await throw()
 
     monkeypatch.setattr(dice, "random", lambda: 0.7)
-    assert run("trio", main) == (0.7, 0.0)
+    assert run("trio", main) == (0.7, 0.0, 0.0)
     assert trio._core._run._r is dice
