@@ -154,6 +154,18 @@ def test_a_handler_says_what_of_its_answers_is_not_compared(counted):
     assert [each.field for each in verdict.findings.all()] == ["output.n"]
 
 
+@pytest.mark.parametrize("name", ["probe", "renamed"])
+def test_by_its_name_of_now_too(counted, name):
+    class Says(Wrong):
+        name = "renamed"
+        replay_ignore = ("output.id", "/value\\d/")
+
+    _, result = judged(counted, Says(), ignore=["handler"])
+    assert result.different == 13
+    _, result = judged(counted, Says(), ignore=["handler", f"{name}:output"])
+    assert result.different == 0
+
+
 def test_a_wrong_rule_of_a_handler_is_told_with_its_name(counted):
     class Says(Counter):
         name = "probe"

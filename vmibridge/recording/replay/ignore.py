@@ -75,7 +75,11 @@ class IgnoreRule(msgspec.Struct, frozen=True):
         if request is None:
             return True
         packet = difference.packet
-        return request == difference.handler or (packet is not None and packet.request == request)
+        if packet is not None and packet.request == request:
+            return True
+        # By its name of then, or of now.
+        renamed = (each.got for each in difference.fields if each.field == "handler")
+        return request in (difference.handler, *renamed)
 
 
 class Ignored:
