@@ -379,6 +379,12 @@ def test_it_stops_before_a_handler_with_the_answer_of_then(record, replay):
     assert done.stderr.splitlines()[4].startswith('  output    {"id":')
 
 
+def test_the_names_of_a_place_are_known_in_every_part_of_it(record, replay):
+    done = replay(record(), "--break", "any(seq == each + 4 * method for each in (1, 99))")
+    assert done.returncode == 0
+    assert done.stderr.startswith("break before probe/sum: trap 5 of vm vm, vcpu 0\n")
+
+
 def test_a_place_where_it_never_stopped_is_told(record, replay):
     done = replay(record(), "--break", "999", "--break", "method == 7")
     assert (done.returncode, done.stderr.splitlines()) == (

@@ -54,7 +54,7 @@ class Break:
         names = zip(_NAMES, (*values, packet.request, packet.method, *packet.values), strict=True)
         try:
             # What the user of this command wrote, in his own process.
-            return bool(eval(self._code, {}, {**dict(names), "packet": packet}))  # noqa: S307
+            return bool(eval(self._code, {**dict(names), "packet": packet}))  # noqa: S307
         except Exception as error:
             raise ConfigError(
                 f"--break {self.text[:80]!r}: {type(error).__name__}: {error};"

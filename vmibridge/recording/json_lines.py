@@ -38,6 +38,7 @@ from vmibridge.recording.file.reader import MAX_MESSAGE, TimedMessage
 from vmibridge.recording.message_order import MAX_PLACE, MessageOrder
 from vmibridge.recording.messages import (
     CHANNEL_OF_TOPIC,
+    CHANNELS,
     FORMATS,
     MEMORY,
     OUTSIDE,
@@ -73,6 +74,8 @@ _OF_A_RUN: Final = _OWN - {
     *("place", "reply_place", "reply_ns", "reply", "outside"),
 }
 """The fields of a line of `vmibridge run --json`, all of which it has."""
+_TOPICS: Final = tuple(topic for topic, channel in CHANNEL_OF_TOPIC.items() if channel in CHANNELS)
+"""Those of single messages: traps that stand together in a file have a line each."""
 _MAKES_LINES = "'vmibridge export FILE --to jsonl' makes lines that are read"
 _OF_A_LISTING: Final = frozenset(TrapRecord.__struct_fields__)
 _AROUND: Final = frozenset(("place", "time_ns"))
@@ -167,7 +170,7 @@ class _Lines:
         parsed = msgspec.json.decode(line)
         if not isinstance(parsed, dict):
             raise ValueError("is not a JSON object")  # noqa: TRY004 - it is of a file
-        topics = [topic for topic in CHANNEL_OF_TOPIC if isinstance(parsed.get(topic), dict)]
+        topics = [topic for topic in _TOPICS if isinstance(parsed.get(topic), dict)]
         if isinstance(parsed.get("trap"), str):
             self._add_trap(parsed)
         elif len(topics) == 1:

@@ -10,6 +10,7 @@ from vmibridge.bridge.outcome import OutcomeKind
 from vmibridge.errors import ConfigError
 from vmibridge.recording.file.reader import RecordingReader
 from vmibridge.recording.messages import MemoryAccess, Note, Session
+from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.recorder import Recorder
 from vmibridge.recording.replay.accept import Accepted, write_accepted
 from vmibridge.recording.replay.backend import ReplayBackend
@@ -90,6 +91,16 @@ def test_it_replays_the_same_and_to_accept_again_changes_nothing(tmp_path, loop)
         "handled": sum(each.reply.kind is OutcomeKind.HANDLED for each in after),
         "failed": 1,
     }
+
+
+def test_of_the_latest_time_that_there_is(tmp_path):
+    first, late, second = (tmp_path / f"{name}.mcap" for name in "abc")
+    record(first, everything)
+    with RecordingReader(first) as reader, NewRecording(late) as recording:
+        for place, (time, message) in enumerate(reader.messages()):
+            recording.copy((1 << 64) - 1 if place > 20 else time, message)
+    assert accepted(late, second, Changed(), Shared()) == 6
+    assert replay(second, Changed(), Shared()).different == 0
 
 
 def test_its_accesses_are_those_of_now(tmp_path):

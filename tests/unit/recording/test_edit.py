@@ -19,6 +19,7 @@ from vmibridge.recording.edit import editing, fates, keeping
 from vmibridge.recording.edit.editing import EditOptions, edit
 from vmibridge.recording.file.reader import TimedMessage
 from vmibridge.recording.messages import Step
+from vmibridge.recording.new_recording import NewRecording
 from vmibridge.recording.other_vms import other_vms_in
 from vmibridge.recording.selection import Selection
 from vmibridge.vm.trap import TrapEvent
@@ -228,6 +229,15 @@ def test_times_are_shifted(recorded, tmp_path):
     assert after[0][1].started[11:13] == f"{(int(hour) - 1) % 24:02}"
     with pytest.raises(ConfigError, match="before 1970"):
         edited(tmp_path, recorded, shift=-(1 << 61))
+
+
+def test_a_clock_of_handlers_that_no_file_can_have_is_told(tmp_path):
+    """Of a session that was shifted before."""
+    path = tmp_path / "far.mcap"
+    with NewRecording(path) as recording:
+        recording.add(Session("vm", clock=-(1 << 63)))
+    with pytest.raises(ConfigError, match="the clock of handlers would be beyond 64 bits"):
+        edited(tmp_path, path, shift=SECOND)
 
 
 def test_vms_are_renamed(recorded, tmp_path):

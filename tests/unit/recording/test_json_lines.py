@@ -132,6 +132,8 @@ WRONG = {
     b"[]": "is not a JSON object",
     b"{}": "is neither a trap nor a message",
     b'{"session":{"vm":"a"},"note":{}}': "is neither a trap nor a message",
+    # What a file has for several traps.
+    b'{"plain":{"traps":[]}}': "is neither a trap nor a message",
     b"{": "truncated",
     b'{"a":1e999}': "out of range",
     b"\xff": "",

@@ -1,6 +1,7 @@
 """What becomes of one message that is kept: the name of its VM, its time, what is left out."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -24,6 +25,8 @@ from vmibridge.vm.trap import TrapEvent
 __all__ = ["OF_OUTPUT", "Changes"]
 
 _MAX_TIME = (1 << 64) - 1
+_MAX_CLOCK = 1 << 63
+"""Nanoseconds, either way: what a message can have."""
 OF_OUTPUT: Final = tuple(name for name in Reply.__struct_fields__ if name.startswith("output"))
 """All that a reply says of its output."""
 
@@ -87,12 +90,13 @@ class Changes:
         return message if name == vm else msgspec.structs.replace(message, vm=name)
 
     def _shifted(self, session: Session) -> Session:
-        try:
-            then = datetime.fromisoformat(session.started)
+        started = session.started
+        with suppress(ValueError, OverflowError):
+            then = datetime.fromisoformat(started)
             started = (then + timedelta(microseconds=self._shift // 1000)).isoformat()
-        except (ValueError, OverflowError):
-            return session
         clock = session.clock - self._shift
+        if not -_MAX_CLOCK <= clock < _MAX_CLOCK:
+            raise ConfigError("--shift: the clock of handlers would be beyond 64 bits")
         return msgspec.structs.replace(session, started=started, clock=clock)
 
     def _redacted(

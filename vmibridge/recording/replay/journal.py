@@ -32,6 +32,7 @@ from vmibridge.vm.trap import TrapEvent
 __all__ = ["EventKind", "Journal", "JournalEvent"]
 
 _EVENT = Struct("<QQQIB")
+_MAX_TIME = (1 << 64) - 1
 _KIND_AT = 28
 """Bytes from the beginning of an event to its kind."""
 
@@ -228,7 +229,11 @@ class Journal:
         self._flush()
         at = self._clock() if time is None else time
         self._events += _EVENT.pack(
-            self._place(), max(at or 0, 0), request.first if seq is None else seq, number, kind
+            self._place(),
+            min(max(at or 0, 0), _MAX_TIME),
+            request.first if seq is None else seq,
+            number,
+            kind,
         )
 
     def _flush(self) -> None:
