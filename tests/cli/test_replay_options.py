@@ -134,7 +134,8 @@ def test_one_that_cannot_be_read_does_not_hide_the_others(
     done = replay(bad, good)
     assert done.returncode == status
     assert "bad.mcap: is not an MCAP file" in done.stderr
-    assert f"2 recordings: 10 requests compared, {different} different" in done.stdout
+    told = "2 recordings, of which 1 cannot be replayed: 10 requests compared"
+    assert f"{told}, {different} different" in done.stdout
 
 
 def test_findings_are_told_the_first_in_front(record, replay, now):

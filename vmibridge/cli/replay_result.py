@@ -110,8 +110,9 @@ class ReplayPrinter:
             self._print_json({"replay": {**counts, "same": same}})
         elif self._several:
             self._print(
-                f"{counted(len(results), 'recording')}: {counted(compared, 'request')} compared,"
-                f" {different} different"
+                f"{counted(len(results), 'recording')}"
+                f"{f', of which {len(failed)} cannot be replayed' if failed else ''}:"
+                f" {counted(compared, 'request')} compared, {different} different"
             )
         if strict and missing and not self._as_json:
             self._print("strict: parts of the recording are missing")

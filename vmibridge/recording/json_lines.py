@@ -214,7 +214,7 @@ class _Lines:
         if not 0 <= place <= MAX_PLACE:
             raise ValueError(f"place {place} has more than 63 bits")
         if not 0 <= time <= _MAX_TIME:
-            raise ValueError(f"time_ns {time} has more than 64 bits")
+            raise ValueError(f"time_ns {time} is before 1970, or has more than 64 bits")
         self._time = time
         self._order.add(place, time, message)
 
@@ -361,7 +361,11 @@ def _bytes(text: str) -> bytes:
 
 
 def _nanoseconds(seconds: float) -> int:
-    return round(seconds * 1e9) if math.isfinite(seconds) else 0
+    if not math.isfinite(seconds):
+        return 0
+    if abs(seconds) > _MAX_TIME:
+        raise ValueError(f"{seconds:g} seconds are more nanoseconds than 64 bits hold")
+    return round(seconds * 1e9)
 
 
 def _refuse_others(fields: dict[str, Any], known: frozenset[str]) -> None:

@@ -27,7 +27,7 @@ def module_name(name: str) -> str:
     """The name of a module; of one beside a file of handlers without the folder that both are in,
     which is nobody's business."""
     _, slash, inner = name.rpartition("/")
-    return inner.partition(".")[2] if slash else name
+    return inner.partition(".")[2] or "__init__" if slash else name
 
 
 def project_modules(module: str) -> dict[str, str]:

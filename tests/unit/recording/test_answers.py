@@ -61,10 +61,11 @@ async def copy(vm):
 def record(tmp_path):
     """Records what a guest asks; returns what was read of the file."""
 
-    async def run(guest, **options):
+    async def run(guest, in_flight=64, **options):
         path = tmp_path / "run.mcap"
         async with FakeGuest(guest, memory=MEMORY) as backend, Recorder(path, **options) as tap:
-            async for _ in BridgeServer(backend, Notes(), taps=[tap]).run():
+            server = BridgeServer(backend, Notes(), taps=[tap], in_flight=in_flight)
+            async for _ in server.run():
                 pass
         return load_answers(path)
 
@@ -165,6 +166,23 @@ async def test_one_that_was_told_to_wait_gets_its_answer_at_once(record):
 
     _, answers, _ = await played(await record(waits), once)
     assert answers.missing == 0
+
+
+async def test_nothing_is_missing_of_one_that_is_forgotten_and_asked_again(record):
+    """It was answered WAIT before its handler had begun: the next one is a new request."""
+
+    async def both(vm):
+        async def ask_until_answered(vcpu):
+            while (await vm.call(ask(3), vcpu=vcpu)).rax == 1:
+                await anyio.sleep(0.01)
+
+        async with anyio.create_task_group() as tasks:
+            for vcpu in range(2):
+                tasks.start_soon(ask_until_answered, vcpu)
+
+    loaded = await record(both, in_flight=1)
+    vm = loaded.vms["fake"]
+    assert (vm.count, vm.unusable) == (2, {})
 
 
 async def test_one_that_failed_fails_again(record):

@@ -104,6 +104,7 @@ def test_python_and_installed_packages_are_no_modules_of_a_project():
     [
         ("vmibridge.config.loaded./srv/handlers@2.fetch", "fetch"),
         ("vmibridge.config.loaded./srv/handlers.pack.inner", "pack.inner"),
+        ("vmibridge.config.loaded./srv/handlers", "__init__"),
         ("project.handlers", "project.handlers"),
     ],
 )

@@ -102,7 +102,8 @@ class RecordedAnswers:
         return [
             line,
             *(
-                f"{path}: {counted(count, 'recorded request')} cannot be given: {why}"
+                f"{path}: {counted(count, 'recorded request')} cannot be given"
+                f"{'' if count == 1 else ', of each of which the reason is'}: {why}"
                 for why, count in unusable.items()
             ),
         ]

@@ -80,6 +80,7 @@ class _Asked(msgspec.Struct):
     """A request that was told to wait."""
 
     seq: int
+    vcpu: int
     packet: BridgePacket
     accesses: list[MemoryAccess]
 
@@ -127,7 +128,7 @@ class _Loading:
         accesses = trap.accesses if asked is None else [*asked.accesses, *trap.accesses]
         if reply is not None and reply.kind is OutcomeKind.WAITING:
             if first == event.seq or asked is not None:
-                asked = asked or _Asked(event.seq, packet, [])
+                asked = asked or _Asked(event.seq, event.vcpu, packet, [])
                 asked.accesses = accesses
                 self._waiting[event.vm, first] = asked
                 if len(self._waiting) > _MAX_WAITING:
@@ -152,8 +153,12 @@ class _Loading:
 
     def end(self) -> None:
         """All was read."""
-        for vm, _ in self._waiting:
-            self.vms[vm].unusable["its answer is missing"] += 1
+        for (name, first), asked in self._waiting.items():
+            vm = self.vms[name]
+            later = vm.by_request.get((asked.vcpu, asked.packet), ())
+            # One that was forgotten before its handler had begun was asked as a new request.
+            if not any(answer.seq > first for answer in later):
+                vm.unusable["its answer is missing"] += 1
         for answers in self.vms.values():
             for several in answers.by_request.values():
                 several.sort(key=lambda answer: answer.seq)
