@@ -35,7 +35,7 @@ class Leaves(Misbehaves):
             return BridgeResponse(value1=row)
         return None
 
-    @method(2)
+    @method(2, timeout=60)
     async def other(self, vmi, packet):
         await anyio.sleep(0.02)
         return BridgeResponse(value1=1)
