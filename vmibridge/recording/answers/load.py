@@ -157,7 +157,7 @@ class _Loading:
             vm = self.vms[name]
             later = vm.by_request.get((asked.vcpu, asked.packet), ())
             # One that was forgotten before its handler had begun was asked as a new request.
-            if not any(answer.seq > first for answer in later):
+            if not any(answer.reply.seq > first for answer in later):
                 vm.unusable["its answer is missing"] += 1
         for answers in self.vms.values():
             for several in answers.by_request.values():
