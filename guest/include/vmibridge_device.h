@@ -374,7 +374,7 @@ static inline enum vmibridge_slot_result vmibridge_slot_call(struct vmibridge_sl
     enum vmibridge_slot_result result;
     uint32_t times;
 
-    /* A host with other work ends late a call that was cancelled, by whoever had the slot. */
+    /* A host with other work may end a cancelled call of the slot's last user late. */
     for (times = 0; (result = vmibridge_slot_begin(slot, packet)) == VMIBRIDGE_CALL_BUSY; times++) {
         if (!slot->wait || !slot->wait(slot, times)) {
             break;

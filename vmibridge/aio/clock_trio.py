@@ -79,22 +79,20 @@ class InTurn(trio.abc.Instrument):
 
     def before_run(self) -> None:
         """The loop begins, in this thread."""
-        run = trio._core._run  # noqa: SLF001 - there is no public way to say so
         with _Dice.lock:
-            dice = run._r  # noqa: SLF001 - see above
+            dice = _of_trio()["_r"]
             if not isinstance(dice, _Dice):
-                dice = run._r = _Dice(dice)  # noqa: SLF001 - see above
+                dice = _of_trio()["_r"] = _Dice(dice)
             dice.threads.add(threading.get_ident())
 
     def after_run(self) -> None:
         """It has ended."""
-        run = trio._core._run  # noqa: SLF001 - see above
         with _Dice.lock:
-            dice = run._r  # noqa: SLF001 - see above
+            dice = _of_trio()["_r"]
             if isinstance(dice, _Dice):
                 dice.threads.discard(threading.get_ident())
                 if not dice.threads:
-                    run._r = dice.before  # noqa: SLF001 - see above
+                    _of_trio()["_r"] = dice.before
 
 
 class _Dice(random.Random):
@@ -123,6 +121,11 @@ class _Dice(random.Random):
             x.reverse()
         else:
             self.before.shuffle(x)
+
+
+def _of_trio() -> dict[str, Any]:
+    """The names of the module in which trio's loop has its dice."""
+    return vars(trio._core._run)  # noqa: SLF001 - no public name sets the order of tasks
 
 
 def trio_time() -> VirtualTime | None:

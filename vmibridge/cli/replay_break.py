@@ -50,11 +50,11 @@ class Break:
         if self._code is None:
             return self._seq in (began.first, began.event.seq)
         packet = began.packet
-        values = (began.first, began.event.vm, began.event.vcpu, began.handler)
-        names = zip(_NAMES, (*values, packet.request, packet.method, *packet.values), strict=True)
+        about = (began.first, began.event.vm, began.event.vcpu, began.handler)
+        names = zip(_NAMES, (*about, packet.request, packet.method, *packet.values), strict=True)
         try:
-            # What the user of this command wrote, in his own process.
-            return bool(eval(self._code, {**dict(names), "packet": packet}))  # noqa: S307
+            values = {**dict(names), "packet": packet}
+            return bool(eval(self._code, values))  # noqa: S307 - the user's own, in his process
         except Exception as error:
             raise ConfigError(
                 f"--break {self.text[:80]!r}: {type(error).__name__}: {error};"

@@ -48,7 +48,7 @@ class NextQemu:
         # The socket of a QEMU may be closed a moment after its process was waited for. When it has
         # hung up, what serves it takes who waits, however long that takes.
         with anyio.move_on_after(_ENDS):
-            while self._served() is before and not before.has_hung_up:  # noqa: ASYNC110 - no event
+            while self._served() is before and not before.has_hung_up:  # noqa: ASYNC110 - the end has no event
                 await anyio.sleep(_LOOK)
             return
         if self._waits is connected:

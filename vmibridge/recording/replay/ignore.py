@@ -77,7 +77,7 @@ class IgnoreRule(msgspec.Struct, frozen=True):
         packet = difference.packet
         if packet is not None and packet.request == request:
             return True
-        # By its name of then, or of now.
+        # By its recorded name, or by its present one.
         renamed = (each.got for each in difference.fields if each.field == "handler")
         return request in (difference.handler, *renamed)
 

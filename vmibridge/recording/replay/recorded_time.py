@@ -78,7 +78,7 @@ class RecordedTime:
         return self.recorded(self.now())
 
     def mark(self, at: int) -> tuple[float, int] | None:
-        """This moment, and the time of now's message, for `as_late`."""
+        """This moment and a recorded time, for `as_late`; `None`: virtual time needs none."""
         return None if self._virtual is not None else (self.now(), at)
 
     def as_late(self, since: tuple[float, int] | None, at: int) -> float | None:

@@ -166,7 +166,7 @@ class RequestAccesses(ABC):
             self._differences = (*self._differences, difference)
 
     def leave_unchecked(self, why: str) -> None:
-        """It cannot be compared; the first reason is told."""
+        """It cannot be compared; the first reason is kept."""
         self.unchecked = self.unchecked or why
 
     def leave_out(self, access: MemoryAccess) -> None:
